@@ -1,0 +1,1 @@
+"""Initialisations of low-rank adapters."""

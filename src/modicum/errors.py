@@ -1,0 +1,43 @@
+"""The four ways a user's input can be wrong, each told in one line: what came, what was expected, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ModicumError(ValueError):
+    """Base of every error that the user can mend; the command line prints its message and exits with 2."""
+
+
+class RecipeError(ModicumError):
+    """A recipe or a knob is wrong: unknown key, value out of range, missing field."""
+
+
+class CheckpointError(ModicumError):
+    """A checkpoint, data set or model on disk cannot be used as it is."""
+
+
+class UnsupportedError(ModicumError):
+    """The request is understood, but this combination cannot be done."""
+
+
+class MissingExtraError(ModicumError, ImportError):
+    """An optional package is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} is not installed. Install it with: pip install 'modicum[{extra}]'")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the closest known name, or all of them when none is close.
+
+    Example:
+        >>> did_you_mean("tise", ["ties", "linear"])
+        "Did you mean 'ties'?"
+        >>> did_you_mean("xyz", ["ties", "linear"])
+        'Known: linear, ties.'
+    """
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."

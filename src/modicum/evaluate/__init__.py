@@ -1,0 +1,1 @@
+"""Evaluation: estimators, generation, judges, attacks."""

@@ -1,0 +1,1 @@
+"""Models: input ids to logits, as transformers models."""

@@ -1,0 +1,1 @@
+"""Objectives: batch in, batch out, and where needed a loss."""

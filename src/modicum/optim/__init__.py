@@ -1,0 +1,1 @@
+"""Gradient rules and zeroth-order optimisers."""

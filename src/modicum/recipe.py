@@ -1,0 +1,245 @@
+"""Recipes: YAML in, checked models out. Every job declares its own schema beside its code.
+
+A recipe names its job; the job's first parameter is annotated with a subclass of :class:`Recipe`, and that class is the
+schema. Methods inside a recipe are written ``{name: ties, density: 0.2}`` and are checked against their registry.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, get_type_hints
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from modicum import registry
+from modicum.errors import RecipeError, did_you_mean
+from modicum.record import fingerprint
+from modicum.registry import Registry, explain
+from modicum.types import NonNegativeInt
+
+PREFIXES = ("builtin:", "reasoning-gym:", "stage:")  # references that are not paths
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
+
+
+class Recipe(Section):
+    """What every job has."""
+
+    job: str
+    seed: NonNegativeInt = 0
+    out: str | None = Field(default=None, description="run folder; runs/<name of the recipe> when not given")
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the models and files that this recipe reads; their content is part of the run's identity."""
+        yield from ()
+
+
+class Choice(Section):
+    """A method by name, with its knobs; see :func:`choice`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The knobs, checked and completed."""
+        return dict(self.model_extra or {})
+
+
+def choice(table: Registry, *, complete: bool = True) -> Any:
+    """Return the type of a recipe field that picks a method of ``table`` and sets its knobs.
+
+    Args:
+        table: The registry to choose from.
+        complete: Fill in the defaults and require what has none. ``False`` leaves the knobs unchecked, for callers
+            that complete them later.
+
+    Example:
+        >>> from modicum.registry import merge_method
+        >>> class R(Section):
+        ...     method: choice(merge_method)
+        >>> R(method={"name": "ties", "density": 0.2}).method.knobs["scale"]
+        1.0
+    """
+
+    def check(value: object) -> object:
+        if isinstance(value, Choice):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ValueError(f"expected the name of a {table.noun}, or {{name: …, knob: value}}")
+        entry = table[value["name"]]
+        given = {key: item for key, item in value.items() if key != "name"}
+        return {"name": entry.name, **(entry.knobs(given) if complete else given)}
+
+    return Annotated[Choice, BeforeValidator(check)]
+
+
+Data: TypeAlias = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: a key may stand once, and ``1e-4`` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            # A merge key (<<) may come several times by the standard.
+            if key_node.tag != "tag:yaml.org,2002:merge" and key in seen:
+                line = key_node.start_mark.line + 1
+                raise RecipeError(f"line {line}: key {key!r} stands twice. Keep one.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
+    text = str(loader.construct_scalar(node))
+    try:
+        return float(text.replace("_", ""))
+    except ValueError:
+        return text
+
+
+_Loader.add_implicit_resolver(
+    "!scientific", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_Loader.add_constructor("!scientific", _float)
+
+
+def parse_yaml(text: str, source: str = "the recipe") -> Any:
+    """Parse YAML, refusing duplicate keys and reading ``1e-4`` as a number.
+
+    Example:
+        >>> parse_yaml("lr: 1e-4")
+        {'lr': 0.0001}
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except RecipeError as error:
+        raise RecipeError(f"{source}, {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{source}{where} is not valid YAML: {problem}.") from None
+
+
+def shipped() -> list[str]:
+    """Names of the recipes inside the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("modicum.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def read(source: str) -> Data:
+    """Return the recipe in file ``source``, or the shipped recipe of that name, as plain data."""
+    path = Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"Cannot read {source}: {error}.") from None
+    elif source in shipped():
+        text = files("modicum.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    elif path.suffix in (".yaml", ".yml") or "/" in source:
+        raise RecipeError(f"There is no file {source}. Check the path, or see: modicum list recipes")
+    else:
+        raise RecipeError(f"There is no file or shipped recipe {source!r}. {did_you_mean(source, shipped())}")
+    data = parse_yaml(text, source)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{source} is {type(data).__name__}, expected a mapping that begins with 'job: …'.")
+    return data
+
+
+def override(data: Data, assignments: Sequence[str]) -> Data:
+    """Return ``data`` with each ``a.b=c`` set; ``c`` is read as YAML, list items are addressed by position or name.
+
+    Example:
+        >>> override({"trainer": {"max_steps": 5}}, ["trainer.max_steps=10", "seed=1"])
+        {'trainer': {'max_steps': 10}, 'seed': 1}
+    """
+    data = copy.deepcopy(data)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not key or not equals:
+            raise RecipeError(f"--set {assignment}: expected key=value, for example trainer.max_steps=10.")
+        *parents, last = key.split(".")
+        target: Any = data
+        for part in parents:
+            target = _descend(target, part, assignment)
+        value = parse_yaml(text, f"--set {key}")
+        if isinstance(target, list):
+            target[_index(target, last, assignment)] = value
+        elif isinstance(target, dict):
+            target[last] = value
+        else:
+            raise RecipeError(f"--set {assignment}: {'.'.join(parents)} is {target!r}, expected a mapping.")
+    return data
+
+
+def _descend(target: Any, part: str, assignment: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, part, assignment)]
+    if isinstance(target, dict):
+        return target.setdefault(part, {})
+    raise RecipeError(f"--set {assignment}: cannot go into {target!r} at {part!r}, expected a mapping.")
+
+
+def _index(items: list[Any], part: str, assignment: str) -> int:
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and item.get("name") == part:
+            return index
+    raise RecipeError(f"--set {assignment}: no item {part!r} among {len(items)}. Use a position or an item's name.")
+
+
+def parse(data: Data, where: str = "recipe") -> Recipe:
+    """Check ``data`` against the schema of its job.
+
+    A mapping with a top-level ``merge_method`` is a mergekit file, and runs as a merge job.
+
+    Raises:
+        RecipeError: A key is unknown or missing, or a value is out of range; one line for each.
+    """
+    if "merge_method" in data:
+        data = {"job": "merge", "mergekit": data}
+    name = data.get("job")
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: 'job' is missing. Set job to one of: {', '.join(registry.job)}.")
+    schema = job_schema(name)
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(explain(error, where, schema)) from None
+
+
+def job_schema(name: str) -> type[Recipe]:
+    """Return the schema of the job called ``name``."""
+    function = registry.job[name].function
+    first = next(iter(registry.job[name].parameters[0]))
+    schema: type[Recipe] = get_type_hints(function)[first]
+    return schema
+
+
+def dump(recipe: Recipe) -> Data:
+    """Return a recipe as plain data that YAML can hold and :func:`parse` reads back; defaults are written out."""
+    return recipe.model_dump(mode="json", exclude_none=True)
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Fingerprint each input that lies on this machine; a Hub id or builtin stands for itself."""
+    found = {}
+    for name in dict.fromkeys(recipe.inputs()):
+        local = Path(name).expanduser()
+        found[name] = fingerprint(local) if not name.startswith(PREFIXES) and local.exists() else name
+    return found

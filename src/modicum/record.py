@@ -1,0 +1,259 @@
+"""A run is a folder: the resolved recipe, what came of it, and a log that grows while it works.
+
+::
+
+    run/
+      recipe.yaml     resolved: `modicum run run/recipe.yaml` repeats it
+      record.json     job, status, versions, hash of the recipe and its inputs, metrics, outputs, notes
+      log.jsonl       one JSON object a line: {"event": "train", "step": 10, "loss": 1.2, ...}
+      …               what the job made: model/, adapter/, stages/NAME/ (each stage is a run again)
+
+A run whose record says ``done`` under the same hash is finished: running it again does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any, Self
+
+from modicum.errors import CheckpointError, ModicumError
+
+LIBRARIES = ("modicum", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+    with _beside(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[IO[str]]:
+    handle = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8")
+    try:
+        with handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        Path(handle.name).replace(path)
+    except BaseException:
+        Path(handle.name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
+    """Give a folder beside ``path`` to write into; it becomes ``path`` when the block ends without an error.
+
+    Args:
+        path: The folder to appear; one that is there already is replaced.
+        keep_partial: Leave the unfinished folder on an error, so that the next call resumes in it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists() and not keep_partial:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        if not keep_partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+
+
+def digest(value: object) -> str:
+    """Hash a JSON-like value, whatever the order of its keys.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(path: str | Path) -> str:
+    """Hash what a file or folder holds, cheaply: names, sizes, and the content of everything under 1 MiB.
+
+    Large files enter with their first and last 64 KiB, which for safetensors holds the header.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and ".partial" not in str(p))
+    sha = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        sha.update(f"{file.relative_to(path) if path.is_dir() else file.name}\0{size}\0".encode())
+        with file.open("rb") as handle:
+            if size <= 1 << 20:
+                sha.update(handle.read())
+            else:
+                sha.update(handle.read(1 << 16))
+                handle.seek(-(1 << 16), os.SEEK_END)
+                sha.update(handle.read())
+    return sha.hexdigest()[:16]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record; imports nothing."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": found,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+class Run:
+    """An open run folder: where a job writes its results, notes and log.
+
+    Args:
+        folder: The run folder; made when it is not there.
+        job: Name of the job, for the record.
+        recipe: The resolved recipe as plain data.
+        inputs: Fingerprint of each input that the recipe names by path.
+        quiet: Print nothing.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        job: str,
+        recipe: Mapping[str, Any],
+        inputs: Mapping[str, str] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.folder, self.quiet = Path(folder), quiet
+        self.hash = digest({"job": job, "recipe": _without_out(recipe), "inputs": dict(inputs or {})})
+        previous = read_record(self.folder) if (self.folder / "record.json").exists() else None
+        self.resumed = previous is not None and previous.get("hash") == self.hash
+        if previous is not None and not self.resumed:
+            raise CheckpointError(
+                f"{self.folder} holds the run of another recipe (or its inputs changed since). "
+                "Choose another --out, or delete the folder."
+            )
+        self.record: dict[str, Any] = previous or {
+            "job": job,
+            "hash": self.hash,
+            "status": "new",
+            "inputs": dict(inputs or {}),
+            "metrics": {},
+            "outputs": {},
+            "notes": [],
+            "seconds": 0.0,
+        }
+        self._recipe = dict(recipe)
+
+    @property
+    def done(self) -> bool:
+        """Whether this very run finished before."""
+        return bool(self.record["status"] == "done")
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            import yaml
+
+            write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise CheckpointError(f"Cannot write to {self.folder}: {error.strerror}. Choose another --out.") from None
+        self._started = time.monotonic()
+        self.record.update(status="running", environment=environment(), command=sys.argv[:1] and Path(sys.argv[0]).name)
+        self.save()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 3)
+        self.record["status"] = "done" if error is None else "failed"
+        self.record.pop("error", None)
+        if error is not None:
+            self.record["error"] = (
+                str(error) if isinstance(error, ModicumError) else f"{kind and kind.__name__}: {error}"
+            )
+        self.save()
+
+    def save(self) -> None:
+        """Write the record as it stands."""
+        write_atomic(self.folder / "record.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to the log."""
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+
+    def note(self, text: str) -> None:
+        """Keep (and say) what the user should know: a fallback taken, a default that matters."""
+        if text not in self.record["notes"]:
+            self.record["notes"].append(text)
+            self.save()
+        self.say(f"note: {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line to the terminal's error stream, so that standard output stays clean for results."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def output(self, name: str, path: Path) -> None:
+        """Name something that the run made, relative to its folder; the first is what other stages get."""
+        self.record["outputs"][name] = str(path.relative_to(self.folder))
+        self.save()
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Return the record of the run in ``folder``."""
+    path = Path(folder) / "record.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a run: it holds no record.json.") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Delete the folder and run again.") from None
+    return record
+
+
+def read_log(folder: str | Path, event: str | None = None) -> list[dict[str, Any]]:
+    """Return the log's lines, of one kind when ``event`` is given; a line cut off by a crash is left out."""
+    path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if event is None or line.get("event") == event:
+            lines.append(line)
+    return lines
+
+
+def _without_out(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "out"}

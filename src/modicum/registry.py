@@ -1,0 +1,221 @@
+"""One table for each kind of method. The plain function's signature *is* its schema.
+
+A method registers itself with a decorator in its own file; nothing else is edited::
+
+    @merge_method("ties", paper="arXiv:2306.01708", laws={"permutation"})
+    def ties(base, experts, *, density: Fraction, scale: float = 1.0): ...
+
+Positional parameters are data. Keyword-only parameters are knobs: they must be annotated, their ranges stand in
+``Annotated``, and they are what a recipe may set. ``rng`` is never a knob: the caller supplies it. A class (an
+optimiser, a gradient rule) follows the convention of ``torch.optim``: everything after its first parameter is a knob.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from modicum.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SUPPLIED = frozenset({"rng"})  # keyword-only parameters that the caller supplies and a recipe cannot set
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered method: its function, its knobs and the facts stated about it."""
+
+    noun: str
+    name: str
+    function: Callable[..., Any]
+    paper: str | None
+    laws: frozenset[str] = frozenset()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
+        """Parameters that are data, and those that are knobs."""
+        items = list(inspect.signature(self.function).parameters.items())
+        if inspect.isclass(self.function):
+            return dict(items[:1]), {name: p for name, p in items[1:] if name not in SUPPLIED}
+        data = {name: p for name, p in items if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        return data, {name: p for name, p in items if p.kind is p.KEYWORD_ONLY and name not in SUPPLIED}
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @cached_property
+    def schema(self) -> type[BaseModel]:
+        """A pydantic model of the knobs, which refuses unknown ones."""
+        from pydantic import ConfigDict, create_model
+
+        target = self.function.__init__ if inspect.isclass(self.function) else self.function  # type: ignore[misc]
+        hints = get_type_hints(target, include_extras=True)
+        fields: dict[str, Any] = {}
+        for name, parameter in self.parameters[1].items():
+            if parameter.kind is parameter.VAR_KEYWORD or name not in hints:
+                raise TypeError(f"{self.noun} {self.name!r}: knob {name!r} needs a name and an annotation")
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[name] = (hints[name], default)
+        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=False)
+        return create_model(self.name, __config__=config, **fields)
+
+    def knobs(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``values`` checked, coerced and completed with the defaults.
+
+        Raises:
+            RecipeError: A knob is unknown, missing or out of range.
+        """
+        from pydantic import ValidationError
+
+        try:
+            model = self.schema.model_validate(dict(values))
+        except ValidationError as error:
+            raise RecipeError(explain(error, f"{self.noun} {self.name!r}", self.schema)) from None
+        return {name: getattr(model, name) for name in self.schema.model_fields}
+
+
+class Registry(Mapping[str, Entry]):
+    """A table of methods of one kind, filled by importing ``package`` when it is first asked for.
+
+    Calling the registry gives the decorator that registers a method.
+    """
+
+    def __init__(self, kind: str, noun: str, package: str) -> None:
+        self.kind, self.noun, self.package = kind, noun, package
+        self._entries: dict[str, Entry] = {}
+        self._complete = False
+
+    def __call__(
+        self, name: str, *, paper: str | None = None, laws: Iterable[str] = (), **facts: Any
+    ) -> Callable[[F], F]:
+        """Register the decorated function or class as ``name``; ``facts`` are what the seam needs to know of it."""
+
+        def register(function: F) -> F:
+            known = self._entries.get(name)
+            # Doctest and reload import a module twice; only a second *function* under one name is a mistake.
+            if known and (known.function.__module__, known.function.__qualname__) != (
+                function.__module__,
+                function.__qualname__,
+            ):
+                raise TypeError(f"{self.noun} {name!r} is registered twice")
+            self._entries[name] = Entry(self.noun, name, function, paper, frozenset(laws), MappingProxyType(facts))
+            return function
+
+        return register
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._entries:
+            # A method usually lives in the file of its name: importing that one alone keeps the start short.
+            if name.isidentifier() and find_spec(self.package) and find_spec(f"{self.package}.{name}"):
+                import_module(f"{self.package}.{name}")
+            if name not in self._entries:
+                self._load_all()
+        if name not in self._entries:
+            raise RecipeError(f"There is no {self.noun} {name!r}. {did_you_mean(name, self)}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._load_all()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        self._load_all()
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        self._load_all()
+        return len(self._entries)
+
+    def _load_all(self) -> None:
+        # A kind whose package is not part of this installation is an empty table, not an error.
+        if not self._complete and find_spec(self.package):
+            for module in pkgutil.iter_modules(import_module(self.package).__path__, f"{self.package}."):
+                import_module(module.name)
+        self._complete = True
+
+
+merge_method = Registry("merge_methods", "merge method", "modicum.weights.methods")
+averager = Registry("averagers", "averager", "modicum.weights")
+gradient_rule = Registry("gradient_rules", "gradient rule", "modicum.optim")
+objective = Registry("objectives", "objective", "modicum.objectives")
+adapter_init = Registry("adapter_inits", "adapter initialisation", "modicum.adapters")
+zeroth_order = Registry("zeroth_order", "zeroth-order optimiser", "modicum.optim")
+policy = Registry("policies", "policy", "modicum.submodular")
+attack = Registry("attacks", "attack", "modicum.evaluate")
+judge = Registry("judges", "judge", "modicum.evaluate")
+model = Registry("models", "model", "modicum.models")
+job = Registry("jobs", "job", "modicum.jobs")
+
+REGISTRIES: Mapping[str, Registry] = MappingProxyType(
+    {
+        r.kind: r
+        for r in (
+            merge_method,
+            averager,
+            gradient_rule,
+            objective,
+            adapter_init,
+            zeroth_order,
+            policy,
+            attack,
+            judge,
+            model,
+            job,
+        )
+    }
+)
+
+
+def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
+    """Turn pydantic's report into lines of the form *where: key: what is wrong, what came, what to do*."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            parent = _model_at(schema, item["loc"][:-1])
+            hint = did_you_mean(str(item["loc"][-1]), parent.model_fields) if parent else "Remove it."
+            lines.append(f"{where}: unknown key {path!r}. {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: {path!r} is missing. Set it.")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            came = "" if item["type"] == "value_error" else f", got {_short(item['input'])}"
+            lines.append(f"{where}: {path}: {message}{came}." if path else f"{where}: {message}{came}.")
+    return "\n".join(line.replace("..", ".") if line.endswith("..") else line for line in lines)
+
+
+def _model_at(schema: type[BaseModel], path: Iterable[str | int]) -> type[BaseModel] | None:
+    """Follow ``path`` through nested models; ``None`` where it leads through something else, such as a union."""
+    from typing import get_args
+
+    from pydantic import BaseModel
+
+    current: type[BaseModel] | None = schema
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if current is None or part not in current.model_fields:
+            return None
+        annotation = current.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        current = next((c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel)), None)
+    return current
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

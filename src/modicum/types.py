@@ -1,0 +1,15 @@
+"""Ranges that several methods share. A knob annotated with one of them is checked wherever it comes from."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from annotated_types import Ge, Gt, Le, Lt
+
+Fraction: TypeAlias = Annotated[float, Gt(0), Le(1)]  # a share that must not be empty
+UnitInterval: TypeAlias = Annotated[float, Ge(0), Le(1)]
+Decay: TypeAlias = Annotated[float, Ge(0), Lt(1)]  # a moving average's memory
+Positive: TypeAlias = Annotated[float, Gt(0)]
+NonNegative: TypeAlias = Annotated[float, Ge(0)]
+PositiveInt: TypeAlias = Annotated[int, Gt(0)]
+NonNegativeInt: TypeAlias = Annotated[int, Ge(0)]

@@ -1,0 +1,1 @@
+"""Weight algebra: checkpoints as lazy mappings of tensors, and folds over them."""
