@@ -19,13 +19,12 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from modicum.errors import CheckpointError, ModicumError
 
@@ -34,21 +33,15 @@ LIBRARIES = ("modicum", "torch", "transformers", "peft", "accelerate", "datasets
 
 def write_atomic(path: Path, text: str) -> None:
     """Write ``text`` so that a reader sees the old file or the new one, never a part."""
-    with _beside(path) as file:
-        file.write(text)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[IO[str]]:
-    handle = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        Path(handle.name).replace(path)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
     except BaseException:
-        Path(handle.name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -190,7 +183,7 @@ class Run:
         self.save()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 3)
         self.record["status"] = "done" if error is None else "failed"
         self.record.pop("error", None)

@@ -62,7 +62,7 @@ class Entry:
         """A pydantic model of the knobs, which refuses unknown ones."""
         from pydantic import ConfigDict, create_model
 
-        target = self.function.__init__ if inspect.isclass(self.function) else self.function  # type: ignore[misc]
+        target = self.function.__init__ if inspect.isclass(self.function) else self.function
         hints = get_type_hints(target, include_extras=True)
         fields: dict[str, Any] = {}
         for name, parameter in self.parameters[1].items():
