@@ -183,7 +183,7 @@ class Run:
         self.save()
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
         self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 3)
         self.record["status"] = "done" if error is None else "failed"
         self.record.pop("error", None)
