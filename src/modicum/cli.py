@@ -1,14 +1,186 @@
-"""The command line: run, check, list, show, report. It is small and frozen; knobs live in recipes."""
+"""Train, fine-tune, merge and align language models with less compute than you would like.
+
+Everything modicum does is written in a recipe, a short YAML file. Start with:  modicum run quickstart
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
+
+from modicum.errors import ModicumError, RecipeError, did_you_mean
 
 app = typer.Typer(
     name="modicum",
+    help=__doc__,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help=__doc__,
+    rich_markup_mode="markdown",
 )
+
+Source = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file (mergekit's too) or a shipped recipe's name.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="A.B=C", help="Change a value: `-s trainer.max_steps=10`. Repeatable."),
+]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
+
+
+def _load(source: str, assignments: list[str] | None) -> Any:
+    from modicum.recipe import override, parse, read
+
+    return parse(override(read(source), assignments or []), source)
+
+
+@app.command()
+def run(
+    source: Source,
+    assignments: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<recipe>.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    traceback: Traceback = False,  # noqa: ARG001 - read by main, which catches the error
+) -> None:
+    """Run a recipe. Started again after any interruption, it goes on where it stopped.
+
+    Examples:  `modicum run quickstart` · `modicum run merge.yaml --out merged` · `modicum run train.yaml -s seed=1`
+    """
+    from modicum.jobs import execute
+
+    recipe = _load(source, assignments)
+    folder = out or Path(recipe.out or f"runs/{Path(source).stem}")
+    finished = execute(recipe, folder, quiet=quiet)
+    if not finished.quiet:
+        from modicum.report import print_summary
+
+        print_summary(finished.folder)
+
+
+@app.command()
+def check(source: Source, assignments: Set = None, traceback: Traceback = False) -> None:  # noqa: ARG001
+    """Check a recipe and print its plan: what would be read, computed and written. Runs nothing."""
+    import yaml
+
+    from modicum.jobs import plan
+    from modicum.recipe import dump
+
+    recipe = _load(source, assignments)
+    lines = plan(recipe)
+    print(yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True).rstrip())
+    print("\n".join(["", "plan:", *(f"  {line}" for line in lines)]) if lines else "")
+    print(f"{source} is valid.", file=sys.stderr)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="One kind only, such as merge_methods or recipes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List every method, job and recipe. `modicum show NAME` tells more about one."""
+    names = _tables()
+    if kind is not None:
+        if kind not in names:
+            raise RecipeError(f"There is no kind {kind!r}. {did_you_mean(kind, names)}")
+        names = {kind: names[kind]}
+    if as_json:
+        print(json.dumps(names, indent=2))
+        return
+    for title, members in names.items():
+        print(f"{title.replace('_', ' ')}:")
+        for name in members:
+            print(f"  {name:<22} {_summary(title, name)}".rstrip())
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A method, job or recipe, as `modicum list` names it.")]) -> None:
+    """Show what a method does and its knobs, or a shipped recipe's text.
+
+    Examples:  `modicum show ties` · `modicum show train` · `modicum show quickstart`
+    """
+    from modicum import recipe, registry
+
+    kinds = [kind for kind, members in _tables().items() if name in members]
+    if not kinds:
+        everything = {member for members in _tables().values() for member in members}
+        raise RecipeError(f"There is nothing called {name!r}. {did_you_mean(name, everything)}")
+    for kind in kinds:
+        if kind == "recipes":
+            print(recipe.text_of(name))
+        else:
+            _show_entry(registry.REGISTRIES[kind][name])
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File; default report.html in the first run.")] = None,
+    traceback: Traceback = False,  # noqa: ARG001
+) -> None:
+    """Write one self-contained HTML page about one or several runs."""
+    from modicum.report import write
+
+    print(write(runs, out))
+
+
+def _tables() -> dict[str, list[str]]:
+    from modicum.recipe import shipped
+    from modicum.registry import REGISTRIES
+
+    return {kind: list(table) for kind, table in REGISTRIES.items()} | {"recipes": shipped()}
+
+
+def _summary(kind: str, name: str) -> str:
+    from modicum import recipe, registry
+
+    if kind == "recipes":
+        return recipe.text_of(name).partition("\n")[0].lstrip("# ")
+    return registry.REGISTRIES[kind][name].summary
+
+
+def _show_entry(entry: Any) -> None:
+    import inspect
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from modicum import recipe, registry
+
+    console = Console(highlight=False)
+    paper = f" · {entry.paper}" if entry.paper else ""
+    console.print(f"[bold]{entry.name}[/bold] · {entry.noun}{paper}")
+    if entry.laws:
+        console.print(f"laws: {', '.join(sorted(entry.laws))}")
+    schema = recipe.job_schema(entry.name) if entry.noun == registry.job.noun else entry.schema
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("knob", "type", "default", ""):
+        table.add_column(column)
+    for knob, field in schema.model_fields.items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        table.add_row(knob, registry.describe_type(field), default, field.description or "")
+    console.print(table)
+    console.print(inspect.getdoc(entry.function) or "", markup=False)
+
+
+def main() -> None:
+    """Run the command line: exit status 0 done, 2 wrong input (one line), 1 anything else."""
+    try:
+        app(standalone_mode=True)
+    except ModicumError as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"modicum: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("modicum: interrupted; run the same command again to go on.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"modicum: {type(error).__name__}: {error} (--traceback shows where)", file=sys.stderr)
+        raise SystemExit(1) from None

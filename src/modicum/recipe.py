@@ -140,20 +140,24 @@ def shipped() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in files("modicum.recipes").iterdir() if p.name.endswith(".yaml"))
 
 
-def read(source: str) -> Data:
-    """Return the recipe in file ``source``, or the shipped recipe of that name, as plain data."""
+def text_of(source: str) -> str:
+    """Return the text of the recipe file ``source``, or of the shipped recipe of that name."""
     path = Path(source)
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"Cannot read {source}: {error}.") from None
-    elif source in shipped():
-        text = files("modicum.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
-    elif path.suffix in (".yaml", ".yml") or "/" in source:
+    if source in shipped():
+        return files("modicum.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    if path.suffix in (".yaml", ".yml") or "/" in source:
         raise RecipeError(f"There is no file {source}. Check the path, or see: modicum list recipes")
-    else:
-        raise RecipeError(f"There is no file or shipped recipe {source!r}. {did_you_mean(source, shipped())}")
+    raise RecipeError(f"There is no file or shipped recipe {source!r}. {did_you_mean(source, shipped())}")
+
+
+def read(source: str) -> Data:
+    """Return the recipe in file ``source``, or the shipped recipe of that name, as plain data."""
+    text = text_of(source)
     data = parse_yaml(text, source)
     if not isinstance(data, dict):
         raise RecipeError(f"{source} is {type(data).__name__}, expected a mapping that begins with 'job: …'.")

@@ -8,7 +8,8 @@
       log.jsonl       one JSON object a line: {"event": "train", "step": 10, "loss": 1.2, ...}
       …               what the job made: model/, adapter/, stages/NAME/ (each stage is a run again)
 
-A run whose record says ``done`` under the same hash is finished: running it again does nothing.
+A run whose record says ``done`` under the same hash is finished: running it again does nothing. When several
+processes share a run (``torchrun``, ``accelerate launch``), only the first one writes to its folder.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
+
+import yaml
 
 from modicum.errors import CheckpointError, ModicumError
 
@@ -133,6 +136,10 @@ class Run:
         recipe: The resolved recipe as plain data.
         inputs: Fingerprint of each input that the recipe names by path.
         quiet: Print nothing.
+        replace: When the folder holds the run of another recipe, start over instead of refusing.
+
+    Raises:
+        CheckpointError: The folder holds something else.
     """
 
     def __init__(
@@ -143,16 +150,13 @@ class Run:
         recipe: Mapping[str, Any],
         inputs: Mapping[str, str] | None = None,
         quiet: bool = False,
+        replace: bool = False,
     ) -> None:
-        self.folder, self.quiet = Path(folder), quiet
+        self.folder = Path(folder)
+        self.main = os.environ.get("RANK", "0") == "0"
+        self.quiet = quiet or not self.main
         self.hash = digest({"job": job, "recipe": _without_out(recipe), "inputs": dict(inputs or {})})
-        previous = read_record(self.folder) if (self.folder / "record.json").exists() else None
-        self.resumed = previous is not None and previous.get("hash") == self.hash
-        if previous is not None and not self.resumed:
-            raise CheckpointError(
-                f"{self.folder} holds the run of another recipe (or its inputs changed since). "
-                "Choose another --out, or delete the folder."
-            )
+        previous = self._previous(replace)
         self.record: dict[str, Any] = previous or {
             "job": job,
             "hash": self.hash,
@@ -165,6 +169,32 @@ class Run:
         }
         self._recipe = dict(recipe)
 
+    def _previous(self, replace: bool) -> dict[str, Any] | None:
+        if not self._files():
+            return None
+        if not (self.folder / "record.json").exists():
+            raise CheckpointError(f"{self.folder} is not empty and not a run. Choose another --out.")
+        previous = read_record(self.folder)
+        if previous.get("hash") == self.hash:
+            return previous
+        if not replace:
+            raise CheckpointError(
+                f"{self.folder} holds the run of another recipe (or its inputs changed since). "
+                "Choose another --out, or delete the folder."
+            )
+        if self.main:
+            shutil.rmtree(self.folder)
+        return None
+
+    def _files(self) -> set[str]:
+        # Hidden names are what a killed process was still writing.
+        try:
+            return {p.name for p in self.folder.iterdir() if not p.name.startswith(".")}
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise CheckpointError(f"Cannot use {self.folder}: {error.strerror}. Choose another --out.") from None
+
     @property
     def done(self) -> bool:
         """Whether this very run finished before."""
@@ -172,14 +202,15 @@ class Run:
 
     def __enter__(self) -> Self:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            import yaml
-
-            write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
+            if self.main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.save()
+                text = yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True)
+                write_atomic(self.folder / "recipe.yaml", text)
         except OSError as error:
             raise CheckpointError(f"Cannot write to {self.folder}: {error.strerror}. Choose another --out.") from None
         self._started = time.monotonic()
-        self.record.update(status="running", environment=environment(), command=sys.argv[:1] and Path(sys.argv[0]).name)
+        self.record.update(status="running", environment=environment())
         self.save()
         return self
 
@@ -188,17 +219,22 @@ class Run:
         self.record["status"] = "done" if error is None else "failed"
         self.record.pop("error", None)
         if error is not None:
-            self.record["error"] = (
-                str(error) if isinstance(error, ModicumError) else f"{kind and kind.__name__}: {error}"
-            )
+            known = isinstance(error, ModicumError)
+            self.record["error"] = str(error) if known else f"{type(error).__name__}: {error}"
         self.save()
+        # A run that the user's input stopped before it made anything leaves no folder to trip over.
+        if self.main and isinstance(error, ModicumError) and self._files() <= {"record.json", "recipe.yaml"}:
+            shutil.rmtree(self.folder)
 
     def save(self) -> None:
         """Write the record as it stands."""
-        write_atomic(self.folder / "record.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+        if self.main:
+            write_atomic(self.folder / "record.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to the log."""
+        if not self.main:
+            return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
 

@@ -26,6 +26,7 @@ from modicum.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
+    from pydantic.fields import FieldInfo
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -196,6 +197,24 @@ def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
             came = "" if item["type"] == "value_error" else f", got {_short(item['input'])}"
             lines.append(f"{where}: {path}: {message}{came}." if path else f"{where}: {message}{came}.")
     return "\n".join(line.replace("..", ".") if line.endswith("..") else line for line in lines)
+
+
+def describe_type(field: FieldInfo) -> str:
+    """Return a field's type and range as a person would write it.
+
+    Example:
+        >>> describe_type(merge_method["ties"].schema.model_fields["density"])
+        'float, > 0, <= 1'
+    """
+    annotation = field.annotation
+    name = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
+    for prefix in ("typing.", "collections.abc.", "modicum."):
+        name = name.replace(prefix, "")
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{sign} {getattr(item, key)}" for item in field.metadata for key, sign in signs.items() if hasattr(item, key)
+    ]
+    return ", ".join([name, *bounds])
 
 
 def _model_at(schema: type[BaseModel], path: Iterable[str | int]) -> type[BaseModel] | None:

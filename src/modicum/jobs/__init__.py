@@ -3,3 +3,45 @@
 A job is a function ``(recipe, run)`` in the file of its name; the annotation of ``recipe`` is the schema. Modules here
 import their engine when they run, so that listing and checking stay instant.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from modicum import registry
+from modicum.recipe import Recipe, dump, fingerprints
+from modicum.record import Run
+
+
+def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, replace: bool = False) -> Run:
+    """Run ``recipe`` in ``folder``, or return at once when that very run finished there before.
+
+    Args:
+        recipe: A checked recipe; see :func:`modicum.recipe.parse`.
+        folder: The run folder.
+        quiet: Print nothing.
+        replace: Start over when the folder holds the run of another recipe.
+
+    Raises:
+        ModicumError: The user's input is wrong; nothing half-written stays.
+
+    Example:
+        >>> from modicum.recipe import parse, read
+        >>> run = execute(parse(read("quickstart")), "runs/quickstart")  # doctest: +SKIP
+    """
+    entry = registry.job[recipe.job]
+    replace = replace or bool(entry.facts.get("incremental"))
+    run = Run(folder, job=recipe.job, recipe=dump(recipe), inputs=fingerprints(recipe), quiet=quiet, replace=replace)
+    if run.done:
+        run.say(f"{run.folder} is finished already: nothing to do.")
+        return run
+    with run:
+        entry.function(recipe, run)
+    return run
+
+
+def plan(recipe: Recipe) -> list[str]:
+    """Return what running ``recipe`` would read, compute and write, a line each; runs nothing."""
+    describe: Callable[[Recipe], list[str]] | None = registry.job[recipe.job].facts.get("plan")
+    return describe(recipe) if describe else []
