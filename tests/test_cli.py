@@ -1,0 +1,80 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from modicum.cli import main
+
+
+def call(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["modicum", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    out, err = capsys.readouterr()
+    return caught.value.code or 0, out, err
+
+
+def test_help_and_import_load_no_torch():
+    code = (
+        "import sys; sys.argv = ['modicum', '--help']\nfrom modicum.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nassert not {'torch', 'pydantic', 'yaml'} & sys.modules.keys()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_list_prints_every_table(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "list", "--json")
+    tables = json.loads(out)
+    assert code == 0 and {"merge_methods", "averagers", "jobs", "recipes", "policies"} <= tables.keys()
+    assert {"linear", "task_arithmetic", "ties", "tsv"} <= set(tables["merge_methods"])
+    assert {"train", "merge", "average", "evaluate", "pipeline"} <= set(tables["jobs"])
+    assert "quickstart" in tables["recipes"]
+
+
+def test_show_prints_the_knobs_of_a_method(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "show", "ties")
+    assert code == 0 and "density" in out and "float, > 0, <= 1" in out and "required" in out
+
+
+@pytest.mark.parametrize(
+    "words", [("show", "tise"), ("list", "merge_method"), ("run", "quickstrat"), ("check", "a.yaml")]
+)
+def test_a_misspelt_name_exits_with_two_and_one_line(monkeypatch, capsys, words):
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2 and err.startswith("modicum: There is no") and err.count("\n") == 1
+
+
+def test_traceback_is_shown_on_request(monkeypatch):
+    from modicum.errors import RecipeError
+
+    monkeypatch.setattr(sys, "argv", ["modicum", "check", "nowhere.yaml", "--traceback"])
+    with pytest.raises(RecipeError):
+        main()
+
+
+def test_an_unexpected_error_exits_with_one(monkeypatch, capsys):
+    monkeypatch.setattr("modicum.recipe.read", lambda _: 1 / 0)
+    code, _, err = call(monkeypatch, capsys, "check", "quickstart")
+    assert code == 1 and "ZeroDivisionError" in err
+
+
+def test_check_prints_the_resolved_recipe_and_the_plan(monkeypatch, capsys):
+    code, out, err = call(monkeypatch, capsys, "check", "quickstart")
+    assert code == 0 and "plan:" in out and "is valid" in err
+
+
+def test_the_command_line_is_frozen():
+    from typer.main import get_command
+
+    from modicum.cli import app
+
+    commands = get_command(app).commands
+    options = {name: sorted(o for p in c.params for o in p.opts if o.startswith("--")) for name, c in commands.items()}
+    assert options == {
+        "run": ["--out", "--quiet", "--set", "--traceback"],
+        "check": ["--set", "--traceback"],
+        "list": ["--json"],
+        "show": [],
+        "report": ["--out", "--traceback"],
+    }

@@ -1,0 +1,85 @@
+import pytest
+
+from modicum.errors import RecipeError
+from modicum.recipe import dump, override, parse, parse_yaml, read, shipped
+
+
+def test_yaml_reads_scientific_notation_as_a_number():
+    assert parse_yaml("a: 1e-4\nb: 2E3\nc: -1.5e+2\nd: 1e4x\ne: 12") == {
+        "a": 1e-4,
+        "b": 2e3,
+        "c": -150.0,
+        "d": "1e4x",
+        "e": 12,
+    }
+
+
+def test_yaml_refuses_a_key_that_stands_twice():
+    with pytest.raises(RecipeError, match="r.yaml, line 3: key 'a' stands twice"):
+        parse_yaml("a: 1\nb: 2\na: 3", "r.yaml")
+
+
+def test_broken_yaml_is_one_line_with_its_place():
+    with pytest.raises(RecipeError, match="r.yaml, line 2 is not valid YAML") as caught:
+        parse_yaml("a: [1\nb: 2", "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_builds_no_objects():
+    with pytest.raises(RecipeError):
+        parse_yaml("!!python/object/apply:os.system ['true']")
+
+
+def test_override_sets_nested_values_and_list_items_by_name_or_position():
+    data = {"stages": [{"name": "a", "seed": 1}, {"name": "b", "seed": 2}]}
+    changed = override(data, ["stages.b.seed=5", "stages.0.seed=1e-1", "new.deep=[1, 2]"])
+    assert [stage["seed"] for stage in changed["stages"]] == [0.1, 5]
+    assert changed["new"] == {"deep": [1, 2]}
+    assert data["stages"][1]["seed"] == 2
+
+
+@pytest.mark.parametrize("assignment", ["x", "=1", "stages.c.seed=1", "stages.a.seed.x=1"])
+def test_a_wrong_override_says_so(assignment):
+    with pytest.raises(RecipeError, match="--set"):
+        override({"stages": [{"name": "a", "seed": 1}]}, [assignment])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "'job' is missing"),
+        ({"job": "trian"}, "There is no job 'trian'. Did you mean 'train'?"),
+        ({"job": "pipeline", "stages": []}, "stages"),
+        ({"job": "pipeline", "stagse": []}, "unknown key 'stagse'. Did you mean 'stages'?"),
+        ({"job": "merge", "base": "b", "experts": ["e"], "method": {"name": "tise"}}, "Did you mean 'ties'?"),
+        ({"job": "merge", "base": "b", "experts": ["e"], "method": {"name": "ties"}}, "'density' is missing"),
+        (
+            {"job": "merge", "base": "b", "experts": ["e"], "method": {"name": "ties", "density": 2}},
+            "density: Input should be less than or equal to 1, got 2",
+        ),
+    ],
+)
+def test_a_wrong_recipe_says_what_came_and_what_to_do(data, message):
+    with pytest.raises(RecipeError) as caught:
+        parse(data)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_and_a_misspelt_recipe_are_told_apart():
+    with pytest.raises(RecipeError, match="There is no file nowhere.yaml"):
+        read("nowhere.yaml")
+    with pytest.raises(RecipeError, match="Did you mean 'quickstart'"):
+        read("quickstrat")
+
+
+def test_a_recipe_must_be_a_mapping(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match="is list, expected a mapping"):
+        read(str(path))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name):
+    recipe = parse(read(name), name)
+    assert parse(dump(recipe)) == recipe

@@ -1,0 +1,131 @@
+import json
+
+import pytest
+
+from modicum.errors import CheckpointError, RecipeError
+from modicum.record import Run, digest, fingerprint, read_log, read_record, whole_folder, write_atomic
+
+
+def run(folder, recipe=None, **settings):
+    return Run(folder, job="train", recipe=recipe or {"seed": 0}, quiet=True, **settings)
+
+
+def test_a_finished_run_is_recognised_and_its_results_are_kept(tmp_path):
+    with run(tmp_path / "r") as first:
+        first.record["metrics"]["loss"] = 1.5
+        (first.folder / "model").mkdir()
+        first.output("model", first.folder / "model")
+    again = run(tmp_path / "r")
+    assert again.done and again.record["metrics"] == {"loss": 1.5} and again.record["outputs"] == {"model": "model"}
+
+
+def test_the_output_folder_is_no_part_of_the_identity(tmp_path):
+    assert run(tmp_path / "a", {"seed": 0, "out": "a"}).hash == run(tmp_path / "b", {"seed": 0, "out": "b"}).hash
+
+
+def test_a_changed_recipe_or_input_is_refused_unless_replaced(tmp_path):
+    with run(tmp_path / "r", inputs={"x": "1"}) as first:
+        first.log("train", step=1)
+    with pytest.raises(CheckpointError, match="holds the run of another recipe"):
+        run(tmp_path / "r", {"seed": 1})
+    with pytest.raises(CheckpointError, match="holds the run of another recipe"):
+        run(tmp_path / "r", inputs={"x": "2"})
+    with run(tmp_path / "r", {"seed": 1}, replace=True):
+        pass
+    assert read_log(tmp_path / "r") == []
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty and not a run"):
+        run(tmp_path)
+    with pytest.raises(CheckpointError, match="not empty and not a run"):
+        run(tmp_path, replace=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_a_failed_run_keeps_what_it_made_and_says_why(tmp_path):
+    with pytest.raises(RuntimeError), run(tmp_path / "r") as failing:
+        failing.log("train", step=1)
+        raise RuntimeError("out of luck")
+    record = read_record(tmp_path / "r")
+    assert record["status"] == "failed" and record["error"] == "RuntimeError: out of luck"
+    assert not run(tmp_path / "r").done
+
+
+def test_a_mistake_in_the_input_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(RecipeError), run(tmp_path / "r"):
+        raise RecipeError("wrong")
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_unwritable_place_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="Choose another --out"), run(tmp_path / "file" / "r"):
+        pass
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with run(tmp_path / "r") as other:
+        other.log("train", step=1)
+        other.note("quiet")
+    assert not (tmp_path / "r").exists()
+
+
+def test_notes_are_kept_once(tmp_path):
+    with run(tmp_path / "r") as noting:
+        noting.note("fell back")
+        noting.note("fell back")
+    assert read_record(tmp_path / "r")["notes"] == ["fell back"]
+
+
+def test_a_log_line_cut_by_a_crash_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"event": "train", "step": 1}\n{"event": "eval", "step": 1}\n{"event": "tr')
+    assert read_log(tmp_path, "train") == [{"event": "train", "step": 1}]
+    assert len(read_log(tmp_path)) == 2
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError), whole_folder(target) as partial:
+        (partial / "a").write_text("1")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(target) as partial:
+        (partial / "a").write_text("2")
+        assert not target.exists()
+    assert (target / "a").read_text() == "2"
+
+
+def test_an_unfinished_folder_can_be_kept_for_resuming(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError), whole_folder(target, keep_partial=True) as partial:
+        (partial / "a").write_text("1")
+        raise RuntimeError
+    with whole_folder(target, keep_partial=True) as partial:
+        assert (partial / "a").read_text() == "1"
+    assert (target / "a").exists()
+
+
+def test_fingerprints_follow_content_and_names_but_not_times(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "big").write_bytes(b"\0" * (1 << 21))
+        (tmp_path / name / "small").write_text("1")
+    assert fingerprint(tmp_path / "x") == fingerprint(tmp_path / "y")
+    (tmp_path / "y" / "small").write_text("2")
+    assert fingerprint(tmp_path / "x") != fingerprint(tmp_path / "y")
+
+
+def test_digest_tells_types_apart():
+    assert digest({"a": 1}) != digest({"a": "1"})
+    assert digest(json.loads('{"a": 1, "b": 2}')) == digest({"b": 2, "a": 1})

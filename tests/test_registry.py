@@ -1,0 +1,119 @@
+import sys
+from typing import Annotated
+
+import pytest
+from annotated_types import Ge, Le
+
+from modicum import registry
+from modicum.errors import RecipeError
+from modicum.registry import Entry, Registry
+from modicum.types import Fraction
+
+
+def table():
+    return Registry("things", "thing", "package_that_does_not_exist")
+
+
+def test_keyword_only_parameters_are_the_schema():
+    things = table()
+
+    @things("shrink", paper="arXiv:1", laws={"scale"}, scope="element")
+    def shrink(delta: list[float], *, density: Fraction, scale: float = 1.0, rng: object = None) -> list[float]:
+        return delta
+
+    entry = things["shrink"]
+    assert list(entry.schema.model_fields) == ["density", "scale"]
+    assert entry.knobs({"density": "0.5"}) == {"density": 0.5, "scale": 1.0}
+    assert entry.facts["scope"] == "element" and entry.paper == "arXiv:1"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"density": 0.0}, "density: Input should be greater than 0, got 0.0."),
+        ({"density": 1.5}, "density: Input should be less than or equal to 1, got 1.5."),
+        ({}, "'density' is missing. Set it."),
+        ({"density": 0.5, "scal": 2}, "unknown key 'scal'. Did you mean 'scale'?"),
+        ({"density": 0.5, "rng": 2}, "unknown key 'rng'."),
+    ],
+)
+def test_wrong_knobs_are_one_clear_line(knobs, message):
+    things = table()
+
+    @things("shrink")
+    def shrink(delta: list[float], *, density: Fraction, scale: float = 1.0, rng: object = None) -> list[float]:
+        return delta
+
+    with pytest.raises(RecipeError) as caught:
+        things["shrink"].knobs(knobs)
+    assert str(caught.value).startswith(f"thing 'shrink': {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_errors_are_reported_together():
+    things = table()
+
+    @things("f")
+    def f(x: int, *, a: int, b: Annotated[int, Ge(0), Le(3)] = 1) -> int:
+        return x
+
+    with pytest.raises(RecipeError) as caught:
+        things["f"].knobs({"b": 9, "c": 1})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_everything_after_a_class_s_first_parameter_is_a_knob():
+    things = table()
+
+    @things("Opt")
+    class Opt:
+        def __init__(self, params: list[int], lr: float, eps: float = 1e-3, *, rank: int = 2) -> None: ...
+
+    assert things["Opt"].knobs({"lr": 0.1}) == {"lr": 0.1, "eps": 1e-3, "rank": 2}
+
+
+def test_an_unannotated_knob_is_refused():
+    things = table()
+
+    @things("f")
+    def f(x, *, knob=1):
+        return x
+
+    with pytest.raises(TypeError, match="knob 'knob' needs"):
+        _ = things["f"].schema
+
+
+def test_two_methods_of_one_name_are_refused():
+    things = table()
+    things("f")(len)
+    with pytest.raises(TypeError, match="registered twice"):
+        things("f")(max)
+
+
+def test_a_misspelt_name_is_answered_with_the_closest():
+    things = table()
+    things("linear")(len)
+    with pytest.raises(RecipeError, match="There is no thing 'liner'. Did you mean 'linear'?"):
+        _ = things["liner"]
+
+
+def test_a_new_file_in_the_package_is_all_that_a_method_needs(tmp_path, monkeypatch):
+    package = tmp_path / "thing_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "first.py").write_text(
+        "from test_registry import LIVE\n@LIVE('first')\ndef first(x, *, a: int = 1): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "test_registry", sys.modules[__name__])
+    assert list(LIVE) == ["first"]
+
+
+LIVE = Registry("live", "live thing", "thing_package")
+
+
+@pytest.mark.parametrize("entry", [e for t in registry.REGISTRIES.values() for e in t.values()], ids=lambda e: e.name)
+def test_every_registered_method_is_annotated_and_described(entry: Entry):
+    if entry.noun != registry.job.noun:
+        assert entry.schema.model_fields.keys() == entry.parameters[1].keys()
+    assert entry.summary.endswith(".")
