@@ -1,4 +1,5 @@
 import sys
+from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
@@ -7,7 +8,7 @@ from annotated_types import Ge, Le
 from modicum import registry
 from modicum.errors import RecipeError
 from modicum.registry import Entry, Registry
-from modicum.types import Fraction
+from modicum.types import Fraction, PositiveInt
 
 
 def table():
@@ -117,3 +118,21 @@ def test_every_registered_method_is_annotated_and_described(entry: Entry):
     if entry.noun != registry.job.noun:
         assert entry.schema.model_fields.keys() == entry.parameters[1].keys()
     assert entry.summary.endswith(".")
+
+
+def test_facts_keep_supplied_parameters_out_of_the_knobs_and_add_those_of_gathering():
+    @dataclass(frozen=True)
+    class Sample:
+        batches: PositiveInt = 8
+
+    things = table()
+
+    @things("edge", supplied={"rank"}, gather=Sample)
+    def edge(weight: list[float], *, rank: int, scale: float = 1.0) -> list[float]:
+        return [scale * rank * w for w in weight]
+
+    assert things["edge"].knobs({"batches": 2}) == {"scale": 1.0, "batches": 2}
+    with pytest.raises(RecipeError, match="unknown key 'rank'"):
+        things["edge"].knobs({"rank": 4})
+    with pytest.raises(RecipeError, match="batches"):
+        things["edge"].knobs({"batches": 0})

@@ -6,8 +6,10 @@ A method registers itself with a decorator in its own file; nothing else is edit
     def ties(base, experts, *, density: Fraction, scale: float = 1.0): ...
 
 Positional parameters are data. Keyword-only parameters are knobs: they must be annotated, their ranges stand in
-``Annotated``, and they are what a recipe may set. ``rng`` is never a knob: the caller supplies it. A class (an
-optimiser, a gradient rule) follows the convention of ``torch.optim``: everything after its first parameter is a knob.
+``Annotated``, and they are what a recipe may set. ``rng`` is never a knob: the caller supplies it, and so is what the
+fact ``supplied`` lists. The fact ``gather`` names a dataclass of further knobs, those of collecting the method's data. A
+class (an optimiser, a gradient rule) follows the convention of ``torch.optim``: everything after its first parameter is
+a knob.
 """
 
 from __future__ import annotations
@@ -48,10 +50,14 @@ class Entry:
     def parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
         """Parameters that are data, and those that are knobs."""
         items = list(inspect.signature(self.function).parameters.items())
+        supplied = SUPPLIED | set(self.facts.get("supplied", ()))
         if inspect.isclass(self.function):
-            return dict(items[:1]), {name: p for name, p in items[1:] if name not in SUPPLIED}
+            return dict(items[:1]), {name: p for name, p in items[1:] if name not in supplied}
         data = {name: p for name, p in items if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        return data, {name: p for name, p in items if p.kind is p.KEYWORD_ONLY and name not in SUPPLIED}
+        knobs = {name: p for name, p in items if p.kind is p.KEYWORD_ONLY and name not in supplied}
+        if gather := self.facts.get("gather"):
+            knobs |= inspect.signature(gather).parameters
+        return data, knobs
 
     @property
     def summary(self) -> str:
@@ -65,6 +71,8 @@ class Entry:
 
         target = self.function.__init__ if inspect.isclass(self.function) else self.function
         hints = get_type_hints(target, include_extras=True)
+        if gather := self.facts.get("gather"):
+            hints |= get_type_hints(gather, include_extras=True)
         fields: dict[str, Any] = {}
         for name, parameter in self.parameters[1].items():
             if parameter.kind is parameter.VAR_KEYWORD or name not in hints:
