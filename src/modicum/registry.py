@@ -7,9 +7,9 @@ A method registers itself with a decorator in its own file; nothing else is edit
 
 Positional parameters are data. Keyword-only parameters are knobs: they must be annotated, their ranges stand in
 ``Annotated``, and they are what a recipe may set. ``rng`` is never a knob: the caller supplies it, and so is what the
-fact ``supplied`` lists. The fact ``gather`` names a dataclass of further knobs, those of collecting the method's data. A
-class (an optimiser, a gradient rule) follows the convention of ``torch.optim``: everything after its first parameter is
-a knob.
+fact ``supplied`` lists. The fact ``gather`` names a dataclass of further knobs, those of collecting the method's
+data. A class (an optimiser, a gradient rule) follows the convention of ``torch.optim``: everything after its first
+parameter is a knob.
 """
 
 from __future__ import annotations
