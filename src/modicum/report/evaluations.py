@@ -1,0 +1,112 @@
+"""Evaluation results as a table: which model did how well on which task. Shared by the page and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from modicum.report.text import is_number, lower_is_better
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one task."""
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Board:
+    """All results under one metric; models and tasks keep the order in which they were evaluated."""
+
+    metric: str
+    cells: Mapping[tuple[str, str], Cell]
+
+    @cached_property
+    def models(self) -> list[str]:
+        """Names of the models."""
+        return list(dict.fromkeys(model for model, _ in self.cells))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return list(dict.fromkeys(task for _, task in self.cells))
+
+    @property
+    def lower(self) -> bool:
+        """Whether a smaller value is the better one."""
+        return lower_is_better(self.metric)
+
+    def value(self, model: str, task: str) -> float | None:
+        """Return one value, or nothing while it is not there."""
+        cell = self.cells.get((model, task))
+        return cell.value if cell else None
+
+    def column(self, task: str) -> dict[str, float]:
+        """Return the values on one task by model."""
+        return {model: value for model in self.models if (value := self.value(model, task)) is not None}
+
+    @cached_property
+    def means(self) -> dict[str, float]:
+        """Mean over the tasks, of those models that were evaluated on all of them."""
+        return {model: sum(values) / len(values) for model, values in self._complete()}
+
+    @cached_property
+    def worst_tasks(self) -> dict[str, float]:
+        """Value on the task where the model does worst, of those models that were evaluated on all of them."""
+        return {model: (max if self.lower else min)(values) for model, values in self._complete()}
+
+    def best(self, values: Mapping[str, float]) -> set[str]:
+        """Return the models with the best value; none when all are equal."""
+        return _at(values, (min if self.lower else max)(values.values(), default=None))
+
+    def worst(self, values: Mapping[str, float]) -> set[str]:
+        """Return the models with the worst value; none when all are equal."""
+        return _at(values, (max if self.lower else min)(values.values(), default=None))
+
+    def _complete(self) -> Iterable[tuple[str, list[float]]]:
+        for model in self.models:
+            values = [self.value(model, task) for task in self.tasks]
+            known = [value for value in values if value is not None]
+            if len(known) == len(values):
+                yield model, known
+
+
+def boards(metrics: Iterable[Mapping[str, Any]]) -> list[Board]:
+    """Sort the cells of one or several evaluations by metric; a later result replaces an earlier one."""
+    sorted_cells: dict[str, dict[tuple[str, str], Cell]] = {}
+    for found in metrics:
+        cells = found.get("cells")
+        for raw in cells if isinstance(cells, list) else ():
+            if isinstance(raw, Mapping) and is_number(raw.get("value")):
+                cell = _cell(raw)
+                sorted_cells.setdefault(cell.metric, {})[cell.model, cell.task] = cell
+    return [Board(metric, cells) for metric, cells in sorted_cells.items()]
+
+
+def _cell(raw: Mapping[str, Any]) -> Cell:
+    low, high, n, seconds = (raw[key] if is_number(raw.get(key)) else None for key in ("low", "high", "n", "seconds"))
+    return Cell(
+        model=str(raw.get("model", "?")),
+        task=str(raw.get("task", "?")),
+        metric=str(raw.get("metric", "value")),
+        value=float(raw["value"]),
+        low=low,
+        high=high,
+        n=None if n is None else int(n),
+        seconds=seconds,
+    )
+
+
+def _at(values: Mapping[str, float], wanted: float | None) -> set[str]:
+    found = {model for model, value in values.items() if value == wanted}
+    return found if len(found) < len(values) else set()

@@ -1,0 +1,194 @@
+"""What a merge met: how far each expert moved from the base, layer by layer, and whether the experts agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from modicum.report.charts import Line, Scale, figure, finite, grid, heat_map, line_chart, table
+from modicum.report.layers import Combine, LayerMap, mean, norm
+from modicum.report.runs import RunView
+from modicum.report.sections import Section, section
+from modicum.report.text import number, phrase, plural
+
+MOST_MAPS = 6  # pictures of one kind; with more experts or pairs, one picture shows a row for each
+
+RELATIONS = (  # what a mean cosine below the limit means
+    (-0.1, "pull against each other"),
+    (0.1, "are nearly orthogonal"),
+    (0.5, "overlap in part"),
+    (math.inf, "largely agree"),
+)
+
+
+@section(order=30)
+def merging(run: RunView) -> Section | None:
+    """Draw the layers of every merge; merges of the same experts are drawn once."""
+    groups: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
+    for part in run.walk():
+        layers = part.metrics.get("layers")
+        if isinstance(layers, Mapping) and layers.get("names"):
+            groups.setdefault(repr(layers), (layers, []))[1].append(part.name)
+    if not groups:
+        return None
+    parts = []
+    findings: list[Markup] = []
+    for layers, runs in groups.values():
+        where = LayerMap([str(name) for name in layers["names"]])
+        norms, cosines, conflicts = (_series(layers.get(key)) for key in ("norms", "cosines", "sign_conflict"))
+        title = Markup("<h3>{}</h3>").format(phrase(runs)) if len(groups) > 1 else ""
+        parts.append(Markup("{}{}{}{}{}").format(title, *_pictures(where, norms, cosines, conflicts)))
+        findings += _findings(cosines)
+    return Section("Inside the merge", Markup("").join(parts), findings=tuple(dict.fromkeys(findings)))
+
+
+def _pictures(
+    where: LayerMap,
+    norms: Mapping[str, Sequence[Any]],
+    cosines: Mapping[str, Sequence[Any]],
+    conflicts: Mapping[str, Sequence[Any]],
+) -> tuple[Markup, Markup, Markup, Markup]:
+    return (
+        _moved(where, norms) if where.layers and norms else Markup(""),
+        _maps(
+            where,
+            cosines,
+            mean,
+            title="Do the experts agree?",
+            what="cosine between the experts' differences from the base",
+            caption="Cosine of two experts' differences from the base, per weight matrix. Near zero they changed "
+            "different things; below zero they pull against each other.",
+            diverging=True,
+        ),
+        _maps(
+            where,
+            conflicts,
+            mean,
+            title="Where do their signs conflict?",
+            what="share of entries on which the signs differ",
+            caption="Share of the entries on which the experts' signs differ, per weight matrix.",
+        ),
+        _outside(where, norms, cosines),
+    )
+
+
+def _moved(where: LayerMap, norms: Mapping[str, Sequence[Any]]) -> Markup:
+    """Draw the norm of each expert's difference: a line over the layers, and a map of the matrices."""
+    lines = []
+    for color, (expert, values) in enumerate(norms.items()):
+        by_layer = where.by_layer(values, norm)
+        lines.append(
+            Line(_points(where, by_layer), color, expert, number(norm([v for v in by_layer if v is not None])))
+        )
+    picture = line_chart(
+        lines,
+        title="Norm of the difference from the base",
+        x_label="layer",
+        describe="Norm of each expert's difference from the base by layer. "
+        + " ".join(f"{line.label}: {line.value} over all layers." for line in lines),
+        from_zero=True,
+    )
+    numbers = table(
+        ["Layer", *norms],
+        zip(
+            map(str, where.layers),
+            *([number(v) for v in where.by_layer(values, norm)] for values in norms.values()),
+            strict=True,
+        ),
+    )
+    caption = "Each layer's matrices taken together; beside each line, the norm over all layers."
+    return Markup("<h3>How far did each expert move?</h3>{}{}").format(
+        figure(picture, caption=caption, numbers=numbers),
+        _maps(where, norms, norm, title="", what="norm of the difference", caption="The same, per weight matrix."),
+    )
+
+
+def _maps(
+    where: LayerMap,
+    series: Mapping[str, Sequence[Any]],
+    combine: Combine,
+    *,
+    title: str,
+    what: str,
+    caption: str,
+    diverging: bool = False,
+) -> Markup:
+    """Draw module × layer for each series, or series × layer when there are many."""
+    if not series or not where.layers:
+        return Markup("")
+    columns = [str(layer) for layer in where.layers]
+    every = next(step for step in (1, 5, 10, 20, 50, 1000) if len(columns) / step <= 10)
+    if len(series) <= MOST_MAPS:
+        matrices = {name: where.matrix(values, combine) for name, values in series.items()}
+        rows = where.labels
+    else:
+        matrices = {
+            "mean over the matrices of a layer": [where.by_layer(values, combine) for values in series.values()]
+        }
+        rows = [_pair(name) for name in series]
+    scale = Scale.of((v for matrix in matrices.values() for row in matrix for v in row), diverging=diverging)
+    pictures = [
+        heat_map(
+            rows,
+            columns,
+            matrix,
+            title=_pair(name),
+            describe=f"{_pair(name)}: {what}, {plural(len(rows), 'row')} by {plural(len(columns), 'layer')}.",
+            scale=scale,
+            x_label="layer",
+            every=every,
+        )
+        for name, matrix in matrices.items()
+    ]
+    numbers = Markup("").join(
+        table(
+            [_pair(name), *columns],
+            ([row, *map(number, values)] for row, values in zip(rows, matrix, strict=True)),
+            style="small",
+        )
+        for name, matrix in matrices.items()
+    )
+    heading = Markup("<h3>{}</h3>").format(title) if title else Markup("")
+    return heading + figure(grid(pictures, wide=True), scale.legend(what), caption=caption, numbers=numbers)
+
+
+def _outside(where: LayerMap, norms: Mapping[str, Sequence[Any]], cosines: Mapping[str, Sequence[Any]]) -> Markup:
+    columns = {f"norm, {name}": values for name, values in norms.items()}
+    columns |= {f"cosine, {_pair(name)}": values for name, values in cosines.items()}
+    # With many experts the table would be wider than any page; the record holds the numbers.
+    if not where.outside or not columns or len(columns) > 2 * MOST_MAPS:
+        return Markup("")
+    rows = ([where.names[i], *(number(_at(values, i)) for values in columns.values())] for i in where.outside)
+    return Markup("<h3>Outside the layers</h3>") + table(["Tensor", *columns], rows)
+
+
+def _findings(cosines: Mapping[str, Sequence[Any]]) -> list[Markup]:
+    """Say in words how the experts relate, and the figure that this rests on."""
+    known = [v for values in cosines.values() for v in map(finite, values) if v is not None]
+    if not known:
+        return []
+    cosine = mean(known)
+    words = next(text for limit, text in RELATIONS if cosine < limit)
+    return [Markup("The experts' changes {}: their mean cosine is {}.").format(words, number(cosine, 2))]
+
+
+def _series(raw: object) -> dict[str, Sequence[Any]]:
+    """Accept one list or a list per name; what is neither is nothing to draw."""
+    if isinstance(raw, Mapping):
+        return {str(name): values for name, values in raw.items() if isinstance(values, (list, tuple))}
+    return {"all experts": raw} if isinstance(raw, (list, tuple)) and raw else {}
+
+
+def _points(where: LayerMap, values: Sequence[float | None]) -> list[tuple[float, float | None]]:
+    return [(float(layer), value) for layer, value in zip(where.layers, values, strict=True)]
+
+
+def _pair(name: str) -> str:
+    return name.replace("|", " and ")
+
+
+def _at(values: Sequence[Any], index: int) -> Any:
+    return values[index] if index < len(values) else None

@@ -1,0 +1,159 @@
+"""Numbers, durations and names as a reader wants them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard
+
+MISSING = "–"
+MINUS = "\N{MINUS SIGN}"
+
+# Metrics that are shares of one; they read better as percentages and belong on a scale from 0 to 100 %.
+SHARES = re.compile(r"(^|_)(exact_match|accuracy|acc|asr|rate|share|recall|precision|f1|refusal|refusals)($|_)")
+LOWER_IS_BETTER = re.compile(r"(^|_)(perplexity|ppl|loss|nll|bits|bpb|error|asr|regret|wer)($|_)")
+
+# A value under such a key, or text of such a shape, never reaches the page.
+_SECRET_KEY = re.compile(
+    r"(?i)(password|passwd|secret|authorization|api_?key|credential)$|(^|_)(?:hub_|auth_|access_)?token$"
+)
+_NOT_SECRET = re.compile(r"(?i)(mask|pad|eos|bos|unk|sep|cls)_token$")
+_SECRET_TEXT = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[opsu]_[A-Za-z0-9]{20,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+HIDDEN = "(hidden)"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a finite number; ``True`` and ``False`` are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: object, digits: int = 3) -> str:
+    """Write a number with ``digits`` significant digits, whole numbers in full.
+
+    Example:
+        >>> number(0.123456), number(-12.0), number(1234567), number(2e-5), number(None)
+        ('0.123', '−12', '1,234,567', '2e−5', '–')
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    if isinstance(value, float) and math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    if not is_number(value):
+        return MISSING
+    size = abs(value)
+    if size == int(size) and size < 1e15:
+        text = f"{int(size):,}"
+    elif size >= 10**digits:
+        text = f"{size:,.0f}"
+    elif size >= 1e-3:
+        text = f"{size:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
+    else:
+        mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        text = f"{mantissa}e{MINUS if exponent[0] == '-' else ''}{exponent[1:].lstrip('0')}"
+    return f"{MINUS}{text}" if value < 0 else text
+
+
+def is_share(metric: str) -> bool:
+    """Whether values of ``metric`` are shares of one."""
+    return SHARES.search(metric) is not None
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of ``metric`` is the better one.
+
+    Example:
+        >>> lower_is_better("bits_per_byte"), lower_is_better("exact_match")
+        (True, False)
+    """
+    return LOWER_IS_BETTER.search(metric) is not None
+
+
+def measure(value: object, metric: str) -> str:
+    """Write a value of ``metric``: shares as percentages, everything else with three digits.
+
+    Example:
+        >>> measure(0.7125, "exact_match"), measure(12.345, "perplexity")
+        ('71.2%', '12.3')
+    """
+    if not is_number(value) or not is_share(metric):
+        return number(value)
+    return f"{MINUS if value < 0 else ''}{100 * abs(value):.1f}%"
+
+
+def change(value: object, metric: str) -> str:
+    """Write a difference of two values of ``metric``, with its sign; shares differ by percentage points.
+
+    Example:
+        >>> change(0.1, "accuracy"), change(-0.25, "loss")
+        ('+10.0 pp', '−0.250')
+    """
+    if not is_number(value):
+        return number(value)
+    text = f"{100 * abs(value):.1f} pp" if is_share(metric) else number(abs(value))
+    return f"{MINUS if value < 0 else '+'}{text}"
+
+
+def duration(seconds: object) -> str:
+    """Write a time span.
+
+    Example:
+        >>> duration(0.04), duration(9.44), duration(252), duration(3780)
+        ('0.04 s', '9.4 s', '4 min 12 s', '1 h 03 min')
+    """
+    if not is_number(seconds):
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def phrase(items: Iterable[str]) -> str:
+    """Join items as prose does.
+
+    Example:
+        >>> phrase(["a", "b", "c"])
+        'a, b and c'
+    """
+    *head, last = list(items) or [""]
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    Example:
+        >>> plural(1, "run"), plural(2, "run")
+        ('1 run', '2 runs')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def plain(name: str) -> str:
+    """Write the name of a metric or job without underscores."""
+    return name.replace("_", " ")
+
+
+def redact(value: Any) -> Any:
+    """Return JSON-like ``value`` with whatever looks like a key or password hidden.
+
+    Example:
+        >>> redact({"hub_token": "x", "mask_token": "<m>", "error": "at https://me:pw@host"})
+        {'hub_token': '(hidden)', 'mask_token': '<m>', 'error': 'at https://(hidden)@host'}
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN
+            if item not in (None, "") and _SECRET_KEY.search(str(key)) and not _NOT_SECRET.search(str(key))
+            else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    return _SECRET_TEXT.sub(HIDDEN, value) if isinstance(value, str) else value
