@@ -165,7 +165,7 @@ def _row(section: DataSection, kind: Kind, row: Row, index: int) -> Row:
             f"{section.path}, row {index}: field {fields.messages!r} is {messages!r:.80}, "
             "expected a list of {role: …, content: …}."
         )
-    if section.system and messages[0]["role"] != "system":
+    if section.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": section.system}, *messages]
     return {"messages": messages}
 
@@ -176,7 +176,7 @@ def _is_message(value: object) -> bool:
 
 def _prompted(section: DataSection, prompt: str, completion: str) -> Row:
     row: Row = {"prompt": section.template.replace("{prompt}", prompt), "completion": completion}
-    return {"system": section.system, **row} if section.system else row
+    return {"system": section.system, **row} if section.system is not None else row
 
 
 def _text(section: DataSection, row: Row, name: str, index: int) -> str:
