@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from modicum.report.text import MISSING, is_number, number
+from modicum.report.axes import Point, log_ticks, spread, thin, ticks
+from modicum.report.text import axis, is_number, number
 
 COLORS = 8  # how many series colours the style sheet knows
 UNITS = 1000  # side of the square in which SVG is drawn before it is stretched
-MOST_POINTS = 400  # per line; more than a screen can show only makes the page heavy
 LABEL_HEIGHT = 17  # pixels between two labels beside a line chart
-
-Point = tuple[float, float | None]  # None where the value is missing or not finite: the line breaks there
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Line:
     color: int = 0
     label: str = ""
     value: str = ""
-    style: str = "solid"  # solid, faint or dots
+    style: str = "solid"  # solid, thin, faint or dots
 
 
 def line_chart(
@@ -42,7 +40,6 @@ def line_chart(
     height: int = 240,
     log: bool = False,
     from_zero: bool = False,
-    tick: Callable[[float], str] = number,
 ) -> Markup:
     """Draw series over a common axis, each labelled at its end.
 
@@ -54,7 +51,6 @@ def line_chart(
         height: Height in pixels; the width is what there is.
         log: Use a logarithmic vertical axis.
         from_zero: Let the vertical axis begin at zero.
-        tick: Writes a number beside the vertical axis.
     """
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
     if not lines:
@@ -101,12 +97,12 @@ def line_chart(
         grid=grid,
         drawn=drawn,
         y_axis=Markup("").join(
-            Markup('<span class="y" style="top:{:.1f}%">{}</span>').format(100 * (1 - position(y)), tick(y))
-            for y in y_ticks
+            Markup('<span class="y" style="top:{:.1f}%">{}</span>').format(100 * (1 - position(y)), text)
+            for y, text in zip(y_ticks, [number(y, 2) for y in y_ticks] if log else axis(y_ticks), strict=True)
         ),
         x_axis=Markup("").join(
-            Markup('<span class="x" style="left:{:.1f}%">{}</span>').format(100 * place(x, y_high)[0], number(x))
-            for x in x_ticks
+            Markup('<span class="x" style="left:{:.1f}%">{}</span>').format(100 * place(x, y_high)[0], text)
+            for x, text in zip(x_ticks, axis(x_ticks), strict=True)
         ),
         labels=_end_labels(lines, place, height),
         x_label=x_label,
@@ -223,135 +219,6 @@ def heat_map(
         '<svg viewBox="0 0 {} {}" preserveAspectRatio="none">{}</svg>{}</div>'
         '<p class="axis-title x">{}</p></div>'
     ).format(title, names, describe, 18 * len(rows), len(columns), len(rows), Markup("").join(cells), labels, x_label)
-
-
-def table(
-    headers: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    caption: str = "",
-    texts: int = 1,
-    style: str = "",
-) -> Markup:
-    """Draw a table; the first ``texts`` columns are text, the rest numbers."""
-    head = Markup("").join(
-        Markup('<th scope="col"{}>{}</th>').format(_align(column, texts), header)
-        for column, header in enumerate(headers)
-    )
-    body = Markup("").join(
-        Markup("<tr>{}</tr>").format(
-            Markup("").join(
-                Markup('<th scope="row">{}</th>').format(cell)
-                if column == 0
-                else Markup("<td{}>{}</td>").format(_align(column, texts), MISSING if cell is None else cell)
-                for column, cell in enumerate(row)
-            )
-        )
-        for row in rows
-    )
-    return Markup(
-        '<div class="scroll"><table class="{}">{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
-    ).format(style, Markup("<caption>{}</caption>").format(caption) if caption else "", head, body)
-
-
-def _align(column: int, texts: int) -> Markup:
-    return Markup(' class="number"') if column >= texts else Markup("")
-
-
-def fold(summary: str, body: Markup) -> Markup:
-    """Put ``body`` behind a line that opens it."""
-    return Markup("<details><summary>{}</summary>{}</details>").format(summary, body)
-
-
-def figure(*parts: Markup, caption: str | Markup = "", numbers: Markup | None = None) -> Markup:
-    """Put pictures, a sentence on how to read them and their numbers together."""
-    return Markup("<figure>{}{}{}</figure>").format(
-        Markup("").join(parts),
-        Markup("<figcaption>{}</figcaption>").format(caption) if caption else "",
-        fold("Numbers", numbers) if numbers is not None else "",
-    )
-
-
-def grid(parts: Iterable[Markup], *, wide: bool = False) -> Markup:
-    """Set small pictures side by side where there is room."""
-    return Markup('<div class="grid{}">{}</div>').format(" wide" if wide else "", Markup("").join(parts))
-
-
-def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """Return round numbers that enclose ``low`` and ``high``, about ``count`` of them.
-
-    Example:
-        >>> ticks(0.13, 2.4, 4)
-        [0.0, 1.0, 2.0, 3.0]
-        >>> ticks(1, 30, 5, whole=True)
-        [0.0, 10.0, 20.0, 30.0]
-    """
-    # Equal values, or values that differ only by rounding, still need an axis of some length.
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
-    step = max(1.0, step) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2, 5 × powers of ten (or powers of ten alone over many decades) that enclose two positive numbers.
-
-    Example:
-        >>> log_ticks(0.3, 8)
-        [0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
-    """
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    marks = [round(f * 10.0**e, 15) for e in range(first, last + 1) for f in factors]
-    start = max((i for i, mark in enumerate(marks) if mark <= low), default=0)
-    stop = min((i for i, mark in enumerate(marks) if mark >= high), default=len(marks) - 1)
-    return marks[start : max(stop, start + 1) + 1]
-
-
-def thin(points: Sequence[Point]) -> list[Point]:
-    """Keep the extremes of each stretch of a long series, so that no spike disappears."""
-    if len(points) <= MOST_POINTS:
-        return list(points)
-    width = math.ceil(2 * len(points) / MOST_POINTS)
-    kept: list[Point] = []
-    for start in range(0, len(points), width):
-        stretch = points[start : start + width]
-        known = [i for i, (_, y) in enumerate(stretch) if y is not None]
-        lows = (
-            [min(known, key=lambda i: stretch[i][1] or 0), max(known, key=lambda i: stretch[i][1] or 0)]
-            if known
-            else []
-        )
-        gap = [i for i, (_, y) in enumerate(stretch) if y is None][:1]
-        kept += [stretch[i] for i in sorted({*lows, *gap})]
-    return kept
-
-
-def spread(tops: Sequence[float], gap: float, height: float) -> list[float]:
-    """Move sorted positions apart until neighbours keep ``gap``, as little as possible, inside ``height``.
-
-    Example:
-        >>> spread([10, 12, 100], 10, 200)
-        [6.0, 16.0, 100.0]
-    """
-
-    def inside(centre: float, count: int) -> float:
-        half = (count - 1) * gap / 2
-        return min(max(centre, half), max(half, height - half))
-
-    groups: list[tuple[float, int]] = []  # centre and number of labels that have been pushed together
-    for top in tops:
-        centre, count = inside(top, 1), 1
-        while groups and groups[-1][0] + groups[-1][1] * gap / 2 > centre - count * gap / 2:
-            other, others = groups.pop()
-            count += others
-            centre = inside((other * others + centre * (count - others)) / count, count)
-        groups.append((centre, count))
-    return [centre + (i - (count - 1) / 2) * gap for centre, count in groups for i in range(count)]
 
 
 def finite(value: object) -> float | None:

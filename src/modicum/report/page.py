@@ -12,6 +12,7 @@ from modicum.report.sections import Section, Stat, collect
 from modicum.report.text import duration, is_number, phrase, plural
 
 MOST_STATS = 4
+MOST_NAMES = 4  # in a title
 
 
 def render(run: RunView) -> str:
@@ -39,7 +40,9 @@ def render(run: RunView) -> str:
 
 
 def _title(run: RunView) -> str:
-    return phrase(view.name for view in run.stages) if run.job == GROUP else run.name
+    if run.job != GROUP:
+        return run.name
+    return phrase(view.name for view in run.stages) if len(run.stages) <= MOST_NAMES else plural(len(run.stages), "run")
 
 
 def _subtitle(run: RunView) -> str:
@@ -55,13 +58,15 @@ def _stats(run: RunView, sections: list[Section]) -> list[Stat]:
     seconds = [s for view in tops if is_number(s := view.record.get("seconds")) and s > 0]
     if seconds:
         stages = sum(not part.stages for part in run.walk())
-        found.append(Stat("Time", duration(sum(seconds)), plural(stages, "stage") if stages > 1 else run.job))
+        detail = _subtitle(run) if run.job == GROUP else plural(stages, "stage") if run.stages else run.job
+        found.append(Stat("Time", duration(sum(seconds)), detail))
     return found
 
 
 def _problems(run: RunView) -> list[tuple[str, str, str]]:
     """Say of every unfinished run what became of it: name, status, sentence."""
     found = []
+    waiting = []
     for part in run.walk():
         # A pipeline fails with its stage's error; telling it twice helps nobody.
         if part.job == GROUP or part.status == "done" or any(s.status == part.status for s in part.stages):
@@ -71,7 +76,9 @@ def _problems(run: RunView) -> list[tuple[str, str, str]]:
         elif part.status == "running":
             found.append((part.name, "running", "Not finished: still running, or interrupted. Run it again to go on."))
         else:
-            found.append((part.name, part.status, "Not started."))
+            waiting.append(part.name)
+    if waiting:
+        found.append((phrase(waiting), "waiting", "Not started."))
     return found
 
 

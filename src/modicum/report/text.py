@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 MISSING = "–"
@@ -26,16 +27,16 @@ HIDDEN = "(hidden)"
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a finite number; ``True`` and ``False`` are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a finite number that can be squared; ``True`` and ``False`` are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e150 < value < 1e150
 
 
 def number(value: object, digits: int = 3) -> str:
-    """Write a number with ``digits`` significant digits, whole numbers in full.
+    """Write a number with ``digits`` significant digits, integers in full.
 
     Example:
         >>> number(0.123456), number(-12.0), number(1234567), number(2e-5), number(None)
-        ('0.123', '−12', '1,234,567', '2e−5', '–')
+        ('0.123', '−12.0', '1,234,567', '2e−5', '–')
     """
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
@@ -44,9 +45,7 @@ def number(value: object, digits: int = 3) -> str:
     if not is_number(value):
         return MISSING
     size = abs(value)
-    if size == int(size) and size < 1e15:
-        text = f"{int(size):,}"
-    elif size >= 10**digits:
+    if isinstance(size, int) or size == 0 or size >= 10**digits:
         text = f"{size:,.0f}"
     elif size >= 1e-3:
         text = f"{size:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
@@ -55,6 +54,20 @@ def number(value: object, digits: int = 3) -> str:
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         text = f"{mantissa}e{MINUS if exponent[0] == '-' else ''}{exponent[1:].lstrip('0')}"
     return f"{MINUS}{text}" if value < 0 else text
+
+
+def axis(marks: Sequence[float]) -> list[str]:
+    """Write the numbers along an axis, all with as many decimals as their distance needs.
+
+    Example:
+        >>> axis([0.5, 1.0, 1.5]), axis([0.0, 1000.0]), axis([0.0, 1e-4])
+        (['0.5', '1.0', '1.5'], ['0', '1,000'], ['0', '1e−4'])
+    """
+    step = min((b - a for a, b in pairwise(marks)), default=abs(marks[0]) or 1.0)
+    if step < 1e-3 or max(map(abs, marks)) >= 1e6:
+        return [number(mark, 2) for mark in marks]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [f"{mark:,.{decimals}f}".replace("-", MINUS) for mark in marks]
 
 
 def is_share(metric: str) -> bool:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 
 from markupsafe import Markup
 
-from modicum.report.charts import figure, grid, table, ticks
+from modicum.report.axes import ticks
 from modicum.report.evaluations import Board, Cell, boards
+from modicum.report.html import figure, grid, table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, Stat, section
 from modicum.report.text import MISSING, duration, is_share, measure, number, phrase, plain, plural
 
-READ_BARS = "Bars show the value, the dark line its confidence interval. The best model of a task is colored."
+LONG_NAME = 16  # characters; longer ones need wider panels
+READ_BARS = "Bars show the value, the thin line its confidence interval. The best model of a task is colored."
 
 
 @section(order=10)
@@ -25,7 +27,11 @@ def results(run: RunView) -> Section | None:
         Markup("<h3>{}</h3>{}{}").format(
             f"{plain(board.metric).capitalize()}{', lower is better' if board.lower else ''}",
             heat_table(board),
-            figure(grid(_panel(board, task) for task in board.tasks), caption=READ_BARS, numbers=_numbers(board)),
+            figure(
+                grid((_panel(board, task) for task in board.tasks), wide=max(map(len, board.models)) > LONG_NAME),
+                caption=READ_BARS,
+                numbers=_numbers(board),
+            ),
         )
         for board in found
     )
@@ -184,8 +190,9 @@ def _stats(board: Board) -> tuple[Stat, ...]:
         return ()
     pick = min if board.lower else max
     best = pick(overall, key=lambda model: overall[model])
+    what = plain(board.metric)
     label = "Best on average" if len(board.tasks) > 1 else f"Best on {board.tasks[0]}"
-    stats = [Stat(label, measure(overall[best], board.metric), best)]
+    stats = [Stat(label, measure(overall[best], board.metric), f"{best}, {what}")]
     if len(board.tasks) > 1:
         safest = pick(board.worst_tasks, key=lambda model: board.worst_tasks[model])
         stats.append(Stat("Best worst task", measure(board.worst_tasks[safest], board.metric), safest))

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from modicum.report.charts import table
+from modicum.report.html import table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, section
 from modicum.report.text import duration, is_number, measure, plain

@@ -8,10 +8,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from modicum.report.charts import Line, Scale, figure, finite, grid, heat_map, line_chart, table
+from modicum.report.charts import Line, Scale, finite, heat_map, line_chart
+from modicum.report.html import figure, grid, table
 from modicum.report.layers import Combine, LayerMap, mean, norm
 from modicum.report.runs import RunView
-from modicum.report.sections import Section, section
+from modicum.report.sections import Section, Stat, section
 from modicum.report.text import number, phrase, plural
 
 MOST_MAPS = 6  # pictures of one kind; with more experts or pairs, one picture shows a row for each
@@ -36,13 +37,17 @@ def merging(run: RunView) -> Section | None:
         return None
     parts = []
     findings: list[Markup] = []
+    stats: list[Stat] = []
     for layers, runs in groups.values():
         where = LayerMap([str(name) for name in layers["names"]])
         norms, cosines, conflicts = (_series(layers.get(key)) for key in ("norms", "cosines", "sign_conflict"))
         title = Markup("<h3>{}</h3>").format(phrase(runs)) if len(groups) > 1 else ""
         parts.append(Markup("{}{}{}{}{}").format(title, *_pictures(where, norms, cosines, conflicts)))
-        findings += _findings(cosines)
-    return Section("Inside the merge", Markup("").join(parts), findings=tuple(dict.fromkeys(findings)))
+        known = [v for values in cosines.values() for v in map(finite, values) if v is not None]
+        if known:
+            findings.append(_finding(mean(known)))
+            stats.append(Stat("Mean cosine", number(mean(known), 2), phrase(runs)))
+    return Section("Inside the merge", Markup("").join(parts), findings=tuple(findings), stats=tuple(stats))
 
 
 def _pictures(
@@ -165,14 +170,10 @@ def _outside(where: LayerMap, norms: Mapping[str, Sequence[Any]], cosines: Mappi
     return Markup("<h3>Outside the layers</h3>") + table(["Tensor", *columns], rows)
 
 
-def _findings(cosines: Mapping[str, Sequence[Any]]) -> list[Markup]:
+def _finding(cosine: float) -> Markup:
     """Say in words how the experts relate, and the figure that this rests on."""
-    known = [v for values in cosines.values() for v in map(finite, values) if v is not None]
-    if not known:
-        return []
-    cosine = mean(known)
     words = next(text for limit, text in RELATIONS if cosine < limit)
-    return [Markup("The experts' changes {}: their mean cosine is {}.").format(words, number(cosine, 2))]
+    return Markup("The experts' changes {}: their mean cosine is {}.").format(words, number(cosine, 2))
 
 
 def _series(raw: object) -> dict[str, Sequence[Any]]:

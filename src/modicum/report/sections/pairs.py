@@ -7,7 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from modicum.report.charts import figure, grid, table, ticks
+from modicum.report.axes import ticks
+from modicum.report.html import figure, grid, table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, section
 from modicum.report.text import change, is_number, lower_is_better, number

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from modicum.report.charts import fold, table
+from modicum.report.html import fold, table
 from modicum.report.runs import GROUP, RunView
 from modicum.report.sections import Section, section
 from modicum.report.text import number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from modicum.report.runs import RunView
+from modicum.report.runs import GROUP, RunView
 from modicum.report.sections import Section, section
 from modicum.report.text import duration, is_number
 
@@ -15,11 +15,15 @@ def stages(run: RunView) -> Section | None:
     parts = [part for part in run.walk() if not part.stages]
     if len(parts) < 2:
         return None
-    seconds = [_seconds(part) for part in parts]
-    total = sum(seconds) or 1.0
+    # Runs given side by side have no common clock: each begins at zero.
+    lanes = run.stages if run.job == GROUP else (run,)
+    firsts = {next(part for part in lane.walk() if not part.stages).folder for lane in lanes}
+    total = max(sum(_seconds(part) for part in lane.walk() if not part.stages) for lane in lanes) or 1.0
     rows = []
     before = 0.0
-    for part, took in zip(parts, seconds, strict=True):
+    for part in parts:
+        took = _seconds(part)
+        before = 0.0 if part.folder in firsts else before
         rows.append(
             Markup(
                 '<tr class="{status}"><th scope="row">{name}</th><td>{job}</td>'

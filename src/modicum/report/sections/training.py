@@ -8,7 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from modicum.report.charts import Line, Point, figure, finite, grid, line_chart, table
+from modicum.report.axes import Point
+from modicum.report.charts import Line, finite, line_chart
+from modicum.report.html import figure, grid, table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, Stat, section
 from modicum.report.text import duration, is_number, number, plural
@@ -44,9 +46,9 @@ class Curve:
         return smooth(self.losses) if len(self.losses) >= SMOOTH_FROM else self.losses
 
     @property
-    def broke(self) -> float | None:
-        """First step at which the loss was not finite."""
-        return next((step for step, loss in self.losses if loss is None), None)
+    def broken(self) -> list[int]:
+        """Steps at which the loss was not finite."""
+        return [int(step) for step, loss in self.losses if loss is None]
 
 
 @section(order=20)
@@ -73,7 +75,7 @@ def _loss(curves: Sequence[Curve]) -> Markup:
     log = bool(known) and min(known) > 0 and max(known) / min(known) > LOG_FROM
     dots = any(line.style == "dots" and line.points for line in lines)
     remarks = [
-        "Thin: as logged. Thick: running mean, also in the figures." if smoothed else "",
+        "Thin: as logged. Thick: running mean, from which the numbers are taken." if smoothed else "",
         "Dots: loss on held-out data." if dots else "",
         "Logarithmic axis." if log else "",
     ]
@@ -95,12 +97,16 @@ def _others(curves: Sequence[Curve]) -> Markup:
         ("grad_norm", "Gradient norm"),
         ("tokens_per_second", "Tokens per second"),
     ):
-        lines = [Line(curve.points(key), curve.color) for curve in curves]
+        lines = [Line(points := curve.points(key), curve.color, style=_weight(points)) for curve in curves]
         if sum(len(line.points) for line in lines) > len(lines):
             pictures.append(
                 line_chart(lines, title=title, x_label="step", describe=f"{title} by step.", height=120, from_zero=True)
             )
     return figure(grid(pictures)) if pictures else Markup("")
+
+
+def _weight(points: Sequence[Point]) -> str:
+    return "thin" if len(points) >= SMOOTH_FROM else "solid"
 
 
 def _table(curves: Sequence[Curve]) -> Markup:
@@ -127,7 +133,7 @@ def _numbers(curves: Sequence[Curve]) -> Markup:
     for curve in curves:
         points = curve.losses
         picked = sorted({round(i * (len(points) - 1) / 11) for i in range(12)})
-        rows += [[curve.run.name, number(points[i][0]), number(curve.train[i]["loss"], 4)] for i in picked]
+        rows += [[curve.run.name, number(int(points[i][0])), number(curve.train[i]["loss"], 4)] for i in picked]
     return table(["Run", "Step", "Loss"], rows)
 
 
@@ -143,9 +149,9 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def _finding(curve: Curve) -> Markup:
-    if curve.broke is not None:
-        return Markup("<b>{}</b> diverged: its loss is not a number from step {} on.").format(
-            curve.run.name, number(curve.broke)
+    if curve.broken:
+        return Markup("<b>{}</b> broke: its loss is not a number in {} of {} logged steps, first at step {}.").format(
+            curve.run.name, number(len(curve.broken)), number(len(curve.losses)), number(curve.broken[0])
         )
     verb = "has brought" if curve.run.status == "running" else "brought"
     return Markup("<b>{}</b> {} the training loss from {} to {} in {}.").format(
