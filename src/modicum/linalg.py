@@ -75,7 +75,7 @@ def _randomized(matrix: Tensor, rank: int, rng: torch.Generator | None, *, extra
     return SVD(Q @ U[:, :rank], S[:rank], Vh[:rank].T)
 
 
-def inverse_root(gram: Float[Tensor, "k k"], *, rtol: float) -> tuple[Float[Tensor, "k k"], Float[Tensor, "k"]]:
+def inverse_root(gram: Float[Tensor, "k k"], *, rtol: float) -> tuple[Float[Tensor, "k k"], Float[Tensor, " k"]]:
     """Return the pseudo-inverse square root of a positive semi-definite matrix, and its eigenvalues.
 
     Args:

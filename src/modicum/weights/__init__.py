@@ -1,1 +1,6 @@
 """Weight algebra: checkpoints as lazy mappings of tensors, and folds over them."""
+
+from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.merge import merge, merge_state_dicts
+
+__all__ = ["Checkpoint", "merge", "merge_state_dicts"]

@@ -1,0 +1,114 @@
+"""Merge models: a recipe of our own, or a mergekit file as it is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from modicum.errors import RecipeError
+from modicum.jobs.models import resolve_model
+from modicum.recipe import Recipe, choice
+from modicum.record import Run
+from modicum.registry import job, merge_method
+from modicum.types import PositiveInt
+
+if TYPE_CHECKING:
+    from modicum.weights.plan import Plan
+
+
+class MergeRecipe(Recipe):
+    """A base, its experts and a method; or a mergekit document."""
+
+    job: Literal["merge"] = "merge"
+    base: str | None = Field(default=None, description="model that the experts were trained from")
+    experts: list[str] = Field(default=[], description="folders, Hub ids or builtins; adapters are folded in")
+    method: choice(merge_method)  # type: ignore[valid-type]
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
+    device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
+    shard_size: PositiveInt = Field(default=5_000_000_000, description="largest weight file, in bytes")
+    pickled: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
+
+    @model_validator(mode="after")
+    def _complete(self) -> MergeRecipe:
+        if not self.experts:
+            raise RecipeError("'experts' is missing. List the models to merge.")
+        return self
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the models."""
+        yield from ([self.base] if self.base else [])
+        yield from self.experts
+
+
+def make_plan(recipe: MergeRecipe) -> Plan:
+    """Open the models and decide what happens to each tensor; reads headers only."""
+    from modicum.weights.checkpoint import Checkpoint
+    from modicum.weights.plan import plan_merge
+
+    def opened(reference: str) -> Checkpoint:
+        return Checkpoint(reference, resolve=resolve_model, pickled=recipe.pickled)
+
+    return plan_merge(
+        opened(recipe.base) if recipe.base else None,
+        [opened(expert) for expert in recipe.experts],
+        method=recipe.method.name,
+        knobs=recipe.method.knobs,
+        dtype=recipe.dtype,
+    )
+
+
+@job("merge", plan=lambda recipe: make_plan(recipe).describe(), distributed=True)
+def merge(recipe: MergeRecipe, run: Run) -> None:
+    """Merge models into one, a tensor at a time.
+
+    Args:
+        recipe: The models and the method.
+        run: Gets ``model/``, and per-tensor figures in its metrics.
+    """
+    from modicum.weights.merge import run_plan
+
+    plan = make_plan(recipe)
+    for note in plan.notes:
+        run.note(note)
+    out = run.folder / "model"
+    if out.exists() and run.main:
+        shutil.rmtree(out)  # whole, but the run was killed before its record said so
+    measured = run_plan(
+        plan, out, seed=recipe.seed, device=recipe.device, shard_bytes=recipe.shard_size, progress=not run.quiet
+    )
+    bound = plan.memory_bound()
+    run.record["metrics"] = {"tensors": len(plan.steps), "memory_bound": bound, "layers": layers(plan, measured)}
+    run.output("model", out)
+
+
+def layers(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Arrange what was measured: a list over tensors for each expert and each pair of experts."""
+    steps = [step for step in plan.steps if measured[step.name]]
+    if not steps:
+        return {}
+    models = _short_names([source.model for source in steps[0].experts])
+    pairs = [f"{a}|{b}" for i, a in enumerate(models) for b in models[i + 1 :]]
+    rows = [measured[step.name] for step in steps]
+    return {
+        "names": [step.name for step in steps],
+        "norms": {model: [_round(row["norms"][t]) for row in rows] for t, model in enumerate(models)},
+        "cosines": {pair: [_round(row["cosines"][p]) for row in rows] for p, pair in enumerate(pairs)},
+        "conflict": [_round(row["conflict"]) for row in rows],
+    }
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _short_names(models: list[str]) -> list[str]:
+    """Call each model by the end of its path, as much of it as tells them apart."""
+    parts = [model.rstrip("/").split("/") for model in models]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{model} ({i + 1})" for i, model in enumerate(models)]

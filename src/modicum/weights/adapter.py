@@ -1,0 +1,144 @@
+"""A PEFT LoRA adapter seen as changes to its base's tensors: low-rank deltas, and tensors replaced whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modicum.errors import CheckpointError, UnsupportedError
+from modicum.weights.files import MappedFile, read_header
+
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank change ``scale * B @ A`` of one weight; ``transposed`` when the weight is stored ``(in, out)``."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight that it changes."""
+        rows, columns = self.B.shape[0], self.A.shape[1]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def delta(self) -> Tensor:
+        """Return the change as a float32 matrix."""
+        product = self.scale * (self.B.float() @ self.A.float())
+        return product.T if self.transposed else product
+
+
+class Adapter:
+    """The changes in one adapter folder, by the names of the base's tensors."""
+
+    def __init__(self, folder: Path, *, owner: str) -> None:
+        self.owner = owner
+        self.config = read_json(folder / CONFIG, owner)
+        self._refuse_unknown()
+        path = folder / "adapter_model.safetensors"
+        if not path.exists() and (folder / "adapter_model.bin").exists():
+            raise CheckpointError(
+                f"{owner}: the adapter is pickled (adapter_model.bin). Save it again as safetensors with PEFT."
+            )
+        slots = read_header(path, owner=owner)
+        file = MappedFile(path)
+        self.factors, self.replaced = self._sort({name: file.tensor(slot) for name, slot in slots.items()})
+
+    @property
+    def base(self) -> str:
+        """What the adapter says it was trained on."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+    def _refuse_unknown(self) -> None:
+        if self.config.get("peft_type") != "LORA":
+            raise UnsupportedError(
+                f"{self.owner}: adapter of type {self.config.get('peft_type')}, expected LORA. "
+                "Merge it into its base with PEFT first."
+            )
+        for option in (
+            "use_dora",
+            "use_qalora",
+            "trainable_token_indices",
+            "layer_replication",
+            "alora_invocation_tokens",
+        ):
+            if self.config.get(option):
+                raise UnsupportedError(
+                    f"{self.owner}: adapter with {option}, which is more than a low-rank delta. "
+                    "Merge it into its base with PEFT first."
+                )
+
+    def _sort(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+        pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
+        replaced: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix(PREFIX)
+            match = FACTOR.match(name)
+            if match:
+                pairs.setdefault((match["module"], bool(match["kind"])), {})[match["side"]] = tensor
+            elif ".lora_" in name:
+                raise UnsupportedError(
+                    f"{self.owner}: tensor {key!r} is more than a low-rank delta. "
+                    "Merge it into its base with PEFT first."
+                )
+            else:
+                replaced[name.replace(".base_layer.", ".")] = tensor
+        factors = {
+            f"{module}.weight": self._factors(module, embedding, pair) for (module, embedding), pair in pairs.items()
+        }
+        return factors, replaced
+
+    def _factors(self, module: str, embedding: bool, pair: Mapping[str, Tensor]) -> Factors:
+        if set(pair) != {"A", "B"}:
+            missing = "lora_B" if "A" in pair else "lora_A"
+            raise CheckpointError(f"{self.owner}: {module} has no {missing}. Save the adapter again.")
+        A, B = pair["A"], pair["B"]
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            raise CheckpointError(
+                f"{self.owner}: {module} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, "
+                "expected (r, in) and (out, r). Convolutions must be merged with PEFT first."
+            )
+        rank = A.shape[0]
+        alpha = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
+        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        # An embedding's table is (vocabulary, width), while its factors multiply the other way round.
+        return Factors(A, B, scale, transposed=embedding or bool(self.config.get("fan_in_fan_out")))
+
+
+def _pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return float(default)
+
+
+def read_json(path: Path, owner: str) -> dict[str, Any]:
+    """Return the JSON mapping in ``path``."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{owner}: cannot read {path}: {error.strerror}. Check the folder.") from None
+    except ValueError:
+        raise CheckpointError(f"{owner}: {path.name} is not valid JSON. Download it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{owner}: {path.name} is not a mapping. Download it again.")
+    return value
+
+
+def fold_delta(weight: Tensor, change: Factors) -> Tensor:
+    """Return ``weight`` with the adapter's change added, in float32 so that nothing of a small change is lost."""
+    return weight.to(torch.float32).add_(change.delta()) if weight.dtype != torch.float32 else weight + change.delta()

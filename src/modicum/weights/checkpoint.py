@@ -1,0 +1,277 @@
+"""A checkpoint is a lazy mapping from tensor names to tensors; opening one reads headers only.
+
+Single and sharded safetensors, a local folder or a Hub id, and a PEFT LoRA adapter, which reads as its base with the
+adapter folded in. Nothing is pickled unless the caller asks for it, and an index may not point outside its folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modicum.errors import CheckpointError, UnsupportedError
+from modicum.weights.adapter import CONFIG as ADAPTER_CONFIG
+from modicum.weights.adapter import Adapter, fold_delta, read_json
+from modicum.weights.files import MappedFile, Slot, Spec, read_header
+
+INDEX = "model.safetensors.index.json"
+CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
+NOT_CARRIED = re.compile(
+    r"\.index\.json$|^adapter_config\.json$|^trainer_state\.json$|^all_results\.json$|^record\.json$"
+)
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+PACKED = re.compile(
+    r"\.(qweight|qzeros|scales|absmax|quant_map|quant_state\..*|SCB|weight_packed|weight_scale(_inv)?)$"
+)
+
+Resolver = Callable[[str], Path]
+
+
+def find_folder(reference: str) -> Path:
+    """Return the local folder for a path, or download a Hub id (``owner/name`` or ``owner/name@revision``).
+
+    Raises:
+        CheckpointError: It is neither, or the download fails.
+    """
+    path = Path(reference).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.match(reference) or reference.startswith("."):
+        raise CheckpointError(f"There is no model at {reference}. Give a folder, a .safetensors file or a Hub id.")
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+    except Exception as error:  # the Hub's client raises many kinds, all meaning that the model did not come
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"There is no folder {reference}, and it could not be fetched from the Hub: {reason}"
+        ) from None
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A model on disk as a lazy mapping of tensors; treat the tensors as read-only.
+
+    Args:
+        source: A folder, a ``.safetensors`` file, or a Hub id; a folder with ``adapter_config.json`` is folded into
+            its base.
+        resolve: Turns a reference into a local path; also asked for an adapter's base.
+        base: The adapter's base, when it is not where the adapter says.
+        pickled: Allow ``pytorch_model.bin``, loaded with ``weights_only=True``.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from safetensors.torch import save_file
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+        >>> Checkpoint(folder)["w"]
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        resolve: Resolver = find_folder,
+        base: str | Path | None = None,
+        pickled: bool = False,
+    ) -> None:
+        self.name = str(source)
+        path = resolve(str(source))
+        self.folder = path if path.is_dir() else path.parent
+        self.adapter: Adapter | None = None
+        self._beneath: Checkpoint | None = None
+        self._slots: dict[str, Slot] = {}
+        self._loaded: dict[str, Tensor] = {}
+        if path.is_dir() and (path / ADAPTER_CONFIG).exists():
+            self._open_adapter(path, resolve, base, pickled)
+        else:
+            self._open_weights(path, pickled)
+            self._refuse_packed()
+            self._drop_tied()
+
+    def _open_weights(self, path: Path, pickled: bool) -> None:
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise CheckpointError(f"{self.name} is a {path.suffix or 'file'}, expected .safetensors or a folder.")
+            self._slots = read_header(path, owner=self.name)
+        elif (path / INDEX).exists():
+            self._slots = self._read_index(path)
+        else:
+            files = sorted(path.glob("*.safetensors"))
+            single = path / "model.safetensors"
+            if single in files or len(files) == 1:
+                self._slots = read_header(single if single in files else files[0], owner=self.name)
+            elif files:
+                raise CheckpointError(
+                    f"{self.name} has {len(files)} safetensors files but no {INDEX}. Download it again."
+                )
+            else:
+                self._open_pickled(path, pickled)
+
+    def _read_index(self, folder: Path) -> dict[str, Slot]:
+        listed = read_json(folder / INDEX, self.name).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise CheckpointError(f"{self.name}: {INDEX} has no weight_map. Download it again.")
+        slots: dict[str, Slot] = {}
+        for file in sorted(set(map(str, listed.values()))):
+            # Only the written name counts: a cache may well keep the file itself elsewhere, behind a link.
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise CheckpointError(
+                    f"{self.name}: {INDEX} points outside its folder, to {file!r}. Do not use this model."
+                )
+            found = read_header(folder / file, owner=self.name)
+            wanted = {name for name, where in listed.items() if where == file}
+            for name in sorted(wanted ^ set(found)):
+                problem = "has no tensor" if name in wanted else "has, but the index does not list, the tensor"
+                raise CheckpointError(f"{self.name}: {file} {problem} {name!r}. Download it again.")
+            slots.update(found)
+        return slots
+
+    def _open_pickled(self, folder: Path, allowed: bool) -> None:
+        files = sorted(folder.glob("pytorch_model*.bin"))
+        if not files:
+            raise CheckpointError(f"{self.name} holds no weights: expected model.safetensors or {INDEX} in {folder}.")
+        if not allowed:
+            raise CheckpointError(
+                f"{self.name} has pickled weights only ({files[0].name}), which can run code when they are read. "
+                "Convert them to safetensors, or allow them with pickled: true."
+            )
+        for file in files:
+            try:
+                self._loaded.update(torch.load(file, weights_only=True, map_location="cpu", mmap=True))
+            except Exception as error:  # torch raises several kinds for a file that is not a plain state dict
+                reason = str(error).partition("\n")[0]
+                raise CheckpointError(f"{self.name}: {file.name} cannot be read safely: {reason}") from None
+
+    def _open_adapter(self, folder: Path, resolve: Resolver, base: str | Path | None, pickled: bool) -> None:
+        self.adapter = adapter = Adapter(folder, owner=self.name)
+        reference = str(base or adapter.base)
+        if not reference:
+            raise CheckpointError(f"{self.name}: {ADAPTER_CONFIG} names no base model. Give the base.")
+        self._beneath = beneath = Checkpoint(reference, resolve=resolve, pickled=pickled)
+        for name, change in adapter.factors.items():
+            self._check_change(beneath, name, change.shape)
+        for name, tensor in adapter.replaced.items():
+            self._check_change(beneath, name, tuple(tensor.shape))
+
+    def _check_change(self, beneath: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+        if name not in beneath:
+            tied = f"; {name!r} is tied to another tensor there" if name == beneath.tied else ""
+            raise CheckpointError(
+                f"{self.name}: the adapter changes {name!r}, which its base {beneath.name} does not have{tied}. "
+                "Use the base that it was trained on."
+            )
+        if shape != beneath.spec(name).shape:
+            raise CheckpointError(
+                f"{self.name}: the adapter changes {name!r} of shape {list(shape)}, "
+                f"its base {beneath.name} has {list(beneath.spec(name).shape)}. Use the base that it was trained on."
+            )
+
+    def _refuse_packed(self) -> None:
+        method = self.config.get("quantization_config")
+        packed = next((name for name in self if PACKED.search(name) or _is_float8(self.spec(name).dtype)), None)
+        if method or packed:
+            what = f"tensor {packed!r}" if packed else f"quantization_config {str(method)[:60]}"
+            raise UnsupportedError(
+                f"{self.name} is quantised ({what}); its packed numbers cannot be averaged. "
+                "Dequantise it first: model.dequantize() in transformers."
+            )
+
+    def _drop_tied(self) -> None:
+        if not self.tied or self.tied not in self:
+            return
+        embedding = next((name for name in self if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+        if embedding is None:
+            return
+        if not torch.equal(self[embedding], self[self.tied]):
+            raise CheckpointError(
+                f"{self.name}: its config ties {self.tied!r} to {embedding!r}, but the two differ. "
+                "Set tie_word_embeddings to false in its config.json, or remove one."
+            )
+        self._slots.pop(self.tied, None)
+        self._loaded.pop(self.tied, None)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Contents of ``config.json``; empty when there is none."""
+        if self._beneath:
+            return self._beneath.config
+        path = self.folder / "config.json"
+        return read_json(path, self.name) if path.exists() else {}
+
+    @cached_property
+    def tied(self) -> str | None:
+        """Name of the output layer when the config ties it to the embedding: one tensor, kept under the other name."""
+        tied = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
+        return "lm_head.weight" if tied else None
+
+    def spec(self, name: str) -> Spec:
+        """Return shape and dtype of a tensor, without reading it."""
+        if self._beneath:
+            spec = self._beneath.spec(name)
+            return Spec(spec.shape, torch.float32) if name in self._changed else spec
+        if name in self._slots:
+            return self._slots[name].spec
+        tensor = self._loaded[name]
+        return Spec(tuple(tensor.shape), tensor.dtype)
+
+    @cached_property
+    def _changed(self) -> frozenset[str]:
+        return frozenset(self.adapter.factors) if self.adapter else frozenset()
+
+    @cached_property
+    def _files(self) -> dict[Path, MappedFile]:
+        return {path: MappedFile(path) for path in {slot.path for slot in self._slots.values()}}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._beneath and self.adapter:
+            if name in self.adapter.replaced:
+                return self.adapter.replaced[name]
+            change = self.adapter.factors.get(name)
+            return fold_delta(self._beneath[name], change) if change else self._beneath[name]
+        if name in self._slots:
+            slot = self._slots[name]
+            return self._files[slot.path].tensor(slot)
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._beneath if self._beneath else name in self._slots or name in self._loaded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._beneath) if self._beneath else iter(sorted({*self._slots, *self._loaded}))
+
+    def __len__(self) -> int:
+        return len(self._beneath) if self._beneath else len(self._slots) + len(self._loaded)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read for all tensors."""
+        if self._beneath and self.adapter:
+            factors = (t for f in self.adapter.factors.values() for t in (f.A, f.B))
+            return self._beneath.nbytes + sum(t.nbytes for t in factors)
+        return sum(self.spec(name).nbytes for name in self)
+
+    def companions(self) -> list[Path]:
+        """Files that belong to the model besides its weights: config, tokenizer, generation defaults, license."""
+        if self._beneath:
+            return self._beneath.companions()
+        files = (path for path in sorted(self.folder.iterdir()) if path.is_file())
+        return [
+            path
+            for path in files
+            if (path.suffix in CARRIED and not NOT_CARRIED.search(path.name))
+            or path.stem.upper() in ("LICENSE", "NOTICE")
+        ]
+
+
+def _is_float8(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1

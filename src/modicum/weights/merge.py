@@ -1,0 +1,184 @@
+"""Merging: one step for each tensor of the result, on checkpoints or in memory, with the same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modicum.errors import CheckpointError
+from modicum.random import generator
+from modicum.record import fingerprint
+from modicum.registry import Entry
+from modicum.weights.agree import Tensors
+from modicum.weights.blocks import fold
+from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.compare import compare, refuse_non_finite
+from modicum.weights.plan import Plan, Step, plan_merge
+from modicum.weights.stream import SHARD_BYTES, cores, map_tensors, names_by_size, run_all
+
+
+def run_step(step: Step, *, seed: int = 0, device: str = "cpu") -> tuple[Tensor, dict[str, Any]]:
+    """Make one tensor of the result.
+
+    Returns:
+        The tensor, and what was measured about its experts.
+
+    Raises:
+        CheckpointError: An input holds NaN or infinity, or a non-floating tensor differs between models.
+    """
+    tensors = [source.read() for source in step.sources]
+    if not tensors[0].is_floating_point():
+        return _same(step, tensors), {}
+    tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    origin, experts = tensors[0], tensors[1:] if step.base else tensors
+    measured = compare(origin, experts)
+    if not all(map(math.isfinite, measured["norms"])):
+        refuse_non_finite(step.name, origin, tensors[1:], [source.model for source in step.sources])
+    if origin.dtype != step.spec.dtype:
+        # The method answers in the dtype of its base: in float32 first, then one cast.
+        origin = origin.to(torch.float32)
+        experts = [origin, *experts[1:]] if step.base is None else experts
+    if step.averaged:
+        merged = fold(origin, experts, lambda deltas: deltas.mean(0))
+    else:
+        supplied = {"rng": generator(seed, step.method, step.name)} if _takes_rng(step.entry) else {}
+        merged = step.entry.function(origin if step.base else None, experts, **step.knobs, **supplied)
+    return merged.to(step.spec.dtype), measured
+
+
+def _takes_rng(entry: Entry) -> bool:
+    return "rng" in (entry.function.__kwdefaults__ or {})
+
+
+def _same(step: Step, tensors: Sequence[Tensor]) -> Tensor:
+    for source, tensor in zip(step.sources[1:], tensors[1:]):
+        if not torch.equal(tensor, tensors[0]):
+            raise CheckpointError(
+                f"{source.model}: tensor {source.name!r} is {tensor.dtype} and differs from {step.sources[0].model}'s. "
+                "Only floating-point tensors can be merged: make them equal."
+            )
+    return tensors[0]
+
+
+def merge_state_dicts(
+    base: Tensors | None,
+    experts: Sequence[Tensors],
+    *,
+    method: str,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    **knobs: Any,
+) -> dict[str, Tensor]:
+    """Merge dictionaries of tensors in memory.
+
+    Args:
+        base: What the experts were trained from; ``None`` for methods that need none.
+        experts: The models to merge.
+        method: Name of a merge method; see ``modicum list``.
+        dtype: Of the result; that of the base when not given.
+        seed: For methods that draw random numbers.
+        device: Where the arithmetic happens.
+        **knobs: The method's.
+
+    Returns:
+        The merged tensors, on the CPU.
+
+    Raises:
+        ModicumError: The models do not fit together, or a knob is wrong.
+
+    Example:
+        >>> one = torch.ones(2)
+        >>> merge_state_dicts({"w": 0 * one}, [{"w": one}, {"w": 3 * one}], method="task_arithmetic", scale=0.5)
+        {'w': tensor([2., 2.])}
+    """
+    plan = plan_merge(base, experts, method=method, knobs=knobs, dtype=dtype)
+    steps = {step.name: step for step in plan.steps}
+    merged: dict[str, Tensor] = {}
+
+    def take(name: str, tensor: Tensor, _: object) -> None:
+        merged[name] = tensor.cpu().clone() if not tensor.is_floating_point() else tensor.cpu()
+
+    names = list(names_by_size({name: step.spec for name, step in steps.items()}))
+    run_all(lambda name: run_step(steps[name], seed=seed, device=device), names, take, workers=cores())
+    return {name: merged[name] for name in steps}
+
+
+def merge(
+    base: str | Path | Checkpoint | None,
+    experts: Sequence[str | Path | Checkpoint],
+    out: str | Path,
+    *,
+    method: str,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    shard_bytes: int = SHARD_BYTES,
+    workers: int | None = None,
+    progress: bool = True,
+    **knobs: Any,
+) -> dict[str, dict[str, Any]]:
+    """Merge checkpoints on disk, a tensor at a time.
+
+    Args:
+        base: Folder, Hub id or checkpoint that the experts were trained from; ``None`` for methods that need none.
+        experts: The models to merge; adapters are folded in.
+        out: Folder to write; it must not hold anything yet.
+        method: Name of a merge method; see ``modicum list``.
+        dtype: Of the result; that of the base when not given.
+        seed: For methods that draw random numbers.
+        device: Where the arithmetic happens.
+        shard_bytes: Largest weight file.
+        workers: Threads; one for each core when not given.
+        progress: Show a bar when standard error is a terminal.
+        **knobs: The method's.
+
+    Returns:
+        For each tensor what was measured: norms and cosines of the deltas, share of conflicting signs.
+
+    Raises:
+        ModicumError: The models do not fit together, a knob is wrong, or the result cannot be written.
+    """
+    opened = [_open(model) for model in experts]
+    plan = plan_merge(None if base is None else _open(base), opened, method=method, knobs=knobs, dtype=dtype)
+    return run_plan(
+        plan, Path(out), seed=seed, device=device, shard_bytes=shard_bytes, workers=workers, progress=progress
+    )
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    shard_bytes: int = SHARD_BYTES,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Carry out ``plan`` and write the checkpoint; see :func:`merge` for the rest."""
+    steps = {step.name: step for step in plan.steps}
+    identity = {
+        "models": [fingerprint(model.folder) for model in plan.models if isinstance(model, Checkpoint)],
+        "seed": seed,
+        "steps": [[s.name, s.method, [(x.model, x.name) for x in s.sources], dict(s.knobs)] for s in plan.steps],
+    }
+    return map_tensors(
+        lambda name: run_step(steps[name], seed=seed, device=device),
+        {name: step.spec for name, step in steps.items()},
+        out,
+        identity=identity,
+        companions=plan.companions,
+        shard_bytes=shard_bytes,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def _open(model: str | Path | Checkpoint) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else Checkpoint(model)

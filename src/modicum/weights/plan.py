@@ -1,0 +1,165 @@
+"""What a merge will do, tensor by tensor: decided and checked before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modicum.errors import RecipeError, did_you_mean
+from modicum.registry import Entry, merge_method
+from modicum.weights.agree import Tensors, check_agreement, label, spec_of
+from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.files import Spec
+from modicum.weights.stream import cores
+
+# Rows of these are looked up or scored by token, so a matrix method's singular vectors mean nothing there.
+VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|lm_head|wte|wpe|embed_in|embed_out|word_embeddings|shared|router|gate)\.weight$"
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of one of the models."""
+
+    model: str
+    tensors: Tensors = field(repr=False)
+    name: str
+
+    def read(self) -> Tensor:
+        """Return the tensor."""
+        return self.tensors[self.name]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one tensor of the result is made."""
+
+    name: str
+    spec: Spec
+    method: str
+    base: Source | None
+    experts: tuple[Source, ...]
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The base, when there is one, and the experts."""
+        return (*((self.base,) if self.base else ()), *self.experts)
+
+    @property
+    def entry(self) -> Entry:
+        """The method."""
+        return merge_method[self.method]
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a method for matrices gives way to the mean of the deltas here."""
+        return bool(self.entry.facts.get("matrix")) and (
+            len(self.spec.shape) < 2 or VOCABULARY.search(self.name) is not None
+        )
+
+    @property
+    def memory(self) -> int:
+        """Bytes of anonymous memory that making the tensor takes at most."""
+        if self.entry.facts.get("matrix") and not self.averaged:
+            # Deltas, their factors and the stacks of both, in float64 where they are decomposed.
+            return self.spec.numel * 8 * 3 * (len(self.experts) + 1)
+        folded = sum(s.tensors.adapter is not None for s in self.sources if isinstance(s.tensors, Checkpoint))
+        return self.spec.nbytes + 4 * folded * self.spec.numel + (8 << 20)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a merge, and the other files of its result."""
+
+    steps: Sequence[Step]
+    models: Sequence[Tensors]
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def memory_bound(self, workers: int | None = None) -> int:
+        """Return how many bytes of anonymous memory the merge takes at most, besides the libraries."""
+        return sum(sorted((step.memory for step in self.steps), reverse=True)[: workers or cores()])
+
+    def describe(self) -> list[str]:
+        """Return the plan in words, a line each."""
+        read = sum(model.nbytes for model in self.models if isinstance(model, Checkpoint))
+        written = sum(step.spec.nbytes for step in self.steps)
+        averaged = [step.name for step in self.steps if step.averaged and len(step.spec.shape) >= 2]
+        lines = [
+            f"{len(self.steps)} tensors from {len(self.models)} models",
+            f"reads {_size(read)}, writes {_size(written)}",
+            f"takes at most {_size(self.memory_bound())} of memory besides the libraries, on {cores()} threads",
+        ]
+        if averaged:
+            lines.append(f"{', '.join(averaged)}: mean of the deltas, since rows of tokens have no singular directions")
+        return [*lines, *self.notes]
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+
+
+def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype called ``name``."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise RecipeError(f"dtype {name!r} is not known. {did_you_mean(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def plan_merge(
+    base: Tensors | None,
+    experts: Sequence[Tensors],
+    *,
+    method: str,
+    knobs: Mapping[str, Any],
+    dtype: str | torch.dtype | None = None,
+) -> Plan:
+    """Return the plan of a plain merge, having checked that the models fit together.
+
+    Raises:
+        CheckpointError: The models differ.
+        RecipeError: The method cannot take them, or a knob is wrong.
+    """
+    entry = merge_method[method]
+    if entry.facts.get("base", True) and base is None:
+        raise RecipeError(f"{method} merges differences from a base model, and none is given. Set base.")
+    least = entry.facts.get("experts", 1)
+    if len(experts) < least:
+        raise RecipeError(f"{method} needs at least {least} experts, got {len(experts)}. Add some.")
+    checked, wanted = entry.knobs(knobs), parse_dtype(dtype)
+    models = [*([base] if base is not None else []), *experts]
+    names = [*(["base"] if base is not None else []), *(f"experts[{i}]" for i in range(len(experts)))]
+    names = [label(model, name) for model, name in zip(models, names)]
+    check_agreement(models[0], models[1:], names=names)
+    steps = []
+    for name in models[0]:
+        spec = spec_of(models[0], name)
+        sources = [Source(model, tensors, name) for model, tensors in zip(names, models)]
+        out = Spec(spec.shape, wanted if wanted and spec.dtype.is_floating_point else spec.dtype)
+        head = sources[0] if base is not None else None
+        tail = tuple(sources[1:] if base is not None else sources)
+        steps.append(Step(name, out, method, head, tail, checked))
+    first = models[0]
+    return Plan(steps, models, companion_files(first, wanted) if isinstance(first, Checkpoint) else {})
+
+
+def companion_files(model: Checkpoint, dtype: torch.dtype | None = None, **changes: Any) -> dict[str, bytes]:
+    """Return the files that a result takes over from ``model``, with ``config.json`` telling the truth about it."""
+    found = {path.name: path.read_bytes() for path in model.companions()}
+    if "config.json" in found and (dtype is not None or changes):
+        config = json.loads(found["config.json"])
+        if dtype is not None:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+        found["config.json"] = (json.dumps(config | changes, indent=2) + "\n").encode()
+    return found

@@ -1,0 +1,136 @@
+"""The k-th largest magnitude of a delta, exactly, without sorting it or holding it.
+
+A random sample brackets the value; one pass counts what lies above the bracket and keeps what lies in it. Comparisons
+and picks are NumPy's on the CPU, where they are ten times faster than torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modicum.weights.blocks import delta_blocks, working_dtype
+
+SAMPLE = 1 << 16
+Array: TypeAlias = NDArray[Any]
+
+
+@dataclass
+class Cut:
+    """Keep magnitudes above ``value``, and the first ``spare`` entries that equal it.
+
+    ``spare`` counts down as blocks are trimmed in order; ``exhaustive`` says that all entries of this value are kept.
+    """
+
+    value: float
+    spare: int
+    exhaustive: bool
+
+    def trim_(self, delta: Tensor) -> Tensor:
+        """Set to zero what the cut drops; blocks must come in order."""
+        if self.exhaustive:
+            return _shrink_(delta, _below(self.value, delta.dtype))
+        if not self.spare:
+            return _shrink_(delta, self.value)
+        equal = _positions(delta, self.value)[: self.spare]
+        kept = delta[equal]
+        _shrink_(delta, self.value)
+        delta[equal] = kept
+        self.spare -= len(equal)
+        return delta
+
+
+def _shrink_(delta: Tensor, value: float) -> Tensor:
+    """Set to zero what is not above ``value`` in magnitude."""
+    torch.ops.aten.hardshrink.out(delta, value, out=delta)
+    return delta
+
+
+def _positions(delta: Tensor, value: float) -> Tensor:
+    if delta.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(np.abs(delta.numpy()) == value))
+    return (delta.abs() == value).nonzero().view(-1)
+
+
+def _below(value: float, dtype: torch.dtype) -> float:
+    """Return the next smaller number; below zero for zero, so that everything passes."""
+    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-1.0, dtype=dtype)).item()
+
+
+def find_cuts(base: Tensor, experts: Sequence[Tensor], keep: Sequence[int]) -> list[Cut]:
+    """Return for each expert the cut that keeps its ``keep[t]`` largest deltas; of equal ones those that come first."""
+    n = base.numel()
+    if n <= SAMPLE or base.device.type != "cpu":
+        return [_cut_of(magnitudes_of(base, expert), k) for expert, k in zip(experts, keep)]
+    counts = [_Counts(*_bracket(base, expert, k, n)) for expert, k in zip(experts, keep)]
+    for _, _, deltas in delta_blocks(base, experts):
+        for count, magnitudes in zip(counts, deltas.abs_()):
+            count.add(magnitudes.numpy())
+    found = [count.cut(k) for count, k in zip(counts, keep)]
+    # A sample that missed the value costs a second look at the whole, which is rare.
+    return [cut or _cut_of(magnitudes_of(base, experts[t]), keep[t]) for t, cut in enumerate(found)]
+
+
+def magnitudes_of(base: Tensor, expert: Tensor) -> Tensor:
+    """Return the magnitudes of the delta as a vector."""
+    dtype = working_dtype(base)
+    return (expert.reshape(-1).to(dtype) - base.reshape(-1).to(dtype)).abs_()
+
+
+def _cut_of(magnitudes: Tensor, k: int) -> Cut:
+    value = torch.kthvalue(magnitudes, len(magnitudes) - k + 1).values
+    spare = k - int(torch.count_nonzero(magnitudes > value))
+    return Cut(value.item(), spare, spare == int(torch.count_nonzero(magnitudes == value)))
+
+
+def _bracket(base: Tensor, expert: Tensor, k: int, n: int) -> tuple[float, float]:
+    """Return two magnitudes between which the k-th largest lies, five standard deviations sure."""
+    where = torch.randint(n, (SAMPLE,), generator=torch.Generator().manual_seed(0)).sort().values
+    sample = magnitudes_of(base.reshape(-1)[where], expert.reshape(-1)[where]).sort().values
+    share = k / n
+    middle, margin = (1 - share) * SAMPLE, 5 * (SAMPLE * share * (1 - share)) ** 0.5 + 2
+    low, high = max(0, int(middle - margin)), min(SAMPLE - 1, int(middle + margin))
+    return sample[low].item(), sample[high].item()
+
+
+class _Counts:
+    """What one pass learns about the magnitudes around a bracket."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.above = self.at_high = self.at_low = 0
+        self.inside: list[Array] = []
+
+    def add(self, magnitudes: Array) -> None:
+        above = magnitudes > self.high
+        self.above += int(np.count_nonzero(above))
+        near = magnitudes[(magnitudes >= self.low) ^ above]
+        if self.low == self.high:
+            self.at_high += near.size
+            return
+        at_high, at_low = near == self.high, near == self.low
+        self.at_high += int(np.count_nonzero(at_high))
+        self.at_low += int(np.count_nonzero(at_low))
+        self.inside.append(near[~(at_high | at_low)])
+
+    def cut(self, k: int) -> Cut | None:
+        """Return the cut at the k-th largest, or ``None`` when it lies outside the bracket."""
+        rank = k - self.above
+        if rank <= 0:
+            return None
+        if rank <= self.at_high:
+            return Cut(self.high, rank, rank == self.at_high)
+        rank -= self.at_high
+        inside = np.concatenate(self.inside) if self.inside else np.empty(0)
+        if rank <= inside.size:
+            value = np.partition(inside, inside.size - rank)[inside.size - rank]
+            spare = rank - int(np.count_nonzero(inside > value))
+            return Cut(float(value), spare, spare == int(np.count_nonzero(inside == value)))
+        rank -= inside.size
+        return Cut(self.low, rank, rank == self.at_low) if 0 < rank <= self.at_low else None

@@ -1,0 +1,255 @@
+"""A fold over tensor names: make each tensor, put its bytes in place, forget it.
+
+The result's files are laid out before the first tensor is made, so workers (threads here, ranks under ``torchrun``)
+write theirs in any order and the bytes come out the same. What is finished is kept in a journal: a job that was killed
+goes on where it was. The result is written beside its final name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modicum.errors import CheckpointError, ModicumError
+from modicum.record import digest
+from modicum.weights.files import Slot, Spec, lay_out, plan_files, put
+
+SHARD_BYTES = 5_000_000_000
+Statistics = dict[str, Any]
+Maker = Callable[[str], tuple[Tensor, Statistics]]
+
+
+def cores() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_all(
+    make: Maker, names: Sequence[str], take: Callable[[str, Tensor, Statistics], None], *, workers: int
+) -> None:
+    """Call ``make`` for each name on ``workers`` threads and hand the result to ``take`` on the same thread.
+
+    Each thread computes with one of torch's own threads: whole tensors side by side use the cores better than one
+    tensor at a time split over them, and the arithmetic is then the same however many cores there are.
+    """
+    before = torch.get_num_threads()
+    stop = threading.Event()
+
+    def one(name: str) -> None:
+        if not stop.is_set():
+            take(name, *make(name))
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="modicum", initializer=partial(torch.set_num_threads, 1))
+    try:
+        tasks = [pool.submit(one, name) for name in names]
+        done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def map_tensors(
+    make: Maker,
+    specs: Mapping[str, Spec],
+    out: Path,
+    *,
+    identity: object,
+    companions: Mapping[str, bytes] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Statistics]:
+    """Write the checkpoint whose tensors ``make`` returns.
+
+    Args:
+        make: From a name to its tensor, of the shape and dtype announced, and what is worth recording about it.
+        specs: What will be written.
+        out: The folder to appear.
+        identity: What the result depends on; an unfinished run of the same identity is continued.
+        companions: Other files of the folder.
+        shard_bytes: Largest file, unless one tensor alone is larger.
+        workers: Threads; one for each core when not given.
+        progress: Show a bar when standard error is a terminal.
+
+    Returns:
+        The statistics of each tensor.
+
+    Raises:
+        CheckpointError: The result cannot be written. Nothing of it is left.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already. Choose another folder, or delete it.")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    layout = {name: (list(spec.shape), str(spec.dtype)) for name, spec in specs.items()}
+    key = digest({"identity": identity, "layout": layout, "shard": shard_bytes, "boot": _boot()})
+    beside = out.with_name(f".{out.name}.partial")
+    with _clean_errors(out, beside):
+        files = {beside / file: group for file, group in plan_files(specs, shard_bytes=shard_bytes).items()}
+        if rank == 0:
+            _prepare(beside, files, key)
+        else:
+            _await(lambda: _read_key(beside) == key)
+        statistics = _read_journals(beside)
+        mine = sorted(specs, key=lambda name: (-specs[name].nbytes, name))[rank::world]
+        _write(make, mine, specs, files, beside / f"journal.{rank}.jsonl", statistics, workers or cores(), progress)
+        if rank != 0:
+            _await(lambda: not beside.exists())
+            return statistics
+        _await(lambda: len(_read_journals(beside)) == len(specs))
+        statistics = _read_journals(beside)
+        _finish(beside, out, files, companions or {})
+    return {name: statistics[name] for name in specs}
+
+
+def _boot() -> str:
+    # What a killed process wrote is safe in the page cache; what a crashed machine wrote is not to be trusted.
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text() if path.exists() else ""
+
+
+def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -> None:
+    if _read_key(beside) == key:
+        return
+    if beside.exists():
+        shutil.rmtree(beside)
+    beside.mkdir(parents=True)
+    need = sum(spec.nbytes for group in files.values() for spec in group.values())
+    free = shutil.disk_usage(beside).free
+    if need > free:
+        raise OSError(errno.ENOSPC, f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+    for path, group in files.items():
+        header, _ = lay_out(path, group)
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(spec.nbytes for spec in group.values()))
+    (beside / "key").write_text(key)
+
+
+def _read_key(beside: Path) -> str | None:
+    try:
+        return (beside / "key").read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _read_journals(beside: Path) -> dict[str, Statistics]:
+    found: dict[str, Statistics] = {}
+    for path in beside.glob("journal.*.jsonl"):
+        for line in path.read_text().splitlines():
+            try:
+                name, statistics = json.loads(line)
+            except ValueError:
+                continue  # the line that was being written when the process was killed
+            found[name] = statistics
+    return found
+
+
+def _write(
+    make: Maker,
+    names: Sequence[str],
+    specs: Mapping[str, Spec],
+    files: Mapping[Path, Mapping[str, Spec]],
+    journal: Path,
+    finished: Mapping[str, Statistics],
+    workers: int,
+    progress: bool,
+) -> None:
+    slots: dict[str, Slot] = {}
+    for path, group in files.items():
+        slots.update(lay_out(path, group)[1])
+    todo = [name for name in names if name not in finished]
+    lock = threading.Lock()
+    with ExitStack() as stack:
+        descriptors = {path: stack.enter_context(path.open("r+b")).fileno() for path in files}
+        # A cut-off last line is closed first, so that the next one stands on its own.
+        log = stack.enter_context(journal.open("a"))
+        log.write("\n")
+        advance = stack.enter_context(_progress(sum(specs[name].nbytes for name in todo), progress))
+
+        def take(name: str, tensor: Tensor, statistics: Statistics) -> None:
+            spec = specs[name]
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise TypeError(f"{name}: made {tuple(tensor.shape)} {tensor.dtype}, announced {spec}")
+            put(descriptors[slots[name].path], slots[name], tensor)
+            with lock:
+                log.write(json.dumps([name, statistics]) + "\n")
+                log.flush()
+                advance(spec.nbytes)
+
+        run_all(make, todo, take, workers=workers)
+
+
+def _finish(beside: Path, out: Path, files: Mapping[Path, Mapping[str, Spec]], companions: Mapping[str, bytes]) -> None:
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for group in files.values() for spec in group.values())},
+            "weight_map": {name: path.name for path, group in files.items() for name in group},
+        }
+        (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name, content in companions.items():
+        (beside / name).write_bytes(content)
+    for path in [beside / "key", *beside.glob("journal.*.jsonl")]:
+        path.unlink()
+    if out.exists():
+        out.rmdir()
+    beside.rename(out)
+
+
+@contextmanager
+def _clean_errors(out: Path, beside: Path) -> Iterator[None]:
+    """Turn the disk's errors into one line, and leave nothing behind that the user must mend the input for."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            detail = error.strerror if error.filename is None and "free" in str(error.strerror) else "no space is left"
+            raise CheckpointError(
+                f"The disk of {out} is full: {detail}. Free some, or choose another folder."
+            ) from None
+        raise CheckpointError(f"Cannot write {out}: {error.strerror or error}. Choose another folder.") from None
+    except ModicumError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _await(ready: Callable[[], bool]) -> None:
+    # Ranks meet through the folder they share: torchrun ends all of them when one fails.
+    while not ready():
+        time.sleep(0.02)
+
+
+@contextmanager
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
+    if not wanted or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def names_by_size(specs: Mapping[str, Spec]) -> Iterable[str]:
+    """Return the names, largest first: the order of work that leaves no core waiting at the end."""
+    return sorted(specs, key=lambda name: (-specs[name].nbytes, name))
