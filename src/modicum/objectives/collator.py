@@ -36,7 +36,7 @@ class ObjectiveCollator:
     """Collate with ``collator``, then apply an objective; only in training.
 
     The Trainer uses one collator for training and evaluation and tells it neither the epoch nor the step:
-    ``modicum.jobs.objectives.ObjectiveCallback`` does. In a loop of one's own, call :meth:`start_epoch` before each
+    ``modicum.jobs.objectives.use_objective`` sees to that. In a loop of one's own, call :meth:`start_epoch` before each
     epoch and :meth:`eval` around evaluations.
 
     Args:
@@ -65,19 +65,17 @@ class ObjectiveCollator:
     ) -> None:
         self.collator, self.transform, self.method, self.seed = collator, transform, method, seed
         self.redraw, self.gather_labels = redraw, gather_labels
-        # Shared memory, so that loader workers that outlive an epoch see it begin.
-        self._shared: Tensor = torch.tensor([1, 0, 0, total_steps, accumulation_steps, 0])
+        # Of this process alone: workers of the training loader run ahead while the main process evaluates.
+        self.training = True
+        # Shared memory, so that loader workers that outlive an epoch see it begin: epoch, first step, total steps,
+        # batches per step, and how often an epoch has begun.
+        self._shared: Tensor = torch.tensor([0, 0, total_steps, accumulation_steps, 0])
         self._shared.share_memory_()  # type: ignore[no-untyped-call]
         self._calls, self._start = 0, 0
 
-    @property
-    def training(self) -> bool:
-        """Whether batches are changed."""
-        return bool(self._shared[0])
-
     def train(self, mode: bool = True) -> None:
         """Change batches from now on, or with ``False`` pass them through."""
-        self._shared[0] = int(mode)
+        self.training = mode
 
     def eval(self) -> None:
         """Pass batches through."""
@@ -87,20 +85,19 @@ class ObjectiveCollator:
         self, epoch: int, *, step: int = 0, total_steps: int | None = None, accumulation_steps: int | None = None
     ) -> None:
         """Name the epoch, and the optimizer step at which it begins or is resumed."""
-        self._shared[1] = epoch
-        self._shared[2] = step
+        self._shared[0], self._shared[1] = epoch, step
         if total_steps is not None:
-            self._shared[3] = total_steps
+            self._shared[2] = total_steps
         if accumulation_steps is not None:
-            self._shared[4] = accumulation_steps
-        self._shared[5] += 1
+            self._shared[3] = accumulation_steps
+        self._shared[4] += 1
 
     def __call__(self, features: Sequence[Any], *args: Any, **options: Any) -> Batch:
         features, names = _without_sample_ids(features)
         batch = self.collator(features, *args, **options)
         if not self.training:
             return batch
-        step, total_steps, epoch = self._step(), int(self._shared[3]), int(self._shared[1])
+        step, total_steps, epoch = self._step(), int(self._shared[2]), int(self._shared[0])
         rng = row_keys(_names(batch, names), seed=self.seed, method=self.method, epoch=epoch if self.redraw else 0)
         return self._finish(dict(self.transform(batch, step, total_steps, rng=rng)))
 
@@ -109,12 +106,12 @@ class ObjectiveCollator:
 
         Loaders run ahead of training, so the step is counted here: worker w of n makes batches w, w + n, w + 2n, …
         """
-        if self._start != int(self._shared[5]):
-            self._start, self._calls = int(self._shared[5]), 0
+        if self._start != int(self._shared[4]):
+            self._start, self._calls = int(self._shared[4]), 0
         worker = get_worker_info()
         batches = self._calls if worker is None else worker.id + worker.num_workers * self._calls
         self._calls += 1
-        return int(self._shared[2]) + batches // int(self._shared[4])
+        return int(self._shared[1]) + batches // int(self._shared[3])
 
     def _finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         weights = batch.pop("loss_weights", None)
@@ -212,9 +209,14 @@ class MEAPCollator(ObjectiveCollator):
 
 
 def special_ids(source: object) -> frozenset[int]:
-    """Return the special ids of a tokenizer, or of the tokenizer that a collator holds; TRL's holds pad alone."""
+    """Return the special ids of a tokenizer, or of the tokenizer that a collator holds; TRL's holds pad alone.
+
+    Control tokens that have no role of their own, such as those of chat templates, are special too.
+    """
     tokenizer = getattr(source, "tokenizer", None) or getattr(source, "processing_class", None) or source
-    ids = [*getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "pad_token_id", None)]
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = [*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if token.special)]
+    ids.append(getattr(tokenizer, "pad_token_id", None))
     return frozenset(i for i in ids if i is not None)
 
 

@@ -100,7 +100,7 @@ def mask_inputs(
     """
     check_ratio(ratio)
     _check_ids(input_ids, mask_token_id, protect_ids)
-    if ratio == 0:
+    if ratio == 0 or input_ids.numel() == 0:
         return input_ids
     rows = input_ids.reshape(-1, input_ids.shape[-1])
     real = _real_positions(input_ids, eligible_mask).reshape(rows.shape)

@@ -70,7 +70,7 @@ def meap_sft_loss(
         0.833333
     """
     per_token = is_masked_copy if is_masked_copy.dim() == 2 else is_masked_copy[:, None].expand(labels.shape)
-    weights = _weights(labels, per_token, masked_weight)[:, 1:].to(dtype)
+    weights = _weights(labels, per_token, masked_weight, dtype)[:, 1:]
     losses = functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).to(dtype), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -230,6 +230,8 @@ def _pad(rows: list[Row], layout: Layout, attend: Attend, masked_weight: float |
     return out
 
 
-def _weights(labels: Tensor, is_masked_copy: Tensor, masked_weight: float | None) -> Float[Tensor, "b t"]:
-    weights = (labels != IGNORED).float()
+def _weights(
+    labels: Tensor, is_masked_copy: Tensor, masked_weight: float | None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "b t"]:
+    weights = (labels != IGNORED).to(dtype)
     return weights if masked_weight is None else torch.where(is_masked_copy, weights * masked_weight, weights)
