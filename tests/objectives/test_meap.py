@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 
@@ -78,7 +79,7 @@ def test_spans_equal_the_oracle_and_keep_the_count(length, spans, key, ratio):
 def test_long_spans_are_contiguous():
     masked = mask_inputs(torch.zeros(1000, dtype=torch.long), ratio=0.15, mask_token_id=MASK, spans=50)
     found = positions(masked)
-    runs = 1 + sum(b - a != 1 for a, b in zip(found, found[1:]))
+    runs = 1 + sum(b - a != 1 for a, b in itertools.pairwise(found))
     assert len(found) == 149 and runs <= 4
 
 

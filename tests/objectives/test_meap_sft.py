@@ -58,7 +58,7 @@ def test_a_row_that_is_too_long_is_cut_in_ids_and_labels_alike():
     clean, masked = expand(prompt=10, answer=80, max_length=70)
     assert len(clean["input_ids"]) == 70 and EOS not in clean["input_ids"]
     assert clean["labels"][10:] == clean["input_ids"][10:]
-    assert all(token == MASK or token == c for token, c in zip(masked["input_ids"], clean["input_ids"]))
+    assert all(token in (MASK, c) for token, c in zip(masked["input_ids"], clean["input_ids"]))
 
 
 def test_prompts_that_leave_no_room_are_dropped_and_counted():

@@ -44,7 +44,7 @@ def selected(
 
 def reference_columns(length: int, ratio: float, step: int) -> list[int]:
     """The released pre-training code's columns."""
-    return random.Random(50 + step % 51).sample(range(0, length - 1), max(1, int(length * ratio)))
+    return random.Random(50 + step % 51).sample(range(length - 1), max(1, int(length * ratio)))
 
 
 def sft_loss(logits: np.ndarray, labels: np.ndarray, masked: np.ndarray, weight: float, items: float) -> float:
