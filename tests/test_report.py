@@ -167,6 +167,10 @@ def test_names_and_texts_of_a_run_are_escaped(tmp_path: Path) -> None:
         assert "<script>alert(1)</script>" in text
 
 
+def test_half_a_character_does_not_stop_the_page(tmp_path: Path) -> None:
+    assert "note ?" in page_of(write_run(tmp_path / "run", "train", notes=["note \ud83d"]))
+
+
 def test_keys_and_passwords_do_not_reach_the_page(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run",

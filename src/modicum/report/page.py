@@ -26,7 +26,7 @@ def render(run: RunView) -> str:
     )
     sections = collect(run)
     style = files("modicum.report").joinpath("style.css").read_text(encoding="utf-8")
-    return environment.get_template("page.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         title=_title(run),
         subtitle=_subtitle(run),
         status=run.status,
@@ -37,6 +37,8 @@ def render(run: RunView) -> str:
         sections=sections,
         style=Markup(style),  # noqa: S704 - a file of this package
     )
+    # JSON can hold halves of characters, which no file can.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _title(run: RunView) -> str:

@@ -46,7 +46,8 @@ class RunView:
     @property
     def notes(self) -> list[str]:
         """What the job found worth telling: fallbacks, defaults that matter."""
-        return [str(note) for note in self.record.get("notes") or ()]
+        notes = self.record.get("notes")
+        return [str(note) for note in notes] if isinstance(notes, list) else []
 
     def walk(self) -> Iterator[RunView]:
         """Yield this run and every run inside it, in order."""
