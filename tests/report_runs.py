@@ -142,9 +142,9 @@ def merge_layers(experts: Sequence[str] = ("spelling", "arithmetic"), layers: in
         hump = math.exp(-(((depth(name) - 0.35 - 0.35 * expert) / 0.3) ** 2))
         return (0.25 + 0.7 * hump) * (0.5 + 0.12 * kind) * (1 + 0.08 * rng.random())
 
-    def cosine(name: str) -> float | None:
+    def cosine(name: str) -> float:
         if ".layers." not in name:
-            return None
+            return 0.0
         return 0.16 * math.sin(5 * depth(name)) - 0.04 + rng.gauss(0, 0.02)
 
     pairs = [f"{a}|{b}" for i, a in enumerate(experts) for b in experts[i + 1 :]]
@@ -152,6 +152,7 @@ def merge_layers(experts: Sequence[str] = ("spelling", "arithmetic"), layers: in
         "names": names,
         "norms": {expert: [size(name, i) for name in names] for i, expert in enumerate(experts)},
         "cosines": {pair: [cosine(name) for name in names] for pair in pairs},
+        "conflict": [0.5 - 0.4 * cosine(name) if ".layers." in name else 0.0 for name in names],
     }
 
 

@@ -116,7 +116,7 @@ def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
 def test_every_picture_is_told_in_words_and_links_lead_somewhere(tmp_path: Path) -> None:
     outline, _ = read(write([quickstart(tmp_path / "quickstart")]))
     pictures = [attrs for _, attrs in outline.tags if attrs.get("role") == "img"]
-    assert len(pictures) == 8  # loss, three side figures, norms by layer, two maps of norms, one of cosines
+    assert len(pictures) == 9  # loss, three side figures, norms by layer, two maps of norms, cosines, conflicts
     assert all(attrs["aria-label"] for attrs in pictures)
     anchors = {attrs["id"] for _, attrs in outline.tags if "id" in attrs}
     links = {(attrs["href"] or "").removeprefix("#") for tag, attrs in outline.tags if tag == "a"}
@@ -330,6 +330,27 @@ def test_the_experts_of_a_mixture_are_taken_together() -> None:
     assert where.by_layer([1.0] * 128, norm) == [8.0, 8.0]
 
 
+def test_tensors_that_no_expert_changed_are_left_out(tmp_path: Path) -> None:
+    layers = {
+        "names": ["model.embed_tokens.weight", "model.layers.0.q.weight", "model.layers.0.ln.weight"],
+        "norms": {"a": [0.0, 3.0, 0.0], "b": [0.0, 4.0, 2.0]},
+        "cosines": {"a|b": [0.0, 0.8, 0.0]},
+    }
+    text = page_of(write_run(tmp_path / "run", "merge", metrics={"layers": layers}))
+    assert "1 tensor that no expert changed is left out." in text and "embed_tokens" not in text
+    # The unchanged tensors' cosines are not part of the mean.
+    assert "largely agree: their mean cosine is 0.80" in text
+
+
+def test_steps_logged_twice_by_a_resumed_run_count_once(tmp_path: Path) -> None:
+    log = [
+        {"event": "train", "step": step, "loss": loss}
+        for step, loss in ((1, 3.0), (2, 9.0), (3, 9.0), (2, 2.0), (3, 1.0))
+    ]
+    text = page_of(write_run(tmp_path / "run", "train", log=log))
+    assert "brought the training loss from 3.00 to 1.00 in 3 steps" in text and "9.00" not in text
+
+
 def test_many_experts_share_one_picture(tmp_path: Path) -> None:
     layers = merge_layers(("a", "b", "c", "d", "e"), layers=4)
     outline, text = read(write([write_run(tmp_path / "run", "merge", metrics={"layers": layers})]))
@@ -347,7 +368,7 @@ def test_merges_of_the_same_experts_are_drawn_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("conflict", [{"a|b": [0.1, 0.2]}, [0.1, 0.2]])
 def test_sign_conflicts_are_drawn_when_there(tmp_path: Path, conflict: object) -> None:
-    layers = {"names": ["model.layers.0.q.weight", "model.layers.1.q.weight"], "sign_conflict": conflict}
+    layers = {"names": ["model.layers.0.q.weight", "model.layers.1.q.weight"], "conflict": conflict}
     assert "Where do their signs conflict?" in page_of(write_run(tmp_path / "run", "merge", metrics={"layers": layers}))
 
 
@@ -469,7 +490,7 @@ LAYERS = st.fixed_dictionaries(
     {"names": st.lists(st.sampled_from(["model.layers.0.a", "h.3.b.weight", "x", "blocks.1."]), max_size=4)},
     optional={
         key: st.dictionaries(st.text(max_size=4), st.lists(JSON, max_size=5), max_size=3) | JSON
-        for key in ("norms", "cosines", "sign_conflict")
+        for key in ("norms", "cosines", "conflict")
     },
 )
 METRICS = st.fixed_dictionaries(
@@ -547,10 +568,12 @@ def test_any_value_can_be_written(value: object) -> None:
     assert number(value)
 
 
-def test_a_scale_of_cosines_is_symmetric() -> None:
-    scale = Scale.of([-0.1, None, 0.4], diverging=True)
+def test_a_scale_with_a_center_is_symmetric_around_it() -> None:
+    scale = Scale.of([-0.1, None, 0.4], center=0.0)
     assert (scale.low, scale.high) == (-0.4, 0.4)
-    assert scale.ink(-0.4) == ("minus", 1.0) and scale.ink(0.2) == ("plus", 0.5)
+    assert scale.ink(-0.4) == ("warm", 1.0) and scale.ink(0.2) == ("cool", 0.5)
+    assert Scale.of([0.5, 0.75], center=0.5, warm="high").ink(0.75) == ("warm", 1.0)
+    assert Scale.of([2.0, 4.0]).ink(1.0) == ("cool", 0.25)
 
 
 def test_a_chart_without_values_is_not_drawn() -> None:

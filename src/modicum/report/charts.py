@@ -1,4 +1,4 @@
-"""Pictures as plain HTML and SVG, so that they take the page's colours, fonts and width.
+"""Pictures as plain HTML and SVG, so that they take the page's colors, fonts and width.
 
 Lines and cells are SVG stretched to whatever width there is; text is HTML placed beside them in per cent, so that it
 keeps its size on a phone and in print. Every picture stands beside a table of its numbers.
@@ -15,7 +15,7 @@ from markupsafe import Markup
 from modicum.report.axes import Point, log_ticks, spread, thin, ticks
 from modicum.report.text import axis, is_number, number
 
-COLORS = 8  # how many series colours the style sheet knows
+COLORS = 8  # how many series colors the style sheet knows
 UNITS = 1000  # side of the square in which SVG is drawn before it is stretched
 LABEL_HEIGHT = 17  # pixels between two labels beside a line chart
 
@@ -146,30 +146,36 @@ def _end_labels(lines: Sequence[Line], place: Callable[[float, float], tuple[flo
 
 @dataclass(frozen=True)
 class Scale:
-    """How a heat map turns numbers into ink: from ``low`` to ``high``, or both ways from zero."""
+    """How a heat map turns numbers into ink: from ``low`` to ``high``, or both ways from ``center``."""
 
     low: float
     high: float
-    diverging: bool = False
+    center: float | None = None
+    warm: str = "low"  # the side of the center that is drawn in the warning color
 
     @classmethod
-    def of(cls, values: Iterable[float | None], *, diverging: bool = False) -> Scale:
+    def of(cls, values: Iterable[float | None], *, center: float | None = None, warm: str = "low") -> Scale:
         """Return the scale that just holds ``values``."""
         low, high = _extent(value for value in values if value is not None)
-        reach = max(abs(low), abs(high)) or 1.0
-        return cls(-reach, reach, True) if diverging else cls(min(low, 0.0) if low >= 0 else low, high)
+        if center is None:
+            return cls(min(low, 0.0) if low >= 0 else low, high)
+        reach = max(abs(low - center), abs(high - center)) or 1.0
+        return cls(center - reach, center + reach, center, warm)
 
     def ink(self, value: float) -> tuple[str, float]:
-        """Return the class of the colour and its strength from 0 to 1."""
-        if self.diverging:
-            return "minus" if value < 0 else "plus", min(1.0, abs(value) / self.high)
-        return "plus", min(1.0, max(0.0, (value - self.low) / ((self.high - self.low) or 1)))
+        """Return the class of the color and its strength from 0 to 1."""
+        if self.center is None:
+            return "cool", min(1.0, max(0.0, (value - self.low) / ((self.high - self.low) or 1)))
+        side = "low" if value < self.center else "high"
+        return "warm" if side == self.warm else "cool", min(1.0, abs(value - self.center) / (self.high - self.center))
 
     def legend(self, what: str) -> Markup:
         """Draw the scale itself."""
         return Markup(
             '<p class="scale{}"><span>{}</span> <i aria-hidden="true"></i> <span>{}</span> <em>{}</em></p>'
-        ).format(" diverging" if self.diverging else "", number(self.low, 2), number(self.high, 2), what)
+        ).format(
+            f" warm-{self.warm}" if self.center is not None else "", number(self.low, 2), number(self.high, 2), what
+        )
 
 
 def heat_map(

@@ -41,7 +41,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
 def _written(key: str, value: float) -> str:
     if key == "seconds" or key.endswith("_seconds"):
         return duration(value)
-    if key.endswith("bytes") and not key.startswith("bits"):
+    if key.endswith("bytes") or key.startswith("memory"):
         return size(value)
     return measure(value, key)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from markupsafe import Markup
 
@@ -13,7 +13,9 @@ from modicum.report.html import figure, grid, table
 from modicum.report.layers import Combine, LayerMap, mean, norm
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, Stat, section
-from modicum.report.text import number, phrase, plural
+from modicum.report.text import measure, number, phrase, plural
+
+Series: TypeAlias = Mapping[str, Sequence[Any]]
 
 MOST_MAPS = 6  # pictures of one kind; with more experts or pairs, one picture shows a row for each
 
@@ -39,10 +41,10 @@ def merging(run: RunView) -> Section | None:
     findings: list[Markup] = []
     stats: list[Stat] = []
     for layers, runs in groups.values():
-        where = LayerMap([str(name) for name in layers["names"]])
-        norms, cosines, conflicts = (_series(layers.get(key)) for key in ("norms", "cosines", "sign_conflict"))
+        where, norms, cosines, conflicts, untouched = _read(layers)
         title = Markup("<h3>{}</h3>").format(phrase(runs)) if len(groups) > 1 else ""
-        parts.append(Markup("{}{}{}{}{}").format(title, *_pictures(where, norms, cosines, conflicts)))
+        remark = Markup('<p class="key">{}</p>').format(_left_out(untouched)) if untouched else ""
+        parts.append(Markup("{}{}{}{}{}{}").format(title, *_pictures(where, norms, cosines, conflicts), remark))
         known = [v for values in cosines.values() for v in map(finite, values) if v is not None]
         if known:
             findings.append(_finding(mean(known)))
@@ -50,12 +52,41 @@ def merging(run: RunView) -> Section | None:
     return Section("Inside the merge", Markup("").join(parts), findings=tuple(findings), stats=tuple(stats))
 
 
+def _read(layers: Mapping[str, Any]) -> tuple[LayerMap, Series, Series, Series, int]:
+    """Take the series out of a record, without tensors that no expert changed; return also how many those are."""
+    names = [str(name) for name in layers["names"]] if isinstance(layers["names"], list) else []
+    norms, cosines, conflicts = (_series(layers.get(key)) for key in ("norms", "cosines", "conflict"))
+    if not norms:
+        return LayerMap(names), norms, cosines, conflicts, 0
+
+    def moved(expert: str, index: int) -> bool:
+        return expert not in norms or _at(norms[expert], index) != 0
+
+    kept = [i for i in range(len(names)) if any(moved(expert, i) for expert in norms)]
+    # A difference of zero has no direction, so its cosine says nothing.
+    meaningful = {
+        pair: [_at(values, i) if all(moved(expert, i) for expert in pair.split("|")) else None for i in kept]
+        for pair, values in cosines.items()
+    }
+    where = LayerMap([names[i] for i in kept])
+    return where, _only(kept, norms), meaningful, _only(kept, conflicts), len(names) - len(kept)
+
+
+def _only(kept: Sequence[int], found: Series) -> Series:
+    return {name: [_at(values, i) for i in kept] for name, values in found.items()}
+
+
+def _left_out(count: int) -> str:
+    return f"{plural(count, 'tensor')} that no expert changed {'is' if count == 1 else 'are'} left out."
+
+
 def _pictures(
     where: LayerMap,
-    norms: Mapping[str, Sequence[Any]],
-    cosines: Mapping[str, Sequence[Any]],
-    conflicts: Mapping[str, Sequence[Any]],
+    norms: Series,
+    cosines: Series,
+    conflicts: Series,
 ) -> tuple[Markup, Markup, Markup, Markup]:
+    chance = 1 - 2.0 ** (1 - max(2, len(norms)))
     return (
         _moved(where, norms) if where.layers and norms else Markup(""),
         _maps(
@@ -66,7 +97,7 @@ def _pictures(
             what="cosine between the experts' differences from the base",
             caption="Cosine of two experts' differences from the base, per weight matrix. Near zero they changed "
             "different things; below zero they pull against each other.",
-            diverging=True,
+            center=0.0,
         ),
         _maps(
             where,
@@ -74,13 +105,16 @@ def _pictures(
             mean,
             title="Where do their signs conflict?",
             what="share of entries on which the signs differ",
-            caption="Share of the entries on which the experts' signs differ, per weight matrix.",
+            caption=f"Among the entries that several experts changed. Changes without any relation would give "
+            f"{measure(chance, 'share')}.",
+            center=chance,
+            warm="high",
         ),
         _outside(where, norms, cosines),
     )
 
 
-def _moved(where: LayerMap, norms: Mapping[str, Sequence[Any]]) -> Markup:
+def _moved(where: LayerMap, norms: Series) -> Markup:
     """Draw the norm of each expert's difference: a line over the layers, and a map of the matrices."""
     lines = []
     for color, (expert, values) in enumerate(norms.items()):
@@ -113,13 +147,14 @@ def _moved(where: LayerMap, norms: Mapping[str, Sequence[Any]]) -> Markup:
 
 def _maps(
     where: LayerMap,
-    series: Mapping[str, Sequence[Any]],
+    series: Series,
     combine: Combine,
     *,
     title: str,
     what: str,
     caption: str,
-    diverging: bool = False,
+    center: float | None = None,
+    warm: str = "low",
 ) -> Markup:
     """Draw module × layer for each series, or series × layer when there are many."""
     if not series or not where.layers:
@@ -134,7 +169,7 @@ def _maps(
             "mean over the matrices of a layer": [where.by_layer(values, combine) for values in series.values()]
         }
         rows = [_pair(name) for name in series]
-    scale = Scale.of((v for matrix in matrices.values() for row in matrix for v in row), diverging=diverging)
+    scale = Scale.of((v for matrix in matrices.values() for row in matrix for v in row), center=center, warm=warm)
     pictures = [
         heat_map(
             rows,
@@ -160,7 +195,7 @@ def _maps(
     return heading + figure(grid(pictures, wide=True), scale.legend(what), caption=caption, numbers=numbers)
 
 
-def _outside(where: LayerMap, norms: Mapping[str, Sequence[Any]], cosines: Mapping[str, Sequence[Any]]) -> Markup:
+def _outside(where: LayerMap, norms: Series, cosines: Series) -> Markup:
     columns = {f"norm, {name}": values for name, values in norms.items()}
     columns |= {f"cosine, {_pair(name)}": values for name, values in cosines.items()}
     # With many experts the table would be wider than any page; the record holds the numbers.

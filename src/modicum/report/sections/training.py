@@ -56,13 +56,19 @@ def training(run: RunView) -> Section | None:
     """Draw every run that logged training steps, over one another."""
     curves: list[Curve] = []
     for part in run.walk():
-        train = [line for line in part.log("train") if "loss" in line and is_number(line.get("step"))]
+        train = _by_step(part, "train", "loss")
         if train:
-            curves.append(Curve(part, len(curves), train, part.log("eval")))
+            curves.append(Curve(part, len(curves), train, _by_step(part, "eval", "eval_loss")))
     if not curves:
         return None
     body = _loss(curves) + _others(curves) + _table(curves)
     return Section("Training", body, findings=tuple(_finding(curve) for curve in curves), stats=_stats(curves))
+
+
+def _by_step(run: RunView, event: str, key: str) -> list[Mapping[str, Any]]:
+    """Return the log's lines that tell ``key``, by step; a run that was resumed logged some steps twice."""
+    lines = {line["step"]: line for line in run.log(event) if key in line and is_number(line.get("step"))}
+    return [lines[step] for step in sorted(lines)]
 
 
 def _loss(curves: Sequence[Curve]) -> Markup:
