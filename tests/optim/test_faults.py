@@ -45,5 +45,5 @@ def test_a_bad_batch_keeps_shape_and_type_and_loses_the_text():
     ids = torch.zeros(4, 64, dtype=torch.int32)
     bad = bad_batch(ids, vocabulary=50, step=1, probability=1.0)
     assert bad.shape == ids.shape and bad.dtype == ids.dtype
-    assert 0 <= int(bad.min()) and int(bad.max()) < 50 and len(bad.unique()) > 40
+    assert int(bad.min()) >= 0 and int(bad.max()) < 50 and len(bad.unique()) > 40
     assert (ids == 0).all()

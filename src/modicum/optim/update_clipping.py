@@ -60,7 +60,12 @@ class ClippyState:
 
 
 @gradient_rule(
-    "clippy", paper="arXiv:2302.09178", laws={"factor_at_most_one", "local"}, acts="after", state=ClippyState
+    "clippy",
+    paper="arXiv:2302.09178",
+    laws={"factor_at_most_one", "local"},
+    acts="after",
+    state=ClippyState,
+    weight_sized_state="accumulator",
 )
 def clippy(
     update: Update,

@@ -1,0 +1,104 @@
+"""Run the cells of the fault study that have no result yet: python benchmarks/claims/adagc/study.py [--minutes 7].
+
+Run it again to go on; the result file grows by one cell at a time and finished cells are never run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "results" / "adagc-faults.json"
+sys.path.insert(0, str(HERE))
+
+ARMS = {
+    "none": (None, {}),
+    "global": ("global_norm", {}),
+    "zclip": ("zclip", {}),
+    "adagc min (published)": ("adagc", {"init": "min", "ignore_zero": False}),
+    "adagc ema (default)": ("adagc", {}),
+    "adagc mean": ("adagc", {"init": "mean"}),
+    "adagc ema, relative 1.5": ("adagc", {"relative": 1.5}),
+    "adagc min, warmup 300": ("adagc", {"init": "min", "warmup": 300}),
+    "adagc ema, warmup 300": ("adagc", {"warmup": 300}),
+    "adagc global": ("adagc", {"granularity": "global"}),
+    "value 1e-3": ("value", {"limit": 1e-3}),
+    "fixed norm 0.1": ("fixed_norm", {"limit": 0.1}),
+    "agc": ("agc", {}),
+    "agc update": ("agc_update", {}),
+    "clippy": ("clippy", {}),
+    "autoclip": ("autoclip", {}),
+    "skip step": ("skip_step", {}),
+    "spam": ("spam", {}),
+    "stable spam": ("stable_spam", {}),
+    "stable adamw": ("stable_adamw", {}),
+    "adafactor clip": ("adafactor", {}),
+    "aggc": ("aggc", {"steps": 1000}),
+}
+MAIN = ["none", "global", "zclip", "adagc min (published)", "adagc ema (default)"]
+GRID = [
+    *[("adamw0.999", arm) for arm in MAIN],
+    *[(optimizer, arm) for optimizer in ("lion", "muon") for arm in MAIN if arm != "zclip"],
+    *[("adamw0.95", arm) for arm in MAIN if arm != "zclip"],
+    *[("adamw0.999", arm) for arm in ARMS if arm not in MAIN],
+]
+
+
+def cells(seeds: int) -> list[tuple[str, str, bool, int]]:
+    """Return all cells, those of the main table first."""
+    return [(opt, arm, faults, seed) for opt, arm in GRID for faults in (False, True) for seed in range(seeds)]
+
+
+def key(cell: tuple[str, str, bool, int]) -> str:
+    optimizer, arm, faults, seed = cell
+    return f"{optimizer} | {arm} | {'faults' if faults else 'clean'} | {seed}"
+
+
+def work(cell: tuple[str, str, bool, int]) -> dict:
+    import torch
+    from byte_model import run
+
+    torch.set_num_threads(1)
+    optimizer, arm, faults, seed = cell
+    rule, knobs = ARMS[arm]
+    began = time.monotonic()
+    found = run(optimizer, rule, knobs, faults=faults, seed=seed)
+    return {
+        "optimizer": optimizer, "arm": arm, "rule": rule, "knobs": knobs, "with_faults": faults, "seed": seed,
+        **found, "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    from modicum.record import environment, write_atomic
+
+    data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"study": "adagc-faults", "cells": {}}
+    todo = [cell for cell in cells(given.seeds) if key(cell) not in data["cells"]]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
+    began = time.monotonic()
+    with ProcessPoolExecutor(given.workers) as pool:
+        while todo and time.monotonic() - began < 60 * given.minutes:
+            now, todo = todo[: given.workers], todo[given.workers :]
+            for cell, found in zip(now, pool.map(work, now)):
+                data["cells"][key(cell)] = found | {"commit": commit.strip()}
+                print(key(cell), found["held_out_loss"], found["seconds"], flush=True)
+            data["environment"] = environment()
+            write_atomic(RESULTS, json.dumps(data, indent=1) + "\n")
+    print(f"{len(data['cells'])} cells done, {len(todo)} to do")
+
+
+if __name__ == "__main__":
+    main()
