@@ -165,7 +165,7 @@ def get_hrp_state_dict(
                     "preheat_steps."
                 )
             for batch in micro:
-                value = (loss or _own_loss)(peft_model, batch) / accumulation
+                value = (loss or own_loss)(peft_model, batch) / accumulation
                 value.backward()  # type: ignore[no-untyped-call]
                 sum_of_losses += value.detach()
             _average_gradients(parameters)
@@ -318,7 +318,8 @@ def _restored(peft_model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss that the model computes itself from the batch's labels."""
     loss: Tensor | None = model(**batch).loss
     if loss is None:
         raise ModicumError("The model returned no loss: the batch holds no labels. Add them, or pass loss=.")

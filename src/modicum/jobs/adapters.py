@@ -1,0 +1,424 @@
+"""The one seam between adapter initialisations and PEFT: start an adapter, finish it, export it for serving.
+
+::
+
+    model = get_peft_model(base, LoraConfig(r=8, **config_fields("hrp")))
+    started = initialize(model, "hrp", {}, batches=lambda: loader, lr=2e-4)
+    ...  # train with anything
+    model.save_pretrained(folder)
+    started.finish(folder)
+
+What comes out is always a standard LoRA adapter for the original base whose configuration says
+``init_lora_weights: true``; where it came from stands in ``adapter_init.json`` beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modicum.errors import CheckpointError, ModicumError, UnsupportedError
+from modicum.record import whole_folder, write_atomic
+from modicum.registry import Entry, adapter_init
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from modicum.adapters.preheat import Batch, Loss, MakeOptimizer
+
+WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "adapter_init.json"
+PREFIX = "base_model.model."
+
+
+@dataclass
+class Started:
+    """What an initialisation did, to be finished when the trained adapter has been saved.
+
+    Attributes:
+        origin: Name and knobs of the initialisation, for the record.
+        initial: The factors that left the base, by module; empty when the base is as it was.
+        notes: What the user should know.
+        consumed: Micro-batches that the main run should not see again (``reuse_data: continue``).
+    """
+
+    origin: dict[str, Any]
+    initial: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    consumed: int = 0
+
+    def prepare(self, peft_model: Any, *, adapter: str = "default") -> None:
+        """Make the trained parts plain weights again; call it before the model is saved."""
+        from modicum.adapters.core import fold
+
+        if "core" in self.origin:
+            fold(peft_model, adapter=adapter)
+
+    def finish(self, folder: str | Path) -> None:
+        """Make the saved adapter independent of this run: for the original base, and with its origin beside it."""
+        folder = Path(folder)
+        if self.initial:
+            _remove_shift(folder, self.initial)
+        write_atomic(folder / ORIGIN, json.dumps(self.origin, indent=2) + "\n")
+
+
+def config_fields(name: str) -> dict[str, Any]:
+    """Return the fields of ``peft.LoraConfig`` that a method asks for.
+
+    Example:
+        >>> config_fields("rslora")
+        {'use_rslora': True}
+    """
+    return dict(adapter_init[name].facts.get("config", {}))
+
+
+def initialize(
+    peft_model: Any,
+    name: str,
+    knobs: Mapping[str, Any],
+    *,
+    batches: Callable[[], Iterable[Batch]],
+    lr: float,
+    seed: int = 0,
+    total_steps: int | None = None,
+    accumulation: int = 1,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
+    cache: Path | None = None,
+    adapter: str = "default",
+) -> Started:
+    """Start the adapter of a PEFT model by the registered initialisation ``name``.
+
+    Call it on every process; each must bring its own share of the data, and all get the same adapter.
+
+    Args:
+        peft_model: Made with ``LoraConfig(**config_fields(name))``, and not yet wrapped or split over processes.
+        name: A registered adapter initialisation.
+        knobs: Its knobs.
+        batches: Gives the training batches from the first one on, as mappings of tensors that the model takes.
+        lr: The main run's learning rate.
+        seed: Names every draw.
+        total_steps: Length of the main run.
+        accumulation: Micro-batches to an optimiser step.
+        loss: ``(model, batch) -> scalar``; the model's own when not given.
+        optimizer: ``(parameters, lr) -> optimizer`` of the main run, for preheating.
+        cache: A file for the factors: written by the first call, read by the next, so that a resumed run starts from
+            the same ones without preheating again.
+        adapter: The adapter to start.
+
+    Raises:
+        ModicumError: A knob is wrong, or the method cannot be used on this model or data.
+    """
+    entry = adapter_init[name]
+    knobs = entry.knobs(knobs)
+    started = Started({"name": name, **knobs, "seed": seed})
+    if entry.facts.get("config") or entry.facts.get("optimizer"):
+        _freeze(peft_model, entry, adapter)
+        return started
+    if cache is not None and cache.exists():
+        factors = _read(cache)
+    elif name == "hrp":
+        options = {"lr": lr, "total_steps": total_steps, "accumulation": accumulation, "seed": seed}
+        factors = _preheat(
+            peft_model, entry, knobs, started, batches, adapter, options | {"loss": loss, "optimizer": optimizer}
+        )
+    else:
+        factors = _compute(peft_model, entry, knobs, batches, loss, seed, adapter)
+    if cache is not None and not cache.exists():
+        _write(cache, factors)
+    _apply(peft_model, entry, factors, started, adapter)
+    return started
+
+
+def make_optimizer(
+    peft_model: Any, name: str, knobs: Mapping[str, Any], *, lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer | None:
+    """Return the optimiser that a method brings along (LoRA+, LoRA-FA), or ``None`` where it has none.
+
+    Args:
+        peft_model: The model to train.
+        name: A registered adapter initialisation.
+        knobs: Its knobs.
+        lr: Learning rate (of A, for LoRA+).
+        weight_decay: Decay of the weights.
+    """
+    import torch
+    from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+
+    entry = adapter_init[name]
+    kind = entry.facts.get("optimizer")
+    if kind == "lora_plus":
+        ratio = entry.knobs(knobs)["ratio"]
+        return create_loraplus_optimizer(
+            peft_model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay
+        )
+    if kind == "lora_fa":
+        config = peft_model.peft_config["default"]
+        return create_lorafa_optimizer(
+            peft_model, r=config.r, lora_alpha=config.lora_alpha, lr=lr, weight_decay=weight_decay
+        )
+    return None
+
+
+def export_adapter(source: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write an adapter that servers load: one rank, one scaling, no patterns; its effect is checked to be the same.
+
+    Args:
+        source: Folder of a LoRA adapter.
+        out: Folder to write; must not exist.
+
+    Returns:
+        ``rank`` (what a server's limit must allow), ``alpha`` and the number of ``modules``.
+
+    Raises:
+        UnsupportedError: The adapter is more than two factors for each module (DoRA, saved modules, biases).
+        CheckpointError: It cannot be read, or ``out`` exists.
+    """
+    from safetensors.torch import save_file
+
+    from modicum.adapters.serving import alpha_for, uniform
+    from modicum.weights.adapter import Adapter
+
+    source, out = Path(source), Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out} exists already. Choose another folder.")
+    read = Adapter(source, owner=str(source))
+    if read.replaced or read.config.get("modules_to_save"):
+        what = next(iter(read.replaced), "modules_to_save")
+        raise UnsupportedError(
+            f"{source} also replaces {what!r}, which servers refuse. Merge it into its base instead."
+        )
+    rank = max(change.A.shape[0] for change in read.factors.values())
+    own = read.config["lora_alpha"] / read.config["r"] ** (0.5 if read.config.get("use_rslora") else 1.0)
+    # A whole alpha at the adapter's own scaling keeps the other modules' bytes as they are.
+    scaling = own if float(alpha_for(own, rank)).is_integer() else 1.0
+    made = uniform({name: (f.A, f.B, f.scale) for name, f in read.factors.items()}, scaling=scaling)
+    alpha = int(alpha_for(scaling, rank))
+    config = read.config | {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in made.items():
+        module = PREFIX + name.removesuffix(".weight")
+        tensors |= {f"{module}.lora_A.weight": A.contiguous(), f"{module}.lora_B.weight": B.contiguous()}
+    with whole_folder(out) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return {"rank": rank, "alpha": alpha, "modules": len(made)}
+
+
+def _preheat(
+    peft_model: Any,
+    entry: Entry,
+    knobs: dict[str, Any],
+    started: Started,
+    batches: Callable[[], Iterable[Batch]],
+    adapter: str,
+    options: dict[str, Any],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    from modicum.adapters.layers import factors_of, lora_layers
+    from modicum.adapters.preheat import get_hrp_state_dict, initialize_lora_hrp_weights
+
+    stage, knobs = _gathering(entry, knobs)
+    state = get_hrp_state_dict(peft_model, _cycle(batches), config=stage, adapter=adapter, **options)
+    left = initialize_lora_hrp_weights(
+        peft_model,
+        state,
+        **knobs,
+        train_factors=stage.train_factors,
+        rank_redistribution=stage.rank_redistribution,
+        seed=options["seed"],
+        adapter=adapter,
+    )
+    steps = stage.steps_for(options["total_steps"])
+    started.origin |= {
+        "preheated_steps": steps,
+        "preheated_rank": max(len(state[k]) for k in state if k.endswith(".S")),
+    }
+    started.consumed = steps * options["accumulation"] if stage.reuse_data == "continue" else 0
+    if left:
+        started.notes.append(f"HRP left {len(left)} modules at their default start: {', '.join(left)}.")
+    layers = lora_layers(peft_model, adapter)
+    return {
+        name: tuple(factor.detach().clone() for factor in factors_of(layer, adapter))  # type: ignore[misc]
+        for name, layer in layers.items()
+    }
+
+
+def _compute(
+    peft_model: Any,
+    entry: Entry,
+    knobs: dict[str, Any],
+    batches: Callable[[], Iterable[Batch]],
+    loss: Loss | None,
+    seed: int,
+    adapter: str,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    import inspect
+
+    import torch
+
+    from modicum.adapters.calibrate import base_weight, input_moments, weight_gradients
+    from modicum.adapters.layers import lora_layers
+    from modicum.random import generator
+
+    stage, knobs = _gathering(entry, knobs)
+    layers = lora_layers(peft_model, adapter)
+    wanted = entry.parameters[0]
+    sample = list(itertools.islice(_cycle(batches), stage.batches)) if stage is not None else []
+    gradients = weight_gradients(peft_model, sample, adapter=adapter, loss=loss) if "gradient" in wanted else {}
+    moments = input_moments(peft_model, sample, adapter=adapter) if "moment" in wanted else {}
+    takes = inspect.signature(entry.function).parameters
+    factors = {}
+    for name, layer in layers.items():
+        data = {"gradient": gradients.get(name), "moment": moments.get(name)}
+        if "weight" in wanted:
+            # A quantised weight has another shape than its module, and most starts need no more than the shape.
+            data["weight"] = (
+                torch.empty(layer.out_features, layer.in_features, device="meta")
+                if entry.facts.get("shape_only")
+                else base_weight(layer, name).detach()
+            )
+        supplied: dict[str, Any] = {"rank": layer.r[adapter]}
+        if "scaling" in takes:
+            supplied["scaling"] = layer.scaling[adapter]
+        if "rng" in takes:
+            supplied["rng"] = generator(seed, entry.name, name)
+        try:
+            factors[name] = entry.function(*(data[key] for key in wanted), **supplied, **knobs)
+        except ModicumError as error:
+            raise type(error)(f"{name}: {error}") from None
+    return factors
+
+
+def _apply(
+    peft_model: Any, entry: Entry, factors: dict[str, tuple[Tensor, Tensor]], started: Started, adapter: str
+) -> None:
+    import torch
+
+    from modicum.adapters.calibrate import base_weight
+    from modicum.adapters.core import train_core
+    from modicum.adapters.layers import factors_of, lora_layers, store
+    from modicum.adapters.ranks import change_ranks
+
+    change_ranks(peft_model, {name: len(A) for name, (A, _) in factors.items()}, adapter=adapter)
+    layers = lora_layers(peft_model, adapter)
+    for name, values in factors.items():
+        layer = layers[name]
+        for parameter, value in zip(factors_of(layer, adapter), values):
+            store(parameter, value, name)
+        if entry.facts.get("shifts_base"):
+            # What left the base is what the layer computes, in the dtype that it stores.
+            A, B = (factor.detach().clone() for factor in factors_of(layer, adapter))
+            weight = base_weight(layer, name)
+            with torch.no_grad():
+                weight.copy_(weight.float() - layer.scaling[adapter] * (B.float() @ A.float()))
+            started.initial[name] = (A.cpu(), B.cpu())
+    if entry.facts.get("core"):
+        started.origin["core"] = True
+        train_core(peft_model, {name: B for name, (_, B) in factors.items()}, adapter=adapter)
+    else:
+        _freeze(peft_model, entry, adapter)
+    if started.initial:
+        started.notes.append(
+            f"{entry.name} shifts the base weights: checkpoints of this run belong to the shifted base, the finished "
+            "adapter to the original one, at twice the rank."
+        )
+    peft_model.peft_config[adapter].init_lora_weights = True
+
+
+def _freeze(peft_model: Any, entry: Entry, adapter: str) -> None:
+    """Freeze the factors that the method does not train."""
+    frozen = entry.facts.get("frozen", ())
+    if not frozen:
+        return
+    from modicum.adapters.layers import factors_of, lora_layers
+
+    for layer in lora_layers(peft_model, adapter).values():
+        for side, factor in zip("AB", factors_of(layer, adapter)):
+            if side in frozen:
+                factor.requires_grad_(False)
+
+
+def _gathering(entry: Entry, knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Split the knobs into those of collecting the data, as their dataclass, and those of the function."""
+    gather = entry.facts.get("gather")
+    if gather is None:
+        return None, knobs
+    names = {item.name for item in fields(gather)}
+    stage = gather(**{key: value for key, value in knobs.items() if key in names})
+    return stage, {key: value for key, value in knobs.items() if key not in names}
+
+
+def _cycle(batches: Callable[[], Iterable[Batch]]) -> Iterable[Batch]:
+    """Give the batches again and again; nothing when there are none."""
+    while True:
+        empty = True
+        for batch in batches():
+            empty = False
+            yield batch
+        if empty:
+            raise ModicumError("The training data give no batch to start the adapter from. Check data.path and size.")
+
+
+def _write(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    import os
+
+    from safetensors.torch import save_file
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    tensors = {f"{name}.{side}": t.cpu().contiguous() for name, pair in factors.items() for side, t in zip("AB", pair)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, beside)
+    beside.replace(path)
+
+
+def _read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is corrupt ({error}). Delete it, and the run starts the adapter anew.") from None
+    names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
+    return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+
+
+def _remove_shift(folder: Path, initial: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Rewrite a saved adapter for the original base, at twice the rank."""
+    from safetensors.torch import load_file, save_file
+
+    from modicum.adapters.serving import without_shift
+
+    tensors = load_file(folder / WEIGHTS)
+    for name, factors in initial.items():
+        keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "AB"]
+        if not all(key in tensors for key in keys):
+            raise CheckpointError(f"{folder} has no factors of {name}. Was it saved by this run?")
+        made = without_shift((tensors[keys[0]], tensors[keys[1]]), factors)
+        tensors |= dict(zip(keys, made))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    growth = 2**0.5 if config.get("use_rslora") else 2
+    config |= {
+        "r": 2 * config["r"],
+        "lora_alpha": growth * config["lora_alpha"],
+        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
+        "init_lora_weights": True,
+    }
+    beside = folder / f".{WEIGHTS}"
+    save_file(tensors, beside, metadata={"format": "pt"})
+    beside.replace(folder / WEIGHTS)
+    write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,219 @@
+"""The seam to PEFT: every initialisation by name, what is saved, resuming, exporting."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from modicum.adapters.calibrate import input_moments, weight_gradients
+from modicum.adapters.layers import factors_of, lora_layers
+from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
+from modicum.jobs.adapters import config_fields, export_adapter, initialize, make_optimizer
+from modicum.random import generator
+from modicum.registry import adapter_init
+from support import tiny_llama
+
+QUICK = {"hrp": {"preheat_rank": 8, "preheat_steps": 2}}
+LR = 1e-3
+
+
+def batches(count=4):
+    rng = generator(0, "batches")
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 264, (count, 2, 12), generator=rng)]
+
+
+def wrap(name="default", **config):
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | config_fields(name) | config
+    return get_peft_model(tiny_llama(), LoraConfig(**settings)).eval()
+
+
+def start(model, name, knobs=None, data=None, **options):
+    knobs = QUICK.get(name, {}) | (knobs or {})
+    return initialize(model, name, knobs, batches=lambda: batches() if data is None else data, lr=LR, **options)
+
+
+def train(model, name="default", steps=2):
+    optimizer = make_optimizer(model, name, {}, lr=LR) or torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LR
+    )
+    model.train()
+    for batch in batches(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+IDS = torch.arange(3, 23)[None]
+# What changes the base's numbers at rest: LoRA-One by design, LoftQ by quantising, DoRA by rounding.
+MOVES = {"lora_one", "loftq", "dora"}
+
+
+@pytest.mark.parametrize("name", sorted(set(adapter_init) - {"loftq"}))
+def test_every_initialisation_trains_and_its_adapter_fits_the_original_base_in_stock_peft(name, tmp_path):
+    base = tiny_llama().eval()
+    expected = base(IDS).logits
+    model = wrap(name)
+    started = start(model, name)
+    if name not in MOVES:
+        torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    train(model, name)
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    trained = model(IDS).logits
+    assert not torch.allclose(trained, expected, atol=1e-5)
+    started.prepare(model)
+    model.save_pretrained(tmp_path)
+    started.finish(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
+    assert json.loads((tmp_path / "adapter_init.json").read_text())["name"] == name
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, trained, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hrp", "pissa", "lora_one", "default"])
+def test_a_resumed_run_starts_from_the_same_factors_without_looking_at_the_data(name, tmp_path):
+    models, cache = [wrap(), wrap()], tmp_path / "start.safetensors"
+    started = [
+        start(models[0], name, {"rank_redistribution": "eva"} if name == "hrp" else {}, cache=cache),
+        start(models[1], name, {"rank_redistribution": "eva"} if name == "hrp" else {}, cache=cache, data=[]),
+    ]
+    first, second = (dict(model.named_parameters()) for model in models)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert started[0].initial.keys() == started[1].initial.keys()
+    cache.write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"start.safetensors is corrupt.*Delete it"):
+        start(wrap(), name, cache=cache)
+
+
+def test_seeds_name_the_draws():
+    rows = []
+    for seed in (0, 0, 1):
+        model = wrap()
+        start(model, "default", seed=seed)
+        rows.append(torch.cat([factors_of(layer, "default")[0].flatten() for layer in lora_layers(model).values()]))
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+def test_frozen_factors_stay_frozen():
+    for name, frozen in (("mica", "lora_B"), ("lora_fa", "lora_A")):
+        model = wrap()
+        start(model, name)
+        flags = {n: p.requires_grad for n, p in model.named_parameters() if ".lora_" in n}
+        assert all(flag == (frozen not in n) for n, flag in flags.items())
+
+
+def test_methods_bring_their_own_optimizer_only_where_they_have_one():
+    model = wrap()
+    assert make_optimizer(model, "hrp", {}, lr=LR) is None
+    plus = make_optimizer(model, "lora_plus", {"ratio": 4.0}, lr=LR)
+    assert {round(group["lr"] / LR, 6) for group in plus.param_groups} >= {1.0, 4.0}
+    assert make_optimizer(model, "lora_fa", {}, lr=LR) is not None
+    assert config_fields("rslora") == {"use_rslora": True} and config_fields("hrp") == {}
+
+
+def test_continuing_after_preheating_says_how_much_was_seen():
+    assert start(wrap(), "hrp", {"reuse_data": "continue"}, accumulation=3).consumed == 6
+    assert start(wrap(), "hrp").consumed == 0
+
+
+def test_the_origin_says_what_was_preheated():
+    started = start(wrap(), "hrp", {"preheat_steps": None}, total_steps=100)
+    assert started.origin["preheated_steps"] == 10 and started.origin["preheated_rank"] == 8
+    json.dumps(started.origin)
+
+
+def test_gradients_are_those_of_the_frozen_weights_averaged_over_batches():
+    model = wrap()
+    found = weight_gradients(model, batches())
+    base = tiny_llama()
+    sum(base(**batch).loss for batch in batches()).backward()
+    for name, gradient in found.items():
+        expected = base.get_parameter(f"{name}.weight").grad / 4
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if ".lora_" in n
+    }
+
+
+def test_moments_leave_padding_out_and_no_hook_behind():
+    model = wrap(target_modules=["q_proj"])
+    ids = batches(1)[0]["input_ids"]
+    padded = torch.cat([ids, torch.zeros_like(ids)], 1)
+    mask = (torch.arange(24) < 12).long().expand(2, -1)
+    alone = input_moments(model, [{"input_ids": ids}])
+    with_padding = input_moments(model, [{"input_ids": padded, "attention_mask": mask}])
+    for name, value in alone.items():
+        torch.testing.assert_close(with_padding[name], value, atol=1e-5, rtol=1e-4)
+        assert torch.equal(value, value.T) or torch.allclose(value, value.T)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_wrong_wishes_are_refused():
+    with pytest.raises(RecipeError, match="no adapter initialisation 'hpr'. Did you mean 'hrp'"):
+        start(wrap(), "hpr")
+    with pytest.raises(RecipeError, match="unknown key 'preheat_stpes'. Did you mean 'preheat_steps'"):
+        start(wrap(), "hrp", {"preheat_stpes": 3})
+    with pytest.raises(RecipeError, match="unknown key 'rank'"):
+        start(wrap(), "pissa", {"rank": 3})
+    with pytest.raises(RecipeError, match=r"preheat_steps.*greater than 0"):
+        start(wrap(), "hrp", {"preheat_steps": 0})
+    for name in ("hrp", "lora_ga", "eva"):
+        with pytest.raises(ModicumError, match="give no batch to start the adapter from"):
+            start(wrap(), name, data=[])
+    with pytest.raises(UnsupportedError, match="k_proj: pissa takes rank directions"):
+        start(wrap(r=20, lora_alpha=20), "pissa")
+
+
+def test_a_quantised_base_is_fine_for_hrp_and_refused_by_what_must_shift_it():
+    model = wrap()
+    for layer in lora_layers(model).values():
+        layer.get_base_layer().weight.quant_state = "nf4"  # the mark that bitsandbytes leaves
+    start(model, "hrp")
+    start(model, "default")
+    for name in ("pissa", "lora_ga"):
+        with pytest.raises(UnsupportedError, match="is quantised"):
+            start(model, name)
+
+
+def exported(model, tmp_path):
+    model.save_pretrained(tmp_path / "adapter")
+    return export_adapter(tmp_path / "adapter", tmp_path / "served")
+
+
+def test_an_export_has_one_rank_no_patterns_and_the_same_effect(tmp_path):
+    model = wrap(use_rslora=True, rank_pattern={"q_proj": 2, "down_proj": 6}, alpha_pattern={"q_proj": 3, "up_proj": 5})
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            B = factors_of(layer, "default")[1]
+            B.copy_(0.1 * torch.randn(B.shape, generator=generator(0, name)))
+    expected = model(IDS).logits
+    told = exported(model, tmp_path)
+    config = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
+    assert told == {"rank": 6, "alpha": config["lora_alpha"], "modules": 14} and config["r"] == 6
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "served").eval()
+    torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-5, rtol=1e-4)
+    assert len({layer.scaling["default"] for layer in lora_layers(loaded).values()}) == 1
+
+
+def test_a_uniform_adapter_passes_through_unchanged(tmp_path):
+    model = wrap()
+    start(model, "hrp", {"init_factor": "balanced"})
+    exported(model, tmp_path)
+    names = ("adapter", "served")
+    first, second = (PeftModel.from_pretrained(tiny_llama(), tmp_path / name).state_dict() for name in names)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_servers_refuse_is_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="use_dora"):
+        exported(wrap("dora"), tmp_path / "dora")
+    with pytest.raises(UnsupportedError, match="servers refuse"):
+        exported(wrap(target_modules=["q_proj"], modules_to_save=["norm"]), tmp_path / "saved")
+    exported(wrap(), tmp_path)
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_adapter(tmp_path / "adapter", tmp_path / "served")
