@@ -201,7 +201,8 @@ def test_faults_reach_the_rule_and_the_rule_stops_them(tmp_path, kind):
         before = weights(made)
         made.train()
         moved[rule] = max(float((value - before[key]).norm()) for key, value in weights(made).items())
-    assert moved["adagc"] < 0.1 and moved[None] > 100
+    # Unclipped, the weights leave for good or are no numbers any more.
+    assert moved["adagc"] < 0.1 and not moved[None] < 100
 
 
 def test_unknown_faults_are_named():
