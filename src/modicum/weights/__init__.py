@@ -1,6 +1,7 @@
 """Weight algebra: checkpoints as lazy mappings of tensors, and folds over them."""
 
+from modicum.weights.average import average
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.merge import merge, merge_state_dicts
 
-__all__ = ["Checkpoint", "merge", "merge_state_dicts"]
+__all__ = ["Checkpoint", "average", "merge", "merge_state_dicts"]

@@ -234,10 +234,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if self._beneath and self.adapter:
-            if name in self.adapter.replaced:
-                return self.adapter.replaced[name]
+            weight = self.adapter.replaced[name] if name in self.adapter.replaced else self._beneath[name]
             change = self.adapter.factors.get(name)
-            return fold_delta(self._beneath[name], change) if change else self._beneath[name]
+            return fold_delta(weight, change) if change else weight
         if name in self._slots:
             slot = self._slots[name]
             return self._files[slot.path].tensor(slot)

@@ -144,8 +144,8 @@ def merge(
     Raises:
         ModicumError: The models do not fit together, a knob is wrong, or the result cannot be written.
     """
-    opened = [_open(model) for model in experts]
-    plan = plan_merge(None if base is None else _open(base), opened, method=method, knobs=knobs, dtype=dtype)
+    opened = [open_checkpoint(model) for model in experts]
+    plan = plan_merge(None if base is None else open_checkpoint(base), opened, method=method, knobs=knobs, dtype=dtype)
     return run_plan(
         plan, Path(out), seed=seed, device=device, shard_bytes=shard_bytes, workers=workers, progress=progress
     )
@@ -180,5 +180,6 @@ def run_plan(
     )
 
 
-def _open(model: str | Path | Checkpoint) -> Checkpoint:
+def open_checkpoint(model: str | Path | Checkpoint) -> Checkpoint:
+    """Open a model, unless it is open already."""
     return model if isinstance(model, Checkpoint) else Checkpoint(model)

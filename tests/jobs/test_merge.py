@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modicum.errors import RecipeError
+from modicum.jobs import execute, plan
+from modicum.recipe import parse
+from modicum.record import read_record
+from support import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("models")
+    for seed in range(3):
+        tiny_llama(seed=seed).save_pretrained(root / f"m{seed}")
+    return [str(root / f"m{seed}") for seed in range(3)]
+
+
+def recipe(models: list[str], **changes: object) -> dict[str, object]:
+    return {
+        "job": "merge",
+        "base": models[0],
+        "experts": models[1:],
+        "method": {"name": "ties", "density": 0.5},
+    } | changes
+
+
+def test_a_merge_runs_records_layers_and_loads(models: list[str], tmp_path: Path) -> None:
+    import transformers
+
+    execute(parse(recipe(models)), tmp_path / "run", quiet=True)
+    record = read_record(tmp_path / "run")
+    assert record["outputs"] == {"model": "model"}
+    layers = record["metrics"]["layers"]
+    assert set(layers["norms"]) == {"m1", "m2"}
+    assert set(layers["cosines"]) == {"m1|m2"}
+    assert len(layers["names"]) == len(layers["conflict"]) == len(layers["norms"]["m1"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape[1] in (3, 4)
+
+
+def test_a_finished_merge_whose_record_was_lost_is_made_again(models: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    execute(parse(recipe(models)), run, quiet=True)
+    before = (run / "model/model.safetensors").read_bytes()
+    record = (run / "record.json").read_text()
+    (run / "record.json").write_text(record.replace('"status": "done"', '"status": "running"'))
+    execute(parse(recipe(models)), run, quiet=True)
+    assert (run / "model/model.safetensors").read_bytes() == before
+    assert read_record(run)["status"] == "done"
+
+
+def test_the_plan_tells_bytes_and_memory(models: list[str]) -> None:
+    lines = plan(parse(recipe(models)))
+    assert any("tensors from 3 models" in line for line in lines)
+    assert any(line.startswith("reads ") and "writes" in line for line in lines)
+    assert any("of memory" in line for line in lines)
+    matrix = plan(parse(recipe(models, method="tsv")))
+    assert any("embed_tokens.weight: mean of the deltas" in line for line in matrix)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "tis"}, "Did you mean 'ties'"),
+        ({"method": {"name": "ties"}}, "'density' is missing"),
+        ({"method": {"name": "ties", "density": 2}}, "density"),
+        ({"experts": []}, "experts"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"expert": []}, "Did you mean 'experts'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(models: list[str], changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse(recipe(models, **changes))
+
+
+def test_an_adapter_stage_and_its_base_merge(models: list[str], tmp_path: Path) -> None:
+    from weights.test_adapter import train_adapter
+
+    expected = train_adapter(Path(models[0]), tmp_path / "adapter")
+    data = recipe(models, experts=[str(tmp_path / "adapter")], method="task_arithmetic", dtype="float32")
+    execute(parse(data), tmp_path / "run", quiet=True)
+    for name, tensor in load_file(tmp_path / "run/model/model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name].float(), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modicum.errors import CheckpointError, ModicumError, RecipeError
+from modicum.weights import Checkpoint, merge, merge_state_dicts
+from modicum.weights.compare import compare
+from weights.conftest import Family, MakeFamily, random_tensors, write_model
+
+METHODS = [("linear", {}), ("task_arithmetic", {"scale": 0.4}), ("ties", {"density": 0.5}), ("tsv", {})]
+
+
+@pytest.mark.parametrize(("method", "knobs"), METHODS)
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_streamed_and_in_memory_give_the_same_bytes(
+    make_family: MakeFamily, tmp_path: Path, method: str, knobs: dict[str, float], dtype: str | None
+) -> None:
+    base, experts = make_family(3)
+    merge(base, experts, tmp_path / "out", method=method, dtype=dtype, **knobs)
+    streamed = load_file(tmp_path / "out/model.safetensors")
+    memory = merge_state_dicts(
+        load_file(base / "model.safetensors"),
+        [load_file(e / "model.safetensors") for e in experts],
+        method=method,
+        dtype=dtype,
+        **knobs,
+    )
+    assert streamed.keys() == memory.keys()
+    assert all(torch.equal(streamed[name], memory[name]) for name in memory)
+    assert {t.dtype for t in streamed.values()} == {torch.float32 if dtype else torch.bfloat16}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == (dtype or "bfloat16")
+    assert (tmp_path / "out/chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+
+
+def test_a_float32_result_keeps_what_bfloat16_would_round_away() -> None:
+    base = {"w": torch.ones(4, dtype=torch.bfloat16)}
+    expert = {"w": torch.ones(4) + 1e-4}
+    kept = merge_state_dicts(base, [expert], method="task_arithmetic", scale=0.5, dtype="float32")["w"]
+    torch.testing.assert_close(kept, torch.full((4,), 1.00005), rtol=0, atol=2e-7)
+    assert torch.equal(merge_state_dicts(base, [expert], method="task_arithmetic")["w"], base["w"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize(("method", "knobs"), METHODS)
+def test_a_base_merged_with_itself_is_itself(method: str, knobs: dict[str, float], dtype: torch.dtype) -> None:
+    base = random_tensors(0, dtype)
+    merged = merge_state_dicts(base, [base, base], method=method, **knobs)
+    assert all(torch.equal(merged[name], base[name]) for name in base)
+
+
+def test_inputs_are_not_changed() -> None:
+    base, experts = random_tensors(0), [random_tensors(1), random_tensors(2)]
+    merge_state_dicts(base, experts, method="ties", density=0.3)
+    for seed, model in enumerate([base, *experts]):
+        assert all(torch.equal(model[name], tensor) for name, tensor in random_tensors(seed).items())
+
+
+def test_methods_without_a_base_take_none(family: Family, tmp_path: Path) -> None:
+    _, experts = family
+    merge(None, experts, tmp_path / "out", method="linear")
+    a, b = (load_file(e / "model.safetensors") for e in experts)
+    for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        torch.testing.assert_close(tensor, ((a[name].float() + b[name].float()) / 2).bfloat16())
+    with pytest.raises(RecipeError, match="ties merges differences from a base model"):
+        merge(None, experts, tmp_path / "out2", method="ties", density=0.5)
+
+
+def test_an_adapter_is_merged_like_the_full_model_it_stands_for(tmp_path: Path) -> None:
+    from support import tiny_llama
+    from weights.test_adapter import train_adapter
+
+    base = tmp_path / "base"
+    tiny_llama(seed=0).save_pretrained(base)
+    expected = train_adapter(base, tmp_path / "adapter")
+    measured = merge(base, [tmp_path / "adapter"], tmp_path / "out", method="task_arithmetic", dtype="float32")
+    for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name].float(), rtol=1e-5, atol=1e-6)
+    assert measured["model.layers.0.self_attn.q_proj.weight"]["norms"][0] > 0
+    assert measured["model.layers.0.self_attn.k_proj.weight"]["norms"] == [0.0]
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_buffers_that_are_not_numbers_to_average_are_equal_or_refused() -> None:
+    base = {"w": torch.ones(2), "positions": torch.arange(3)}
+    merged = merge_state_dicts(base, [base], method="task_arithmetic")
+    assert torch.equal(merged["positions"], torch.arange(3))
+    other = {"w": torch.ones(2), "positions": torch.arange(3) + 1}
+    with pytest.raises(CheckpointError, match=r"experts\[0\]: tensor 'positions' is torch.int64 and differs"):
+        merge_state_dicts(base, [other], method="task_arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"expert0 has no tensor 'model.norm.weight' \(.*base has it, \[6\]\)"),
+        (lambda t: t.update(extra=torch.ones(1)), r"base has no tensor 'extra' \(.*expert0 has it"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(11, 6)}), "One of them ties its embeddings"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(7)}), r"expert0: .*norm.weight. has shape \[7\]"),
+        (lambda t: t.update({"model.embed_tokens.weight": torch.ones(12, 6)}), "Set tokenizer: union"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(6, dtype=torch.int64)}), "is torch.int64"),
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), r"expert0: tensor 'model.norm.weight' has 6 values"),
+        (lambda t: t["model.norm.weight"][2:3].fill_(float("inf")), r"expert0: tensor 'model.norm.weight' has 1 value"),
+    ],
+)  # fmt: skip
+def test_models_that_do_not_fit_are_refused_by_name(
+    family: Family, tmp_path: Path, change: object, message: str
+) -> None:
+    base, experts = family
+    tensors = load_file(experts[0] / "model.safetensors")
+    change(tensors)  # type: ignore[operator]
+    write_model(experts[0], tensors)
+    with pytest.raises(CheckpointError, match=message) as error:
+        merge(base, experts, tmp_path / "out", method="ties", density=0.5)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_nan_in_the_base_names_the_base(family: Family, tmp_path: Path) -> None:
+    base, experts = family
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    write_model(base, tensors)
+    with pytest.raises(CheckpointError, match=r"base: tensor 'model.norm.weight' has 1 value"):
+        merge(base, experts, tmp_path / "out", method="task_arithmetic")
+
+
+def test_models_of_two_architectures_are_refused(family: Family, tmp_path: Path) -> None:
+    base, experts = family
+    (experts[1] / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(CheckpointError, match="expert1 is a qwen2 model, .*base a llama model"):
+        merge(base, experts, tmp_path / "out", method="task_arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs", "message"),
+    [
+        ("tise", {}, "Did you mean 'ties'"),
+        ("ties", {}, "'density' is missing"),
+        ("ties", {"density": 0}, "density"),
+        ("ties", {"density": 1.2}, "density"),
+        ("ties", {"density": 0.5, "scal": 1}, "Did you mean 'scale'"),
+        ("ties", {"density": [0.5]}, "1 values for 2 experts"),
+        ("linear", {"weights": [1, -1]}, "sum to 0"),
+        ("linear", {"weights": [1]}, "1 values for 2 experts"),
+        ("task_arithmetic", {"dtype": "float33"}, "Did you mean 'float32'"),
+    ],
+)
+def test_wrong_knobs_are_refused(
+    family: Family, tmp_path: Path, method: str, knobs: dict[str, object], message: str
+) -> None:
+    base, experts = family
+    with pytest.raises(ModicumError, match=message):
+        merge(base, experts, tmp_path / "out", method=method, **knobs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tied_and_sharded_results_load_in_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    from support import tiny_llama
+
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        tiny_llama(seed=seed).save_pretrained(folder)
+    merge(folders[0], folders[1:], tmp_path / "out", method="ties", density=0.5, shard_bytes=20_000)
+    assert (tmp_path / "out/model.safetensors.index.json").exists()
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    generated = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, 6)
+    checkpoint = Checkpoint(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        if name in checkpoint:
+            torch.testing.assert_close(tensor, checkpoint[name])
+
+
+def test_what_is_measured_is_true() -> None:
+    base = {"w": torch.zeros(2, 64)}
+    a = torch.zeros(2, 64).index_fill(1, torch.arange(0, 64), 3.0)
+    found = compare(base["w"], [a, -2 * a])
+    assert found["norms"] == pytest.approx([3 * 128**0.5, 6 * 128**0.5])
+    assert found["cosines"] == pytest.approx([-1.0])
+    assert found["conflict"] == 1.0
+    assert compare(base["w"], [a, a])["conflict"] == 0.0
+    assert compare(base["w"], [0 * a, 0 * a]) == {"norms": [0.0, 0.0], "cosines": [0.0], "conflict": 0.0}

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modicum.errors import CheckpointError
+from modicum.weights import stream
+from modicum.weights.files import Spec
+from modicum.weights.stream import map_tensors
+from weights.conftest import Family, write_model
+
+SPECS = {f"layer.{i}.weight": Spec((i + 1, 3), torch.float32) for i in range(6)}
+
+
+def make(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+    return torch.full(SPECS[name].shape, float(name.split(".")[1])), {"seen": name}
+
+
+def test_shards_and_index_hold_what_was_made(tmp_path: Path) -> None:
+    found = map_tensors(make, SPECS, tmp_path / "out", identity=1, shard_bytes=100, companions={"config.json": b"{}"})
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files[0] == "config.json"
+    assert "model.safetensors.index.json" in files
+    loaded = {k: v for f in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(f).items()}
+    assert loaded.keys() == SPECS.keys()
+    assert all(torch.equal(tensor, make(name)[0]) for name, tensor in loaded.items())
+    assert found == {name: {"seen": name} for name in SPECS}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_broken_run_continues_with_what_is_missing(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def fragile(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(name)
+        return make(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        map_tensors(fragile, SPECS, tmp_path / "out", identity=1, workers=1)
+    assert not (tmp_path / "out").exists()
+    # A line cut off by the kill must not spoil the next.
+    (journal,) = (tmp_path / ".out.partial").glob("journal.*")
+    journal.write_text(journal.read_text() + '["layer.9')
+    again: list[str] = []
+
+    def watched(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+        again.append(name)
+        return make(name)
+
+    map_tensors(watched, SPECS, tmp_path / "out", identity=1, workers=1)
+    assert sorted(made + again) == sorted(SPECS)
+    map_tensors(make, SPECS, tmp_path / "straight", identity=1)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
+
+
+def test_another_identity_starts_over(tmp_path: Path) -> None:
+    def broken(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_tensors(broken, SPECS, tmp_path / "out", identity=1)
+    made = map_tensors(make, SPECS, tmp_path / "out", identity=2)
+    assert made.keys() == SPECS.keys()
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stream, "put", full)
+    with pytest.raises(CheckpointError, match="is full: no space is left. Free some"):
+        map_tensors(make, SPECS, tmp_path / "out", identity=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_known_before_work_begins(tmp_path: Path) -> None:
+    huge = {"w": Spec((1 << 50,), torch.float32)}
+    with pytest.raises(CheckpointError, match="needs 4503599.63 GB"):
+        map_tensors(make, huge, tmp_path / "out", identity=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_permission_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(CheckpointError, match="Cannot write .*: Permission denied. Choose another folder"):
+        map_tensors(make, SPECS, tmp_path / "out", identity=1)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    with pytest.raises(CheckpointError, match="exists already"):
+        map_tensors(make, SPECS, tmp_path / "out", identity=1)
+
+
+MERGE = """
+import sys, torch
+from modicum.weights import merge, merge as _
+import modicum.weights.merge as module
+import modicum.weights.stream as stream, time
+slow = float(sys.argv[4])
+put = stream.put
+def slow_put(*a):
+    time.sleep(slow)
+    put(*a)
+stream.put = slow_put
+merge(sys.argv[1], [sys.argv[2]], sys.argv[3], method="task_arithmetic", scale=0.5)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.5])
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
+    family: Family, tmp_path: Path, seconds: float
+) -> None:
+    base, (expert, _) = family
+
+    def command(out: str, slow: float) -> list[str]:
+        return [sys.executable, "-c", MERGE, str(base), str(expert), str(tmp_path / out), str(slow)]
+
+    process = subprocess.Popen(command("out", seconds))
+    partial = tmp_path / ".out.partial"
+    deadline = time.monotonic() + 60
+    while not (partial / "journal.0.jsonl").exists() or "[" not in (partial / "journal.0.jsonl").read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert partial.exists()
+    assert not (tmp_path / "out").exists()
+    subprocess.run(command("out", 0), check=True)
+    subprocess.run(command("straight", 0), check=True)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_two_ranks_write_the_bytes_of_one(family: Family, tmp_path: Path) -> None:
+    base, (expert, _) = family
+    command = [sys.executable, "-c", MERGE, str(base), str(expert), str(tmp_path / "two"), "0"]
+    ranks = [subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    command[-2] = str(tmp_path / "one")
+    subprocess.run(command, check=True)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None:
+    from modicum.weights import Checkpoint
+    from modicum.weights.plan import plan_merge
+
+    bounds = []
+    for layers in (4, 40):
+        tensors = {f"{i}.weight": torch.zeros(64, 64) for i in range(layers)}
+        models = [Checkpoint(write_model(tmp_path / f"{layers}-{m}", tensors)) for m in range(3)]
+        plan = plan_merge(models[0], models[1:], method="task_arithmetic", knobs={})
+        bounds.append(plan.memory_bound())
+    assert bounds[0] == bounds[1]
