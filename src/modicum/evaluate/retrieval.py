@@ -263,7 +263,18 @@ class Grid:
     counts: tuple[tuple[int, ...], ...]
 
 
-def grids(items: Sequence[Item], scores: Sequence[float]) -> list[Grid]:
+class Placed(Protocol):
+    """What has a place in a grid."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def depth(self) -> float: ...
+    @property
+    def length(self) -> int: ...
+
+
+def grids(items: Sequence[Placed], scores: Sequence[float]) -> list[Grid]:
     """Return the mean score of each task, depth and length.
 
     Example:

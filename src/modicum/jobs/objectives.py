@@ -255,7 +255,7 @@ def hook_model(model: Any, name: str, knobs: Mapping[str, Any], *, seed: int) ->
         hidden = output[0] if isinstance(output, tuple) else output
         calls[place] += 1
         rng = row_keys(range(hidden.shape[0]), seed=seed, method=f"{name}/{place}", epoch=calls[place])
-        changed = entry.function({key: hidden}, **knobs, rng=rng.to(hidden.device))[key]
+        changed = entry.function({key: hidden}, **knobs, rng=rng)[key]
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return [module.register_forward_hook(partial(change, place)) for place, module in modules.items()]

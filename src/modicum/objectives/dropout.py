@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modicum.errors import ModicumError, RecipeError
 from modicum.objectives.batch import Batch, keys_of
-from modicum.objectives.philox import words
+from modicum.objectives.philox import dense_uniform
 from modicum.registry import objective
 from modicum.types import UnitInterval
 
@@ -51,7 +51,5 @@ def dropout(batch: Batch, *, ratio: UnitInterval = 0.1, rng: torch.Generator | I
         raise ModicumError(f"dropout needs hidden_states, the batch has {', '.join(sorted(batch))}.")
     if ratio >= 1:
         raise RecipeError(f"ratio is {ratio}, expected a share below 1: dropping everything leaves nothing to learn.")
-    rows = hidden.shape[0]
-    word = words(keys_of(rng, rows, hidden.device), hidden[0].numel()).reshape(hidden.shape)
-    kept = word >= round(ratio * 2**32)
-    return {**batch, "hidden_states": torch.where(kept, hidden / (1 - ratio), 0)}
+    lot = dense_uniform(keys_of(rng, hidden.shape[0], hidden.device), hidden.shape[1:], device=hidden.device)
+    return {**batch, "hidden_states": torch.where(lot >= ratio, hidden / (1 - ratio), 0)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modicum.errors import ModicumError
 from modicum.objectives.batch import Batch, keys_of
-from modicum.objectives.philox import words
+from modicum.objectives.philox import dense_uniform
 from modicum.registry import objective
 from modicum.types import NonNegative
 
@@ -56,7 +56,8 @@ def neftune(batch: Batch, *, alpha: NonNegative = 5.0, rng: torch.Generator | In
     mask = batch.get("attention_mask")
     full = torch.full((rows,), length, device=embeddings.device)
     tokens = mask.sum(-1) if mask is not None and mask.dim() == 2 else full
-    noise = words(keys_of(rng, rows, embeddings.device), length * width).double() / 2**31 - 1
-    scale = alpha / (tokens.double().clamp(min=1) * width).sqrt()
-    noisy = embeddings.double() + scale[:, None, None] * noise.reshape(embeddings.shape)
+    keys = keys_of(rng, rows, embeddings.device)
+    noise = 2 * dense_uniform(keys, (length, width), device=embeddings.device) - 1
+    scale = alpha / (tokens.float().clamp(min=1) * width).sqrt()
+    noisy = embeddings.float() + scale[:, None, None] * noise
     return {**batch, "inputs_embeds": noisy.to(embeddings.dtype)}

@@ -8,10 +8,10 @@ Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from modicum.random import derive_seed
@@ -61,3 +61,19 @@ def words(keys: Int64[Tensor, " b"], count: int, *, stream: int = 0) -> Int64[Te
         even, odd = ((product >> 32) & WORD) ^ odd ^ key, product & WORD
         key = (key + step) & WORD
     return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1).reshape(keys.shape[0], 4 * blocks)[:, :count]
+
+
+def dense_uniform(keys: Int64[Tensor, " b"], shape: Sequence[int], *, device: torch.device) -> Float[Tensor, "b ..."]:
+    """Return uniform numbers in [0, 1) for each key, from a generator of its own.
+
+    For noise on every entry of a hidden state, where counting words one by one would cost more than the model. Equal
+    on devices of one type only.
+
+    Example:
+        >>> a = dense_uniform(torch.tensor([3, 4]), (2, 5), device=torch.device("cpu"))
+        >>> b = dense_uniform(torch.tensor([4]), (2, 5), device=torch.device("cpu"))
+        >>> a.shape, torch.equal(a[1], b[0])
+        (torch.Size([2, 2, 5]), True)
+    """
+    rows = (torch.Generator(device).manual_seed(key) for key in keys.tolist())
+    return torch.stack([torch.rand(tuple(shape), generator=generator, device=device) for generator in rows])

@@ -1,0 +1,80 @@
+import gzip
+import json
+
+import pytest
+
+from modicum.errors import ModicumError
+from modicum.jobs.data import DataSection
+from modicum.jobs.retrieval import RetrievalTask, retrieval_grid, retrieval_rows
+from modicum.report.runs import load
+from modicum.report.sections.retrieval import retrieval
+
+
+@pytest.fixture
+def prose(tmp_path):
+    path = tmp_path / "prose.txt"
+    path.write_text(" ".join(f"Sentence {i} tells of a quiet day in the town by the river." for i in range(200)))
+    return DataSection(path=str(path))
+
+
+def test_rows_carry_prompts_places_and_a_scorer(prose):
+    task = RetrievalTask(suite="needle", data=prose, lengths=(200, 400), depths=(0.0, 1.0), per_cell=2)
+    rows = retrieval_rows(task, seed=0)
+    assert rows.kind == "completion" and len(rows) == 8
+    assert all(len(row["prompt"]) <= 4 * row["length"] for row in rows.rows)
+    assert rows.score(0, f"It is {rows.rows[0]['completion']}.") == 1.0 and rows.score(0, "no") == 0.0
+
+
+def test_lengths_count_the_tokens_of_a_model_when_told(prose, tiny_model):
+    task = RetrievalTask(
+        suite="needle", data=prose, lengths=(300,), depths=(0.5,), per_cell=1, tokenizer=str(tiny_model)
+    )
+    [row] = retrieval_rows(task, seed=0).rows
+    assert 200 < len(row["prompt"].encode()) <= 300  # a byte is a token
+
+
+def test_the_public_files_are_read_packed_or_plain(tmp_path):
+    row = {"question": "who?", "answers": ["Lee"], "ctxs": [{"title": "T", "text": "x", "isgold": True}]}
+    plain, packed = tmp_path / "nq.jsonl", tmp_path / "nq.jsonl.gz"
+    plain.write_text(json.dumps(row) + "\n\n")
+    with gzip.open(packed, "wt") as file:
+        file.write(json.dumps(row) + "\n")
+    for path in (plain, packed):
+        assert len(retrieval_rows(RetrievalTask(suite="lost_in_the_middle", file=str(path)), seed=0)) == 1
+    plain.write_text("{")
+    with pytest.raises(ModicumError, match="line 1: not valid JSON"):
+        retrieval_rows(RetrievalTask(suite="ruler", file=str(plain)), seed=0)
+    with pytest.raises(ModicumError, match="Cannot read"):
+        retrieval_rows(RetrievalTask(suite="ruler", file=str(tmp_path / "none")), seed=0)
+
+
+def test_a_file_belongs_to_the_public_suites_alone():
+    with pytest.raises(ValueError, match="set file for"):
+        RetrievalTask(suite="needle", file="x.jsonl")
+    with pytest.raises(ValueError, match="set file for"):
+        RetrievalTask(suite="ruler")
+
+
+def test_the_report_draws_a_heat_map_of_depth_by_length(prose, tmp_path):
+    rows = retrieval_rows(
+        RetrievalTask(suite="needle", data=prose, lengths=(200, 400), depths=(0.0, 1.0), per_cell=1), seed=0
+    )
+    grid = retrieval_grid(rows, [1.0, 0.0, 0.5, 0.25])
+    assert grid["values"] == ((1.0, 0.5), (0.0, 0.25)) and grid["lengths"] == (200, 400)
+    run = tmp_path / "run"
+    run.mkdir()
+    cell = {"model": "<base>", "task": "needle", "metric": "recall", "value": 0.44, "n": 4, "grid": grid}
+    record = {"job": "evaluate", "status": "done", "metrics": {"cells": [cell]}, "outputs": {}, "notes": []}
+    (run / "record.json").write_text(json.dumps(record))
+    (run / "recipe.yaml").write_text("job: evaluate\n")
+    section = retrieval(load([run]))
+    assert section is not None and section.body.count("<rect") == 4
+    assert "&lt;base&gt;: needle" in section.body and "depth 1" in section.body
+
+
+def test_runs_without_retrieval_have_no_section(tmp_path):
+    (tmp_path / "record.json").write_text(
+        json.dumps({"job": "train", "status": "done", "metrics": {"train_loss": 1.0}})
+    )
+    (tmp_path / "recipe.yaml").write_text("job: train\n")
+    assert retrieval(load([tmp_path])) is None
