@@ -1,1 +1,23 @@
 """Evaluation: estimators, generation, judges, attacks."""
+
+from modicum.evaluate.generation import generate, stop_tokens
+from modicum.evaluate.intervals import Estimate, mean, paired_proportions, ratio, wilson
+from modicum.evaluate.matching import exact_match, extract, normalize
+from modicum.evaluate.perplexity import bits_per_byte, log_likelihoods, perplexity, windows
+
+__all__ = [
+    "Estimate",
+    "bits_per_byte",
+    "exact_match",
+    "extract",
+    "generate",
+    "log_likelihoods",
+    "mean",
+    "normalize",
+    "paired_proportions",
+    "perplexity",
+    "ratio",
+    "stop_tokens",
+    "wilson",
+    "windows",
+]

@@ -1,0 +1,114 @@
+"""Greedy generation in batches, with left padding.
+
+Prompts are sorted by length, so that little is spent on padding and the order in which they come does not matter. The
+batch size changes nothing but the last digits of the logits; in float32 that practically never changes a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modicum.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Iterable[int],
+    pad: int,
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[list[int]]:
+    """Continue each prompt greedily until a stop token or the limit.
+
+    Args:
+        model: A causal language model with a key-value cache.
+        prompts: Token ids, at least one each.
+        max_new_tokens: Limit on what is added to each prompt.
+        stop: Tokens that end an answer; they are left out of it.
+        pad: Token to fill shorter prompts with; it is masked.
+        batch_size: Prompts at a time.
+        progress: Called with the number of prompts just finished.
+
+    Returns:
+        What was added to each prompt, in the order of the prompts.
+
+    Raises:
+        UnsupportedError: A prompt leaves no room for an answer within the model's positions.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UnsupportedError(
+            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions. "
+            "Lower max_new_tokens or shorten the prompts."
+        )
+    stops = torch.tensor(sorted(stop), device=model.device, dtype=torch.long)
+    # The longest first: if memory is short, it shows at once, and the estimated time falls instead of rising.
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), list(prompts[i])))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        tokens = _continue(model, [prompts[i] for i in chosen], max_new_tokens=max_new_tokens, stops=stops, pad=pad)
+        ended = torch.isin(tokens, stops).cpu()
+        for row, index in enumerate(chosen):
+            cut = ended[row].nonzero()
+            answers[index] = tokens[row, : int(cut[0]) if len(cut) else None].tolist()
+        progress(len(chosen))
+    return answers
+
+
+def _continue(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stops: Tensor, pad: int
+) -> Tensor:
+    """Return up to ``max_new_tokens`` tokens for each prompt of one batch; what follows a stop has no meaning."""
+    length = max(map(len, prompts))
+    padded = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    masks = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = (torch.tensor(rows, device=model.device) for rows in (padded, masks))
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    # Only the last position's logits are needed: over a whole batch the others would take gigabytes.
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
+    cache, ended, tokens = None, torch.zeros(len(prompts), dtype=torch.bool, device=model.device), []
+    for _ in range(max_new_tokens):
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        cache = output.past_key_values
+        ids = output.logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(ids)
+        ended |= torch.isin(ids[:, 0], stops)
+        if ended.all():
+            break
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(tokens, dim=1)
+
+
+def _arguments(model: PreTrainedModel) -> Iterable[str]:
+    # An adapter's forward takes anything and passes it on; what counts is the model underneath.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return signature(base.forward).parameters
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer: the model's own and the tokenizer's."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return {int(token) for token in found if token is not None}

@@ -1,0 +1,147 @@
+"""Estimates with confidence intervals: proportions, means, ratios, and paired differences between two models.
+
+Use the paired forms to compare models on the same items: what the items have in common cancels, so the interval of
+the difference is far narrower than two separate intervals suggest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+from scipy.special import stdtrit
+
+from modicum.errors import RecipeError
+
+
+class Estimate(NamedTuple):
+    """A value with its interval; the ends are ``None`` where one item cannot tell the spread."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
+    r"""Proportion with Wilson's score interval, which is sound at 0, at 1 and for small ``n``.
+
+    .. math:: \frac{\hat p + z^2/2n \pm z\sqrt{\hat p(1-\hat p)/n + z^2/4n^2}}{1 + z^2/n}
+
+    Args:
+        successes: Items that succeeded, from 0 to ``n``.
+        n: Items in all, at least 1.
+        level: Confidence, in (0, 1).
+
+    Example:
+        >>> wilson(0, 10)
+        Estimate(value=0.0, low=0.0, high=0.277..., n=10)
+
+    Reference:
+        E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise RecipeError(f"{successes} successes of {n} items, expected 0 ≤ successes ≤ n and n ≥ 1.")
+    z, p = _normal(level), successes / n
+    center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At the edges the ends are exact; rounding would put them a hair beside.
+    low = 0.0 if successes == 0 else (center - spread) / scale
+    high = 1.0 if successes == n else (center + spread) / scale
+    return Estimate(p, low, high, n)
+
+
+def mean(values: Sequence[float], *, level: float = 0.95) -> Estimate:
+    r"""Mean with Student's interval, :math:`\bar x \pm t_{n-1}\, s/\sqrt n`.
+
+    Args:
+        values: One number per item, at least one.
+        level: Confidence, in (0, 1).
+
+    Example:
+        >>> mean([1.0, 2.0, 3.0])
+        Estimate(value=2.0, low=-0.484..., high=4.484..., n=3)
+    """
+    return ratio(values, [1.0] * len(values), level=level)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], *, level: float = 0.95) -> Estimate:
+    r"""Ratio of two sums over the same items, such as bits per byte over documents.
+
+    The items are the unit of sampling; the interval linearises the ratio :math:`R = \sum x_i / \sum y_i`:
+
+    .. math:: R \pm t_{n-1} \frac{\sqrt{\frac{n}{n-1}\sum_i (x_i - R y_i)^2}}{\sum_i y_i}
+
+    Args:
+        numerators: One number per item.
+        denominators: One number per item, with a positive sum.
+        level: Confidence, in (0, 1).
+
+    Example:
+        >>> ratio([1.0, 3.0], [1.0, 1.0]).value
+        2.0
+
+    Reference:
+        W. G. Cochran, "Sampling Techniques", 3rd ed., 1977, chapter 6.
+    """
+    n, total = len(numerators), math.fsum(denominators)
+    if n < 1 or n != len(denominators) or not total > 0:
+        raise RecipeError(f"{n} and {len(denominators)} items with a denominator of {total:g}, expected one or more.")
+    value = math.fsum(numerators) / total
+    if n == 1:
+        _normal(level)
+        return Estimate(value, None, None, 1)
+    squares = math.fsum((x - value * y) ** 2 for x, y in zip(numerators, denominators, strict=True))
+    half = _student(level, n - 1) * math.sqrt(squares * n / (n - 1)) / total
+    return Estimate(value, value - half, value + half, n)
+
+
+def paired_proportions(a: Sequence[bool], b: Sequence[bool], *, level: float = 0.95) -> Estimate:
+    r"""Difference of two success rates on the same items, a − b, with the interval of Agresti and Min.
+
+    With :math:`n_{10}` items that only ``a`` solved and :math:`n_{01}` that only ``b`` solved, half an item is added to
+    each of the four outcomes (:math:`n' = n + 2`), which keeps the interval honest when nothing or all differs:
+
+    .. math:: d' \pm z \frac{\sqrt{n'_{10} + n'_{01} - n' d'^2}}{n'}, \qquad d' = \frac{n'_{10} - n'_{01}}{n'}
+
+    Args:
+        a: Whether the first model solved each item.
+        b: Whether the second did, in the same order.
+        level: Confidence, in (0, 1).
+
+    Returns:
+        The plain difference, with the adjusted interval cut to [-1, 1].
+
+    Example:
+        >>> paired_proportions([True, True, False], [True, False, False]).value
+        0.333...
+
+    Reference:
+        A. Agresti, Y. Min, "Simple improved confidence intervals for comparing matched proportions", Statistics in
+        Medicine 2005.
+    """
+    n = len(a)
+    if n < 1 or n != len(b):
+        raise RecipeError(f"{n} and {len(b)} items, expected the same items, one or more.")
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    adjusted = n + 2
+    difference = (only_a - only_b) / adjusted
+    half = _normal(level) * math.sqrt(only_a + only_b + 1 - adjusted * difference**2) / adjusted
+    return Estimate((only_a - only_b) / n, max(difference - half, -1.0), min(difference + half, 1.0), n)
+
+
+def _level(level: float) -> float:
+    if not 0 < level < 1:
+        raise RecipeError(f"level is {level}, expected a confidence between 0 and 1, such as 0.95.")
+    return 0.5 + level / 2
+
+
+def _normal(level: float) -> float:
+    return NormalDist().inv_cdf(_level(level))
+
+
+def _student(level: float, freedom: int) -> float:
+    return float(stdtrit(freedom, _level(level)))

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modicum.errors import UnsupportedError
+from modicum.evaluate import generate, stop_tokens
+from support import byte_tokenizer, tiny_llama
+
+PROMPTS = st.lists(st.lists(st.integers(3, 263), min_size=1, max_size=12), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(seed=3, initializer_range=0.3).eval()
+
+
+@torch.no_grad()
+def one_by_one(model, prompt, limit, stop):
+    ids = list(prompt)
+    for _ in range(limit):
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token in stop:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@given(PROMPTS, st.integers(1, 7))
+def test_batches_give_what_each_prompt_gives_alone_without_a_cache(model, prompts, batch_size):
+    stop = set(range(0, 264, 5))  # ends some answers early
+    found = generate(model, prompts, max_new_tokens=6, stop=stop, pad=0, batch_size=batch_size)
+    assert found == [one_by_one(model, prompt, 6, stop) for prompt in prompts]
+
+
+def test_no_stop_token_means_the_limit_ends_every_answer(model):
+    found = generate(model, [[5, 6], [7]], max_new_tokens=4, stop=(), pad=0)
+    assert [len(answer) for answer in found] == [4, 4]
+
+
+def test_progress_adds_up_to_the_prompts(model):
+    seen: list[int] = []
+    generate(model, [[5]] * 7, max_new_tokens=1, stop=(), pad=0, batch_size=3, progress=seen.append)
+    assert seen == [3, 3, 1]
+
+
+def test_no_prompts_give_no_answers(model):
+    assert generate(model, [], max_new_tokens=3, stop=(), pad=0) == []
+
+
+def test_the_models_sampling_defaults_do_not_make_greedy_answers_random():
+    model = tiny_llama(seed=3, initializer_range=0.3).eval()
+    model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0)
+    plain = tiny_llama(seed=3, initializer_range=0.3).eval()
+    arguments = {"max_new_tokens": 8, "stop": (), "pad": 0}
+    assert generate(model, [[9, 8, 7]], **arguments) == generate(plain, [[9, 8, 7]], **arguments)
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(model):
+    with pytest.raises(UnsupportedError, match="Lower max_new_tokens"):
+        generate(model, [[1] * 250], max_new_tokens=10, stop=(), pad=0)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, {2}), (7, {2, 7}), ([7, 8], {2, 7, 8})])
+def test_both_the_model_and_the_tokenizer_say_where_an_answer_ends(own, expected):
+    model = tiny_llama()
+    model.generation_config.eos_token_id = own
+    assert stop_tokens(model, byte_tokenizer()) == expected

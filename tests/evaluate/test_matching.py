@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from modicum.errors import RecipeError
+from modicum.evaluate import exact_match, extract
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("Paris.", "paris"), (" a\n b ", "A b"), ('"42"', "42")])
+def test_case_space_and_edge_punctuation_do_not_matter(answer, expected):
+    assert exact_match(answer, expected)
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("The answer is 42", "42"), ("-4", "4"), ("4.5", "45")])
+def test_what_is_inside_the_answer_matters(answer, expected):
+    assert not exact_match(answer, expected)
+
+
+def test_the_last_match_is_the_answer():
+    assert extract("Answer: 1\nAnswer: 2", r"Answer: (\d)") == "2"
+
+
+def test_without_a_match_the_whole_text_is_the_answer():
+    assert extract(" forty-two ", r"Answer: (\d)") == "forty-two"
+
+
+@pytest.mark.parametrize("pattern", ["(", "no group", "(a)(b)"])
+def test_a_pattern_needs_exactly_one_group(pattern):
+    with pytest.raises(RecipeError, match="expected one around the answer|not a regular expression"):
+        extract("x", pattern)
