@@ -243,11 +243,9 @@ class ProbeHooks:
         return output
 
     def _layer_norm(self, module: nn.Module, held: dict[str, Leaf], x: Tensor) -> Tensor:
-        normal = (
-            functional.layer_norm(x, module.normalized_shape, eps=module.eps)  # type: ignore[arg-type]
-            if isinstance(module, nn.LayerNorm)
-            else functional.rms_norm(x, module.normalized_shape, eps=module.eps)
-        )
+        norm: Any = module
+        of = functional.layer_norm if isinstance(norm, nn.LayerNorm) else functional.rms_norm
+        normal = of(x, norm.normalized_shape, eps=norm.eps)
         values: dict[str, Tensor | None] = {}
         for name in ("weight", "bias"):
             leaf, own = held.get(name), module._parameters.get(name)

@@ -220,7 +220,7 @@ class ZerothOrder(Moving):
         coordinates = self._shift(offset)
         if self.position is not None:
             coordinates = self.position + coordinates
-        dense = {leaf: self._dense_sum(leaf, offset) for leaf in self.leaves if not leaf.rank} if offset else {}
+        dense = {leaf: self._dense_sum(leaf, offset) for leaf in self.leaves if not leaf.rank}
         return Branch(coordinates, dense)
 
     def _apply(self, kappas: Tensor) -> None:
