@@ -13,7 +13,6 @@ from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -246,10 +245,11 @@ def _names(batch: Batch, given: list[str | int] | None) -> list[str | int]:
     """Name each document of the batch: by its sample id when documents and samples agree in number, else by content."""
     if "input_ids" not in batch:
         raise UnsupportedError(f"The batch has no input_ids (it has {', '.join(sorted(batch))}).")
-    found: Any = documents(batch)
+    found = documents(batch)
     if given is not None and len(given) == found.index.shape[0]:
         return given
-    rows: Int64[Tensor, "n l"] = batch["input_ids"].flatten()[found.index].long()
-    return [
-        blake2b(row[real].numpy().tobytes(), digest_size=16).hexdigest() for row, real in zip(rows.cpu(), found.real)
-    ]
+    ids = batch["input_ids"]
+    rows: Tensor = ids if "position_ids" not in batch else ids.flatten()[found.index]
+    # Padding is left out, so that the name does not depend on the longest row of the batch.
+    parts = zip(rows.to("cpu", torch.int64).numpy(), found.real.cpu().numpy())
+    return [blake2b(row[real].tobytes(), digest_size=16).hexdigest() for row, real in parts]

@@ -1,0 +1,200 @@
+"""Cost of MEAP: the collator beside the plain one, a training step with and without, and the gathered head.
+
+    python benchmarks/speed/meap.py [--pairs 6]
+
+Writes ``benchmarks/results/meap_speed.json``. Steps with and without masks take turns in one run, so that a machine
+that is busy now and then is busy for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parents[1] / "results" / "meap_speed.json"
+ROWS, TOKENS = 2, 256  # of a training step on a CPU
+PROMPT = 64  # of a fine-tuning row in the head's measurement
+HEAD_ROWS, HEAD_TOKENS, WIDTH, VOCABULARY = 4, 512, 576, 49152
+
+
+def clean(features: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Collate rows of one length; labels are the ids."""
+    ids = torch.tensor(features)
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+def seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of a call."""
+    work()
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def collator() -> dict[str, float]:
+    """Time the collators on rows as they come in pre-training, and masking alone on a million tokens."""
+    from modicum.objectives import MEAPCollator, mask_inputs
+    from modicum.objectives.philox import row_keys
+
+    rows = torch.randint(5, 49_000, (8, 2048), generator=torch.Generator().manual_seed(0)).tolist()
+    masked = MEAPCollator(clean, mask_token_id=49_152, protect_ids=range(5))
+    plain, whole = seconds(lambda: clean(rows), 30), seconds(lambda: masked(rows), 30)
+    ids = torch.randint(5, 49_000, (256, 4096), generator=torch.Generator().manual_seed(0))
+    keys = row_keys(range(256), seed=0, method="meap")
+    kinds = {
+        kind: seconds(lambda: mask_inputs(ids, ratio=0.15, mask_token_id=49_152, keys=keys, sampling=kind), 3)  # noqa: B023
+        for kind in ("fixed_count", "bernoulli")
+    }
+    return {
+        "plain_us_per_1k_tokens": 1e6 * plain / (8 * 2.048),
+        "meap_us_per_1k_tokens": 1e6 * whole / (8 * 2.048),
+        "added_us_per_1k_tokens": 1e6 * (whole - plain) / (8 * 2.048),
+        **{f"mask_inputs_{kind}_ns_per_token": 1e9 * value / ids.numel() for kind, value in kinds.items()},
+    }
+
+
+def step(pairs: int) -> dict[str, Any]:
+    """Train SmolLM2-135M with and without masks in turns."""
+    from modicum.jobs.models import load_model, load_tokenizer
+    from modicum.objectives import MEAPCollator, ensure_mask_token
+
+    reference = "builtin:smollm2-135m-instruct"
+    model, tokenizer = load_model(reference, dtype="float32"), load_tokenizer(reference)
+    mask = ensure_mask_token(model, tokenizer)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    arms: dict[str, Callable[..., Any]] = {"ntp": clean, "meap": MEAPCollator(clean, mask_token_id=mask)}
+    rng = torch.Generator().manual_seed(0)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    spent: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(pairs + 1):
+        for name in list(arms) if turn % 2 else list(arms)[::-1]:
+            rows = torch.randint(20, 49_000, (ROWS, TOKENS), generator=rng).tolist()
+            started = time.perf_counter()
+            batch = arms[name](rows)
+            collated = time.perf_counter()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if turn:  # the first is for warming up
+                times[name].append(time.perf_counter() - started)
+                spent[name].append(collated - started)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    added = statistics.median(spent["meap"]) - statistics.median(spent["ntp"])
+    return {
+        "rows": ROWS,
+        "tokens": TOKENS,
+        "pairs": pairs,
+        "seconds": times,
+        "tokens_per_second": {name: ROWS * TOKENS / value for name, value in medians.items()},
+        "tokens_per_second_ratio": medians["ntp"] / medians["meap"],
+        "collator_share_of_step": added / medians["meap"],
+    }
+
+
+def head(gathered: bool) -> dict[str, float]:
+    """Measure the head and loss, forward and backward, on masked fine-tuning rows; run it in a fresh process."""
+    from modicum.jobs.objectives import LabelHead
+
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(HEAD_ROWS, HEAD_TOKENS, WIDTH, generator=rng, requires_grad=True)
+    labels = torch.full((HEAD_ROWS, HEAD_TOKENS), -100)
+    count = (HEAD_TOKENS - PROMPT) // 10
+    for row in labels:
+        places = PROMPT + torch.randperm(HEAD_TOKENS - PROMPT, generator=rng)[:count]
+        row[places] = torch.randint(0, VOCABULARY, (count,), generator=rng)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.lm_head
+
+        def forward(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.lm_head(hidden)}
+
+    model = Model()
+    model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
+    # Pages of the weight's gradient are touched before, so that they count for neither form.
+    model.lm_head.weight.grad += 1.0
+    form = LabelHead(model)
+    positions = (labels.flatten() != -100).nonzero().flatten() - 1
+    extra = {"label_positions": positions, "label_weights": torch.ones(positions.numel())} if gathered else {}
+    hidden.grad = torch.zeros_like(hidden) + 1.0
+    before = _status("RssAnon")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    started = time.perf_counter()
+    form.loss(model(hidden, **extra), labels).backward()
+    took = time.perf_counter() - started
+    return {
+        "peak_mb": (_status("VmHWM") - before - _status("RssFile")) / 1e6,
+        "seconds": took,
+        "labels": count * HEAD_ROWS,
+    }
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def _in_process(gathered: bool) -> dict[str, float]:
+    command = [sys.executable, __file__, "--head", "gathered" if gathered else "plain"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--head", choices=("gathered", "plain"))
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if options.head:
+        print(json.dumps(head(options.head == "gathered")))
+        return
+    from modicum.record import environment, write_atomic
+
+    plain, gathered = ([_in_process(kind) for _ in range(3)] for kind in (False, True))
+    heads = {
+        "rows": HEAD_ROWS,
+        "tokens": HEAD_TOKENS,
+        "vocabulary": VOCABULARY,
+        "plain": plain,
+        "gathered": gathered,
+        **{
+            f"{what}_ratio": statistics.median(g[what] for g in gathered) / statistics.median(p[what] for p in plain)
+            for what in ("peak_mb", "seconds")
+        },
+    }
+    git = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+    found = {
+        "benchmark": "meap_speed",
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "environment": environment() | {"threads": torch.get_num_threads(), "load": os.getloadavg()},
+        "collator": collator(),
+        "head": heads,
+        "step": step(options.pairs),
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
+    print(json.dumps({"collator": found["collator"], "head": heads, "step": found["step"]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
