@@ -21,11 +21,11 @@ from pydantic import Field, field_validator
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs import sources
-from modicum.jobs.tokens import PaddingCollator, collate, tokenize
+from modicum.jobs.tokens import LabelledLogits, PaddingCollator, collate, tokenize
 from modicum.recipe import Section
 from modicum.types import NonNegativeInt, PositiveInt
 
-__all__ = ["DataSection", "Fields", "PaddingCollator", "Rows", "collate", "load_rows", "tokenize"]
+__all__ = ["DataSection", "Fields", "LabelledLogits", "PaddingCollator", "Rows", "collate", "load_rows", "tokenize"]
 
 Row: TypeAlias = dict[str, Any]
 Kind: TypeAlias = Literal["text", "chat", "completion"]

@@ -11,13 +11,12 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     import datasets
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from modicum.jobs.data import DataSection, Row, Rows
@@ -221,14 +220,14 @@ class PaddingCollator:
     tokenizer: PreTrainedTokenizerBase
     multiple: int = 1
 
-    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Return the batch."""
+    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        """Return the batch: tensors, and for packed rows the order not to make a cache."""
         import torch
 
         length = max(len(example["input_ids"]) for example in examples)
         length = -(-length // self.multiple) * self.multiple
         fill = {"input_ids": pad_id(self.tokenizer), "labels": IGNORED, "attention_mask": 0}
-        batch = {}
+        batch: dict[str, Any] = {}
         for key in examples[0]:
             padded = []
             for example in examples:
@@ -237,7 +236,8 @@ class PaddingCollator:
                 tail = list(range(missing)) if key == "position_ids" else [fill[key]] * missing
                 padded.append([*example[key], *tail])
             batch[key] = torch.tensor(padded)
-        return batch
+        # With a cache, transformers takes the samples of a packed row for one, and they see each other.
+        return batch | {"use_cache": False} if "position_ids" in batch else batch
 
 
 def collate(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
@@ -248,6 +248,28 @@ def collate(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
     """
     pad_id(tokenizer)
     return PaddingCollator(tokenizer)
+
+
+@dataclass(frozen=True)
+class LabelledLogits:
+    """Ask the model for logits only where a label follows.
+
+    The output layer is the widest of a small model, and with labels on the completion only most of its work is thrown
+    away: a fifth of a training step for SmolLM2-135M, and most of its memory. ``logits_to_keep`` and ``shift_labels``
+    are arguments that transformers' causal models and their loss take.
+
+    Args:
+        inner: The collator that makes the batch.
+    """
+
+    inner: Callable[[Sequence[dict[str, list[int]]]], dict[str, Any]]
+
+    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        """Return the batch with the positions to predict from and their labels."""
+        batch = self.inner(examples)
+        targets = batch["labels"][:, 1:]
+        positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
+        return {**batch, "logits_to_keep": positions, "shift_labels": targets[:, positions]}
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
