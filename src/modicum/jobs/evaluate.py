@@ -21,6 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from modicum.errors import RecipeError, did_you_mean
 from modicum.jobs.data import DataSection, Rows, load_rows
 from modicum.jobs.models import load_model, load_tokenizer, native_bfloat16, resolve_model
+from modicum.jobs.retrieval import RetrievalTask, retrieval_grid, retrieval_rows
 from modicum.jobs.tokens import pad_id, prompt_ids
 from modicum.recipe import Recipe, Section
 from modicum.record import Run, read_log, write_atomic
@@ -76,7 +77,8 @@ class PerplexityTask(Section):
         return self
 
 
-Task: TypeAlias = Annotated[ExactMatchTask | PerplexityTask, Field(discriminator="kind")]
+AnswerTask: TypeAlias = ExactMatchTask | RetrievalTask  # the model answers, and the answer is scored
+Task: TypeAlias = Annotated[AnswerTask | PerplexityTask, Field(discriminator="kind")]
 
 
 class EvaluateRecipe(Recipe):
@@ -126,6 +128,8 @@ class EvaluateRecipe(Recipe):
         yield from self.models.values()
         for task in self.tasks.values():
             yield from task.data.inputs()
+            if isinstance(task, RetrievalTask) and task.file is not None:
+                yield task.file
 
 
 def plan(recipe: EvaluateRecipe) -> list[str]:
@@ -135,7 +139,7 @@ def plan(recipe: EvaluateRecipe) -> list[str]:
         rows = len(_rows(task, recipe.seed))
         what = (
             f"{rows} answers of at most {task.max_new_tokens} tokens"
-            if isinstance(task, ExactMatchTask)
+            if isinstance(task, AnswerTask)
             else f"{task.metric} of {rows} documents"
         )
         lines.append(f"{name}: {what} from each of {len(recipe.models)} models ({task.data.path})")
@@ -172,6 +176,8 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
             items = _measure(subject, task, rows[name], step)
             _write_items(_items_file(run, model, name), items)
             cell = _cell(model, name, task, items, recipe.level, time.monotonic() - started)
+            if isinstance(task, RetrievalTask):
+                cell["grid"] = retrieval_grid(rows[name], [item["score"] for item in items])
             finished[model, name] = cell
             run.log("cell", **cell)
             run.say(_line(cell))
@@ -220,6 +226,8 @@ def _device(name: str) -> str:
 
 
 def _rows(task: Task, seed: int) -> Rows:
+    if isinstance(task, RetrievalTask):
+        return retrieval_rows(task, seed=seed)
     rows = load_rows(task.data, seed=seed)
     expected = "completion" if isinstance(task, ExactMatchTask) else "text"
     if rows.kind != expected:
@@ -229,12 +237,12 @@ def _rows(task: Task, seed: int) -> Rows:
 
 
 def _measure(subject: Subject, task: Task, rows: Rows, step: Progress) -> list[Item]:
-    if isinstance(task, ExactMatchTask):
+    if isinstance(task, AnswerTask):
         return _answers(subject, task, rows, step)
     return _likelihoods(subject, task, rows, step)
 
 
-def _answers(subject: Subject, task: ExactMatchTask, rows: Rows, step: Progress) -> list[Item]:
+def _answers(subject: Subject, task: AnswerTask, rows: Rows, step: Progress) -> list[Item]:
     from modicum.evaluate import exact_match, extract, generate, stop_tokens
 
     answers = generate(
@@ -298,16 +306,25 @@ def _document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _cell(model: str, name: str, task: Task, items: Sequence[Item], level: float, seconds: float) -> dict[str, Any]:
-    from modicum.evaluate import bits_per_byte, perplexity, wilson
+    from modicum.evaluate import bits_per_byte, mean, perplexity, wilson
 
-    metric = "exact_match" if isinstance(task, ExactMatchTask) else task.metric
-    if metric == "exact_match":
-        estimate: Estimate = wilson(sum(item["correct"] for item in items), len(items), level=level)
+    metric = _metric(task)
+    scores = [float(item.get("score", 0.0)) for item in items]
+    if metric == "recall" and not {*scores} <= {0.0, 1.0}:
+        estimate: Estimate = mean(scores, level=level)
+    elif metric in ("exact_match", "recall"):
+        estimate = wilson(sum(item["correct"] for item in items), len(items), level=level)
     elif metric == "bits_per_byte":
         estimate = bits_per_byte([item["nats"] for item in items], [item["bytes"] for item in items], level=level)
     else:
         estimate = perplexity([item["nats"] for item in items], [item["tokens"] for item in items], level=level)
     return {"model": model, "task": name, "metric": metric, **estimate._asdict(), "seconds": round(seconds, 3)}
+
+
+def _metric(task: Task) -> str:
+    if isinstance(task, PerplexityTask):
+        return task.metric
+    return "recall" if isinstance(task, RetrievalTask) else "exact_match"
 
 
 def _pairs(recipe: EvaluateRecipe, run: Run) -> list[dict[str, Any]]:
@@ -326,8 +343,10 @@ def _pairs(recipe: EvaluateRecipe, run: Run) -> list[dict[str, Any]]:
 
 
 def _difference(task: Task, a: Sequence[Item], b: Sequence[Item], level: float) -> tuple[str, Estimate]:
-    from modicum.evaluate import bits_per_byte, paired_proportions
+    from modicum.evaluate import bits_per_byte, mean, paired_proportions
 
+    if isinstance(task, RetrievalTask):
+        return "recall", mean([x["score"] - y["score"] for x, y in zip(a, b, strict=True)], level=level)
     if isinstance(task, ExactMatchTask):
         solved = ([bool(item["correct"]) for item in items] for items in (a, b))
         return "exact_match", paired_proportions(*solved, level=level)

@@ -78,3 +78,27 @@ def test_runs_without_retrieval_have_no_section(tmp_path):
     )
     (tmp_path / "recipe.yaml").write_text("job: train\n")
     assert retrieval(load([tmp_path])) is None
+
+
+def test_the_evaluate_job_scores_retrieval_by_place_and_compares_models(prose, tmp_path, tiny_model):
+    from modicum.jobs.evaluate import EvaluateRecipe, evaluate
+    from modicum.record import Run
+
+    task = {
+        "kind": "retrieval",
+        "suite": "needle",
+        "data": {"path": prose.path},
+        "lengths": [52],
+        "depths": [0.0, 1.0],
+        "per_cell": 1,
+        "max_new_tokens": 4,
+    }
+    recipe = EvaluateRecipe(models={"a": str(tiny_model), "b": str(tiny_model)}, tasks={"needle": task})
+    with Run(tmp_path / "run", job="evaluate", recipe=recipe.model_dump(mode="json"), quiet=True) as run:
+        evaluate(recipe, run)
+    metrics = run.record["metrics"]
+    assert [cell["metric"] for cell in metrics["cells"]] == ["recall", "recall"]
+    assert metrics["cells"][0]["n"] == 2 and metrics["cells"][0]["value"] == 0.0
+    assert metrics["pairs"][0]["difference"] == 0.0
+    section = retrieval(load([tmp_path / "run"]))
+    assert section is not None and "a: needle" in section.body and "b: needle" in section.body
