@@ -271,10 +271,22 @@ def test_equal_models_have_no_best(tmp_path: Path) -> None:
 
 
 def test_a_model_that_lacks_a_task_has_no_mean() -> None:
-    (board,) = boards([{"cells": [row for row in cells() if (row["model"], row["task"]) != ("ties", "chain_sum")]}])
+    (board,) = boards(
+        [("", {"cells": [row for row in cells() if (row["model"], row["task"]) != ("ties", "chain_sum")]})]
+    )
     assert "ties" not in board.means and "ties" not in board.worst_tasks
     assert board.means["tsv"] == pytest.approx((0.82 + 0.742) / 2)
     assert board.worst_tasks["spelling"] == 0.06
+
+
+def test_a_model_measured_by_two_runs_appears_twice(tmp_path: Path) -> None:
+    runs = [
+        evaluation(tmp_path / name, ("ties", "t", value), ("base", "u", 0.1))
+        for name, value in (("x", 0.5), ("y", 0.6))
+    ]
+    text = read(write(runs))[1]
+    assert "ties · x" in text and "ties · y" in text and "ties · y does best" not in page_of(runs[1])
+    assert "50.0%" in text and "60.0%" in text
 
 
 def test_metrics_are_never_averaged_together(tmp_path: Path) -> None:
@@ -283,7 +295,7 @@ def test_metrics_are_never_averaged_together(tmp_path: Path) -> None:
         for m in ("a", "b")
         for t, metric, v in (("sum", "exact_match", 0.5), ("text", "perplexity", 12.0))
     ]
-    found = boards([{"cells": rows}])
+    found = boards([("", {"cells": rows})])
     assert [(board.metric, board.tasks) for board in found] == [("exact_match", ["sum"]), ("perplexity", ["text"])]
     assert "Mean" not in page_of(write_run(tmp_path / "run", "evaluate", metrics={"cells": rows}))
 
@@ -294,7 +306,7 @@ def test_a_lead_within_the_interval_is_not_called_a_win(tmp_path: Path) -> None:
         for m, v in (("a", 0.5), ("b", 0.55), ("c", 0.1))
     ]
     text = page_of(write_run(tmp_path / "run", "evaluate", metrics={"cells": rows}))
-    assert "its interval overlaps that of a: more samples would be needed" in text
+    assert "its interval overlaps that of a, so the lead may be chance." in text
 
 
 def test_a_difference_is_colored_only_when_its_interval_leaves_out_zero(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,16 +81,28 @@ class Board:
                 yield model, known
 
 
-def boards(metrics: Iterable[Mapping[str, Any]]) -> list[Board]:
-    """Sort the cells of one or several evaluations by metric; a later result replaces an earlier one."""
+def boards(evaluations: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Board]:
+    """Sort the cells of one or several evaluations by metric.
+
+    Args:
+        evaluations: Name and metrics of each run. A model that two of them measured on one task carries the run's name.
+    """
+    cells = [(run, _cell(raw)) for run, metrics in evaluations for raw in _raw(metrics)]
+    sources: dict[tuple[str, str, str], set[str]] = {}
+    for run, cell in cells:
+        sources.setdefault((cell.metric, cell.model, cell.task), set()).add(run)
+    twice = {model for (_, model, _), runs in sources.items() if len(runs) > 1}
     sorted_cells: dict[str, dict[tuple[str, str], Cell]] = {}
-    for found in metrics:
-        cells = found.get("cells")
-        for raw in cells if isinstance(cells, list) else ():
-            if isinstance(raw, Mapping) and is_number(raw.get("value")):
-                cell = _cell(raw)
-                sorted_cells.setdefault(cell.metric, {})[cell.model, cell.task] = cell
-    return [Board(metric, cells) for metric, cells in sorted_cells.items()]
+    for run, cell in cells:
+        named = replace(cell, model=f"{cell.model} · {run}") if cell.model in twice else cell
+        sorted_cells.setdefault(named.metric, {})[named.model, named.task] = named
+    return [Board(metric, found) for metric, found in sorted_cells.items()]
+
+
+def _raw(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    cells = metrics.get("cells")
+    rows = cells if isinstance(cells, list) else []
+    return [raw for raw in rows if isinstance(raw, Mapping) and is_number(raw.get("value"))]
 
 
 def _cell(raw: Mapping[str, Any]) -> Cell:

@@ -31,7 +31,7 @@ def summarize(folder: Path, console: Console | None = None) -> None:
     """Print what came of the run in ``folder``."""
     console = console or Console(highlight=False)
     run = load([folder])
-    found = boards(part.metrics for part in run.walk())
+    found = boards((part.name, part.metrics) for part in run.walk())
     if found:
         console.print(_table(found))
     for name, path in _made(run):
@@ -49,11 +49,11 @@ def _made(run: RunView) -> Iterator[tuple[str, str]]:
             yield label, str(part.folder / str(path))
 
 
-def _metrics(raw: object) -> Iterator[Mapping[str, Any]]:
+def _metrics(raw: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the metrics themselves and, since a pipeline keeps one mapping per stage, those one level below."""
     if isinstance(raw, Mapping):
-        yield raw
-        yield from (value for value in raw.values() if isinstance(value, Mapping))
+        yield "", raw
+        yield from ((str(name), value) for name, value in raw.items() if isinstance(value, Mapping))
 
 
 def _table(found: list[Board]) -> Table:

@@ -20,7 +20,7 @@ READ_BARS = "Bars show the value, the thin line its confidence interval. The bes
 @section(order=10)
 def results(run: RunView) -> Section | None:
     """Draw the results of every evaluation among the runs."""
-    found = boards(part.metrics for part in run.walk())
+    found = boards((part.name, part.metrics) for part in run.walk())
     if not found:
         return None
     body = Markup("").join(
@@ -161,9 +161,9 @@ def _finding(board: Board) -> Markup:
     )
     rivals = _rivals(board, best[0]) if len(best) == 1 else []
     if rivals:
-        sentence += Markup(
-            " On every task its interval overlaps that of {}: more samples would be needed to tell them apart."
-        ).format(phrase(rivals))
+        sentence += Markup(" On every task its interval overlaps that of {}, so the lead may be chance.").format(
+            phrase(rivals)
+        )
     return sentence
 
 
@@ -173,7 +173,7 @@ def _baseline(board: Board, overall: Mapping[str, float]) -> str | None:
 
 
 def _rivals(board: Board, best: str) -> list[str]:
-    """Models that the evaluation cannot tell from the best one on any task."""
+    """Return the models whose interval overlaps that of the best one on every task."""
 
     def overlap(model: str, task: str) -> bool:
         a, b = board.cells.get((best, task)), board.cells.get((model, task))
