@@ -17,17 +17,9 @@ def test_lozo_equals_its_formulas_through_refreshes(variant, every):
     optimizer = LOZO([("w", weight)], lr=1e-3, rank=2, variant=variant, refresh_every=every)
     lefts = [optimizer._coordinates((t, 0)).view(6, 2).numpy() for t in range(12)]
     rights = [Left().basis((6, 5), rank=2, seed=0, name="w", epoch=e)[0].numpy() for e in range(12 // every + 1)]
-    expected = oracle.lozo_momentum(
-        loss,
-        start,
-        lefts,
-        rights,
-        lr=1e-3,
-        rho=1e-3,
-        every=every,
-        beta=0.9 if variant == "momentum" else 0.0,
-        factor=2**-0.5,
-    )
+    beta = 0.9 if variant == "momentum" else 0.0
+    knobs = {"lr": 1e-3, "rho": 1e-3, "every": every, "beta": beta, "factor": 2**-0.5}
+    expected = oracle.lozo_momentum(loss, start, lefts, rights, **knobs)
     for _ in lefts:
         optimizer.step(lambda: loss(weight.detach()))
     np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-9)

@@ -112,7 +112,7 @@ def fzoo(loss, weight, batches, *, lr, rho):
         middle = loss(weight)
         losses = np.array([loss(weight + rho * u) for u in signs])
         spread = losses.std(ddof=1)
-        weight = weight - lr / (len(signs) * spread) * sum((l - middle) * u for l, u in zip(losses, signs, strict=True))
+        weight = weight - lr / (len(signs) * spread) * sum((losses - middle)[:, None, None] * np.array(signs))
     return weight
 
 

@@ -94,6 +94,7 @@ class ProbeHooks:
 
     def __init__(self, model: nn.Module, leaves: Sequence[Leaf], lift: Lift | None, *, paired: bool) -> None:
         self.current: list[Branch] = [Branch(None, {})]
+        self.model = model
         self.owners = owners(model, leaves)
         self._lift, self._paired = lift, paired
         self._seen: set[str] = set()
