@@ -15,7 +15,9 @@ from modicum.random import generator
 from modicum.registry import Entry, merge_method
 
 # Knobs that have no default; everything else runs as a user would first run it.
-REQUIRED: Mapping[str, dict[str, Any]] = {name: {"density": 0.4} for name in ("ties", "dare", "della", "breadcrumbs")}
+REQUIRED: Mapping[str, dict[str, Any]] = {
+    name: {"density": 0.4} for name in ("ties", "dare", "della", "breadcrumbs")
+} | {"slerp": {"t": 0.3}}
 NAMES = list(merge_method)
 
 
@@ -27,7 +29,7 @@ def run(entry: Entry, base: Tensor, experts: list[Tensor], **more: Any) -> Tenso
 
 def experts_for(entry: Entry, shape: tuple[int, ...], n: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     rng = torch.Generator().manual_seed(7)
-    n = min(n, entry.facts.get("most", n))
+    n = 1 if entry.facts.get("two") else min(n, entry.facts.get("most", n))
     return [torch.randn(shape, generator=rng).to(dtype) for _ in range(n)]
 
 

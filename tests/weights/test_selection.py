@@ -11,7 +11,7 @@ from oracles.merge import trim
 
 
 def trimmed(delta: torch.Tensor, keep: int) -> torch.Tensor:
-    (cut,) = find_cuts(torch.zeros_like(delta), [delta], [keep])
+    ((cut,),) = find_cuts(torch.zeros_like(delta), [delta], [[keep]])
     parts = [cut.trim_(d[0]).clone() for _, _, d in delta_blocks(torch.zeros_like(delta), [delta])]
     return torch.cat(parts)
 
@@ -35,7 +35,7 @@ def test_large_tensors_are_selected_exactly_too() -> None:
 
 
 def test_a_sample_that_misses_costs_time_but_not_exactness(monkeypatch: object) -> None:
-    monkeypatch.setattr(selection, "_bracket", lambda *_: (10.0, 11.0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(selection, "_brackets", lambda *_: [(10.0, 11.0)])  # type: ignore[attr-defined]
     delta = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
     expected = torch.from_numpy(trim(delta.double().numpy(), 777)).float()
     assert torch.equal(trimmed(delta, 777), expected)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from modicum.errors import CheckpointError
 from modicum.random import generator
 from modicum.record import fingerprint
-from modicum.registry import Entry
 from modicum.weights.agree import Tensors
 from modicum.weights.blocks import fold
 from modicum.weights.checkpoint import Checkpoint
@@ -21,9 +21,19 @@ from modicum.weights.compare import compare, refuse_non_finite
 from modicum.weights.plan import Plan, Step, plan_merge
 from modicum.weights.stream import SHARD_BYTES, cores, map_tensors, names_by_size, run_all
 
+Look = Callable[[Tensor, Sequence[Tensor]], Any]
 
-def run_step(step: Step, *, seed: int = 0, device: str = "cpu") -> tuple[Tensor, dict[str, Any]]:
+
+def run_step(
+    step: Step, *, seed: int = 0, device: str = "cpu", found: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Tensor, dict[str, Any]]:
     """Make one tensor of the result.
+
+    Args:
+        step: What to make.
+        seed: For methods that draw random numbers.
+        device: Where the arithmetic happens.
+        found: What a survey of the whole model found for this step.
 
     Returns:
         The tensor, and what was measured about its experts.
@@ -46,13 +56,40 @@ def run_step(step: Step, *, seed: int = 0, device: str = "cpu") -> tuple[Tensor,
     if step.averaged:
         merged = fold(origin, experts, lambda deltas: deltas.mean(0))
     else:
-        supplied = {"rng": generator(seed, step.method, step.name)} if _takes_rng(step.entry) else {}
+        supplied: dict[str, Any] = dict(found)
+        if "rng" in (step.entry.function.__kwdefaults__ or {}):
+            supplied["rng"] = generator(seed, step.method, step.name)
+        if step.statistics:
+            supplied["statistics"] = [source.read().to(device) for source in step.statistics]
         merged = step.entry.function(origin if step.base else None, experts, **step.knobs, **supplied)
     return merged.to(step.spec.dtype), measured
 
 
-def _takes_rng(entry: Entry) -> bool:
-    return "rng" in (entry.function.__kwdefaults__ or {})
+def survey(plan: Plan, *, device: str = "cpu", workers: int | None = None) -> dict[str, Mapping[str, Any]]:
+    """Ask the methods that look at the whole model first; return what they found for each step, by name."""
+    found: dict[str, Mapping[str, Any]] = {}
+    groups: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        if "survey" in step.entry.facts and step.spec.dtype.is_floating_point and not step.averaged:
+            groups.setdefault(repr((step.method, sorted(step.knobs.items()))), []).append(step)
+    for steps in groups.values():
+        table = {step.name: step for step in steps}
+
+        def each(look: Look, table: Mapping[str, Step] = table) -> dict[str, Any]:
+            seen: dict[str, Any] = {}
+
+            def make(name: str) -> tuple[Tensor, dict[str, Any]]:
+                tensors = [source.read().to(device) for source in table[name].sources]
+                return torch.empty(0), {"seen": look(tensors[0], tensors[1:])}
+
+            def take(name: str, _: Tensor, result: dict[str, Any]) -> None:
+                seen[name] = result["seen"]
+
+            run_all(make, list(names_by_size({n: s.spec for n, s in table.items()})), take, workers=workers or cores())
+            return {name: seen[name] for name in table}
+
+        found |= steps[0].entry.facts["survey"](each, **steps[0].knobs)
+    return found
 
 
 def _same(step: Step, tensors: Sequence[Tensor]) -> Tensor:
@@ -73,6 +110,7 @@ def merge_state_dicts(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     device: str = "cpu",
+    statistics: Sequence[Tensors] = (),
     **knobs: Any,
 ) -> dict[str, Tensor]:
     """Merge dictionaries of tensors in memory.
@@ -84,6 +122,7 @@ def merge_state_dicts(
         dtype: Of the result; that of the base when not given.
         seed: For methods that draw random numbers.
         device: Where the arithmetic happens.
+        statistics: For methods that weigh by data: of each expert, tensors by the names of its own.
         **knobs: The method's.
 
     Returns:
@@ -97,7 +136,7 @@ def merge_state_dicts(
         >>> merge_state_dicts({"w": 0 * one}, [{"w": one}, {"w": 3 * one}], method="task_arithmetic", scale=0.5)
         {'w': tensor([2., 2.])}
     """
-    plan = plan_merge(base, experts, method=method, knobs=knobs, dtype=dtype)
+    plan = plan_merge(base, experts, method=method, knobs=knobs, dtype=dtype, statistics=statistics)
     steps = {step.name: step for step in plan.steps}
     merged: dict[str, Tensor] = {}
 
@@ -105,7 +144,12 @@ def merge_state_dicts(
         merged[name] = tensor.cpu().clone() if not tensor.is_floating_point() else tensor.cpu()
 
     names = list(names_by_size({name: step.spec for name, step in steps.items()}))
-    run_all(lambda name: run_step(steps[name], seed=seed, device=device), names, take, workers=cores())
+    found = survey(plan, device=device)
+
+    def make(name: str) -> tuple[Tensor, dict[str, Any]]:
+        return run_step(steps[name], seed=seed, device=device, found=found.get(name, {}))
+
+    run_all(make, names, take, workers=cores())
     return {name: merged[name] for name in steps}
 
 
@@ -121,6 +165,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     progress: bool = True,
+    statistics: Sequence[str | Path | Checkpoint] = (),
     **knobs: Any,
 ) -> dict[str, dict[str, Any]]:
     """Merge checkpoints on disk, a tensor at a time.
@@ -136,6 +181,7 @@ def merge(
         shard_bytes: Largest weight file.
         workers: Threads; one for each core when not given.
         progress: Show a bar when standard error is a terminal.
+        statistics: For methods that weigh by data: a checkpoint of each expert's, by the names of its tensors.
         **knobs: The method's.
 
     Returns:
@@ -145,7 +191,14 @@ def merge(
         ModicumError: The models do not fit together, a knob is wrong, or the result cannot be written.
     """
     opened = [open_checkpoint(model) for model in experts]
-    plan = plan_merge(None if base is None else open_checkpoint(base), opened, method=method, knobs=knobs, dtype=dtype)
+    plan = plan_merge(
+        None if base is None else open_checkpoint(base),
+        opened,
+        method=method,
+        knobs=knobs,
+        dtype=dtype,
+        statistics=[open_checkpoint(model) for model in statistics],
+    )
     return run_plan(
         plan, Path(out), seed=seed, device=device, shard_bytes=shard_bytes, workers=workers, progress=progress
     )
@@ -168,8 +221,9 @@ def run_plan(
         "seed": seed,
         "steps": [[s.name, s.method, [(x.model, x.name) for x in s.sources], dict(s.knobs)] for s in plan.steps],
     }
+    found = survey(plan, device=device, workers=workers)
     return map_tensors(
-        lambda name: run_step(steps[name], seed=seed, device=device),
+        lambda name: run_step(steps[name], seed=seed, device=device, found=found.get(name, {})),
         {name: step.spec for name, step in steps.items()},
         out,
         identity=identity,

@@ -48,6 +48,7 @@ class Step:
     base: Source | None
     experts: tuple[Source, ...]
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    statistics: tuple[Source, ...] = ()
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -108,6 +109,15 @@ def _size(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
+def check_count(entry: Entry, n: int) -> None:
+    """Refuse more or fewer experts than a method takes."""
+    least, most = entry.facts.get("experts", 1), entry.facts.get("most")
+    if n < least:
+        raise RecipeError(f"{entry.name} needs at least {least} experts, got {n}. Add some.")
+    if most is not None and n > most:
+        raise RecipeError(f"{entry.name} takes at most {most} experts, got {n}. Remove some.")
+
+
 def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """Return the dtype called ``name``."""
     if name is None or isinstance(name, torch.dtype):
@@ -124,6 +134,7 @@ def plan_merge(
     method: str,
     knobs: Mapping[str, Any],
     dtype: str | torch.dtype | None = None,
+    statistics: Sequence[Tensors] = (),
 ) -> Plan:
     """Return the plan of a plain merge, having checked that the models fit together.
 
@@ -134,9 +145,11 @@ def plan_merge(
     entry = merge_method[method]
     if entry.facts.get("base", True) and base is None:
         raise RecipeError(f"{method} merges differences from a base model, and none is given. Set base.")
-    least = entry.facts.get("experts", 1)
-    if len(experts) < least:
-        raise RecipeError(f"{method} needs at least {least} experts, got {len(experts)}. Add some.")
+    check_count(entry, len(experts))
+    if statistics and not entry.facts.get("statistics"):
+        raise RecipeError(f"{method} uses no statistics of the experts' data. Remove them.")
+    if statistics and len(statistics) != len(experts):
+        raise RecipeError(f"Got {len(statistics)} statistics for {len(experts)} experts. Give one for each.")
     checked, wanted = entry.knobs(knobs), parse_dtype(dtype)
     models = [*([base] if base is not None else []), *experts]
     names = [*(["base"] if base is not None else []), *(f"experts[{i}]" for i in range(len(experts)))]
@@ -149,7 +162,8 @@ def plan_merge(
         out = Spec(spec.shape, wanted if wanted and spec.dtype.is_floating_point else spec.dtype)
         head = sources[0] if base is not None else None
         tail = tuple(sources[1:] if base is not None else sources)
-        steps.append(Step(name, out, method, head, tail, checked))
+        known = tuple(Source(label(s, "statistics"), s, name) for s in statistics if name in s)
+        steps.append(Step(name, out, method, head, tail, checked, known))
     first = models[0]
     return Plan(steps, models, companion_files(first, wanted) if isinstance(first, Checkpoint) else {})
 

@@ -63,18 +63,28 @@ def _below(value: float, dtype: torch.dtype) -> float:
     return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-1.0, dtype=dtype)).item()
 
 
-def find_cuts(base: Tensor, experts: Sequence[Tensor], keep: Sequence[int]) -> list[Cut]:
-    """Return for each expert the cut that keeps its ``keep[t]`` largest deltas; of equal ones those that come first."""
+def find_cuts(base: Tensor, experts: Sequence[Tensor], keeps: Sequence[Sequence[int]]) -> list[list[Cut]]:
+    """Return the cuts that keep an expert's largest deltas; of equal ones those that come first.
+
+    Args:
+        base: The tensor that the deltas are taken from.
+        experts: Tensors of its shape.
+        keeps: For each expert, how many each of its cuts keeps; from 1 to the number of entries.
+    """
     n = base.numel()
     if n <= SAMPLE or base.device.type != "cpu":
-        return [_cut_of(magnitudes_of(base, expert), k) for expert, k in zip(experts, keep)]
-    counts = [_Counts(*_bracket(base, expert, k, n)) for expert, k in zip(experts, keep)]
+        return [[_cut_of(magnitudes_of(base, e), k) for k in ks] for e, ks in zip(experts, keeps)]
+    counts = [[_Counts(*bracket) for bracket in _brackets(base, e, ks, n)] for e, ks in zip(experts, keeps)]
     for _, _, deltas in delta_blocks(base, experts):
-        for count, magnitudes in zip(counts, deltas.abs_()):
-            count.add(magnitudes.numpy())
-    found = [count.cut(k) for count, k in zip(counts, keep)]
-    # A sample that missed the value costs a second look at the whole, which is rare.
-    return [cut or _cut_of(magnitudes_of(base, experts[t]), keep[t]) for t, cut in enumerate(found)]
+        for several, magnitudes in zip(counts, deltas.abs_()):
+            for count in several:
+                count.add(magnitudes.numpy())
+    found = []
+    for expert, several, ks in zip(experts, counts, keeps):
+        cuts = [count.cut(k) for count, k in zip(several, ks)]
+        # A sample that missed the value costs a second look at the whole, which is rare.
+        found.append([cut or _cut_of(magnitudes_of(base, expert), k) for cut, k in zip(cuts, ks)])
+    return found
 
 
 def magnitudes_of(base: Tensor, expert: Tensor) -> Tensor:
@@ -89,14 +99,17 @@ def _cut_of(magnitudes: Tensor, k: int) -> Cut:
     return Cut(value.item(), spare, spare == int(torch.count_nonzero(magnitudes == value)))
 
 
-def _bracket(base: Tensor, expert: Tensor, k: int, n: int) -> tuple[float, float]:
-    """Return two magnitudes between which the k-th largest lies, five standard deviations sure."""
+def _brackets(base: Tensor, expert: Tensor, keeps: Sequence[int], n: int) -> list[tuple[float, float]]:
+    """Return for each k two magnitudes between which the k-th largest lies, five standard deviations sure."""
     where = torch.randint(n, (SAMPLE,), generator=torch.Generator().manual_seed(0)).sort().values
     sample = magnitudes_of(base.reshape(-1)[where], expert.reshape(-1)[where]).sort().values
-    share = k / n
-    middle, margin = (1 - share) * SAMPLE, 5 * (SAMPLE * share * (1 - share)) ** 0.5 + 2
-    low, high = max(0, int(middle - margin)), min(SAMPLE - 1, int(middle + margin))
-    return sample[low].item(), sample[high].item()
+    brackets = []
+    for k in keeps:
+        share = k / n
+        middle, margin = (1 - share) * SAMPLE, 5 * (SAMPLE * share * (1 - share)) ** 0.5 + 2
+        low, high = max(0, int(middle - margin)), min(SAMPLE - 1, int(middle + margin))
+        brackets.append((sample[low].item(), sample[high].item()))
+    return brackets
 
 
 class _Counts:

@@ -6,18 +6,74 @@ more. Choose ``scale`` on validation data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import as_vector, fold, per_expert
-from modicum.weights.selection import Cut, find_cuts
+from modicum.weights.blocks import as_vector, delta_blocks, fold, per_expert
+from modicum.weights.combine import elect_signs, trim_cuts
+from modicum.weights.selection import Cut
+
+Each = Callable[[Callable[[Tensor, Sequence[Tensor]], Any]], Mapping[str, Any]]
+BUCKETS = 1 << 16
 
 
-@merge_method("ties", paper="arXiv:2306.01708", laws={"permutation", "zero_delta", "scale", "shift", "copies"})
+def survey(each: Each, *, density: float | list[float], trim_scope: str, **_: Any) -> dict[str, dict[str, Any]]:
+    """Find the thresholds of a trim over the whole model, from two passes of histograms of float32 bit patterns.
+
+    Bit patterns of positive numbers are ordered like the numbers: the first pass finds the upper half of the pattern
+    of the k-th largest, the second the lower half, so the thresholds are exact.
+    """
+    if trim_scope == "tensor":
+        return {}
+    upper = _histograms(each, None)
+    totals = upper.sum(1)
+    shares = per_expert(density, len(totals))
+    ranks = [max(1, int(share * int(total))) for share, total in zip(shares, totals)]
+    prefixes, left = _locate(upper, ranks)
+    patterns, _left = _locate(_histograms(each, prefixes), left)
+    bits = torch.tensor([(high << 16) | low for high, low in zip(prefixes, patterns)], dtype=torch.int32)
+    thresholds = bits.view(torch.float32).tolist()
+    return {name: {"threshold": thresholds} for name in each(lambda *_: None)}
+
+
+def _histograms(each: Each, prefixes: Sequence[int] | None) -> Tensor:
+    """Count bit patterns of magnitudes by their upper half, or by their lower half among those of an upper half."""
+
+    def count(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        found = torch.zeros(len(experts), BUCKETS, dtype=torch.int64)
+        for _, _, deltas in delta_blocks(base.float(), experts):
+            for t, pattern in enumerate(deltas.abs_().view(torch.int32).cpu()):
+                high = pattern >> 16
+                chosen = high if prefixes is None else (pattern & 0xFFFF)[high == prefixes[t]]
+                found[t] += torch.bincount(chosen, minlength=BUCKETS)
+        return found
+
+    return torch.stack(list(each(count).values())).sum(0)
+
+
+def _locate(histograms: Tensor, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return in which bucket each k-th largest lies, and its rank within the bucket."""
+    buckets, left = [], []
+    for histogram, rank in zip(histograms, ranks):
+        above = histogram.flip(0).cumsum(0)
+        position = int(torch.searchsorted(above, rank))
+        buckets.append(BUCKETS - 1 - position)
+        left.append(rank - (int(above[position - 1]) if position else 0))
+    return buckets, left
+
+
+@merge_method(
+    "ties",
+    paper="arXiv:2306.01708",
+    laws={"permutation", "zero_delta", "scale", "shift", "copies"},
+    supplied={"threshold"},
+    survey=survey,
+)
 def ties(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -26,6 +82,8 @@ def ties(
     scale: float = 1.0,
     weights: list[float] | None = None,
     normalize: bool = True,
+    trim_scope: Literal["tensor", "model"] = "tensor",  # noqa: ARG001 - read by the survey
+    threshold: Sequence[float] | None = None,
 ) -> Tensor:
     r"""Trim each expert's delta, elect a sign per entry, average the deltas that agree with it.
 
@@ -42,6 +100,9 @@ def ties(
         scale: Factor on the merged delta (lambda in the paper).
         weights: One for each expert; all 1 when not given.
         normalize: Divide by the weights that agree; otherwise the agreeing deltas are summed.
+        trim_scope: Trim within each tensor, or over the model as the paper does; a merge of whole models then reads
+            them three times. A single tensor is its own model.
+        threshold: Magnitude from which each expert's deltas are kept, found by a pass over the model.
 
     Returns:
         The merged tensor.
@@ -59,54 +120,26 @@ def ties(
         Two passes: one to find the thresholds, one to merge.
 
     Deviates:
-        The paper trims over the whole model; this trims within each tensor, as other tools do, which streams. At least
-        one entry of a tensor is kept. Entries of equal magnitude are kept by position, first ones first. A sum of
-        exactly zero elects +1; the paper takes the model's majority.
+        The paper trims over the whole model, this by default within each tensor, as other tools do. At least one entry
+        of a tensor is kept, and entries of equal magnitude are kept by position, first ones first; over the model all
+        entries that equal the threshold are kept. A sum of exactly zero elects +1; the paper takes the
+        model's majority.
 
     Reference:
         Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv:2306.01708,
         Algorithm 1.
     """
     w = as_vector(per_expert(weights, len(experts)), base)
-    cuts = trim_cuts(base, experts, per_expert(density, len(experts)))
+    cuts: Sequence[Cut | None]
+    if threshold is None:
+        cuts = trim_cuts(base, experts, per_expert(density, len(experts)))
+    else:
+        cuts = [Cut(value, 0, exhaustive=True) for value in threshold]
 
     def kernel(deltas: Tensor) -> Tensor:
         for delta, cut in zip(deltas, cuts):
             if cut:
                 cut.trim_(delta)
-        return scale * elect(deltas, w, normalize=normalize)
+        return scale * elect_signs(deltas, w, normalize=normalize)
 
     return fold(base, experts, kernel)
-
-
-def trim_cuts(base: Tensor, experts: Sequence[Tensor], density: Sequence[float]) -> list[Cut | None]:
-    """Return what each expert's trim drops; ``None`` where it drops nothing."""
-    n = base.numel()
-    keep = [max(1, int(share * n)) for share in density]
-    cuts: list[Cut | None] = [None] * len(experts)
-    trimmed = [t for t, k in enumerate(keep) if k < n]
-    if trimmed:
-        found = find_cuts(base, [experts[t] for t in trimmed], [keep[t] for t in trimmed])
-        for t, cut in zip(trimmed, found):
-            cuts[t] = cut
-    return cuts
-
-
-def elect(deltas: Tensor, weights: Tensor, *, normalize: bool) -> Tensor:
-    """Merge deltas ``(n, block)`` entry by entry over those that have the elected sign; ``deltas`` is overwritten.
-
-    A sum of zero elects +1, and an entry that is zero agrees with nobody.
-    """
-    deltas.mul_(weights[:, None])
-    sign = torch.copysign(torch.ones_like(deltas[0]), deltas.sum(0).add_(0.0))  # adding zero makes −0 positive
-    deltas.mul_(sign).clamp_min_(0)
-    merged = deltas.sum(0).mul_(sign)
-    if not normalize:
-        return merged
-    # Kept as numbers throughout: comparisons that make booleans cost several times as much.
-    divisor = weights @ deltas.sign_()
-    if bool((weights > 0).all()):
-        divisor.clamp_min_(weights.min())  # where nobody agrees the numerator is zero
-    else:
-        divisor[divisor.abs() < 1e-8] = 1
-    return merged.div_(divisor)

@@ -15,7 +15,7 @@ from torch import Tensor
 from modicum.linalg import SVD, Solver, inv_sqrt_polar, truncated_svd
 from modicum.registry import merge_method
 from modicum.types import PositiveInt, UnitInterval
-from modicum.weights.blocks import fold, working_dtype
+from modicum.weights.matrices import merge_matrices
 
 NEGLIGIBLE = 1e-6  # of an expert's largest singular value: what float32 weights and a Gram matrix cannot tell from zero
 
@@ -41,7 +41,8 @@ def tsv(
         base: The tensor that the experts were trained from.
         experts: One tensor of each expert.
         alpha: Factor on the merged delta.
-        rank: Singular vectors kept of each expert; the short side divided by the number of experts when not given.
+        rank: Singular vectors kept of each expert, at most the short side divided by the number of experts, which is
+            also the default.
         whiten_rtol: Directions of a stack whose squared length is below this share of the largest are dropped; 0 keeps
             all, as published.
         solver: How the deltas are decomposed; see :func:`modicum.linalg.truncated_svd`.
@@ -49,9 +50,6 @@ def tsv(
     Returns:
         The merged tensor. Tensors that are not matrices get the mean of the deltas; of stacked matrices each is merged
         by itself.
-
-    Raises:
-        RecipeError: The ranks together exceed the short side.
 
     Example:
         >>> base = torch.zeros(2, 2)
@@ -70,19 +68,19 @@ def tsv(
         Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model Merging", CVPR 2025,
         arXiv:2412.00081, Algorithm 1.
     """
-    if base.ndim < 2:
-        return fold(base, experts, lambda deltas: deltas.mean(0))
-    if base.ndim > 2:
-        merged = [
-            tsv(base[i], [e[i] for e in experts], alpha=alpha, rank=rank, whiten_rtol=whiten_rtol, solver=solver)
-            for i in range(base.shape[0])
-        ]
-        return torch.stack(merged) if merged else base.clone()
-    origin = base.to(working_dtype(base))
-    short = min(base.shape)
-    k = rank or max(1, short // len(experts))
-    parts = [truncated_svd(expert.to(origin.dtype) - origin, min(k, short), solver=solver) for expert in experts]
-    return (origin + alpha * combine(parts, whiten_rtol=whiten_rtol)).to(base.dtype)
+
+    def merge(deltas: list[Tensor]) -> Tensor:
+        k = ranks_of(deltas, rank)
+        parts = [truncated_svd(delta, k, solver=solver) for delta in deltas]
+        return alpha * combine(parts, whiten_rtol=whiten_rtol)
+
+    return merge_matrices(base, experts, merge)
+
+
+def ranks_of(deltas: Sequence[Tensor], rank: int | None) -> int:
+    """Return how many singular vectors each delta contributes: together at most the short side."""
+    room = max(1, min(deltas[0].shape) // len(deltas))
+    return min(rank, room) if rank else room
 
 
 def combine(parts: Sequence[SVD], *, whiten_rtol: float) -> Tensor:

@@ -1,0 +1,74 @@
+"""The mean on the sphere: the direction whose squared angles to all experts are least.
+
+The exact form of :mod:`modicum.weights.methods.multislerp`, by iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modicum.registry import merge_method
+from modicum.types import Positive, PositiveInt
+from modicum.weights.methods.multislerp import TINY, exp_map, log_map, prepare
+
+
+@merge_method("karcher", base=False, laws={"copies", "permutation"})
+def karcher(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    *,
+    weights: list[float] | None = None,
+    iterations: PositiveInt = 10,
+    tolerance: Positive = 1e-5,
+) -> Tensor:
+    r"""Average directions as the Riemannian centre of mass on the sphere, and norms arithmetically.
+
+    .. math::
+        \mu = \arg\min_{\|u\| = 1} \sum_t w_t\, \angle(u, u_t)^2, \quad
+        \theta = \Big(\sum_t w_t \|\theta_t\|\Big)\, \mu
+
+    Args:
+        base: Not used.
+        experts: The tensors.
+        weights: One for each expert; equal when not given.
+        iterations: Most steps.
+        tolerance: Stop when a step turns the mean by less than this angle, in radians.
+
+    Returns:
+        The average.
+
+    Raises:
+        RecipeError: The weights sum to zero.
+
+    Example:
+        >>> import torch
+        >>> karcher(None, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])])
+        tensor([0.7071, 0.7071])
+
+    Cost:
+        ``n + 3`` copies of the tensor in float32; ``iterations`` passes.
+
+    Deviates:
+        None known. Directions that cancel start from the first expert's.
+
+    Reference:
+        Karcher, "Riemannian center of mass and mollifier smoothing", Communications on Pure and Applied Mathematics
+        30(5), 1977; the iteration is Algorithm A1 of Buss and Fillmore, 2001.
+    """
+    like, _, vectors, w = prepare("karcher", None, experts, weights, True)
+    norms = vectors.norm(dim=1)
+    live = norms > TINY
+    if not live.any():
+        return torch.zeros_like(like if base is None else base)
+    units, shares = vectors[live] / norms[live, None], w[live]
+    mean = shares @ units
+    mean = units[0] if float(mean.norm()) < 1e-8 else mean / mean.norm()
+    for _ in range(iterations):
+        step = shares @ log_map(mean, units) / shares.sum()
+        mean = exp_map(mean, step)
+        if float(step.norm()) < tolerance:
+            break
+    return ((w @ norms) * mean).view(like.shape).to(like.dtype if base is None else base.dtype)

@@ -1,0 +1,61 @@
+"""Go from the base towards the experts' average, as far as their agreement says.
+
+Needs no knob: experts that point the same way are averaged, experts at right angles leave the base as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modicum.registry import merge_method
+from modicum.weights.blocks import delta_blocks, fold
+
+
+@merge_method(
+    "model_stock", paper="arXiv:2403.19522", laws={"permutation", "zero_delta", "scale", "shift", "copies"}, experts=2
+)
+def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) -> Tensor:
+    r"""Interpolate between the base and the experts' average by the cosine between their deltas.
+
+    .. math::
+        t = \frac{N \cos\theta}{1 + (N - 1) \cos\theta}, \quad
+        \theta = t \cdot \frac{1}{N} \sum_t \theta_t + (1 - t)\, \theta_0
+
+    Args:
+        base: The tensor that the experts were trained from.
+        experts: One tensor of each of at least two experts.
+        clamp: Keep t within [0, 1]; experts that point apart otherwise give a t below 0 or, near
+            :math:`\cos\theta = -1/(N-1)`, without bound.
+
+    Returns:
+        The merged tensor.
+
+    Example:
+        >>> import torch
+        >>> model_stock(torch.zeros(2), [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])])
+        tensor([0.8284, 0.4142])
+
+    Cost:
+        Two passes.
+
+    Deviates:
+        For more than two experts the cosine is the mean over pairs; ``clamp`` is ours.
+
+    Reference:
+        Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024, arXiv:2403.19522,
+        Equation 2.
+    """
+    n = len(experts)
+    gram = torch.zeros(n, n, dtype=torch.float64, device=base.device)
+    for _, _, deltas in delta_blocks(base, experts):
+        gram += deltas @ deltas.T
+    norms = gram.diagonal().sqrt().clamp_min(1e-12)
+    cosines = gram / torch.outer(norms, norms)
+    above = torch.ones_like(cosines).triu(1) > 0
+    cosine = float(cosines[above].mean()) if n > 1 else 1.0
+    t = n * cosine / (1 + (n - 1) * cosine) if 1 + (n - 1) * cosine else 0.0
+    share = min(1.0, max(0.0, t)) if clamp else t
+    return fold(base, experts, lambda deltas: share * deltas.mean(0))

@@ -1,0 +1,228 @@
+"""TSV-M with a weight for each expert from its outliers and a rank for each layer from its sparsity (RESM, R-TSVM).
+
+The paper names these two additions; their formulas here are our choice. Use it beside ``tsv``, not instead: the weights
+helped in one of our studies and hurt the worst task in another, which is why they are bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from modicum.errors import RecipeError
+from modicum.linalg import SVD, Solver, truncated_svd
+from modicum.registry import merge_method
+from modicum.types import Fraction, NonNegative, UnitInterval
+from modicum.weights.matrices import merge_matrices
+from modicum.weights.methods.tsv import combine
+
+Each = Callable[[Callable[[Tensor, Sequence[Tensor]], Any]], Mapping[str, Any]]
+Mode = Literal["mass", "ratio", "count", "mitigate", "none"]
+Rule = Literal["sparsity", "uniform", "mean_preserving", "energy", "per_task"]
+
+
+def survey(each: Each, *, ranks: Rule, c: float, eps: float | None, **_: Any) -> dict[str, dict[str, Any]]:
+    """Compare every matrix with the densest of the model, or with the mean over the model."""
+    if ranks not in ("sparsity", "mean_preserving"):
+        return {}
+
+    def measure(base: Tensor, experts: Sequence[Tensor]) -> float | None:
+        if base.ndim < 2:
+            return None
+        deltas = [expert.float() - base.float() for expert in experts]
+        return sum(occupancy(delta, c=c, eps=eps) for delta in deltas) / len(deltas)
+
+    found = each(measure)
+    known = [value for value in found.values() if value is not None]
+    if not known:
+        return {}
+    reference = max(known) if ranks == "sparsity" else sum(known) / len(known)
+    return {name: {"reference": reference} for name in found}
+
+
+@merge_method(
+    "resm",
+    paper="arXiv:2502.06876",
+    laws={"permutation", "zero_delta", "scale", "shift", "transpose"},
+    matrix=True,
+    supplied={"reference"},
+    survey=survey,
+)
+def resm(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    alpha: float = 1.0,
+    outliers: Mode = "mass",
+    sigmas: NonNegative = 3.0,
+    bounds: tuple[float, float] | None = (0.5, 2.0),
+    normalize: Literal["mean1", "sum1", "softmax"] = "mean1",
+    ranks: Rule = "sparsity",
+    c: NonNegative = 0.1,
+    eps: NonNegative | None = None,
+    eta: Fraction = 0.9,
+    whiten_rtol: UnitInterval = 1e-2,
+    solver: Solver = "gram",
+    reference: float | None = None,
+) -> Tensor:
+    r"""Weigh the experts' singular values by their outliers, keep fewer of them in sparse layers, then merge as TSV-M.
+
+    .. math::
+        w_t = T \frac{s_t}{\sum_u s_u}, \quad
+        s_t = \sum_{|\tau_{t,ij}| > \mu_t + 3\sigma_t} |\tau_{t,ij}|, \quad
+        k = \Big\lfloor \frac{r}{T} \cdot \frac{1 - \Omega}{\max_l (1 - \Omega^l)} \Big\rfloor
+
+    where :math:`\Omega` is the share of entries of at most ``c`` times the mean magnitude.
+
+    Args:
+        base: The tensor that the experts were trained from.
+        experts: One tensor of each expert.
+        alpha: Factor on the merged delta.
+        outliers: What an expert's weight comes from: the ``mass`` of its outliers, their ``ratio`` to all its
+            magnitudes, their ``count``; ``mitigate`` clips them instead and weighs all alike; ``none`` does neither.
+        sigmas: How many standard deviations above the mean magnitude an outlier lies.
+        bounds: Least and largest weight before they are normalized again; ``null`` for none.
+        normalize: ``mean1`` makes the weights average 1, ``sum1`` makes them sum to 1, ``softmax`` takes a softmax of
+            the scores and makes it average 1.
+        ranks: How many singular vectors: ``sparsity`` as above, ``mean_preserving`` relative to the mean layer,
+            ``uniform`` as TSV-M, ``energy`` the fewest that hold ``eta`` of the squares, ``per_task`` shared between
+            the experts in proportion to how dense they are.
+        c: How small an entry counts as zero, relative to the mean magnitude.
+        eps: The same as an absolute magnitude, in place of ``c``.
+        eta: Share of the squared singular values to keep, for ``energy``.
+        whiten_rtol: As in :func:`modicum.weights.methods.tsv.tsv`.
+        solver: As in :func:`modicum.weights.methods.tsv.tsv`.
+        reference: Density of the densest (or mean) matrix of the model, found by a pass over it.
+
+    Returns:
+        The merged tensor. Tensors that are not matrices get the mean of the deltas.
+
+    Raises:
+        RecipeError: ``bounds`` are not positive and ordered.
+
+    Example:
+        >>> import torch
+        >>> resm(torch.zeros(2, 2), [torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
+        tensor([[2., 0.],
+                [0., 1.]])
+
+    Cost:
+        As TSV-M, and one pass over the model for the ranks.
+
+    Deviates:
+        The published text names outlier-aware weights and sparsity-adaptive ranks; these formulas are our choice.
+
+    Reference:
+        Yang et al., "Mix Data or Merge Models? Balancing the Helpfulness, Honesty, and Harmlessness of Large Language
+        Model via Model Merging", NeurIPS 2025, arXiv:2502.06876.
+    """
+    if bounds is not None and not 0 < bounds[0] <= 1 <= bounds[1]:
+        raise RecipeError(f"resm: bounds {bounds} should hold 1 between two positive numbers, for example [0.5, 2].")
+
+    def merge(deltas: list[Tensor]) -> Tensor:
+        weights = outlier_weights(deltas, mode=outliers, sigmas=sigmas, bounds=bounds, normalize=normalize)
+        if outliers == "mitigate":
+            deltas = [delta.clamp(-limit, limit) for delta in deltas for limit in [outlier_limit(delta, sigmas)]]
+        shares = [occupancy(delta, c=c, eps=eps) for delta in deltas]
+        plan = rank_plan(shares, min(deltas[0].shape), rule=ranks, reference=reference)
+        parts = []
+        for delta, k, weight in zip(deltas, plan, weights):
+            part = truncated_svd(delta, k, solver=solver)
+            if ranks == "energy":
+                part = shortest(part, total=float(delta.double().square().sum()), eta=eta)
+            parts.append(part if weight == 1 else SVD(part.U, part.S * weight, part.V))
+        return alpha * combine(parts, whiten_rtol=whiten_rtol)
+
+    return merge_matrices(base, experts, merge)
+
+
+def outlier_limit(delta: Tensor, sigmas: float) -> float:
+    """Return the magnitude above which an entry is an outlier."""
+    magnitude = delta.abs().double()
+    return float(magnitude.mean() + sigmas * magnitude.std(correction=0))
+
+
+def outlier_weights(
+    deltas: Sequence[Tensor],
+    *,
+    mode: Mode = "mass",
+    sigmas: float = 3.0,
+    bounds: tuple[float, float] | None = (0.5, 2.0),
+    normalize: str = "mean1",
+) -> list[float]:
+    """Return a weight for each delta, larger the more of it lies in outliers."""
+    n = len(deltas)
+    if mode in ("none", "mitigate"):
+        return [1.0] * n
+    scores = []
+    for delta in deltas:
+        magnitude = delta.abs().double()
+        over = magnitude > outlier_limit(delta, sigmas)
+        mass, total = float((magnitude * over).sum()), float(magnitude.sum())
+        scores.append(
+            {"mass": mass, "ratio": mass / total if total else 0.0, "count": float(over.double().mean())}[mode]
+        )
+    if normalize == "softmax":
+        powers = [math.exp(score - max(scores)) for score in scores]
+        weights = [n * power / sum(powers) for power in powers]
+    else:
+        total = sum(scores)
+        weights = [n * score / total for score in scores] if total else [1.0] * n
+    if bounds is not None:
+        weights = [min(bounds[1], max(bounds[0], weight)) for weight in weights]
+    total = sum(weights)
+    if len(set(weights)) == 1:
+        weights = [1.0] * n
+    else:
+        weights = [n * weight / total for weight in weights]
+    return [weight / n for weight in weights] if normalize == "sum1" else weights
+
+
+def occupancy(delta: Tensor, *, c: float = 0.1, eps: float | None = None) -> float:
+    """Return the share of entries that are more than next to nothing: one minus the sparsity."""
+    magnitude = delta.abs()
+    limit = float(c * magnitude.double().mean()) if eps is None else eps
+    return float((magnitude > limit).double().mean())
+
+
+def rank_plan(
+    shares: Sequence[float], short: int, *, rule: Rule = "sparsity", reference: float | None = None
+) -> list[int]:
+    """Return how many singular vectors each expert keeps: at least 1, together at most ``short`` where there is room.
+
+    Args:
+        shares: How dense each expert's delta is.
+        short: The matrix's short side.
+        rule: See :func:`resm`.
+        reference: Density of the densest or mean matrix of the model; that of this matrix when not given.
+
+    Example:
+        >>> rank_plan([0.5, 0.5], 8, reference=1.0), rank_plan([0.6, 0.2], 8, rule="per_task")
+        ([2, 2], [6, 2])
+    """
+    n = len(shares)
+    room = max(1, short // n)
+    if rule == "per_task" and any(shares):
+        exact = [share / sum(shares) * max(short, n) for share in shares]
+        plan = [max(1, int(value)) for value in exact]
+        order = sorted(range(n), key=lambda t: int(exact[t]) - exact[t])
+        for t in order:
+            if sum(plan) < short:
+                plan[t] += 1
+        while sum(plan) > max(short, n):
+            plan[plan.index(max(plan))] -= 1
+        return plan
+    density = sum(shares) / n
+    if rule in ("sparsity", "mean_preserving") and reference:
+        return [min(room, max(1, int(room * density / reference + 1e-9)))] * n
+    return [room] * n
+
+
+def shortest(part: SVD, *, total: float, eta: float) -> SVD:
+    """Keep the fewest leading components whose squares make up ``eta`` of ``total``."""
+    energy = part.S.double().square().cumsum(0)
+    k = min(len(part.S), int((energy < eta * total).sum()) + 1)
+    return SVD(part.U[:, :k], part.S[:k], part.V[:, :k])
