@@ -20,7 +20,7 @@ from modicum.random import generator
 
 KEYS, VALUES, FILLERS, PAIRS, FILLER = 8, 8, 16, 4, 4
 MASK, VOCABULARY = KEYS + VALUES + FILLERS, KEYS + VALUES + FILLERS + 1
-LENGTH, BATCH, STEPS = 4 * PAIRS + FILLER, 64, 1500
+LENGTH, BATCH, STEPS = 4 * PAIRS + FILLER, 64, 1200
 ARMS = {"ntp": 0.0, "meap 0.15": 0.15, "meap 0.05": 0.05}
 VALUE_PLACES = torch.arange(2 * PAIRS + FILLER + 1, LENGTH, 2)
 
@@ -69,7 +69,7 @@ def run(arm: str, seed: int, scratch: Path) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 200 == 0:
             curve.append([step + 1, *_accuracy(net, test)])
     risen = [step for step, accuracy, _ in curve if accuracy > 0.35]
     return {
