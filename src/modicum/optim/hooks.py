@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from modicum.errors import UnsupportedError
+
+H = TypeVar("H", bound="StepHook")  # not Self, which the tests' shape checker cannot read
 
 
 class StepHook:
@@ -27,7 +29,7 @@ class StepHook:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Work on what the optimiser did."""
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
+    def attach(self: H, optimizer: torch.optim.Optimizer) -> H:
         """Do this at every ``optimizer.step()`` from now on.
 
         It works with any optimiser of ``torch.optim`` or derived from it, fused or not, wrapped by Accelerate or not.
