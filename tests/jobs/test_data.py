@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -116,15 +118,17 @@ def test_a_task_is_the_same_for_the_same_seed_and_held_out_by_split():
 def test_train_and_test_draw_from_disjoint_seeds(monkeypatch, size):
     import reasoning_gym
 
-    real, drawn = reasoning_gym.create_dataset, {}
+    real, drawn = reasoning_gym.create_dataset, []
+
+    def create(name, *, seed, **knobs):
+        drawn.append(seed)
+        return real(name, seed=seed, **knobs)
+
+    monkeypatch.setattr(reasoning_gym, "create_dataset", create)
     for split in ("train", "test"):
-        monkeypatch.setattr(
-            reasoning_gym,
-            "create_dataset",
-            lambda name, seed, **k: (drawn.update({split: seed}), real(name, seed=seed, **k))[1],
-        )
         load_rows(DataSection(path=TASK, split=split, size=size), seed=7)
-    assert 0 <= drawn["train"] <= 2**31 - size < 2**31 <= drawn["test"] <= 2**32 - size
+    train, test = drawn
+    assert 0 <= train <= 2**31 - size < 2**31 <= test <= 2**32 - size
 
 
 def test_a_task_scores_answers_by_its_own_rules():
@@ -228,7 +232,7 @@ def test_splits_that_a_source_does_not_have_are_refused(tmp_path):
 
 
 def test_without_reasoning_gym_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'modicum\[demo\]'"):
         load_rows(DataSection(path=TASK))
 
@@ -351,7 +355,7 @@ def test_packing_keeps_every_sample_whole_and_starts_its_positions_anew(lengths)
     for row in packed:
         assert len(row["input_ids"]) <= 90
         starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] + [len(row["input_ids"])]
-        for start, end in zip(starts, starts[1:]):
+        for start, end in pairwise(starts):
             assert row["position_ids"][start:end] == list(range(end - start))
             samples.append((row["input_ids"][start:end], row["labels"][start:end]))
     assert sorted(samples) == sorted(zip(alone["input_ids"], alone["labels"], strict=True))

@@ -161,8 +161,11 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
     finished = {(line["model"], line["task"]): line for line in read_log(run.folder, "cell")}
     wanted = [(model, task) for model in recipe.models for task in recipe.tasks]
     todo = [cell for cell in wanted if cell not in finished or not _items_file(run, *cell).is_file()]
+    # A wrong reference in the last line of a recipe should not cost the hours before it.
+    rows = {name: _rows(recipe.tasks[name], recipe.seed) for name in dict.fromkeys(name for _, name in todo)}
+    for model in dict.fromkeys(model for model, _ in todo):
+        resolve_model(recipe.models[model], allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     (run.folder / "items").mkdir(exist_ok=True)
-    rows: dict[str, Rows] = {}
     subject: Subject | None = None
     with _progress_bar(len(wanted), len(wanted) - len(todo), quiet=run.quiet) as step:
         for model, name in todo:
@@ -170,8 +173,6 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
                 subject = None  # frees the one before
                 subject = _load(recipe, model)
             task = recipe.tasks[name]
-            if name not in rows:
-                rows[name] = _rows(task, recipe.seed)
             started = time.monotonic()
             items = _measure(subject, task, rows[name], step)
             _write_items(_items_file(run, model, name), items)
