@@ -44,21 +44,22 @@ def complete_knobs(name: str, knobs: Mapping[str, Any], *, tokenizer: Any, model
     entry = objective[name]
     completed = entry.knobs(knobs)
     wanted = entry.parameters[1]
-    if "input_ids" not in _acts_on(entry):
+    if _acts_on(entry) != "input_ids":
         return completed
-    check_causal(_base(model))
+    base = _base(model)
+    check_causal(base)
     if "vocab_size" in wanted and completed["vocab_size"] is None:
-        completed["vocab_size"] = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+        completed["vocab_size"] = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
     if _writes_mask(completed):
         if completed["mask_token_id"] is None:
-            completed["mask_token_id"] = ensure_mask_token(model, tokenizer)
-        rows = model.get_input_embeddings().weight.shape[0]
+            completed["mask_token_id"] = ensure_mask_token(base, tokenizer)
+        rows = base.get_input_embeddings().weight.shape[0]
         check_mask_id(completed["mask_token_id"], tokenizer, vocab_size=rows)
     if "protect_ids" in wanted and completed["protect_ids"] is None:
         protected = () if completed.get("scope") == "reference" else special_ids(tokenizer)
         completed["protect_ids"] = tuple(sorted({*protected} - {completed.get("mask_token_id")}))
     if completed.get("layout") == "concat" and completed.get("concat_attend") == "isolated":
-        _require_sdpa(_base(model))
+        _require_sdpa(base)
     return completed
 
 
@@ -78,7 +79,7 @@ def build_collator(
     return ObjectiveCollator(
         collator,
         # Objectives of the model's insides leave the batch alone: hooks on the model apply them.
-        partial(_apply, name, completed if "input_ids" in _acts_on(entry) else None),
+        partial(_apply, name, completed if _acts_on(entry) == "input_ids" else None),
         method=name,
         seed=seed,
         redraw=completed.get("redraw_each_epoch", True),

@@ -4,7 +4,7 @@ A random share of the *input* ids becomes a mask token; the causal model is trai
 Under the causal shift the mask at a position does not change the prediction *of* that position, so this is next-token
 prediction under input token dropout, not a cloze task: what changes is that the preceding token, and every key of the
 context, is hidden now and then. Suggested ratios are those of the paper: 0.15 in pre-training, 0.10 in fine-tuning.
-The gains the paper reports have one source; our own small study (docs/methods/meap.md) finds regularisation and
+The gains the paper reports have one source; our own small study (docs/guide/masking.md) finds regularisation and
 robustness, and no gain in retrieval.
 
 Reference code: scitix/MEAP, commit 0f5e837 (MIT); read for its behaviour, not copied.
@@ -88,7 +88,7 @@ def mask_inputs(
         7
 
     Cost:
-        Time and memory linear in the ids; see benchmarks/results/meap_collator.json.
+        Time and memory linear in the ids; see benchmarks/results/meap_speed.json.
 
     Deviates:
         The released code masks the same columns in every row and rank, from 51 sets that repeat; ``row`` draws anew
@@ -221,7 +221,7 @@ def meap(
 
     Cost:
         No extra pass and no change of the model; the collator's share of a step is in
-        benchmarks/results/meap_collator.json.
+        benchmarks/results/meap_speed.json.
 
     Deviates:
         Special ids are protected by the collator's default, and validation is clean; see :func:`mask_inputs` for the
