@@ -297,6 +297,10 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes():
         {**good, "gamma.c": torch.tensor(1.0)},
         {**good, "gamma.a": torch.ones(2)},
         {**good, "step": torch.tensor(-3)},
+        {**good, "step": torch.tensor(1.5)},
+        {**good, "gamma.a": torch.tensor(-1.0)},
+        {**good, "gamma.a": torch.tensor(math.inf)},
+        {**good, "gamma.a": 1.0},
         {"gamma.a": good["gamma.a"], "gamma.b": good["gamma.b"]},
     ):
         with pytest.raises(CheckpointError, match="state"):

@@ -194,3 +194,5 @@ def test_stepping_inside_backward_needs_local_clipping():
     for knobs in ({"granularity": "global"}, {"groups": {"[02]": "x"}}):
         with pytest.raises(UnsupportedError, match="each tensor alone"):
             in_backward(1, **knobs)
+    with pytest.raises(UnsupportedError, match="nonfinite is 'raise'"):
+        in_backward(1, nonfinite="raise")

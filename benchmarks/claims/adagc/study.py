@@ -46,15 +46,22 @@ ARMS = {
 MAIN = ["none", "global", "zclip", "adagc min (published)", "adagc ema (default)"]
 GRID = [
     *[("adamw0.999", arm) for arm in MAIN],
-    *[(optimizer, arm) for optimizer in ("lion", "muon") for arm in MAIN if arm != "zclip"],
-    *[("adamw0.95", arm) for arm in MAIN if arm != "zclip"],
-    *[("adamw0.999", arm) for arm in ARMS if arm not in MAIN],
+    *[(optimizer, arm) for optimizer in ("lion", "muon") for arm in ("none", "global", "adagc ema (default)")],
+    *[("adamw0.999", arm) for arm in ("adagc ema, relative 1.5", "adagc ema, warmup 300", "adagc mean")],
+    *[(optimizer, "adagc min (published)") for optimizer in ("lion", "muon", "adamw0.95")],
+    *[("adamw0.95", arm) for arm in ("none", "global", "adagc ema (default)")],
+    *[("adamw0.999", arm) for arm in ARMS],
 ]
 
 
 def cells(seeds: int) -> list[tuple[str, str, bool, int]]:
     """Return all cells, those of the main table first."""
-    return [(opt, arm, faults, seed) for opt, arm in GRID for faults in (False, True) for seed in range(seeds)]
+    return [
+        (opt, arm, faults, seed)
+        for opt, arm in dict.fromkeys(GRID)
+        for faults in (False, True)
+        for seed in range(seeds)
+    ]
 
 
 def key(cell: tuple[str, str, bool, int]) -> str:
@@ -81,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=3)
     given = parser.parse_args()
     from modicum.record import environment, write_atomic
 

@@ -45,6 +45,11 @@ class BackwardStep:
             raise UnsupportedError(
                 "A step inside backward() sees each tensor alone: use granularity 'tensor' and no groups."
             )
+        if clipper.nonfinite != "zero":
+            raise UnsupportedError(
+                f"A step inside backward() erases gradients that are not finite; nonfinite is {clipper.nonfinite!r}. "
+                "Use 'zero', or attach()."
+            )
         if any(is_sharded(param) for param in clipper.params.values()):
             raise UnsupportedError("A step inside backward() of sharded parameters is not supported. Use attach().")
         self.clipper = clipper

@@ -12,9 +12,10 @@ A rule is a pure function ``(norms, state, *, knobs) -> (factors, state)`` on a 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -76,7 +77,7 @@ class NormClipper(StepHook):
         self.units = list(dict.fromkeys(names))
         place = {unit: i for i, unit in enumerate(self.units)}
         self._unit_of = [place[name] for name in names]
-        self._layouts: dict[tuple[bool, ...], _Layout] = {}
+        self._layout = _Layout(self._unit_of, len(self.units), (), torch.device("cpu"))
 
     @torch.no_grad()
     def clip_(self) -> Clipped:
@@ -94,10 +95,10 @@ class NormClipper(StepHook):
         if not grads:
             return Clipped(torch.full((len(self.units),), torch.nan), torch.ones(len(self.units)))
         norms = tensor_norms(grads, shards=self.granularity == "shard")
-        layout = self._layout(present, norms.device)
+        layout = self._laid_out(present, norms.device)
         units, thresholds = layout.pooled(norms), self.thresholds()
         factors, self.state = self.rule(units, self.state, **self._total(grads), **self.knobs)
-        factors = self._without_nonfinite(units, factors)
+        factors = self._without_nonfinite(units, factors, layout.here)
         scale_(grads, layout.spread(factors))
         result = Clipped(units, factors, thresholds)
         if self.observer is not None:
@@ -163,7 +164,7 @@ class NormClipper(StepHook):
                     f"The state holds no {missing!r}: it was saved for other parameters, groups or another rule. "
                     "Build the clipper with the same ones, or start without a state."
                 )
-            values[item.name] = _value(item.name, keys, found, bool(item.metadata.get("per_unit")), device)
+            values[item.name] = _value(item, dict(zip(keys, found)), device)
         if rest:
             raise CheckpointError(
                 f"The state holds {next(iter(rest))!r}, which this clipper does not know "
@@ -178,15 +179,12 @@ class NormClipper(StepHook):
         whole = tensor_norms(grads)
         return {"total": torch.linalg.vector_norm(whole.where(whole.isfinite(), 0))}
 
-    def _without_nonfinite(self, norms: Tensor, factors: Tensor) -> Tensor:
+    def _without_nonfinite(self, norms: Tensor, factors: Tensor, here: list[int]) -> Tensor:
         if self.nonfinite == "skip":
             return torch.where(norms.isfinite(), factors, 1)
         if self.nonfinite == "raise":
-            bad = [u for u, n in zip(self.units, norms.tolist()) if n == float("inf") or n != n]
-            absent = {self.units[u] for u in set(self._unit_of)} - {
-                self.units[u] for u, p in zip(self._unit_of, self.params.values()) if p.grad is not None
-            }
-            bad = [unit for unit in bad if unit not in absent]
+            values = norms.tolist()
+            bad = [self.units[i] for i in dict.fromkeys(here) if not math.isfinite(values[i])]
             if bad:
                 raise UnsupportedError(
                     f"The gradient of {bad[0]!r} is not finite ({len(bad)} in all). Lower the learning rate, "
@@ -194,24 +192,24 @@ class NormClipper(StepHook):
                 )
         return factors
 
-    def _layout(self, present: tuple[bool, ...], device: torch.device) -> _Layout:
+    def _laid_out(self, present: tuple[bool, ...], device: torch.device) -> _Layout:
         # Which parameters have a gradient changes rarely; the index is moved to the device only then.
-        if present not in self._layouts:
-            self._layouts = {present: _Layout(self._unit_of, len(self.units), present, device)}
-        return self._layouts[present]
+        if self._layout.present != present:
+            self._layout = _Layout(self._unit_of, len(self.units), present, device)
+        return self._layout
 
 
 class _Layout:
     """Where each present tensor stands among the units."""
 
     def __init__(self, unit_of: list[int], units: int, present: tuple[bool, ...], device: torch.device) -> None:
-        here = [unit for unit, there in zip(unit_of, present) if there]
-        self.identity = here == list(range(units))
-        self.index = torch.tensor(here, device=device)
+        self.present = present
+        self.here = [unit for unit, there in zip(unit_of, present) if there]
+        self.identity = self.here == list(range(units))
+        self.index = torch.tensor(self.here, dtype=torch.long, device=device)
         # An absent unit starts from infinity and stays there: the mark of a norm that was not observed.
-        start = torch.full((units,), torch.inf, device=device)
-        start[self.index] = 0
-        self.start = start
+        self.start = torch.full((units,), torch.inf, device=device)
+        self.start[self.index] = 0
 
     def pooled(self, norms: Tensor) -> Tensor:
         if self.identity:
@@ -233,17 +231,18 @@ def _renamed(name: str, groups: Mapping[str, str]) -> str:
     return name
 
 
-def _value(name: str, keys: list[str], found: list[Tensor], per_unit: bool, device: torch.device) -> Any:
-    for key, value in zip(keys, found):
-        if not isinstance(value, Tensor) or (per_unit and value.dim() != 0):
+def _value(item: Field[Any], found: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Return one field of a state from its saved parts, or refuse them."""
+    per_unit, count = bool(item.metadata.get("per_unit")), item.type == "int"
+    for key, value in found.items():
+        if not isinstance(value, Tensor) or ((per_unit or count) and value.dim() != 0):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise CheckpointError(f"The state's {key!r} is {shape}, expected a tensor without dimensions.")
+        if count and value.is_floating_point():
+            raise CheckpointError(f"The state's {key!r} is {value.item()}, expected a whole number of steps.")
+        if bool((value < 0).any()) or bool(value.isinf().any()):
+            raise CheckpointError(f"The state's {key!r} is {value.flatten()[0].item()}, expected 0 or more.")
     if per_unit:
-        return torch.stack([value.to(device) for value in found])
-    value = found[0]
-    if value.dim() == 0 and not value.is_floating_point():
-        number = int(value)
-        if number < 0:
-            raise CheckpointError(f"The state's {name!r} is {number}, expected a count of steps.")
-        return number
-    return value.to(device).clone()
+        return torch.stack([value.to(device) for value in found.values()])
+    value = next(iter(found.values()))
+    return int(value) if count else value.to(device).clone()

@@ -198,7 +198,7 @@ def _meshes(grads: Sequence[Tensor]) -> dict[tuple[Any, tuple[int, ...]], list[i
     groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for place, grad in enumerate(grads):
         if is_sharded(grad):
-            dims = tuple(d for d, p in enumerate(grad.placements) if p.is_shard())
+            dims = tuple(d for d, p in enumerate(grad.placements) if not p.is_replicate())
             if dims:
                 groups.setdefault((grad.device_mesh, dims), []).append(place)
     return groups
