@@ -35,6 +35,24 @@ def test_batches_give_what_each_prompt_gives_alone_without_a_cache(model, prompt
     assert found == [one_by_one(model, prompt, 6, stop) for prompt in prompts]
 
 
+@given(st.lists(st.integers(3, 263), max_size=20), PROMPTS)
+def test_what_prompts_share_is_read_once_and_changes_no_answer(model, prefix, endings):
+    prompts = [prefix + ending for ending in endings] + [[*prefix, 9]] * 2
+    found = generate(model, prompts, max_new_tokens=5, stop=(), pad=0, batch_size=4)
+    assert found == [one_by_one(model, prompt, 5, ()) for prompt in prompts]
+
+
+def test_a_shared_beginning_is_computed_once(model, monkeypatch):
+    seen = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **k: (seen.append(tuple(k["input_ids"].shape)), forward(*a, **k))[1]
+    )
+    monkeypatch.setattr("modicum.evaluate.generation._arguments", lambda _: ("logits_to_keep",))
+    generate(model, [[7] * 30 + [i] for i in range(8)], max_new_tokens=2, stop=(), pad=0)
+    assert seen == [(1, 30), (8, 1), (8, 1)]
+
+
 def test_no_stop_token_means_the_limit_ends_every_answer(model):
     found = generate(model, [[5, 6], [7]], max_new_tokens=4, stop=(), pad=0)
     assert [len(answer) for answer in found] == [4, 4]

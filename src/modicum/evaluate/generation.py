@@ -73,14 +73,16 @@ def _continue(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stops: Tensor, pad: int
 ) -> Tensor:
     """Return up to ``max_new_tokens`` tokens for each prompt of one batch; what follows a stop has no meaning."""
+    shared = _shared_prefix(prompts)
     length = max(map(len, prompts))
-    padded = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-    masks = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    padded = [[pad] * (length - len(prompt)) + list(prompt[shared:]) for prompt in prompts]
+    masks = [[1] * shared + [0] * (length - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
     ids, mask = (torch.tensor(rows, device=model.device) for rows in (padded, masks))
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    positions = (mask.cumsum(-1) - 1)[:, shared:].clamp_min(0)
     # Only the last position's logits are needed: over a whole batch the others would take gigabytes.
     options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
-    cache, ended, tokens = None, torch.zeros(len(prompts), dtype=torch.bool, device=model.device), []
+    cache = _read(model, prompts[0][:shared], len(prompts), options) if shared else None
+    ended, tokens = torch.zeros(len(prompts), dtype=torch.bool, device=model.device), []
     for _ in range(max_new_tokens):
         output = model(
             input_ids=ids,
@@ -99,6 +101,24 @@ def _continue(
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return torch.cat(tokens, dim=1)
+
+
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many first tokens all prompts share, leaving each at least one of its own to continue from."""
+    first, last = min(map(list, prompts)), max(map(list, prompts))
+    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return min(same, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+
+
+def _read(model: PreTrainedModel, prefix: Sequence[int], copies: int, options: dict[str, Any]) -> Any:
+    """Read what all prompts begin with, such as the system message, once: half of the work for short questions."""
+    ids = torch.tensor([list(prefix)], device=model.device)
+    positions = torch.arange(len(prefix), device=model.device)[None]
+    output = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=True, **options
+    )
+    output.past_key_values.batch_repeat_interleave(copies)
+    return output.past_key_values
 
 
 def _arguments(model: PreTrainedModel) -> Iterable[str]:
