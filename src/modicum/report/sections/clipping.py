@@ -41,6 +41,9 @@ def clipping(run: RunView) -> Section | None:
 
 
 def _log(run: RunView) -> tuple[list[str], list[dict[str, Any]]]:
+    # The reader imports torch, for which a report of other runs should not wait.
+    if not (run.folder / "clipping.jsonl").exists():
+        return [], []
     from modicum.jobs.hooks import read_clipping_log
 
     names, lines = read_clipping_log(run.folder)
