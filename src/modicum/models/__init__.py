@@ -6,7 +6,6 @@ Importing this package makes ``AutoModelForCausalLM.from_pretrained`` know them.
 from modicum.models.zero_config import ZeroTokenConfig
 from modicum.models.zero_conversion import (
     CycleRange,
-    angular_distances,
     choose_cycle_range,
     convert_to_zero_token,
     resize_pool,
@@ -19,7 +18,6 @@ __all__ = [
     "ZeroTokenConfig",
     "ZeroTokenForCausalLM",
     "ZeroTokenOutput",
-    "angular_distances",
     "choose_cycle_range",
     "convert_to_zero_token",
     "exit_decision",

@@ -105,7 +105,7 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
             raise UnsupportedError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}.")
         self._length = max(0, self._length + tokens_to_remove)
         if self.scores is not None:
-            self.scores = self.scores[:, : self._length]
+            self.scores = self.scores[:, : self.scores.shape[1] + tokens_to_remove]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self._buffers is not None:

@@ -160,6 +160,8 @@ class ZeroTokenConfig(PreTrainedConfig):
             raise RecipeError(f"cycle_loss_weights has {len(self.cycle_loss_weights)} entries for {self.depth} cycles.")
         if self.lora_rank < 0:
             raise RecipeError(f"lora_rank is {self.lora_rank}, expected 0 or more.")
+        if self.zero_key_rope == "relative" and self.host.model_type == "gpt2":
+            raise UnsupportedError("zero_key_rope: relative needs rotary positions, which gpt2 does not have.")
         if self.ffn_gate and not self.zero_token:
             raise RecipeError("ffn_gate needs zero_token: true.")
         if len(self.stages.cycles) < self.depth and self.stages.cycles:

@@ -322,7 +322,8 @@ class CycleRange:
     Attributes:
         n_head: Layers that stay free in front.
         n_tail: Layers that stay free behind.
-        distances: How far each layer turns the state, as a share of half a turn.
+        distances: By the number of free layers in front, how far the looped layers would turn the state, as a share of
+            half a turn.
     """
 
     n_head: int
@@ -331,46 +332,39 @@ class CycleRange:
 
 
 @torch.no_grad()
-def angular_distances(model: PreTrainedModel, batches: Iterable[Int[Tensor, "b t"]]) -> Float[Tensor, "l"]:
-    r"""Return the mean angle by which each layer turns the state, :math:`\arccos(\cos(h_l, h_{l+1})) / \pi`."""
-    total, tokens = torch.zeros(()), 0
-    for input_ids in batches:
-        states = model(input_ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
-        # The last state comes after the final norm, which would count as a turn of the last layer.
-        pairs = zip(states[:-2], states[1:-1])
-        angles = [
-            torch.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1).acos() / torch.pi for a, b in pairs
-        ]
-        total = total + torch.stack([angle.sum() for angle in angles]).cpu()
-        tokens += input_ids.numel()
-    if not tokens:
-        raise RecipeError("angular_distances got no batches.")
-    return total / tokens
+def choose_cycle_range(
+    model: PreTrainedModel, batches: Iterable[Int[Tensor, "b t"]], *, width: PositiveInt | None = None
+) -> CycleRange:
+    r"""Choose the layers whose output looks most like their input, so that running them again does least harm.
 
-
-def choose_cycle_range(distances: Float[Tensor, "l"]) -> CycleRange:
-    """Choose the layers to loop: the plateau between the knees of the angular distance.
-
-    The distance falls steeply in the first layers, stays low, and rises in the last ones. Each knee is the point furthest
-    below the straight line from its end to the lowest point.
+    .. math::
+        d_a = \frac{1}{\pi} \operatorname{mean} \arccos \cos(h_a, h_{a + w})
 
     Args:
-        distances: From :func:`angular_distances`; the last layer, whose output is not seen, is not among them.
+        model: A pre-trained model.
+        batches: Token ids of text that it knows.
+        width: How many layers to loop; a third when not given.
 
-    Example:
-        >>> choose_cycle_range(torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1, 0.1, 0.3])).n_head
-        2
+    Returns:
+        The range of that width with the smallest mean angle, and the angles.
+
+    Raises:
+        RecipeError: There are too few layers, or no batches.
     """
-    low = int(distances.argmin())
-    head = _knee(distances[: low + 1])
-    behind = distances[low:].flip(0)
-    tail = _knee(behind)
-    n_layers = len(distances) + 1
-    return CycleRange(max(1, head), min(max(1, tail + 1), n_layers - head - 1), tuple(distances.tolist()))
-
-
-def _knee(falling: Tensor) -> int:
-    if len(falling) < 3:
-        return len(falling) - 1
-    line = torch.linspace(0, 1, len(falling), dtype=falling.dtype) * (falling[-1] - falling[0]) + falling[0]
-    return int((line - falling).argmax())
+    n_layers = model.config.num_hidden_layers
+    width = max(1, round(n_layers / 3)) if width is None else width
+    starts = n_layers - width
+    if starts < 1:
+        raise RecipeError(f"width is {width}, but the model has {n_layers} layers. Lower it to at most {n_layers - 1}.")
+    total, tokens = torch.zeros(starts, dtype=torch.float64), 0
+    for input_ids in batches:
+        # The last state comes after the final norm, so that the last layer always stays free.
+        states = model(input_ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states[:-1]
+        for a in range(starts):
+            cosine = torch.cosine_similarity(states[a].double(), states[a + width].double(), dim=-1)
+            total[a] += cosine.clamp(-1, 1).acos().sum().cpu() / torch.pi
+        tokens += input_ids.numel()
+    if not tokens:
+        raise RecipeError("choose_cycle_range got no batches.")
+    n_head = int(total.argmin())
+    return CycleRange(n_head, n_layers - width - n_head, tuple((total / tokens).tolist()))

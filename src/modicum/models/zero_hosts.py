@@ -64,18 +64,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def scale_residual_init(backbone: Any, visits: int) -> None:
-    """Draw the residual outputs for the logical depth, where the host scales them by its physical one."""
+    """Scale fresh residual outputs to the logical depth, where the host draws them for its physical one."""
     if backbone.config.model_type != "gpt2":
         return
     factor = (backbone.config.n_layer / visits) ** 0.5
-    original = backbone._init_weights
-
-    def scaled(module: nn.Module) -> None:
-        original(module)
-        if type(module).__name__ in ("GPT2Attention", "GPT2MLP"):
-            weight: Any = module.c_proj.weight
-            if not getattr(weight, "_is_hf_initialized", False):
-                with torch.no_grad():
-                    weight.mul_(factor)
-
-    backbone._init_weights = scaled
+    with torch.no_grad():
+        for block in backbone.h:
+            block.attn.c_proj.weight.mul_(factor)
+            block.mlp.c_proj.weight.mul_(factor)

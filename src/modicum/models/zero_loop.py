@@ -91,6 +91,9 @@ class Pass:
         """Run one layer."""
         layer, cycle, slot = entry
         row = self.rows.get((layer, cycle))
+        shared = self.config.cache_policy == "share_first"
+        if shared and cycle:
+            slot = next(s for c in self.stages.cycles for (first, at, s) in c if first == layer and at == 0)
         visit = Visit(
             layer,
             cycle,
@@ -102,17 +105,22 @@ class Pass:
             zero_key=None if row is None else self._zero_key(layer, row),
             zero_bias=self.pool["zero_bias"][row] if row is not None and "zero_bias" in self.pool else None,
             active=active,
-            previous=previous,
-            shared=self.config.cache_policy == "share_first",
+            # Under "propagate" a token that left makes keys of its last state, like the tokens that go on.
+            previous=None if self.config.cache_policy == "propagate" else previous,
+            shared=shared,
             only_store=only_store,
             lora=self._lora(layer, cycle),
         )
         mask = self.masks[self.layer_types[slot]]
-        hidden = self.layers[layer](hidden, attention_mask=mask, visit=visit, use_cache=False, **self.call)
+        block: Any = self.layers[layer]
+        if only_store:
+            norm, attention = (block.ln_1, block.attn) if hasattr(block, "ln_1") else (block.input_layernorm, block.self_attn)
+            attention(norm(hidden), attention_mask=mask, visit=visit, **self.call)
+            return hidden, visit
+        hidden = block(hidden, attention_mask=mask, visit=visit, use_cache=False, **self.call)
         self.calls += 1
-        if not only_store:
-            self.visits.append(visit)
-            self.states.append(hidden)
+        self.visits.append(visit)
+        self.states.append(hidden)
         return hidden, visit
 
     def _zero_key(self, layer: int, row: int) -> Tensor | None:
@@ -155,7 +163,7 @@ def run(p: Pass, hidden: Tensor) -> Tensor:
 
 
 def run_tail(p: Pass, hidden: Tensor) -> Tensor:
-    """Run the tail on a state that is not the last one, and leave no trace in the cache."""
+    """Run the tail on a state that is not the last one, before the last one, and leave no trace in the cache."""
     visits, states = len(p.visits), len(p.states)
     for entry in p.stages.tail:
         hidden, _ = p.visit(hidden, entry)
@@ -190,6 +198,7 @@ def _loop(p: Pass, hidden: Tensor) -> Tensor:
             hidden = _hold(new, hidden, runs)
             if remembers and visit.states is not None and not (visit.shared and entry[0] in last):
                 last[entry[0]] = visit.states
+            chosen = _hold(hidden, chosen, active)
             if criterion.by_layer and c >= config.min_cycles:
                 active = criterion.after_layer(visit, active)
         runs = None if select else active
@@ -203,6 +212,7 @@ def _loop(p: Pass, hidden: Tensor) -> Tensor:
             if not select and active is not None and not bool(active.any()):
                 break
     _fill(p, hidden, last, done)
+    _pad_history(p, hidden)
     p.cycles = cycles if len(p.stages.cycles) > 1 else cycles * p.n_cycles
     return chosen
 
@@ -265,7 +275,7 @@ class _Criterion:
         if visit.p0 is None:
             return active
         assert self.p.threshold is not None  # noqa: S101 - by_layer implies it
-        return self._leave(zero_exit.layer_score([visit.p0], score="layer"), self.p.threshold, active, visit.slot)
+        return self._leave(zero_exit.layer_score([visit.p0], score="layer"), self.p.threshold, active, self._own_slot(visit))
 
     def after_cycle(
         self, visits: list[Visit], before: Tensor, after: Tensor, active: Tensor | None, done: int
@@ -291,7 +301,11 @@ class _Criterion:
             score, threshold = self._change(before, after), -threshold
         if done < config.min_cycles:
             return active
-        return self._leave(score, threshold, active, visits[0].slot)
+        return self._leave(score, threshold, active, self._own_slot(visits[0]))
+
+    def _own_slot(self, visit: Visit) -> int:
+        """Return the slot of a visit that is its own even when the cycles share their keys."""
+        return next(s for c in self.p.stages.cycles for (layer, at, s) in c if (layer, at) == (visit.layer, visit.cycle))
 
     def _change(self, before: Tensor, after: Tensor) -> Tensor:
         """Return minus the change that this cycle made, so that a small change scores high."""
@@ -322,8 +336,17 @@ def _with_history(cache: Cache, slot: int, score: Tensor) -> Tensor:
     layer = cache.layers[slot]
     if not isinstance(layer, SlotLayer):
         raise UnsupportedError("The prefix scope needs a growing cache without window. Use exit_scope: token.")
-    past = layer.scores if layer.scores is not None else score[:, :0]
-    absent = layer.get_seq_length() - past.shape[1] - score.shape[1]
-    gap = score.new_full((score.shape[0], absent), torch.nan)
-    layer.scores = torch.cat([past, gap, score], dim=1)
+    layer.scores = score if layer.scores is None else torch.cat([layer.scores, score], dim=1)
     return layer.scores
+
+
+def _pad_history(p: Pass, hidden: Tensor) -> None:
+    """Give the cycles that were not scored NaN, so that every slot has a score for every token."""
+    if p.cache is None or p.config.exit_scope != "prefix" or not p.may_exit:
+        return
+    length = p.cache.layers[0].get_seq_length()
+    for piece in p.stages.cycles:
+        for _, _, slot in piece:
+            missing = length - (0 if p.cache.layers[slot].scores is None else p.cache.layers[slot].scores.shape[1])
+            if missing:
+                _with_history(p.cache, slot, hidden.new_full((hidden.shape[0], missing), torch.nan))

@@ -13,6 +13,12 @@ from modicum.models.zero_config import ZeroTokenConfig
 from modicum.random import generator
 
 
+OTHER_CYCLES = (
+    "Was it made for another number of cycles? Load it with its own n_cycles, then call "
+    "modicum.models.resize_pool(model, n_cycles)."
+)
+
+
 class ZeroTokenPool(nn.Module):
     """Zero keys, biases, gates, embeddings of cycles and low-rank terms.
 
@@ -67,13 +73,8 @@ class ZeroTokenPool(nn.Module):
         for name, parameter in self.named_parameters():
             given = state_dict.get(prefix + name)
             if given is not None and given.shape != parameter.shape:
-                raise CheckpointError(mismatch(prefix + name, tuple(given.shape), tuple(parameter.shape)))
+                raise CheckpointError(
+                    f"{prefix}{name} has shape {tuple(given.shape)}, expected {tuple(parameter.shape)}. {OTHER_CYCLES}"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-
-def mismatch(name: str, came: object, expected: object) -> str:
-    """Say that a checkpoint was made for another number of cycles."""
-    return (
-        f"{name} has shape {came}, expected {expected}: the checkpoint was made for another number of cycles. "
-        "Load it with its own n_cycles, then call modicum.models.resize_pool(model, n_cycles)."
-    )

@@ -26,14 +26,13 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 from transformers.utils import logging
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.models import zero_hosts, zero_loop
 from modicum.models.zero_cache import prepare_cache
 from modicum.models.zero_config import ZeroTokenConfig
-from modicum.models.zero_pool import ZeroTokenPool, mismatch
+from modicum.models.zero_pool import OTHER_CYCLES, ZeroTokenPool
 from modicum.models.zero_visit import ATTENTION, add_gate, add_lora, watch
 from modicum.random import generator
 
@@ -160,8 +159,11 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         try:
             return super().from_pretrained(*args, **kwargs)
         except RuntimeError as error:
-            if "zero_token." in str(error) and "mismatch" in str(error):
-                raise CheckpointError(mismatch("zero_token", "of its own", "that of the configuration")) from error
+            # The report of the tensors that do not fit has been logged; the error itself names none.
+            if "ignore_mismatched_sizes" in str(error):
+                raise CheckpointError(
+                    f"The checkpoint's tensors do not fit the configuration. {OTHER_CYCLES}"
+                ) from error
             raise
 
     def set_training_step(self, step: int) -> None:
@@ -230,6 +232,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         cache = None if past_key_values is None or not use_cache else prepare_cache(past_key_values, config.schedule)
+        self._check_checkpointing(n_cycles, exit_threshold)
         hidden, p = self._begin(inputs_embeds, attention_mask, position_ids, cache, n_cycles, exit_threshold)
         first = hidden
         hidden = zero_loop.run(p, hidden)
@@ -253,6 +256,17 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         if output_zero_attention:
             output.zero_attention = {(v.layer, v.cycle): v.p0 for v in p.visits if v.p0 is not None}
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _check_checkpointing(self, n_cycles: int | Tensor | None, exit_threshold: float | None) -> None:
+        function = getattr(self.layers[0], "_gradient_checkpointing_func", None)
+        if not self.training or function is None or not function.keywords.get("use_reentrant", True):
+            return
+        threshold = self.config.exit_threshold if exit_threshold is None else exit_threshold
+        if self.config.cache_policy == "share_first" or threshold is not None or isinstance(n_cycles, Tensor):
+            raise UnsupportedError(
+                "Reentrant checkpointing loses the gradient of keys that a later cycle reads. "
+                "Set gradient_checkpointing_kwargs to {'use_reentrant': False}."
+            )
 
     def _wants(self, asked: bool | None, what: str) -> bool:
         return bool(getattr(self.config, f"output_{what}", False) if asked is None else asked)
@@ -332,6 +346,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         if weights is None or not self.training:
             loss = cross_entropy(logits)
         else:
+            p.cache = None  # these passes through the tail come after the one that filled it
             earlier = [p.predict(zero_loop.run_tail(p, state)) for state in p.cycle_states[:-1]]
             terms = [cross_entropy(prediction) for prediction in [*earlier, logits]]
             loss = torch.stack([w * term for w, term in zip(weights, terms)]).sum()
@@ -341,7 +356,5 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         return loss
 
 
-# The optimizer recipes of transformers exempt these classes from weight decay, which would pull zero keys and gates to zero.
-ALL_LAYERNORM_LAYERS.append(ZeroTokenPool)
 AutoConfig.register(ZeroTokenConfig.model_type, ZeroTokenConfig)
 AutoModelForCausalLM.register(ZeroTokenConfig, ZeroTokenForCausalLM)
