@@ -1,0 +1,373 @@
+"""Train or fine-tune a causal language model with ``transformers.Trainer``, wholly or through a LoRA adapter.
+
+Everything under ``trainer:`` goes to ``TrainingArguments`` verbatim. Run it on several processes with
+``accelerate launch -m modicum run recipe.yaml``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from modicum import registry
+from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.jobs.adapters import Started, config_fields, initialize
+from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
+from modicum.jobs.hooks import check_arguments, gradient_callback
+from modicum.jobs.models import load_model, load_tokenizer, native_bfloat16, resolve_model
+from modicum.jobs.objectives import complete_knobs, lora_options, use_objective
+from modicum.recipe import Recipe, Section, choice
+from modicum.record import Run, whole_folder
+from modicum.registry import job
+from modicum.types import PositiveInt
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+# What the run itself decides; each has another place in the recipe or none.
+OWNED = {
+    "output_dir": "use --out",
+    "seed": "use the recipe's own seed",
+    "data_seed": "use the recipe's own seed",
+    "resume_from_checkpoint": "run the same command again: it resumes by itself",
+    "push_to_hub": "push the finished folder yourself",
+}
+
+
+class ModelSection(Section):
+    """The model to start from."""
+
+    path: str = Field(description="local folder, Hub id, or builtin:smollm2-135m-instruct")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: str | None = Field(default=None, description="such as sdpa or eager")
+    allow_pickle: bool = False
+    remote_code: bool = False
+
+
+class AdapterSection(Section):
+    """A LoRA adapter; what stands under ``config`` goes to ``peft.LoraConfig`` verbatim."""
+
+    rank: PositiveInt = 8
+    init: choice(registry.adapter_init) | None = None  # type: ignore[valid-type]
+    config: dict[str, Any] = Field(default_factory=dict, description="further fields of peft.LoraConfig")
+
+
+class TrainRecipe(Recipe):
+    """What to train, on what, and how."""
+
+    job: Literal["train"] = "train"
+    model: ModelSection
+    data: DataSection
+    eval_data: DataSection | None = None
+    adapter: AdapterSection | None = Field(default=None, description="train a LoRA adapter instead of all weights")
+    objective: choice(registry.objective) | None = None  # type: ignore[valid-type]
+    gradient: choice(registry.gradient_rule) | None = None  # type: ignore[valid-type]
+    optimizer: choice(registry.zeroth_order) | None = Field(default=None, description="a zeroth-order optimiser")  # type: ignore[valid-type]
+    trainer: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.TrainingArguments")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("trainer")
+    @classmethod
+    def _leave_to_the_run(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in OWNED.keys() & value.keys():
+            raise ValueError(f"trainer.{key} is set by the run: {OWNED[key]}")
+        return value
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the model and the data."""
+        yield self.model.path
+        for data in (self.data, self.eval_data):
+            if data is not None:
+                yield from data.inputs()
+
+
+def plan(recipe: TrainRecipe) -> list[str]:
+    """Say what would be trained; checks the trainer's arguments."""
+    arguments = training_arguments(recipe, Path("unused"))
+    weights = sum(file.stat().st_size for file in resolve_model(recipe.model.path).glob("*.safetensors"))
+    rows = len(load_rows(recipe.data, seed=recipe.seed))
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    how = f"a LoRA adapter of rank {recipe.adapter.rank}" if recipe.adapter else "all weights"
+    return [
+        f"train {how} of {recipe.model.path} ({weights / 1e6:.0f} MB of weights)",
+        f"on {rows} rows of {recipe.data.path}",
+        f"{_steps(arguments, rows)} optimiser steps of {batch} rows on each device",
+    ]
+
+
+@job("train", plan=plan, distributed=True)
+def train(recipe: TrainRecipe, run: Run) -> None:
+    """Fine-tune a model, saving checkpoints on the way and resuming from the last one.
+
+    Args:
+        recipe: Model, data, adapter, objective and the trainer's arguments.
+        run: Where checkpoints and the result go: ``adapter/`` with an adapter, else ``model/``.
+    """
+    arguments = training_arguments(recipe, run.folder / "checkpoints")
+    tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
+    datasets = {
+        name: tokenize(load_rows(section, seed=recipe.seed), tokenizer, section, note=run.note)
+        for name, section in (("train_dataset", recipe.data), ("eval_dataset", recipe.eval_data))
+        if section is not None
+    }
+    model = _model(recipe, run, tokenizer, arguments.device)
+    collator = collate(tokenizer)
+    started = _start_adapter(recipe, model, datasets["train_dataset"], collator, arguments, run)
+    trainer = _trainer(recipe, model, arguments, run, tokenizer, collator, datasets)
+    checkpoint = _last_checkpoint(Path(arguments.output_dir), delete_broken=run.main)
+    if checkpoint:
+        run.say(f"resuming from {checkpoint.name}")
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    run.record["metrics"] = {
+        "train_loss": result.training_loss,
+        "steps": trainer.state.global_step,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    _save(recipe, trainer, tokenizer, started, run)
+
+
+def training_arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
+    """Build ``TrainingArguments`` from the recipe, with modicum's few defaults where the recipe says nothing."""
+    import torch
+    from transformers import TrainingArguments
+
+    known = TrainingArguments.__dataclass_fields__
+    for key in recipe.trainer:
+        if key not in known:
+            raise RecipeError(f"trainer: transformers.TrainingArguments has no {key!r}. {did_you_mean(key, known)}")
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_total_limit": 2,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    if recipe.gradient is not None:
+        defaults["max_grad_norm"] = 0.0
+    try:
+        return TrainingArguments(
+            **defaults | recipe.trainer, output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"trainer: {error}") from None
+
+
+def _model(recipe: TrainRecipe, run: Run, tokenizer: Any, device: torch.device) -> PreTrainedModel:
+    section = recipe.model
+    model = load_model(
+        section.path,
+        dtype=_dtype(recipe, run, device),
+        attention=section.attention,
+        allow_pickle=section.allow_pickle,
+        remote_code=section.remote_code,
+    )
+    extra: dict[str, Any] = {}
+    if recipe.objective is not None:
+        # The mask token must have its row before an adapter is put around the embedding.
+        extra = lora_options(
+            complete_knobs(recipe.objective.name, recipe.objective.knobs, tokenizer=tokenizer, model=model)
+        )
+    return model if recipe.adapter is None else _with_adapter(model, recipe.adapter, section.path, extra, recipe.seed)
+
+
+def _dtype(recipe: TrainRecipe, run: Run, device: torch.device) -> str:
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    if recipe.adapter is None and recipe.optimizer is None:
+        # A small learning rate moves bfloat16 weights by less than their last digit: most updates would be lost.
+        run.note("All weights are trained, in float32; model.dtype chooses another, trainer.bf16 turns on autocast.")
+        return "float32"
+    if not native_bfloat16(device):
+        run.note(f"This {device.type} has no bfloat16 instructions: computing in float32. model.dtype forces another.")
+        return "float32"
+    return "auto"
+
+
+def _with_adapter(
+    model: PreTrainedModel, section: AdapterSection, base: str, extra: Mapping[str, Any], seed: int
+) -> PreTrainedModel:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from modicum.random import derive_seed
+
+    if hasattr(model, "peft_config"):
+        raise UnsupportedError(f"{base} is an adapter already. Merge it into its base first (job: merge).")
+    known = LoraConfig.__dataclass_fields__
+    for key in section.config:
+        if key not in known or key == "r":
+            hint = "Use adapter.rank." if key == "r" else did_you_mean(key, known)
+            raise RecipeError(f"adapter.config: peft.LoraConfig has no {key!r} here. {hint}")
+    defaults: dict[str, Any] = {
+        "target_modules": "all-linear",
+        "lora_alpha": 2 * section.rank,
+        "task_type": "CAUSAL_LM",
+    }
+    asked = config_fields(section.init.name) if section.init else {}
+    try:
+        config = LoraConfig(r=section.rank, **defaults | asked | dict(extra) | section.config)
+        # PEFT draws the first factors from the global generator; the fork keeps that to these lines.
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(seed, "adapter"))
+            wrapped = get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"adapter.config: {error}") from None
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    return wrapped
+
+
+def _start_adapter(
+    recipe: TrainRecipe,
+    model: PreTrainedModel,
+    dataset: Any,
+    collator: Any,
+    arguments: TrainingArguments,
+    run: Run,
+) -> Started | None:
+    """Initialise the adapter by the recipe's method, from the first batches of the training data."""
+    if recipe.adapter is None or recipe.adapter.init is None:
+        return None
+    from torch.utils.data import DataLoader
+
+    from modicum.random import generator
+
+    def batches() -> Any:
+        order = generator(recipe.seed, "adapter", "batches", arguments.process_index)
+        size = arguments.per_device_train_batch_size
+        return DataLoader(dataset, batch_size=size, shuffle=True, generator=order, collate_fn=collator)
+
+    started = initialize(
+        model,
+        recipe.adapter.init.name,
+        recipe.adapter.init.knobs,
+        batches=batches,
+        lr=arguments.learning_rate,
+        seed=recipe.seed,
+        total_steps=_steps(arguments, len(dataset)),
+        accumulation=arguments.gradient_accumulation_steps,
+        cache=run.folder / "adapter_start.safetensors",
+    )
+    for note in started.notes:
+        run.note(note)
+    return started
+
+
+def _trainer(
+    recipe: TrainRecipe,
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    run: Run,
+    tokenizer: Any,
+    collator: Any,
+    datasets: Mapping[str, Any],
+) -> Trainer:
+    from transformers import PrinterCallback, Trainer
+
+    callbacks = [_log_callback(run)]
+    if recipe.gradient is not None:
+        check_arguments(arguments, recipe.gradient.name, recipe.gradient.knobs)
+        callbacks.append(
+            gradient_callback(recipe.gradient.name, recipe.gradient.knobs, folder=run.folder, note=run.note)
+        )
+    if arguments.eval_strategy != "no" and "eval_dataset" not in datasets:
+        raise RecipeError("trainer.eval_strategy asks for evaluations on the way, but there is no eval_data. Set it.")
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        **datasets,
+    )
+    trainer.remove_callback(PrinterCallback)  # ours prints one line for each log
+    if recipe.objective is not None:
+        use_objective(trainer, recipe.objective.name, seed=recipe.seed, **recipe.objective.knobs)
+    if recipe.data.completion_only and _takes_positions(model, trainer):
+        trainer.data_collator = LabelledLogits(trainer.data_collator)
+    return trainer
+
+
+def _takes_positions(model: PreTrainedModel, trainer: Trainer) -> bool:
+    """Whether the model can be asked for some logits only, and nothing needs the others."""
+    forward = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    # Label smoothing and losses of one's own read whole logits, and DataParallel would split the list of positions.
+    needed = trainer.args.label_smoothing_factor or trainer.compute_loss_func is not None or trainer.args.n_gpu > 1
+    return "logits_to_keep" in forward and not needed
+
+
+def _steps(arguments: TrainingArguments, rows: int) -> int:
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    epochs = arguments.num_train_epochs
+    return arguments.max_steps if arguments.max_steps > 0 else math.ceil(math.ceil(rows / batch) * epochs)
+
+
+def _log_callback(run: Run) -> Any:
+    from transformers import TrainerCallback
+
+    class LogCallback(TrainerCallback):
+        """Write the trainer's logs to the run."""
+
+        def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+            if not state.is_world_process_zero:
+                return
+            event = "eval" if "eval_loss" in logs else "train"
+            if event == "train" and "loss" not in logs:
+                return
+            run.log(event, step=state.global_step, **logs)
+            if args.disable_tqdm:
+                shown = " ".join(f"{key} {value:.4g}" for key, value in logs.items() if isinstance(value, float))
+                run.say(f"step {state.global_step}/{state.max_steps} {shown}")
+
+    return LogCallback()
+
+
+def _last_checkpoint(folder: Path, *, delete_broken: bool) -> Path | None:
+    """Return the newest whole checkpoint; the trainer writes ``trainer_state.json`` last."""
+    steps = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*")}
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            if delete_broken:
+                shutil.rmtree(path)
+            continue
+        return path
+    return None
+
+
+def _save(recipe: TrainRecipe, trainer: Trainer, tokenizer: Any, started: Started | None, run: Run) -> None:
+    name = "model" if recipe.adapter is None else "adapter"
+    target = run.folder / name
+    if started is not None:
+        started.prepare(trainer.model)
+    # Every process takes part in gathering sharded weights; only the first one writes.
+    with whole_folder(target) if run.main else nullcontext(target) as folder:
+        trainer.save_model(str(folder))
+        if run.main:
+            for unwanted in ("training_args.bin", "README.md"):  # a pickle, and an empty card
+                (folder / unwanted).unlink(missing_ok=True)
+            tokenizer.save_pretrained(folder)
+            if started is not None:
+                started.finish(folder)
+    if run.main:
+        run.output(name, target)
+        if any((run.folder / "checkpoints").glob("checkpoint-*")):
+            run.output("checkpoints", run.folder / "checkpoints")
