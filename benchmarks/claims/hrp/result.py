@@ -47,7 +47,7 @@ def run_cells(
     """Run the cells that have no result yet, one thread each, until ``budget`` seconds have passed; then save."""
     done = read_result(name).get("cells", {})
     open_cells = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in done]
-    deadline = time.monotonic() + budget
+    deadline, saved = time.monotonic() + budget, time.monotonic()
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         waiting, rest = {}, iter(open_cells)
         while True:
@@ -59,6 +59,9 @@ def run_cells(
                 key = json.dumps(waiting.pop(future), sort_keys=True)
                 done[key] = future.result()
                 print(key, done[key], flush=True)
+            if time.monotonic() - saved > 10:  # a killed study keeps what it has
+                write_result(name, {"cells": done})
+                saved = time.monotonic()
     left = len(open_cells) - sum(json.dumps(cell, sort_keys=True) in done for cell in open_cells)
     print(f"{left} cells are left" + ("; run again." if left else "."))
     write_result(name, {"cells": done})

@@ -28,7 +28,7 @@ from modicum.adapters.layers import factors_of, lora_layers
 from modicum.jobs.adapters import config_fields, initialize, make_optimizer
 from modicum.random import generator
 
-VOCABULARY, TOKENS, BATCH, RANK = 24, 24, 32, 4
+VOCABULARY, TOKENS, BATCH, RANK = 24, 24, 16, 4
 PREHEAT, TOTAL = 15, 165
 LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = 3
@@ -188,8 +188,12 @@ def _mean(values: Iterator[float]) -> float:
 
 
 def cells() -> list[dict[str, Any]]:
+    """The question of the study first, then everybody else."""
+    first = ("lora", "hrp R=4", "hrp R=48", "hrp R=48, U to B", "balanced R=4", "balanced R=48")
+    rest = [method for method in METHODS if method not in first]
     return [
-        {"method": method, "lr": lr, "seed": seed} for seed in range(SEEDS) for method in METHODS for lr in LRS
+        {"method": method, "lr": lr, "seed": seed}
+        for methods in (first, rest) for seed in range(SEEDS) for method in methods for lr in LRS
     ]  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def dora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Gener
     laws={"zero_product"},
     supplied={"rank"},
     shape_only=True,
-    config={"init_lora_weights": "loftq"},
+    config={"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
 )
 def loftq(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Generator | None = None) -> Factors:
     r"""Quantise the base to 4 bits and start the adapter from what quantising lost; PEFT does both.

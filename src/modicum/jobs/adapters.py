@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum.errors import CheckpointError, ModicumError, UnsupportedError
 from modicum.record import whole_folder, write_atomic
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from modicum.adapters.preheat import Batch, Loss, MakeOptimizer
+
+    Pairs: TypeAlias = dict[str, tuple[Tensor, Tensor]]  # lora_A and lora_B by module
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "adapter_init.json"
 PREFIX = "base_model.model."
@@ -47,7 +49,7 @@ class Started:
     """
 
     origin: dict[str, Any]
-    initial: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    initial: Pairs = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     consumed: int = 0
 
@@ -119,17 +121,16 @@ def initialize(
     if entry.facts.get("config") or entry.facts.get("optimizer"):
         _freeze(peft_model, entry, adapter)
         return started
-    if cache is not None and cache.exists():
-        factors = _read(cache)
-    elif name == "hrp":
-        options = {"lr": lr, "total_steps": total_steps, "accumulation": accumulation, "seed": seed}
-        factors = _preheat(
-            peft_model, entry, knobs, started, batches, adapter, options | {"loss": loss, "optimizer": optimizer}
-        )
-    else:
-        factors = _compute(peft_model, entry, knobs, batches, loss, seed, adapter)
-    if cache is not None and not cache.exists():
-        _write(cache, factors)
+    factors = _cached(cache)
+    if factors is None:
+        if name == "hrp":
+            options: dict[str, Any] = {"lr": lr, "total_steps": total_steps, "accumulation": accumulation, "seed": seed}
+            options |= {"loss": loss, "optimizer": optimizer}
+            factors = _preheat(peft_model, entry, knobs, started, batches, adapter, options)
+        else:
+            factors = _compute(peft_model, entry, knobs, batches, loss, seed, adapter)
+        if cache is not None:
+            _write(cache, factors)
     _apply(peft_model, entry, factors, started, adapter)
     return started
 
@@ -224,12 +225,12 @@ def _preheat(
     batches: Callable[[], Iterable[Batch]],
     adapter: str,
     options: dict[str, Any],
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> Pairs:
     from modicum.adapters.layers import factors_of, lora_layers
     from modicum.adapters.preheat import get_hrp_state_dict, initialize_lora_hrp_weights
 
     stage, knobs = _gathering(entry, knobs)
-    state = get_hrp_state_dict(peft_model, _cycle(batches), config=stage, adapter=adapter, **options)
+    state = get_hrp_state_dict(peft_model, _cycle(batches, peft_model.device), config=stage, adapter=adapter, **options)
     left = initialize_lora_hrp_weights(
         peft_model,
         state,
@@ -262,7 +263,7 @@ def _compute(
     loss: Loss | None,
     seed: int,
     adapter: str,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> Pairs:
     import inspect
 
     import torch
@@ -274,7 +275,7 @@ def _compute(
     stage, knobs = _gathering(entry, knobs)
     layers = lora_layers(peft_model, adapter)
     wanted = entry.parameters[0]
-    sample = list(itertools.islice(_cycle(batches), stage.batches)) if stage is not None else []
+    sample = list(itertools.islice(_cycle(batches, peft_model.device), stage.batches)) if stage is not None else []
     gradients = weight_gradients(peft_model, sample, adapter=adapter, loss=loss) if "gradient" in wanted else {}
     moments = input_moments(peft_model, sample, adapter=adapter) if "moment" in wanted else {}
     takes = inspect.signature(entry.function).parameters
@@ -300,9 +301,7 @@ def _compute(
     return factors
 
 
-def _apply(
-    peft_model: Any, entry: Entry, factors: dict[str, tuple[Tensor, Tensor]], started: Started, adapter: str
-) -> None:
+def _apply(peft_model: Any, entry: Entry, factors: Pairs, started: Started, adapter: str) -> None:
     import torch
 
     from modicum.adapters.calibrate import base_weight
@@ -359,18 +358,33 @@ def _gathering(entry: Entry, knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]
     return stage, {key: value for key, value in knobs.items() if key not in names}
 
 
-def _cycle(batches: Callable[[], Iterable[Batch]]) -> Iterable[Batch]:
-    """Give the batches again and again; nothing when there are none."""
+def _cycle(batches: Callable[[], Iterable[Batch]], device: torch.device) -> Iterable[Batch]:
+    """Give the batches again and again, on the model's device."""
     while True:
         empty = True
         for batch in batches():
             empty = False
-            yield batch
+            yield {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
         if empty:
             raise ModicumError("The training data give no batch to start the adapter from. Check data.path and size.")
 
 
-def _write(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _cached(path: Path | None) -> Pairs | None:
+    """Return the factors that an earlier call wrote, as the first process sees them, or ``None``."""
+    if path is None:
+        return None
+    import torch
+
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return _read(path) if path.exists() else None
+    # On several machines only the first one may have the file; all must take the same way.
+    told: list[Any] = [_read(path) if distributed.get_rank() == 0 and path.exists() else None]
+    distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _write(path: Path, factors: Pairs) -> None:
     import os
 
     from safetensors.torch import save_file
@@ -384,7 +398,7 @@ def _write(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     beside.replace(path)
 
 
-def _read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _read(path: Path) -> Pairs:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -396,7 +410,7 @@ def _read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
 
 
-def _remove_shift(folder: Path, initial: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _remove_shift(folder: Path, initial: Pairs) -> None:
     """Rewrite a saved adapter for the original base, at twice the rank."""
     from safetensors.torch import load_file, save_file
 

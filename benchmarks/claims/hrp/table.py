@@ -1,0 +1,68 @@
+"""Print the studies' tables from their JSON files.
+
+python -m benchmarks.claims.hrp.table [NAME ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from typing import Any
+
+from benchmarks.claims.hrp.result import interval, read_result
+
+
+def sweep(cells: dict[str, dict[str, Any]], metric: str, fixed: float) -> list[str]:
+    """One line for each method: mean and 95 % interval at the fixed learning rate and at its best one."""
+    values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key, found in cells.items():
+        cell = json.loads(key)
+        name = cell["method"] + (f" R={cell['R']}" if cell.get("R", 8) != 8 or cell["method"][:3] in "hrpbal" else "")
+        values[name][cell["lr"]].append(found[metric])
+    lines = [f"| method | lr {fixed:g} | best lr | at | seeds |", "|---|---|---|---|---|"]
+    for name, by_rate in values.items():
+        means = {rate: interval(some) for rate, some in by_rate.items()}
+        best = min(means, key=lambda rate: means[rate][0])
+        at_fixed = "{:.4f} ± {:.4f}".format(*means[fixed]) if fixed in means else "–"
+        shown = "{:.4f} ± {:.4f}".format(*means[best])
+        lines.append(f"| {name} | {at_fixed} | {shown} | {best:g} | {len(by_rate[best])} |")
+    return lines
+
+
+def optimal(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """Residual energy by preheating rank."""
+    by_rank: dict[int, list[dict[str, float]]] = defaultdict(list)
+    for key, found in cells.items():
+        by_rank[json.loads(key)["R"]].append(found)
+    lines = ["| R | right vectors to A | left vectors to B | best | seeds |", "|---|---|---|---|---|"]
+    for R, some in sorted(by_rank.items()):
+        means = [interval([found[name] for found in some])[0] for name in ("right_to_A", "left_to_B", "best")]
+        lines.append(f"| {R} | " + " | ".join(f"{mean:.3f}" for mean in means) + f" | {len(some)} |")
+    return lines
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or ["hrp-matrix", "hrp-transformer", "hrp-smollm2"]
+    for name in wanted:
+        cells = read_result(name).get("cells", {})
+        print(f"\n{name}: {len(cells)} cells\n")
+        if name == "hrp-matrix":
+            kinds = {
+                kind: {k: v for k, v in cells.items() if json.loads(k)["study"] == kind}
+                for kind in ("optimal", "trained")
+            }
+            print(
+                "\n".join(optimal(kinds["optimal"])),
+                "\n",
+                "\n".join(sweep(kinds["trained"], "residual", 1e-3)),
+                sep="\n",
+            )
+        elif cells:
+            print(
+                "\n".join(sweep(cells, "kl" if name == "hrp-transformer" else "loss", 3e-3 if "tr" in name else 1e-3))
+            )
+
+
+if __name__ == "__main__":
+    main()
