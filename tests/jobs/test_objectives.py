@@ -177,6 +177,27 @@ def test_a_trainer_takes_the_gathered_loss_and_masked_weight(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_the_split_of_a_step_into_batches_does_not_change_the_update(tmp_path):
+    updated = []
+    for size in (4, 2, 1):
+        model = tiny_llama()
+        settings = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": 4 // size,
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 0.5,
+            "max_grad_norm": 0.0,
+        }
+        trainer = trainer_for(tmp_path, model, chats(), collator=pad, **settings)
+        use_objective(trainer, "meap_sft", masked_weight=0.3)
+        trainer.train()
+        updated.append(model.get_input_embeddings().weight.detach())
+    assert not torch.equal(updated[0], tiny_llama().get_input_embeddings().weight)
+    for other in updated[1:]:
+        torch.testing.assert_close(other, updated[0], atol=1e-6, rtol=1e-5)
+
+
 def test_the_gathered_loss_equals_the_plain_function(tmp_path):
     model = tiny_llama()
     knobs = {"masked_weight": 0.3, "mask_token_id": 260, "protect_ids": ()}

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 from transformers import DataCollatorForLanguageModeling
 
 from modicum.errors import ModicumError, UnsupportedError
@@ -51,6 +52,15 @@ def test_masks_are_the_same_for_any_batch_size_order_and_number_of_workers():
         assert by_sample(loader) == expected
     reverse = DataLoader(data[::-1], batch_size=5, collate_fn=MEAPCollator(plain, mask_token_id=MASK))
     assert by_sample(reverse)[::-1] == expected
+
+
+def test_two_processes_see_the_masks_of_one():
+    data = samples()
+    expected = by_sample(DataLoader(data, batch_size=4, collate_fn=MEAPCollator(plain, mask_token_id=MASK)))
+    for rank in range(2):
+        sampler = DistributedSampler(data, num_replicas=2, rank=rank, shuffle=False)
+        loader = DataLoader(data, batch_size=2, sampler=sampler, collate_fn=MEAPCollator(plain, mask_token_id=MASK))
+        assert by_sample(loader, 6) == expected[rank::2]
 
 
 def test_the_content_names_a_sample_that_has_no_id():

@@ -66,7 +66,7 @@ def main() -> None:
         "<!-- Written by benchmarks/claims/meap/tables.py from benchmarks/results; do not edit. -->",
         "### Many epochs over little text",
         "",
-        "Nats per byte on held-out text; means with 95 % intervals over seeds. All arms have the same tokens and epochs.",
+        "Nats per byte on held-out text; means with 95 % intervals over seeds, at equal tokens and epochs.",
         "",
         *table("epochs", {"best": lambda c: c["best"], "final": lambda c: c["final"], **masked,
                           "training": lambda c: c["train_last_100"]}),

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from modicum.errors import RecipeError, did_you_mean
 from modicum.random import derive_seed
@@ -56,6 +56,7 @@ class Item:
     match: Literal["all", "any"] = "all"
 
 
+@runtime_checkable
 class Suite(Protocol):
     """A function that makes one item."""
 
@@ -263,6 +264,7 @@ class Grid:
     counts: tuple[tuple[int, ...], ...]
 
 
+@runtime_checkable
 class Placed(Protocol):
     """What has a place in a grid."""
 

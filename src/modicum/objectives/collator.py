@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from modicum.objectives.selection import Sampling, check_ratio
 SAMPLE_ID = "sample_id"
 
 
+@runtime_checkable
 class Transform(Protocol):
     """An objective with its knobs filled in."""
 

@@ -33,7 +33,7 @@ REFERENCE_CYCLE = 51
 
 
 def mask_inputs(
-    input_ids: Int[Tensor, "*b t"],
+    input_ids: Int[Tensor, "*rows t"],
     *,
     ratio: UnitInterval,
     mask_token_id: NonNegativeInt,
@@ -43,11 +43,11 @@ def mask_inputs(
     min_masks: NonNegativeInt = 1,
     exclude_last: bool = True,
     protect_ids: Sequence[int] = (),
-    eligible_mask: Bool[Tensor, "*b t"] | None = None,
+    eligible_mask: Bool[Tensor, "*rows t"] | None = None,
     spans: PositiveInt = 1,
     generator: torch.Generator | None = None,
-    keys: Int64[Tensor, " b"] | None = None,
-) -> Int[Tensor, "*b t"]:
+    keys: Int64[Tensor, " n"] | None = None,
+) -> Int[Tensor, "*rows t"]:
     r"""Return a copy of ``input_ids`` in which a random share is the mask token.
 
     .. math::
