@@ -1,6 +1,6 @@
 """Cost of MEAP: the collator beside the plain one, a training step with and without, and the gathered head.
 
-    python benchmarks/speed/meap.py [--pairs 6]
+    python benchmarks/speed/meap.py [--pairs 6] [--parts collator head step]
 
 Writes ``benchmarks/results/meap_speed.json``. Steps with and without masks take turns in one run, so that a machine
 that is busy now and then is busy for both.
@@ -153,15 +153,30 @@ def _status(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def _in_process(gathered: bool) -> dict[str, float]:
-    command = [sys.executable, __file__, "--head", "gathered" if gathered else "plain"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def heads() -> dict[str, Any]:
+    """Compare both forms of the head, each three times in a process of its own."""
+
+    def once(kind: str) -> dict[str, float]:
+        command = [sys.executable, __file__, "--head", kind]
+        found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return found
+
+    runs = {kind: [once(kind) for _ in range(3)] for kind in ("plain", "gathered")}
+    medians = {
+        kind: {what: statistics.median(r[what] for r in found) for what in ("peak_mb", "seconds")}
+        for kind, found in runs.items()
+    }
+    ratios = {f"{what}_ratio": medians["gathered"][what] / value for what, value in medians["plain"].items()}
+    return {"rows": HEAD_ROWS, "tokens": HEAD_TOKENS, "vocabulary": VOCABULARY, **runs, **ratios}
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure the parts that have no result yet, and write after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument(
+        "--parts", nargs="*", choices=("collator", "head", "step"), default=("collator", "head", "step")
+    )
     parser.add_argument("--head", choices=("gathered", "plain"))
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -170,30 +185,20 @@ def main() -> None:
         return
     from modicum.record import environment, write_atomic
 
-    plain, gathered = ([_in_process(kind) for _ in range(3)] for kind in (False, True))
-    heads = {
-        "rows": HEAD_ROWS,
-        "tokens": HEAD_TOKENS,
-        "vocabulary": VOCABULARY,
-        "plain": plain,
-        "gathered": gathered,
-        **{
-            f"{what}_ratio": statistics.median(g[what] for g in gathered) / statistics.median(p[what] for p in plain)
-            for what in ("peak_mb", "seconds")
-        },
-    }
-    git = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
-    found = {
-        "benchmark": "meap_speed",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "environment": environment() | {"threads": torch.get_num_threads(), "load": os.getloadavg()},
-        "collator": collator(),
-        "head": heads,
-        "step": step(options.pairs),
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
-    print(json.dumps({"collator": found["collator"], "head": heads, "step": found["step"]}, indent=1))
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "meap_speed"}
+    work = {"collator": collator, "head": heads, "step": lambda: step(options.pairs)}
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    for part in options.parts:
+        if part in found:
+            continue
+        origin = {
+            "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "environment": environment() | {"threads": torch.get_num_threads(), "load": os.getloadavg()},
+        }
+        found[part] = work[part]() | origin
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
+        print(part, json.dumps(found[part], indent=1), flush=True)
 
 
 if __name__ == "__main__":
