@@ -125,13 +125,14 @@ def scale_(grads: Sequence[Tensor], factors: Float[Tensor, " n"]) -> None:
     """
     parts = [local(grad) for grad in grads]
     if all(part.device.type == "cpu" for part in parts) and factors.device.type == "cpu":
-        values = factors.tolist()
+        values, each = factors.tolist(), factors.unbind()
         for part, value in zip(parts, values):
             if value == 0:
                 part.zero_()
-        changed = [(part, value) for part, value in zip(parts, values) if value not in (0, 1)]
-        for group in _grouped(range(len(changed)), [part for part, _ in changed]):
-            torch._foreach_mul_([changed[i][0] for i in group], [changed[i][1] for i in group])
+        changed = [i for i, value in enumerate(values) if value not in (0, 1)]
+        for group in _grouped(changed, parts):
+            # Tensors without dimensions are multiplied faster than Python numbers.
+            torch._foreach_mul_([parts[i] for i in group], [each[i] for i in group])
         return
     for group in _grouped(range(len(parts)), parts):
         device = parts[group[0]].device
