@@ -125,6 +125,12 @@ def test_the_origin_says_what_was_preheated():
     json.dumps(started.origin)
 
 
+def test_a_clipped_preheating_rank_is_noted():
+    started = start(wrap(), "hrp", {"preheat_rank": 24})
+    assert started.notes == ["HRP's preheating rank 24 was clipped to the short side of 4 modules."]
+    assert start(wrap(), "hrp").notes == []
+
+
 def test_gradients_are_those_of_the_frozen_weights_averaged_over_batches():
     model = wrap()
     found = weight_gradients(model, batches())

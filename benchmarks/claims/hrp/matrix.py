@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -94,4 +95,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_cells("hrp-matrix", cells(), run, budget=420)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--budget", type=float, default=420)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    run_cells("hrp-matrix", cells(), run, budget=options.budget, workers=options.workers)

@@ -18,7 +18,8 @@ def sweep(cells: dict[str, dict[str, Any]], metric: str, fixed: float) -> list[s
     values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for key, found in cells.items():
         cell = json.loads(key)
-        name = cell["method"] + (f" R={cell['R']}" if cell.get("R", 8) != 8 or cell["method"][:3] in "hrpbal" else "")
+        preheated = "R" in cell and cell["method"] not in ("random", "exact")
+        name = f"{cell['method']} R={cell['R']}" if preheated else cell["method"]
         values[name][cell["lr"]].append(found[metric])
     lines = [f"| method | lr {fixed:g} | best lr | at | seeds |", "|---|---|---|---|---|"]
     for name, by_rate in values.items():

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from modicum.jobs.adapters import config_fields, initialize, make_optimizer
 from modicum.random import generator
 
 VOCABULARY, TOKENS, BATCH, RANK = 24, 24, 16, 4
-PREHEAT, TOTAL = 15, 165
+PREHEAT, TOTAL, PRETRAIN = 15, 165, 500
 LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = 3
 
@@ -88,14 +90,19 @@ def base_model() -> LlamaForCausalLM:
                 num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=TOKENS, pad_token_id=0,
             )
         )  # fmt: skip
+    kept = Path(tempfile.gettempdir()) / f"modicum-hrp-base-{PRETRAIN}-{BATCH}.pt"
+    if kept.exists():
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        return model.eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
-    rows = source(1, 500 * BATCH).split(BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PRETRAIN)
+    rows = source(1, PRETRAIN * BATCH).split(BATCH)
     for ids in rows:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    torch.save(model.state_dict(), kept)
     return model.eval()
 
 
@@ -200,4 +207,6 @@ def cells() -> list[dict[str, Any]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--budget", type=float, default=420)
-    run_cells("hrp-transformer", cells(), run, budget=parser.parse_args().budget)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    run_cells("hrp-transformer", cells(), run, budget=options.budget, workers=options.workers)

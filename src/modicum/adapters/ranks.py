@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modicum.adapters.layers import PREFIX, lora_layers
+from modicum.adapters.layers import lora_layers
 from modicum.errors import ModicumError
 
 
@@ -55,6 +55,5 @@ def change_ranks(peft_model: Any, ranks: Mapping[str, int], *, adapter: str = "d
         scaling = layer.scaling[adapter]
         alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
         layer.update_layer(adapter, rank, lora_alpha=alpha, config=config)
-        key = name.removeprefix(PREFIX)
-        rank_pattern[key], alpha_pattern[key] = rank, alpha
+        rank_pattern[name], alpha_pattern[name] = rank, alpha
     config.rank_pattern, config.alpha_pattern = rank_pattern, alpha_pattern

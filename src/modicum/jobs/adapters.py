@@ -230,6 +230,7 @@ def _preheat(
     from modicum.adapters.preheat import get_hrp_state_dict, initialize_lora_hrp_weights
 
     stage, knobs = _gathering(entry, knobs)
+    asked = stage.rank_for(max(layer.r[adapter] for layer in lora_layers(peft_model, adapter).values()))
     state = get_hrp_state_dict(peft_model, _cycle(batches, peft_model.device), config=stage, adapter=adapter, **options)
     left = initialize_lora_hrp_weights(
         peft_model,
@@ -241,10 +242,10 @@ def _preheat(
         adapter=adapter,
     )
     steps = stage.steps_for(options["total_steps"])
-    started.origin |= {
-        "preheated_steps": steps,
-        "preheated_rank": max(len(state[k]) for k in state if k.endswith(".S")),
-    }
+    ranks = [len(state[key]) for key in state if key.endswith(".S")]
+    started.origin |= {"preheated_steps": steps, "preheated_rank": max(ranks)}
+    if clipped := sum(rank < asked for rank in ranks):
+        started.notes.append(f"HRP's preheating rank {asked} was clipped to the short side of {clipped} modules.")
     started.consumed = steps * options["accumulation"] if stage.reuse_data == "continue" else 0
     if left:
         started.notes.append(f"HRP left {len(left)} modules at their default start: {', '.join(left)}.")
