@@ -97,19 +97,19 @@ def tensor_norms(
     Cost:
         One read of the gradients.
     """
-    squares: list[Tensor] = list(grads)
+    norms: list[Tensor] = list(grads)
     for group in _grouped(range(len(grads)), [local(g) for g in grads]):
         for place, norm in zip(group, _local_norms([local(grads[i]) for i in group], dtype)):
-            squares[place] = norm
+            norms[place] = norm
     if not shards:
         for (mesh, dims), members in _meshes(grads).items():
-            part = torch.stack([squares[i] for i in members]).square()
+            part = torch.stack([norms[i] for i in members]).square()
             for dim in dims:
                 dist.all_reduce(part, group=mesh.get_group(dim))
             for place, norm in zip(members, part.sqrt().unbind()):
-                squares[place] = norm
-    first = squares[0].device
-    return torch.stack([norm.to(first, non_blocking=True) for norm in squares])
+                norms[place] = norm
+    first = norms[0].device
+    return torch.stack([norm.to(first, non_blocking=True) for norm in norms])
 
 
 def scale_(grads: Sequence[Tensor], factors: Float[Tensor, " n"]) -> None:
