@@ -65,6 +65,8 @@ def test_squeezing_keeps_the_best_part_and_a_low_rank_change_whole(tmp_path):
     squeeze(model, 3)
     torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path)
+    config = LoraConfig.from_pretrained(tmp_path)
+    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (3, 6, {}, {})
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert {layer.r["default"] for layer in lora_layers(loaded).values()} == {3}

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from modicum.adapters.calibrate import input_moments, weight_gradients
 from modicum.adapters.layers import factors_of, lora_layers
 from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
-from modicum.jobs.adapters import config_fields, export_adapter, initialize, make_optimizer
+from modicum.jobs.adapters import config_fields, initialize, make_optimizer
 from modicum.random import generator
 from modicum.registry import adapter_init
 from support import tiny_llama
@@ -183,43 +183,3 @@ def test_a_quantised_base_is_fine_for_hrp_and_refused_by_what_must_shift_it():
     for name in ("pissa", "lora_ga"):
         with pytest.raises(UnsupportedError, match="is quantised"):
             start(model, name)
-
-
-def exported(model, tmp_path):
-    model.save_pretrained(tmp_path / "adapter")
-    return export_adapter(tmp_path / "adapter", tmp_path / "served")
-
-
-def test_an_export_has_one_rank_no_patterns_and_the_same_effect(tmp_path):
-    model = wrap(use_rslora=True, rank_pattern={"q_proj": 2, "down_proj": 6}, alpha_pattern={"q_proj": 3, "up_proj": 5})
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            B = factors_of(layer, "default")[1]
-            B.copy_(0.1 * torch.randn(B.shape, generator=generator(0, name)))
-    expected = model(IDS).logits
-    told = exported(model, tmp_path)
-    config = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
-    assert told == {"rank": 6, "alpha": config["lora_alpha"], "modules": 14} and config["r"] == 6
-    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
-    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "served").eval()
-    torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-5, rtol=1e-4)
-    assert len({layer.scaling["default"] for layer in lora_layers(loaded).values()}) == 1
-
-
-def test_a_uniform_adapter_passes_through_unchanged(tmp_path):
-    model = wrap()
-    start(model, "hrp", {"init_factor": "balanced"})
-    exported(model, tmp_path)
-    names = ("adapter", "served")
-    first, second = (PeftModel.from_pretrained(tiny_llama(), tmp_path / name).state_dict() for name in names)
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_what_servers_refuse_is_refused(tmp_path):
-    with pytest.raises(UnsupportedError, match="use_dora"):
-        exported(wrap("dora"), tmp_path / "dora")
-    with pytest.raises(UnsupportedError, match="servers refuse"):
-        exported(wrap(target_modules=["q_proj"], modules_to_save=["norm"]), tmp_path / "saved")
-    exported(wrap(), tmp_path)
-    with pytest.raises(CheckpointError, match="exists already"):
-        export_adapter(tmp_path / "adapter", tmp_path / "served")

@@ -12,6 +12,7 @@ from typing import Any
 from modicum.adapters.hrp import factor_svd, factors_from_svd
 from modicum.adapters.layers import factors_of, lora_layers, store, whole
 from modicum.adapters.ranks import change_ranks
+from modicum.adapters.serving import alpha_for
 from modicum.errors import ModicumError
 
 
@@ -64,5 +65,8 @@ def squeeze(peft_model: Any, rank: int, *, adapter: str = "default") -> None:
     for name, factors in compressed.items():
         for parameter, value in zip(factors_of(layers[name], adapter), factors):
             store(parameter, value, name)
-    config = peft_model.peft_config[adapter]
+    config, scalings = peft_model.peft_config[adapter], {layer.scaling[adapter] for layer in layers.values()}
     config.r = rank
+    if len(scalings) == 1:  # then the patterns say nothing that the two numbers do not
+        config.lora_alpha = alpha_for(scalings.pop(), rank, rslora=config.use_rslora)
+        config.rank_pattern, config.alpha_pattern = {}, {}
