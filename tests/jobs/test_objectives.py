@@ -198,6 +198,22 @@ def test_the_split_of_a_step_into_batches_does_not_change_the_update(tmp_path):
         torch.testing.assert_close(other, updated[0], atol=1e-6, rtol=1e-5)
 
 
+def test_lora_gathers_the_labelled_positions_too(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    knobs = complete_knobs("meap_sft", {}, tokenizer=tokenizer, model=model)
+    model = get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **lora_options(knobs))
+    )
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda m, a, out: seen.append(out.shape[:2]))
+    trainer = trainer_for(tmp_path, model, chats(), collator=pad, tokenizer=tokenizer, max_steps=1)
+    use_objective(trainer, "meap_sft", **knobs)
+    trainer.train()
+    assert seen == [(1, 2 * (62 + 6))]
+
+
 def test_the_gathered_loss_equals_the_plain_function(tmp_path):
     model = tiny_llama()
     knobs = {"masked_weight": 0.3, "mask_token_id": 260, "protect_ids": ()}

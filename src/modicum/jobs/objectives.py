@@ -116,7 +116,7 @@ def use_objective(trainer: Trainer, name: str, *, seed: int | None = None, **kno
     trainer.add_callback(objective_callback(collator))
     collator.eval()  # until training begins
     if gather:
-        trainer.compute_loss_func = LabelHead(_base(trainer.model)).loss
+        trainer.compute_loss_func = LabelHead(trainer.model).loss
     if _acts_on(entry) != "input_ids":
         hook_model(_base(trainer.model), name, entry.knobs(knobs), seed=seed)
     return collator
@@ -195,7 +195,7 @@ class LabelHead:
     always.
 
     Args:
-        model: The causal language model itself, without wrappers.
+        model: The causal language model, or PEFT's wrapper of it.
     """
 
     model: Any
@@ -203,9 +203,10 @@ class LabelHead:
     _weights: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        # PEFT calls the forward of the model it wraps, not the model: only the outer one's hooks run.
         self._handles = [
             self.model.register_forward_pre_hook(self._take, with_kwargs=True),
-            self.model.get_output_embeddings().register_forward_pre_hook(self._gather),
+            _base(self.model).get_output_embeddings().register_forward_pre_hook(self._gather),
         ]
 
     def _take(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -42,8 +42,8 @@ def neftune(batch: Batch, *, alpha: NonNegative = 5.0, rng: torch.Generator | In
         One draw per embedding entry.
 
     Deviates:
-        The length L counts the tokens of the row without its padding, as the paper has it; transformers' own takes the
-        padded length.
+        The length L counts the tokens of the row without its padding, as the paper has it, where the batch tells them
+        apart; the train job's hook on the embedding sees no mask and takes the padded length, as transformers does.
 
     Reference:
         Jain et al., "NEFTune: Noisy Embeddings Improve Instruction Finetuning", ICLR 2024, arXiv:2310.05914,
