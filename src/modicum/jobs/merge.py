@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,20 +26,35 @@ class MergeRecipe(Recipe):
     job: Literal["merge"] = "merge"
     base: str | None = Field(default=None, description="model that the experts were trained from")
     experts: list[str] = Field(default=[], description="folders, Hub ids or builtins; adapters are folded in")
-    method: choice(merge_method)  # type: ignore[valid-type]
+    method: choice(merge_method) | None = None  # type: ignore[valid-type]
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
     device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
     shard_size: PositiveInt = Field(default=5_000_000_000, description="largest weight file, in bytes")
     pickled: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
 
+    mergekit: dict[str, Any] | None = Field(default=None, description="a mergekit file's content, in place of the rest")
+
     @model_validator(mode="after")
     def _complete(self) -> MergeRecipe:
+        if self.mergekit is not None:
+            if self.method is not None or self.experts or self.base:
+                raise RecipeError("a mergekit file names base, models and method itself. Remove ours.")
+            from modicum.weights.mergekit import read_slices
+
+            read_slices(self.mergekit)
+            return self
+        if self.method is None:
+            raise RecipeError("'method' is missing. Set it, for example {name: ties, density: 0.2}.")
         if not self.experts:
             raise RecipeError("'experts' is missing. List the models to merge.")
         return self
 
     def inputs(self) -> Iterator[str]:
         """Yield the models."""
+        if self.mergekit is not None:
+            from modicum.weights.mergekit import models_of
+
+            yield from models_of(self.mergekit)
         yield from ([self.base] if self.base else [])
         yield from self.experts
 
@@ -48,14 +64,22 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.plan import plan_merge
 
-    def opened(reference: str) -> Checkpoint:
+    def opened(reference: str, adapter: str | None = None) -> Checkpoint:
+        if adapter is not None:
+            return Checkpoint(adapter, base=reference, resolve=resolve_model, pickled=recipe.pickled)
         return Checkpoint(reference, resolve=resolve_model, pickled=recipe.pickled)
+
+    if recipe.mergekit is not None:
+        from modicum.weights.mergekit import plan_mergekit
+
+        return plan_mergekit(recipe.mergekit, opened)
+    method: Any = recipe.method
 
     return plan_merge(
         opened(recipe.base) if recipe.base else None,
         [opened(expert) for expert in recipe.experts],
-        method=recipe.method.name,
-        knobs=recipe.method.knobs,
+        method=method.name,
+        knobs=method.knobs,
         dtype=recipe.dtype,
     )
 
@@ -89,7 +113,12 @@ def layers(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     steps = [step for step in plan.steps if measured[step.name]]
     if not steps:
         return {}
-    models = _short_names([source.model for source in steps[0].experts])
+    # Slices may have different experts; the picture is of those that most tensors share.
+    experts = Counter(tuple(source.model for source in step.experts) for step in steps).most_common(1)[0][0]
+    steps = [step for step in steps if tuple(source.model for source in step.experts) == experts]
+    if len(measured[steps[0].name]["norms"]) != len(experts):
+        return {}
+    models = _short_names(list(experts))
     pairs = [f"{a}|{b}" for i, a in enumerate(models) for b in models[i + 1 :]]
     rows = [measured[step.name] for step in steps]
     return {

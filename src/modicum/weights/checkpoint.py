@@ -200,6 +200,11 @@ class Checkpoint(Mapping[str, Tensor]):
         self._slots.pop(self.tied, None)
         self._loaded.pop(self.tied, None)
 
+    @property
+    def base(self) -> Checkpoint:
+        """The model beneath an adapter; this one itself when there is none."""
+        return self._beneath or self
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Contents of ``config.json``; empty when there is none."""

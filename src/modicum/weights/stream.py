@@ -73,6 +73,7 @@ def map_tensors(
     identity: object,
     companions: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    stem: str = "model",
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Statistics]:
@@ -85,6 +86,7 @@ def map_tensors(
         identity: What the result depends on; an unfinished run of the same identity is continued.
         companions: Other files of the folder.
         shard_bytes: Largest file, unless one tensor alone is larger.
+        stem: What the weight files are called.
         workers: Threads; one for each core when not given.
         progress: Show a bar when standard error is a terminal.
 
@@ -101,7 +103,7 @@ def map_tensors(
     key = digest({"identity": identity, "layout": layout, "shard": shard_bytes, "boot": _boot()})
     beside = out.with_name(f".{out.name}.partial")
     with _clean_errors(out, beside):
-        files = {beside / file: group for file, group in plan_files(specs, shard_bytes=shard_bytes).items()}
+        files = {beside / file: group for file, group in plan_files(specs, shard_bytes=shard_bytes, stem=stem).items()}
         if rank == 0:
             _prepare(beside, files, key)
         else:

@@ -29,7 +29,7 @@ def della(
     *,
     density: Fraction | list[Fraction],
     epsilon: Annotated[float, Ge(0), Lt(0.5)] | list[float] = 0.1,
-    rescale: Literal["probability", "l1"] = "probability",
+    rescale: Literal["probability", "l1", "none"] = "probability",
     elect: Elect = "ties",
     scale: float = 1.0,
     weights: list[float] | None = None,
@@ -50,7 +50,7 @@ def della(
         density: Mean probability of being kept (d), in (0, 1]; one value or one for each. At 1 nothing is dropped.
         epsilon: Half the width of the probabilities; ``density ± epsilon`` must lie within (0, 1).
         rescale: ``probability`` divides each entry by its q, as published; ``l1`` makes the sum of magnitudes of the
-            tensor what it was.
+            tensor what it was; ``none`` leaves what is kept as it is.
         elect: ``ties`` sums only the deltas that have the elected sign; ``none`` sums all.
         scale: Factor on the merged delta.
         weights: One for each expert; all 1 when not given.
@@ -102,7 +102,7 @@ def della(
         deltas = torch.empty(n, *block.shape, dtype=dtype, device=base.device)
         for t, flat in enumerate(flats):
             delta = flat[start : start + step].to(dtype) - block
-            deltas[t] = prune(delta, shares[t], widths[t], generators[t], by_probability=ratios is None)
+            deltas[t] = prune(delta, shares[t], widths[t], generators[t], by_probability=rescale == "probability")
             if ratios is not None:
                 deltas[t] *= ratios[t]
         merged = combine(deltas.view(n, -1), w, elect=elect, normalize=normalize).view(block.shape)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from modicum.errors import ModicumError
+from modicum.jobs import execute, plan
+from modicum.recipe import parse
+from modicum.weights import Checkpoint
+from modicum.weights.mergekit import evaluate, models_of
+from modicum.weights.vocabulary import Vocabulary
+from oracles import merge as oracle
+from support import tiny_llama
+
+FILES = sorted((Path(__file__).parent / "mergekit").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(["base", "a", "b", "c"]):
+        model = tiny_llama(seed=seed, num_hidden_layers=4, tie_word_embeddings=False)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def load(file: Path, root: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text().replace("$R", str(root)))
+
+
+def run(document: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
+    execute(parse(document), out, quiet=True)
+    return load_file(out / "model/model.safetensors")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_files_run_unchanged_and_load(file: Path, root: Path, tmp_path: Path) -> None:
+    import transformers
+
+    run(load(file, root), tmp_path / "run")
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
+def test_a_ties_file_equals_the_oracle(root: Path, tmp_path: Path) -> None:
+    merged = run(load(Path(__file__).parent / "mergekit/ties.yaml", root), tmp_path / "run")
+    models = [load_file(root / n / "model.safetensors") for n in ("base", "a", "b", "c")]
+    for name, tensor in merged.items():
+        base, *experts = (m[name].double().numpy() for m in models)
+        expected = oracle.ties(base, experts, [0.5, 0.3, 0.7], weights=[0.5, 0.3, 1.0])
+        np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_slices_stack_layers(root: Path, tmp_path: Path) -> None:
+    merged = run(load(Path(__file__).parent / "mergekit/passthrough.yaml", root), tmp_path / "run")
+    a, b = (load_file(root / n / "model.safetensors") for n in ("a", "b"))
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["num_hidden_layers"] == 6
+    up, down = "model.layers.{}.mlp.up_proj.weight", "model.layers.{}.mlp.down_proj.weight"
+    assert torch.equal(merged[up.format(2)], a[up.format(2)].bfloat16())
+    assert torch.equal(merged[up.format(3)], b[up.format(1)].bfloat16())
+    assert torch.equal(merged[down.format(5)], (0.5 * b[down.format(3)]).bfloat16())
+    assert torch.equal(merged["lm_head.weight"], b["lm_head.weight"].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("setting", "t", "expected"),
+    [
+        (0.3, 0.9, 0.3),
+        ([0, 1], 0.25, 0.25),
+        ([0, 1, 4], 0.75, 2.5),
+        ([0, 1, 4], 1.0, 4),
+        ([7], 0.4, 7),
+        ([{"filter": "mlp", "value": [0, 2]}, {"value": 9}], 0.5, 1.0),
+        ([{"filter": "attn", "value": 1}, {"filter": "*", "value": 9}], 0.5, 9),
+        ([{"filter": "attn", "value": 1}], 0.5, None),
+    ],
+)
+def test_parameters_are_values_gradients_or_filters(setting: object, t: float, expected: object) -> None:
+    assert evaluate(setting, "model.layers.1.mlp.up_proj.weight", t, "x") == expected
+
+
+def ties(**changes: Any) -> dict[str, Any]:
+    models = [{"model": "$R/a", "parameters": {"weight": 1.0}}, {"model": "$R/b", "parameters": {"weight": 1.0}}]
+    return {"merge_method": "ties", "base_model": "$R/base", "models": models} | changes
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (ties(merge_method="tise"), "Did you mean 'ties'"),
+        (ties(slices=[]) | {"models": []}, "exactly one of models, slices and modules"),
+        (ties(slise=[]), "Did you mean 'slices'"),
+        (ties(models=[{"model": "$R/a"}]), "parameter 'weight' is missing"),
+        (ties(parameters={"density": []}), "the list is empty"),
+        (ties(models=[{"model": "$R/a", "parameters": {"density": 1.5, "weight": 1}}]), "density"),
+        (ties(base_model=None), "Set base_model"),
+        (ties(tokenizer={"source": "union"}, tokenizer_source="base"), "Keep one"),
+        (ties(tokenizer_source="nobody"), "expected union, base or a model"),
+        (ties(chat_template="chatmll"), "Did you mean 'chatml'"),
+        (
+            {"merge_method": "linear", "slices": [{"sources": [
+                {"model": "$R/a", "layer_range": [0, 2]}, {"model": "$R/b", "layer_range": [0, 3]}]}]},
+            "expected one length",
+        ),
+        (
+            {"merge_method": "passthrough", "slices": [{"sources": [{"model": "$R/a", "layer_range": [0, 9]}]}]},
+            "a has 4 layers",
+        ),
+        (
+            {"merge_method": "passthrough", "slices": [{"sources": [{"model": "$R/a", "layer_range": [2, 2]}]}]},
+            "first < end",
+        ),
+        (ties(merge_method="slerp", parameters={"t": 0.5}), "goes between two|at most|got 3"),
+    ],
+)  # fmt: skip
+def test_wrong_files_are_refused_in_one_line(
+    document: dict[str, Any], message: str, root: Path, tmp_path: Path
+) -> None:
+    text = json.dumps(document).replace("$R", str(root))
+    with pytest.raises(ModicumError, match=message) as error:
+        execute(parse(json.loads(text)), tmp_path / "run", quiet=True)
+    assert str(error.value).count("\n") <= 1
+
+
+def test_the_plan_says_what_differs_and_what_is_overlooked(root: Path) -> None:
+    text = json.dumps(ties(parameters={"weight": [0.1, 1.0], "int8_mask": True})).replace("$R", str(root))
+    lines = "\n".join(plan(parse(json.loads(text))))
+    for words in ("float32 with one cast", "density is 1", "the last value", "int8_mask"):
+        assert words in lines
+
+
+def test_models_and_adapters_are_named() -> None:
+    models = [{"model": "org/a+org/lora"}, {"model": {"model": {"path": "b", "revision": "v1"}, "lora": None}}]
+    found = models_of({"merge_method": "linear", "base_model": "base", "models": models})
+    assert found == ["org/a", "org/lora", "b@v1", "base"]
+
+
+def test_an_adapter_in_a_reference_is_folded_in(root: Path, tmp_path: Path) -> None:
+    from weights.test_adapter import train_adapter
+
+    expected = train_adapter(root / "a", tmp_path / "lora")
+    models = [{"model": f"{root}/a+{tmp_path}/lora", "parameters": {"weight": 1.0}}]
+    merged = run({"merge_method": "linear", "models": models, "dtype": "float32"}, tmp_path / "run")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name].float(), rtol=1e-5, atol=1e-6)
+
+
+def write_tokenizer(folder: Path, tokens: list[str]) -> None:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    data = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "?"}}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+def test_a_union_of_vocabularies_finds_every_token_its_row(tmp_path: Path) -> None:
+    words = {"base": ["?", "x", "y"], "a": ["y", "?", "new", "x"]}
+    for seed, (name, tokens) in enumerate(words.items()):
+        tiny_llama(seed=seed, vocab_size=len(tokens), tie_word_embeddings=False).save_pretrained(tmp_path / name)
+        write_tokenizer(tmp_path / name, tokens)
+    document = {
+        "merge_method": "linear",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / n), "parameters": {"weight": 1.0}} for n in words],
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 8},
+        "dtype": "float32",
+        "chat_template": "chatml",
+    }
+    merged = run(document, tmp_path / "run")
+    out = tmp_path / "run/model"
+    base, a = (load_file(tmp_path / n / "model.safetensors") for n in words)
+    name = "model.embed_tokens.weight"
+    assert merged[name].shape[0] == 8
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 8
+    torch.testing.assert_close(merged[name][1], (base[name][1] + a[name][3]) / 2)
+    torch.testing.assert_close(merged[name][3], a[name][2])  # only one model knows it
+    ids = json.loads((out / "tokenizer.json").read_text())
+    assert [(t["content"], t["id"]) for t in ids["added_tokens"]] == [("new", 3)]
+    assert "im_start" in (out / "chat_template.jinja").read_text()
+
+
+def test_a_token_s_row_can_be_chosen(tmp_path: Path) -> None:
+    tiny_llama(seed=0, vocab_size=3, tie_word_embeddings=False).save_pretrained(tmp_path / "m")
+    write_tokenizer(tmp_path / "m", ["?", "x", "y"])
+    model = Checkpoint(tmp_path / "m")
+    remapped = Vocabulary(model, 3, torch.tensor([0, -1, 2]), [(model, torch.tensor([-1, 2, -1]))])
+    name = "model.embed_tokens.weight"
+    assert torch.equal(remapped[name], model[name][[0, 2, 2]])
+    assert torch.equal(remapped["model.norm.weight"], model["model.norm.weight"])
