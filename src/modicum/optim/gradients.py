@@ -100,7 +100,7 @@ def tensor_norms(
     norms: list[Tensor] = list(grads)
     for group in _grouped(range(len(grads)), [local(g) for g in grads]):
         for place, norm in zip(group, _local_norms([local(grads[i]) for i in group], dtype)):
-            norms[place] = norm
+            norms[place] = norm.to(dtype)
     if not shards:
         for (mesh, dims), members in _meshes(grads).items():
             part = torch.stack([norms[i] for i in members]).square()
@@ -124,22 +124,30 @@ def scale_(grads: Sequence[Tensor], factors: Float[Tensor, " n"]) -> None:
         One read and write of the gradients that change; on an accelerator of all of them, and a second for the erasing.
     """
     parts = [local(grad) for grad in grads]
-    if all(part.device.type == "cpu" for part in parts) and factors.device.type == "cpu":
-        values, each = factors.tolist(), factors.unbind()
-        for part, value in zip(parts, values):
-            if value == 0:
-                part.zero_()
-        changed = [i for i, value in enumerate(values) if value not in (0, 1)]
-        for group in _grouped(changed, parts):
-            # Tensors without dimensions are multiplied faster than Python numbers.
-            torch._foreach_mul_([parts[i] for i in group], [each[i] for i in group])
-        return
+    on_host = factors.device.type == "cpu" and all(part.device.type == "cpu" for part in parts)
+    (_scale_on_host if on_host else _scale_on_device)(parts, factors)
+
+
+def _scale_on_host(parts: Sequence[Tensor], factors: Tensor) -> None:
+    """Scale what needs it; the factors lie in the program's own memory, so reading them waits for nothing."""
+    values, each = factors.tolist(), factors.unbind()
+    for part, value in zip(parts, values):
+        if value == 0:
+            part.zero_()
+    changed = [i for i, value in enumerate(values) if value not in (0, 1)]
+    for group in _grouped(changed, parts):
+        # Tensors without dimensions are multiplied faster than Python numbers.
+        torch._foreach_mul_([parts[i] for i in group], [each[i] for i in group])
+
+
+def _scale_on_device(parts: Sequence[Tensor], factors: Tensor) -> None:
+    """Scale everything, whatever the factors are: to look at them would wait for the device."""
     for group in _grouped(range(len(parts)), parts):
-        device = parts[group[0]].device
-        here = factors.to(device, non_blocking=True)
+        here = factors.to(parts[group[0]].device, non_blocking=True)
         each, erased = here.unbind(), (here == 0).unbind()
         torch._foreach_mul_([parts[i] for i in group], [each[i] for i in group])
         for i in group:
+            # Zero times infinity is not zero.
             parts[i].masked_fill_(erased[i], 0)
 
 
@@ -169,10 +177,11 @@ def _settled(grad: DTensor) -> Tensor:
 
 def _local_norms(grads: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """Return the norms of tensors on one device and of one type."""
+    dtype = torch.promote_types(dtype, grads[0].dtype)
     if grads[0].device.type != "cpu":
         return torch._foreach_norm(list(grads), 2, dtype=dtype)
     # On the CPU this function adds up 28 million float32 squares with an error of 1e-3, and copies a whole tensor that
-    # it must convert. Slabs of this size are exact to 1e-6, and their copies stay in the cache.
+    # it must convert. Slabs of this size are exact to a few 1e-6, and their copies stay in the cache.
     slabs: list[Tensor] = []
     owners: list[int] = []
     for owner, grad in enumerate(grads):
