@@ -51,6 +51,7 @@ class Pass:
         cycle_states: The state after each cycle.
         cycles: Cycles that each token ran (b, t).
         calls: Number of layer visits made.
+        scores: What was compared with the threshold at each decision (b, t).
     """
 
     config: ZeroTokenConfig
@@ -73,6 +74,7 @@ class Pass:
     cycle_states: list[Tensor] = field(default_factory=list)
     cycles: Tensor | None = None
     calls: int = 0
+    scores: list[Tensor] = field(default_factory=list)
 
     @property
     def may_exit(self) -> bool:
@@ -328,6 +330,7 @@ class _Criterion:
         if self.scope == "prefix" and self.p.cache is not None:
             score, real = _with_history(self.p.cache, slot, score), None
         pooled = zero_exit.spread(score, scope=self.scope, mask=real)[:, -t:]  # type: ignore[arg-type]
+        self.p.scores.append(pooled)
         return stays & ~(pooled > threshold)
 
 

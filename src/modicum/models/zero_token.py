@@ -51,12 +51,15 @@ class ZeroTokenOutput(CausalLMOutputWithPast):
         attentions: Attention on the real tokens in each visit.
         cycles: How many cycles each token ran (b, t).
         layer_calls: How many layer visits the pass made.
+        exit_scores: What was compared with the threshold at each decision; minus the change for the criteria that
+            measure one.
         zero_attention: Attention on the zero token in each visit that has one, as a mapping from (layer, cycle) to
-            (b, h, t); NaN-free, tokens that had left included.
+            (b, h, t); meaningless for tokens that had left.
     """
 
     cycles: Int[Tensor, "b t"] | None = None
     layer_calls: int | None = None
+    exit_scores: tuple[Float[Tensor, "b t"], ...] | None = None
     zero_attention: dict[tuple[int, int], Float[Tensor, "b h t"]] | None = None
 
 
@@ -252,6 +255,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             attentions=tuple(v.weights for v in p.visits) if self._wants(output_attentions, "attentions") else None,
             cycles=p.cycles,
             layer_calls=p.calls,
+            exit_scores=tuple(p.scores) or None,
         )
         if output_zero_attention:
             output.zero_attention = {(v.layer, v.cycle): v.p0 for v in p.visits if v.p0 is not None}
