@@ -112,10 +112,8 @@ def test_a_checkpoint_holds_the_trained_model(tmp_path):
 
 def test_evaluation_sees_settled_weights(tmp_path):
     model = tiny_llama().double()
-    made = trainer(
-        tmp_path, model, optimizer={"lr": 0.0, "passes": 2}, eval_strategy="steps", eval_steps=1, max_steps=2
-    )
-    made.eval_dataset = ROWS[:4]
+    often = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "eval_dataset": ROWS[:4]}
+    made = trainer(tmp_path, model, optimizer={"lr": 0.0, "passes": 2}, **often)
     plain = tiny_llama().double()(**collator(ROWS[:4])).loss.item()
     made.train()
     values = [line["eval_loss"] for line in made.state.log_history if "eval_loss" in line]

@@ -49,15 +49,21 @@ class ZerothOrder(Moving):
         self.kappas: Tensor | None = None
         self._pending: tuple[Tensor, float] | None = None
         self._hooks: ProbeHooks | None = None
+        self._attached = not any(hasattr(leaf.param, "to_local") for leaf in self.leaves)
 
     def attach(self, model: nn.Module) -> None:
-        """Tell the optimizer whose forward passes the loss comes from; the adapter engines need it.
+        """Tell the optimizer whose forward passes the loss comes from; adapter engines and sharded weights need it.
 
         Raises:
             UnsupportedError: Dropout is active, or a module cannot carry a perturbation.
         """
         require_deterministic(model)
+        self._attached = True
         if self.settings.engine == "mutate":
+            sharded: Any = model
+            if hasattr(sharded, "set_reshard_after_forward"):
+                # FSDP2's root keeps its gathered weights for a backward pass, and would not see a perturbed shard.
+                sharded.set_reshard_after_forward(True)
             return
         self._hooks = ProbeHooks(model, self.leaves, self.settings.lift, paired=self.settings.engine == "paired")
         self._rest()
@@ -116,6 +122,10 @@ class ZerothOrder(Moving):
         Returns:
             The mean loss over the points.
         """
+        if not self._attached:
+            raise UnsupportedError(
+                "The weights are sharded. Call attach(model) once, so that each pass gathers them anew."
+            )
         if self._pending is None:
             self._begin()
         try:

@@ -1,0 +1,254 @@
+"""What a zeroth-order step costs: TeZO's engines beside two forward passes and the loop as MeZO publishes it.
+
+    python -m benchmarks.speed.zeroth_order time [--rounds 4] [--rank 16] [--dtype float32]
+    python -m benchmarks.speed.zeroth_order memory
+
+Every method steps on one batch of 8 x 64 tokens of SmolLM2-135M, with the model's own loss over all positions. Methods
+take turns inside each round, so that a busy machine is busy for all of them; ratios are of the medians. Memory is the
+peak of the anonymous resident set, of a process for each method. Results are merged into
+``benchmarks/results/tezo-speed.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modicum.jobs.models import load_model
+from modicum.optim import LOZO, MeZO, SubZero, TeZO
+from modicum.record import environment, write_atomic
+
+RESULTS = Path(__file__).parents[1] / "results" / "tezo-speed.json"
+LR, EPS = 1e-7, 1e-3
+
+
+class PublishedLoop:
+    """MeZO as its code does it: the global generator seeded anew for each of four passes, a new tensor each time."""
+
+    def __init__(self, model: torch.nn.Module, *, adam: bool = False) -> None:
+        self.parameters = list(model.parameters())
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters] if adam else []
+        self.steps = 0
+
+    def perturb(self, seed: int, scale: float) -> None:
+        torch.manual_seed(seed)
+        for p in self.parameters:
+            z = torch.normal(mean=0, std=1, size=p.data.size(), device=p.data.device, dtype=p.data.dtype)
+            p.data = p.data + scale * z * EPS
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor]) -> None:
+        self.steps += 1
+        seed = self.steps
+        self.perturb(seed, 1)
+        plus = closure()
+        self.perturb(seed, -2)
+        minus = closure()
+        self.perturb(seed, 1)
+        kappa = ((plus - minus) / (2 * EPS)).item()
+        torch.manual_seed(seed)
+        for index, p in enumerate(self.parameters):
+            z = torch.normal(mean=0, std=1, size=p.data.size(), device=p.data.device, dtype=p.data.dtype)
+            if self.moments:
+                mean, square = self.moments[index]
+                mean.mul_(0.9).add_(z, alpha=0.1 * kappa)
+                square.mul_(0.999).addcmul_(z, z, value=0.001 * kappa**2)
+                c1, c2 = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+                p.data = p.data - LR * (mean / c1) / ((square / c2).sqrt() + 1e-8)
+            else:
+                p.data = p.data - LR * (kappa * z)
+
+
+class Forwards:
+    """The floor: the losses alone."""
+
+    def __init__(self, _model: torch.nn.Module, *, count: int = 2) -> None:
+        self.count = count
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor]) -> None:
+        for _ in range(self.count):
+            closure()
+
+
+def attached(method: Any, **knobs: Any) -> Callable[[torch.nn.Module], Any]:
+    def make(model: torch.nn.Module) -> Any:
+        optimizer = method(model.named_parameters(), lr=LR, eps=EPS, **knobs)
+        optimizer.attach(model)
+        return optimizer
+
+    return make
+
+
+def methods(rank: int) -> dict[str, Callable[[torch.nn.Module], Any]]:
+    return {
+        "two forwards": Forwards,
+        "MeZO as published": PublishedLoop,
+        "TeZO adapter": attached(TeZO, rank=rank, engine="adapter"),
+        "TeZO paired": attached(TeZO, rank=rank, engine="paired"),
+        "TeZO mutate, 3 passes": attached(TeZO, rank=rank),
+        "TeZO mutate, 2 passes": attached(TeZO, rank=rank, passes=2),
+        "TeZO-Adam mutate": attached(TeZO, rank=rank, variant="adam"),
+        "TeZO-Adam adapter": attached(TeZO, rank=rank, variant="adam", engine="adapter"),
+        "MeZO, 3 passes": attached(MeZO),
+        "MeZO, 2 passes": attached(MeZO, passes=2),
+        "MeZO-Adam as published": lambda model: PublishedLoop(model, adam=True),
+        "LOZO adapter": attached(LOZO, rank=2, engine="adapter"),
+        "SubZero adapter": attached(SubZero, rank=rank, engine="adapter"),
+    }
+
+
+class Task:
+    """The model, one batch, and the closure that a method asks for."""
+
+    def __init__(self, dtype: str) -> None:
+        self.model = load_model("builtin:smollm2-135m-instruct", dtype=dtype)
+        rng = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(5, 49_000, (8, 64), generator=rng)
+
+    def closure(self, optimizer: Any) -> Callable[[], torch.Tensor]:
+        if getattr(getattr(optimizer, "settings", None), "engine", "") != "paired":
+            return lambda: self.model(input_ids=self.ids, labels=self.ids).loss
+
+        def paired() -> torch.Tensor:
+            logits = self.model(input_ids=self.ids.repeat(2, 1)).logits.chunk(2)
+            size = self.model.config.vocab_size
+            return torch.stack([self.model.loss_function(x, self.ids, vocab_size=size) for x in logits])
+
+        return paired
+
+
+def measure_time(rank: int, dtype: str, rounds: int, chosen: list[str]) -> dict[str, Any]:
+    task, taken = Task(dtype), {name: [] for name in chosen}
+    for turn in range(rounds + 1):
+        for name in chosen:
+            # A fresh optimizer each time: hooks of one would slow down the next. Its making is not timed.
+            optimizer = methods(rank)[name](task.model)
+            closure = task.closure(optimizer)
+            wall, cpu = time.perf_counter(), time.process_time()
+            optimizer.step(closure)
+            seconds = time.perf_counter() - wall, time.process_time() - cpu
+            if hasattr(optimizer, "detach"):
+                optimizer.settle_()
+                optimizer.detach()
+            if turn:
+                taken[name].append(seconds)
+            print(f"{turn} {name}: {seconds[0]:.2f} s wall, {seconds[1]:.2f} s processor", file=sys.stderr, flush=True)
+    medians = {name: [statistics.median(clock) for clock in zip(*values)] for name, values in taken.items()}
+    floor = medians["two forwards"]
+    loop = medians.get("MeZO as published")
+    found = {}
+    for name, (wall, cpu) in medians.items():
+        found[name] = {
+            "wall_seconds": round(wall, 3),
+            "processor_seconds": round(cpu, 3),
+            "over_two_forwards": round(wall / floor[0], 3),
+            "over_two_forwards_processor": round(cpu / floor[1], 3),
+        }
+        if loop:
+            found[name] |= {
+                "faster_than_published": round(loop[0] / wall, 2),
+                "faster_than_published_processor": round(loop[1] / cpu, 2),
+            }
+        optimizer = methods(rank)[name](task.model)
+        if hasattr(optimizer, "report"):
+            found[name]["report"] = optimizer.report()
+            optimizer.detach()
+    return found
+
+
+class Peak:
+    """The largest anonymous resident set while the block ran."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def one_memory(rank: int, dtype: str, name: str) -> dict[str, Any]:
+    task = Task(dtype)
+    make = (lambda model: Forwards(model, count=1)) if name == "one forward" else methods(rank)[name]
+    optimizer = make(task.model)
+    closure = task.closure(optimizer)
+    with Peak() as peak:
+        for _ in range(2):
+            optimizer.step(closure)
+    weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
+    return {"peak_bytes": peak.bytes, "weight_bytes": weights}
+
+
+def measure_memory(rank: int, dtype: str, chosen: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ["one forward", *(c for c in chosen if c != "two forwards")]:
+        command = [sys.executable, "-m", "benchmarks.speed.zeroth_order", "one", "--name", name]
+        command += ["--rank", str(rank), "--dtype", dtype]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        found[name]["over_inference"] = round(found[name]["peak_bytes"] / found["one forward"]["peak_bytes"], 3)
+        print(name, found[name], file=sys.stderr, flush=True)
+    return found
+
+
+def commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--short", "src") else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["time", "memory", "one"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="")
+    parser.add_argument("--only", nargs="*", default=None, help="methods, by name; all when not given")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.part == "one":
+        print(json.dumps(one_memory(given.rank, given.dtype, given.name)))
+        return
+    chosen = given.only or list(methods(given.rank))
+    if given.part == "time":
+        found = measure_time(given.rank, given.dtype, given.rounds, chosen)
+    else:
+        found = measure_memory(given.rank, given.dtype, chosen)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    settings = {"rank": given.rank, "dtype": given.dtype, "threads": given.threads, "batch": [8, 64]}
+    settings |= {"rounds": given.rounds} if given.part == "time" else {}
+    cell = {"settings": settings, "results": found, "commit": commit(), "environment": environment()}
+    results[f"{given.part}-{given.dtype}-rank{given.rank}-threads{given.threads}"] = cell
+    write_atomic(RESULTS, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
