@@ -144,6 +144,25 @@ def test_auto_follows_what_was_trained_and_right_vectors_of_a_frozen_a_warn():
         hrp_factors(A, B, rank=2, init_factor="A", train_factors="B")
 
 
+@pytest.mark.parametrize("init_factor", ["A", "B", "balanced"])
+def test_a_directions_sign_does_not_change_the_training_that_follows(init_factor):
+    A, B = preheated(6, 12, 10)
+    start = hrp_factors(A, B, rank=3, init_factor=init_factor)
+    flip = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+    target = preheated(6, 12, 10, seed=1)
+    products = []
+    for sign in (torch.ones(3, dtype=torch.float64), flip):
+        factors = [(sign[:, None] * start[0]).requires_grad_(), (start[1] * sign).requires_grad_()]
+        optimizer = torch.optim.AdamW(factors, lr=0.05, weight_decay=0.0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (factors[1] @ factors[0] - target[1] @ target[0]).square().sum().backward()
+            optimizer.step()
+        products.append((factors[1] @ factors[0]).detach())
+    torch.testing.assert_close(products[0], products[1], atol=1e-10, rtol=0)
+    assert float((products[0] - start[1] @ start[0]).norm()) > 0.1
+
+
 # The closed-form cases of the matrix model: loss = |B A - M|^2 / 2.
 
 

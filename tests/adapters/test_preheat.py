@@ -235,6 +235,12 @@ def test_what_cannot_be_preheated_is_said():
     fails("data end after 2 of 4 preheating steps", data=batches(2))
     fails("no loss: the batch holds no labels", data=[{"input_ids": b["input_ids"]} for b in batches()])
     fails("use_dora adapters cannot be started", error=UnsupportedError, use_dora=True)
+    fails(
+        "Variant adapters cannot be started", error=UnsupportedError, task_type="CAUSAL_LM", alora_invocation_tokens=[5]
+    )
+    biased = get_peft_model(tiny_llama(attention_bias=True), LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    with pytest.raises(UnsupportedError, match="lora_bias adapters cannot be started"):
+        get_hrp_state_dict(biased, batches(), lr=LR, config=SHORT)
 
 
 def test_a_diverging_stage_says_so():

@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -48,7 +48,8 @@ def run_cells(
     done = read_result(name).get("cells", {})
     open_cells = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in done]
     deadline, saved = time.monotonic() + budget, time.monotonic()
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    many = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) if workers > 1 else None
+    with many or ThreadPoolExecutor(1) as pool:
         waiting, rest = {}, iter(open_cells)
         while True:
             while len(waiting) < workers and time.monotonic() < deadline and (cell := next(rest, None)) is not None:

@@ -32,7 +32,7 @@ from modicum.random import generator
 
 VOCABULARY, TOKENS, BATCH, RANK = 24, 24, 16, 4
 PREHEAT, TOTAL, PRETRAIN = 15, 165, 500
-LRS = (3e-3, 1e-2, 3e-2)
+LRS = (3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = 3
 
 HRP = {"preheat_steps": PREHEAT}
