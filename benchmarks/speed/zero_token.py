@@ -1,7 +1,7 @@
 """Time of the zero token: attention by each route, a training step, decoding, and exits, side by side in one run.
 
-Compared with what a user would run instead: plain attention, head-tail cycling without zero tokens, and a stock Llama of
-the same logical depth. Widths are those of SmolLM2-135M, with few layers. Run:
+Compared with what a user would run instead: plain attention, head-tail cycling without zero tokens, and a stock Llama
+of the same logical depth. Widths are those of SmolLM2-135M, with few layers. Run:
 
     python benchmarks/speed/zero_token.py
 """
@@ -133,19 +133,14 @@ def main():
         model.train()
     steps = timed({n: train_step(m, ids) for n, m in trio.items()}, rounds=8)
     found["training step, batch 2 x 256"] = against(steps, "llama")
-    found["training step over htc"] = round(
-        statistics.median(a / b for a, b in zip(steps["ztt"], steps["htc"])), 4
-    )
+    found["training step over htc"] = round(statistics.median(a / b for a, b in zip(steps["ztt"], steps["htc"])), 4)
     for model in trio.values():
         model.eval()
     variants = {n: (m, {}) for n, m in trio.items()}
     for length in (64, 1024):
         seconds = decode_times(ids[:1, :64].repeat(1, length // 64), 24, 6, variants)
         found[f"decode one token after {length}"] = against(seconds, "llama")
-    exits = {
-        f"{c} cycles": (trio["ztt"], {"exit_threshold": 1.0 if c == CYCLES else -1.0})
-        for c in (CYCLES, 1)
-    }
+    exits = {f"{c} cycles": (trio["ztt"], {"exit_threshold": 1.0 if c == CYCLES else -1.0}) for c in (CYCLES, 1)}
     per_token = decode_times(ids[:1, :64], 24, 8, exits)
     visits = {CYCLES: 2 + CYCLES * (PHYSICAL - 2), 1: 2 + (PHYSICAL - 2)}
     time_saved = 1 - statistics.median(a / b for a, b in zip(per_token["1 cycles"], per_token[f"{CYCLES} cycles"]))

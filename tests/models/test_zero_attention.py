@@ -28,7 +28,9 @@ def padded_causal(b, t, left):
     return mask
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("bias", [False, True])
@@ -164,7 +166,10 @@ def test_a_key_for_each_query_equals_a_constant_one(route):
 def test_one_token_and_one_key():
     q, k, v, z = parts(t=1)
     out = zero_attention(q, k, v, z)
-    s, s0 = ((q * x.repeat_interleave(2, -x.dim() + 1 if x.dim() == 2 else 1)).sum(-1) / 8**0.5 for x in (k[:, :, :], z[None, :, None]))
+    s, s0 = (
+        (q * x.repeat_interleave(2, -x.dim() + 1 if x.dim() == 2 else 1)).sum(-1) / 8**0.5
+        for x in (k[:, :, :], z[None, :, None])
+    )
     torch.testing.assert_close(out, torch.sigmoid(s - s0)[..., None] * v.repeat_interleave(2, 1))
 
 

@@ -92,7 +92,9 @@ def test_low_rank_is_the_best_approximation():
     torch.testing.assert_close((residual - b @ a).norm(), singular[2:].norm())
 
 
-@pytest.mark.parametrize("knobs", [{}, {"pool": "cycle"}, {"pool": "layer"}, {"cycle_gate": "rezero"}, {"lora_rank": 2}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"pool": "cycle"}, {"pool": "layer"}, {"cycle_gate": "rezero"}, {"lora_rank": 2}]
+)
 def test_resizing_keeps_old_cycles_and_copies_the_last(knobs):
     model = looped(n_cycles=2, cycle_embedding="add", zero_bias=True, cycle_loss_weights=[0.5, 0.5], **knobs)
     more = resize_pool(model, 4)
@@ -166,7 +168,11 @@ def test_other_models_and_looped_ones_are_refused():
         convert_to_zero_token(looped())
     from transformers import OPTConfig, OPTForCausalLM
 
-    opt = OPTForCausalLM(OPTConfig(vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=8))
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=8
+        )
+    )
     with pytest.raises(UnsupportedError, match="opt"):
         convert_to_zero_token(opt)
 
@@ -175,7 +181,9 @@ def test_other_models_and_looped_ones_are_refused():
 def test_the_calibrated_threshold_keeps_its_promise(criterion):
     model = looped(exit_scope="token", exit_criterion=criterion).train()
     batches = [tokens(3, 12), tokens(2, 9, seed=1)]
-    found = {increase: calibrate_threshold(model, batches, max_loss_increase=increase) for increase in (0.0, 0.2, 100.0)}
+    found = {
+        increase: calibrate_threshold(model, batches, max_loss_increase=increase) for increase in (0.0, 0.2, 100.0)
+    }
     assert model.training
     model.eval()
     for increase, point in found.items():

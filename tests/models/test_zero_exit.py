@@ -86,7 +86,9 @@ def test_leaving_after_c_cycles_equals_running_c_cycles(policy, cycles):
 def test_a_sequence_exits_the_same_alone_and_in_a_batch(scope, policy, criterion):
     model = looped(exit_scope=scope, cache_policy=policy, exit_criterion=criterion)
     ids = tokens(3)
-    threshold = middling(looped(), ids) if criterion == "zero_attention" else {"latent": 0.7, "random": 0.5}.get(criterion, 0.3)
+    threshold = (
+        middling(looped(), ids) if criterion == "zero_attention" else {"latent": 0.7, "random": 0.5}.get(criterion, 0.3)
+    )
     together = run(model, ids, exit_threshold=threshold)
     for i in range(3):
         alone = run(model, ids[i : i + 1], exit_threshold=threshold)

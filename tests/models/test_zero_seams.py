@@ -64,7 +64,10 @@ def trainer_of(model, folder, **arguments):
     settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "seed": 0}
     settings |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2, "logging_strategy": "no"} | arguments
     return Trainer(
-        model, TrainingArguments(output_dir=str(folder), **settings), train_dataset=data, data_collator=default_data_collator
+        model,
+        TrainingArguments(output_dir=str(folder), **settings),
+        train_dataset=data,
+        data_collator=default_data_collator,
     )
 
 
@@ -73,7 +76,9 @@ def test_the_unchanged_trainer_trains_saves_and_resumes(arguments, tmp_path):
     whole = looped("llama-tied-bias")
     trainer_of(whole, tmp_path / "whole", **arguments).train()
     again = looped("llama-tied-bias")
-    trainer_of(again, tmp_path / "again", **arguments).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    trainer_of(again, tmp_path / "again", **arguments).train(
+        resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2")
+    )
     assert not torch.equal(whole.zero_token.zero_key, looped("llama-tied-bias").zero_token.zero_key)
     for (name, a), b in zip(whole.named_parameters(), again.parameters()):
         torch.testing.assert_close(a, b, msg=name)

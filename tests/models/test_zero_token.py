@@ -137,7 +137,9 @@ def test_relative_zero_key_does_not_care_where_the_text_starts():
     ids, positions = tokens(), torch.arange(7)[None]
     for rope, moves in (("relative", False), ("none", True)):
         model = looped(zero_key_rope=rope)
-        difference = (full(model, ids, position_ids=positions) - full(model, ids, position_ids=positions + 5)).abs().max()
+        difference = (
+            (full(model, ids, position_ids=positions) - full(model, ids, position_ids=positions + 5)).abs().max()
+        )
         assert bool(difference > 1e-3) is moves
 
 

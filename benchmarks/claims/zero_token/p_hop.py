@@ -104,10 +104,13 @@ def evaluate(model: ZeroTokenForCausalLM) -> dict[str, object]:
     depth = model.config.depth
     if depth == 1:
         return result
-    result["accuracy by cycles"] = [accuracy(model(x, use_cache=False, n_cycles=c).logits, target) for c in range(1, depth + 1)]
+    result["accuracy by cycles"] = [
+        accuracy(model(x, use_cache=False, n_cycles=c).logits, target) for c in range(1, depth + 1)
+    ]
     if out.zero_attention:
         result["zero attention by cycle"] = [
-            float(torch.stack([p.mean() for (_, at), p in out.zero_attention.items() if at == c]).mean()) for c in range(depth)
+            float(torch.stack([p.mean() for (_, at), p in out.zero_attention.items() if at == c]).mean())
+            for c in range(depth)
         ]
         result["exits"] = exits(model, x, target)
     return result
@@ -155,12 +158,22 @@ def main() -> None:
                 print("out of time; start again to go on")
                 return
             cell = train(variant, seed, options.steps)
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-            cell |= {"when": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit, "environment": environment()}
+            commit = subprocess.run(
+                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            ).stdout.strip()
+            cell |= {
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+                "commit": commit,
+                "environment": environment(),
+            }
             record["cells"].append(cell)
             RESULT.parent.mkdir(exist_ok=True)
             RESULT.write_text(json.dumps(record, indent=1) + "\n")
-            print({k: cell[k] for k in ("variant", "seed", "accuracy", "loss", "seconds")}, cell.get("accuracy by cycles"), flush=True)
+            print(
+                {k: cell[k] for k in ("variant", "seed", "accuracy", "loss", "seconds")},
+                cell.get("accuracy by cycles"),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

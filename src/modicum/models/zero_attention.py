@@ -40,7 +40,7 @@ def zero_attention(
     value: Float[Tensor, "b g s k"],
     zero_key: Float[Tensor, "g k"] | Float[Tensor, "#b g t k"] | None,
     *,
-    zero_bias: Float[Tensor, "h"] | None = None,
+    zero_bias: Float[Tensor, " h"] | None = None,
     attn_mask: Mask | None = None,
     is_causal: bool = False,
     scale: Positive | None = None,
@@ -151,7 +151,7 @@ def standard_attention(
 def zero_logit(
     query: Float[Tensor, "b h t k"],
     zero_key: Float[Tensor, "g k"] | Float[Tensor, "#b g t k"] | None,
-    zero_bias: Float[Tensor, "h"] | None,
+    zero_bias: Float[Tensor, " h"] | None,
     *,
     scale: Positive,
 ) -> Float[Tensor, "b h t"]:
@@ -168,7 +168,8 @@ def zero_logit(
     return logit if zero_bias is None else logit + zero_bias.to(wide)[:, None]
 
 
-def _float_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+def float_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as what is added to the logits."""
     if attn_mask.dtype != torch.bool:
         return attn_mask.to(dtype)
     return torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(~attn_mask, -torch.inf)
@@ -214,7 +215,7 @@ class _GateByLse(torch.autograd.Function):
         return out, p0
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, p0, attn_mask = ctx.saved_tensors
         grads = _FLASH_BACKWARD(
             grad, query, key, value, out, lse, 0.0, ctx.is_causal, attn_mask=attn_mask, scale=ctx.scale
@@ -236,8 +237,8 @@ def gate_by_lse(
     """Attend by the stock kernel and gate its output by sigmoid(lse - s0); return the output and p0."""
     if query.device.type != "cpu":
         raise UnsupportedError(f"The lse route runs on a CPU, not on {query.device.type}. Use route='concat'.")
-    mask = None if attn_mask is None else _float_mask(attn_mask, query.dtype)
-    out, p0 = _GateByLse.apply(query, key, value, s0, mask, is_causal, scale)
+    mask = None if attn_mask is None else float_mask(attn_mask, query.dtype)
+    out, p0 = _GateByLse.apply(query, key, value, s0, mask, is_causal, scale)  # type: ignore[no-untyped-call]
     return out, p0
 
 
@@ -259,7 +260,7 @@ def eager_attention(
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
-        logits = logits + _float_mask(attn_mask, s0.dtype)
+        logits = logits + float_mask(attn_mask, s0.dtype)
     weights = torch.cat([s0[..., None], logits], -1).softmax(-1)
     p0, weights = weights[..., 0], F.dropout(weights[..., 1:], dropout, training=dropout > 0)
     return (weights @ values.to(s0.dtype)).to(query.dtype), p0, weights
@@ -289,7 +290,7 @@ def _concat(
         mask = F.pad(attn_mask, (1, 0), value=attn_mask.dtype == torch.bool)
     if zero_bias is not None:
         column = F.pad(zero_bias.to(query.dtype)[:, None, None], (0, s))
-        mask = column.expand(-1, t, -1)[None] + (0 if mask is None else _float_mask(mask, query.dtype))
+        mask = column.expand(-1, t, -1)[None] + (0 if mask is None else float_mask(mask, query.dtype))
     if return_zero_attention:
         if dropout:
             raise UnsupportedError("Dropout hides the attention on the zero token. Use route='eager'.")

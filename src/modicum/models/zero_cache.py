@@ -1,7 +1,7 @@
 """Key-value cache of a looped model: a slot for each visit of a layer, the zero key waiting in column 0.
 
-A slot's buffers are allocated ahead and written in place, so a decoding step copies one token and nothing else. The zero
-key never counts: lengths, masks and positions are those of the real tokens.
+A slot's buffers are allocated ahead and written in place, so a decoding step copies one token and nothing else. The
+zero key never counts: lengths, masks and positions are those of the real tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from modicum.models.zero_schedule import Visit
 _FIRST_CAPACITY = 64
 
 
-class SlotLayer(DynamicLayer):  # type: ignore[misc]
+class SlotLayer(DynamicLayer):
     """Keys and values of one visit, in buffers that grow by doubling; ``lead`` columns in front hold the zero token."""
 
     def __init__(self) -> None:
@@ -58,12 +58,12 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
             raise UnsupportedError("Keys and values of a slot cannot be replaced. Use update, crop or reorder_cache.")
         self._buffers, self._length, self.scores = None, 0, None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
         """Note where the keys live; the buffers come with the first update."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, zero_key: Tensor | None = None, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *_: Any, zero_key: Tensor | None = None, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values; return all of them, with the zero token in front when there is a ``zero_key``."""
         if not self.is_initialized:

@@ -44,9 +44,9 @@ def calibrate_threshold(
 ) -> ExitPoint:
     """Return the threshold that runs the fewest cycles while the loss rises by at most ``max_loss_increase``.
 
-    One threshold does not fit all lengths: the attention on the zero token falls with the number of keys. Calibrate on text
-    as long as what the model will read, with the exit scope that it will use. Under the scope ``sequence`` a token's depth
-    depends on what follows it, so that the loss is no perplexity; ``token`` and ``prefix`` are causal.
+    One threshold does not fit all lengths: the attention on the zero token falls with the number of keys. Calibrate on
+    text as long as what the model will read, with the exit scope that it will use. Under the scope ``sequence`` a
+    token's depth depends on what follows it, so that the loss is no perplexity; ``token`` and ``prefix`` are causal.
 
     Args:
         model: A model, with its exit criterion, score and scope.
@@ -61,7 +61,9 @@ def calibrate_threshold(
     criterion = model.config.exit_criterion
     never = _NEVER[criterion]
     if not data or model.config.depth < 2:
-        raise RecipeError(f"calibrate_threshold got {len(data)} batches and {model.config.depth} cycles, expected both above.")
+        raise RecipeError(
+            f"calibrate_threshold got {len(data)} batches and {model.config.depth} cycles, expected both above."
+        )
     was_training = model.training
     model.eval()
     full_loss, cycles, scores = _measure(model, data, never)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -43,8 +44,8 @@ _OPTIONAL_CHOICES: dict[str, Any] = {
 class ZeroTokenConfig(PreTrainedConfig):
     """Configuration of :class:`~modicum.models.ZeroTokenForCausalLM`.
 
-    What is not listed here (``vocab_size``, ``hidden_size``, ``eos_token_id``, …) is read from ``host`` and written to it.
-    ``num_hidden_layers`` is the number of layer visits, which is what a key-value cache needs to know.
+    What is not listed here (``vocab_size``, ``hidden_size``, ``eos_token_id``, …) is read from ``host`` and written to
+    it. ``num_hidden_layers`` is the number of layer visits, which is what a key-value cache needs to know.
 
     Args:
         host: Configuration of the architecture whose layers are looped, or its fields with ``model_type``.
@@ -87,7 +88,7 @@ class ZeroTokenConfig(PreTrainedConfig):
     n_cycles: int = 2
     n_head: int = 1
     n_tail: int = 1
-    order: str | list[int] = "cycle"
+    order: Any = "cycle"
     zero_token: bool = True
     zero_kind: str = "key"
     zero_layers: str = "middle"
@@ -109,7 +110,7 @@ class ZeroTokenConfig(PreTrainedConfig):
     cache_policy: str = "latest"
     train_cycles: str = "fixed"
     cycle_loss_weights: list[float] | None = None
-    route: str = "auto"
+    route: Any = "auto"
     seed: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -222,8 +223,12 @@ class ZeroTokenConfig(PreTrainedConfig):
         found: dict[Any, int] = {}
         layers = set(self.middle) if self.zero_layers == "middle" else set(range(self.host.num_hidden_layers))
         visits = sorted((v for v in self.schedule if v[0] in layers), key=lambda v: (v[1], v[0]))
-        part = {"layer_cycle": lambda v: v, "cycle": lambda v: v[1], "layer": lambda v: v[0]}[self.pool]
-        return {visit: found.setdefault(part(visit), len(found)) for visit in visits}
+        part: dict[str, Callable[[Visit], Any]] = {
+            "layer_cycle": lambda v: v,
+            "cycle": lambda v: v[1],
+            "layer": lambda v: v[0],
+        }
+        return {visit: found.setdefault(part[self.pool](visit), len(found)) for visit in visits}
 
 
 def _own_names() -> frozenset[str]:

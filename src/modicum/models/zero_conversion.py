@@ -85,8 +85,8 @@ def convert_to_zero_token(
         zero_token: Add zero tokens; without, it is head-tail cycling.
         mode: ``"loop"`` keeps all layers and makes the model deeper; ``"tie"`` keeps the depth and drops layers.
         tie_init: Which of the tied layers gives the weights, or their average.
-        lora_rank: Rank of the low-rank terms that untie the cycles; in mode ``"tie"`` they start at the truncated singular
-            value decomposition of what tying took away.
+        lora_rank: Rank of the low-rank terms that untie the cycles; in mode ``"tie"`` they start at the truncated
+            singular value decomposition of what tying took away.
         zero_kind: Trainable key, key fixed at zero, or trainable logit.
         zero_layers: Middle layers or all.
         pool: What has a zero key of its own.
@@ -126,13 +126,13 @@ def convert_to_zero_token(
         (8, torch.Size([6, 2, 4]))
 
     Cost:
-        N (L - head - tail) + head + tail layer visits in place of L; (L - head - tail) N key-value heads times head width
-        new parameters; a key-value cache for every visit.
+        N (L - head - tail) + head + tail layer visits in place of L; (L - head - tail) N key-value heads times head
+        width new parameters; a key-value cache for every visit.
 
     Deviates:
-        The text of the paper that could be consulted fixes the structure alone. Ours are: cycling the middle as a block,
-        a key for each layer and cycle, no rotation of the key, the initial standard deviation, the exit score and its
-        scope, ``"auto"``, the modes ``"tie"`` and ``"rezero"``.
+        The text of the paper that could be consulted fixes the structure alone. Ours are: cycling the middle as a
+        block, a key for each layer and cycle, no rotation of the key, the initial standard deviation, the exit score
+        and its scope, ``"auto"``, the modes ``"tie"`` and ``"rezero"``.
 
     Reference:
         Li, Jiang, Shen, Tang, Yuan, "Zero Token-Driven Deep Thinking in LLMs: Unlocking the Full Potential of Existing
@@ -237,8 +237,8 @@ def tied_layer(
 ) -> dict[str, Tensor]:
     """Return the weights of the ``k``-th of ``width`` physical layers.
 
-    ``average`` is the mean of the layers that it replaces. The others take a whole layer of the old middle: ``lower`` and
-    ``upper`` its first and last ones, ``stepwise`` evenly spaced ones from end to end, ``random`` a sorted sample.
+    ``average`` is the mean of the layers that it replaces. The others take a whole layer of the old middle: ``lower``
+    and ``upper`` its first and last ones, ``stepwise`` evenly spaced ones from end to end, ``random`` a sorted sample.
     """
     if tie_init == "average":
         return {name: torch.stack([s[name].double() for s in tied]).mean(0).to(t.dtype) for name, t in tied[0].items()}
@@ -253,7 +253,7 @@ def tied_layer(
         order = torch.randperm(last - first + 1, generator=generator(seed, "tie_init"))
         index = first + int(order[:width].sort().values[k])
     else:
-        raise RecipeError(f"There is no tie_init {tie_init!r}. {did_you_mean(tie_init, TieInit.__args__)}")  # type: ignore[attr-defined]
+        raise RecipeError(f"There is no tie_init {tie_init!r}. {did_you_mean(tie_init, TieInit.__args__)}")
     return dict(layers[index].state_dict())
 
 

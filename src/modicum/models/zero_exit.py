@@ -63,9 +63,9 @@ def spread(
 ) -> Float[Tensor, "b t"]:
     """Average ``score`` over the tokens that decide together.
 
-    ``sequence`` averages the real tokens of each sequence, ``last_token`` takes the last real one, ``prefix`` averages up
-    to each token, ``token`` leaves every token to itself, ``batch`` averages everything. Scores that are NaN, of tokens
-    that did not run, do not count.
+    ``sequence`` averages the real tokens of each sequence, ``last_token`` takes the last real one, ``prefix`` averages
+    up to each token, ``token`` leaves every token to itself, ``batch`` averages everything. Scores that are NaN, of
+    tokens that did not run, do not count.
     """
     counts = ~score.isnan() if mask is None else mask & ~score.isnan()
     kept = score.masked_fill(~counts, 0.0)
@@ -81,7 +81,7 @@ def spread(
     elif scope == "batch":
         mean = (kept.sum() / counts.sum().clamp(min=1))[None, None]
     else:
-        raise RecipeError(f"There is no exit_scope {scope!r}. {did_you_mean(scope, ExitScope.__args__)}")  # type: ignore[attr-defined]
+        raise RecipeError(f"There is no exit_scope {scope!r}. {did_you_mean(scope, ExitScope.__args__)}")
     return mean.expand_as(score)
 
 

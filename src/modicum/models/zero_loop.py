@@ -116,7 +116,9 @@ class Pass:
         mask = self.masks[self.layer_types[slot]]
         block: Any = self.layers[layer]
         if only_store:
-            norm, attention = (block.ln_1, block.attn) if hasattr(block, "ln_1") else (block.input_layernorm, block.self_attn)
+            norm, attention = (
+                (block.ln_1, block.attn) if hasattr(block, "ln_1") else (block.input_layernorm, block.self_attn)
+            )
             attention(norm(hidden), attention_mask=mask, visit=visit, **self.call)
             return hidden, visit
         hidden = block(hidden, attention_mask=mask, visit=visit, use_cache=False, **self.call)
@@ -277,7 +279,9 @@ class _Criterion:
         if visit.p0 is None:
             return active
         assert self.p.threshold is not None  # noqa: S101 - by_layer implies it
-        return self._leave(zero_exit.layer_score([visit.p0], score="layer"), self.p.threshold, active, self._own_slot(visit))
+        return self._leave(
+            zero_exit.layer_score([visit.p0], score="layer"), self.p.threshold, active, self._own_slot(visit)
+        )
 
     def after_cycle(
         self, visits: list[Visit], before: Tensor, after: Tensor, active: Tensor | None, done: int
@@ -307,7 +311,9 @@ class _Criterion:
 
     def _own_slot(self, visit: Visit) -> int:
         """Return the slot of a visit that is its own even when the cycles share their keys."""
-        return next(s for c in self.p.stages.cycles for (layer, at, s) in c if (layer, at) == (visit.layer, visit.cycle))
+        return next(
+            s for c in self.p.stages.cycles for (layer, at, s) in c if (layer, at) == (visit.layer, visit.cycle)
+        )
 
     def _change(self, before: Tensor, after: Tensor) -> Tensor:
         """Return minus the change that this cycle made, so that a small change scores high."""

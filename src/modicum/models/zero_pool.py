@@ -12,7 +12,6 @@ from modicum.errors import CheckpointError
 from modicum.models.zero_config import ZeroTokenConfig
 from modicum.random import generator
 
-
 OTHER_CYCLES = (
     "Was it made for another number of cycles? Load it with its own n_cycles, then call "
     "modicum.models.resize_pool(model, n_cycles)."
@@ -77,4 +76,3 @@ class ZeroTokenPool(nn.Module):
                     f"{prefix}{name} has shape {tuple(given.shape)}, expected {tuple(parameter.shape)}. {OTHER_CYCLES}"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-

@@ -1,7 +1,7 @@
 """Which physical layer runs when: the order in which a looped model visits its layers.
 
-A schedule is a list of ``(physical layer, cycle)``. Head and tail layers run once, in cycle 0. An entry's position in the
-schedule is also its slot in the key-value cache, so that every visit of a layer keeps keys of its own.
+A schedule is a list of ``(physical layer, cycle)``. Head and tail layers run once, in cycle 0. An entry's position in
+the schedule is also its slot in the key-value cache, so that every visit of a layer keeps keys of its own.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 r"""Zero Token Transformer: a deeper model from the same weights, which may leave its loop early.
 
-The first and last layers of the host run once, the layers between them several times. Each visit of a middle layer has a
-zero token of its own (a trainable key with value zero), by which a shared layer can tell the cycles apart and attend to
-nothing. Where the attention on the zero token is high, the loop may stop.
+The first and last layers of the host run once, the layers between them several times. Each visit of a middle layer has
+a zero token of its own (a trainable key with value zero), by which a shared layer can tell the cycles apart and attend
+to nothing. Where the attention on the zero token is high, the loop may stop.
 
 Looping saves parameters, not decoding bandwidth: every cycle reads the middle weights again. Looped once more, a
-pre-trained model is at first much worse; it needs training, several free layers at both ends, or ``cycle_gate="rezero"``.
+pre-trained model is at first much worse; it needs training, several free layers at both ends, or
+``cycle_gate="rezero"``.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class ZeroTokenOutput(CausalLMOutputWithPast):
     zero_attention: dict[tuple[int, int], Float[Tensor, "b h t"]] | None = None
 
 
-class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose middle layers run several times.
 
     Its physical weights have the names that the host's checkpoints give them; what looping adds is in ``zero_token``.
@@ -137,7 +138,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         """Return the language-model head."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the language-model head."""
         self.lm_head = new_embeddings
 
@@ -191,7 +192,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        n_cycles: int | Int[Tensor, "..."] | None = None,
+        n_cycles: int | Tensor | None = None,
         exit_threshold: float | None = None,
         output_zero_attention: bool = False,
         **kwargs: Any,

@@ -1,7 +1,7 @@
 """One visit of a layer: what its attention must know beyond the host's own arguments.
 
-The host's layers run unchanged. Their attention calls the function registered here, which keeps the keys and values of the
-visit in its own cache slot and adds the zero token.
+The host's layers run unchanged. Their attention calls the function registered here, which keeps the keys and values of
+the visit in its own cache slot and adds the zero token.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modicum.errors import UnsupportedError
-from modicum.models.zero_attention import attention_with_lse, eager_attention, zero_attention, zero_logit
-from modicum.models.zero_attention import _float_mask as float_mask
+from modicum.models.zero_attention import (
+    Route,
+    attention_with_lse,
+    eager_attention,
+    float_mask,
+    zero_attention,
+    zero_logit,
+)
 from modicum.models.zero_cache import SlotLayer
 
 ATTENTION = "modicum_zero_token"
@@ -51,7 +57,7 @@ class Visit:
     cycle: int
     slot: int
     backend: str = "sdpa"
-    route: str = "auto"
+    route: Route = "auto"
     cache: Cache | None = None
     has_zero: bool = False
     zero_key: Tensor | None = None
@@ -165,7 +171,7 @@ class Switch:
 
 
 def watch(attention: nn.Module) -> Switch:
-    """Return a switch that follows the calls of ``attention``; it is set again when a checkpointed layer is recomputed."""
+    """Return a switch that follows the calls of ``attention``, those of a recomputed layer too."""
     switch = Switch()
 
     def remember(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
