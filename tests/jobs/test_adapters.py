@@ -83,6 +83,7 @@ def test_a_resumed_run_starts_from_the_same_factors_without_looking_at_the_data(
     first, second = (dict(model.named_parameters()) for model in models)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert started[0].initial.keys() == started[1].initial.keys()
+    assert started[0].origin == started[1].origin
     cache.write_bytes(b"cut")
     with pytest.raises(CheckpointError, match=r"start.safetensors is corrupt.*Delete it"):
         start(wrap(), name, cache=cache)
@@ -121,7 +122,7 @@ def test_continuing_after_preheating_says_how_much_was_seen():
 
 def test_the_origin_says_what_was_preheated():
     started = start(wrap(), "hrp", {"preheat_steps": None}, total_steps=100)
-    assert started.origin["preheated_steps"] == 10 and started.origin["preheated_rank"] == 8
+    assert started.origin["preheat_steps"] == 10 and started.origin["preheat_rank"] == 8
     json.dumps(started.origin)
 
 

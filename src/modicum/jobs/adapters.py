@@ -117,15 +117,18 @@ def initialize(
     """
     entry = adapter_init[name]
     knobs = entry.knobs(knobs)
+    if name == "hrp":
+        knobs |= _resolved(peft_model, entry, knobs, total_steps, adapter)
     started = Started({"name": name, **knobs, "seed": seed})
+    if knobs.get("reuse_data") == "continue":
+        started.consumed = knobs["preheat_steps"] * accumulation
     if entry.facts.get("config") or entry.facts.get("optimizer"):
         _freeze(peft_model, entry, adapter)
         return started
     factors = _cached(cache)
     if factors is None:
         if name == "hrp":
-            options: dict[str, Any] = {"lr": lr, "total_steps": total_steps, "accumulation": accumulation, "seed": seed}
-            options |= {"loss": loss, "optimizer": optimizer}
+            options = {"lr": lr, "accumulation": accumulation, "seed": seed, "loss": loss, "optimizer": optimizer}
             factors = _preheat(peft_model, entry, knobs, started, batches, adapter, options)
         else:
             factors = _compute(peft_model, entry, knobs, batches, loss, seed, adapter)
@@ -165,6 +168,17 @@ def make_optimizer(
     return None
 
 
+def _resolved(
+    peft_model: Any, entry: Entry, knobs: dict[str, Any], total_steps: int | None, adapter: str
+) -> dict[str, int]:
+    """Return HRP's rank and number of steps where the recipe leaves them to the run."""
+    from modicum.adapters.layers import lora_layers
+
+    stage, _ = _gathering(entry, knobs)
+    rank = max(layer.r[adapter] for layer in lora_layers(peft_model, adapter).values())
+    return {"preheat_rank": stage.rank_for(rank), "preheat_steps": stage.steps_for(total_steps)}
+
+
 def _preheat(
     peft_model: Any,
     entry: Entry,
@@ -178,7 +192,6 @@ def _preheat(
     from modicum.adapters.preheat import get_hrp_state_dict, initialize_lora_hrp_weights
 
     stage, knobs = _gathering(entry, knobs)
-    asked = stage.rank_for(max(layer.r[adapter] for layer in lora_layers(peft_model, adapter).values()))
     state = get_hrp_state_dict(peft_model, _cycle(batches, peft_model.device), config=stage, adapter=adapter, **options)
     left = initialize_lora_hrp_weights(
         peft_model,
@@ -189,12 +202,10 @@ def _preheat(
         seed=options["seed"],
         adapter=adapter,
     )
-    steps = stage.steps_for(options["total_steps"])
-    ranks = [len(state[key]) for key in state if key.endswith(".S")]
-    started.origin |= {"preheated_steps": steps, "preheated_rank": max(ranks)}
-    if clipped := sum(rank < asked for rank in ranks):
-        started.notes.append(f"HRP's preheating rank {asked} was clipped to the short side of {clipped} modules.")
-    started.consumed = steps * options["accumulation"] if stage.reuse_data == "continue" else 0
+    if clipped := sum(len(state[key]) < stage.preheat_rank for key in state if key.endswith(".S")):
+        started.notes.append(
+            f"HRP's preheating rank {stage.preheat_rank} was clipped to the short side of {clipped} modules."
+        )
     if left:
         started.notes.append(f"HRP left {len(left)} modules at their default start: {', '.join(left)}.")
     layers = lora_layers(peft_model, adapter)
