@@ -19,6 +19,10 @@ def test_yaml_refuses_a_key_that_stands_twice():
         parse_yaml("a: 1\nb: 2\na: 3", "r.yaml")
 
 
+def test_anchors_and_merge_keys_work():
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
+
+
 def test_broken_yaml_is_one_line_with_its_place():
     with pytest.raises(RecipeError, match="r.yaml, line 2 is not valid YAML") as caught:
         parse_yaml("a: [1\nb: 2", "r.yaml")

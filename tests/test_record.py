@@ -30,7 +30,7 @@ def test_a_changed_recipe_or_input_is_refused_unless_replaced(tmp_path):
         run(tmp_path / "r", {"seed": 1})
     with pytest.raises(CheckpointError, match="holds the run of another recipe"):
         run(tmp_path / "r", inputs={"x": "2"})
-    with run(tmp_path / "r", {"seed": 1}, replace=True):
+    with run(tmp_path / "r", {"seed": 1}, on_change="replace"):
         pass
     assert read_log(tmp_path / "r") == []
 
@@ -40,7 +40,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     with pytest.raises(CheckpointError, match="not empty and not a run"):
         run(tmp_path)
     with pytest.raises(CheckpointError, match="not empty and not a run"):
-        run(tmp_path, replace=True)
+        run(tmp_path, on_change="replace")
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 

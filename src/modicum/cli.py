@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,6 +170,9 @@ def _show_entry(entry: Any) -> None:
 
 def main() -> None:
     """Run the command line: exit status 0 done, 2 wrong input (one line), 1 anything else."""
+    # What other libraries say to their own developers helps nobody here.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(?!modicum)")
+    warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
     try:
         app(standalone_mode=True)
     except ModicumError as error:

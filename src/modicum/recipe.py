@@ -94,9 +94,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
             # A merge key (<<) may come several times by the standard.
-            if key_node.tag != "tag:yaml.org,2002:merge" and key in seen:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
                 line = key_node.start_mark.line + 1
                 raise RecipeError(f"line {line}: key {key!r} stands twice. Keep one.")
             seen.add(key)

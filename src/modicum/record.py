@@ -25,12 +25,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import yaml
 
 from modicum.errors import CheckpointError, ModicumError
 
+OnChange: TypeAlias = Literal["refuse", "replace", "keep"]
 LIBRARIES = ("modicum", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -136,7 +137,8 @@ class Run:
         recipe: The resolved recipe as plain data.
         inputs: Fingerprint of each input that the recipe names by path.
         quiet: Print nothing.
-        replace: When the folder holds the run of another recipe, start over instead of refusing.
+        on_change: What to do when the folder holds the run of another recipe: refuse, start over in an empty folder,
+            or keep what is there, for jobs that find out themselves what can be kept.
 
     Raises:
         CheckpointError: The folder holds something else.
@@ -150,13 +152,13 @@ class Run:
         recipe: Mapping[str, Any],
         inputs: Mapping[str, str] | None = None,
         quiet: bool = False,
-        replace: bool = False,
+        on_change: OnChange = "refuse",
     ) -> None:
         self.folder = Path(folder)
         self.main = os.environ.get("RANK", "0") == "0"
         self.quiet = quiet or not self.main
         self.hash = digest({"job": job, "recipe": _without_out(recipe), "inputs": dict(inputs or {})})
-        previous = self._previous(replace)
+        previous = self._previous(on_change)
         self.record: dict[str, Any] = previous or {
             "job": job,
             "hash": self.hash,
@@ -169,7 +171,7 @@ class Run:
         }
         self._recipe = dict(recipe)
 
-    def _previous(self, replace: bool) -> dict[str, Any] | None:
+    def _previous(self, on_change: OnChange) -> dict[str, Any] | None:
         if not self._files():
             return None
         if not (self.folder / "record.json").exists():
@@ -177,12 +179,12 @@ class Run:
         previous = read_record(self.folder)
         if previous.get("hash") == self.hash:
             return previous
-        if not replace:
+        if on_change == "refuse":
             raise CheckpointError(
                 f"{self.folder} holds the run of another recipe (or its inputs changed since). "
                 "Choose another --out, or delete the folder."
             )
-        if self.main:
+        if on_change == "replace" and self.main:
             shutil.rmtree(self.folder)
         return None
 

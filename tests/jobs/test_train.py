@@ -96,6 +96,24 @@ def test_a_run_interrupted_at_any_step_ends_with_the_same_bytes(tiny_model, rows
     assert weights(resumed) == weights(whole) and not half.exists()
 
 
+def test_a_zeroth_order_optimizer_trains_without_gradients(tiny_model, rows, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    method = {"name": "mezo", "lr": 1e-3}
+    run = execute(recipe(tiny_model, rows, adapter=None, optimizer=method), tmp_path / "r", quiet=True)
+    trained = AutoModelForCausalLM.from_pretrained(run.folder / "model").state_dict()
+    before = tiny_llama(seed=0).state_dict()
+    assert all(not torch.equal(trained[name], before[name]) for name in before)
+
+
+def test_a_model_is_converted_before_it_is_trained(tiny_model, rows, tmp_path):
+    from modicum.jobs.models import load_model
+
+    looped = {"path": str(tiny_model), "convert": {"name": "zero_token", "n_head": 0, "n_tail": 0, "n_cycles": 2}}
+    run = execute(recipe(tiny_model, rows, model=looped, adapter=None), tmp_path / "r", quiet=True)
+    assert load_model(run.folder / "model").config.n_cycles == 2
+
+
 def test_logits_are_computed_where_labels_follow_and_the_loss_is_the_same(tiny_model, rows):
     section = DataSection(path=str(rows), max_length=64)
     tokenizer = byte_tokenizer()
@@ -132,6 +150,7 @@ def test_the_plan_counts_rows_and_steps(tiny_model, rows):
         ({"adapter": {"rank": 2, "config": {"r": 1}}}, RecipeError, "Use adapter.rank."),
         ({"adapter": {"rank": 2, "config": {"target_modules": ["nope"]}}}, RecipeError, "nope"),
         ({"model": "nowhere/at/all"}, CheckpointError, "nowhere/at/all"),
+        ({"gradient": "adagc", "optimizer": {"name": "mezo", "lr": 1e-3}}, RecipeError, "Drop one"),
         ({"gradient": "adagc", "trainer": {"max_grad_norm": 1.0}}, UnsupportedError, "max_grad_norm"),
     ],
 )

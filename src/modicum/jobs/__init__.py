@@ -11,17 +11,17 @@ from pathlib import Path
 
 from modicum import registry
 from modicum.recipe import Recipe, dump, fingerprints
-from modicum.record import Run
+from modicum.record import OnChange, Run
 
 
-def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, replace: bool = False) -> Run:
+def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_change: OnChange = "refuse") -> Run:
     """Run ``recipe`` in ``folder``, or return at once when that very run finished there before.
 
     Args:
         recipe: A checked recipe; see :func:`modicum.recipe.parse`.
         folder: The run folder.
         quiet: Print nothing.
-        replace: Start over when the folder holds the run of another recipe.
+        on_change: See :class:`modicum.record.Run`; jobs that work incrementally always keep.
 
     Raises:
         ModicumError: The user's input is wrong; nothing half-written stays.
@@ -31,8 +31,10 @@ def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, replace:
         >>> run = execute(parse(read("quickstart")), "runs/quickstart")  # doctest: +SKIP
     """
     entry = registry.job[recipe.job]
-    replace = replace or bool(entry.facts.get("incremental"))
-    run = Run(folder, job=recipe.job, recipe=dump(recipe), inputs=fingerprints(recipe), quiet=quiet, replace=replace)
+    if entry.facts.get("incremental"):
+        on_change = "keep"
+    inputs = fingerprints(recipe)
+    run = Run(folder, job=recipe.job, recipe=dump(recipe), inputs=inputs, quiet=quiet, on_change=on_change)
     if run.done:
         run.say(f"{run.folder} is finished already: nothing to do.")
         return run

@@ -88,7 +88,7 @@ def pipeline(recipe: PipelineRecipe, run: Run) -> None:
         inner = parse(resolved, f"stage {name!r}")
         run.say(f"[{position}/{len(recipe.stages)}] {name}: {inner.job}")
         if run.main or registry.job[inner.job].facts.get("distributed"):
-            execute(inner, folder, quiet=run.quiet, replace=True)
+            execute(inner, folder, quiet=run.quiet, on_change="replace")
         if not run.main:
             _wait_for(folder)
         folders[name] = folder

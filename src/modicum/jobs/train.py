@@ -13,10 +13,11 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from modicum import registry
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
@@ -25,8 +26,9 @@ from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, t
 from modicum.jobs.hooks import check_arguments, gradient_callback
 from modicum.jobs.models import load_model, load_tokenizer, native_bfloat16, resolve_model
 from modicum.jobs.objectives import complete_knobs, lora_options, use_objective
+from modicum.jobs.zeroth_order import zeroth_order_trainer
 from modicum.recipe import Recipe, Section, choice
-from modicum.record import Run, whole_folder
+from modicum.record import Run, whole_folder, write_atomic
 from modicum.registry import job
 from modicum.types import PositiveInt
 
@@ -50,6 +52,9 @@ class ModelSection(Section):
     path: str = Field(description="local folder, Hub id, or builtin:smollm2-135m-instruct")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: str | None = Field(default=None, description="such as sdpa or eager")
+    convert: choice(registry.model) | None = Field(  # type: ignore[valid-type]
+        default=None, description="turn it into another architecture first, such as zero_token"
+    )
     allow_pickle: bool = False
     remote_code: bool = False
 
@@ -86,6 +91,12 @@ class TrainRecipe(Recipe):
         for key in OWNED.keys() & value.keys():
             raise ValueError(f"trainer.{key} is set by the run: {OWNED[key]}")
         return value
+
+    @model_validator(mode="after")
+    def _one_way_to_step(self) -> TrainRecipe:
+        if self.optimizer is not None and self.gradient is not None:
+            raise RecipeError("optimizer is zeroth-order: it has no gradients for `gradient` to act on. Drop one.")
+        return self
 
     def inputs(self) -> Iterator[str]:
         """Yield the model and the data."""
@@ -179,6 +190,8 @@ def _model(recipe: TrainRecipe, run: Run, tokenizer: Any, device: torch.device) 
         allow_pickle=section.allow_pickle,
         remote_code=section.remote_code,
     )
+    if section.convert is not None:
+        model = registry.model[section.convert.name].function(model, **section.convert.knobs)
     extra: dict[str, Any] = {}
     if recipe.objective is not None:
         # The mask token must have its row before an adapter is put around the embedding.
@@ -289,7 +302,10 @@ def _trainer(
         )
     if arguments.eval_strategy != "no" and "eval_dataset" not in datasets:
         raise RecipeError("trainer.eval_strategy asks for evaluations on the way, but there is no eval_data. Set it.")
-    trainer = Trainer(
+    make = Trainer
+    if recipe.optimizer is not None:
+        make = partial(zeroth_order_trainer, recipe.optimizer.name, recipe.optimizer.knobs, seed=recipe.seed)
+    trainer: Trainer = make(
         model=model,
         args=arguments,
         data_collator=collator,
@@ -365,9 +381,20 @@ def _save(recipe: TrainRecipe, trainer: Trainer, tokenizer: Any, started: Starte
             for unwanted in ("training_args.bin", "README.md"):  # a pickle, and an empty card
                 (folder / unwanted).unlink(missing_ok=True)
             tokenizer.save_pretrained(folder)
+            if recipe.adapter is not None:
+                _sort_modules(folder / "adapter_config.json")
             if started is not None:
                 started.finish(folder)
     if run.main:
         run.output(name, target)
         if any((run.folder / "checkpoints").glob("checkpoint-*")):
             run.output("checkpoints", run.folder / "checkpoints")
+
+
+def _sort_modules(path: Path) -> None:
+    """Put the module names in order: PEFT writes a set, whose order differs between processes."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
