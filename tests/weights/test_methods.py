@@ -1,0 +1,468 @@
+"""What each method promises by itself: exact cases, limits, and equality with the oracles."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modicum.errors import RecipeError
+from modicum.linalg import inv_sqrt_polar, truncated_svd
+from modicum.random import generator
+from modicum.weights import merge_state_dicts
+from modicum.weights.methods import (
+    breadcrumbs,
+    dare,
+    della,
+    emr,
+    fisher,
+    iso_c,
+    iso_cts,
+    knots,
+    linear,
+    magmax,
+    model_stock,
+    multislerp,
+    nuslerp,
+    opcm,
+    ram,
+    regmean,
+    resm,
+    slerp,
+    svc,
+    task_arithmetic,
+    ties,
+    tsv,
+    wudi,
+)
+from modicum.weights.methods.resm import outlier_weights, rank_plan
+from oracles import merge as oracle
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def draw(*shape: int, seed: int = 0, n: int = 3) -> tuple[Tensor, list[Tensor]]:
+    rng = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(n + 1)]
+    return tensors[0], tensors[1:]
+
+
+def to_numpy(base: Tensor, experts: list[Tensor]) -> tuple[np.ndarray, list[np.ndarray]]:
+    return base.numpy(), [e.numpy() for e in experts]
+
+
+def low_rank(m: int, n: int, rank: int, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(side, rank, generator=rng, dtype=torch.float64) for side in (m, n))
+    return left @ right.T
+
+
+# Sums and averages
+
+
+@given(st.integers(0, 99), st.lists(st.floats(0.1, 2), min_size=3, max_size=3), st.booleans())
+def test_linear_equals_the_oracle(seed: int, weights: list[float], normalize: bool) -> None:
+    _, experts = draw(4, 5, seed=seed)
+    ours = linear(None, experts, weights=weights, normalize=normalize)
+    expected = oracle.linear([e.numpy() for e in experts], weights, normalize)
+    np.testing.assert_allclose(ours.numpy(), expected, **EXACT)
+
+
+def test_unnormalized_weights_of_one_model_scale_it() -> None:
+    _, (model, _, _) = draw(7)
+    scaled = linear(None, [model, model], weights=[0.1, 1.0], normalize=False)
+    torch.testing.assert_close(scaled, 1.1 * model, **EXACT)
+
+
+@given(st.integers(0, 99), st.floats(-1, 2))
+def test_task_arithmetic_equals_the_oracle(seed: int, scale: float) -> None:
+    base, experts = draw(4, 5, seed=seed)
+    ours = task_arithmetic(base, experts, scale=scale, weights=[1.0, 0.5, -0.3])
+    expected = oracle.task_arithmetic(*to_numpy(base, experts), scale, [1.0, 0.5, -0.3])
+    np.testing.assert_allclose(ours.numpy(), expected, **EXACT)
+
+
+def test_task_arithmetic_at_one_over_n_is_the_average() -> None:
+    base, experts = draw(6, 6)
+    torch.testing.assert_close(task_arithmetic(base, experts, scale=1 / 3), torch.stack(experts).mean(0), **EXACT)
+
+
+# Sparse methods
+
+
+@given(
+    st.integers(0, 99),
+    st.lists(st.floats(0.05, 1), min_size=3, max_size=3),
+    st.lists(st.sampled_from([1.0, 0.5, -0.5, 2.0]), min_size=3, max_size=3),
+    st.booleans(),
+    st.booleans(),
+)
+def test_ties_equals_the_oracle(
+    seed: int, density: list[float], weights: list[float], normalize: bool, coarse: bool
+) -> None:
+    base, experts = draw(5, 7, seed=seed)
+    if coarse:  # many equal magnitudes and exact zeros of the sum
+        base, experts = base.round(), [e.round() for e in experts]
+    ours = ties(base, experts, density=density, weights=weights, normalize=normalize, scale=0.7)
+    expected = oracle.ties(*to_numpy(base, experts), density, 0.7, weights, normalize)
+    np.testing.assert_allclose(ours.numpy(), expected, **EXACT)
+
+
+def test_a_sum_of_zero_elects_plus() -> None:
+    base = torch.zeros(2)
+    assert ties(base, [torch.tensor([1.0, -2.0]), torch.tensor([-1.0, 2.0])], density=1.0).tolist() == [1.0, 2.0]
+
+
+def test_ties_trims_over_the_whole_model_when_asked() -> None:
+    base = {"small": torch.zeros(6), "large": torch.zeros(3, 2)}
+    expert = {"small": torch.tensor([1.0, 2, 3, 4, 5, 6]) / 100, "large": torch.arange(1.0, 7).view(3, 2)}
+    merged = merge_state_dicts(base, [expert], method="ties", density=0.5, trim_scope="model")
+    assert torch.equal(merged["large"], expert["large"])
+    assert not merged["small"].any()
+    within = merge_state_dicts(base, [expert], method="ties", density=0.5)
+    assert int(within["small"].count_nonzero()) == 3
+
+
+@given(st.integers(0, 30), st.floats(0.1, 0.9))
+def test_a_model_wide_trim_finds_the_exact_threshold(seed: int, density: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    expert = {f"{i}": torch.randn(17, generator=rng) for i in range(3)}
+    base = {name: torch.zeros(17) for name in expert}
+    merged = merge_state_dicts(base, [expert], method="ties", density=density, trim_scope="model")
+    expected = oracle.trim(torch.cat(list(expert.values())).double().numpy(), max(1, int(density * 51)))
+    np.testing.assert_allclose(torch.cat(list(merged.values())).numpy(), expected, rtol=1e-6)
+
+
+def test_dare_that_keeps_all_is_task_arithmetic() -> None:
+    base, experts = draw(9, 5)
+    torch.testing.assert_close(dare(base, experts, density=1.0), task_arithmetic(base, experts), **EXACT)
+
+
+def test_dare_is_unbiased_over_seeds_and_repeats_for_one() -> None:
+    base, expert = torch.zeros(200), torch.ones(200)
+    runs = torch.stack([dare(base, [expert], density=0.3, rng=generator(seed)) for seed in range(300)])
+    # The mean of 60 000 draws of 0 or 1/0.3 has a standard deviation of 0.0062.
+    assert abs(float(runs.mean()) - 1) < 0.03
+    assert torch.equal(runs[7], dare(base, [expert], density=0.3, rng=generator(7)))
+    assert not torch.equal(runs[7], runs[8])
+
+
+def test_dare_can_keep_the_sum_of_magnitudes_exactly() -> None:
+    base, (expert, *_) = draw(1000)
+    merged = dare(base, [expert], density=0.5, rescale="l1")
+    torch.testing.assert_close((merged - base).abs().sum(), (expert - base).abs().sum())
+
+
+def test_dare_in_a_merge_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("modicum.weights.merge")
+    base = {str(i): torch.zeros(40, 3) for i in range(5)}
+    expert = {name: torch.ones(40, 3) for name in base}
+    results = []
+    for cores in (1, 3):
+        monkeypatch.setattr(module, "cores", lambda cores=cores: cores)
+        results.append(merge_state_dicts(base, [expert], method="dare", density=0.5, seed=3))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in base)
+    assert not torch.equal(results[0]["0"], results[0]["1"])
+
+
+def test_della_without_a_window_drops_like_dare() -> None:
+    base, expert = torch.zeros(100, 50), torch.ones(100, 50)
+    kept = della(base, [expert], density=0.4, epsilon=0.0) != 0
+    # 5000 draws: standard deviation 0.007.
+    assert abs(float(kept.double().mean()) - 0.4) < 0.035
+
+
+def test_della_keeps_large_entries_more_often() -> None:
+    expert = torch.arange(1.0, 11).repeat(4000, 1)
+    kept = (della(torch.zeros(4000, 10), [expert], density=0.5, epsilon=0.3) != 0).double().mean(0)
+    expected = 0.2 + 0.6 * torch.arange(10) / 9
+    torch.testing.assert_close(kept, expected.double(), rtol=0, atol=0.04)
+
+
+def test_della_takes_rows_of_one_entry() -> None:
+    merged = della(torch.zeros(500, 1), [torch.ones(500, 1)], density=0.5, epsilon=0.2)
+    assert torch.isfinite(merged).all()
+    assert set(merged.unique().tolist()) == {0.0, 2.0}
+
+
+def test_della_refuses_a_window_that_leaves_the_unit_interval() -> None:
+    with pytest.raises(RecipeError, match="leaves"):
+        della(torch.zeros(2), [torch.ones(2)], density=0.95, epsilon=0.1)
+    with pytest.raises(RecipeError, match="leaves"):
+        della(torch.zeros(2), [torch.ones(2)], density=0.1, epsilon=0.1)
+
+
+def test_breadcrumbs_without_outliers_is_magnitude_pruning() -> None:
+    base, (expert, *_) = draw(8, 8)
+    pruned = base + torch.from_numpy(oracle.trim((expert - base).numpy(), 19))
+    torch.testing.assert_close(breadcrumbs(base, [expert], density=0.3, gamma=0.0), pruned, **EXACT)
+
+
+@pytest.mark.parametrize(("density", "gamma"), [(0.9, 0.01), (0.5, 0.2), (0.9, 0.3), (1.0, 0.5)])
+def test_tiny_tensor_keeps_its_share(density: float, gamma: float) -> None:
+    base, (expert, *_) = draw(64)
+    kept = (breadcrumbs(base, [expert], density=density, gamma=gamma) != base).sum()
+    assert int(kept) == int(density * 64)
+
+
+def test_breadcrumbs_leaves_out_the_largest() -> None:
+    expert = torch.tensor([5.0, 1.0, -4.0, 3.0, 2.0])
+    assert breadcrumbs(torch.zeros(5), [expert], density=0.4, gamma=0.2).tolist() == [0, 0, -4, 3, 0]
+
+
+def test_magmax_prefers_the_later_of_equals() -> None:
+    assert magmax(torch.zeros(1), [torch.tensor([1.0]), torch.tensor([-1.0])]).item() == -1
+
+
+def test_ram_keeps_what_is_unique() -> None:
+    a, b = torch.tensor([2.0, 2.0, 0.0]), torch.tensor([4.0, 0.0, 0.0])
+    assert ram(torch.zeros(3), [a, b]).tolist() == [3, 2, 0]
+    stronger = ram(torch.zeros(3), [a, b], r=0.5, alpha=1.0)  # a shares one entry and has one of its own
+    assert stronger.tolist() == pytest.approx([3, 3, 0])
+
+
+# Geometry
+
+
+def test_model_stock_follows_agreement() -> None:
+    base = torch.zeros(2, dtype=torch.float64)
+    a, b = torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 1.0]).double()
+    torch.testing.assert_close(model_stock(base, [a, a]), a, **EXACT)
+    assert torch.equal(model_stock(base, [a, b]), base)
+    assert torch.equal(model_stock(base, [a, -a]), base)
+
+
+def test_slerp_meets_its_ends_and_keeps_equal_norms() -> None:
+    a, (b, *_) = draw(3, 4)
+    b = b / b.norm() * a.norm()
+    assert torch.equal(slerp(a, [b], t=0), a)
+    assert torch.equal(slerp(a, [b], t=1), b)
+    torch.testing.assert_close(slerp(a, [b], t=0.3).norm(), a.norm(), **EXACT)
+    torch.testing.assert_close(slerp(a, [a.clone()], t=0.3), a, **EXACT)
+    assert torch.isfinite(slerp(a, [-a], t=0.5)).all()
+    with pytest.raises(RecipeError, match="goes between two models"):
+        slerp(a, [b, b], t=0.5)
+
+
+def test_the_spherical_averages_agree_for_two() -> None:
+    _, (a, b, _) = draw(3, 4)
+    b = b / b.norm() * a.norm()
+    middle = slerp(None, [a, b], t=0.5)
+    torch.testing.assert_close(nuslerp(None, [a, b]), middle, **EXACT)
+    torch.testing.assert_close(multislerp(None, [a, b]), middle, rtol=1e-9, atol=1e-9)
+
+
+# Matrices
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7), (9, 9)])
+@pytest.mark.parametrize("solver", ["gram", "svd"])
+def test_tsv_equals_the_published_procedure(shape: tuple[int, int], solver: str) -> None:
+    base, experts = draw(*shape)
+    ours = tsv(base, experts, solver=solver, whiten_rtol=0)
+    expected = oracle.tsv(*to_numpy(base, experts), rank=min(shape) // 3)
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-8, atol=1e-8)
+    single = tsv(base.float(), [e.float() for e in experts], solver=solver, whiten_rtol=0)
+    np.testing.assert_allclose(single.numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_tsv_of_one_expert_is_that_expert() -> None:
+    base, (expert, *_) = draw(5, 8)
+    torch.testing.assert_close(tsv(base, [expert]), expert, rtol=1e-8, atol=1e-8)
+
+
+def test_tsv_keeps_the_experts_singular_values_and_never_grows() -> None:
+    base, experts = draw(9, 14)
+    merged = tsv(base, experts) - base
+    kept = torch.cat([torch.linalg.svdvals(e - base)[:3] for e in experts]).sort(descending=True).values
+    torch.testing.assert_close(torch.linalg.svdvals(merged)[:9], kept, rtol=1e-8, atol=1e-8)
+    largest = max(float(torch.linalg.matrix_norm(e - base, 2)) for e in experts)
+    assert float(torch.linalg.matrix_norm(merged, 2)) <= largest * (1 + 1e-9)
+
+
+def test_tsv_of_orthogonal_experts_is_their_sum() -> None:
+    base = torch.zeros(8, 10, dtype=torch.float64)
+    Q, R = (torch.linalg.qr(low_rank(n, n, n, seed)).Q for n, seed in ((8, 1), (10, 2)))
+    experts = [Q[:, 2 * t : 2 * t + 2] @ torch.diag(torch.tensor([3.0, 1.0 + t]).double()) @ R[:, 2 * t : 2 * t + 2].T
+               for t in range(3)]  # fmt: skip
+    torch.testing.assert_close(tsv(base, experts), sum(experts), rtol=1e-8, atol=1e-8)
+
+
+@given(st.integers(0, 50))
+def test_tsv_moves_with_rotations_transposition_and_scale(seed: int) -> None:
+    base, experts = draw(6, 9, seed=seed, n=2)
+    base = torch.zeros_like(base)
+    merged = tsv(base, experts)
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(tsv(base.T, [e.T for e in experts]), merged.T, **close)
+    torch.testing.assert_close(tsv(base, experts[::-1]), merged, **close)
+    torch.testing.assert_close(tsv(base, [3 * e for e in experts]), 3 * merged, **close)
+    Q, R = (torch.linalg.qr(low_rank(n, n, n, seed + n)).Q for n in (6, 9))
+    torch.testing.assert_close(tsv(base, [Q @ e @ R for e in experts]), Q @ merged @ R, **close)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_copies_of_an_expert_give_its_truncation(copies: int) -> None:
+    base = torch.zeros(12, 18, dtype=torch.float64)
+    _, (delta, *_) = draw(12, 18)
+    part = truncated_svd(delta, 12 // copies)
+    expected = (part.U * part.S) @ part.V.T
+    torch.testing.assert_close(tsv(base, [delta] * copies), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_near_parallel_experts_need_a_larger_cut_off() -> None:
+    rng = torch.Generator().manual_seed(0)
+    delta = torch.randn(24, 36, generator=rng, dtype=torch.float64)
+    near = delta + 0.1 * torch.randn(24, 36, generator=rng, dtype=torch.float64)
+    part = truncated_svd((delta + near) / 2, 12)
+    target = (part.U * part.S) @ part.V.T
+    base = torch.zeros_like(delta)
+    errors = [float((tsv(base, [delta, near], whiten_rtol=r) - target).norm() / target.norm()) for r in (1e-4, 5e-2)]
+    assert errors[0] > 0.5
+    assert errors[1] < 0.2
+
+
+def test_the_polar_factor_is_orthonormal() -> None:
+    stack = low_rank(20, 6, 6, 0)
+    for rtol in (0, 1e-10):
+        factor = inv_sqrt_polar(stack, rtol=rtol)
+        torch.testing.assert_close(factor.T @ factor, torch.eye(6).double(), rtol=1e-8, atol=1e-8)
+
+
+def test_randomized_decompositions_are_as_good_when_the_rank_is_low() -> None:
+    matrix = low_rank(200, 300, 5, 1)
+    part = truncated_svd(matrix, 5, solver="randomized")
+    torch.testing.assert_close((part.U * part.S) @ part.V.T, matrix, rtol=1e-6, atol=1e-6)
+
+
+def test_resm_without_its_additions_is_tsv_bit_for_bit() -> None:
+    base, experts = draw(8, 11)
+    plain = resm(base, experts, outliers="none", ranks="uniform", whiten_rtol=1e-4)
+    assert torch.equal(plain, tsv(base, experts, whiten_rtol=1e-4))
+
+
+@given(st.integers(0, 50), st.sampled_from(["mass", "ratio", "count"]))
+def test_outlier_weights_are_bounded_and_average_one(seed: int, mode: str) -> None:
+    _, deltas = draw(12, 12, seed=seed)
+    weights = outlier_weights(deltas, mode=mode, sigmas=2.0)
+    assert min(weights) > 0
+    assert sum(weights) / 3 == pytest.approx(1)
+
+
+def test_scale_moves_masses_but_not_ratios() -> None:
+    _, deltas = draw(30, 30)
+    louder = [5 * deltas[0], *deltas[1:]]
+    for mode, same in (("mass", False), ("ratio", True), ("count", True)):
+        before = outlier_weights(deltas, mode=mode, sigmas=1.0, bounds=None)
+        after = outlier_weights(louder, mode=mode, sigmas=1.0, bounds=None)
+        assert (before == pytest.approx(after)) is same
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.integers(1, 40), st.sampled_from(["sparsity", "per_task"]))
+def test_ranks_fit_into_the_short_side(shares: list[float], short: int, rule: str) -> None:
+    plan = rank_plan(shares, short, rule=rule, reference=1.0)
+    assert min(plan) >= 1
+    assert sum(plan) <= max(short, len(shares))
+
+
+def test_zeroing_entries_never_raises_a_rank_for_a_fixed_eps() -> None:
+    base = {"a": torch.zeros(12, 12), "b": torch.zeros(12, 12)}
+    from modicum.weights.methods.resm import occupancy
+
+    delta = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+    sparser = delta.clone()
+    sparser[:4] = 0
+    assert occupancy(sparser, eps=0.1) <= occupancy(delta, eps=0.1)
+    merged = merge_state_dicts(base, [{"a": delta, "b": sparser}], method="resm", eps=0.1)
+    assert torch.linalg.matrix_rank(merged["b"]) < torch.linalg.matrix_rank(merged["a"])
+
+
+def test_an_expert_that_changed_nothing_contributes_nothing() -> None:
+    base, (expert, *_) = draw(8, 8)
+    for method in (tsv, resm):
+        merged = method(base, [expert, base.clone()])
+        assert torch.isfinite(merged).all()
+        assert torch.linalg.matrix_rank(merged - base) <= 4
+
+
+def test_iso_c_makes_all_directions_equal() -> None:
+    base, experts = draw(6, 9)
+    values = torch.linalg.svdvals(iso_c(base, experts) - base)
+    mean = torch.linalg.svdvals(sum(e - base for e in experts)).mean()
+    torch.testing.assert_close(values, mean.expand(6), rtol=1e-7, atol=1e-7)
+    spread = torch.linalg.svdvals(iso_cts(base, experts, common=0.5) - base)
+    torch.testing.assert_close(spread, spread.mean().expand(6), rtol=1e-6, atol=1e-6)
+
+
+def test_wudi_solves_what_adam_descends_to() -> None:
+    base, experts = draw(6, 5)
+    exact = wudi(base, experts, ridge=1e-10)
+    near = wudi(base, experts, solver="adam", steps=2000, lr=3e-3)
+    deltas = [e - base for e in experts]
+
+    def loss(tau: Tensor) -> float:
+        return sum(float(((tau - d) @ d.T).square().sum() / d.square().sum()) for d in deltas)
+
+    start, best, reached = loss(sum(deltas)), loss(exact - base), loss(near - base)
+    assert best <= reached < best + 0.05 * (start - best)
+    noise = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert best < loss(exact - base + 1e-3 * noise)
+
+
+def test_knots_that_only_adds_is_the_sum() -> None:
+    base, experts = draw(6, 9)
+    merged = knots(base, experts, inner="task_arithmetic")
+    torch.testing.assert_close(merged, task_arithmetic(base, experts), rtol=1e-8, atol=1e-8)
+
+
+def test_opcm_keeps_the_mean_norm() -> None:
+    base, experts = draw(7, 7)
+    merged = opcm(base, experts)
+    mean = torch.stack([(e - base).norm() for e in experts]).mean()
+    torch.testing.assert_close((merged - base).norm(), mean, rtol=1e-8, atol=1e-8)
+
+
+def test_svc_leaves_orthogonal_experts_alone_and_calms_copies() -> None:
+    base = torch.zeros(4, 4, dtype=torch.float64)
+    a, b = torch.diag(torch.tensor([3.0, 2, 0, 0]).double()), torch.diag(torch.tensor([0.0, 0, 1, 4]).double())
+    torch.testing.assert_close(svc(base, [a, b]), a + b, **EXACT)
+    torch.testing.assert_close(svc(base, [a, a, a]), a, **EXACT)
+
+
+def test_emr_gives_each_expert_its_norm_back() -> None:
+    base, experts = draw(5, 5)
+    for t, expert in enumerate(experts):
+        own = emr(base, experts, expert=t)
+        torch.testing.assert_close((own - base).abs().sum(), (expert - base).abs().sum(), **EXACT)
+        assert (((own - base) * (expert - base)) >= 0).all()
+
+
+# Statistics
+
+
+def test_fisher_and_regmean_weigh_by_statistics() -> None:
+    _, (a, b, _) = draw(3, 2)
+    certain = [torch.full((3, 2), 1e9), torch.full((3, 2), 1e-9)]
+    torch.testing.assert_close(fisher(None, [a, b], statistics=certain), a, rtol=1e-6, atol=1e-6)
+    grams = [low_rank(2, 2, 2, s) for s in (1, 2)]
+    grams = [g @ g.T for g in grams]
+    merged = regmean(None, [a, b], statistics=grams, shrink=1.0)
+    torch.testing.assert_close(
+        merged, (a @ grams[0] + b @ grams[1]) @ torch.linalg.inv(sum(grams)), rtol=1e-7, atol=1e-7
+    )
+
+
+def test_statistics_travel_through_a_merge() -> None:
+    a, b = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    found = [{"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 3.0])}]
+    merged = merge_state_dicts(None, [a, b], method="fisher", statistics=found)
+    assert merged["w"].tolist() == [0.25, 0.75]
+    with pytest.raises(RecipeError, match="uses no statistics"):
+        merge_state_dicts(None, [a, b], method="linear", statistics=found)
+    with pytest.raises(RecipeError, match="1 statistics for 2 experts"):
+        merge_state_dicts(None, [a, b], method="fisher", statistics=found[:1])
