@@ -239,7 +239,7 @@ def main() -> None:
         "1.3b": lambda: clip_alone(LLAMA_1_3B, torch.float32, max(3, rounds // 3)),
         "bf16": lambda: clip_alone(SMOLLM2_135M, torch.bfloat16, rounds),
         "peer": lambda: peer(SMOLLM2_135M, rounds),
-        "step": lambda: whole_step(6),
+        "step": lambda: whole_step(4),
     }
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "clipping", "parts": {}}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)

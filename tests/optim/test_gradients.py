@@ -36,7 +36,7 @@ def test_norms_of_many_types_are_those_of_float64():
     assert tensor_norms(mixed(), dtype=torch.float64).dtype == torch.float64
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-5)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.bfloat16, 1e-5)])
 @pytest.mark.parametrize("extra", [0, 1, 12345])
 def test_long_sums_keep_their_digits(dtype, bound, extra):
     grad = torch.randn(8 * SLAB + extra, generator=torch.Generator().manual_seed(1)).mul(1e-3).to(dtype)

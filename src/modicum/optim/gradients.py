@@ -19,7 +19,7 @@ from modicum.errors import UnsupportedError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-SLAB = 1 << 17  # elements of a gradient measured at once on the CPU
+SLAB = 1 << 18  # elements of a gradient measured at once on the CPU
 
 
 def named_tensors(params: Iterable[Any]) -> dict[str, Tensor]:
@@ -97,17 +97,20 @@ def tensor_norms(
     Cost:
         One read of the gradients.
     """
-    norms: list[Tensor] = list(grads)
-    for group in _grouped(range(len(grads)), [local(g) for g in grads]):
-        for place, norm in zip(group, _local_norms([local(grads[i]) for i in group], dtype)):
-            norms[place] = norm.to(dtype)
-    if not shards:
-        for (mesh, dims), members in _meshes(grads).items():
-            part = torch.stack([norms[i] for i in members]).square()
-            for dim in dims:
-                dist.all_reduce(part, group=mesh.get_group(dim))
-            for place, norm in zip(members, part.sqrt().unbind()):
-                norms[place] = norm
+    parts = [local(grad) for grad in grads]
+    groups, meshes = _grouped(range(len(parts)), parts), {} if shards else _meshes(grads)
+    if len(groups) == 1 and not meshes:
+        return _local_norms(parts, dtype)
+    norms = list(parts)
+    for group in groups:
+        for place, norm in zip(group, _local_norms([parts[i] for i in group], dtype).unbind()):
+            norms[place] = norm
+    for (mesh, dims), members in meshes.items():
+        squares = torch.stack([norms[i] for i in members]).square()
+        for dim in dims:
+            dist.all_reduce(squares, group=mesh.get_group(dim))
+        for place, norm in zip(members, squares.sqrt().unbind()):
+            norms[place] = norm
     first = norms[0].device
     return torch.stack([norm.to(first, non_blocking=True) for norm in norms])
 
@@ -161,7 +164,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Tell whether ``tensor`` is a DTensor, without importing that machinery where no process group exists."""
-    if not (dist.is_available() and dist.is_initialized()):
+    # Asked of every gradient in every step: the plain answer must be quick.
+    if type(tensor) is Tensor or not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
 
@@ -175,24 +179,24 @@ def _settled(grad: DTensor) -> Tensor:
     return settled
 
 
-def _local_norms(grads: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+def _local_norms(grads: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, " n"]:
     """Return the norms of tensors on one device and of one type."""
-    dtype = torch.promote_types(dtype, grads[0].dtype)
+    wide = torch.promote_types(dtype, grads[0].dtype)
     if grads[0].device.type != "cpu":
-        return torch._foreach_norm(list(grads), 2, dtype=dtype)
+        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=wide)).to(dtype)
     # On the CPU this function adds up 28 million float32 squares with an error of 1e-3, and copies a whole tensor that
     # it must convert. Slabs of this size are exact to a few 1e-6, and their copies stay in the cache.
     slabs: list[Tensor] = []
     owners: list[int] = []
     for owner, grad in enumerate(grads):
-        parts = torch.split(grad.view(-1), SLAB) if grad.is_contiguous() and grad.numel() > SLAB else (grad,)
+        long = grad.numel() > SLAB and grad.is_contiguous()
+        parts = torch.split(grad.view(-1), SLAB) if long else (grad,)
         slabs.extend(parts)
         owners.extend([owner] * len(parts))
-    norms = torch._foreach_norm(slabs, 2, dtype=dtype)
-    if len(slabs) == len(grads):
-        return norms
-    squares = torch.stack(norms).square()
-    return squares.new_zeros(len(grads)).index_add_(0, torch.tensor(owners), squares).sqrt_().unbind()
+    norms = torch.stack(torch._foreach_norm(slabs, 2, dtype=wide))
+    if len(slabs) > len(grads):
+        norms = norms.new_zeros(len(grads)).index_add_(0, torch.tensor(owners), norms.square()).sqrt_()
+    return norms.to(dtype)
 
 
 def _grouped(places: Iterable[int], tensors: Sequence[Tensor]) -> list[list[int]]:
