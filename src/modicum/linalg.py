@@ -5,12 +5,14 @@ Letters: ``m n`` sides of a matrix, ``k`` a rank. Everything here is float64 or 
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+DEPENDENT = 1e-5  # smallest singular value of a stack of unit columns, relative to the largest, that is not noise
 Solver: TypeAlias = Literal["gram", "randomized", "svd"]
 
 
@@ -105,7 +107,14 @@ def inv_sqrt_polar(stack: Float[Tensor, "m k"], *, rtol: float = 1e-4) -> Float[
         tensor([1.4142, 0.0000])
     """
     if rtol == 0:
-        U, _, Vh = torch.linalg.svd(stack, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
+        if len(S) and float(S[-1]) < DEPENDENT * float(S[0]):
+            warnings.warn(
+                "Columns of the stack depend on each other, so that part of the polar factor is arbitrary. "
+                "Experts this close need a cut-off: set whiten_rtol to 0.01 or more.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return U @ Vh
     wide = stack.double()
     root, _ = inverse_root(wide.T @ wide, rtol=rtol)

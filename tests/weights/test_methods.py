@@ -41,6 +41,7 @@ from modicum.weights.methods import (
     wudi,
 )
 from modicum.weights.methods.resm import outlier_weights, rank_plan
+from modicum.weights.methods.tsv import task_interference
 from oracles import merge as oracle
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -313,6 +314,22 @@ def test_copies_of_an_expert_give_its_truncation(copies: int) -> None:
     part = truncated_svd(delta, 12 // copies)
     expected = (part.U * part.S) @ part.V.T
     torch.testing.assert_close(tsv(base, [delta] * copies), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_the_published_procedure_fails_on_copies_and_says_so() -> None:
+    _, (delta, *_) = draw(12, 18)
+    part = truncated_svd(delta, 6)
+    with pytest.warns(RuntimeWarning, match="depend on each other"):
+        merged = tsv(torch.zeros_like(delta), [delta, delta], whiten_rtol=0)
+    grown = merged.norm() / part.S.norm()
+    assert float(grown) == pytest.approx(2**0.5, rel=1e-6)
+
+
+def test_interference_is_zero_for_orthogonal_experts_and_not_for_copies() -> None:
+    Q = torch.linalg.qr(low_rank(8, 8, 8, 1)).Q
+    apart = [Q[:, :2] @ Q[:, :2].T, Q[:, 2:4] @ Q[:, 2:4].T]
+    assert task_interference(apart, rank=2) == pytest.approx(0, abs=1e-10)
+    assert task_interference([apart[0], apart[0]], rank=2) == pytest.approx(4, abs=1e-6)
 
 
 def test_near_parallel_experts_need_a_larger_cut_off() -> None:

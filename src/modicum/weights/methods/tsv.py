@@ -93,3 +93,26 @@ def combine(parts: Sequence[SVD], *, whiten_rtol: float) -> Tensor:
     if not len(S):
         return U.new_zeros(U.shape[0], V.shape[0])
     return (inv_sqrt_polar(U, rtol=whiten_rtol) * S) @ inv_sqrt_polar(V, rtol=whiten_rtol).T
+
+
+def task_interference(deltas: Sequence[Tensor], *, rank: int | None = None) -> float:
+    r"""Measure how much the leading singular directions of several deltas overlap (STI).
+
+    .. math::
+        \|(U^T U - I)\, \Sigma\, (V^T V - I)\|_1
+
+    with the stacked leading vectors of all deltas; 0 when their subspaces are orthogonal.
+
+    Args:
+        deltas: Matrices of one shape.
+        rank: Leading vectors of each; the short side divided by their number when not given.
+
+    Example:
+        >>> task_interference([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
+        0.0
+    """
+    parts = [truncated_svd(delta, ranks_of(deltas, rank)) for delta in deltas]
+    U, V = torch.cat([part.U for part in parts], 1).double(), torch.cat([part.V for part in parts], 1).double()
+    S = torch.cat([part.S for part in parts]).double()
+    one = torch.eye(len(S), dtype=torch.float64, device=S.device)
+    return float((((U.T @ U - one) * S) @ (V.T @ V - one)).abs().sum())
