@@ -30,7 +30,8 @@ def zclip(totals, z=2.5, decay=0.97, warmup=25, limit=1.0, eps=1e-6):
             var = decay * var + (1 - decay) * (target - mean) ** 2
         elif t == warmup - 1:
             mean, var = float(np.mean(totals[:warmup])), float(np.var(totals[:warmup]))
-        out.append(min(1.0, min(target, limit) / (g + EPS)))
+        target = min(target, limit)
+        out.append(target / (g + EPS) if target < g else 1.0)
     return out
 
 

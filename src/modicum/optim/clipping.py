@@ -149,7 +149,7 @@ def zclip(
     .. math::
         \zeta = \frac{G - \mu}{\sigma + \epsilon}, \quad
         G' = \begin{cases}\mu + z\,\sigma\,z/\zeta & \zeta > z\\ G & \text{else}\end{cases}, \quad
-        h = \min\Bigl(1, \frac{\min(G', c)}{G + 10^{-6}}\Bigr)
+        h = \begin{cases}\min(G', c) / (G + 10^{-6}) & \min(G', c) < G\\ 1 & \text{else}\end{cases}
 
     Args:
         norms: Norm of each gradient.
@@ -193,7 +193,9 @@ def zclip(
         target = (mean + z * deviation * z / score).where(score > z, total)
         mean = decay * mean + (1 - decay) * target
         variance = decay * variance + (1 - decay) * (target - mean).square()
-    factor = (target.clamp(max=limit) / (total + EPS)).clamp(max=1)
+    target = target.clamp(max=limit)
+    # A norm that passes is left as it is, not divided by itself plus epsilon.
+    factor = (target / (total + EPS)).where(target < total, 1)
     return _common(norms, factor), Moments(mean, variance, step)
 
 
