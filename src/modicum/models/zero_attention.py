@@ -162,9 +162,11 @@ def zero_logit(
         logit = query.new_zeros((b, h, t), dtype=wide)
     else:
         groups = zero_key.shape[-3] if zero_key.dim() == 4 else zero_key.shape[0]
-        grouped = query.to(wide).view(b, groups, h // groups, t, k)
-        per_query = zero_key.to(wide)[..., None, :, :] if zero_key.dim() == 4 else zero_key.to(wide)[:, None, None]
-        logit = (grouped * per_query).sum(-1).reshape(b, h, t) * scale
+        grouped, wide_key = query.to(wide).view(b, groups, h // groups, t, k), zero_key.to(wide)
+        if zero_key.dim() == 2:
+            logit = (grouped @ wide_key[:, None, :, None]).reshape(b, h, t) * scale
+        else:
+            logit = (grouped * wide_key[..., None, :, :]).sum(-1).reshape(b, h, t) * scale
     return logit if zero_bias is None else logit + zero_bias.to(wide)[:, None]
 
 
@@ -208,7 +210,8 @@ class _GateByLse(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, lse = attention_with_lse(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
         p0 = torch.sigmoid(s0 - lse)
-        out = (out * torch.sigmoid(lse - s0)[..., None]).to(query.dtype)
+        # The kernel's output is ours alone: the gate goes into it.
+        out = out.mul_(torch.sigmoid(lse - s0).to(out.dtype)[..., None])
         ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, s0), p0, attn_mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         ctx.mark_non_differentiable(p0)
