@@ -49,6 +49,7 @@ class LOZO(ZerothOrder):
         exclude: Patterns of parameters to leave alone.
         engine: See :class:`~modicum.optim.TeZO`; the adapter engines write the weights at each refresh.
         passes: See :class:`~modicum.optim.TeZO`.
+        parallel: What several processes share out: the batch, or the queries.
         seed: Seed of all draws.
 
     Raises:

@@ -49,6 +49,7 @@ class MeZO(ZerothOrder):
         exclude: Patterns of parameters to leave alone.
         engine: ``mutate`` writes the weights; ``jvp`` takes the exact derivative (a reference; memory of two models).
         passes: Passes over the weights per step; 2 leaves the next perturbation in the weights until :meth:`settle_`.
+        parallel: What several processes share out: the batch, or the queries.
         seed: Seed of all draws.
 
     Raises:
