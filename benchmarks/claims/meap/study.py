@@ -29,9 +29,11 @@ def cell(study: str, arm: str, seed: int) -> dict[str, Any]:
 
     torch.set_num_threads(1 if WORKERS[study] > 1 else len(os.sched_getaffinity(0)))
     started = time.perf_counter()
-    scratch = Path(tempfile.gettempdir()) / "modicum-meap" / study
+    # Models that cells are compared with lie under their sizes, so that none of another size is taken.
+    scratch = Path(tempfile.gettempdir()) / "modicum-meap" / study / "-".join(map(str, constants(study).values()))
     found = import_module(study).run(arm, seed, scratch)
-    return {"arm": arm, "seed": seed, "seconds": round(time.perf_counter() - started, 1), **found}
+    seconds = round(time.perf_counter() - started, 1)
+    return {"arm": arm, "seed": seed, "seconds": seconds, "constants": constants(study), **found}
 
 
 def main() -> None:
@@ -43,6 +45,8 @@ def main() -> None:
     options = parser.parse_args()
     path = RESULTS / f"meap_{options.study}.json"
     cells = json.loads(path.read_text())["cells"] if path.exists() else []
+    # Cells of other sizes are another study: they are run again rather than mixed in.
+    cells = [c for c in cells if c["constants"] == constants(options.study)]
     done = {(c["arm"], c["seed"]) for c in cells}
     wanted = [(arm, seed) for arm in import_module(options.study).ARMS for seed in range(options.seeds)]
     todo = [pair for pair in wanted if pair not in done]
@@ -65,16 +69,19 @@ def main() -> None:
     print(f"{len(cells)} of {len(wanted)} cells done")
 
 
+def constants(study: str) -> dict[str, int]:
+    """Return the sizes that a study was run with."""
+    return {key: value for key, value in vars(import_module(study)).items() if key.isupper() and type(value) is int}
+
+
 def save(path: Path, study: str, cells: list[dict[str, Any]]) -> None:
     """Write the results with what they depend on."""
     from modicum.record import environment, write_atomic
 
     module = import_module(study)
-    constants = {key: value for key, value in vars(module).items() if key.isupper() and isinstance(value, (int, dict))}
     found = {
         "study": study,
         "about": (module.__doc__ or "").strip(),
-        "constants": constants,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks/claims/meap")),
         "environment": environment(),
