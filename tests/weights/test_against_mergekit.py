@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.thirdparty,
     pytest.mark.skipif("MERGEKIT" not in os.environ, reason="MERGEKIT does not name a mergekit-yaml"),
 ]
-# Where docs/mergekit-differences.md says that we differ: the depth at which the last tensors see a gradient.
+# Where docs/guide/mergekit-differences.md says that we differ: the depth at which the last tensors see a gradient.
 GRADIENT_AT_THE_END = {"ties_gradient", "linear_filters", "slerp"}
 
 

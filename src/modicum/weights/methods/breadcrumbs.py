@@ -83,7 +83,7 @@ def breadcrumbs(
                 within.trim_(delta)
             if outliers is not None:
                 delta.sub_(outliers)
-        return scale * combine(deltas, w, elect=elect, normalize=normalize)
+        return combine(deltas, w, elect=elect, normalize=normalize).mul_(scale)
 
     return fold(base, experts, kernel)
 

@@ -79,14 +79,14 @@ def dare(
     else:
         factors = [LEVELS / level if rescale == "expectation" else 1.0 for level in levels]
     masks = Masks(levels, seeds, base)
-    w_scaled = w * as_vector(factors, base)
+    larger = as_vector(factors, base)
 
     def kernel(deltas: Tensor) -> Tensor:
         masks.apply_(deltas)
         if elect == "none" and not normalize:
-            return (scale * w_scaled) @ deltas
-        deltas.mul_(as_vector(factors, base)[:, None])
-        return scale * combine(deltas, w, elect=elect, normalize=normalize)
+            return (scale * w * larger) @ deltas
+        deltas.mul_(larger[:, None])
+        return combine(deltas, w, elect=elect, normalize=normalize).mul_(scale)
 
     return fold(base, experts, kernel)
 

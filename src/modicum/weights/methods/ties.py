@@ -140,6 +140,6 @@ def ties(
         for delta, cut in zip(deltas, cuts):
             if cut:
                 cut.trim_(delta)
-        return scale * elect_signs(deltas, w, normalize=normalize)
+        return elect_signs(deltas, w, normalize=normalize).mul_(scale)
 
     return fold(base, experts, kernel)
