@@ -96,6 +96,15 @@ def test_a_run_interrupted_at_any_step_ends_with_the_same_bytes(tiny_model, rows
     assert weights(resumed) == weights(whole) and not half.exists()
 
 
+@pytest.mark.parametrize("init", [{"name": "hrp", "preheat_steps": 2}, "pissa", {"name": "lora_plus", "ratio": 4.0}])
+def test_an_initialisation_starts_an_ordinary_adapter(tiny_model, rows, tmp_path, init):
+    run = execute(recipe(tiny_model, rows, adapter={"rank": 2, "init": init}), tmp_path / "r", quiet=True)
+    config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
+    plain = execute(recipe(tiny_model, rows), tmp_path / "plain", quiet=True)
+    assert weights(run) != weights(plain)
+
+
 def test_a_zeroth_order_optimizer_trains_without_gradients(tiny_model, rows, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -150,6 +159,11 @@ def test_the_plan_counts_rows_and_steps(tiny_model, rows):
         ({"adapter": {"rank": 2, "config": {"r": 1}}}, RecipeError, "Use adapter.rank."),
         ({"adapter": {"rank": 2, "config": {"target_modules": ["nope"]}}}, RecipeError, "nope"),
         ({"model": "nowhere/at/all"}, CheckpointError, "nowhere/at/all"),
+        (
+            {"adapter": {"rank": 2, "init": {"name": "hrp", "reuse_data": "continue"}}},
+            RecipeError,
+            "draws its rows anew",
+        ),
         ({"gradient": "adagc", "optimizer": {"name": "mezo", "lr": 1e-3}}, RecipeError, "Drop one"),
         ({"gradient": "adagc", "trainer": {"max_grad_norm": 1.0}}, UnsupportedError, "max_grad_norm"),
     ],

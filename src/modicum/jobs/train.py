@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from modicum import registry
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
-from modicum.jobs.adapters import Started, config_fields, initialize
+from modicum.jobs.adapters import Started, config_fields, initialize, make_optimizer
 from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
 from modicum.jobs.hooks import check_arguments, gradient_callback
 from modicum.jobs.models import load_model, load_tokenizer, native_bfloat16, resolve_model
@@ -93,9 +93,14 @@ class TrainRecipe(Recipe):
         return value
 
     @model_validator(mode="after")
-    def _one_way_to_step(self) -> TrainRecipe:
+    def _parts_fit(self) -> TrainRecipe:
         if self.optimizer is not None and self.gradient is not None:
             raise RecipeError("optimizer is zeroth-order: it has no gradients for `gradient` to act on. Drop one.")
+        init = self.adapter.init if self.adapter else None
+        if init is not None and init.knobs.get("reuse_data") == "continue":
+            raise RecipeError(
+                "adapter.init.reuse_data: continue is for loops of your own; the trainer draws its rows anew."
+            )
         return self
 
     def inputs(self) -> Iterator[str]:
@@ -302,10 +307,14 @@ def _trainer(
         )
     if arguments.eval_strategy != "no" and "eval_dataset" not in datasets:
         raise RecipeError("trainer.eval_strategy asks for evaluations on the way, but there is no eval_data. Set it.")
-    make = Trainer
+    make: Callable[..., Trainer] = Trainer
+    if recipe.adapter is not None and recipe.adapter.init is not None:
+        init, decay = recipe.adapter.init, arguments.weight_decay
+        own = make_optimizer(model, init.name, init.knobs, lr=arguments.learning_rate, weight_decay=decay)
+        make = partial(Trainer, optimizers=(own, None))
     if recipe.optimizer is not None:
         make = partial(zeroth_order_trainer, recipe.optimizer.name, recipe.optimizer.knobs, seed=recipe.seed)
-    trainer: Trainer = make(
+    trainer = make(
         model=model,
         args=arguments,
         data_collator=collator,
@@ -339,7 +348,11 @@ def _log_callback(run: Run) -> Any:
     from transformers import TrainerCallback
 
     class LogCallback(TrainerCallback):
-        """Write the trainer's logs to the run."""
+        """Write the trainer's logs to the run, and tell models that draw by step which step it is."""
+
+        def on_step_begin(self, _args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
+            if hasattr(model, "set_training_step"):
+                model.set_training_step(state.global_step)
 
         def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
             if not state.is_world_process_zero:
