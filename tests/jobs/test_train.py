@@ -115,6 +115,18 @@ def test_a_zeroth_order_optimizer_trains_without_gradients(tiny_model, rows, tmp
     assert all(not torch.equal(trained[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("adapter", [None, {"rank": 2}])
+def test_an_objective_leaves_no_trace_of_its_mask_token(tiny_model, rows, tmp_path, adapter):
+    from transformers import AutoTokenizer
+
+    from modicum.jobs.models import load_model
+
+    run = execute(recipe(tiny_model, rows, adapter=adapter, objective="meap"), tmp_path / "r", quiet=True)
+    folder = run.folder / ("model" if adapter is None else "adapter")
+    assert load_model(folder).get_input_embeddings().weight.shape[0] == 264
+    assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(tiny_model))
+
+
 def test_a_model_is_converted_before_it_is_trained(tiny_model, rows, tmp_path):
     from modicum.jobs.models import load_model
 

@@ -1,7 +1,7 @@
 """Several jobs in one file, each able to name what an earlier one made.
 
 ``stage:NAME`` stands for the first output of stage ``NAME``, ``stage:NAME/OUTPUT`` for the output of that name. A
-stage is a run of its own in ``stages/NAME``; finished stages are skipped when the pipeline runs again, and a stage whose
+stage is a run of its own in ``stages/NAME``. Finished stages are skipped when the pipeline runs again; a stage whose
 recipe or inputs changed is redone, with everything that depends on it.
 """
 

@@ -25,7 +25,7 @@ from modicum.jobs.adapters import Started, config_fields, initialize, make_optim
 from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
 from modicum.jobs.hooks import check_arguments, gradient_callback
 from modicum.jobs.models import load_model, load_tokenizer, native_bfloat16, resolve_model
-from modicum.jobs.objectives import complete_knobs, lora_options, use_objective
+from modicum.jobs.objectives import complete_knobs, finish_model, lora_options, use_objective
 from modicum.jobs.zeroth_order import zeroth_order_trainer
 from modicum.recipe import Recipe, Section, choice
 from modicum.record import Run, whole_folder, write_atomic
@@ -140,7 +140,13 @@ def train(recipe: TrainRecipe, run: Run) -> None:
         for name, section in (("train_dataset", recipe.data), ("eval_dataset", recipe.eval_data))
         if section is not None
     }
-    model = _model(recipe, run, tokenizer, arguments.device)
+    model = _model(recipe, run, arguments.device)
+    rows = model.get_input_embeddings().weight.shape[0]
+    mask = _mask_token(recipe, tokenizer, model)
+    if recipe.adapter is not None:
+        model = _with_adapter(
+            model, recipe.adapter, recipe.model.path, lora_options({"mask_token_id": mask}), recipe.seed
+        )
     collator = collate(tokenizer)
     started = _start_adapter(recipe, model, datasets["train_dataset"], collator, arguments, run)
     trainer = _trainer(recipe, model, arguments, run, tokenizer, collator, datasets)
@@ -154,7 +160,11 @@ def train(recipe: TrainRecipe, run: Run) -> None:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    _save(recipe, trainer, tokenizer, started, run)
+    if started is not None:
+        started.prepare(trainer.model)
+    if mask is not None:
+        finish_model(trainer.model, mask_token_id=mask, rows=rows)
+    _save(recipe, trainer, started, run)
 
 
 def training_arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
@@ -178,15 +188,19 @@ def training_arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
     }
     if recipe.gradient is not None:
         defaults["max_grad_norm"] = 0.0
+    seeds = {"seed": recipe.seed, "data_seed": recipe.seed}
     try:
-        return TrainingArguments(
-            **defaults | recipe.trainer, output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed
-        )
+        arguments = TrainingArguments(**defaults | recipe.trainer | seeds, output_dir=str(folder))
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"trainer: {error}") from None
+    if arguments.eval_strategy != "no" and recipe.eval_data is None:
+        raise RecipeError("trainer.eval_strategy asks for evaluations on the way, but there is no eval_data. Set it.")
+    if recipe.gradient is not None:
+        check_arguments(arguments, recipe.gradient.name, recipe.gradient.knobs)
+    return arguments
 
 
-def _model(recipe: TrainRecipe, run: Run, tokenizer: Any, device: torch.device) -> PreTrainedModel:
+def _model(recipe: TrainRecipe, run: Run, device: torch.device) -> PreTrainedModel:
     section = recipe.model
     model = load_model(
         section.path,
@@ -197,13 +211,16 @@ def _model(recipe: TrainRecipe, run: Run, tokenizer: Any, device: torch.device) 
     )
     if section.convert is not None:
         model = registry.model[section.convert.name].function(model, **section.convert.knobs)
-    extra: dict[str, Any] = {}
-    if recipe.objective is not None:
-        # The mask token must have its row before an adapter is put around the embedding.
-        extra = lora_options(
-            complete_knobs(recipe.objective.name, recipe.objective.knobs, tokenizer=tokenizer, model=model)
-        )
-    return model if recipe.adapter is None else _with_adapter(model, recipe.adapter, section.path, extra, recipe.seed)
+    return model
+
+
+def _mask_token(recipe: TrainRecipe, tokenizer: Any, model: PreTrainedModel) -> int | None:
+    """Return the mask token of the objective, made where there was none, before an adapter surrounds the embedding."""
+    if recipe.objective is None:
+        return None
+    knobs = complete_knobs(recipe.objective.name, recipe.objective.knobs, tokenizer=tokenizer, model=model)
+    mask: int | None = knobs.get("mask_token_id")
+    return mask
 
 
 def _dtype(recipe: TrainRecipe, run: Run, device: torch.device) -> str:
@@ -301,12 +318,9 @@ def _trainer(
 
     callbacks = [_log_callback(run)]
     if recipe.gradient is not None:
-        check_arguments(arguments, recipe.gradient.name, recipe.gradient.knobs)
         callbacks.append(
             gradient_callback(recipe.gradient.name, recipe.gradient.knobs, folder=run.folder, note=run.note)
         )
-    if arguments.eval_strategy != "no" and "eval_dataset" not in datasets:
-        raise RecipeError("trainer.eval_strategy asks for evaluations on the way, but there is no eval_data. Set it.")
     make: Callable[..., Trainer] = Trainer
     if recipe.adapter is not None and recipe.adapter.init is not None:
         init, decay = recipe.adapter.init, arguments.weight_decay
@@ -382,18 +396,17 @@ def _last_checkpoint(folder: Path, *, delete_broken: bool) -> Path | None:
     return None
 
 
-def _save(recipe: TrainRecipe, trainer: Trainer, tokenizer: Any, started: Started | None, run: Run) -> None:
+def _save(recipe: TrainRecipe, trainer: Trainer, started: Started | None, run: Run) -> None:
     name = "model" if recipe.adapter is None else "adapter"
     target = run.folder / name
-    if started is not None:
-        started.prepare(trainer.model)
     # Every process takes part in gathering sharded weights; only the first one writes.
     with whole_folder(target) if run.main else nullcontext(target) as folder:
         trainer.save_model(str(folder))
         if run.main:
             for unwanted in ("training_args.bin", "README.md"):  # a pickle, and an empty card
                 (folder / unwanted).unlink(missing_ok=True)
-            tokenizer.save_pretrained(folder)
+            # Read again: an objective may have added its mask token to the one in use.
+            load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code).save_pretrained(folder)
             if recipe.adapter is not None:
                 _sort_modules(folder / "adapter_config.json")
             if started is not None:
