@@ -34,7 +34,7 @@ def test_list_prints_every_table(monkeypatch, capsys):
 
 def test_show_prints_the_knobs_of_a_method(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "show", "ties")
-    assert code == 0 and "density" in out and "float, > 0, <= 1" in out and "required" in out
+    assert code == 0 and "density" in out and "float > 0 <= 1" in out and "required" in out
 
 
 @pytest.mark.parametrize(

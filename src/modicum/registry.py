@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from types import MappingProxyType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from modicum.errors import RecipeError, did_you_mean
 
@@ -191,44 +191,63 @@ REGISTRIES: Mapping[str, Registry] = MappingProxyType(
 
 def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
     """Turn pydantic's report into lines of the form *where: key: what is wrong, what came, what to do*."""
-    lines = []
+    lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"])
+        # In a union pydantic reports every branch under the branch's type, which the user never wrote.
+        location = [
+            part for part in item["loc"] if isinstance(part, int) or (part not in _BRANCHES and "[" not in part)
+        ]
+        path = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
-            parent = _model_at(schema, item["loc"][:-1])
-            hint = did_you_mean(str(item["loc"][-1]), parent.model_fields) if parent else "Remove it."
-            lines.append(f"{where}: unknown key {path!r}. {hint}")
+            parent = _model_at(schema, location[:-1])
+            hint = did_you_mean(str(location[-1]), parent.model_fields) if parent else "Remove it."
+            line = f"{where}: unknown key {path!r}. {hint}"
         elif item["type"] == "missing":
-            lines.append(f"{where}: {path!r} is missing. Set it.")
+            line = f"{where}: {path!r} is missing. Set it."
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = item["msg"].removeprefix("Value error, ").removesuffix(".")
             came = "" if item["type"] == "value_error" else f", got {_short(item['input'])}"
-            lines.append(f"{where}: {path}: {message}{came}." if path else f"{where}: {message}{came}.")
-    return "\n".join(line.replace("..", ".") if line.endswith("..") else line for line in lines)
+            line = f"{where}: {path}: {message}{came}." if path else f"{where}: {message}{came}."
+        lines.setdefault(path, line)
+    return "\n".join(lines.values())
+
+
+_BRANCHES = frozenset(
+    {"float", "int", "str", "bool", "constrained-float", "constrained-int", "constrained-str", "none"}
+)
 
 
 def describe_type(field: FieldInfo) -> str:
     """Return a field's type and range as a person would write it.
 
     Example:
-        >>> describe_type(merge_method["ties"].schema.model_fields["density"])
-        'float, > 0, <= 1'
+        >>> describe_type(merge_method["task_arithmetic"].schema.model_fields["scale"])
+        'float'
+        >>> describe_type(gradient_rule["adagc"].schema.model_fields["beta"])
+        'float >= 0 < 1'
     """
-    annotation = field.annotation
-    name = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
-    for prefix in ("typing.", "collections.abc.", "modicum."):
-        name = name.replace(prefix, "")
+    return _describe(field.annotation, field.metadata)
+
+
+def _describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _describe(arguments[0], arguments[1:])
+    if origin in (Union, UnionType):
+        return " or ".join("nothing" if part is type(None) else _describe(part) for part in arguments)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    name = annotation.__name__ if inspect.isclass(annotation) and not arguments else str(annotation)
+    if origin is not None and arguments:
+        inner = ", ".join("…" if part is ... else _describe(part) for part in arguments)
+        name = f"{getattr(origin, '__name__', origin)}[{inner}]"
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [
-        f"{sign} {getattr(item, key)}" for item in field.metadata for key, sign in signs.items() if hasattr(item, key)
-    ]
-    return ", ".join([name, *bounds])
+    bounds = [f"{sign} {getattr(m, key)}" for m in metadata for key, sign in signs.items() if hasattr(m, key)]
+    return " ".join([name, *bounds])
 
 
 def _model_at(schema: type[BaseModel], path: Iterable[str | int]) -> type[BaseModel] | None:
     """Follow ``path`` through nested models; ``None`` where it leads through something else, such as a union."""
-    from typing import get_args
-
     from pydantic import BaseModel
 
     current: type[BaseModel] | None = schema
