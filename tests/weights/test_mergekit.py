@@ -131,9 +131,11 @@ def test_wrong_files_are_refused_in_one_line(
 
 
 def test_the_plan_says_what_differs_and_what_is_overlooked(root: Path) -> None:
-    text = json.dumps(ties(parameters={"weight": [0.1, 1.0], "int8_mask": True})).replace("$R", str(root))
+    text = json.dumps(ties(parameters={"weight": [0.1, 1.0], "int8_mask": True, "densty": 0.3})).replace(
+        "$R", str(root)
+    )
     lines = "\n".join(plan(parse(json.loads(text))))
-    for words in ("float32 with one cast", "density is 1", "the last value", "int8_mask"):
+    for words in ("float32 with one cast", "density is 1", "the last value", "int8_mask", "does not read 'densty'"):
         assert words in lines
 
 

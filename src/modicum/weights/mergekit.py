@@ -17,7 +17,7 @@ from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.registry import merge_method
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.files import Spec
-from modicum.weights.mergekit_methods import METHODS, Getter, Made, method_of
+from modicum.weights.mergekit_methods import METHODS, Getter, Made, method_of, parameters_of
 from modicum.weights.plan import Plan, Source, Step, check_count, companion_files, parse_dtype
 from modicum.weights.vocabulary import Vocabulary, with_vocabulary
 
@@ -377,8 +377,12 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
         notes.append("breadcrumbs keeps its share of small tensors too, which older mergekit set to zero")
     if any(_has_gradient(scope) for piece in slices for scope in (*piece.scopes, *(p.parameters for p in piece.parts))):
         notes.append("gradients: the final norm and lm_head get the last value, where mergekit gives them the first")
-    if "int8_mask" in {key for piece in slices for scope in piece.scopes for key in scope}:
+    scopes = [scope for piece in slices for scope in (*piece.scopes, *(part.parameters for part in piece.parts))]
+    unread = {key for scope in scopes for key in scope} - parameters_of(name)
+    if "int8_mask" in unread:
         notes.append("int8_mask only saves memory in mergekit and has no effect here")
+    if others := sorted(unread - {"int8_mask"}):
+        notes.append(f"{name} does not read {', '.join(map(repr, others))} under parameters: no effect")
     return notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,3 +134,24 @@ def method_of(name: str) -> Callable[[Getter], Made]:
         return name, given, bool(entry.facts.get("base", True))
 
     return read
+
+
+def parameters_of(name: str) -> set[str]:
+    """Return the parameters that a method reads.
+
+    Example:
+        >>> sorted(parameters_of("sce"))
+        ['select_topk']
+    """
+    asked: set[str] = set()
+
+    def shared(key: str, default: Any) -> Any:
+        asked.add(key)
+        return default
+
+    def each(key: str, default: Any = None, **_: Any) -> list[Any]:
+        return [shared(key, default)]
+
+    with suppress(RecipeError):  # raised where a required parameter is missing, as here all are
+        method_of(name)(Getter(shared, each))
+    return asked
