@@ -149,7 +149,7 @@ def parameters_of(name: str) -> set[str]:
         asked.add(key)
         return default
 
-    def each(key: str, default: Any = None, **_: Any) -> list[Any]:
+    def each(key: str, default: Any = 1.0, **_: Any) -> list[Any]:
         return [shared(key, default)]
 
     with suppress(RecipeError):  # raised where a required parameter is missing, as here all are
