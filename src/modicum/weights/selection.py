@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from modicum.weights.blocks import delta_blocks, working_dtype
 
-SAMPLE = 1 << 16
+SMALL = 1 << 16  # entries up to which a tensor is looked at whole
+SAMPLE = 1 << 14
 Array: TypeAlias = NDArray[Any]
 
 
@@ -72,9 +74,10 @@ def find_cuts(base: Tensor, experts: Sequence[Tensor], keeps: Sequence[Sequence[
         keeps: For each expert, how many each of its cuts keeps; from 1 to the number of entries.
     """
     n = base.numel()
-    if n <= SAMPLE or base.device.type != "cpu":
+    if n <= SMALL or base.device.type != "cpu":
         return [[_cut_of(magnitudes_of(base, e), k) for k in ks] for e, ks in zip(experts, keeps)]
-    counts = [[_Counts(*bracket) for bracket in _brackets(base, e, ks, n)] for e, ks in zip(experts, keeps)]
+    where = _sample(n)
+    counts = [[_Counts(*bracket) for bracket in _brackets(base, e, ks, where)] for e, ks in zip(experts, keeps)]
     for _, _, deltas in delta_blocks(base, experts):
         for several, magnitudes in zip(counts, deltas.abs_()):
             for count in several:
@@ -99,10 +102,16 @@ def _cut_of(magnitudes: Tensor, k: int) -> Cut:
     return Cut(value.item(), spare, spare == int(torch.count_nonzero(magnitudes == value)))
 
 
-def _brackets(base: Tensor, expert: Tensor, keeps: Sequence[int], n: int) -> list[tuple[float, float]]:
+@lru_cache(maxsize=32)  # a model has few sizes of tensor
+def _sample(n: int) -> Tensor:
+    """Return places to look at, in order so that reading them is quick; the same ones for the same size."""
+    return torch.randint(n, (SAMPLE,), generator=torch.Generator().manual_seed(0)).sort().values
+
+
+def _brackets(base: Tensor, expert: Tensor, keeps: Sequence[int], where: Tensor) -> list[tuple[float, float]]:
     """Return for each k two magnitudes between which the k-th largest lies, five standard deviations sure."""
-    where = torch.randint(n, (SAMPLE,), generator=torch.Generator().manual_seed(0)).sort().values
-    sample = magnitudes_of(base.reshape(-1)[where], expert.reshape(-1)[where]).sort().values
+    n = base.numel()
+    sample = np.sort(magnitudes_of(base.reshape(-1)[where], expert.reshape(-1)[where]).numpy())
     brackets = []
     for k in keeps:
         share = k / n
