@@ -103,6 +103,8 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     measured = run_plan(
         plan, out, seed=recipe.seed, device=recipe.device, shard_bytes=recipe.shard_size, progress=not run.quiet
     )
+    if not run.main:
+        return  # each process measured its own share; the first one has collected them all
     bound = plan.memory_bound()
     run.record["metrics"] = {"tensors": len(plan.steps), "memory_bound": bound, "layers": layers(plan, measured)}
     run.output("model", out)
