@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -121,7 +122,8 @@ class DesynchronizedLOZO(LOZO):
         self._drawn[(self.steps, 0)] = probed
 
 
-SGD = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # for every method; a best rate at an edge is followed outwards, see ``search``
+FARTHEST = 3  # rates beyond the grid on one side
 METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {  # method, knobs, forwards of a step
     "MeZO": (MeZO, {}, 2),
     "MeZO-m": (MeZO, {"variant": "momentum"}, 2),
@@ -197,18 +199,34 @@ def main() -> None:
         return stored["cells"][key]
 
     for name in given.only or METHODS:
-        grid = [(run(name, lr, SELECTION_SEED), lr) for lr in SGD]
-        if any(result is None for result, _ in grid):
+        best = search(lambda lr, name=name: run(name, lr, SELECTION_SEED))
+        if best is None:
             continue
-        ended = [(r["dev_loss"], lr) for r, lr in grid if r is not None and r["dev_loss"] is not None]
-        if not ended:
-            continue
-        best = min(ended)[1]
         found = [run(name, best, seed) for seed in SEEDS]
         losses = [r["dev_loss"] for r in found if r is not None and r["dev_loss"] is not None]
         if len(losses) == len(SEEDS):
-            edge = " (edge of the grid)" if best in (SGD[0], SGD[-1]) else ""
-            print(f"{name}: lr {best}{edge}, dev loss {statistics.mean(losses):.3f}", flush=True)
+            print(f"{name}: lr {best:.0e}, dev loss {statistics.mean(losses):.3f}", flush=True)
+
+
+def search(run: Callable[[float], dict[str, Any] | None]) -> float | None:
+    """Return the rate of least dev loss: of the grid, or beyond the edge at which the grid's best lies."""
+    losses: dict[float, float] = {}
+    for lr in RATES:
+        if (result := run(lr)) is None:
+            return None
+        losses[lr] = math.inf if result["dev_loss"] is None else result["dev_loss"]
+    for factor in (3.0, 1 / 3):
+        for _ in range(FARTHEST):
+            edge = (max if factor > 1 else min)(losses)
+            if losses[edge] == math.inf or losses[edge] > min(losses.values()):
+                break
+            # One digit is kept, so that a rate reads, and its cell is found, the same on every machine.
+            lr = float(f"{edge * factor:.0e}")
+            if (result := run(lr)) is None:
+                return None
+            losses[lr] = math.inf if result["dev_loss"] is None else result["dev_loss"]
+    best = min(losses, key=lambda lr: losses[lr])
+    return best if losses[best] < math.inf else None
 
 
 def commit() -> str:
