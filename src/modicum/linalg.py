@@ -93,6 +93,37 @@ def inverse_root(gram: Float[Tensor, "k k"], *, rtol: float) -> tuple[Float[Tens
     return (vectors * inverse) @ vectors.T, values
 
 
+class Polar(NamedTuple):
+    """A stack made orthonormal: ``factor (m, k)``, and of its Gram matrix' eigenvalues how many were ``kept`` and the
+    ``weakest`` of them, relative to the largest.
+    """
+
+    factor: Tensor
+    kept: int
+    weakest: float
+
+
+def polar(stack: Float[Tensor, "m k"], *, rtol: float) -> Polar:
+    """Return the polar factor of a stack and how well it is determined; see :func:`inv_sqrt_polar`."""
+    wide = stack.double()
+    if rtol == 0:
+        U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+        factor, values = U @ Vh, S.square()
+        if len(S) and float(S[-1]) < DEPENDENT * float(S[0]):
+            warnings.warn(
+                "Columns of the stack depend on each other, so that part of the polar factor is arbitrary. "
+                "Experts this close need a cut-off: set whiten_rtol to 0.01 or more.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    else:
+        root, values = inverse_root(wide.T @ wide, rtol=rtol)
+        factor = wide @ root
+    relative = (values / values.max()).clamp_min(0) if len(values) else values
+    kept = relative[relative > rtol] if rtol else relative
+    return Polar(factor.to(stack.dtype), len(kept), float(kept.min()) if len(kept) else 1.0)
+
+
 def inv_sqrt_polar(stack: Float[Tensor, "m k"], *, rtol: float = 1e-4) -> Float[Tensor, "m k"]:
     r"""Return :math:`S (S^T S)^{-1/2}`, the matrix with orthonormal columns closest to the stack.
 
@@ -106,19 +137,7 @@ def inv_sqrt_polar(stack: Float[Tensor, "m k"], *, rtol: float = 1e-4) -> Float[
         >>> inv_sqrt_polar(torch.cat([column, column], 1)) @ torch.ones(2)
         tensor([1.4142, 0.0000])
     """
-    if rtol == 0:
-        U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
-        if len(S) and float(S[-1]) < DEPENDENT * float(S[0]):
-            warnings.warn(
-                "Columns of the stack depend on each other, so that part of the polar factor is arbitrary. "
-                "Experts this close need a cut-off: set whiten_rtol to 0.01 or more.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return U @ Vh
-    wide = stack.double()
-    root, _ = inverse_root(wide.T @ wide, rtol=rtol)
-    return (wide @ root).to(stack.dtype)
+    return polar(stack, rtol=rtol).factor
 
 
 def product_svd(left: Float[Tensor, "*b m k"], right: Float[Tensor, "*b k n"]) -> SVD:

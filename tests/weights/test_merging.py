@@ -8,21 +8,33 @@ import torch
 from safetensors.torch import load_file
 
 from modicum.errors import CheckpointError, ModicumError, RecipeError
+from modicum.registry import merge_method
 from modicum.weights import Checkpoint, merge, merge_state_dicts
 from modicum.weights.compare import compare
 from weights.conftest import Family, MakeFamily, random_tensors, write_model
 
-METHODS = [("linear", {}), ("task_arithmetic", {"scale": 0.4}), ("ties", {"density": 0.5}), ("tsv", {})]
+REQUIRED = {name: {"density": 0.5} for name in ("ties", "dare", "della", "breadcrumbs")} | {"slerp": {"t": 0.3}}
 
 
-@pytest.mark.parametrize(("method", "knobs"), METHODS)
+@pytest.fixture(params=list(merge_method))
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def number_of_experts(method: str, wanted: int = 3) -> int:
+    facts = merge_method[method].facts
+    return 1 if facts.get("two") else min(wanted, facts.get("most", wanted))
+
+
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_streamed_and_in_memory_give_the_same_bytes(
-    make_family: MakeFamily, tmp_path: Path, method: str, knobs: dict[str, float], dtype: str | None
+    make_family: MakeFamily, tmp_path: Path, method: str, dtype: str | None
 ) -> None:
-    base, experts = make_family(3)
-    merge(base, experts, tmp_path / "out", method=method, dtype=dtype, **knobs)
-    streamed = load_file(tmp_path / "out/model.safetensors")
+    base, experts = make_family(number_of_experts(method))
+    knobs = REQUIRED.get(method, {})
+    # Small files and several threads: neither the order of tensors nor their place may matter.
+    merge(base, experts, tmp_path / "out", method=method, dtype=dtype, shard_bytes=300, workers=3, **knobs)
+    streamed = {name: t for f in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(f).items()}
     memory = merge_state_dicts(
         load_file(base / "model.safetensors"),
         [load_file(e / "model.safetensors") for e in experts],
@@ -47,11 +59,13 @@ def test_a_float32_result_keeps_what_bfloat16_would_round_away() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize(("method", "knobs"), METHODS)
-def test_a_base_merged_with_itself_is_itself(method: str, knobs: dict[str, float], dtype: torch.dtype) -> None:
+def test_a_base_merged_with_itself_is_itself(method: str, dtype: torch.dtype) -> None:
     base = random_tensors(0, dtype)
-    merged = merge_state_dicts(base, [base, base], method=method, **knobs)
-    assert all(torch.equal(merged[name], base[name]) for name in base)
+    merged = merge_state_dicts(base, [base] * number_of_experts(method), method=method, **REQUIRED.get(method, {}))
+    if method == "karcher" and dtype == torch.float32:  # a norm times a direction: equal to rounding only
+        torch.testing.assert_close(merged, base)
+    else:
+        assert all(torch.equal(merged[name], base[name]) for name in base)
 
 
 def test_inputs_are_not_changed() -> None:

@@ -118,7 +118,8 @@ def prune(delta: Tensor, density: float, epsilon: float, rng: np.random.Generato
     slope = 2 * epsilon / (n - 1) if n > 1 else 0.0
     probability = (density - epsilon if n > 1 else density) + slope * np.arange(n)
     kept = rng.random(tuple(delta.shape), dtype=np.float32) < probability.astype(np.float32)
-    factors = kept / probability.astype(np.float32) if by_probability else kept.astype(np.float32)
+    precision = np.float64 if delta.dtype == torch.float64 else np.float32
+    factors = kept / probability.astype(precision) if by_probability else kept.astype(np.float32)
     # Position and magnitude in one integer: sorting it ranks a row, equal magnitudes by position, far faster than an
     # argsort.
     bits = delta.abs().float().cpu().numpy().view(np.int32).astype(np.int64)

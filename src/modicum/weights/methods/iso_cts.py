@@ -44,7 +44,8 @@ def iso_cts(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, comm
         One symmetric eigendecomposition of the short side for each expert and for the sum, two of the stacks.
 
     Deviates:
-        Directions of singular value zero are left out.
+        Directions of singular value zero are left out, and where the experts' shares do not fit, each gets one
+        direction less.
 
     Reference:
         Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", ICML
@@ -54,12 +55,15 @@ def iso_cts(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, comm
     def merge(deltas: list[Tensor]) -> Tensor:
         total = torch.stack(deltas).sum(0).double()
         short, n = min(total.shape), len(deltas)
-        own = round((short - int(short * common)) / n)
-        if own == 0 or own * n >= short:
+        own = min(round((short - int(short * common)) / n), short // n)
+        if own == 0:
             return scale * flatten_spectrum(total).to(deltas[0].dtype)
-        shared = truncated_svd(total, short - own * n)
-        rests = [delta.double() - shared.U @ (shared.U.T @ delta.double()) for delta in deltas]
-        parts = [*(truncated_svd(rest, own) for rest in rests), shared]
+        rests, parts = [delta.double() for delta in deltas], []
+        if own * n < short:
+            shared = truncated_svd(total, short - own * n)
+            rests = [rest - shared.U @ (shared.U.T @ rest) for rest in rests]
+            parts = [shared]
+        parts = [*(truncated_svd(rest, own) for rest in rests), *parts]
         strongest = max(float(part.S.max()) for part in parts)
         live = [1e-6 * strongest < part.S for part in parts]
         U = torch.cat([part.U[:, keep] for part, keep in zip(parts, live)], 1)

@@ -17,14 +17,15 @@ from modicum.weights.matrices import merge_matrices
 
 @merge_method("opcm", paper="arXiv:2501.09522", laws={"zero_delta", "scale", "shift"}, matrix=True)
 def opcm(base: Tensor, experts: Sequence[Tensor], *, alpha: Fraction = 0.5, scale: float = 1.0) -> Tensor:
-    r"""Add each expert's delta after removing its part in the leading subspaces of what is merged so far.
+    r"""Add each expert's delta after removing its part along what is merged so far.
 
     .. math::
         \tau^{(t)} = \frac{\lambda_{t-1} \tau^{(t-1)} + P^{(t-1)}(\tau_t)}{\lambda_t}, \quad
-        P^{(t-1)}(\tau) = (I - U U^T)\, \tau\, (I - V V^T)
+        P^{(t-1)}(\tau) = \sum_{i \ne j,\ \max(i, j) > k} (u_i^T \tau\, v_j)\, u_i v_j^T
 
-    where U and V are the leading singular vectors of :math:`\tau^{(t-1)}` that hold the share ``alpha`` of the sum of
-    its singular values, and :math:`\lambda_t` gives :math:`\tau^{(t)}` the mean norm of the deltas so far.
+    where :math:`u_i, v_j` are the singular vectors of :math:`\tau^{(t-1)}`, the first k of which hold the share
+    ``alpha`` of the sum of its singular values, and :math:`\lambda_t` gives :math:`\tau^{(t)}` the mean norm of the
+    deltas so far.
 
     Args:
         base: The tensor that the experts were trained from.
@@ -46,7 +47,7 @@ def opcm(base: Tensor, experts: Sequence[Tensor], *, alpha: Fraction = 0.5, scal
         One symmetric eigendecomposition of the short side for each expert but the first.
 
     Deviates:
-        Both sides are projected at the same rank, chosen by the share of the spectrum.
+        The authors' code takes one factor for the whole model, this one for each matrix.
 
     Reference:
         Tang et al., "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model
@@ -59,10 +60,13 @@ def opcm(base: Tensor, experts: Sequence[Tensor], *, alpha: Fraction = 0.5, scal
         for t, delta in enumerate(deltas[1:], 2):
             svd = truncated_svd(merged, min(merged.shape))
             k = int((svd.S.cumsum(0) < alpha * svd.S.sum()).sum()) + 1
-            live = svd.S[:k] > 1e-6 * svd.S.max()
-            U, V = svd.U[:, :k][:, live], svd.V[:, :k][:, live]
-            rest = delta.double() - U @ (U.T @ delta.double())
-            rest = rest - (rest @ V) @ V.T
+            # Along a direction without strength the vectors are noise, and nothing is removed.
+            live = svd.S.gt(1e-6 * svd.S.max())
+            U, V = svd.U[:, live], svd.V[:, live]
+            inside = U.T @ delta.double() @ V
+            removed = inside.diagonal().diag()
+            removed[:k, :k] = inside[:k, :k]
+            rest = delta.double() - U @ removed @ V.T
             norms += float(delta.double().norm())
             total = factor * merged + rest
             target = norms / t

@@ -13,11 +13,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.linalg import SVD, Solver, truncated_svd
+from modicum.linalg import SVD, Solver
 from modicum.registry import merge_method
 from modicum.types import Fraction, NonNegative, UnitInterval
 from modicum.weights.matrices import merge_matrices
-from modicum.weights.methods.tsv import combine
+from modicum.weights.methods.tsv import combine, decompose
 
 Each = Callable[[Callable[[Tensor, Sequence[Tensor]], Any]], Mapping[str, Any]]
 Mode = Literal["mass", "ratio", "count", "mitigate", "none"]
@@ -48,7 +48,7 @@ def survey(each: Each, *, ranks: Rule, c: float, eps: float | None, **_: Any) ->
     paper="arXiv:2502.06876",
     laws={"permutation", "zero_delta", "scale", "shift", "transpose"},
     matrix=True,
-    supplied={"reference"},
+    supplied={"reference", "report"},
     survey=survey,
 )
 def resm(
@@ -67,6 +67,7 @@ def resm(
     whiten_rtol: UnitInterval = 1e-2,
     solver: Solver = "gram",
     reference: float | None = None,
+    report: list[dict[str, Any]] | None = None,
 ) -> Tensor:
     r"""Weigh the experts' singular values by their outliers, keep fewer of them in sparse layers, then merge as TSV-M.
 
@@ -96,6 +97,7 @@ def resm(
         whiten_rtol: As in :func:`modicum.weights.methods.tsv.tsv`.
         solver: As in :func:`modicum.weights.methods.tsv.tsv`.
         reference: Density of the densest (or mean) matrix of the model, found by a pass over it.
+        report: As in :func:`modicum.weights.methods.tsv.tsv`, with the experts' ``weights``.
 
     Returns:
         The merged tensor. Tensors that are not matrices get the mean of the deltas.
@@ -130,11 +132,15 @@ def resm(
         plan = rank_plan(shares, min(deltas[0].shape), rule=ranks, reference=reference)
         parts = []
         for delta, k, weight in zip(deltas, plan, weights):
-            part = truncated_svd(delta, k, solver=solver)
+            part = decompose(delta, k, solver)
             if ranks == "energy":
                 part = shortest(part, total=float(delta.double().square().sum()), eta=eta)
             parts.append(part if weight == 1 else SVD(part.U, part.S * weight, part.V))
-        return alpha * combine(parts, whiten_rtol=whiten_rtol)
+        found: list[dict[str, Any]] = []
+        merged = (alpha * combine(parts, whiten_rtol=whiten_rtol, report=found)).to(deltas[0].dtype)
+        if report is not None:
+            report.extend({**one, "weights": weights} for one in found)
+        return merged
 
     return merge_matrices(base, experts, merge)
 

@@ -6,6 +6,7 @@ Keeps the norm of weights of equal norm, where averaging shrinks it. For two mod
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +49,7 @@ def slerp(base: Tensor | None, experts: Sequence[Tensor], *, t: UnitInterval) ->
 
     Deviates:
         Nearly parallel tensors, and tensors of opposite direction, for which no arc is defined, are interpolated on the
-        straight line.
+        straight line; the latter with a warning, unless they have one entry only.
 
     Reference:
         Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985, Section 3.3.
@@ -80,6 +81,13 @@ def arc_weights(a: Tensor, b: Tensor, *, t: float) -> tuple[float, float]:
     aa, ab, bb = dots.tolist()
     cosine = ab / math.sqrt(aa * bb) if aa and bb else 1.0
     if abs(cosine) > NEARLY_PARALLEL:
+        if cosine < 0 and a.numel() > 1:
+            warnings.warn(
+                "slerp: two tensors point in opposite directions, between which no arc is defined. They are "
+                "interpolated on the straight line, which shrinks them.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

@@ -8,11 +8,12 @@ two experts share are replaced by arbitrary ones at full strength.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modicum.linalg import SVD, Solver, inv_sqrt_polar, truncated_svd
+from modicum.linalg import SVD, Solver, polar, truncated_svd
 from modicum.registry import merge_method
 from modicum.types import PositiveInt, UnitInterval
 from modicum.weights.matrices import merge_matrices
@@ -20,7 +21,13 @@ from modicum.weights.matrices import merge_matrices
 NEGLIGIBLE = 1e-6  # of an expert's largest singular value: what float32 weights and a Gram matrix cannot tell from zero
 
 
-@merge_method("tsv", paper="arXiv:2412.00081", laws={"permutation", "zero_delta", "scale", "shift"}, matrix=True)
+@merge_method(
+    "tsv",
+    paper="arXiv:2412.00081",
+    laws={"permutation", "zero_delta", "scale", "shift"},
+    matrix=True,
+    supplied={"report"},
+)
 def tsv(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -29,6 +36,7 @@ def tsv(
     rank: PositiveInt | None = None,
     whiten_rtol: UnitInterval = 1e-4,
     solver: Solver = "gram",
+    report: list[dict[str, Any]] | None = None,
 ) -> Tensor:
     r"""Add the experts' leading singular components after making their directions orthogonal (TSV-M).
 
@@ -46,6 +54,8 @@ def tsv(
         whiten_rtol: Directions of a stack whose squared length is below this share of the largest are dropped; 0 keeps
             all, as published.
         solver: How the deltas are decomposed; see :func:`modicum.linalg.truncated_svd`.
+        report: Gets for each matrix the ``ranks`` of the experts, the share of directions ``kept`` by the cut-off, and
+            the squared length of the ``weakest`` of them beside the strongest.
 
     Returns:
         The merged tensor. Tensors that are not matrices get the mean of the deltas; of stacked matrices each is merged
@@ -71,8 +81,8 @@ def tsv(
 
     def merge(deltas: list[Tensor]) -> Tensor:
         k = ranks_of(deltas, rank)
-        parts = [truncated_svd(delta, k, solver=solver) for delta in deltas]
-        return alpha * combine(parts, whiten_rtol=whiten_rtol)
+        parts = [decompose(delta, k, solver) for delta in deltas]
+        return (alpha * combine(parts, whiten_rtol=whiten_rtol, report=report)).to(deltas[0].dtype)
 
     return merge_matrices(base, experts, merge)
 
@@ -83,7 +93,13 @@ def ranks_of(deltas: Sequence[Tensor], rank: int | None) -> int:
     return min(rank, room) if rank else room
 
 
-def combine(parts: Sequence[SVD], *, whiten_rtol: float) -> Tensor:
+def decompose(delta: Tensor, rank: int, solver: Solver) -> SVD:
+    """Return the leading triplets in float64: whitening divides by how far directions differ, which float32 loses."""
+    part = truncated_svd(delta if solver == "randomized" else delta.double(), rank, solver=solver)
+    return SVD(part.U.double(), part.S.double(), part.V.double())
+
+
+def combine(parts: Sequence[SVD], *, whiten_rtol: float, report: list[dict[str, Any]] | None = None) -> Tensor:
     """Return the sum of decomposed deltas whose singular directions were made orthogonal."""
     # Directions without strength are arbitrary; they must not take part in the whitening of the others.
     live = [part.S.gt(NEGLIGIBLE * part.S.max()) for part in parts]
@@ -92,7 +108,12 @@ def combine(parts: Sequence[SVD], *, whiten_rtol: float) -> Tensor:
     S = torch.cat([part.S[keep] for part, keep in zip(parts, live)])
     if not len(S):
         return U.new_zeros(U.shape[0], V.shape[0])
-    return (inv_sqrt_polar(U, rtol=whiten_rtol) * S) @ inv_sqrt_polar(V, rtol=whiten_rtol).T
+    left, right = polar(U, rtol=whiten_rtol), polar(V, rtol=whiten_rtol)
+    if report is not None:
+        ranks = [int(keep.sum()) for keep in live]
+        kept, weakest = min(left.kept, right.kept) / len(S), min(left.weakest, right.weakest)
+        report.append({"ranks": ranks, "kept": kept, "weakest": weakest})
+    return (left.factor * S) @ right.factor.T
 
 
 def task_interference(deltas: Sequence[Tensor], *, rank: int | None = None) -> float:
