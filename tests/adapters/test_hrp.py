@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modicum.adapters import Preheat, hrp_factors
+from modicum.adapters import hrp as hrp_module
 from modicum.adapters.angles import captured, principal_angles
 from modicum.adapters.hrp import factor_svd
 from modicum.errors import ModicumError
+from modicum.linalg import product_svd
 from modicum.random import generator
 from oracles import hrp as oracle
 
@@ -53,6 +55,40 @@ def test_the_decomposition_reproduces_the_product_with_orthonormal_vectors(shape
     for vectors in (U, V):
         np.testing.assert_allclose((vectors.mT @ vectors).numpy(), np.eye(R), atol=1e-10)
     np.testing.assert_allclose(S.numpy(), np.linalg.svd((B @ A).numpy())[1][:R], atol=1e-10)
+
+
+def factors_of_spectrum(values, width=30, out=24, seed=0):
+    """Factors whose product has these singular values."""
+    rng = generator(seed, "spectrum", len(values))
+    left, right = (
+        torch.linalg.qr(torch.randn(n, len(values), generator=rng, dtype=torch.float64)).Q for n in (out, width)
+    )
+    mixed = torch.randn(len(values), len(values), generator=rng, dtype=torch.float64)
+    return mixed @ right.T, left * torch.as_tensor(values, dtype=torch.float64) @ torch.linalg.inv(mixed)
+
+
+@pytest.mark.parametrize("values", [[8, 4, 2, 1], [1, 1e-2, 1e-3, 1e-4], [1, 1e-5, 1e-9, 1e-11], [1, 1, 0, 0], [0] * 4])
+def test_leading_vectors_alone_are_as_exact_whatever_the_condition(values, monkeypatch):
+    A, B = factors_of_spectrum(values)
+    slow = []
+    monkeypatch.setattr(hrp_module, "product_svd", lambda *some: slow.append(len(some[0])) or product_svd(*some))
+    U, S, V = factor_svd(A, B, rank=3)
+    assert bool(slow) == (values[2] < 1e-4 * values[0] or values[0] == 0)
+    for vectors in (U, V):
+        np.testing.assert_allclose((vectors.mT @ vectors).numpy(), np.eye(3), atol=1e-7)
+    np.testing.assert_allclose(S.numpy(), values, rtol=1e-5, atol=1e-7 * values[0])
+    np.testing.assert_allclose((B @ A @ V).numpy(), (U * S[:3]).numpy(), atol=1e-7)
+    np.testing.assert_allclose((A.mT @ (B.mT @ U)).numpy(), (V * S[:3]).numpy(), atol=1e-7)
+
+
+def test_only_the_ill_conditioned_members_of_a_stack_take_the_slow_way(monkeypatch):
+    pairs = [factors_of_spectrum(values) for values in ([4, 3, 2, 1], [1, 1e-9, 1e-10, 0], [9, 5, 2, 1])]
+    slow = []
+    monkeypatch.setattr(hrp_module, "product_svd", lambda *some: slow.append(len(some[0])) or product_svd(*some))
+    A, B = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
+    U, S, V = factor_svd(A, B, rank=2)
+    assert slow == [1]
+    np.testing.assert_allclose((B @ A @ V).numpy(), (U * S[:, None, :2]).numpy(), atol=1e-10)
 
 
 def test_a_stack_is_decomposed_like_its_members():

@@ -146,8 +146,26 @@ def test_a_saved_state_serves_any_rank_up_to_its_own(tmp_path):
         initialize_lora_hrp_weights(model, loaded)
         rows[rank] = next(iter(lora_layers(model).values())).lora_A["default"].weight.detach()
     torch.testing.assert_close(rows[2], rows[6][:2])
-    with pytest.raises(ModicumError, match="rank is 13, but the state was preheated at 12"):
+    with pytest.raises(ModicumError, match="rank is 13, but the state holds 12 directions"):
         initialize_lora_hrp_weights(wrapped(r=13), loaded)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_directions_beyond_those_to_keep_are_not_computed_and_the_kept_are_the_same(threads):
+    rng = generator(0, "learned")
+    learned = {str(i): (torch.randn(8, 20 + i, generator=rng), torch.randn(16, 8, generator=rng)) for i in range(5)}
+    whole_state = hrp_state(learned)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kept = hrp_state(learned, keep=3)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert list(kept) == list(whole_state)
+    for key, value in kept.items():
+        torch.testing.assert_close(value, whole_state[key] if key.endswith("S") else whole_state[key][:, :3])
+        assert not value.requires_grad
 
 
 def test_the_saved_adapter_is_plain_lora_to_stock_peft(tmp_path):

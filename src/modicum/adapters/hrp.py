@@ -36,6 +36,7 @@ Deficient: TypeAlias = Literal["complete", "error"]
 
 # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)), so a row's squared length is 1/3 in expectation.
 ROW_NORM = 1 / math.sqrt(3)
+EXACT = 1e-8  # error of orthonormality above which the fast decomposition is not good enough
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,48 @@ class Preheat:
         return 50 if total is None else min(max(10, total // 50), 50)
 
 
-def factor_svd(A: Float[Tensor, "*b R in"], B: Float[Tensor, "*b out R"]) -> SVD:
+def factor_svd(A: Float[Tensor, "*b R in"], B: Float[Tensor, "*b out R"], *, rank: int | None = None) -> SVD:
     """Decompose ``B @ A`` in float64 from its factors; each left vector's largest entry is positive.
 
     Args:
         A: Right factor, or a stack of them.
         B: Left factor, or a stack of them.
+        rank: How many leading vectors of each side are wanted; ``None`` for all. All singular values are returned
+            in either case. With a rank only R × R matrices are decomposed, which is about five times faster; those
+            whose condition would tell are decomposed as without.
 
     Example:
         >>> factor_svd(torch.tensor([[0.0, 2.0]]), torch.tensor([[-3.0], [0.0]])).S
         tensor([6.], dtype=torch.float64)
     """
-    U, S, V = product_svd(B.double(), A.double())
+    A, B = A.double(), B.double()
+    U, S, V = product_svd(B, A) if rank is None else _leading(A, B, rank)
     top = U.gather(-2, U.abs().argmax(-2, keepdim=True))
     sign = torch.where(top < 0, -1.0, 1.0).to(U.dtype)
     return SVD(U * sign, S, V * sign)
+
+
+def _leading(A: Tensor, B: Tensor, rank: int) -> SVD:
+    """Take the leading vectors from the Gram matrices of both factors, which hold the squared singular values.
+
+    Squaring costs half of the digits of what is far below the largest value. The vectors are therefore tested, and
+    where they are not orthonormal to ``EXACT``, the slower way is taken.
+    """
+    L, failed = torch.linalg.cholesky_ex(A @ A.mT)
+    L = torch.where(failed[..., None, None] == 0, L, 0.0)
+    values, vectors = torch.linalg.eigh(L.mT @ (B.mT @ B) @ L)
+    S, W = values.flip(-1).clamp_min(0).sqrt(), vectors[..., -rank:].flip(-1)
+    U = B @ (L @ W / S[..., None, :rank].clamp_min(torch.finfo(S.dtype).tiny))
+    V = A.mT @ torch.linalg.solve_triangular(L.mT, W, upper=True)
+    identity = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
+    # What squaring lost shows in the lengths and angles of the vectors; NaN, of a missing direction, counts as wrong.
+    lost = [(basis.mT @ basis - identity).abs().amax((-2, -1)) for basis in (U, V)]
+    right = torch.maximum(*lost) <= EXACT
+    if not right.all():
+        U[~right], S[~right], V[~right] = (
+            part[..., : whole.shape[-1]] for part, whole in zip(product_svd(B[~right], A[~right]), (U, S, V))
+        )
+    return SVD(U, S, V)
 
 
 @adapter_init(
@@ -160,7 +188,8 @@ def hrp_factors(
                 [0.]]))
 
     Cost:
-        Two thin QR decompositions and an SVD of R × R; the product is never formed.
+        The Gram matrices of both factors and an eigendecomposition of R × R; where these would not be exact, two thin
+        QR decompositions and an SVD of R × R. The product is never formed.
 
     Deviates:
         The published text that could be consulted names "the main singular vectors" of the product and "only a
@@ -172,7 +201,7 @@ def hrp_factors(
     """
     _check_factors(A, B, rank)
     return factors_from_svd(
-        factor_svd(A, B),
+        factor_svd(A, B, rank=rank),
         rank=rank,
         init_factor=resolve_factor(init_factor, train_factors),
         scale=scale,

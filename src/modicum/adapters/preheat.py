@@ -18,6 +18,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -42,7 +43,7 @@ from modicum.linalg import SVD
 from modicum.random import generator
 
 TEMPORARY = "_hrp"
-STACK = 16  # modules decomposed at once, which bounds the memory of the stage
+STACK = 16  # modules that a device decomposes at once, which bounds the memory of the stage
 
 State: TypeAlias = dict[str, Tensor]
 Batch: TypeAlias = Mapping[str, Any]
@@ -63,13 +64,13 @@ class Stage:
         pairs = (factors_of(layer, self.adapter) for layer in self.layers.values())
         return [factor for pair in pairs for factor in pair if factor.requires_grad]
 
-    def state(self) -> State:
+    def state(self, *, keep: int | None = None) -> State:
         """Decompose what the stage has learned so far; see :func:`hrp_state`."""
         learned = {}
         for name, layer in self.layers.items():
             A, B = factors_of(layer, self.adapter)
             learned[name] = (whole(A, name), whole(B, name) * layer.scaling[self.adapter])
-        return hrp_state(learned)
+        return hrp_state(learned, keep=keep)
 
 
 @contextmanager
@@ -126,6 +127,7 @@ def get_hrp_state_dict(
     accumulation: int = 1,
     loss: Loss | None = None,
     optimizer: MakeOptimizer | None = None,
+    keep: int | None = None,
     seed: int = 0,
     adapter: str = "default",
 ) -> State:
@@ -143,6 +145,7 @@ def get_hrp_state_dict(
         accumulation: Micro-batches to a step.
         loss: ``(model, batch) -> scalar``; the model's own when not given.
         optimizer: ``(parameters, lr) -> optimizer`` of the main run; AdamW without weight decay when not given.
+        keep: Leading directions to keep, where the final rank is known already; ``None`` for all.
         seed: Names the random start.
         adapter: The adapter to be started.
 
@@ -174,18 +177,18 @@ def get_hrp_state_dict(
             engine.zero_grad(set_to_none=True)
         if not torch.isfinite(sum_of_losses):  # read once: a look at every step would wait for the device
             raise ModicumError("The preheating loss became NaN or infinite. Lower preheat_lr, or check the data.")
-        return stage.state()
+        return stage.state(keep=keep)
 
 
-@torch.no_grad()
-def hrp_state(learned: Mapping[str, tuple[Tensor, Tensor]]) -> State:
-    """Decompose preheated factors, modules of one shape together.
+def hrp_state(learned: Mapping[str, tuple[Tensor, Tensor]], *, keep: int | None = None) -> State:
+    """Decompose preheated factors: on a device modules of one shape together, on a processor one to a thread.
 
     Args:
         learned: A (R, in) and B (out, R) by module, the scaling multiplied into one of them.
+        keep: Leading directions to keep, the highest rank that the state can start; ``None`` for all.
 
     Returns:
-        ``NAME.U`` (out, R), ``NAME.S`` (R,) and ``NAME.V`` (in, R) by module, float32.
+        ``NAME.U`` (out, keep), ``NAME.S`` (R,) and ``NAME.V`` (in, keep) by module, float32.
 
     Raises:
         ModicumError: A factor is not finite, or no module has learned anything.
@@ -193,24 +196,44 @@ def hrp_state(learned: Mapping[str, tuple[Tensor, Tensor]]) -> State:
     shapes: dict[tuple[Any, ...], list[str]] = {}
     for name, (A, B) in learned.items():
         shapes.setdefault((A.shape, B.shape, A.device), []).append(name)
-    state: State = {}
-    for names in shapes.values():
-        for some in (names[start : start + STACK] for start in range(0, len(names), STACK)):
-            A, B = (torch.stack([learned[name][side].float() for name in some]) for side in (0, 1))
-            finite = A.isfinite().all((1, 2)) & B.isfinite().all((1, 2))
-            if not finite.all():
-                bad = some[int(finite.int().argmin())]
-                raise ModicumError(f"{bad}: a preheated factor is NaN or infinite. Lower preheat_lr.")
-            U, S, V = factor_svd(A, B)
-            for index, name in enumerate(some):
-                parts = zip("USV", (U[index], S[index], V[index]))
-                state |= {f"{name}.{key}": part.float().contiguous() for key, part in parts}
+    stacks = []
+    for (*_, device), names in shapes.items():
+        size = 1 if device.type == "cpu" else STACK
+        stacks += [names[start : start + size] for start in range(0, len(names), size)]
+
+    @torch.no_grad()
+    def decompose(names: list[str]) -> State:
+        A, B = (torch.stack([learned[name][side].double() for name in names]) for side in (0, 1))
+        finite = (A.sum((1, 2)) + B.sum((1, 2))).isfinite()  # float64 sums of float32 numbers do not overflow
+        if not finite.all():
+            bad = names[int(finite.int().argmin())]
+            raise ModicumError(f"{bad}: a preheated factor is NaN or infinite. Lower preheat_lr.")
+        parts = factor_svd(A, B, rank=keep)
+        return {
+            f"{name}.{key}": part[index].float().contiguous()
+            for index, name in enumerate(names)
+            for key, part in zip("USV", parts)
+        }
+
+    state = {key: part for made in _side_by_side(decompose, stacks) for key, part in made.items()}
     if not any(state[f"{name}.S"][0] > 0 for name in learned):
         raise ModicumError(
             "Every preheated product is zero: nothing was trained. Check that the temporary adapter is active and has "
             "gradients."
         )
-    return state
+    return {f"{name}.{key}": state[f"{name}.{key}"] for name in learned for key in "USV"}
+
+
+def _side_by_side(work: Callable[[list[str]], State], stacks: list[list[str]]) -> list[State]:
+    """Give each thread a matrix of its own: several threads on one small matrix mostly wait for each other."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return list(map(work, stacks))
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, stacks))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -261,9 +284,12 @@ def initialize_lora_hrp_weights(
         change_ranks(peft_model, ranks, adapter=adapter)
     for name, layer in known.items():
         svd = SVD(*(state[f"{name}.{key}"].double() for key in "USV"))
-        rank = layer.r[adapter]
-        if rank > len(svd.S):
-            raise ModicumError(f"{name}: rank is {rank}, but the state was preheated at {len(svd.S)}. Preheat higher.")
+        rank, known_rank = layer.r[adapter], svd.U.shape[1]
+        if rank > known_rank:
+            raise ModicumError(
+                f"{name}: rank is {rank}, but the state holds {known_rank} directions. Preheat at a higher rank, or "
+                "keep more."
+            )
         try:
             A, B = factors_from_svd(
                 svd._replace(S=svd.S / layer.scaling[adapter]),

@@ -192,7 +192,12 @@ def _preheat(
     from modicum.adapters.preheat import get_hrp_state_dict, initialize_lora_hrp_weights
 
     stage, knobs = _gathering(entry, knobs)
-    state = get_hrp_state_dict(peft_model, _cycle(batches, peft_model.device), config=stage, adapter=adapter, **options)
+    layers = lora_layers(peft_model, adapter)
+    # Ranks that are shared out anew may need any of the directions; else the adapter's own are enough.
+    keep = None if stage.rank_redistribution != "none" else max(layer.r[adapter] for layer in layers.values())
+    state = get_hrp_state_dict(
+        peft_model, _cycle(batches, peft_model.device), config=stage, keep=keep, adapter=adapter, **options
+    )
     left = initialize_lora_hrp_weights(
         peft_model,
         state,
