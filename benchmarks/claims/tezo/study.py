@@ -57,6 +57,8 @@ class Toy(nn.Module):
         self.blocks, self.norm = nn.ModuleList([Block(), Block()]), nn.LayerNorm(64)
         self.head = nn.Linear(64, 208, bias=False)
         nn.init.normal_(self.embed.weight, std=0.1)
+        # Places on the scale of the tokens: at the default of 1 they drown them, and the labels are never learnt.
+        nn.init.normal_(self.place.weight, std=0.1)
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -183,20 +185,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    until = time.monotonic() + 60 * given.minutes
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}}
+    recall = resumable(RESULTS, minutes=given.minutes)
     start = {name: tensor.detach() for name, tensor in pretrained().state_dict().items()}
 
     def run(name: str, lr: float, seed: int) -> dict[str, Any] | None:
         key = f"{name}|{lr}|{seed}|{given.steps}"
-        if key not in stored["cells"]:
-            if time.monotonic() > until:
-                return None
-            stored["cells"][key] = cell(start, name, lr, seed, 2 * given.steps) | {"commit": commit()}
-            stored["environment"] = environment()
-            write_atomic(RESULTS, json.dumps(stored, indent=1) + "\n")
-            print(key, stored["cells"][key]["dev_loss"], stored["cells"][key]["dev_accuracy"], flush=True)
-        return stored["cells"][key]
+        return recall(key, lambda: cell(start, name, lr, seed, 2 * given.steps))
 
     for name in given.only or METHODS:
         best = search(lambda lr, name=name: run(name, lr, SELECTION_SEED))
@@ -206,6 +200,24 @@ def main() -> None:
         losses = [r["dev_loss"] for r in found if r is not None and r["dev_loss"] is not None]
         if len(losses) == len(SEEDS):
             print(f"{name}: lr {best:.0e}, dev loss {statistics.mean(losses):.3f}", flush=True)
+
+
+def resumable(path: Path, *, minutes: float) -> Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any] | None]:
+    """Return a function that gives a cell's result: stored, or measured and stored, or none when the time is up."""
+    until = time.monotonic() + 60 * minutes
+    stored = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+
+    def recall(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        if key not in stored["cells"]:
+            if time.monotonic() > until:
+                return None
+            stored["cells"][key] = measure() | {"commit": commit()}
+            stored["environment"] = environment()
+            write_atomic(path, json.dumps(stored, indent=1) + "\n")
+            print(key, *(stored["cells"][key].get(name) for name in ("dev_loss", "dev_accuracy")), flush=True)
+        return stored["cells"][key]
+
+    return recall
 
 
 def search(run: Callable[[float], dict[str, Any] | None]) -> float | None:
