@@ -3,8 +3,9 @@ import torch
 from torch.nn import functional
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
-from modicum.jobs.task_losses import TaskLoss, candidate_scores, label_word_loss, reward_loss
+from modicum.jobs.task_losses import Question, TaskLoss, answer_batch, answer_scores, reward_loss
 from modicum.jobs.tasks import TASKS, Example, exact_match, f1, k_shot, task_examples
+from modicum.objectives.answers import candidate_scores, label_words, multiple_choice
 from modicum.optim import MeZO, TeZO
 from support import byte_tokenizer, tiny_llama
 
@@ -80,25 +81,28 @@ def test_answers_are_scored_by_shared_words(answer, refs, expected):
 
 
 def test_label_words_equal_the_candidates_likelihoods():
-    logits = torch.randn(5, 1, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = torch.randn(5, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     answers = torch.tensor([0, 1, 1, 0, 2])
     words = [3, 7, 11]
-    likelihoods = logits[:, 0].log_softmax(-1)[:, words]
+    likelihoods = logits.log_softmax(-1)[:, words]
     torch.testing.assert_close(
-        label_word_loss(logits[:, 0], answers, words=words),
+        label_words(logits[:, words], answers),
         functional.cross_entropy(likelihoods.float(), answers),
         rtol=1e-6,
         atol=1e-6,
     )
 
 
-def test_candidate_scores_ignore_prompt_and_padding():
-    logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 0, 0]])
-    found = candidate_scores(logits, ids, torch.tensor([2, 2]), torch.tensor([4, 3]))
+def test_candidate_scores_are_means_over_what_is_predicted():
+    logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    found = candidate_scores(logits, torch.tensor([[-100, 3, 4], [-100, -100, 5]]))
     log = logits.log_softmax(-1)
-    torch.testing.assert_close(found[0], (log[0, 1, 3] + log[0, 2, 4]) / 2)
-    torch.testing.assert_close(found[1], log[1, 1, 3])
+    torch.testing.assert_close(found, torch.stack([(log[0, 1, 3] + log[0, 2, 4]) / 2, log[1, 2, 5]]))
+
+
+def test_a_likelihood_learns_from_the_right_candidate_alone():
+    scores = torch.tensor([[-1.0, -5.0], [-2.0, -torch.inf]])
+    assert multiple_choice(scores, torch.tensor([1, 0]), learn="likelihood") == 3.5
 
 
 def batch(**knobs):
@@ -109,16 +113,42 @@ def batch(**knobs):
 
 def test_the_short_way_to_label_words_gives_the_long_way_s_loss():
     model, short = batch()
-    assert short.words and short.ids.shape[0] == 2
-    long = TaskLoss(model, byte_tokenizer(), [Example("good", ("a", "b"), 0), Example("bad one", ("a", "b"), 1)])
-    long.words = []
-    rows = [byte_tokenizer()(p)["input_ids"] for p in ("gooda", "goodb", "bad onea", "bad oneb")]
-    width = max(map(len, rows))
-    long.ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-    long.lengths = torch.tensor([len(r) for r in rows])
-    long.starts, long.mask = long.lengths - 1, (torch.arange(width) < long.lengths[:, None]).long()
-    torch.testing.assert_close(short(), long(), rtol=1e-4, atol=1e-5)
-    assert torch.equal(short.correct(), long.correct())
+    assert short.words and short.batch["input_ids"].shape[0] == 2
+    tokens = byte_tokenizer()
+    asked = [Question(tokens(p)["input_ids"], [tokens(c)["input_ids"] for c in "ab"]) for p in ("good", "bad one")]
+    long = answer_batch(asked, pad=0, words=False)
+    assert long["input_ids"].shape[0] == 4
+    scores = answer_scores(model, long, words=[])[0]
+    expected = functional.cross_entropy(scores, torch.tensor([0, 1]))
+    torch.testing.assert_close(short(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(short.correct(), scores.argmax(-1) == torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_logits_are_computed_only_where_a_candidate_is_predicted(branches):
+    model = tiny_llama().eval()
+    asked = [Question([5, 6, 7, 8, 9], [[10, 11], [12]]), Question([13], [[14, 15, 16]])]
+    batch = answer_batch(asked, pad=0, words=False)
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:2]))
+    found = answer_scores(model, batch, words=[], branches=branches)
+    handle.remove()
+    assert seen == [(3 * branches, 3)] and len(found) == branches
+    for index, question in enumerate(asked):
+        for place, candidate in enumerate(question.candidates):
+            ids = torch.tensor([[*question.prompt, *candidate]])
+            log = model(ids).logits[0].log_softmax(-1)
+            start = len(question.prompt)
+            each = [log[start + i - 1, token] for i, token in enumerate(candidate)]
+            torch.testing.assert_close(found[-1][index, place], torch.stack(each).mean(), rtol=1e-4, atol=1e-5)
+    assert found[0][1, 1] == -torch.inf
+
+
+def test_prompts_and_candidates_without_tokens_are_refused():
+    with pytest.raises(CheckpointError, match="candidate has no tokens"):
+        answer_batch([Question([1], [[]])], pad=0, words=False)
+    with pytest.raises(CheckpointError, match="prompt has no tokens"):
+        answer_batch([Question([], [[2]])], pad=0, words=True)
 
 
 def test_a_task_loss_is_what_an_optimizer_asks_for():

@@ -44,14 +44,14 @@ class DataSection(Section):
     """Where rows come from, and how they become prompts and labels."""
 
     path: str = Field(
-        description="file (jsonl, json, parquet, txt), folder, Hub id, reasoning-gym:TASK or builtin:python-stdlib"
+        description="file (jsonl, json, parquet, txt), folder, Hub id, reasoning-gym:TASK, task:NAME or builtin:NAME"
     )
     split: str = "train"
     size: PositiveInt | None = Field(default=None, description="rows to generate, or at most to read")
     shuffle: bool = Field(default=False, description="shuffle before the first `size` rows are taken")
     seed: NonNegativeInt | None = Field(default=None, description="the recipe's seed when not given")
     config: dict[str, Any] = Field(
-        default_factory=dict, description="knobs of a reasoning-gym task, or arguments of load_dataset"
+        default_factory=dict, description="knobs of a reasoning-gym task or a task, or arguments of load_dataset"
     )
     format: Literal["auto", "text", "chat", "completion"] = "auto"
     fields: Fields = Fields()
@@ -77,6 +77,8 @@ class DataSection(Section):
         """Yield the file or folder, whose content is part of a run's identity."""
         if self.is_local:
             yield self.path
+        elif self.path.startswith("task:") and "path" in self.config:
+            yield str(self.config["path"])
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ def load_rows(section: DataSection, *, seed: int = 0) -> Rows:
     if colon and kind == "reasoning-gym":
         answers, score = sources.task(section, name, seed)
         return Rows("completion", [_prompted(section, *pair) for pair in answers], score)
+    if colon and kind == "task":
+        from modicum.jobs.tasks import task_rows
+
+        return Rows("completion", *task_rows(section, name, seed))
     if colon and kind == "builtin":
         raw = sources.builtin(section, name)
     elif section.is_local:

@@ -101,6 +101,11 @@ def use_objective(trainer: Trainer, name: str, *, seed: int | None = None, **kno
     """
     seed = trainer.args.seed if seed is None else seed
     entry = objective[name]
+    if _acts_on(entry) == "answers":
+        raise UnsupportedError(
+            f"{name} judges answers and needs rows with candidates. Use job: train with data.path: task:NAME, or "
+            "modicum.jobs.answers.use_answers."
+        )
     # TRL has its own loss, which gathers labelled positions itself; Trainer's takes any function.
     gather = name == "meap_sft" and type(trainer).compute_loss is _trainer_class().compute_loss
     collator = build_collator(

@@ -1,55 +1,111 @@
 """Losses of the tasks: choosing among label words, choosing among candidates, writing, and rewards without a gradient.
 
-They are what a zeroth-order optimizer's closure returns; none of them needs to be differentiable.
+They are what a zeroth-order optimizer's closure returns. All but the reward can be differentiated too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from modicum.errors import RecipeError, UnsupportedError
+from modicum.errors import CheckpointError, RecipeError, UnsupportedError
+from modicum.objectives.answers import candidate_scores, label_words, multiple_choice
+from modicum.objectives.batch import IGNORED
+from modicum.optim.probe_hooks import expand_batch
 
 if TYPE_CHECKING:
     from modicum.jobs.tasks import Example
 
 
-def label_word_loss(
-    logits: Float[Tensor, "b v"], answers: Int[Tensor, " b"], *, words: Sequence[int]
-) -> Float[Tensor, ""]:
-    """Return the cross-entropy over the label words' logits alone.
+@dataclass(frozen=True)
+class Question:
+    """An example as tokens."""
 
-    For candidates of one token it equals the cross-entropy over the candidates' log-likelihoods: the normalizer of the
-    whole vocabulary cancels.
+    prompt: Sequence[int]
+    candidates: Sequence[Sequence[int]]
+    answer: int = 0
+
+
+def common_words(questions: Sequence[Question]) -> list[int]:
+    """Return the label words when every question has the same candidates, each of one token, else nothing."""
+    first = questions[0].candidates
+    if any(q.candidates != first for q in questions) or not first or any(len(c) != 1 for c in first):
+        return []
+    return [tokens[0] for tokens in first]
+
+
+def answer_batch(questions: Sequence[Question], *, pad: int, words: bool) -> dict[str, Any]:
+    """Return what the model reads, and what :func:`answer_scores` needs to judge it.
+
+    Rows are padded on the left, so that all that is to be predicted lies in the last columns and no other logits are
+    computed. A candidate's last token predicts nothing and is not read.
 
     Args:
-        logits: Logits at each prompt's last position.
-        answers: Position of the right word in ``words``.
-        words: Token of each label word.
+        questions: The examples.
+        pad: Token to fill rows with; it is masked.
+        words: Whether the candidates are label words, so that one row of a prompt serves them all.
     """
-    return functional.cross_entropy(logits[:, list(words)].float(), answers)
+    pairs = [(q.prompt, c) for q in questions for c in ([[IGNORED]] if words else q.candidates)]
+    for prompt, candidate in pairs:
+        if not candidate or not prompt:
+            raise CheckpointError(f"An example's {'prompt' if candidate else 'candidate'} has no tokens.")
+    rows = [[*prompt, *candidate[:-1]] for prompt, candidate in pairs]
+    mask = _left([[1] * len(row) for row in rows], 0)
+    batch: dict[str, Any] = {
+        "input_ids": _left(rows, pad),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
+        "labels": torch.tensor([q.answer for q in questions]),
+    }
+    if not words:
+        batch["targets"] = _left([list(candidate) for _, candidate in pairs], IGNORED)
+        batch["counts"] = [len(q.candidates) for q in questions]
+    return batch
 
 
-def candidate_scores(
-    logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"], starts: Int[Tensor, " b"], lengths: Int[Tensor, " b"]
-) -> Float[Tensor, " b"]:
-    """Return the mean log-likelihood of each row's candidate.
+def answer_scores(
+    model: Any, batch: Mapping[str, Any], *, words: Sequence[int], branches: int = 1
+) -> list[Float[Tensor, "b c"]]:
+    """Return a score for each candidate of each example, -inf where an example has fewer; once for each branch.
 
     Args:
-        logits: Logits of prompt and candidate together.
-        ids: Tokens, padded at the end.
-        starts: First token of the candidate.
-        lengths: Tokens of prompt and candidate together.
+        model: A causal language model.
+        batch: From :func:`answer_batch`.
+        words: The label words; empty where candidates have rows of their own.
+        branches: Points that an optimizer with ``engine="paired"`` evaluates at once.
     """
-    taken = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    positions = torch.arange(1, ids.shape[1], device=ids.device)
-    mine = (positions >= starts[:, None]) & (positions < lengths[:, None])
-    return (taken * mine).sum(1) / mine.sum(1).clamp_min(1)
+    targets = batch.get("targets")
+    kept = 1 if targets is None else targets.shape[1]
+    read = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
+    options = {"logits_to_keep": kept} if takes_positions(model) else {}
+    logits = model(**expand_batch(read, branches), use_cache=False, **options).logits[:, -kept:]
+    if targets is None:
+        return [part[:, -1, list(words)].float() for part in logits.chunk(branches)]
+    counts = batch["counts"]
+    widest = max(counts)
+    return [
+        torch.stack(
+            [
+                functional.pad(scores, (0, widest - len(scores)), value=-torch.inf)
+                for scores in torch.split(candidate_scores(part, targets), counts)
+            ]
+        )
+        for part in logits.chunk(branches)
+    ]
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the model can be asked for some logits only."""
+    base = getattr(model, "module", model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 class TaskLoss:
@@ -68,57 +124,32 @@ class TaskLoss:
         if any(not e.candidates for e in examples) and train == "labels":
             raise UnsupportedError("A generated task has no candidates to compare. Use train='text' or a reward.")
         self.model, self.train = model, train
-        self.answers = torch.tensor([e.answer for e in examples])
-        self.counts = [len(e.candidates) for e in examples]
-        prompts = [tokenizer(e.prompt, add_special_tokens=True)["input_ids"] for e in examples]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-        def tokens(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        def question(example: Example) -> Question:
+            right = example.candidates[example.answer] if example.candidates else f" {example.references[0]}\n"
+            texts, answer = ([right], 0) if train == "text" else (example.candidates, example.answer)
+            candidates = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            return Question(tokenizer(example.prompt)["input_ids"], candidates, answer)
 
-        candidates = [[tokens(c) for c in e.candidates] for e in examples]
-        self.words = self._label_words(candidates)
-        rows, starts = [], []
-        for example, prompt, options in zip(examples, prompts, candidates, strict=True):
-            if train == "text":
-                right = options[example.answer] if options else tokens(f" {example.references[0]}\n")
-                options = [right]
-            for option in [[]] if self.words else options:
-                rows.append(prompt + option)
-                starts.append(len(prompt))
-        width = max(map(len, rows))
+        questions = [question(example) for example in examples]
+        self.words = common_words(questions) if train == "labels" else []
         device = next(model.parameters()).device
-        self.ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-        self.lengths = torch.tensor([len(row) for row in rows], device=device)
-        self.starts = torch.tensor(starts, device=device)
-        self.mask = (torch.arange(width, device=device) < self.lengths[:, None]).long()
-        self.answers = self.answers.to(device)
+        batch = answer_batch(questions, pad=pad, words=bool(self.words))
+        self.batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        self.answers: Tensor = self.batch["labels"]
 
-    def _label_words(self, candidates: Sequence[Sequence[Sequence[int]]]) -> list[int]:
-        """The label words when every example has the same candidates of one token, else nothing."""
-        first = candidates[0]
-        same = self.train == "labels" and all(c == first for c in candidates) and all(len(c) == 1 for c in first)
-        return [tokens[0] for tokens in first] if same else []
-
-    @torch.no_grad()
     def scores(self) -> Tensor:
         """Return a score for each candidate of each example, -inf where an example has fewer."""
-        if self.words:
-            # Logits where the answer is read, and for the label words: the rest of the output layer's work is not done.
-            hidden = self.model.get_decoder()(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
-            last = hidden[torch.arange(len(hidden), device=hidden.device), self.lengths - 1]
-            return self.model.get_output_embeddings()(last)[:, self.words].float()
-        logits = self.model(input_ids=self.ids, attention_mask=self.mask).logits
-        each = candidate_scores(logits, self.ids, self.starts, self.lengths)
-        counts = [1] * len(self.counts) if self.train == "text" else self.counts
-        parts = [functional.pad(s, (0, max(counts) - len(s)), value=-torch.inf) for s in torch.split(each, counts)]
-        return torch.stack(parts)
+        return answer_scores(self.model, self.batch, words=self.words)[0]
 
     def __call__(self) -> Tensor:
         """Return the loss."""
-        scores = self.scores()
-        return -scores.mean() if self.train == "text" else functional.cross_entropy(scores, self.answers)
+        if self.words:
+            return label_words(self.scores(), self.answers)
+        return multiple_choice(self.scores(), self.answers, learn="choice" if self.train == "labels" else "likelihood")
 
+    @torch.no_grad()
     def correct(self) -> Tensor:
         """Return for each example whether the right candidate scores best."""
         return self.scores().argmax(-1) == self.answers
@@ -144,3 +175,8 @@ def reward_loss(
         return -sum(reward(a, e.references) for a, e in zip(answers, examples, strict=True)) / len(examples)
 
     return loss
+
+
+def _left(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows])

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import re
 import string
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.random import generator
 
+if TYPE_CHECKING:
+    from modicum.jobs.data import DataSection
+
+MADE_SIZE = 500  # rows of a made task when the recipe does not say
 Row: TypeAlias = Mapping[str, Any]
 Metric: TypeAlias = Literal["accuracy", "f1", "exact_match"]
 
@@ -185,6 +190,49 @@ def task_examples(
         raise CheckpointError(
             f"{name}: rows of {path or task.path} have no {error}. Is this the right data set?"
         ) from None
+
+
+def task_rows(section: DataSection, name: str, seed: int) -> tuple[list[dict[str, Any]], Callable[[int, str], float]]:
+    """Return a task's rows as the ``train`` and ``evaluate`` jobs read them, and what scores an answer to one.
+
+    Args:
+        section: ``split``, ``size`` and ``template`` are read, and of ``config`` these: ``shots`` keeps so many
+            examples of each answer, chosen by the seed; ``path`` is the folder of a saved data set.
+        name: A key of :data:`TASKS`.
+        seed: Seed of the choice.
+
+    Raises:
+        RecipeError: There is no such task, or a setting that tasks do not have.
+    """
+    for key in section.config:
+        if key not in ("shots", "path"):
+            raise RecipeError(f"{section.path}: config has no {key!r}. {did_you_mean(key, ('shots', 'path'))}")
+    if section.system is not None:
+        raise RecipeError(f"{section.path}: a task's prompt is continued as it is, without a system message. Drop it.")
+    path, shots = section.config.get("path"), section.config.get("shots")
+    every = MADE_SIZE if path is None and not (name in TASKS and TASKS[name].path) else sys.maxsize
+    examples = task_examples(name, split=section.split, size=section.size or every, seed=seed, path=path)
+    if shots is not None:
+        if not isinstance(shots, int) or shots < 1:
+            raise RecipeError(f"{section.path}: config.shots is {shots!r}, expected a whole number of at least 1.")
+        examples = k_shot(examples, shots, seed=seed)
+    rows = [
+        {
+            "prompt": section.template.replace("{prompt}", example.prompt),
+            "completion": example.candidates[example.answer] if example.candidates else f" {example.references[0]}\n",
+            "candidates": example.candidates,
+            "answer": example.answer,
+            "plain": True,  # continued as it is: no chat template, no token of the end
+        }
+        for example in examples
+    ]
+    metric = f1 if TASKS[name].metric == "f1" else exact_match
+
+    def score(index: int, answer: str) -> float:
+        example = examples[index]
+        return metric(answer, example.references or [example.candidates[example.answer]])
+
+    return rows, score
 
 
 def k_shot(examples: Iterable[Example], k: int, *, seed: int = 0) -> list[Example]:

@@ -72,7 +72,7 @@ def messages_of(row: Row) -> list[dict[str, str]]:
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids from which a completion of ``row`` is generated."""
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and not row.get("plain"):
         return _ids(tokenizer, _render(tokenizer, messages_of(row), prompt=True))
     if "system" in row:
         raise RecipeError("The tokenizer has no chat template, so it has no system message. Use template: instead.")
@@ -92,9 +92,10 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
     Raises:
         CheckpointError: The chat template is missing, or does not begin a conversation as it begins its prompt.
     """
-    if "messages" not in row and not tokenizer.chat_template:
+    if "messages" not in row and (row.get("plain") or not tokenizer.chat_template):
         start = prompt_ids(row, tokenizer)
-        answer = _ended(_ids(tokenizer, row["completion"]), tokenizer)
+        answer = _ids(tokenizer, row["completion"])
+        answer = answer if row.get("plain") else _ended(answer, tokenizer)
         return start + answer, (([IGNORED] * len(start)) if completion_only else list(start)) + answer
     if not tokenizer.chat_template:
         raise CheckpointError(

@@ -22,9 +22,11 @@ from pydantic import Field, field_validator, model_validator
 from modicum import registry
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.adapters import Started, config_fields, initialize, make_optimizer
+from modicum.jobs.additions import additions, spare_additions
+from modicum.jobs.answers import answer_rows, judges_answers, use_answers
 from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
 from modicum.jobs.hooks import check_arguments, gradient_callback
-from modicum.jobs.models import load_model, load_tokenizer, native_bfloat16, resolve_model
+from modicum.jobs.models import fresh_model, load_model, load_tokenizer, model_shape, native_bfloat16, resolve_model
 from modicum.jobs.objectives import complete_knobs, finish_model, lora_options, use_objective
 from modicum.jobs.zeroth_order import zeroth_order_trainer
 from modicum.recipe import Recipe, Section, choice
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+BASE = "base"  # the converted model under an adapter
+
 # What the run itself decides; each has another place in the recipe or none.
 OWNED = {
     "output_dir": "use --out",
@@ -46,12 +50,18 @@ OWNED = {
 }
 
 
+ANSWER_METRICS = ("eval_loss", "eval_accuracy", "eval_reward")
+
+
 class ModelSection(Section):
     """The model to start from."""
 
     path: str = Field(description="local folder, Hub id, or builtin:smollm2-135m-instruct")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: str | None = Field(default=None, description="such as sdpa or eager")
+    scratch: dict[str, Any] | None = Field(
+        default=None, description="start from random weights; fields of config.json that are to differ, or {}"
+    )
     convert: choice(registry.model) | None = Field(  # type: ignore[valid-type]
         default=None, description="turn it into another architecture first, such as zero_token"
     )
@@ -80,7 +90,7 @@ class TrainRecipe(Recipe):
     optimizer: choice(registry.zeroth_order) | None = Field(default=None, description="a zeroth-order optimiser")  # type: ignore[valid-type]
     trainer: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.TrainingArguments")
 
-    @field_validator("model", mode="before")
+    @field_validator("model", "data", "eval_data", mode="before")
     @classmethod
     def _path_alone(cls, value: object) -> object:
         return {"path": value} if isinstance(value, str) else value
@@ -96,6 +106,8 @@ class TrainRecipe(Recipe):
     def _parts_fit(self) -> TrainRecipe:
         if self.optimizer is not None and self.gradient is not None:
             raise RecipeError("optimizer is zeroth-order: it has no gradients for `gradient` to act on. Drop one.")
+        if self.adapter is not None and self.model.scratch is not None:
+            raise RecipeError("adapter and model.scratch came together: random weights are no base. Drop one.")
         init = self.adapter.init if self.adapter else None
         if init is not None and init.knobs.get("reuse_data") == "continue":
             raise RecipeError(
@@ -118,8 +130,9 @@ def plan(recipe: TrainRecipe) -> list[str]:
     rows = len(load_rows(recipe.data, seed=recipe.seed))
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     how = f"a LoRA adapter of rank {recipe.adapter.rank}" if recipe.adapter else "all weights"
+    start = f"{weights / 1e6:.0f} MB of weights" if recipe.model.scratch is None else "random weights"
     return [
-        f"train {how} of {recipe.model.path} ({weights / 1e6:.0f} MB of weights)",
+        f"train {how} of {recipe.model.path} ({start})",
         f"on {rows} rows of {recipe.data.path}",
         f"{_steps(arguments, rows)} optimiser steps of {batch} rows on each device",
     ]
@@ -131,12 +144,13 @@ def train(recipe: TrainRecipe, run: Run) -> None:
 
     Args:
         recipe: Model, data, adapter, objective and the trainer's arguments.
-        run: Where checkpoints and the result go: ``adapter/`` with an adapter, else ``model/``.
+        run: Where checkpoints and the result go: ``adapter/`` with an adapter, else ``model/``. The base of an adapter
+            on a converted model is written to ``base/``.
     """
     arguments = training_arguments(recipe, run.folder / "checkpoints")
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     datasets = {
-        name: tokenize(load_rows(section, seed=recipe.seed), tokenizer, section, note=run.note)
+        name: _dataset(recipe, section, tokenizer, run, training=section is recipe.data)
         for name, section in (("train_dataset", recipe.data), ("eval_dataset", recipe.eval_data))
         if section is not None
     }
@@ -144,11 +158,12 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     mask = _mask_token(recipe, tokenizer, model)
     if recipe.adapter is not None:
-        model = _with_adapter(
-            model, recipe.adapter, recipe.model.path, lora_options({"mask_token_id": mask}), recipe.seed
-        )
+        base = recipe.model.path if recipe.model.convert is None else _keep_base(model, recipe, run)
+        model = _with_adapter(model, recipe.adapter, base, lora_options({"mask_token_id": mask}), recipe.seed)
     collator = collate(tokenizer)
-    started = _start_adapter(recipe, model, datasets["train_dataset"], collator, arguments, run)
+    started = _start_adapter(
+        recipe, model, partial(_tokens, recipe, recipe.data, tokenizer, run), collator, arguments, run
+    )
     trainer = _trainer(recipe, model, arguments, run, tokenizer, collator, datasets)
     checkpoint = _last_checkpoint(Path(arguments.output_dir), delete_broken=run.main)
     if checkpoint:
@@ -162,6 +177,8 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     }
     if started is not None:
         started.prepare(trainer.model)
+    if recipe.eval_data is not None and _judges_answers(recipe):
+        run.record["metrics"] |= {k: v for k, v in trainer.evaluate().items() if k in ANSWER_METRICS}
     if mask is not None:
         finish_model(trainer.model, mask_token_id=mask, rows=rows)
     _save(recipe, trainer, started, run)
@@ -200,18 +217,50 @@ def training_arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
     return arguments
 
 
+def _judges_answers(recipe: TrainRecipe) -> bool:
+    return recipe.objective is not None and judges_answers(recipe.objective.name)
+
+
+def _dataset(recipe: TrainRecipe, section: DataSection, tokenizer: Any, run: Run, *, training: bool) -> Any:
+    if recipe.objective is None or not _judges_answers(recipe):
+        return _tokens(recipe, section, tokenizer, run)
+    name, rows = recipe.objective.name, load_rows(section, seed=recipe.seed)
+    knobs = registry.objective[name].knobs(recipe.objective.knobs)
+    return answer_rows(rows, tokenizer, section, name, knobs, training=training, note=run.note)
+
+
+def _tokens(recipe: TrainRecipe, section: DataSection, tokenizer: Any, run: Run) -> Any:
+    return tokenize(load_rows(section, seed=recipe.seed), tokenizer, section, note=run.note)
+
+
 def _model(recipe: TrainRecipe, run: Run, device: torch.device) -> PreTrainedModel:
     section = recipe.model
-    model = load_model(
-        section.path,
-        dtype=_dtype(recipe, run, device),
-        attention=section.attention,
-        allow_pickle=section.allow_pickle,
-        remote_code=section.remote_code,
-    )
+    shared: dict[str, Any] = {
+        "dtype": _dtype(recipe, run, device),
+        "attention": section.attention,
+        "remote_code": section.remote_code,
+    }
+    if section.scratch is None:
+        model = load_model(section.path, allow_pickle=section.allow_pickle, **shared)
+    else:
+        shape = model_shape(section.path, section.scratch, remote_code=section.remote_code)
+        model = fresh_model(shape, seed=recipe.seed, **shared)
     if section.convert is not None:
         model = registry.model[section.convert.name].function(model, **section.convert.knobs)
+        if section.scratch is not None:
+            # A converted shape draws its own weights: one with more visits may want smaller ones.
+            model = fresh_model(model.config, seed=recipe.seed, **shared)
     return model
+
+
+def _keep_base(model: PreTrainedModel, recipe: TrainRecipe, run: Run) -> str:
+    """Write the converted model, without which an adapter on it could not be loaded again; return its folder."""
+    target = run.folder / BASE
+    if run.main and not target.is_dir():
+        with whole_folder(target) as folder:
+            model.save_pretrained(folder)
+            load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code).save_pretrained(folder)
+    return str(target.absolute())
 
 
 def _mask_token(recipe: TrainRecipe, tokenizer: Any, model: PreTrainedModel) -> int | None:
@@ -257,8 +306,11 @@ def _with_adapter(
         "task_type": "CAUSAL_LM",
     }
     asked = config_fields(section.init.name) if section.init else {}
+    fields = defaults | asked | dict(extra) | section.config
+    if added := additions(model):
+        fields["modules_to_save"] = sorted({*(fields.get("modules_to_save") or ()), *added})
     try:
-        config = LoraConfig(r=section.rank, **defaults | asked | dict(extra) | section.config)
+        config = LoraConfig(r=section.rank, **fields)
         # PEFT draws the first factors from the global generator; the fork keeps that to these lines.
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, "adapter"))
@@ -272,7 +324,7 @@ def _with_adapter(
 def _start_adapter(
     recipe: TrainRecipe,
     model: PreTrainedModel,
-    dataset: Any,
+    tokens: Callable[[], Any],
     collator: Any,
     arguments: TrainingArguments,
     run: Run,
@@ -283,6 +335,8 @@ def _start_adapter(
     from torch.utils.data import DataLoader
 
     from modicum.random import generator
+
+    dataset = tokens()  # whatever the objective, the adapter starts from plain rows
 
     def batches() -> Any:
         order = generator(recipe.seed, "adapter", "batches", arguments.process_index)
@@ -336,7 +390,13 @@ def _trainer(
         callbacks=callbacks,
         **datasets,
     )
+    spare_additions(trainer)
     trainer.remove_callback(PrinterCallback)  # ours prints one line for each log
+    if recipe.objective is not None and _judges_answers(recipe):
+        use_answers(
+            trainer, recipe.objective.name, registry.objective[recipe.objective.name].knobs(recipe.objective.knobs)
+        )
+        return trainer
     if recipe.objective is not None:
         use_objective(trainer, recipe.objective.name, seed=recipe.seed, **recipe.objective.knobs)
     if recipe.data.completion_only and _takes_positions(model, trainer):
@@ -408,7 +468,7 @@ def _save(recipe: TrainRecipe, trainer: Trainer, started: Started | None, run: R
             # Read again: an objective may have added its mask token to the one in use.
             load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code).save_pretrained(folder)
             if recipe.adapter is not None:
-                _sort_modules(folder / "adapter_config.json")
+                _tidy_config(folder / "adapter_config.json", base=recipe.model.convert and f"../{BASE}")
             if started is not None:
                 started.finish(folder)
     if run.main:
@@ -417,9 +477,11 @@ def _save(recipe: TrainRecipe, trainer: Trainer, started: Started | None, run: R
             run.output("checkpoints", run.folder / "checkpoints")
 
 
-def _sort_modules(path: Path) -> None:
-    """Put the module names in order: PEFT writes a set, whose order differs between processes."""
+def _tidy_config(path: Path, *, base: str | None) -> None:
+    """Put the module names in order, since PEFT writes a set; name a base that lies beside the adapter from there."""
     config = json.loads(path.read_text(encoding="utf-8"))
+    if base is not None:
+        config["base_model_name_or_path"] = base
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
             config[key].sort()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import UnsupportedError
+from modicum.jobs.answers import AnswerLoss
 from modicum.registry import zeroth_order
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, 
 
             def losses() -> Tensor:
                 with self.compute_loss_context_manager():
+                    if isinstance(self.compute_loss, AnswerLoss):
+                        return self.compute_loss(model, inputs, branches=optimizer.branches)
                     return paired_losses(model, inputs, optimizer.branches)
 
             paired = optimizer.settings.engine == "paired"
@@ -165,5 +168,7 @@ def _targets(inputs: Mapping[str, Any]) -> float:
     """How many predictions a micro-batch's mean loss is over, so that micro-batches weigh what they hold."""
     if "shift_labels" not in inputs and "labels" not in inputs:
         return float(len(next(iter(inputs.values()))))
+    if inputs.get("shift_labels", inputs["labels"]).dim() == 1:
+        return float(len(inputs["labels"]))  # an answer for each example
     targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
     return max(1.0, float((targets != -100).sum()))
