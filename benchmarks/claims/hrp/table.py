@@ -23,7 +23,9 @@ def sweep(cells: dict[str, dict[str, Any]], metric: str, fixed: float) -> list[s
         values[name][cell["lr"]].append(found[metric])
     lines = [f"| method | lr {fixed:g} | best lr | at | seeds |", "|---|---|---|---|---|"]
     for name, by_rate in values.items():
-        means = {rate: interval(some) for rate, some in by_rate.items()}
+        # A rate that one seed tried in order to select another is not compared.
+        most = max(map(len, by_rate.values()))
+        means = {rate: interval(some) for rate, some in by_rate.items() if len(some) == most}
         best = min(means, key=lambda rate: means[rate][0])
         at_fixed = "{:.4f} ± {:.4f}".format(*means[fixed]) if fixed in means else "–"
         shown = "{:.4f} ± {:.4f}".format(*means[best])
@@ -43,26 +45,30 @@ def optimal(cells: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def shown(name: str, cells: dict[str, dict[str, Any]]) -> list[str]:
+    """The tables of one study."""
+    if name == "hrp-matrix":
+        parts = _split(cells, "study")
+        return [*optimal(parts.get("optimal", {})), "", *sweep(parts.get("trained", {}), "residual", 1e-3)]
+    if name == "hrp-transformer":
+        return sweep(cells, "kl", 3e-3)
+    return [
+        line for task, some in _split(cells, "task").items() for line in (f"{task}\n", *sweep(some, "loss", 1e-3), "")
+    ]
+
+
+def _split(cells: dict[str, dict[str, Any]], part: str) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, value in cells.items():
+        found.setdefault(json.loads(key)[part], {})[key] = value
+    return found
+
+
 def main() -> None:
-    wanted = sys.argv[1:] or ["hrp-matrix", "hrp-transformer", "hrp-smollm2"]
-    for name in wanted:
+    for name in sys.argv[1:] or ["hrp-matrix", "hrp-transformer", "hrp-smollm2"]:
         cells = read_result(name).get("cells", {})
         print(f"\n{name}: {len(cells)} cells\n")
-        if name == "hrp-matrix":
-            kinds = {
-                kind: {k: v for k, v in cells.items() if json.loads(k)["study"] == kind}
-                for kind in ("optimal", "trained")
-            }
-            print(
-                "\n".join(optimal(kinds["optimal"])),
-                "\n",
-                "\n".join(sweep(kinds["trained"], "residual", 1e-3)),
-                sep="\n",
-            )
-        elif cells:
-            print(
-                "\n".join(sweep(cells, "kl" if name == "hrp-transformer" else "loss", 3e-3 if "tr" in name else 1e-3))
-            )
+        print("\n".join(shown(name, cells)))
 
 
 if __name__ == "__main__":

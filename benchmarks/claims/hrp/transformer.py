@@ -206,7 +206,7 @@ def cells() -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--budget", type=float, default=420)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=420, help="seconds")
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     run_cells("hrp-transformer", cells(), run, budget=options.budget, workers=options.workers)
