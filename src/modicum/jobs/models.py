@@ -19,11 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import CheckpointError, did_you_mean
+from modicum.errors import CheckpointError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -105,6 +105,67 @@ def load_model(
         model = _load_whole(folder, dtype=dtype, attention=attention, **options)
     _check_finite(model, ref)
     return model.to(device)
+
+
+def model_shape(ref: str | Path, fields: Mapping[str, Any], *, remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration of a model with some fields changed; its weights are not read, if it has any.
+
+    Args:
+        ref: See :func:`resolve_model`.
+        fields: Fields of its ``config.json`` that are to differ.
+        remote_code: Run the code that comes with the model.
+
+    Raises:
+        RecipeError: A field is unknown, or the values contradict each other.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    folder = resolve_model(ref, remote_code=remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    known = config.to_dict()
+    for key in fields:
+        if key not in known or key == "model_type":
+            raise RecipeError(f"scratch: {ref} has no field {key!r} to set. {did_you_mean(key, known)}")
+    # What follows from other fields is worked out again, unless it is given.
+    derived = {"layer_types"}
+    if known.get("head_dim") and known["head_dim"] * config.num_attention_heads == config.hidden_size:
+        derived.add("head_dim")
+    kept = {key: value for key, value in known.items() if key not in derived}
+    try:
+        return type(config).from_dict({**kept, **fields})
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        # The strict configurations say what is wrong in the last line.
+        raise RecipeError(f"scratch: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
+def fresh_model(
+    config: PreTrainedConfig,
+    *,
+    seed: int,
+    dtype: str = "float32",
+    attention: str | None = None,
+    remote_code: bool = False,
+) -> PreTrainedModel:
+    """Return an untrained causal language model, its weights drawn by ``seed`` alone.
+
+    Raises:
+        RecipeError: The configuration is none that a model can be made of.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from modicum.random import derive_seed
+
+    try:
+        # transformers draws from the global generator; the fork keeps that to these lines.
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(seed, "scratch"))
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code
+            )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"scratch: {_first_line(error)}") from None
 
 
 def native_bfloat16(device: str | torch.device) -> bool:
@@ -319,9 +380,15 @@ def _build_smollm2(folder: Path) -> None:
         smollm2.build(folder)
 
 
+def _build_byte_llama(folder: Path) -> None:
+    from modicum.jobs import byte_llama
+
+    byte_llama.build(folder)
+
+
 # Raise the revision whenever the builder makes other bytes, so that an old cache is not taken for the new one.
 BUILTINS: Mapping[str, tuple[str, Callable[[Path], None]]] = MappingProxyType(
-    {"smollm2-135m-instruct": ("r1", _build_smollm2)}
+    {"byte-llama": ("r1", _build_byte_llama), "smollm2-135m-instruct": ("r1", _build_smollm2)}
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,6 @@ class ExitPoint:
     full_loss: float
 
 
-@torch.no_grad()
 def calibrate_threshold(
     model: ZeroTokenForCausalLM,
     batches: Iterable[Int[Tensor, "b t"]],
@@ -57,34 +56,66 @@ def calibrate_threshold(
     Raises:
         RecipeError: There are no batches, or the model has a single cycle.
     """
+    return cheapest(exit_curve(model, batches, candidates=candidates), max_loss_increase=max_loss_increase)
+
+
+def cheapest(curve: Sequence[ExitPoint], *, max_loss_increase: NonNegative) -> ExitPoint:
+    """Return the point of ``curve`` with the fewest cycles whose loss rises by at most ``max_loss_increase``."""
+    allowed = [point for point in curve if point.loss <= point.full_loss + max_loss_increase]
+    return min(allowed, key=lambda point: point.mean_cycles)
+
+
+@torch.no_grad()
+def exit_curve(
+    model: ZeroTokenForCausalLM, batches: Iterable[Int[Tensor, "b t"]], *, candidates: PositiveInt = 16
+) -> list[ExitPoint]:
+    """Return the loss against the mean number of cycles, from the threshold that nobody reaches downwards.
+
+    Args:
+        model: A model, with its exit criterion, score and scope.
+        batches: Token ids without padding.
+        candidates: How many quantiles of the scores are tried.
+
+    Raises:
+        RecipeError: There are no batches, or the model has a single cycle.
+    """
     data = list(batches)
     criterion = model.config.exit_criterion
     never = _NEVER[criterion]
     if not data or model.config.depth < 2:
         raise RecipeError(
-            f"calibrate_threshold got {len(data)} batches and {model.config.depth} cycles, expected both above."
+            f"Exits were to be calibrated on {len(data)} batches with {model.config.depth} cycles. "
+            "Give at least one batch and a model of two cycles."
         )
     was_training = model.training
     model.eval()
     full_loss, cycles, scores = _measure(model, data, never)
-    best = ExitPoint(never, cycles, full_loss, full_loss)
-    seen = scores[scores.isfinite()]
-    for share in torch.linspace(0, 1, candidates + 1)[:-1]:
+    curve = [ExitPoint(never, cycles, full_loss, full_loss)]
+    seen = scores[scores.isfinite()].sort().values
+    for share in torch.linspace(1, 0, candidates + 1)[1:]:
         # A score is compared strictly: just below a quantile, all tokens at or above it leave.
-        threshold = float(torch.nextafter(seen.quantile(share), torch.tensor(-torch.inf)))
+        threshold = float(torch.nextafter(seen[int(share * (len(seen) - 1))], torch.tensor(-torch.inf)))
         threshold = {"zero_attention": threshold, "random": 1 - threshold}.get(criterion, -threshold)
         loss, mean_cycles, _ = _measure(model, data, threshold)
-        if loss <= full_loss + max_loss_increase and mean_cycles < best.mean_cycles:
-            best = ExitPoint(threshold, mean_cycles, loss, full_loss)
+        curve.append(ExitPoint(threshold, mean_cycles, loss, full_loss))
     model.train(was_training)
-    return best
+    return curve
 
 
-def _measure(model: ZeroTokenForCausalLM, data: list[Tensor], threshold: float) -> tuple[float, float, Tensor]:
+@torch.no_grad()
+def loss_by_cycles(model: ZeroTokenForCausalLM, batches: Iterable[Int[Tensor, "b t"]]) -> list[float]:
+    """Return the mean cross-entropy when every token runs 1, 2, … all cycles."""
+    data, depth = list(batches), model.config.depth
+    return [_measure(model, data, None, n_cycles=cycles)[0] for cycles in range(1, depth + 1)]
+
+
+def _measure(
+    model: ZeroTokenForCausalLM, data: list[Tensor], threshold: float | None, n_cycles: int | None = None
+) -> tuple[float, float, Tensor]:
     loss = cycles = 0.0
-    scores, targets, tokens = [], 0, 0
+    scores, targets, tokens = [torch.empty(0)], 0, 0
     for input_ids in data:
-        out = model(input_ids, labels=input_ids, use_cache=False, exit_threshold=threshold)
+        out = model(input_ids, labels=input_ids, use_cache=False, exit_threshold=threshold, n_cycles=n_cycles)
         count = input_ids[:, 1:].numel()
         loss += float(out.loss) * count
         cycles += float(out.cycles.sum())

@@ -136,7 +136,7 @@ class ZeroTokenConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         host = self.__dict__.get("host")
-        own = name in _own_names() or name.startswith("_")
+        own = name in _own_names() or name.startswith("_") or isinstance(getattr(type(self), name, None), property)
         if not own and isinstance(host, PreTrainedConfig) and hasattr(host, name):
             setattr(host, name, value)
         else:

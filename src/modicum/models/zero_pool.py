@@ -26,6 +26,9 @@ class ZeroTokenPool(nn.Module):
         linears: For each middle layer, the shape (in, out) of every linear map in it by name; for the low-rank terms.
     """
 
+    # What no pre-trained model brings: training lets it out of weight decay, and trains and saves it with any adapter.
+    is_addition = True
+
     def __init__(self, config: ZeroTokenConfig, linears: dict[int, dict[str, tuple[int, int]]]) -> None:
         super().__init__()
         rows, depth = 1 + max(config.rows.values(), default=-1), config.depth
