@@ -1,4 +1,4 @@
-"""Write the guide's tables from the result files: python -m benchmarks.claims.adagc.tables."""
+"""Write the guide's tables and pictures from the result files: python -m benchmarks.claims.adagc.tables."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import Curve, curves
 from scipy.stats import t as student
 
 RESULTS = Path(__file__).parents[2] / "results"
-OUT = Path(__file__).parents[3] / "docs" / "guide" / "gradients-tables.inc"
+GUIDE = Path(__file__).parents[3] / "docs" / "guide"
+OUT = GUIDE / "gradients-tables.inc"
+DRAWN = ("none", "global", "zclip", "adagc min (published)", "adagc ema (default)")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -57,6 +60,18 @@ def faults() -> str:
             ]
         )
     return markdown(["optimizer", "rule", "seeds", "clean", "with faults", "degradation", "clipped"], rows)
+
+
+def draw() -> None:
+    """Draw the training losses of the main arms, without and with faults."""
+    panels: dict[str, dict[str, list[Curve]]] = {"without faults": {}, "with faults": {}}
+    for cell in load("adagc-faults.json").get("cells", {}).values():
+        if cell["optimizer"] == "adamw0.999" and cell["arm"] in DRAWN:
+            losses = cell["train_loss"][4:]  # the first hundred steps would flatten the rest
+            steps = [20.0 * (number + 5) for number in range(len(losses))]
+            panel = panels["with faults" if cell["with_faults"] else "without faults"]
+            panel.setdefault(cell["arm"], []).append((steps, losses))
+    curves(GUIDE / "gradients-faults.svg", panels, x="step", y="training loss")
 
 
 def smollm2() -> str:
@@ -135,6 +150,7 @@ def main() -> None:
         ]
     )
     OUT.write_text(text.rstrip() + "\n", encoding="utf-8")
+    draw()
 
 
 if __name__ == "__main__":
