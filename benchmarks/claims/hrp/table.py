@@ -12,6 +12,8 @@ from typing import Any
 
 from benchmarks.claims.hrp.result import interval, read_result
 
+SEEDS = 3
+
 
 def sweep(cells: dict[str, dict[str, Any]], metric: str, fixed: float) -> list[str]:
     """One line for each method: mean and 95 % interval at the fixed learning rate and at its best one."""
@@ -24,8 +26,8 @@ def sweep(cells: dict[str, dict[str, Any]], metric: str, fixed: float) -> list[s
     lines = [f"| method | lr {fixed:g} | best lr | at | seeds |", "|---|---|---|---|---|"]
     for name, by_rate in values.items():
         # A rate that one seed tried in order to select another is not compared.
-        most = max(map(len, by_rate.values()))
-        means = {rate: interval(some) for rate, some in by_rate.items() if len(some) == most}
+        enough = min(SEEDS, max(map(len, by_rate.values())))
+        means = {rate: interval(some) for rate, some in by_rate.items() if len(some) >= enough}
         best = min(means, key=lambda rate: means[rate][0])
         at_fixed = "{:.4f} ± {:.4f}".format(*means[fixed]) if fixed in means else "–"
         shown = "{:.4f} ± {:.4f}".format(*means[best])
@@ -52,9 +54,10 @@ def shown(name: str, cells: dict[str, dict[str, Any]]) -> list[str]:
         return [*optimal(parts.get("optimal", {})), "", *sweep(parts.get("trained", {}), "residual", 1e-3)]
     if name == "hrp-transformer":
         return sweep(cells, "kl", 3e-3)
-    return [
-        line for task, some in _split(cells, "task").items() for line in (f"{task}\n", *sweep(some, "loss", 1e-3), "")
-    ]
+    lines = []
+    for task, some in _split(cells, "task").items():
+        lines += [task, "", *sweep(some, "loss", 1e-3), ""]
+    return lines
 
 
 def _split(cells: dict[str, dict[str, Any]], part: str) -> dict[str, dict[str, dict[str, Any]]]:
