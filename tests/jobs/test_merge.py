@@ -88,3 +88,28 @@ def test_an_adapter_stage_and_its_base_merge(models: list[str], tmp_path: Path) 
     execute(parse(data), tmp_path / "run", quiet=True)
     for name, tensor in load_file(tmp_path / "run/model/model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name].float(), rtol=1e-5, atol=1e-6)
+
+
+def test_diagnostics_are_recorded_when_asked_for(models: list[str], tmp_path: Path) -> None:
+    execute(parse(recipe(models)), tmp_path / "plain", quiet=True)
+    execute(parse(recipe(models, diagnostics=True)), tmp_path / "told", quiet=True)
+    assert "diagnostics" not in read_record(tmp_path / "plain")["metrics"]
+    metrics = read_record(tmp_path / "told")["metrics"]
+    found = metrics["diagnostics"]
+    assert set(found["spectra"]) == set(found["outliers"]) == {"m1", "m2"}
+    assert len(found["names"]) == len(found["survival"]) == len(found["spectra"]["m1"])
+    where = found["names"].index("model.layers.0.mlp.up_proj.weight")
+    assert len(found["spectra"]["m1"][where]) == 8
+    assert found["spectra"]["m1"][found["names"].index("model.embed_tokens.weight")] is None
+    assert (tmp_path / "plain/model/model.safetensors").read_bytes() == (
+        tmp_path / "told/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_directions_that_nearly_coincide_are_noted(models: list[str], tmp_path: Path) -> None:
+    execute(parse(recipe(models, method="tsv")), tmp_path / "close", quiet=True)
+    record = read_record(tmp_path / "close")
+    assert any("nearly coincide" in note and "whiten_rtol: 0.05" in note for note in record["notes"])
+    assert min(v for v in record["metrics"]["diagnostics"]["weakest"] if v is not None) < 0.05
+    execute(parse(recipe(models, method={"name": "tsv", "whiten_rtol": 0.05})), tmp_path / "cut", quiet=True)
+    assert not read_record(tmp_path / "cut")["notes"]

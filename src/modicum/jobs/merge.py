@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,12 @@ from modicum.registry import job, merge_method
 from modicum.types import PositiveInt
 
 if TYPE_CHECKING:
-    from modicum.weights.plan import Plan
+    from modicum.weights.plan import Plan, Step
+
+Measured: TypeAlias = Mapping[str, Mapping[str, Any]]
+EACH = ("ranks", "weights", "spectra", "energy_ranks", "outliers")  # of what is measured, a value for each expert
+ALL = ("kept", "weakest", "interference", "survival", "cast_error")  # and one for the tensor
+CLOSE = 0.05  # squared length of a direction beside the strongest, below which whitening magnifies noise
 
 
 class MergeRecipe(Recipe):
@@ -30,6 +35,9 @@ class MergeRecipe(Recipe):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
     device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
     shard_size: PositiveInt = Field(default=5_000_000_000, description="largest weight file, in bytes")
+    diagnostics: bool = Field(
+        default=False, description="also measure spectra, interference, outliers and what the cast loses; slower"
+    )
     pickled: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
 
     mergekit: dict[str, Any] | None = Field(default=None, description="a mergekit file's content, in place of the rest")
@@ -72,16 +80,17 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     if recipe.mergekit is not None:
         from modicum.weights.mergekit import plan_mergekit
 
-        return plan_mergekit(recipe.mergekit, opened)
-    method: Any = recipe.method
-
-    return plan_merge(
-        opened(recipe.base) if recipe.base else None,
-        [opened(expert) for expert in recipe.experts],
-        method=method.name,
-        knobs=method.knobs,
-        dtype=recipe.dtype,
-    )
+        plan = plan_mergekit(recipe.mergekit, opened)
+    else:
+        method: Any = recipe.method
+        plan = plan_merge(
+            opened(recipe.base) if recipe.base else None,
+            [opened(expert) for expert in recipe.experts],
+            method=method.name,
+            knobs=method.knobs,
+            dtype=recipe.dtype,
+        )
+    return plan.diagnosed() if recipe.diagnostics else plan
 
 
 @job("merge", plan=lambda recipe: make_plan(recipe).describe(), distributed=True)
@@ -105,24 +114,22 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     )
     if not run.main:
         return  # each process measured its own share; the first one has collected them all
-    bound = plan.memory_bound()
-    run.record["metrics"] = {"tensors": len(plan.steps), "memory_bound": bound, "layers": layers(plan, measured)}
+    metrics = {"tensors": len(plan.steps), "memory_bound": plan.memory_bound(), "layers": layers(plan, measured)}
+    if found := diagnostics(plan, measured):
+        metrics["diagnostics"] = found
+    run.record["metrics"] = metrics
+    if warning := _uncertain(measured):
+        run.note(warning)
     run.output("model", out)
 
 
-def layers(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def layers(plan: Plan, measured: Measured) -> dict[str, Any]:
     """Arrange what was measured: a list over tensors for each expert and each pair of experts."""
-    steps = [step for step in plan.steps if measured[step.name]]
-    if not steps:
-        return {}
-    # Slices may have different experts; the picture is of those that most tensors share.
-    experts = Counter(tuple(source.model for source in step.experts) for step in steps).most_common(1)[0][0]
-    steps = [step for step in steps if tuple(source.model for source in step.experts) == experts]
-    if len(measured[steps[0].name]["norms"]) != len(experts):
-        return {}
-    models = _short_names(list(experts))
-    pairs = [f"{a}|{b}" for i, a in enumerate(models) for b in models[i + 1 :]]
+    steps, models = _comparable(plan, measured)
     rows = [measured[step.name] for step in steps]
+    if not rows or len(rows[0]["norms"]) != len(models):
+        return {}
+    pairs = [f"{a}|{b}" for i, a in enumerate(models) for b in models[i + 1 :]]
     return {
         "names": [step.name for step in steps],
         "norms": {model: [_round(row["norms"][t]) for row in rows] for t, model in enumerate(models)},
@@ -131,8 +138,49 @@ def layers(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     }
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.5g}")
+def diagnostics(plan: Plan, measured: Measured) -> dict[str, Any]:
+    """Arrange what methods report and diagnostics add in the same way; nothing where there is none of it."""
+    steps, models = _comparable(plan, measured)
+    steps = [step for step in steps if any(key in measured[step.name] for key in (*EACH, *ALL))]
+    rows = [measured[step.name] for step in steps]
+    found: dict[str, Any] = {}
+    for key in EACH:
+        if any(key in row for row in rows):
+            found[key] = {model: [_round(row[key][t]) if key in row else None for row in rows]
+                          for t, model in enumerate(models)}  # fmt: skip
+    for key in ALL:
+        if any(key in row for row in rows):
+            found[key] = [_round(row[key]) if key in row else None for row in rows]
+    return {"names": [step.name for step in steps], **found} if found else {}
+
+
+def _comparable(plan: Plan, measured: Measured) -> tuple[list[Step], list[str]]:
+    """Return the steps whose experts most tensors share, as slices may have different ones, and the experts' names."""
+    steps = [step for step in plan.steps if measured[step.name]]
+    if not steps:
+        return [], []
+    experts = Counter(tuple(source.model for source in step.experts) for step in steps).most_common(1)[0][0]
+    chosen = [step for step in steps if tuple(source.model for source in step.experts) == experts]
+    return chosen, _short_names(list(experts))
+
+
+def _uncertain(measured: Measured) -> str | None:
+    """Say where experts are so close that what the method makes of them hangs on their small differences."""
+    found = [row["weakest"] for row in measured.values() if "weakest" in row]
+    close = [value for value in found if value < CLOSE]
+    if not close:
+        return None
+    return (
+        f"In {len(close)} of {len(found)} matrices, directions of the experts nearly coincide (least squared length "
+        f"{min(close):.1g} of the largest), and making them orthogonal magnifies small differences. "
+        f"whiten_rtol: {CLOSE} drops such directions; compare both on validation data."
+    )
+
+
+def _round(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_round(one) for one in value]
+    return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
 def _short_names(models: list[str]) -> list[str]:

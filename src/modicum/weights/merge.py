@@ -15,7 +15,7 @@ from modicum.errors import CheckpointError
 from modicum.random import generator
 from modicum.record import fingerprint
 from modicum.weights.agree import Tensors
-from modicum.weights.blocks import fold
+from modicum.weights.blocks import fold, working_dtype
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compare import compare, refuse_non_finite
 from modicum.weights.plan import Plan, Step, plan_merge
@@ -49,20 +49,32 @@ def run_step(
     measured = compare(origin, experts)
     if not all(map(math.isfinite, measured["norms"])):
         refuse_non_finite(step.name, origin, tensors[1:], [source.model for source in step.sources])
-    if origin.dtype != step.spec.dtype:
+    if origin.dtype != step.spec.dtype or step.diagnosed:
         # The method answers in the dtype of its base: in float32 first, then one cast.
-        origin = origin.to(torch.float32)
+        origin = origin.to(working_dtype(origin))
         experts = [origin, *experts[1:]] if step.base is None else experts
+    reports: list[dict[str, Any]] = []
     if step.averaged:
         merged = fold(origin, experts, lambda deltas: deltas.mean(0))
     else:
         supplied: dict[str, Any] = dict(found)
-        if "rng" in (step.entry.function.__kwdefaults__ or {}):
+        asked = step.entry.function.__kwdefaults__ or {}
+        if "rng" in asked:
             supplied["rng"] = generator(seed, step.method, step.name)
+        if "report" in asked:
+            supplied["report"] = reports
         if step.statistics:
             supplied["statistics"] = [source.read().to(device) for source in step.statistics]
         merged = step.entry.function(origin if step.base else None, experts, **step.knobs, **supplied)
-    return merged.to(step.spec.dtype), measured
+    stored = merged.to(step.spec.dtype)
+    if reports:  # of a stack of matrices, the one whose result is least certain speaks
+        measured |= min(reports, key=lambda report: report["weakest"])
+    if step.diagnosed:
+        from modicum.weights.diagnose import diagnose  # brings all methods along
+
+        directions = step.maps and len(step.spec.shape) == 2
+        measured |= diagnose(tensors[0], experts, merged, stored, directions=directions)
+    return stored, measured
 
 
 def survey(plan: Plan, *, device: str = "cpu", workers: int | None = None) -> dict[str, Mapping[str, Any]]:
@@ -166,6 +178,7 @@ def merge(
     workers: int | None = None,
     progress: bool = True,
     statistics: Sequence[str | Path | Checkpoint] = (),
+    diagnostics: bool = False,
     **knobs: Any,
 ) -> dict[str, dict[str, Any]]:
     """Merge checkpoints on disk, a tensor at a time.
@@ -182,10 +195,12 @@ def merge(
         workers: Threads; one for each core when not given.
         progress: Show a bar when standard error is a terminal.
         statistics: For methods that weigh by data: a checkpoint of each expert's, by the names of its tensors.
+        diagnostics: Also measure what :func:`modicum.weights.diagnose.diagnose` tells; takes longer.
         **knobs: The method's.
 
     Returns:
-        For each tensor what was measured: norms and cosines of the deltas, share of conflicting signs.
+        For each tensor what was measured: norms and cosines of the deltas, share of conflicting signs, and what the
+        method reports.
 
     Raises:
         ModicumError: The models do not fit together, a knob is wrong, or the result cannot be written.
@@ -200,7 +215,13 @@ def merge(
         statistics=[open_checkpoint(model) for model in statistics],
     )
     return run_plan(
-        plan, Path(out), seed=seed, device=device, shard_bytes=shard_bytes, workers=workers, progress=progress
+        plan.diagnosed() if diagnostics else plan,
+        Path(out),
+        seed=seed,
+        device=device,
+        shard_bytes=shard_bytes,
+        workers=workers,
+        progress=progress,
     )
 
 
@@ -219,7 +240,9 @@ def run_plan(
     identity = {
         "models": [fingerprint(model.folder) for model in plan.models if isinstance(model, Checkpoint)],
         "seed": seed,
-        "steps": [[s.name, s.method, [(x.model, x.name) for x in s.sources], dict(s.knobs)] for s in plan.steps],
+        "steps": [
+            [s.name, s.method, [(x.model, x.name) for x in s.sources], dict(s.knobs), s.diagnosed] for s in plan.steps
+        ],
     }
     found = survey(plan, device=device, workers=workers)
     return map_tensors(

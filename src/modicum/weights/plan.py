@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Step:
     experts: tuple[Source, ...]
     knobs: Mapping[str, Any] = field(default_factory=dict)
     statistics: tuple[Source, ...] = ()
+    diagnosed: bool = False
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -63,14 +64,17 @@ class Step:
     @property
     def averaged(self) -> bool:
         """Whether a method for matrices gives way to the mean of the deltas here."""
-        return bool(self.entry.facts.get("matrix")) and (
-            len(self.spec.shape) < 2 or VOCABULARY.search(self.name) is not None
-        )
+        return bool(self.entry.facts.get("matrix")) and (len(self.spec.shape) < 2 or not self.maps)
+
+    @property
+    def maps(self) -> bool:
+        """Whether rows are the outputs of a linear map; where they belong to tokens, directions mean nothing."""
+        return VOCABULARY.search(self.name) is None
 
     @property
     def memory(self) -> int:
         """Bytes of anonymous memory that making the tensor takes at most."""
-        if self.entry.facts.get("matrix") and not self.averaged:
+        if (self.entry.facts.get("matrix") and not self.averaged) or self.diagnosed:
             # Deltas, their factors and the stacks of both, in float64 where they are decomposed.
             return self.spec.numel * 8 * 3 * (len(self.experts) + 1)
         folded = sum(s.tensors.adapter is not None for s in self.sources if isinstance(s.tensors, Checkpoint))
@@ -85,6 +89,17 @@ class Plan:
     models: Sequence[Tensors]
     companions: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    def diagnosed(self) -> Plan:
+        """Return the same plan, with everything measured that :mod:`modicum.weights.diagnose` knows.
+
+        Raises:
+            RecipeError: There is no base to measure differences from.
+        """
+        steps = [replace(s, diagnosed=s.base is not None and s.spec.dtype.is_floating_point) for s in self.steps]
+        if not any(step.diagnosed for step in steps):
+            raise RecipeError("diagnostics measures differences from a base model, and none is given. Set base.")
+        return replace(self, steps=steps)
 
     def memory_bound(self, workers: int | None = None) -> int:
         """Return how many bytes of anonymous memory the merge takes at most, besides the libraries."""

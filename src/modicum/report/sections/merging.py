@@ -55,7 +55,7 @@ def merging(run: RunView) -> Section | None:
 def _read(layers: Mapping[str, Any]) -> tuple[LayerMap, Series, Series, Series, int]:
     """Take the series out of a record, without tensors that no expert changed; return also how many those are."""
     names = [str(name) for name in layers["names"]] if isinstance(layers["names"], list) else []
-    norms, cosines, conflicts = (_series(layers.get(key)) for key in ("norms", "cosines", "conflict"))
+    norms, cosines, conflicts = (read_series(layers.get(key)) for key in ("norms", "cosines", "conflict"))
     if not norms:
         return LayerMap(names), norms, cosines, conflicts, 0
 
@@ -89,7 +89,7 @@ def _pictures(
     chance = 1 - 2.0 ** (1 - max(2, len(norms)))
     return (
         _moved(where, norms) if where.layers and norms else Markup(""),
-        _maps(
+        maps(
             where,
             cosines,
             mean,
@@ -99,7 +99,7 @@ def _pictures(
             "different things; below zero they pull against each other.",
             center=0.0,
         ),
-        _maps(
+        maps(
             where,
             conflicts,
             mean,
@@ -141,11 +141,11 @@ def _moved(where: LayerMap, norms: Series) -> Markup:
     caption = "Each layer's matrices taken together; beside each line, the norm over all layers."
     return Markup("<h3>How far did each expert move?</h3>{}{}").format(
         figure(picture, caption=caption, numbers=numbers),
-        _maps(where, norms, norm, title="", what="norm of the difference", caption="The same, per weight matrix."),
+        maps(where, norms, norm, title="", what="norm of the difference", caption="The same, per weight matrix."),
     )
 
 
-def _maps(
+def maps(
     where: LayerMap,
     series: Series,
     combine: Combine,
@@ -211,7 +211,7 @@ def _finding(cosine: float) -> Markup:
     return Markup("The experts' changes {}: their mean cosine is {}.").format(words, number(cosine, 2))
 
 
-def _series(raw: object) -> dict[str, Sequence[Any]]:
+def read_series(raw: object) -> dict[str, Sequence[Any]]:
     """Accept one list or a list per name; what is neither is nothing to draw."""
     if isinstance(raw, Mapping):
         return {str(name): values for name, values in raw.items() if isinstance(values, (list, tuple))}

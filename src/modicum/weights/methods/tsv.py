@@ -99,18 +99,24 @@ def decompose(delta: Tensor, rank: int, solver: Solver) -> SVD:
     return SVD(part.U.double(), part.S.double(), part.V.double())
 
 
-def combine(parts: Sequence[SVD], *, whiten_rtol: float, report: list[dict[str, Any]] | None = None) -> Tensor:
-    """Return the sum of decomposed deltas whose singular directions were made orthogonal."""
-    # Directions without strength are arbitrary; they must not take part in the whitening of the others.
+def stack(parts: Sequence[SVD]) -> tuple[SVD, list[int]]:
+    """Put the triplets side by side, without directions of no strength; return also how many each part has.
+
+    Vectors of singular value zero are arbitrary; they must not take part in the whitening of the others.
+    """
     live = [part.S.gt(NEGLIGIBLE * part.S.max()) for part in parts]
     U = torch.cat([part.U[:, keep] for part, keep in zip(parts, live)], 1)
     V = torch.cat([part.V[:, keep] for part, keep in zip(parts, live)], 1)
-    S = torch.cat([part.S[keep] for part, keep in zip(parts, live)])
+    return SVD(U, torch.cat([part.S[keep] for part, keep in zip(parts, live)]), V), [int(keep.sum()) for keep in live]
+
+
+def combine(parts: Sequence[SVD], *, whiten_rtol: float, report: list[dict[str, Any]] | None = None) -> Tensor:
+    """Return the sum of decomposed deltas whose singular directions were made orthogonal."""
+    (U, S, V), ranks = stack(parts)
     if not len(S):
         return U.new_zeros(U.shape[0], V.shape[0])
     left, right = polar(U, rtol=whiten_rtol), polar(V, rtol=whiten_rtol)
     if report is not None:
-        ranks = [int(keep.sum()) for keep in live]
         kept, weakest = min(left.kept, right.kept) / len(S), min(left.weakest, right.weakest)
         report.append({"ranks": ranks, "kept": kept, "weakest": weakest})
     return (left.factor * S) @ right.factor.T
@@ -122,7 +128,8 @@ def task_interference(deltas: Sequence[Tensor], *, rank: int | None = None) -> f
     .. math::
         \|(U^T U - I)\, \Sigma\, (V^T V - I)\|_1
 
-    with the stacked leading vectors of all deltas; 0 when their subspaces are orthogonal.
+    with the stacked leading vectors of all deltas; 0 when their subspaces are orthogonal. Vectors of singular value
+    zero, which are arbitrary, are left out.
 
     Args:
         deltas: Matrices of one shape.
@@ -132,8 +139,11 @@ def task_interference(deltas: Sequence[Tensor], *, rank: int | None = None) -> f
         >>> task_interference([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
         0.0
     """
-    parts = [truncated_svd(delta, ranks_of(deltas, rank)) for delta in deltas]
-    U, V = torch.cat([part.U for part in parts], 1).double(), torch.cat([part.V for part in parts], 1).double()
-    S = torch.cat([part.S for part in parts]).double()
-    one = torch.eye(len(S), dtype=torch.float64, device=S.device)
+    return interference([truncated_svd(delta.double(), ranks_of(deltas, rank)) for delta in deltas])
+
+
+def interference(parts: Sequence[SVD]) -> float:
+    """Return the STI of decomposed deltas."""
+    (U, S, V), _ = stack(parts)
+    one = torch.eye(len(S), dtype=S.dtype, device=S.device)
     return float((((U.T @ U - one) * S) @ (V.T @ V - one)).abs().sum())
