@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch.nn import functional
@@ -64,6 +66,14 @@ def test_made_tasks_follow_their_seed_and_split():
     assert task_examples("polarity", size=5) != task_examples("polarity", size=5, split="test")
     with pytest.raises(RecipeError, match="There is no task 'parities'. Did you mean 'parity'"):
         task_examples("parities", size=1)
+
+
+@pytest.mark.parametrize("name", ["parity", "order"])
+def test_made_answers_are_right(name):
+    for example in task_examples(name, size=20):
+        numbers = [int(n) for n in re.findall(r"\d+", example.prompt)]
+        right = numbers[0] % 2 if name == "parity" else int(numbers[1] > numbers[0])
+        assert example.answer == right
 
 
 def test_k_shot_balances_answers():

@@ -1,7 +1,7 @@
 """The tasks on which zeroth-order fine-tuning is compared: data, prompts, candidates, and how an answer is scored.
 
 Prompts follow the published large-model suite. Data comes from ``datasets``: a Hub id, or a folder of ``save_to_disk``.
-Two further tasks, ``polarity`` and ``parity``, are made from a seed and need no download.
+Three further tasks, ``polarity``, ``parity`` and ``order``, are made from a seed and need no download.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "drop": Task("ucinlp/drop", None, _drop, "f1", "text"),
         "polarity": Task("", None, _choice("{sentence} It was", (" terrible", " great"))),
         "parity": Task("", None, _choice("The number {number} is", (" even", " odd"))),
+        "order": Task("", None, _choice("Compared with {other}, {number} is", (" smaller", " larger"))),
     }
 )
 
@@ -325,6 +326,11 @@ def _made(name: str, split: str, size: int, seed: int) -> list[Row]:
         label = int(torch.randint(2, (), generator=rng))
         if name == "parity":
             rows.append({"number": 2 * int(torch.randint(5000, (), generator=rng)) + label, "label": label})
+            continue
+        if name == "order":
+            small, large = sorted((torch.randperm(90, generator=rng)[:2] + 10).tolist())
+            number, other = (large, small) if label else (small, large)
+            rows.append({"number": number, "other": other, "label": label})
             continue
         words = GOOD if label else BAD
         parts = torch.randperm(len(PARTS), generator=rng)[:2].tolist()

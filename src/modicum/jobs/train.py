@@ -177,6 +177,9 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     }
     if started is not None:
         started.prepare(trainer.model)
+    if recipe.optimizer is not None:
+        kept = sum(p.nbytes for p in model.parameters())
+        run.record["metrics"]["zeroth_order"] = {"model_bytes": kept, **trainer.zeroth_order.report()}
     if recipe.eval_data is not None and _judges_answers(recipe):
         run.record["metrics"] |= {k: v for k, v in trainer.evaluate().items() if k in ANSWER_METRICS}
     if mask is not None:

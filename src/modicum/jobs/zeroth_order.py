@@ -6,6 +6,7 @@ checkpoints, resuming, and several processes, which tell each other a few number
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,11 @@ def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, 
             return value.float() / self.current_gradient_accumulation_steps
 
     class ZerothOrderCallback(TrainerCallback):
-        """Give evaluation, checkpoints and the end the weights that they expect."""
+        """Give evaluation, checkpoints and the end the weights that they expect, and the log what the steps cost."""
+
+        def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            spent = max((line["seconds"] for line in state.log_history if "seconds" in line), default=0.0)
+            self.begun = time.monotonic() - spent  # a resumed run goes on counting
 
         def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
             if control.should_evaluate or control.should_save:
@@ -85,9 +90,13 @@ def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, 
                 optimizer.fold_()
 
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs and optimizer.skipped:
-                # The history has its copy already; the callbacks after this one read `logs`.
-                logs["skipped_steps"] = state.log_history[-1]["skipped_steps"] = optimizer.skipped
+            if "loss" not in logs:
+                return
+            costs = {"forwards": optimizer.forwards, "seconds": round(time.monotonic() - self.begun, 3)}
+            costs |= {"skipped_steps": optimizer.skipped} if optimizer.skipped else {}
+            # The history has its copy already; the callbacks after this one read `logs`.
+            logs.update(costs)
+            state.log_history[-1].update(costs)
 
         def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
             optimizer.settle_()
@@ -96,7 +105,9 @@ def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, 
     model.eval()
     optimizer.attach(model)
     callbacks = [ZerothOrderCallback(), *(arguments.pop("callbacks", None) or ())]
-    return ZerothOrderTrainer(optimizers=(optimizer, None), callbacks=callbacks, **arguments)
+    trainer = ZerothOrderTrainer(optimizers=(optimizer, None), callbacks=callbacks, **arguments)
+    trainer.zeroth_order = optimizer  # Accelerate wraps the one that the Trainer knows
+    return trainer
 
 
 def paired_losses(model: nn.Module, inputs: Mapping[str, Any], branches: int) -> Tensor:

@@ -27,7 +27,7 @@ from modicum.optim.settings import Settings
 
 Closure: TypeAlias = Callable[[], Any]
 
-COUNTS = ("steps", "updates", "age", "skipped", "skipped_in_a_row")
+COUNTS = ("steps", "updates", "age", "skipped", "skipped_in_a_row", "forwards")
 
 
 class ZerothOrder(Moving):
@@ -38,6 +38,7 @@ class ZerothOrder(Moving):
         position: Coordinates learned so far by an adapter engine; with the seed, all there is to keep.
         skipped: Steps whose loss was not finite.
         passes: Passes over the weights so far.
+        forwards: Losses evaluated so far; a paired forward pass counts once for each point.
     """
 
     patience: ClassVar[int] = 10  # steps in a row with a loss that is not finite, before giving up
@@ -45,7 +46,7 @@ class ZerothOrder(Moving):
 
     def __init__(self, params: Any, settings: Settings) -> None:
         super().__init__(params, settings)
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = self.forwards = 0
         self.kappas: Tensor | None = None
         self._pending: tuple[Tensor, float] | None = None
         self._hooks: ProbeHooks | None = None
@@ -133,6 +134,7 @@ class ZerothOrder(Moving):
         except BaseException:
             self.settle_()
             raise
+        self.forwards += len(losses)
         sums, total = self._pending or (torch.zeros_like(losses), 0.0)
         self._pending = sums + losses * weight, total + weight
         return losses[-1] if self.settings.engine == "jvp" else losses.mean()
@@ -270,7 +272,11 @@ class ZerothOrder(Moving):
                 leaf.local().mul_(1 - leaf.group["lr"] * self.settings.weight_decay)
 
     def report(self) -> dict[str, int]:
-        """Count what is kept and what a step costs: numbers remembered, factors, coordinates, draws, weight passes."""
+        """Count what is kept and what a step costs, in numbers and in bytes.
+
+        ``parameters`` and ``weight_bytes`` are those it moves; ``state_`` is what it remembers of the estimates,
+        ``factor_`` the kept factors, ``draws_`` the random numbers and ``weight_passes_`` the passes of one step.
+        """
         dense = sum(leaf.local().numel() for leaf in self.leaves if not leaf.rank)
         kept = [*self.memory, *(x for parts in self.dense_memory.values() for x in parts)]
         kept += [] if self.position is None else [self.position]
@@ -278,9 +284,12 @@ class ZerothOrder(Moving):
         writes = 1 if self.settings.entrywise or not self._size else 0
         return {
             "parameters": sum(leaf.local().numel() for leaf in self.leaves),
+            "weight_bytes": sum(leaf.local().nbytes for leaf in self.leaves if not leaf.stands_for_quantized),
             "coordinates": self._size,
             "state_numbers": sum(x.numel() for x in kept),
+            "state_bytes": sum(x.nbytes for x in kept),
             "factor_bytes": sum(f.nbytes for leaf in self.factored for f in leaf.basis),
+            "forwards_per_step": len(self._plan()),
             "draws_per_step": queries * (self._size + dense),
             "weight_passes_per_step": len(self._plan()) + self.settings.passes - 2 if mutate else writes,
         }

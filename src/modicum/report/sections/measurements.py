@@ -12,6 +12,8 @@ from modicum.report.runs import RunView
 from modicum.report.sections import Section, section
 from modicum.report.text import duration, is_number, measure, plain
 
+DRAWN = ("layers", "zeroth_order")  # sections of their own show these
+
 
 @section(order=40)
 def measurements(run: RunView) -> Section | None:
@@ -34,7 +36,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
             yield [name, _written(str(key), value)]
         elif isinstance(value, (str, bool)) and len(str(value)) <= 60:
             yield [name, str(value)]
-        elif isinstance(value, Mapping) and not prefix and key != "layers":
+        elif isinstance(value, Mapping) and not prefix and key not in DRAWN:
             yield from _flat(value, f"{name}: ")
 
 
