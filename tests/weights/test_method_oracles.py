@@ -218,6 +218,8 @@ def test_a_random_method_equals_its_oracle_given_its_masks(
 ) -> None:
     function = merge_method[method].function
     drop: dict[str, Any] = {"density": 0.5} | ({"epsilon": 0.2} if method == "della" else {})
+    if method == "della":
+        tolerance = max(tolerance, 4e-5)  # its probabilities are multiples of 1/65536
     for shape in SHAPES:
         for label, base, experts in inputs(shape, dtype):
             taus = [e - base for e in experts]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,7 @@ from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import as_vector, delta_blocks, fold, per_expert
 from modicum.weights.combine import Elect, combine
-
-LEVELS = 1 << 16  # a draw is 16 bits: a quarter of the cost of a float, and the share kept is exact to 1/65536
+from modicum.weights.draws import LEVELS, draw, keep_
 
 
 @merge_method("dare", paper="arXiv:2311.03099", laws={"zero_delta", "scale", "shift"})
@@ -57,8 +57,8 @@ def dare(
 
     Example:
         >>> import torch
-        >>> dare(torch.zeros(4), [torch.ones(4)], density=0.5)
-        tensor([2., 0., 0., 2.])
+        >>> dare(torch.zeros(4), [torch.ones(4)], density=0.5, rng=torch.Generator().manual_seed(3))
+        tensor([2., 2., 0., 0.])
 
     Cost:
         One pass, two with ``l1``.
@@ -78,7 +78,7 @@ def dare(
         factors = _l1_ratios(base, experts, levels, seeds)
     else:
         factors = [LEVELS / level if rescale == "expectation" else 1.0 for level in levels]
-    masks = Masks(levels, seeds, base)
+    masks = Masks(levels, seeds)
     larger = as_vector(factors, base)
 
     def kernel(deltas: Tensor) -> Tensor:
@@ -94,27 +94,20 @@ def dare(
 class Masks:
     """Random masks of a tensor's deltas, drawn block by block; the same seeds give the same masks."""
 
-    def __init__(self, levels: Sequence[int], seeds: Sequence[int], like: Tensor) -> None:
+    def __init__(self, levels: Sequence[int], seeds: Sequence[int]) -> None:
         self.levels = levels
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.device = like.device
+        self.generators = [np.random.default_rng(seed) for seed in seeds]
 
     def apply_(self, deltas: Tensor) -> None:
         """Set to zero what is dropped of the next block of deltas ``(n, block)``."""
         for delta, level, rng in zip(deltas, self.levels, self.generators):
             if level < LEVELS:
-                delta.mul_(self.draw(len(delta), level, rng).to(delta))
-
-    def draw(self, size: int, level: int, rng: torch.Generator) -> Tensor:
-        """Return a float mask that is 1 with probability ``level / 65536``."""
-        words = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=rng)
-        noise = words.view(torch.int16)[:size].to(torch.float32)
-        return noise.lt_(level - LEVELS // 2)
+                keep_(delta, draw(len(delta), rng) < level)
 
 
 def _l1_ratios(base: Tensor, experts: Sequence[Tensor], levels: Sequence[int], seeds: Sequence[int]) -> list[float]:
     """Return for each expert the sum of magnitudes of its delta over that of what its mask keeps."""
-    masks = Masks(levels, seeds, base)
+    masks = Masks(levels, seeds)
     before = torch.zeros(len(experts), dtype=torch.float64, device=base.device)
     after = torch.zeros_like(before)
     for _, _, deltas in delta_blocks(base, experts):

@@ -5,6 +5,7 @@ Between DARE, which drops at random, and TIES, which drops the smallest.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import as_vector, per_expert, working_dtype
 from modicum.weights.combine import Elect, combine
+from modicum.weights.draws import LEVELS, draw
 
 ROWS = 1 << 17  # entries handled at a time, in whole rows
 
@@ -65,14 +67,16 @@ def della(
 
     Example:
         >>> import torch
-        >>> della(torch.zeros(1, 4), [torch.tensor([[1.0, 2.0, 3.0, 4.0]])], density=0.5, epsilon=0.25)
+        >>> rng, expert = torch.Generator().manual_seed(1), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+        >>> della(torch.zeros(1, 4), [expert], density=0.5, epsilon=0.25, rng=rng)
         tensor([[0.0000, 0.0000, 5.1429, 5.3333]])
 
     Cost:
         One sort of every row; one pass, two with ``l1``.
 
     Deviates:
-        ``epsilon`` is half the window, as in the authors' code; the paper's is the whole. A row of one entry is kept
+        ``epsilon`` is half the window, as in the authors' code; the paper's is the whole. Probabilities are rounded to
+        1/65536, and the rescaling uses the rounded ones, so it stays unbiased. A row of one entry is kept
         with probability ``density``.
 
     Reference:
@@ -114,20 +118,23 @@ def prune(delta: Tensor, density: float, epsilon: float, rng: np.random.Generato
     """Drop entries of each row of ``delta`` at random, small ones more often; divide the rest by their probability."""
     if density >= 1:
         return delta
-    n = delta.shape[1]
+    rows, n = delta.shape
     slope = 2 * epsilon / (n - 1) if n > 1 else 0.0
     probability = (density - epsilon if n > 1 else density) + slope * np.arange(n)
-    kept = rng.random(tuple(delta.shape), dtype=np.float32) < probability.astype(np.float32)
-    precision = np.float64 if delta.dtype == torch.float64 else np.float32
-    factors = kept / probability.astype(precision) if by_probability else kept.astype(np.float32)
-    # Position and magnitude in one integer: sorting it ranks a row, equal magnitudes by position, far faster than an
-    # argsort.
-    bits = delta.abs().float().cpu().numpy().view(np.int32).astype(np.int64)
-    keys = np.sort((bits << 32) | np.arange(n), axis=1)
-    order = keys & 0xFFFFFFFF
-    spread = np.empty_like(factors)
-    np.put_along_axis(spread, order, factors, axis=1)
-    return delta * torch.from_numpy(spread).to(delta)
+    levels = np.clip(np.rint(probability * LEVELS), 1, LEVELS - 1).astype(np.uint16)
+    factor = np.float32(LEVELS) / levels if by_probability else np.ones(n)
+    factors = (draw(rows * n, rng).reshape(rows, n) < levels) * factor.astype(np.float32)
+    # Magnitude and position in one integer, the position in its lower half: sorting it ranks a row, equal magnitudes
+    # by position, far faster than an argsort.
+    keys = np.empty((rows, n), np.int64)
+    halves = keys.view(np.int32).reshape(rows, n, 2)
+    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+    halves[:, :, low] = np.arange(n)
+    halves[:, :, high] = delta.abs().float().cpu().numpy().view(np.int32)
+    keys.sort(axis=1)
+    keys &= 0xFFFFFFFF
+    spread = torch.empty(rows, n).scatter_(1, torch.from_numpy(keys), torch.from_numpy(factors))
+    return delta.mul_(spread.to(delta))
 
 
 def _l1_ratios(
