@@ -2,38 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
-
 from benchmarks.plots import Curve, curves
-from scipy.stats import t as student
+from benchmarks.tables import GUIDE, interval, load, markdown, write
 
-RESULTS = Path(__file__).parents[2] / "results"
-GUIDE = Path(__file__).parents[3] / "docs" / "guide"
-OUT = GUIDE / "gradients-tables.inc"
 DRAWN = ("none", "global", "zclip", "adagc min (published)", "adagc ema (default)")
-
-
-def load(name: str) -> dict[str, Any]:
-    path = RESULTS / name
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def interval(values: Sequence[float]) -> str:
-    """Write mean and half width of the 95 % Student-t interval."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.4f} (one seed)"
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.4f} ± {student.ppf(0.975, len(values) - 1) * spread / math.sqrt(len(values)):.4f}"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def faults() -> str:
@@ -53,9 +25,9 @@ def faults() -> str:
                 optimizer,
                 arm,
                 str(len(both)),
-                interval([clean[s]["held_out_loss"] for s in both]),
-                interval([hit[s]["held_out_loss"] for s in both]),
-                interval([hit[s]["held_out_loss"] - clean[s]["held_out_loss"] for s in both]),
+                interval([clean[s]["held_out_loss"] for s in both], 4),
+                interval([hit[s]["held_out_loss"] for s in both], 4),
+                interval([hit[s]["held_out_loss"] - clean[s]["held_out_loss"] for s in both], 4),
                 f"{100 * sum(rates) / len(rates):.0f} %" if rates else "–",
             ]
         )
@@ -75,20 +47,23 @@ def draw() -> None:
 
 
 def smollm2() -> str:
-    rows = [
-        [
-            c["arm"],
-            f"{c['lr']:g}",
-            str(c["steps"]),
-            f"{c['held_out_before']:.3f}",
-            f"{c['held_out_after']:.3f}",
-            f"{c['worst_train_loss']:.2f}",
-            str(c["spikes"]),
-            "–" if c["clip_rate"] is None else f"{100 * c['clip_rate']:.0f} %",
-        ]
-        for c in load("adagc-smollm2.json").get("cells", {}).values()
-    ]
-    head = ["rule", "lr", "steps", "held-out before", "held-out after", "worst training loss", "spikes", "clipped"]
+    cells = load("adagc-smollm2.json").get("cells", {}).values()
+    rows = []
+    for arm in dict.fromkeys(c["arm"] for c in cells):
+        mine = [c for c in cells if c["arm"] == arm]
+        rates = [100 * c["clip_rate"] for c in mine if c["clip_rate"] is not None]
+        rows.append(
+            [
+                arm,
+                str(len(mine)),
+                f"{mine[0]['held_out_before']:.3f}",
+                interval([c["held_out_after"] for c in mine]),
+                interval([c["worst_train_loss"] for c in mine], 2),
+                str(sum(c["spikes"] for c in mine)),
+                f"{sum(rates) / len(rates):.0f} %" if rates else "–",
+            ]
+        )
+    head = ["rule", "seeds", "held-out before", "held-out after", "worst training loss", "spikes", "clipped"]
     return markdown(head, rows)
 
 
@@ -138,18 +113,18 @@ def speed() -> str:
 
 
 def main() -> None:
-    text = "\n".join(
+    write(
+        "gradients-tables.inc",
+        "benchmarks/claims/adagc/tables.py",
         [
-            "<!-- Written by benchmarks/claims/adagc/tables.py from benchmarks/results; do not edit. -->",
             "### Faults on a byte-level model\n",
             faults(),
             "### SmolLM2-135M with an aggressive learning rate\n",
             smollm2(),
             "### Speed on a CPU\n",
             speed(),
-        ]
+        ],
     )
-    OUT.write_text(text.rstrip() + "\n", encoding="utf-8")
     draw()
 
 

@@ -1,0 +1,45 @@
+"""Tables of the studies for the guide, from the result files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+RESULTS = Path(__file__).parent / "results"
+GUIDE = Path(__file__).parents[1] / "docs" / "guide"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return a result file; empty when nothing was measured yet."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def interval(values: Sequence[float], digits: int = 3) -> str:
+    """Write mean and half width of the 95 % Student-t interval."""
+    if not values:
+        return "–"
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f} (one seed)"
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    half = student.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table; a line that says so when it has no rows."""
+    body = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body] if body else ["Not measured yet."]
+    return "\n".join(lines) + "\n"
+
+
+def write(name: str, script: str, parts: Iterable[str]) -> None:
+    """Write a file that a page of the guide includes."""
+    note = f"<!-- Written by {script} from benchmarks/results; do not edit. -->"
+    (GUIDE / name).write_text("\n".join([note, *parts]).rstrip() + "\n", encoding="utf-8")
