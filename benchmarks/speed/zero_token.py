@@ -1,17 +1,23 @@
-"""Time of the zero token: attention by each route, a training step, decoding, and exits, side by side in one run.
+"""Time and memory of the zero token: attention by each route, training steps, decoding, exits, side by side in one run.
+
+    python benchmarks/speed/zero_token.py [--part attention|train|decode|exit] [--threads 1]
 
 Compared with what a user would run instead: plain attention, head-tail cycling without zero tokens, and a stock Llama
-of the same logical depth. Widths are those of SmolLM2-135M, with few layers. Run:
-
-    python benchmarks/speed/zero_token.py
+of the same logical depth. Widths are those of SmolLM2-135M with a smaller vocabulary and fewer layers. Each part takes
+about a minute of one idle core; without ``--part`` all four run. Variants take turns, and every ratio is the median of
+ratios within a turn, once of wall-clock time and once of processor time: where other work shares the machine, only the
+latter says something.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,11 +26,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 from modicum.models.zero_attention import zero_attention
-from modicum.record import environment
+from modicum.record import environment, write_atomic
 
-RESULT = Path(__file__).parents[1] / "results" / "zero_token_speed.json"
+RESULT = Path(__file__).parents[1] / "results" / "zero-token-speed.json"
 WIDTHS = {
-    "vocab_size": 49152,
+    "vocab_size": 8192,
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_attention_heads": 9,
@@ -34,49 +40,58 @@ WIDTHS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-PHYSICAL, CYCLES = 5, 3  # 2 + 3 * 3 = 11 visits
+PHYSICAL, CYCLES = 4, 3  # 2 + 3 * 2 = 8 visits
+Calls = dict[str, Callable[[], object]]
 
 
-def timed(variants, *, rounds, warmup=1):
-    """Time the variants in turn, so that drift of the machine meets all alike; return seconds by name, per round."""
-    seconds = {name: [] for name in variants}
-    for i in range(rounds + warmup):
-        for name, function in variants.items():
-            start = time.perf_counter()
-            function()
-            if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def timed(calls: Calls, *, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Run the calls in turn, so that drift of the machine meets all alike; return (wall, processor) seconds."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            call()
+            if turn:  # the first turn warms up
+                found[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return found
 
 
-def against(seconds, peer):
-    """Median time and median of the paired ratios to ``peer``."""
+def ratios(seconds: dict[str, list[tuple[float, float]]], peer: str) -> dict[str, dict[str, float]]:
     return {
         name: {
-            "ms": round(1e3 * statistics.median(values), 3),
-            f"over {peer}": round(statistics.median(a / b for a, b in zip(values, seconds[peer])), 4),
+            "processor ms": round(1e3 * statistics.median(cpu for _, cpu in values), 3),
+            "wall ms": round(1e3 * statistics.median(wall for wall, _ in values), 3),
+            f"processor / {peer}": round(ratio(values, seconds[peer], 1), 4),
+            f"wall / {peer}": round(ratio(values, seconds[peer], 0), 4),
         }
         for name, values in seconds.items()
     }
 
 
-def attention_call(route, q, k, v, z, backward):
-    def call():
-        if route == "plain":
-            out = zero_attention(q, k, v, None, is_causal=True)
-        else:
-            out = zero_attention(q, k, v, z, is_causal=True, route=route)
-        if backward:
-            torch.autograd.grad(out.sum(), [q, k, v] + ([] if route == "plain" else [z]))
-
-    return call
+def ratio(a: list[tuple[float, float]], b: list[tuple[float, float]], clock: int) -> float:
+    return statistics.median(x[clock] / y[clock] for x, y in zip(a, b))
 
 
-def attention():
-    found = {}
-    for t, rounds in ((512, 15), (2048, 5)):
-        for heads, groups in ((9, 9), (9, 3)):
-            for backward in (False, True):
+def peak_mib(call: Callable[[], object]) -> float:
+    """Return by how much one call lifts the process's resident memory at most."""
+    call()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+    before = resident("VmRSS")
+    call()
+    return round((resident("VmHWM") - before) / 1024, 1)
+
+
+def resident(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1])
+
+
+def attention() -> dict[str, object]:
+    """Every route against plain attention; beyond 2048 positions with grouped queries and forward only."""
+    found: dict[str, object] = {}
+    for t, rounds in ((512, 15), (2048, 3), (8192, 1)):
+        for heads, groups in ((9, 9), (9, 3)) if t <= 2048 else ((9, 3),):
+            for backward in (False, True)[: 1 if t > 2048 else 2]:
                 q, k, v = (torch.randn(1, h, t, 64, requires_grad=backward) for h in (heads, groups, groups))
                 z = torch.randn(groups, 64, requires_grad=backward)
                 calls = {
@@ -84,94 +99,171 @@ def attention():
                     for route in ("plain", "lse", "concat", "query_row")
                 }
                 name = f"T={t} heads={heads}/{groups} {'forward+backward' if backward else 'forward'}"
-                found[name] = against(timed(calls, rounds=rounds), "plain")
+                found[name] = table = ratios(timed(calls, rounds=rounds), "plain")
+                for route, call in calls.items():
+                    table[route]["peak MiB"] = peak_mib(call)
+                print(name, {route: table[route]["processor / plain"] for route in table}, flush=True)
     return found
 
 
-def models():
+def attention_call(
+    route: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, z: torch.Tensor, backward: bool
+) -> Callable[[], object]:
+    def call() -> None:
+        plain = route == "plain"
+        out = zero_attention(q, k, v, None if plain else z, is_causal=True, route="auto" if plain else route)
+        if backward:
+            torch.autograd.grad(out.sum(), [q, k, v] + ([] if plain else [z]))
+
+    return call
+
+
+def trio() -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
     host = LlamaConfig(num_hidden_layers=PHYSICAL, **WIDTHS)
-    ztt = ZeroTokenForCausalLM(ZeroTokenConfig(host=host, n_cycles=CYCLES))
-    htc = ZeroTokenForCausalLM(ZeroTokenConfig(host=host, n_cycles=CYCLES, zero_token=False))
-    llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=ztt.config.num_hidden_layers, **WIDTHS))
-    return {"llama": llama, "htc": htc, "ztt": ztt}
+    visits = ZeroTokenConfig(host=host, n_cycles=CYCLES).num_hidden_layers
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(num_hidden_layers=visits, **WIDTHS)),
+        "htc": ZeroTokenForCausalLM(ZeroTokenConfig(host=host, n_cycles=CYCLES, zero_token=False)),
+        "ztt": ZeroTokenForCausalLM(ZeroTokenConfig(host=host, n_cycles=CYCLES)),
+    }
 
 
-def train_step(model, ids):
-    def step():
+def looped(n_cycles: int, **knobs: object) -> ZeroTokenForCausalLM:
+    torch.manual_seed(0)
+    host = LlamaConfig(num_hidden_layers=PHYSICAL, **WIDTHS)
+    return ZeroTokenForCausalLM(ZeroTokenConfig(host=host, n_cycles=n_cycles, **knobs)).eval()
+
+
+def train() -> dict[str, object]:
+    """Forward and backward of one batch; the goals are 1.05 of head-tail cycling and 1.15 of the stock Llama."""
+    found: dict[str, object] = {}
+    for batch, length, rounds in ((1, 256, 5), (1, 1024, 3)):
+        ids = torch.randint(3, 8192, (batch, length), generator=torch.Generator().manual_seed(0))
+        calls = {name: train_step(model.train(), ids) for name, model in trio().items()}
+        seconds = timed(calls, rounds=rounds)
+        table = ratios(seconds, "llama")
+        for name, call in calls.items():
+            table[name]["processor / htc"] = round(ratio(seconds[name], seconds["htc"], 1), 4)
+            table[name]["peak MiB"] = peak_mib(call)
+        found[f"batch {batch} x {length}"] = table
+        print(f"train {batch} x {length}", json.dumps(table), flush=True)
+    return found
+
+
+def train_step(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], object]:
+    def step() -> None:
         model.zero_grad(set_to_none=True)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
     return step
 
 
-def decode(model, ids, new_tokens, **knobs):
-    def step():
-        with torch.no_grad():
-            cache = DynamicCache(config=model.config)
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **knobs)
-            for _ in range(new_tokens):
-                out = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, **knobs)
-        return out
+def decode() -> dict[str, object]:
+    """One token after another, batch 1; the goal is 1.10 of a stock Llama of the same depth."""
+    found: dict[str, object] = {}
+    for length, rounds in ((64, 5), (1024, 3)):
+        seconds = per_token({name: (model.eval(), {}) for name, model in trio().items()}, length, 24, rounds)
+        found[f"after {length} tokens"] = table = ratios(seconds, "llama")
+        print(f"decode after {length}", json.dumps(table), flush=True)
+    cycles: dict[str, object] = {}
+    models = {f"N={n}": looped(n) for n in (1, 2, 3, 4)}
+    seconds = per_token({name: (model, {}) for name, model in models.items()}, 64, 24, 5)
+    table = ratios(seconds, "N=1")
+    for name, model in models.items():
+        cache = prefill(model, 256)[1]
+        values = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        visits = model.config.num_hidden_layers
+        cycles[name] = table[name] | {
+            "tokens/s of processor time": round(1e3 / table[name]["processor ms"], 2),
+            "layer visits": visits,
+            "visits / N=1": round(visits / models["N=1"].config.num_hidden_layers, 4),
+            "key-value bytes a token": sum(x.numel() * x.element_size() for x in values) // 256,
+        }
+    shared = prefill(looped(4, cache_policy="share_first"), 256)[1]
+    used = sum(x.numel() * x.element_size() for s in shared.layers if s.keys is not None for x in (s.keys, s.values))
+    cycles["N=4, share_first"] = {"key-value bytes a token": used // 256}
+    found["by cycles"] = cycles
+    print("decode by cycles", json.dumps(cycles), flush=True)
+    return found
 
-    return step
+
+def prefill(model: torch.nn.Module, length: int, **knobs: object) -> tuple[torch.Tensor, DynamicCache]:
+    ids = torch.randint(3, 8192, (1, length), generator=torch.Generator().manual_seed(1))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **knobs)
+    return ids, cache
 
 
-def decode_times(prefix, new_tokens, rounds, variants):
-    """Time decoding alone: the prompt's time is measured apart and taken off."""
-    with_tokens = timed({n: decode(m, prefix, new_tokens, **k) for n, (m, k) in variants.items()}, rounds=rounds)
-    without = timed({n: decode(m, prefix, 0, **k) for n, (m, k) in variants.items()}, rounds=rounds)
-    return {n: [(a - b) / new_tokens for a, b in zip(with_tokens[n], without[n])] for n in variants}
+def per_token(
+    variants: dict[str, tuple[torch.nn.Module, dict[str, object]]], length: int, new: int, rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Time ``new`` steps of decoding; the prompt is read anew for each turn, outside the time."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, (model, knobs) in variants.items():
+            ids, cache = prefill(model, length, **knobs)
+            wall, processor = time.perf_counter(), time.process_time()
+            with torch.no_grad():
+                for _ in range(new):
+                    model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, **knobs)
+            if turn:
+                found[name].append(((time.perf_counter() - wall) / new, (time.process_time() - processor) / new))
+    return found
 
 
-def main():
-    torch.set_num_threads(2)
-    found = {"attention": attention()}
-    trio = models()
-    ids = torch.randint(3, 49152, (2, 256))
-    for model in trio.values():
-        model.train()
-    steps = timed({n: train_step(m, ids) for n, m in trio.items()}, rounds=8)
-    found["training step, batch 2 x 256"] = against(steps, "llama")
-    found["training step over htc"] = round(statistics.median(a / b for a, b in zip(steps["ztt"], steps["htc"])), 4)
-    for model in trio.values():
-        model.eval()
-    variants = {n: (m, {}) for n, m in trio.items()}
-    for length in (64, 1024):
-        seconds = decode_times(ids[:1, :64].repeat(1, length // 64), 24, 6, variants)
-        found[f"decode one token after {length}"] = against(seconds, "llama")
-    exits = {f"{c} cycles": (trio["ztt"], {"exit_threshold": 1.0 if c == CYCLES else -1.0}) for c in (CYCLES, 1)}
-    per_token = decode_times(ids[:1, :64], 24, 8, exits)
-    visits = {CYCLES: 2 + CYCLES * (PHYSICAL - 2), 1: 2 + (PHYSICAL - 2)}
-    time_saved = 1 - statistics.median(a / b for a, b in zip(per_token["1 cycles"], per_token[f"{CYCLES} cycles"]))
-    calls_saved = 1 - visits[1] / visits[CYCLES]
-    found["exit"] = {
-        "layer calls saved": round(calls_saved, 4),
-        "time saved": round(time_saved, 4),
-        "share of the saving realized": round(time_saved / calls_saved, 4),
-    }
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, check=False).stdout)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(
-        json.dumps(
-            {
-                "what": __doc__.partition("\n")[0],
-                "when": datetime.now(UTC).isoformat(timespec="seconds"),
-                "commit": commit,
-                "dirty": dirty,
-                "environment": environment(),
-                "threads": torch.get_num_threads(),
-                "widths": WIDTHS,
-                "physical_layers": PHYSICAL,
-                "cycles": CYCLES,
-                "results": found,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
-    print(json.dumps(found, indent=1))
+def exit_() -> dict[str, object]:
+    """Leave after the first of N cycles at every token, batch 1; the goal is 85 % of the saved layer calls."""
+    found: dict[str, object] = {}
+    for n in (2, 3, 4):
+        model = looped(n)
+        # p0 lies between 0 and 1: the first threshold is reached by nobody, the second by all.
+        variants = {"stay": (model, {"exit_threshold": 1.0}), "leave": (model, {"exit_threshold": -1.0})}
+        seconds = per_token(variants, 64, 24, 5)
+        calls_saved = 1 - PHYSICAL / model.config.num_hidden_layers
+        saved = {
+            clock: 1 - ratio(seconds["leave"], seconds["stay"], i) for i, clock in enumerate(("wall", "processor"))
+        }
+        found[f"N={n}"] = {
+            "layer calls saved": round(calls_saved, 4),
+            "wall saved": round(saved["wall"], 4),
+            "processor saved": round(saved["processor"], 4),
+            "share realised, wall": round(saved["wall"] / calls_saved, 4),
+            "share realised, processor": round(saved["processor"] / calls_saved, 4),
+        }
+        print(f"exit N={n}", found[f"N={n}"], flush=True)
+    return found
+
+
+PARTS = {"attention": attention, "train": train, "decode": decode, "exit": exit_}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"parts": {}}
+    record |= {"what": (__doc__ or "").partition("\n")[0], "widths": WIDTHS}
+    record |= {"physical layers": PHYSICAL, "cycles": CYCLES, "environment": environment()}
+    for name in [options.part] if options.part else PARTS:
+        load = os.getloadavg()[0]
+        found = PARTS[name]()
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "src/modicum/models"], capture_output=True, text=True, check=False
+        ).stdout
+        record["parts"][name] = {
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit.strip(),
+            "dirty": bool(dirty),
+            "threads": options.threads,
+            "load of the machine": [round(load, 2), round(os.getloadavg()[0], 2)],
+            "results": found,
+        }
+        write_atomic(RESULT, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -189,8 +189,8 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Int[Tensor, "b t"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_attentions: bool | list[int] | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
         n_cycles: int | Tensor | None = None,
         exit_threshold: float | None = None,
@@ -209,7 +209,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: Return a cache.
             logits_to_keep: Compute the logits of the last tokens only, or of these positions.
             output_attentions: Return attention weights; needs ``attn_implementation="eager"``.
-            output_hidden_states: Return the states.
+            output_hidden_states: Return the states, or those of the visits in a list.
             return_dict: Return an output object rather than a tuple.
             n_cycles: Cycles to run, instead of all; or how many each sequence (b,) or token (b, t) runs.
             exit_threshold: Exit threshold, instead of the configuration's.
@@ -250,10 +250,8 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=cache,
-            hidden_states=(first, *p.states[:-1], normed)
-            if self._wants(output_hidden_states, "hidden_states")
-            else None,
-            attentions=tuple(v.weights for v in p.visits) if self._wants(output_attentions, "attentions") else None,
+            hidden_states=self._asked(output_hidden_states, "hidden_states", [first, *p.states[:-1], normed]),
+            attentions=self._asked(output_attentions, "attentions", [visit.weights for visit in p.visits]),
             cycles=p.cycles,
             layer_calls=p.calls,
             exit_scores=tuple(p.scores) or None,
@@ -273,8 +271,13 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
                 "Set gradient_checkpointing_kwargs to {'use_reentrant': False}."
             )
 
-    def _wants(self, asked: bool | None, what: str) -> bool:
-        return bool(getattr(self.config, f"output_{what}", False) if asked is None else asked)
+    def _asked(self, asked: bool | list[int] | None, what: str, found: list[Any]) -> tuple[Any, ...] | None:
+        """Return ``found`` when the call or the configuration asks for it; with None for those not in a list."""
+        asked = getattr(self.config, f"output_{what}", False) if asked is None else asked
+        if not isinstance(asked, list):
+            return tuple(found) if asked else None
+        kept = {index % len(found) for index in asked}
+        return tuple(x if index in kept else None for index, x in enumerate(found))
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return getattr(self.backbone, zero_hosts.host_of(self.config.host).norm)(hidden)
