@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, ModicumError, RecipeError
 from modicum.jobs import execute, plan
 from modicum.recipe import parse
 from modicum.record import read_record
@@ -113,3 +114,70 @@ def test_directions_that_nearly_coincide_are_noted(models: list[str], tmp_path: 
     assert min(v for v in record["metrics"]["diagnostics"]["weakest"] if v is not None) < 0.05
     execute(parse(recipe(models, method={"name": "tsv", "whiten_rtol": 0.05})), tmp_path / "cut", quiet=True)
     assert not read_record(tmp_path / "cut")["notes"]
+
+
+@pytest.fixture(scope="module")
+def adapters(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from weights.test_adapter import train_adapter
+
+    root = tmp_path_factory.mktemp("adapters")
+    train_adapter(Path(models[0]), root / "a", r=2)
+    train_adapter(Path(models[0]), root / "b", r=3)
+    return [str(root / "a"), str(root / "b")]
+
+
+@pytest.mark.parametrize("method", ["tsv", {"name": "task_arithmetic", "scale": 0.5}])
+def test_adapters_merge_into_an_adapter(models: list[str], adapters: list[str], tmp_path: Path, method: object) -> None:
+    import peft
+    import transformers
+
+    data = {"job": "merge", "experts": adapters, "method": method, "output": "lora"}
+    assert any("an adapter of rank 5 at most" in line for line in plan(parse(data)))
+    execute(parse(data), tmp_path / "lora", quiet=True)
+    record = read_record(tmp_path / "lora")
+    assert record["outputs"] == {"adapter": "adapter"}
+    assert record["metrics"]["rank"] == 5
+    assert set(record["metrics"]["layers"]["norms"]) == {"a", "b"}
+    execute(parse(recipe(models, experts=adapters, method=method, dtype="float32")), tmp_path / "full", quiet=True)
+    whole = load_file(tmp_path / "full/model/model.safetensors")
+    base = transformers.AutoModelForCausalLM.from_pretrained(models[0])
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "lora/adapter").merge_and_unload().state_dict()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(loaded[name].float(), tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_and_its_adapter_are_one_expert(models: list[str], adapters: list[str], tmp_path: Path) -> None:
+    pairs = [f"{models[0]}+{adapter}" for adapter in adapters]
+    data = {"job": "merge", "experts": pairs, "method": "tsv", "output": "lora", "dtype": "bfloat16"}
+    assert list(parse(data).inputs()) == [models[0], adapters[0], models[0], adapters[1]]
+    execute(parse(data), tmp_path / "lora", quiet=True)
+    tensors = load_file(tmp_path / "lora/adapter/adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    elsewhere = {**data, "experts": [pairs[0], f"{models[1]}+{adapters[1]}"]}
+    with pytest.raises(CheckpointError, match=r"b is an adapter of .*m1, expected .*m0"):
+        execute(parse(elsewhere), tmp_path / "other", quiet=True)
+    full = {**data, "output": "model", "base": models[0]}
+    execute(parse(full), tmp_path / "full", quiet=True)
+    assert read_record(tmp_path / "full")["outputs"] == {"model": "model"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"name": "ties", "density": 0.5}}, "ties needs whole matrices"),
+        ({"method": "resm"}, "resm needs whole matrices"),
+        ({"diagnostics": True}, "looks at whole matrices"),
+        ({"output": "adapter"}, "output"),
+        ({"experts": ["$M"]}, "is a full model, expected a LoRA adapter"),
+        ({"base": "$M"}, "is an adapter of .*m0, expected .*m1"),
+    ],
+)
+def test_an_adapter_that_cannot_be_made_is_refused(
+    models: list[str], adapters: list[str], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    data = {"job": "merge", "experts": adapters, "method": "tsv", "output": "lora"} | changes
+    data = json.loads(json.dumps(data).replace("$M", models[1]))
+    with pytest.raises(ModicumError, match=message) as error:
+        execute(parse(data), tmp_path / "run", quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()

@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from modicum.errors import CheckpointError, RecipeError
+from modicum.registry import merge_method
 from modicum.weights import Checkpoint, extract_lora, merge, merge_loras
 from modicum.weights.adapter import Factors
-from modicum.weights.lora import factor_svd, merge_factors
+from modicum.weights.lora import merge_factors
 from modicum.weights.methods import tsv
 from support import tiny_llama
 from weights.test_adapter import train_adapter
@@ -55,32 +56,65 @@ def test_nothing_to_extract_is_said(models: tuple[Path, Path], tmp_path: Path) -
         extract_lora(models[1], models[0], tmp_path / "lora", max_rank=0)
 
 
-def test_factors_decompose_exactly() -> None:
-    rng = torch.Generator().manual_seed(0)
-    factors = Factors(torch.randn(3, 9, generator=rng), torch.randn(7, 3, generator=rng), 1.7)
-    part = factor_svd(factors)
-    torch.testing.assert_close((part.U * part.S) @ part.V.T, factors.delta(), rtol=1e-5, atol=1e-5)
+IN_FACTORS = {
+    "tsv": {},
+    "svc": {"alpha": 0.5},
+    "opcm": {},
+    "task_arithmetic": {"scale": 0.4, "weights": [1.0, 0.5, 2.0]},
+    "knots": {"density": 0.5, "scale": 0.7},
+}
 
 
-def test_merging_in_factor_space_equals_merging_matrices() -> None:
+def random_factors(out: int, width: int, ranks: list[int]) -> list[Factors]:
     rng = torch.Generator().manual_seed(0)
-    experts = [Factors(torch.randn(3, 20, generator=rng), torch.randn(16, 3, generator=rng), 0.5) for _ in range(3)]
-    A, B = merge_factors(experts)
-    expected = tsv(torch.zeros(16, 20), [e.delta() for e in experts])
+    return [Factors(torch.randn(r, width, generator=rng), torch.randn(out, r, generator=rng), 0.5) for r in ranks]
+
+
+def test_the_methods_for_factors_are_tested() -> None:
+    assert set(IN_FACTORS) == {name for name, entry in merge_method.items() if entry.facts.get("factors")}
+
+
+@pytest.mark.parametrize("method", IN_FACTORS)
+@pytest.mark.parametrize(("shape", "ranks"), [((16, 20), [3, 3, 3]), ((16, 20), [2, 4, 1]), ((6, 30), [3, 3, 3]),
+                                              ((4, 2), [2, 2, 2])])  # fmt: skip
+def test_merging_in_factor_space_equals_merging_matrices(method: str, shape: tuple[int, int], ranks: list[int]) -> None:
+    experts = random_factors(*shape, ranks)
+    A, B, measured = merge_factors(experts, method=method, **IN_FACTORS[method])
+    function = merge_method[method].function
+    expected = function(torch.zeros(shape), [e.delta() for e in experts], **IN_FACTORS[method])
     torch.testing.assert_close(B @ A, expected, rtol=1e-4, atol=1e-4)
+    assert A.shape[0] <= sum(ranks)
+    assert measured["norms"] == pytest.approx([float(e.delta().norm()) for e in experts], rel=1e-5)
+
+
+def test_an_expert_that_does_not_change_a_weight_counts_as_zero() -> None:
+    experts = random_factors(16, 20, [3, 3])
+    A, B, measured = merge_factors([experts[0], None, experts[1]])
+    expected = tsv(torch.zeros(16, 20), [experts[0].delta(), torch.zeros(16, 20), experts[1].delta()])
+    torch.testing.assert_close(B @ A, expected, rtol=1e-4, atol=1e-4)
+    assert measured["norms"][1] == 0
+    empty = Factors(torch.zeros(2, 20), torch.zeros(16, 2), 1.0)
+    A, B, _ = merge_factors([empty, empty])
+    assert not (B @ A).any()
 
 
 def test_merged_adapters_are_an_adapter(models: tuple[Path, Path], tmp_path: Path) -> None:
     base, _ = models
     train_adapter(base, tmp_path / "a", r=2)
     train_adapter(base, tmp_path / "b", r=3, target_modules=["q_proj", "v_proj"])
-    modules = merge_loras([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    assert {m.rpartition(".")[2] for m in modules} == {"q_proj", "v_proj", "down_proj"}
+    measured = merge_loras([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert {name.split(".")[-2] for name in measured} == {"q_proj", "v_proj", "down_proj"}
+    assert max(row["rank"] for row in measured.values()) == 5
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     loaded = peft.PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
     merge(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "full", method="tsv", dtype="float32")
     full = Checkpoint(tmp_path / "full")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    torch.testing.assert_close(loaded[name].float(), full[name], rtol=1e-4, atol=1e-4)
+    for name in full:
+        torch.testing.assert_close(loaded[name].float(), full[name], rtol=1e-4, atol=1e-4)
     with pytest.raises(CheckpointError, match="is a full model, expected a LoRA adapter"):
         merge_loras([base], tmp_path / "out2")
+    with pytest.raises(RecipeError, match="ties needs whole matrices.*Choose one of knots, opcm, svc, task_arithmetic"):
+        merge_loras([tmp_path / "a"], tmp_path / "out2", method="ties", density=0.5)
+    with pytest.raises(RecipeError, match="unknown key"):
+        merge_loras([tmp_path / "a"], tmp_path / "out2", density=0.5)
+    assert not (tmp_path / "out2").exists()

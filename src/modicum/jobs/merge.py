@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
@@ -17,7 +18,8 @@ from modicum.registry import job, merge_method
 from modicum.types import PositiveInt
 
 if TYPE_CHECKING:
-    from modicum.weights.plan import Plan, Step
+    from modicum.weights.lora import LoraPlan
+    from modicum.weights.plan import Plan
 
 Measured: TypeAlias = Mapping[str, Mapping[str, Any]]
 EACH = ("ranks", "weights", "spectra", "energy_ranks", "outliers")  # of what is measured, a value for each expert
@@ -30,8 +32,13 @@ class MergeRecipe(Recipe):
 
     job: Literal["merge"] = "merge"
     base: str | None = Field(default=None, description="model that the experts were trained from")
-    experts: list[str] = Field(default=[], description="folders, Hub ids or builtins; adapters are folded in")
+    experts: list[str] = Field(
+        default=[], description="folders, Hub ids or builtins, or model+adapter; adapters are folded in"
+    )
     method: choice(merge_method) | None = None  # type: ignore[valid-type]
+    output: Literal["model", "lora"] = Field(
+        default="model", description="lora: merge adapters of one base into an adapter, for methods that can"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
     device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
     shard_size: PositiveInt = Field(default=5_000_000_000, description="largest weight file, in bytes")
@@ -47,6 +54,8 @@ class MergeRecipe(Recipe):
         if self.mergekit is not None:
             if self.method is not None or self.experts or self.base:
                 raise RecipeError("a mergekit file names base, models and method itself. Remove ours.")
+            if self.output == "lora":
+                raise RecipeError("a mergekit file describes a whole model. Write a recipe of ours for output: lora.")
             from modicum.weights.mergekit import read_slices
 
             read_slices(self.mergekit)
@@ -55,6 +64,8 @@ class MergeRecipe(Recipe):
             raise RecipeError("'method' is missing. Set it, for example {name: ties, density: 0.2}.")
         if not self.experts:
             raise RecipeError("'experts' is missing. List the models to merge.")
+        if self.output == "lora" and self.diagnostics:
+            raise RecipeError("diagnostics looks at whole matrices, which output: lora does not make. Remove one.")
         return self
 
     def inputs(self) -> Iterator[str]:
@@ -64,12 +75,20 @@ class MergeRecipe(Recipe):
 
             yield from models_of(self.mergekit)
         yield from ([self.base] if self.base else [])
-        yield from self.experts
+        for expert in self.experts:
+            yield from filter(None, _model_and_adapter(expert))
 
 
-def make_plan(recipe: MergeRecipe) -> Plan:
+def _model_and_adapter(reference: str) -> tuple[str, str | None]:
+    """Take ``model+adapter`` apart, unless the whole is the name of a folder."""
+    model, plus, adapter = reference.partition("+")
+    return (model, adapter) if plus and not Path(reference).expanduser().exists() else (reference, None)
+
+
+def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
     """Open the models and decide what happens to each tensor; reads headers only."""
     from modicum.weights.checkpoint import Checkpoint
+    from modicum.weights.lora import plan_loras
     from modicum.weights.plan import plan_merge
 
     def opened(reference: str, adapter: str | None = None) -> Checkpoint:
@@ -81,15 +100,13 @@ def make_plan(recipe: MergeRecipe) -> Plan:
         from modicum.weights.mergekit import plan_mergekit
 
         plan = plan_mergekit(recipe.mergekit, opened)
-    else:
-        method: Any = recipe.method
-        plan = plan_merge(
-            opened(recipe.base) if recipe.base else None,
-            [opened(expert) for expert in recipe.experts],
-            method=method.name,
-            knobs=method.knobs,
-            dtype=recipe.dtype,
-        )
+        return plan.diagnosed() if recipe.diagnostics else plan
+    method: Any = recipe.method
+    base = opened(recipe.base) if recipe.base else None
+    experts = [opened(*_model_and_adapter(expert)) for expert in recipe.experts]
+    if recipe.output == "lora":
+        return plan_loras(experts, method=method.name, knobs=method.knobs, base=base)
+    plan = plan_merge(base, experts, method=method.name, knobs=method.knobs, dtype=recipe.dtype)
     return plan.diagnosed() if recipe.diagnostics else plan
 
 
@@ -99,69 +116,78 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
 
     Args:
         recipe: The models and the method.
-        run: Gets ``model/``, and per-tensor figures in its metrics.
+        run: Gets ``model/`` or ``adapter/``, and per-tensor figures in its metrics.
     """
+    from modicum.weights.lora import LoraPlan, run_loras
     from modicum.weights.merge import run_plan
 
     plan = make_plan(recipe)
-    for note in plan.notes:
-        run.note(note)
-    out = run.folder / "model"
+    kind = "adapter" if isinstance(plan, LoraPlan) else "model"
+    out = run.folder / kind
     if out.exists() and run.main:
         shutil.rmtree(out)  # whole, but the run was killed before its record said so
-    measured = run_plan(
-        plan, out, seed=recipe.seed, device=recipe.device, shard_bytes=recipe.shard_size, progress=not run.quiet
-    )
-    if not run.main:
-        return  # each process measured its own share; the first one has collected them all
-    metrics = {"tensors": len(plan.steps), "memory_bound": plan.memory_bound(), "layers": layers(plan, measured)}
-    if found := diagnostics(plan, measured):
-        metrics["diagnostics"] = found
-    run.record["metrics"] = metrics
+    metrics: dict[str, Any]
+    rows: Measured
+    if isinstance(plan, LoraPlan):
+        rows = measured = run_loras(plan, out, dtype=recipe.dtype, device=recipe.device, progress=not run.quiet)
+        experts = [model.name for model in plan.models]
+        metrics = {"modules": len(rows), "rank": max(row["rank"] for row in rows.values())}
+    else:
+        for note in plan.notes:
+            run.note(note)
+        measured = run_plan(
+            plan, out, seed=recipe.seed, device=recipe.device, shard_bytes=recipe.shard_size, progress=not run.quiet
+        )
+        if not run.main:
+            return  # each process measured its own share; the first one has collected them all
+        rows, experts = comparable(plan, measured)
+        metrics = {"tensors": len(plan.steps), "memory_bound": plan.memory_bound()}
+    names = short_names(experts)
+    found = {"layers": layers(rows, names), "diagnostics": diagnostics(rows, names)}
+    run.record["metrics"] = metrics | {key: value for key, value in found.items() if value}
     if warning := _uncertain(measured):
         run.note(warning)
-    run.output("model", out)
+    run.output(kind, out)
 
 
-def layers(plan: Plan, measured: Measured) -> dict[str, Any]:
-    """Arrange what was measured: a list over tensors for each expert and each pair of experts."""
-    steps, models = _comparable(plan, measured)
-    rows = [measured[step.name] for step in steps]
-    if not rows or len(rows[0]["norms"]) != len(models):
+def comparable(plan: Plan, measured: Measured) -> tuple[Measured, list[str]]:
+    """Return what was measured of the tensors whose experts most share, as slices may differ, and the experts."""
+    steps = [step for step in plan.steps if measured[step.name]]
+    if not steps:
+        return {}, []
+    experts = Counter(tuple(source.model for source in step.experts) for step in steps).most_common(1)[0][0]
+    chosen = [step for step in steps if tuple(source.model for source in step.experts) == experts]
+    if len(measured[chosen[0].name]["norms"]) != len(experts):
+        return {}, []
+    return {step.name: measured[step.name] for step in chosen}, list(experts)
+
+
+def layers(measured: Measured, models: list[str]) -> dict[str, Any]:
+    """Arrange how the experts compare: a list over tensors for each expert and each pair of experts."""
+    if not measured:
         return {}
+    rows = list(measured.values())
     pairs = [f"{a}|{b}" for i, a in enumerate(models) for b in models[i + 1 :]]
+    conflict = {"conflict": [_round(row["conflict"]) for row in rows]} if "conflict" in rows[0] else {}
     return {
-        "names": [step.name for step in steps],
+        "names": list(measured),
         "norms": {model: [_round(row["norms"][t]) for row in rows] for t, model in enumerate(models)},
         "cosines": {pair: [_round(row["cosines"][p]) for row in rows] for p, pair in enumerate(pairs)},
-        "conflict": [_round(row["conflict"]) for row in rows],
+        **conflict,
     }
 
 
-def diagnostics(plan: Plan, measured: Measured) -> dict[str, Any]:
+def diagnostics(measured: Measured, models: list[str]) -> dict[str, Any]:
     """Arrange what methods report and diagnostics add in the same way; nothing where there is none of it."""
-    steps, models = _comparable(plan, measured)
-    steps = [step for step in steps if any(key in measured[step.name] for key in (*EACH, *ALL))]
-    rows = [measured[step.name] for step in steps]
+    rows = {name: row for name, row in measured.items() if any(key in row for key in (*EACH, *ALL))}
     found: dict[str, Any] = {}
-    for key in EACH:
-        if any(key in row for row in rows):
-            found[key] = {model: [_round(row[key][t]) if key in row else None for row in rows]
-                          for t, model in enumerate(models)}  # fmt: skip
-    for key in ALL:
-        if any(key in row for row in rows):
-            found[key] = [_round(row[key]) if key in row else None for row in rows]
-    return {"names": [step.name for step in steps], **found} if found else {}
-
-
-def _comparable(plan: Plan, measured: Measured) -> tuple[list[Step], list[str]]:
-    """Return the steps whose experts most tensors share, as slices may have different ones, and the experts' names."""
-    steps = [step for step in plan.steps if measured[step.name]]
-    if not steps:
-        return [], []
-    experts = Counter(tuple(source.model for source in step.experts) for step in steps).most_common(1)[0][0]
-    chosen = [step for step in steps if tuple(source.model for source in step.experts) == experts]
-    return chosen, _short_names(list(experts))
+    for key in (*EACH, *ALL):
+        values = [_round(row[key]) if key in row else None for row in rows.values()]
+        if key in EACH and any(values):
+            found[key] = {model: [v[t] if v else None for v in values] for t, model in enumerate(models)}
+        elif any(value is not None for value in values):
+            found[key] = values
+    return {"names": list(rows), **found} if found else {}
 
 
 def _uncertain(measured: Measured) -> str | None:
@@ -183,7 +209,7 @@ def _round(value: Any) -> Any:
     return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
-def _short_names(models: list[str]) -> list[str]:
+def short_names(models: list[str]) -> list[str]:
     """Call each model by the end of its path, as much of it as tells them apart."""
     parts = [model.rstrip("/").split("/") for model in models]
     for depth in range(1, max(map(len, parts)) + 1):

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.linalg import SVD, inv_sqrt_polar, truncated_svd
+from modicum.linalg import SVD, truncated_svd
 from modicum.record import fingerprint
+from modicum.registry import merge_method
 from modicum.weights.adapter import PREFIX, Factors
 from modicum.weights.agree import check_agreement
 from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.compare import compare
 from modicum.weights.files import Spec
 from modicum.weights.merge import open_checkpoint
-from modicum.weights.plan import VOCABULARY
+from modicum.weights.plan import VOCABULARY, check_count, parse_dtype
 from modicum.weights.stream import cores, map_tensors, names_by_size, run_all
 
 
@@ -146,104 +148,192 @@ def _write_adapter(
     )
 
 
-def factor_svd(factors: Factors) -> SVD:
-    """Return the exact decomposition of ``scale * B @ A``, at the cost of its rank.
-
-    Example:
-        >>> B, A = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0, 2.0, 0.0]])
-        >>> factor_svd(Factors(A, B, scale=1.5)).S
-        tensor([3.])
-    """
-    left, right = factors.B.double(), factors.A.double().T
-    if factors.transposed:
-        left, right = right, left
-    Qa, Ra = torch.linalg.qr(left)
-    Qb, Rb = torch.linalg.qr(right)
-    U, S, Vh = torch.linalg.svd(Ra @ Rb.T, full_matrices=False)
-    return SVD((Qa @ U).float(), (factors.scale * S).float(), (Qb @ Vh.T).float())
-
-
 def merge_factors(
-    experts: Sequence[Factors], *, alpha: float = 1.0, rank: int | None = None, whiten_rtol: float = 1e-4
-) -> tuple[Tensor, Tensor]:
-    """Merge low-rank deltas by their task singular vectors (TSV-M) without forming a matrix of the weight's size.
+    experts: Sequence[Factors | None], *, method: str = "tsv", device: str = "cpu", **knobs: Any
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    r"""Merge low-rank deltas without forming a matrix of the weight's size.
+
+    With orthonormal bases :math:`Q_B` of the experts' outputs and :math:`Q_A` of their inputs, each delta is
+    :math:`Q_B C_t Q_A^T` with a small core :math:`C_t`, and a method that does not care in which orthonormal bases a
+    matrix is written merges the cores instead.
 
     Args:
-        experts: The deltas.
-        alpha: Factor on the merged delta.
-        rank: Singular vectors kept of each; all when not given.
-        whiten_rtol: As in :func:`modicum.weights.methods.tsv.tsv`.
+        experts: The deltas; ``None`` for an expert that does not change this weight.
+        method: A merge method that works on factors; see :func:`merge_loras`.
+        device: Where the arithmetic happens.
+        **knobs: The method's.
 
     Returns:
-        Factors ``A (k, in)`` and ``B (out, k)`` with ``B @ A`` the merged delta; ``k`` is the sum of the ranks kept.
+        Factors ``A (k, in)`` and ``B (out, k)`` with ``B @ A`` the merged delta, and what was measured: norms and
+        cosines of the deltas, and what the method reports.
     """
-    room = max(1, min(experts[0].shape) // len(experts))
-    parts = []
+    entry = merge_method[method]
+    known = [expert for expert in experts if expert is not None]
+    rows, columns = known[0].shape
+    outputs = [expert.B.to(device).double() for expert in known]
+    inputs = [expert.scale * expert.A.to(device).double() for expert in known]
+    # Zeros around the cores leave as much room for each expert's rank as the whole matrix would.
+    most = len(experts) * max(expert.A.shape[0] for expert in known)
+    left = _basis(outputs, min(rows, most))
+    right = _basis([a.T for a in inputs], min(columns, most)) if entry.facts["factors"] == "both" else None
+    parts = iter(zip(outputs, inputs))
+    small = []
     for expert in experts:
-        svd = factor_svd(expert)
-        k = min(rank or room, room, int(svd.S.gt(1e-6 * svd.S.max()).sum()))
-        parts.append(SVD(svd.U[:, :k], svd.S[:k], svd.V[:, :k]))
-    U, V = torch.cat([part.U for part in parts], 1), torch.cat([part.V for part in parts], 1)
-    S = torch.cat([part.S for part in parts])
-    if not len(S):
-        return torch.zeros(1, V.shape[0]), torch.zeros(U.shape[0], 1)
-    root = S.sqrt()
-    return root[:, None] * inv_sqrt_polar(V, rtol=whiten_rtol).T, alpha * inv_sqrt_polar(U, rtol=whiten_rtol) * root
+        if expert is None:
+            small.append(left.new_zeros(left.shape[1], columns if right is None else right.shape[1]))
+        else:
+            b, a = next(parts)
+            small.append((left.T @ b) @ (a if right is None else a @ right))
+    zero = torch.zeros_like(small[0])
+    measured = compare(zero, small)
+    del measured["conflict"]  # signs of the entries mean nothing in another basis
+    reports: list[dict[str, Any]] = []
+    supplied = {"report": reports} if "report" in (entry.function.__kwdefaults__ or {}) else {}
+    merged = entry.function(zero, small, **entry.knobs(knobs), **supplied)
+    U, S, V = truncated_svd(merged, min(merged.shape))
+    k = max(1, int(S.gt(1e-6 * S.max()).sum()))
+    root = S[:k].sqrt()
+    B, A = left @ (U[:, :k] * root), root[:, None] * V[:, :k].T
+    A = A if right is None else A @ right.T
+    return A.float().cpu(), B.float().cpu(), measured | (reports[0] if reports else {})
+
+
+def _basis(columns: Sequence[Tensor], size: int) -> Tensor:
+    """Return an orthonormal basis of what the columns span, with columns of zeros up to ``size``."""
+    Q = torch.linalg.qr(torch.cat(list(columns), 1)).Q
+    return torch.nn.functional.pad(Q, (0, size - Q.shape[1]))
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """LoRA experts of one base that fit together, and the method to merge them by."""
+
+    base: Checkpoint
+    models: Sequence[Checkpoint]
+    modules: Mapping[str, Sequence[Factors | None]]
+    method: str
+    knobs: Mapping[str, Any]
+
+    def of(self, name: str) -> tuple[str, Mapping[str, Any]]:
+        """Return method and knobs for a module: the mean where rows of tokens have no singular directions."""
+        if merge_method[self.method].facts.get("matrix") and VOCABULARY.search(name):
+            return "task_arithmetic", {"scale": 1 / len(self.models)}
+        return self.method, self.knobs
+
+    def describe(self) -> list[str]:
+        """Return the plan in words, a line each."""
+        ranks = [sum(f.A.shape[0] for f in factors if f is not None) for factors in self.modules.values()]
+        return [
+            f"{len(self.modules)} modules from {len(self.models)} adapters of {self.base.name}",
+            f"writes an adapter of rank {max(ranks)} at most",
+        ]
+
+
+def plan_loras(
+    adapters: Sequence[str | Path | Checkpoint],
+    *,
+    method: str = "tsv",
+    knobs: Mapping[str, Any],
+    base: Checkpoint | None = None,
+) -> LoraPlan:
+    """Check that adapters can be merged into one.
+
+    Args:
+        adapters: PEFT adapter folders of one base.
+        method: See :func:`merge_loras`.
+        knobs: The method's.
+        base: What the adapters should be of, when that is known.
+
+    Raises:
+        ModicumError: One is not an adapter, their bases differ, or the method needs whole matrices.
+    """
+    entry = merge_method[method]
+    if not entry.facts.get("factors"):
+        able = ", ".join(name for name, other in merge_method.items() if other.facts.get("factors"))
+        raise RecipeError(
+            f"{method} needs whole matrices, so its result is no LoRA. Choose one of {able}, or make a model and "
+            "extract a LoRA from it."
+        )
+    check_count(entry, len(adapters))
+    opened = [open_checkpoint(adapter) for adapter in adapters]
+    base = base or opened[0].base
+    for checkpoint in opened:
+        _check_lora(checkpoint, base)
+    loras = [checkpoint.adapter.factors for checkpoint in opened if checkpoint.adapter]
+    names = sorted({name for factors in loras for name in factors})
+    modules = {name: [factors.get(name) for factors in loras] for name in names}
+    return LoraPlan(base, opened, modules, method, entry.knobs(knobs))
+
+
+def _check_lora(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    adapter = checkpoint.adapter
+    if adapter is None:
+        raise CheckpointError(f"{checkpoint.name} is a full model, expected a LoRA adapter. Use merge instead.")
+    if adapter.replaced:
+        name = next(iter(adapter.replaced))
+        raise CheckpointError(f"{checkpoint.name} also stores {name!r} whole. Use merge, which makes a full model.")
+    for name, factors in adapter.factors.items():
+        if factors.transposed:
+            raise CheckpointError(
+                f"{checkpoint.name} changes {name!r}, an embedding or a transposed layer. "
+                "Use merge, which makes a full model."
+            )
+    if checkpoint.base.folder.resolve() != base.folder.resolve():
+        raise CheckpointError(f"{checkpoint.name} is an adapter of {checkpoint.base.name}, expected {base.name}.")
 
 
 def merge_loras(
     adapters: Sequence[str | Path | Checkpoint],
     out: str | Path,
     *,
-    alpha: float = 1.0,
-    rank: int | None = None,
-    whiten_rtol: float = 1e-4,
+    method: str = "tsv",
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
     progress: bool = True,
-) -> list[str]:
-    """Merge LoRA experts of one base into one LoRA by TSV-M in factor space: a 7B model's takes seconds.
+    **knobs: Any,
+) -> dict[str, dict[str, Any]]:
+    """Merge LoRA experts of one base into one LoRA, without leaving their factors: a 7B model's takes seconds.
 
     Args:
         adapters: PEFT adapter folders of one base.
         out: Folder to write; it must not hold anything yet.
-        alpha: Factor on the merged deltas.
-        rank: Singular vectors kept of each expert; all when not given.
-        whiten_rtol: As in :func:`modicum.weights.methods.tsv.tsv`.
+        method: A merge method whose result does not depend on the bases in which matrices are written: ``tsv``,
+            ``knots``, ``svc``, ``opcm`` or ``task_arithmetic``. Others need whole matrices and are refused.
+        dtype: Of the factors; float32 when not given.
+        device: Where the arithmetic happens.
         progress: Show a bar when standard error is a terminal.
+        **knobs: The method's, as in :func:`modicum.weights.merge.merge`.
 
     Returns:
-        The modules that were merged.
+        For each module that was merged what was measured: norms and cosines of the deltas, and what the method reports.
+        Its rank is at most the sum of the experts'.
 
     Raises:
-        ModicumError: One is not an adapter, or their bases differ.
+        ModicumError: One is not an adapter, their bases differ, or the method needs whole matrices.
     """
-    opened = [open_checkpoint(adapter) for adapter in adapters]
-    loras = []
-    for checkpoint in opened:
-        if checkpoint.adapter is None:
-            raise CheckpointError(f"{checkpoint.name} is a full model, expected a LoRA adapter. Use merge instead.")
-        if checkpoint.adapter.replaced:
-            name = next(iter(checkpoint.adapter.replaced))
-            raise CheckpointError(f"{checkpoint.name} also stores {name!r} whole. Use merge, which makes a full model.")
-        loras.append(checkpoint.adapter)
-    base = opened[0].base
-    for checkpoint in opened[1:]:
-        if checkpoint.base.folder != base.folder:
-            raise CheckpointError(f"{checkpoint.name} is an adapter of {checkpoint.base.name}, expected {base.name}.")
-    names = sorted({name for lora in loras for name in lora.factors})
-    merged: dict[str, tuple[Tensor, Tensor]] = {}
+    plan = plan_loras(adapters, method=method, knobs=knobs)
+    return run_loras(plan, Path(out), dtype=dtype, device=device, progress=progress)
+
+
+def run_loras(
+    plan: LoraPlan, out: Path, *, dtype: str | torch.dtype | None = None, device: str = "cpu", progress: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Carry out ``plan`` and write the adapter; see :func:`merge_loras` for the rest."""
+    merged: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {}
 
     def one(name: str) -> tuple[Tensor, dict[str, Any]]:
-        factors = [lora.factors[name] for lora in loras if name in lora.factors]
-        merged[name] = merge_factors(factors, alpha=alpha, rank=rank, whiten_rtol=whiten_rtol)
+        method, knobs = plan.of(name)
+        merged[name] = merge_factors(plan.modules[name], method=method, device=device, **knobs)
         return torch.empty(0), {}
 
-    run_all(one, names, lambda *_: None, workers=cores())
+    run_all(one, list(plan.modules), lambda *_: None, workers=cores())
+    kind = parse_dtype(dtype) or torch.float32
     tensors, ranks = {}, {}
-    for name in names:
-        A, B = merged[name]
+    for name in plan.modules:
+        A, B, _ = merged[name]
         module = name.removesuffix(".weight")
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = A.contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = B.contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = A.to(kind).contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = B.to(kind).contiguous()
         ranks[module] = A.shape[0]
-    _write_adapter(Path(out), tensors, ranks, base, [], opened, progress)
-    return list(ranks)
+    _write_adapter(out, tensors, ranks, plan.base, [], plan.models, progress)
+    return {name: merged[name][2] | {"rank": merged[name][0].shape[0]} for name in plan.modules}

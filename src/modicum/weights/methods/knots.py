@@ -17,7 +17,9 @@ from modicum.weights.methods.task_arithmetic import task_arithmetic
 from modicum.weights.methods.ties import ties
 
 
-@merge_method("knots", paper="arXiv:2410.19735", laws={"permutation", "zero_delta", "scale", "shift"}, matrix=True)
+@merge_method(
+    "knots", paper="arXiv:2410.19735", laws={"permutation", "zero_delta", "scale", "shift"}, matrix=True, factors="left"
+)
 def knots(
     base: Tensor,
     experts: Sequence[Tensor],

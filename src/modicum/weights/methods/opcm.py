@@ -15,7 +15,7 @@ from modicum.types import Fraction
 from modicum.weights.matrices import merge_matrices
 
 
-@merge_method("opcm", paper="arXiv:2501.09522", laws={"zero_delta", "scale", "shift"}, matrix=True)
+@merge_method("opcm", paper="arXiv:2501.09522", laws={"zero_delta", "scale", "shift"}, matrix=True, factors="both")
 def opcm(base: Tensor, experts: Sequence[Tensor], *, alpha: Fraction = 0.5, scale: float = 1.0) -> Tensor:
     r"""Add each expert's delta after removing its part along what is merged so far.
 

@@ -14,7 +14,9 @@ from modicum.registry import merge_method
 from modicum.weights.blocks import as_vector, fold, per_expert
 
 
-@merge_method("task_arithmetic", paper="arXiv:2212.04089", laws={"permutation", "zero_delta", "scale", "shift"})
+@merge_method(
+    "task_arithmetic", paper="arXiv:2212.04089", laws={"permutation", "zero_delta", "scale", "shift"}, factors="both"
+)
 def task_arithmetic(
     base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, weights: list[float] | None = None
 ) -> Tensor:

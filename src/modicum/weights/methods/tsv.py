@@ -27,6 +27,7 @@ NEGLIGIBLE = 1e-6  # of an expert's largest singular value: what float32 weights
     laws={"permutation", "zero_delta", "scale", "shift"},
     matrix=True,
     supplied={"report"},
+    factors="both",
 )
 def tsv(
     base: Tensor,
