@@ -77,17 +77,7 @@ class ConMeZO(ZerothOrder):
         exclude: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            betas=(beta, 0.0),
-            rule="momentum",
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
-        super().__init__(params, settings)
+        super().__init__(params, Settings.of(locals(), betas=(beta, 0.0), rule="momentum"))
         if any(hasattr(leaf.param, "to_local") for leaf in self.leaves):
             raise UnsupportedError("ConMeZO needs the whole momentum's length, which a shard does not have. Use MeZO.")
         self._angle = angle

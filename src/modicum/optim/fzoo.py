@@ -70,18 +70,7 @@ class FZOO(ZerothOrder):
     ) -> None:
         if queries < 2:
             raise RecipeError(f"queries is {queries}, expected at least 2: the step is measured in their spread.")
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            queries=queries,
-            sides=1,
-            distribution="rademacher",
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
-        super().__init__(params, settings)
+        super().__init__(params, Settings.of(locals(), sides=1, distribution="rademacher"))
 
     def _coefficients(self, losses: Tensor) -> Tensor:
         # Equal losses have no spread; the floor turns 0/0 into a step of zero.

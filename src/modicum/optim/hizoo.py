@@ -73,15 +73,7 @@ class HiZOO(ZerothOrder):
         exclude: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
-        super().__init__(params, settings)
+        super().__init__(params, Settings.of(locals()))
         self._smooth = smooth
         self._curvature = torch.zeros(())
 

@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from modicum.errors import RecipeError
 from modicum.optim.directions import Left, Scale
 from modicum.optim.leaves import Leaf
-from modicum.optim.settings import Engine, Parallel, Settings, Vectors
+from modicum.optim.settings import Engine, Parallel, Settings, Vectors, check_variant
 from modicum.optim.tezo import fixed_rank
 from modicum.optim.zeroth_order import ZerothOrder
 from modicum.registry import zeroth_order
@@ -98,29 +97,10 @@ class LOZO(ZerothOrder):
         parallel: Parallel = "data",
         seed: int = 0,
     ) -> None:
-        if variant not in ("sgd", "momentum"):
-            raise RecipeError(f"variant is {variant!r}, expected one of: sgd, momentum.")
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            seed=seed,
-            queries=queries,
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            dense=dense,
-            vectors=vectors,
-            engine=engine,
-            passes=passes,
-            parallel=parallel,
-            lift=Left(),
-            ranks=fixed_rank(rank),
-            scale=scale,
-            refresh_every=refresh_every,
-            rule=variant,
-            betas=(beta, 0.0),
+        check_variant(variant, ("sgd", "momentum"))
+        super().__init__(
+            params, Settings.of(locals(), lift=Left(), ranks=fixed_rank(rank), rule=variant, betas=(beta, 0.0))
         )
-        super().__init__(params, settings)
 
     def _carry(self, leaf: Leaf, _old: tuple[Tensor, ...]) -> None:
         for memory in self.memory:

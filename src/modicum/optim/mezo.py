@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError
-from modicum.optim.settings import Parallel, Settings
+from modicum.optim.settings import Parallel, Settings, check_variant
 from modicum.optim.zeroth_order import ZerothOrder
 from modicum.registry import zeroth_order
 from modicum.types import Decay, NonNegative, Positive, PositiveInt
@@ -97,26 +96,8 @@ class MeZO(ZerothOrder):
         parallel: Parallel = "data",
         seed: int = 0,
     ) -> None:
-        if variant not in RULE:
-            raise RecipeError(f"variant is {variant!r}, expected one of: {', '.join(RULE)}.")
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            seed=seed,
-            queries=queries,
-            sides=sides,
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            engine=engine,
-            passes=passes,
-            parallel=parallel,
-            rule=RULE[variant],
-            betas=betas,
-            rule_eps=adam_eps,
-            bias_correction=bias_correction,
-        )
-        super().__init__(params, settings)
+        check_variant(variant, RULE)
+        super().__init__(params, Settings.of(locals(), rule=RULE[variant], rule_eps=adam_eps))
         self._energy = torch.zeros(()) if variant == "scalar" else None
 
     def _coefficients(self, losses: Tensor) -> Tensor:

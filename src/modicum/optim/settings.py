@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.optim.directions import Lift, Scale
@@ -43,6 +43,16 @@ class Settings:
     betas: Betas = (0.9, 0.99)
     rule_eps: float = 1e-8
     bias_correction: bool = True
+
+    @classmethod
+    def of(cls, knobs: Mapping[str, Any], **own: Any) -> Settings:
+        """Return the settings that a method's constructor was given, with what the method itself decides.
+
+        Args:
+            knobs: The constructor's ``locals()``: knobs that are settings are taken by name, the rest is the method's.
+            own: Settings that the method derives or fixes.
+        """
+        return cls(**{f.name: knobs[f.name] for f in fields(cls) if f.name in knobs} | own)
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
@@ -91,3 +101,14 @@ class Settings:
                 f"{stand_ins[0]} is quantized and cannot be written. Use engine='adapter' without an entry-wise "
                 "variant and without refresh_every."
             )
+
+
+def check_variant(variant: str, known: Iterable[str]) -> None:
+    """Raise unless the method has this variant.
+
+    Raises:
+        RecipeError: It has not.
+    """
+    names = list(known)
+    if variant not in names:
+        raise RecipeError(f"variant is {variant!r}, expected one of: {', '.join(names)}.")

@@ -72,15 +72,7 @@ class SparseMeZO(ZerothOrder):
         exclude: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
-        super().__init__(params, settings)
+        super().__init__(params, Settings.of(locals()))
         matrices = [leaf for leaf in self.leaves if leaf.param.dim() >= 2]
         self._thresholds = {leaf.name: _quantile(leaf.local(), density) for leaf in matrices}
         self._masks: dict[str, Tensor] = {}

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from modicum.errors import RecipeError
 from modicum.optim.directions import Core, Scale
-from modicum.optim.settings import Engine, Parallel, Settings, Vectors
+from modicum.optim.settings import Engine, Parallel, Settings, Vectors, check_variant
 from modicum.optim.tezo import fixed_rank
 from modicum.optim.zeroth_order import ZerothOrder
 from modicum.registry import zeroth_order
@@ -99,29 +98,7 @@ class SubZero(ZerothOrder):
         parallel: Parallel = "data",
         seed: int = 0,
     ) -> None:
-        if variant not in ("sgd", "momentum", "adam"):
-            raise RecipeError(f"variant is {variant!r}, expected one of: sgd, momentum, adam.")
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            seed=seed,
-            queries=queries,
-            sides=sides,
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            dense=dense,
-            vectors=vectors,
-            engine=engine,
-            passes=passes,
-            parallel=parallel,
-            lift=Core(),
-            ranks=fixed_rank(rank),
-            scale=scale,
-            refresh_every=refresh_every,
-            rule=variant,
-            betas=betas,
-            rule_eps=adam_eps,
-            bias_correction=bias_correction,
+        check_variant(variant, ("sgd", "momentum", "adam"))
+        super().__init__(
+            params, Settings.of(locals(), lift=Core(), ranks=fixed_rank(rank), rule=variant, rule_eps=adam_eps)
         )
-        super().__init__(params, settings)

@@ -22,7 +22,7 @@ from modicum.errors import RecipeError
 from modicum.optim.directions import Diagonal, Scale
 from modicum.optim.leaves import Ranks
 from modicum.optim.ranks import Criterion, Scope, select_ranks, singular_values
-from modicum.optim.settings import Engine, Parallel, Settings, Vectors
+from modicum.optim.settings import Engine, Parallel, Settings, Vectors, check_variant
 from modicum.optim.zeroth_order import ZerothOrder
 from modicum.registry import zeroth_order
 from modicum.types import Decay, NonNegative, Positive, PositiveInt
@@ -130,8 +130,7 @@ class TeZO(ZerothOrder):
         parallel: Parallel = "data",
         seed: int = 0,
     ) -> None:
-        if variant not in RULE:
-            raise RecipeError(f"variant is {variant!r}, expected one of: {', '.join(RULE)}.")
+        check_variant(variant, RULE)
         ranks: Ranks = fixed_rank(rank) if rank != "auto" else self._ranks_from_weights
         self._select = partial(
             select_ranks,
@@ -141,30 +140,17 @@ class TeZO(ZerothOrder):
             largest=rank_max,
             target_mean_rank=target_mean_rank,
         )
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            seed=seed,
-            queries=queries,
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            dense=dense,
-            vectors=vectors,
-            engine=engine,
-            passes=passes,
-            parallel=parallel,
-            lift=Diagonal(),
-            ranks=ranks,
-            scale=scale,
-            refresh_every=refresh_every,
-            rule=RULE[variant],
-            entrywise=variant in ("adam", "lion"),
-            betas=betas,
-            rule_eps=adam_eps,
-            bias_correction=bias_correction,
+        super().__init__(
+            params,
+            Settings.of(
+                locals(),
+                lift=Diagonal(),
+                ranks=ranks,
+                rule=RULE[variant],
+                entrywise=variant in ("adam", "lion"),
+                rule_eps=adam_eps,
+            ),
         )
-        super().__init__(params, settings)
 
     def _ranks_from_weights(self, matrices: Mapping[str, Tensor]) -> dict[str, int]:
         spectra = {}

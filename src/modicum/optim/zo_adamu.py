@@ -77,16 +77,7 @@ class ZOAdaMU(ZerothOrder):
         exclude: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        settings = Settings(
-            lr=lr,
-            eps=eps,
-            rule="momentum",
-            weight_decay=weight_decay,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
-        super().__init__(params, settings)
+        super().__init__(params, Settings.of(locals(), rule="momentum"))
         self._hold, self._fall = hold, fall
 
     def _parts(self, leaf: Leaf, chunk: Chunk, key: Key) -> tuple[Tensor, Tensor]:
