@@ -170,6 +170,8 @@ def test_a_model_and_its_adapter_are_one_expert(models: list[str], adapters: lis
         ({"output": "adapter"}, "output"),
         ({"experts": ["$M"]}, "is a full model, expected a LoRA adapter"),
         ({"base": "$M"}, "is an adapter of .*m0, expected .*m1"),
+        ({"exclude": "proj"}, "matches every module"),
+        ({"base_fingerprint": "0"}, "none is given"),
     ],
 )
 def test_an_adapter_that_cannot_be_made_is_refused(
@@ -181,3 +183,16 @@ def test_an_adapter_that_cannot_be_made_is_refused(
         execute(parse(data), tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_another_model_is_noted(models: list[str], adapters: list[str]) -> None:
+    lines = plan(parse(recipe(models, base=models[1], experts=adapters)))
+    assert sum("is an adapter of" in line for line in lines) == 2
+    assert not any("is an adapter of" in line for line in plan(parse(recipe(models, experts=adapters))))
+
+
+def test_what_a_mergekit_file_says_itself_is_not_said_twice(models: list[str]) -> None:
+    document = {"merge_method": "linear", "models": [{"model": models[0], "parameters": {"weight": 1.0}}]}
+    for ours in ({"dtype": "float32"}, {"exclude": "norm"}, {"base": models[0]}, {"output": "lora"}):
+        with pytest.raises(RecipeError, match="mergekit file"):
+            parse({"job": "merge", "mergekit": document} | ours)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from modicum.errors import CheckpointError, ModicumError, RecipeError
+from modicum.record import fingerprint
 from modicum.registry import merge_method
 from modicum.weights import Checkpoint, merge, merge_state_dicts
 from modicum.weights.compare import compare
@@ -205,3 +206,40 @@ def test_what_is_measured_is_true() -> None:
     assert found["conflict"] == 1.0
     assert compare(base["w"], [a, a])["conflict"] == 0.0
     assert compare(base["w"], [0 * a, 0 * a]) == {"norms": [0.0, 0.0], "cosines": [0.0], "conflict": 0.0}
+
+
+def test_excluded_tensors_stay_as_in_the_base(family: Family, tmp_path: Path) -> None:
+    base, experts = family
+    measured = merge(base, experts, tmp_path / "out", method="tsv", exclude=r"norm|embed", diagnostics=True)
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "norm" in name or "embed" in name}
+    assert "survival" not in measured["model.norm.weight"]
+    memory = merge_state_dicts(before, [load_file(e / "model.safetensors") for e in experts], method="tsv",
+                               exclude=r"norm|embed")  # fmt: skip
+    assert all(torch.equal(memory[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [("(", "is no regular expression"), ("rotary", "matches no tensor")],
+)
+def test_an_exclusion_that_cannot_be_meant_is_refused(
+    family: Family, tmp_path: Path, exclude: str, message: str
+) -> None:
+    base, experts = family
+    with pytest.raises(RecipeError, match=message):
+        merge(base, experts, tmp_path / "out", method="tsv", exclude=exclude)
+    with pytest.raises(RecipeError, match="none is given"):
+        merge(None, experts, tmp_path / "out", method="linear", exclude="norm")
+
+
+def test_another_base_than_the_experts_is_refused(family: Family, tmp_path: Path) -> None:
+    base, experts = family
+    known = fingerprint(base)
+    merge(base, experts, tmp_path / "out", method="tsv", base_fingerprint=known)
+    with pytest.raises(CheckpointError, match=f"expert0 has the fingerprint .*, expected {known}"):
+        merge(experts[0], experts, tmp_path / "out2", method="tsv", base_fingerprint=known)
+    with pytest.raises(RecipeError, match="none is given"):
+        merge(None, experts, tmp_path / "out2", method="linear", base_fingerprint=known)
+    assert not (tmp_path / "out2").exists()

@@ -40,6 +40,12 @@ class MergeRecipe(Recipe):
         default="model", description="lora: merge adapters of one base into an adapter, for methods that can"
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
+    exclude: str | None = Field(
+        default=None, description="regular expression of tensor names that stay as they are in the base"
+    )
+    base_fingerprint: str | None = Field(
+        default=None, description="refuse another base; a training run's record names its inputs' fingerprints"
+    )
     device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
     shard_size: PositiveInt = Field(default=5_000_000_000, description="largest weight file, in bytes")
     diagnostics: bool = Field(
@@ -52,8 +58,9 @@ class MergeRecipe(Recipe):
     @model_validator(mode="after")
     def _complete(self) -> MergeRecipe:
         if self.mergekit is not None:
-            if self.method is not None or self.experts or self.base:
-                raise RecipeError("a mergekit file names base, models and method itself. Remove ours.")
+            ours = ("method", "experts", "base", "dtype", "exclude", "base_fingerprint")
+            if given := [name for name in ours if getattr(self, name)]:
+                raise RecipeError(f"a mergekit file says {', '.join(given)} itself, or has no such thing. Remove ours.")
             if self.output == "lora":
                 raise RecipeError("a mergekit file describes a whole model. Write a recipe of ours for output: lora.")
             from modicum.weights.mergekit import read_slices
@@ -89,7 +96,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
     """Open the models and decide what happens to each tensor; reads headers only."""
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.lora import plan_loras
-    from modicum.weights.plan import plan_merge
+    from modicum.weights.plan import check_fingerprint, plan_merge
 
     def opened(reference: str, adapter: str | None = None) -> Checkpoint:
         if adapter is not None:
@@ -105,8 +112,18 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
     base = opened(recipe.base) if recipe.base else None
     experts = [opened(*_model_and_adapter(expert)) for expert in recipe.experts]
     if recipe.output == "lora":
-        return plan_loras(experts, method=method.name, knobs=method.knobs, base=base)
-    plan = plan_merge(base, experts, method=method.name, knobs=method.knobs, dtype=recipe.dtype)
+        if recipe.base_fingerprint is not None:
+            check_fingerprint(base, recipe.base_fingerprint)
+        return plan_loras(experts, method=method.name, knobs=method.knobs, base=base, exclude=recipe.exclude)
+    plan = plan_merge(
+        base,
+        experts,
+        method=method.name,
+        knobs=method.knobs,
+        dtype=recipe.dtype,
+        exclude=recipe.exclude,
+        base_fingerprint=recipe.base_fingerprint,
+    )
     return plan.diagnosed() if recipe.diagnostics else plan
 
 

@@ -22,7 +22,7 @@ from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compare import compare
 from modicum.weights.files import Spec
 from modicum.weights.merge import open_checkpoint
-from modicum.weights.plan import VOCABULARY, check_count, parse_dtype
+from modicum.weights.plan import VOCABULARY, check_count, excluded, parse_dtype
 from modicum.weights.stream import cores, map_tensors, names_by_size, run_all
 
 
@@ -235,6 +235,7 @@ def plan_loras(
     method: str = "tsv",
     knobs: Mapping[str, Any],
     base: Checkpoint | None = None,
+    exclude: str | None = None,
 ) -> LoraPlan:
     """Check that adapters can be merged into one.
 
@@ -243,6 +244,7 @@ def plan_loras(
         method: See :func:`merge_loras`.
         knobs: The method's.
         base: What the adapters should be of, when that is known.
+        exclude: Regular expression of names of tensors that stay as they are in the base.
 
     Raises:
         ModicumError: One is not an adapter, their bases differ, or the method needs whole matrices.
@@ -261,6 +263,12 @@ def plan_loras(
         _check_lora(checkpoint, base)
     loras = [checkpoint.adapter.factors for checkpoint in opened if checkpoint.adapter]
     names = sorted({name for factors in loras for name in factors})
+    untouched = excluded(names, exclude)
+    names = [name for name in names if name not in untouched]
+    if not names:
+        raise RecipeError(
+            f"exclude {exclude!r} matches every module of the adapters, so that nothing is left to merge."
+        )
     modules = {name: [factors.get(name) for factors in loras] for name in names}
     return LoraPlan(base, opened, modules, method, entry.knobs(knobs))
 
@@ -287,6 +295,7 @@ def merge_loras(
     out: str | Path,
     *,
     method: str = "tsv",
+    exclude: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     progress: bool = True,
@@ -299,6 +308,7 @@ def merge_loras(
         out: Folder to write; it must not hold anything yet.
         method: A merge method whose result does not depend on the bases in which matrices are written: ``tsv``,
             ``knots``, ``svc``, ``opcm`` or ``task_arithmetic``. Others need whole matrices and are refused.
+        exclude: Regular expression of names of tensors that stay as they are in the base.
         dtype: Of the factors; float32 when not given.
         device: Where the arithmetic happens.
         progress: Show a bar when standard error is a terminal.
@@ -311,7 +321,7 @@ def merge_loras(
     Raises:
         ModicumError: One is not an adapter, their bases differ, or the method needs whole matrices.
     """
-    plan = plan_loras(adapters, method=method, knobs=knobs)
+    plan = plan_loras(adapters, method=method, knobs=knobs, exclude=exclude)
     return run_loras(plan, Path(out), dtype=dtype, device=device, progress=progress)
 
 

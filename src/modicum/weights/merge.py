@@ -123,6 +123,7 @@ def merge_state_dicts(
     seed: int = 0,
     device: str = "cpu",
     statistics: Sequence[Tensors] = (),
+    exclude: str | None = None,
     **knobs: Any,
 ) -> dict[str, Tensor]:
     """Merge dictionaries of tensors in memory.
@@ -135,6 +136,7 @@ def merge_state_dicts(
         seed: For methods that draw random numbers.
         device: Where the arithmetic happens.
         statistics: For methods that weigh by data: of each expert, tensors by the names of its own.
+        exclude: Regular expression of names of tensors that stay as they are in the base.
         **knobs: The method's.
 
     Returns:
@@ -148,7 +150,7 @@ def merge_state_dicts(
         >>> merge_state_dicts({"w": 0 * one}, [{"w": one}, {"w": 3 * one}], method="task_arithmetic", scale=0.5)
         {'w': tensor([2., 2.])}
     """
-    plan = plan_merge(base, experts, method=method, knobs=knobs, dtype=dtype, statistics=statistics)
+    plan = plan_merge(base, experts, method=method, knobs=knobs, dtype=dtype, statistics=statistics, exclude=exclude)
     steps = {step.name: step for step in plan.steps}
     merged: dict[str, Tensor] = {}
 
@@ -178,6 +180,8 @@ def merge(
     workers: int | None = None,
     progress: bool = True,
     statistics: Sequence[str | Path | Checkpoint] = (),
+    exclude: str | None = None,
+    base_fingerprint: str | None = None,
     diagnostics: bool = False,
     **knobs: Any,
 ) -> dict[str, dict[str, Any]]:
@@ -195,6 +199,9 @@ def merge(
         workers: Threads; one for each core when not given.
         progress: Show a bar when standard error is a terminal.
         statistics: For methods that weigh by data: a checkpoint of each expert's, by the names of its tensors.
+        exclude: Regular expression of names of tensors that stay as they are in the base.
+        base_fingerprint: Refuse another base than this one, as :func:`modicum.record.fingerprint` and the records of
+            training runs name it.
         diagnostics: Also measure what :func:`modicum.weights.diagnose.diagnose` tells; takes longer.
         **knobs: The method's.
 
@@ -213,6 +220,8 @@ def merge(
         knobs=knobs,
         dtype=dtype,
         statistics=[open_checkpoint(model) for model in statistics],
+        exclude=exclude,
+        base_fingerprint=base_fingerprint,
     )
     return run_plan(
         plan.diagnosed() if diagnostics else plan,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError, did_you_mean
+from modicum.errors import CheckpointError, RecipeError, did_you_mean
+from modicum.record import fingerprint
 from modicum.registry import Entry, merge_method
 from modicum.weights.agree import Tensors, check_agreement, label, spec_of
 from modicum.weights.checkpoint import Checkpoint
@@ -150,11 +151,13 @@ def plan_merge(
     knobs: Mapping[str, Any],
     dtype: str | torch.dtype | None = None,
     statistics: Sequence[Tensors] = (),
+    exclude: str | None = None,
+    base_fingerprint: str | None = None,
 ) -> Plan:
     """Return the plan of a plain merge, having checked that the models fit together.
 
     Raises:
-        CheckpointError: The models differ.
+        CheckpointError: The models differ, or the base is not the one of the fingerprint.
         RecipeError: The method cannot take them, or a knob is wrong.
     """
     entry = merge_method[method]
@@ -169,18 +172,74 @@ def plan_merge(
     models = [*([base] if base is not None else []), *experts]
     names = [*(["base"] if base is not None else []), *(f"experts[{i}]" for i in range(len(experts)))]
     names = [label(model, name) for model, name in zip(models, names)]
+    if base_fingerprint is not None:
+        check_fingerprint(base, base_fingerprint)
     check_agreement(models[0], models[1:], names=names)
+    untouched = excluded(models[0], exclude)
+    if untouched and base is None:
+        raise RecipeError("exclude leaves tensors as they are in the base model, and none is given. Set base.")
     steps = []
     for name in models[0]:
         spec = spec_of(models[0], name)
         sources = [Source(model, tensors, name) for model, tensors in zip(names, models)]
         out = Spec(spec.shape, wanted if wanted and spec.dtype.is_floating_point else spec.dtype)
+        if name in untouched:
+            steps.append(Step(name, out, "passthrough", None, (sources[0],), {"scale": 1.0}))
+            continue
         head = sources[0] if base is not None else None
         tail = tuple(sources[1:] if base is not None else sources)
         known = tuple(Source(label(s, "statistics"), s, name) for s in statistics if name in s)
         steps.append(Step(name, out, method, head, tail, checked, known))
     first = models[0]
-    return Plan(steps, models, companion_files(first, wanted) if isinstance(first, Checkpoint) else {})
+    companions = companion_files(first, wanted) if isinstance(first, Checkpoint) else {}
+    return Plan(steps, models, companions, _foreign_adapters(base, experts))
+
+
+def excluded(names: Iterable[str], pattern: str | None) -> set[str]:
+    """Return the names that a regular expression finds.
+
+    Raises:
+        RecipeError: It is malformed, or finds none.
+    """
+    if pattern is None:
+        return set()
+    try:
+        found = {name for name in names if re.search(pattern, name)}
+    except re.error as error:
+        raise RecipeError(f"exclude {pattern!r} is no regular expression: {error}. Correct it.") from None
+    if not found:
+        raise RecipeError(f"exclude {pattern!r} matches no tensor. Correct it, or leave it out.")
+    return found
+
+
+def check_fingerprint(base: Tensors | None, expected: str) -> None:
+    """Refuse a base whose files are not those that the experts were trained from.
+
+    Raises:
+        CheckpointError: The fingerprint differs.
+        RecipeError: There is no folder to take one of.
+    """
+    if not isinstance(base, Checkpoint):
+        raise RecipeError("base_fingerprint is that of a base model's folder, and none is given. Set base.")
+    found = fingerprint(base.folder)
+    if found != expected:
+        raise CheckpointError(
+            f"{base.name} has the fingerprint {found}, expected {expected}: it is not what the experts were trained "
+            "from. Use that one, or remove base_fingerprint."
+        )
+
+
+def _foreign_adapters(base: Tensors | None, experts: Sequence[Tensors]) -> list[str]:
+    """Name the adapters of another model than ``base``: their delta holds all that the two models differ by."""
+    if not isinstance(base, Checkpoint):
+        return []
+    adapters = [expert for expert in experts if isinstance(expert, Checkpoint) and expert.adapter]
+    others = [a for a in adapters if a.base.folder.resolve() != base.base.folder.resolve()]
+    return [
+        f"{a.name} is an adapter of {a.base.name}, not of {base.name}: its difference holds that of the two models too"
+        for a in others
+        if fingerprint(a.base.folder) != fingerprint(base.base.folder)
+    ]
 
 
 def companion_files(model: Checkpoint, dtype: torch.dtype | None = None, **changes: Any) -> dict[str, bytes]:
