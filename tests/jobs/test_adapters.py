@@ -1,20 +1,25 @@
 """The seam to PEFT: every initialisation by name, what is saved, resuming, exporting."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from modicum.adapters.calibrate import input_moments, weight_gradients
 from modicum.adapters.layers import factors_of, lora_layers
 from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
-from modicum.jobs.adapters import config_fields, initialize, make_optimizer
+from modicum.jobs import execute
+from modicum.jobs.adapters import after_backward, config_fields, initialize, make_optimizer, peft_config, step_callback
 from modicum.random import generator
+from modicum.recipe import parse
 from modicum.registry import adapter_init
 from support import tiny_llama
 
-QUICK = {"hrp": {"preheat_rank": 8, "preheat_steps": 2}}
+TOTAL = 4
+QUICK = {name: {"preheat_rank": 8, "preheat_steps": 2} for name in ("hrp", "lora_squeeze")}
 LR = 1e-3
 
 
@@ -24,12 +29,13 @@ def batches(count=4):
 
 
 def wrap(name="default", **config):
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | config_fields(name) | config
-    return get_peft_model(tiny_llama(), LoraConfig(**settings)).eval()
+    settings = {"rank": 4, "lora_alpha": 8, "target_modules": "all-linear"} | config
+    return get_peft_model(tiny_llama(), peft_config(name, {}, **settings)).eval()
 
 
 def start(model, name, knobs=None, data=None, **options):
     knobs = QUICK.get(name, {}) | (knobs or {})
+    options = {"total_steps": TOTAL} | options
     return initialize(model, name, knobs, batches=lambda: batches() if data is None else data, lr=LR, **options)
 
 
@@ -38,16 +44,17 @@ def train(model, name="default", steps=2):
         [p for p in model.parameters() if p.requires_grad], lr=LR
     )
     model.train()
-    for batch in batches(steps):
+    for step, batch in enumerate(batches(steps)):
         model(**batch).loss.backward()
         optimizer.step()
+        after_backward(model, name, step)
         optimizer.zero_grad()
     model.eval()
 
 
 IDS = torch.arange(3, 23)[None]
-# What changes the base's numbers at rest: LoRA-One by design, LoftQ by quantising, DoRA by rounding.
-MOVES = {"lora_one", "loftq", "dora"}
+# What changes the base's numbers at rest: LoRA-One and LoRA-Squeeze by design, LoftQ by quantising, DoRA by rounding.
+MOVES = {"lora_one", "loftq", "dora", "lora_squeeze"}
 
 
 @pytest.mark.parametrize("name", sorted(set(adapter_init) - {"loftq"}))
@@ -115,6 +122,92 @@ def test_methods_bring_their_own_optimizer_only_where_they_have_one():
     assert config_fields("rslora") == {"use_rslora": True} and config_fields("hrp") == {}
 
 
+def test_eva_may_share_its_ranks_out_by_explained_variance(tmp_path):
+    model = wrap()
+    scaling = {layer.scaling["default"] for layer in lora_layers(model).values()}
+    start(model, "eva", {"rank_redistribution": "eva", "rho": 1.5})
+    layers = lora_layers(model)
+    ranks = {name: layer.r["default"] for name, layer in layers.items()}
+    assert sum(ranks.values()) == 4 * len(ranks) and max(ranks.values()) <= 6 and len(set(ranks.values())) > 1
+    # One more direction never explains more of its own input than the last one that another module kept.
+    moments = input_moments(wrap(), batches())
+    shares = {name: torch.linalg.eigvalsh(C.double()).flip(0) / C.double().trace() for name, C in moments.items()}
+    dropped = max(float(shares[name][rank]) for name, rank in ranks.items() if rank < 6)
+    assert dropped <= min(float(shares[name][rank - 1]) for name, rank in ranks.items() if rank > 1) + 1e-6
+    assert {layer.scaling["default"] for layer in layers.values()} == scaling
+    for name, layer in layers.items():
+        A = layer.lora_A["default"].weight.detach()
+        torch.testing.assert_close(A @ A.T, torch.eye(ranks[name]), atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert {name: layer.r["default"] for name, layer in lora_layers(loaded).items()} == ranks
+
+
+def test_lora_squeeze_keeps_the_best_part_of_what_a_wider_adapter_learned():
+    wide, models = {"preheat_rank": 8, "preheat_steps": 3}, (wrap(), wrap())
+    start(models[0], "lora_squeeze", wide)
+    start(models[1], "hrp", wide | {"init_factor": "balanced"})
+    for one, other in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(one, other)
+    assert not torch.equal(models[0].eval()(IDS).logits, tiny_llama().eval()(IDS).logits)
+
+
+def test_adalora_spends_its_ranks_where_they_matter_and_is_saved_as_plain_lora(tmp_path):
+    model = wrap("adalora")
+    started = start(model, "adalora", total_steps=10)
+    config = model.peft_config["default"]
+    assert (config.init_r, config.target_r, config.total_step, config.tinit, config.tfinal) == (6, 4, 10, 1, 3)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] / layer.r["default"] == 2.0  # alpha over the final rank
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model.train()
+    for step, batch in enumerate(batches(10)):
+        model(**batch).loss.backward()
+        optimizer.step()
+        after_backward(model, "adalora", step)
+        optimizer.zero_grad()
+    ranks = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+    assert sum(ranks) == 4 * 14 and len(set(ranks)) > 1
+    expected = model.eval()(IDS).logits
+    started.prepare(model)
+    model.save_pretrained(tmp_path)
+    started.finish(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert {type(loaded.peft_config["default"]), loaded.peft_config["default"].r} == {LoraConfig, max(ranks)}
+    torch.testing.assert_close(loaded(IDS).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_recipe_trains_adalora_through_the_trainer_and_cannot_go_on_from_its_checkpoint(tiny_model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"row {i} of a few"}) for i in range(16)))
+    data = {
+        "job": "train",
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {"path": str(rows)},
+        "adapter": {"rank": 2, "init": {"name": "adalora", "warmup": 0.2, "settled": 0.2}},
+        "trainer": {"max_steps": 5, "learning_rate": 5e-2, "save_strategy": "no", "per_device_train_batch_size": 2},
+    }
+    run = execute(parse(data), tmp_path / "run", quiet=True)
+    config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["lora_alpha"] / config["r"] == pytest.approx(2.0, rel=1e-4)
+    adapter = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    kept = [int((B != 0).any(0).sum()) for key, B in adapter.items() if "lora_B" in key]
+    assert 0 < sum(kept) <= 2 * 14
+    state = SimpleNamespace(global_step=3)
+    with pytest.raises(UnsupportedError, match="adalora cannot go on from a checkpoint"):
+        step_callback("adalora").on_train_begin(None, state, None)
+    assert step_callback("hrp") is None
+
+
+def test_adalora_that_cannot_plan_is_refused():
+    with pytest.raises(ModicumError, match="plans its ranks over the whole run"):
+        start(wrap("adalora"), "adalora", total_steps=None)
+    with pytest.raises(ModicumError, match="no step left to drop ranks in"):
+        start(wrap("adalora"), "adalora", {"warmup": 0.6, "settled": 0.5}, total_steps=10)
+    with pytest.raises(UnsupportedError, match="AdaLoRA adapters cannot be started"):
+        start(wrap("adalora"), "pissa")
+
+
 def test_continuing_after_preheating_says_how_much_was_seen():
     assert start(wrap(), "hrp", {"reuse_data": "continue"}, accumulation=3).consumed == 6
     assert start(wrap(), "hrp").consumed == 0
@@ -128,7 +221,7 @@ def test_the_origin_says_what_was_preheated():
 
 def test_a_clipped_preheating_rank_is_noted():
     started = start(wrap(), "hrp", {"preheat_rank": 24})
-    assert started.notes == ["HRP's preheating rank 24 was clipped to the short side of 4 modules."]
+    assert started.notes == ["hrp: preheating rank 24 was clipped to the short side of 4 modules."]
     assert start(wrap(), "hrp").notes == []
 
 
@@ -172,7 +265,7 @@ def test_wrong_wishes_are_refused():
         with pytest.raises(ModicumError, match="give no batch to start the adapter from"):
             start(wrap(), name, data=[])
     with pytest.raises(UnsupportedError, match="k_proj: pissa takes rank directions"):
-        start(wrap(r=20, lora_alpha=20), "pissa")
+        start(wrap(rank=20, lora_alpha=20), "pissa")
 
 
 def test_a_quantised_base_is_fine_for_hrp_and_refused_by_what_must_shift_it():

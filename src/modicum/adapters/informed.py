@@ -7,9 +7,10 @@ The gradient G is :math:`\partial L / \partial W` (out, in), averaged over batch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,6 +30,21 @@ class Calibration:
     """
 
     batches: PositiveInt = 8
+
+
+@dataclass(frozen=True)
+class InputCalibration(Calibration):
+    """Knobs of looking at inputs.
+
+    Args:
+        batches: Micro-batches of the training data to average over, on each process.
+        rank_redistribution: ``eva`` gives each module a rank by the variance that its directions explain, at the same
+            sum.
+        rho: Highest rank of a module, as a multiple of the adapter's.
+    """
+
+    rank_redistribution: Literal["none", "eva"] = "none"
+    rho: Annotated[float, Ge(1)] = 2.0
 
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr"]
@@ -181,7 +197,7 @@ def lora_sb(gradient: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     paper="arXiv:2410.07170",
     laws={"zero_product", "orthogonal_rows"},
     supplied={"rank"},
-    gather=Calibration,
+    gather=InputCalibration,
     shape_only=True,
 )
 def eva(moment: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
@@ -211,7 +227,7 @@ def eva(moment: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], *, rank
 
     Deviates:
         The inputs' second moment is exact and not centred; PEFT runs an incremental, centred decomposition until the
-        directions settle. Ranks stay uniform, where EVA redistributes them (in PEFT: ``adapter.config``).
+        directions settle. Ranks stay uniform unless ``rank_redistribution`` says otherwise, as EVA's do.
 
     Reference:
         Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", 2024,

@@ -82,6 +82,8 @@ def _refuse_variants(name: str, layer: Any, adapter: str) -> None:
     if layer.merged_adapters:
         raise UnsupportedError(f"{name}: an adapter is merged into the base. Call unmerge_adapter() first.")
     variant = next((option for option in TRUNCATING if getattr(layer, option, {}).get(adapter)), None)
+    if adapter in getattr(layer, "lora_E", ()):
+        variant = "AdaLoRA"
     if variant is None and adapter in getattr(layer, "lora_variant", {}):
         variant = type(layer.lora_variant[adapter]).__name__
     if variant is not None:

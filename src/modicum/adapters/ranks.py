@@ -13,12 +13,13 @@ from modicum.adapters.layers import lora_layers
 from modicum.errors import ModicumError
 
 
-def redistribute(spectra: Mapping[str, Tensor], *, budget: int) -> dict[str, int]:
+def redistribute(spectra: Mapping[str, Tensor], *, budget: int, most: int | None = None) -> dict[str, int]:
     """Return a rank for each module: the directions that explain most of their own module, over all modules.
 
     Args:
         spectra: Singular values by module, largest first.
         budget: Sum of the ranks; every module gets at least 1.
+        most: Highest rank of a module; ``None`` for no bound but its spectrum.
 
     Raises:
         ModicumError: The budget is below one per module, or above what the spectra hold.
@@ -28,17 +29,18 @@ def redistribute(spectra: Mapping[str, Tensor], *, budget: int) -> dict[str, int
         >>> redistribute({"flat": torch.ones(4), "steep": torch.tensor([1.0, 0, 0, 0])}, budget=4)
         {'flat': 3, 'steep': 1}
     """
-    if not len(spectra) <= budget <= sum(len(S) for S in spectra.values()):
+    bound = {name: min(len(S), most or len(S)) for name, S in spectra.items()}
+    if not len(spectra) <= budget <= sum(bound.values()):
         raise ModicumError(f"Cannot share {budget} ranks out over {len(spectra)} modules of these spectra.")
     shares = {name: (S.double().square() / S.double().square().sum()).tolist() for name, S in spectra.items()}
     ranks = dict.fromkeys(shares, 1)
     # Ties go to the module that comes first.
-    queue = [(-share[1], order, name) for order, (name, share) in enumerate(shares.items()) if len(share) > 1]
+    queue = [(-share[1], order, name) for order, (name, share) in enumerate(shares.items()) if bound[name] > 1]
     heapq.heapify(queue)
     for _ in range(budget - len(ranks)):
         _, order, name = heapq.heappop(queue)
         ranks[name] += 1
-        if ranks[name] < len(shares[name]):
+        if ranks[name] < bound[name]:
             heapq.heappush(queue, (-shares[name][ranks[name]], order, name))
     return ranks
 

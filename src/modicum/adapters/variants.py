@@ -1,7 +1,10 @@
 r"""Rivals that change something else than the start: the scaling, the layer, or the optimiser.
 
-They start as plain LoRA does and exist here so that one name in a recipe chooses any of them. The facts ``config`` and
-``optimizer`` say what the seam must do: fields of ``peft.LoraConfig``, and PEFT's own optimiser.
+They start as plain LoRA does and exist here so that one name in a recipe chooses any of them. The facts ``config``,
+``optimizer`` and ``adaptive`` say what the seam must do: fields of ``peft.LoraConfig``, PEFT's own optimiser, PEFT's
+adapter that loses rank while it trains.
+
+Full fine-tuning, the rival from above, is a recipe without ``adapter``.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 from modicum.adapters.hrp import Factors
 from modicum.adapters.initializers import default
 from modicum.registry import adapter_init
-from modicum.types import PositiveInt
+from modicum.types import NonNegative, PositiveInt, UnitInterval
 
 
 @adapter_init(
@@ -231,4 +234,67 @@ def lora_fa(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Ge
         Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", 2023,
         arXiv:2308.03303.
     """
+    return default(weight, rank=rank, rng=rng)
+
+
+@adapter_init(
+    "adalora",
+    paper="arXiv:2303.10512",
+    laws={"zero_product"},
+    supplied={"rank"},
+    shape_only=True,
+    adaptive=True,
+)
+def adalora(
+    weight: Float[Tensor, "out in"],
+    *,
+    rank: PositiveInt,
+    spare: Annotated[float, Ge(1)] = 1.5,
+    warmup: UnitInterval = 0.1,
+    settled: UnitInterval = 0.3,
+    interval: PositiveInt = 1,
+    orthogonality: NonNegative = 0.5,
+    rng: torch.Generator | None = None,
+) -> Factors:
+    r"""Train in the form of a singular value decomposition, and drop the triplets that matter least, over all modules.
+
+    .. math::
+        \Delta W = s\, P \Lambda Q, \qquad L' = L + \gamma\, (\lVert P^T P - I \rVert_F + \lVert Q Q^T - I \rVert_F)
+
+    with the norms averaged over the modules. The budget falls from ``spare`` times the rank to the rank as a cubic
+    between the warm-up and the settled end of the run. What is saved is plain LoRA of the largest rank that a module
+    kept.
+
+    Args:
+        weight: Frozen weight; only its shape matters.
+        rank: Mean rank of a module in the end.
+        spare: Ranks to begin with, as a multiple of it.
+        warmup: Share of the run before the budget falls.
+        settled: Share of the run after it has fallen.
+        interval: Optimiser steps between two looks at the budget.
+        orthogonality: Weight gamma of the penalty.
+        rng: Source of the draw.
+
+    Returns:
+        ``lora_A`` (rank, in) and ``lora_B`` (out, rank) of ``default``: P, Q and the zero singular values are PEFT's.
+
+    Raises:
+        Nothing of its own.
+
+    Example:
+        >>> adalora(torch.zeros(3, 4), rank=2)[1].abs().sum()
+        tensor(0.)
+
+    Cost:
+        Three running averages of each adapter weight, and a Gram matrix of each factor at every step.
+
+    Deviates:
+        The layer and the allocation are PEFT's, whose defaults for the schedule are no warm-up and no settled end; the
+        shares here are ours. The scaling stays alpha over ``rank``, where PEFT divides by the first rank.
+
+    Reference:
+        Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning" (AdaLoRA), ICLR 2023,
+        arXiv:2303.10512, equations 3-6 and algorithm 1.
+    """
+    del spare, warmup, settled, interval, orthogonality  # read by the seam
     return default(weight, rank=rank, rng=rng)

@@ -2,7 +2,7 @@
 
 ::
 
-    model = get_peft_model(base, LoraConfig(r=8, **config_fields("hrp")))
+    model = get_peft_model(base, peft_config("hrp", {}, rank=8, lora_alpha=16, target_modules="all-linear"))
     started = initialize(model, "hrp", {}, batches=lambda: loader, lr=2e-4)
     ...  # train with anything
     model.save_pretrained(folder)
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from modicum.errors import CheckpointError, ModicumError
+from modicum.errors import CheckpointError, ModicumError, UnsupportedError
 from modicum.record import write_atomic
 from modicum.registry import Entry, adapter_init
 
@@ -46,17 +46,22 @@ class Started:
         initial: The factors that left the base, by module; empty when the base is as it was.
         notes: What the user should know.
         consumed: Micro-batches that the main run should not see again (``reuse_data: continue``).
+        adaptive: The saved adapter is AdaLoRA's, which is to become plain LoRA.
     """
 
     origin: dict[str, Any]
     initial: Pairs = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     consumed: int = 0
+    adaptive: bool = False
 
     def prepare(self, peft_model: Any, *, adapter: str = "default") -> None:
         """Make the trained parts plain weights again; call it before the model is saved."""
         from modicum.adapters.core import fold
 
+        if self.adaptive:
+            # PEFT would save modules without any rank left as empty tensors, and warn of them.
+            peft_model.peft_config[adapter].rank_pattern = None
         if "core" in self.origin:
             fold(peft_model, adapter=adapter)
 
@@ -65,6 +70,8 @@ class Started:
         folder = Path(folder)
         if self.initial:
             _remove_shift(folder, self.initial)
+        if self.adaptive:
+            _make_plain(folder)
         write_atomic(folder / ORIGIN, json.dumps(self.origin, indent=2) + "\n")
 
 
@@ -76,6 +83,35 @@ def config_fields(name: str) -> dict[str, Any]:
         {'use_rslora': True}
     """
     return dict(adapter_init[name].facts.get("config", {}))
+
+
+def peft_config(name: str, knobs: Mapping[str, Any], *, rank: int, **fields: Any) -> Any:
+    """Return the configuration of PEFT that a method needs.
+
+    Args:
+        name: A registered adapter initialisation.
+        knobs: Its knobs.
+        rank: Rank of the adapter.
+        **fields: Further fields of ``peft.LoraConfig``; they override what the method asks for.
+
+    Example:
+        >>> peft_config("rslora", {}, rank=4, lora_alpha=8).use_rslora
+        True
+    """
+    from peft import AdaLoraConfig, LoraConfig
+
+    entry = adapter_init[name]
+    fields = config_fields(name) | fields
+    if not entry.facts.get("adaptive"):
+        return LoraConfig(r=rank, **fields)
+    checked = entry.knobs(knobs)
+    first = round(checked["spare"] * rank)
+    # PEFT divides alpha by the rank to begin with. The length of the run is not known yet.
+    fields["lora_alpha"] = fields.get("lora_alpha", 2 * rank) * first / rank
+    return AdaLoraConfig(
+        init_r=first, target_r=rank, orth_reg_weight=checked["orthogonality"], deltaT=checked["interval"],
+        total_step=1, **fields,
+    )  # fmt: skip
 
 
 def initialize(
@@ -98,7 +134,7 @@ def initialize(
     Call it on every process; each must bring its own share of the data, and all get the same adapter.
 
     Args:
-        peft_model: Made with ``LoraConfig(**config_fields(name))``, and not yet wrapped or split over processes.
+        peft_model: Made with :func:`peft_config`, and not yet wrapped or split over processes.
         name: A registered adapter initialisation.
         knobs: Its knobs.
         batches: Gives the training batches from the first one on, as mappings of tensors that the model takes.
@@ -117,17 +153,22 @@ def initialize(
     """
     entry = adapter_init[name]
     knobs = entry.knobs(knobs)
-    if name == "hrp":
+    preheated = entry.parameters[0].keys() == {"A", "B"}
+    if preheated:
         knobs |= _resolved(peft_model, entry, knobs, total_steps, adapter)
     started = Started({"name": name, **knobs, "seed": seed})
     if knobs.get("reuse_data") == "continue":
         started.consumed = knobs["preheat_steps"] * accumulation
+    if entry.facts.get("adaptive"):
+        _schedule(peft_model, knobs, total_steps, adapter)
+        started.adaptive = True
+        return started
     if entry.facts.get("config") or entry.facts.get("optimizer"):
         _freeze(peft_model, entry, adapter)
         return started
     factors = _cached(cache)
     if factors is None:
-        if name == "hrp":
+        if preheated:
             options = {"lr": lr, "accumulation": accumulation, "seed": seed, "loss": loss, "optimizer": optimizer}
             factors = _preheat(peft_model, entry, knobs, started, batches, adapter, options)
         else:
@@ -168,10 +209,59 @@ def make_optimizer(
     return None
 
 
+def after_backward(peft_model: Any, name: str, step: int) -> None:
+    """Let an adaptive method (AdaLoRA) see the gradients of a step; call it before they are cleared.
+
+    Args:
+        peft_model: The model in training.
+        name: A registered adapter initialisation; nothing happens for those that need none of this.
+        step: Optimiser steps done before.
+    """
+    if adapter_init[name].facts.get("adaptive"):
+        peft_model.base_model.update_and_allocate(step)
+
+
+def step_callback(name: str) -> Any:
+    """Return the callback of ``transformers.Trainer`` that a method needs, or ``None``."""
+    if not adapter_init[name].facts.get("adaptive"):
+        return None
+    from transformers import TrainerCallback
+
+    class Allocation(TrainerCallback):
+        """See :func:`after_backward`."""
+
+        def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            if state.global_step:
+                raise UnsupportedError(
+                    f"{name} cannot go on from a checkpoint, which does not hold what it knows of the importance of "
+                    "its ranks. Delete the run's checkpoints and start afresh."
+                )
+
+        def on_optimizer_step(self, _args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
+            after_backward(model, name, state.global_step)
+
+    return Allocation()
+
+
+def _schedule(peft_model: Any, knobs: Mapping[str, Any], total_steps: int | None, adapter: str) -> None:
+    """Tell PEFT's allocation the length of the run."""
+    if total_steps is None:
+        raise ModicumError("adalora plans its ranks over the whole run. Pass total_steps.")
+    # The last step at least: without it PEFT ends before the budget is reached.
+    warmup, settled = int(knobs["warmup"] * total_steps), max(1, int(knobs["settled"] * total_steps))
+    if warmup + settled >= total_steps - 1:
+        raise ModicumError(
+            f"adalora has no step left to drop ranks in: warmup {knobs['warmup']} and settled {knobs['settled']} of "
+            f"{total_steps} steps. Lower them, or train longer."
+        )
+    config = peft_model.peft_config[adapter]
+    config.total_step, config.tinit, config.tfinal = total_steps, warmup, settled
+
+
 def _resolved(
     peft_model: Any, entry: Entry, knobs: dict[str, Any], total_steps: int | None, adapter: str
 ) -> dict[str, int]:
-    """Return HRP's rank and number of steps where the recipe leaves them to the run."""
+    """Return the rank and number of steps of preheating where the recipe leaves them to the run."""
     from modicum.adapters.layers import lora_layers
 
     stage, _ = _gathering(entry, knobs)
@@ -201,7 +291,7 @@ def _preheat(
     left = initialize_lora_hrp_weights(
         peft_model,
         state,
-        **knobs,
+        **knobs | entry.facts.get("fixed", {}),
         train_factors=stage.train_factors,
         rank_redistribution=stage.rank_redistribution,
         seed=options["seed"],
@@ -209,10 +299,10 @@ def _preheat(
     )
     if clipped := sum(len(state[key]) < stage.preheat_rank for key in state if key.endswith(".S")):
         started.notes.append(
-            f"HRP's preheating rank {stage.preheat_rank} was clipped to the short side of {clipped} modules."
+            f"{entry.name}: preheating rank {stage.preheat_rank} was clipped to the short side of {clipped} modules."
         )
     if left:
-        started.notes.append(f"HRP left {len(left)} modules at their default start: {', '.join(left)}.")
+        started.notes.append(f"{entry.name} left {len(left)} modules at their default start: {', '.join(left)}.")
     layers = lora_layers(peft_model, adapter)
     return {
         name: tuple(factor.detach().clone() for factor in factors_of(layer, adapter))  # type: ignore[misc]
@@ -235,6 +325,7 @@ def _compute(
 
     from modicum.adapters.calibrate import base_weight, input_moments, weight_gradients
     from modicum.adapters.layers import lora_layers
+    from modicum.adapters.ranks import redistribute
     from modicum.random import generator
 
     stage, knobs = _gathering(entry, knobs)
@@ -243,6 +334,10 @@ def _compute(
     sample = list(itertools.islice(_cycle(batches, peft_model.device), stage.batches)) if stage is not None else []
     gradients = weight_gradients(peft_model, sample, adapter=adapter, loss=loss) if "gradient" in wanted else {}
     moments = input_moments(peft_model, sample, adapter=adapter) if "moment" in wanted else {}
+    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+    if getattr(stage, "rank_redistribution", "none") != "none":
+        spectra = {name: torch.linalg.eigvalsh(C.double()).flip(0).clamp_min(0).sqrt() for name, C in moments.items()}
+        ranks = redistribute(spectra, budget=sum(ranks.values()), most=int(stage.rho * max(ranks.values())))
     takes = inspect.signature(entry.function).parameters
     factors = {}
     for name, layer in layers.items():
@@ -254,7 +349,7 @@ def _compute(
                 if entry.facts.get("shape_only")
                 else base_weight(layer, name).detach()
             )
-        supplied: dict[str, Any] = {"rank": layer.r[adapter]}
+        supplied: dict[str, Any] = {"rank": ranks[name]}
         if "scaling" in takes:
             supplied["scaling"] = layer.scaling[adapter]
         if "rng" in takes:
@@ -375,9 +470,53 @@ def _read(path: Path) -> Pairs:
     return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
 
 
+def _make_plain(folder: Path) -> None:
+    """Rewrite a saved AdaLoRA adapter as LoRA, with the singular values in B and every module at the largest rank."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    from modicum.adapters.serving import alpha_for, uniform
+
+    tensors = load_file(folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    # PEFT adds 1e-5 to the rank that it divides by.
+    scaling = config["lora_alpha"] / (config["init_r"] + 1e-5)
+    names = [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
+    own = {}
+    for name in names:
+        A, E, B = (tensors[f"{name}.lora_{part}"] for part in "AEB")
+        left = E[:, 0] != 0
+        left[0] |= ~left.any()
+        own[name] = (A[left], (B * E.T)[:, left], scaling)
+    kept = {key: value for key, value in tensors.items() if not key.endswith((".lora_A", ".lora_B", ".lora_E"))}
+    for name, (A, B) in uniform(own, scaling=scaling).items():
+        kept |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
+    widest = max(len(A) for A, _, _ in own.values())
+    known = LoraConfig.__dataclass_fields__
+    config = {key: value for key, value in config.items() if key in known} | {
+        "peft_type": "LORA",
+        "r": widest,
+        "lora_alpha": alpha_for(scaling, widest),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+    }
+    _replace(folder, kept, config)
+
+
+def _replace(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Put other tensors and another configuration in the place of a saved adapter's."""
+    from safetensors.torch import save_file
+
+    beside = folder / f".{WEIGHTS}"
+    save_file(dict(tensors), beside, metadata={"format": "pt"})
+    beside.replace(folder / WEIGHTS)
+    write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _remove_shift(folder: Path, initial: Pairs) -> None:
     """Rewrite a saved adapter for the original base, at twice the rank."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from modicum.adapters.serving import without_shift
 
@@ -397,7 +536,4 @@ def _remove_shift(folder: Path, initial: Pairs) -> None:
         "alpha_pattern": {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
         "init_lora_weights": True,
     }
-    beside = folder / f".{WEIGHTS}"
-    save_file(tensors, beside, metadata={"format": "pt"})
-    beside.replace(folder / WEIGHTS)
-    write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _replace(folder, tensors, config)

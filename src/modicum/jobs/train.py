@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from modicum import registry
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
-from modicum.jobs.adapters import Started, config_fields, initialize, make_optimizer
+from modicum.jobs.adapters import Started, initialize, make_optimizer, peft_config, step_callback
 from modicum.jobs.additions import additions, spare_additions
 from modicum.jobs.answers import answer_rows, judges_answers, use_answers
 from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
@@ -308,12 +308,12 @@ def _with_adapter(
         "lora_alpha": 2 * section.rank,
         "task_type": "CAUSAL_LM",
     }
-    asked = config_fields(section.init.name) if section.init else {}
-    fields = defaults | asked | dict(extra) | section.config
+    fields = defaults | dict(extra) | section.config
     if added := additions(model):
         fields["modules_to_save"] = sorted({*(fields.get("modules_to_save") or ()), *added})
     try:
-        config = LoraConfig(r=section.rank, **fields)
+        name, knobs = (section.init.name, section.init.knobs) if section.init else ("default", {})
+        config = peft_config(name, knobs, rank=section.rank, **fields)
         # PEFT draws the first factors from the global generator; the fork keeps that to these lines.
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, "adapter"))
@@ -383,6 +383,8 @@ def _trainer(
         init, decay = recipe.adapter.init, arguments.weight_decay
         own = make_optimizer(model, init.name, init.knobs, lr=arguments.learning_rate, weight_decay=decay)
         make = partial(Trainer, optimizers=(own, None))
+        if (callback := step_callback(init.name)) is not None:
+            callbacks.append(callback)
     if recipe.optimizer is not None:
         make = partial(zeroth_order_trainer, recipe.optimizer.name, recipe.optimizer.knobs, seed=recipe.seed)
     trainer = make(
