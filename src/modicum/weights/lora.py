@@ -301,7 +301,7 @@ def merge_loras(
     progress: bool = True,
     **knobs: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Merge LoRA experts of one base into one LoRA, without leaving their factors: a 7B model's takes seconds.
+    """Merge LoRA experts of one base into one LoRA, without leaving their factors.
 
     Args:
         adapters: PEFT adapter folders of one base.
