@@ -1,0 +1,87 @@
+"""TSV-M and RESM beside the published procedure: python -m benchmarks.speed.merging_svd [--rounds 3].
+
+Three experts of 1024 x 4096. The published code decomposes every delta fully, then both stacks of singular vectors
+fully, in float32; modicum takes leading directions from Gram matrices. Both in turn, same threads; ratios are of the
+medians. Accuracy is measured against the published procedure in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from benchmarks.tables import RESULTS
+from torch import Tensor
+
+from modicum.random import generator
+from modicum.record import environment, write_atomic
+from modicum.weights.methods.resm import resm
+from modicum.weights.methods.tsv import tsv
+
+
+def published(base: Tensor, experts: list[Tensor]) -> Tensor:
+    """TSV-M as its authors' code does it."""
+    count, k = len(experts), min(base.shape) // len(experts)
+    stacked_u, stacked_s, stacked_v = [], [], []
+    for expert in experts:
+        u, s, vh = torch.linalg.svd(expert - base, full_matrices=False)
+        stacked_u.append(u[:, :k])
+        stacked_s.append(s[:k])
+        stacked_v.append(vh[:k])
+    u_u, _, v_u = torch.linalg.svd(torch.cat(stacked_u, 1), full_matrices=False)
+    u_v, _, v_v = torch.linalg.svd(torch.cat(stacked_v, 0), full_matrices=False)
+    assert count * k == v_u.shape[0]
+    return base + torch.linalg.multi_dot([u_u, v_u, torch.diag(torch.cat(stacked_s)), u_v, v_v])
+
+
+def timed(run: Callable[[], Tensor]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--columns", type=int, default=4096)
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    rng = generator(0, "merging-svd")
+    base = 0.02 * torch.randn(options.rows, options.columns, generator=rng)
+    experts = [base + 1e-3 * torch.randn(base.shape, generator=rng) for _ in range(3)]
+    exact = published(base.double(), [expert.double() for expert in experts]) - base
+    arms: dict[str, Callable[[], Tensor]] = {
+        "published, full SVD": lambda: published(base, experts),
+        "tsv": lambda: tsv(base, experts),
+        "tsv, next to no cut-off": lambda: tsv(base, experts, whiten_rtol=1e-12),
+        "resm": lambda: resm(base, experts),
+    }
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for _ in range(options.rounds):
+        for name, run in arms.items():
+            taken[name].append(timed(run))
+            print(name, taken[name][-1], flush=True)
+    results = {}
+    for name, times in taken.items():
+        wall, cpu = (statistics.median(clock) for clock in zip(*times))
+        results[name] = {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
+        if name != "resm":  # it weighs the experts, so it is not to be compared
+            error = (arms[name]() - base - exact).norm() / exact.norm()
+            results[name]["relative_difference_from_float64"] = float(error)
+    floor = results["published, full SVD"]
+    for found in results.values():
+        found["faster"] = round(floor["seconds"] / found["seconds"], 2)
+        found["faster_cpu"] = round(floor["cpu_seconds"] / found["cpu_seconds"], 2)
+    document = {"what": __doc__, "shape": list(base.shape), "rounds": options.rounds, "load": os.getloadavg(),
+                "environment": environment(), "results": results}  # fmt: skip
+    write_atomic(RESULTS / "merge-svd.json", json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
