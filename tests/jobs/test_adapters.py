@@ -122,6 +122,27 @@ def test_methods_bring_their_own_optimizer_only_where_they_have_one():
     assert config_fields("rslora") == {"use_rslora": True} and config_fields("hrp") == {}
 
 
+def test_the_geometry_tells_how_far_directions_turned_and_what_the_rank_held(tmp_path):
+    model, cache = wrap(), tmp_path / "start.safetensors"
+    started = start(model, "hrp", {"preheat_rank": 12, "preheat_steps": 3}, cache=cache)
+    layer = lora_layers(model)["model.layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        A = layer.lora_A["default"].weight
+        left_out = torch.linalg.svd(A).Vh[4]
+        A[0] = left_out  # one of four directions is turned by a right angle
+    model.save_pretrained(tmp_path / "adapter")
+    started.finish(tmp_path / "adapter")
+    found = json.loads((tmp_path / "adapter" / "adapter_geometry.json").read_text())
+    place = found["modules"].index("model.layers.0.self_attn.q_proj")
+    assert found["turned_A"][place] == pytest.approx(90 / 4, abs=0.1)
+    assert found["turned_A"][place + 1] == pytest.approx(0, abs=0.1) and set(found["turned_B"]) == {None}
+    energy = started.spectra["model.layers.0.self_attn.q_proj"].double().square()
+    assert len(energy) == 12 and found["held"][place] == pytest.approx(float(energy[:4].sum() / energy.sum()), abs=1e-4)
+    assert found["shares"]["least"][-1] == 1.0 and found["shares"]["median"] == sorted(found["shares"]["median"])
+    resumed = start(wrap(), "hrp", {"preheat_rank": 12, "preheat_steps": 3}, cache=cache, data=[])
+    assert all(torch.equal(resumed.spectra[name], S) for name, S in started.spectra.items())
+
+
 def test_eva_may_share_its_ranks_out_by_explained_variance(tmp_path):
     model = wrap()
     scaling = {layer.scaling["default"] for layer in lora_layers(model).values()}

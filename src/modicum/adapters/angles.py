@@ -22,6 +22,20 @@ def principal_angles(X: Float[Tensor, "k n"], Y: Float[Tensor, "l n"]) -> Float[
     return torch.linalg.svdvals(bases[0] @ bases[1].mT).clamp(0, 1).acos()
 
 
+def mean_angle(X: Float[Tensor, "k n"], Y: Float[Tensor, "l n"]) -> float | None:
+    """Return the mean angle between two row spaces in degrees, or ``None`` where one of them is empty.
+
+    Args:
+        X: Rows that span the first space.
+        Y: Rows that span the second.
+
+    Example:
+        >>> mean_angle(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+        45.0
+    """
+    return round(float(principal_angles(X, Y).mean().rad2deg()), 2) if X.any() and Y.any() else None
+
+
 def captured(M: Float[Tensor, "out in"], A: Float[Tensor, "r in"]) -> Float[Tensor, ""]:
     """Return the share of a matrix' energy that lies in the row space of ``A``: what a LoRA with this A can learn.
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Pairs: TypeAlias = dict[str, tuple[Tensor, Tensor]]  # lora_A and lora_B by module
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "adapter_init.json"
+GEOMETRY = "adapter_geometry.json"
 PREFIX = "base_model.model."
 
 
@@ -44,6 +45,8 @@ class Started:
     Attributes:
         origin: Name and knobs of the initialisation, for the record.
         initial: The factors that left the base, by module; empty when the base is as it was.
+        start: The factors that training started from, by module, where they are known.
+        spectra: Singular values of what preheating learned, by module.
         notes: What the user should know.
         consumed: Micro-batches that the main run should not see again (``reuse_data: continue``).
         adaptive: The saved adapter is AdaLoRA's, which is to become plain LoRA.
@@ -51,6 +54,8 @@ class Started:
 
     origin: dict[str, Any]
     initial: Pairs = field(default_factory=dict)
+    start: Pairs = field(default_factory=dict)
+    spectra: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     consumed: int = 0
     adaptive: bool = False
@@ -68,6 +73,8 @@ class Started:
     def finish(self, folder: str | Path) -> None:
         """Make the saved adapter independent of this run: for the original base, and with its origin beside it."""
         folder = Path(folder)
+        if self.start:
+            write_atomic(folder / GEOMETRY, json.dumps(_geometry(folder, self)) + "\n")
         if self.initial:
             _remove_shift(folder, self.initial)
         if self.adaptive:
@@ -166,15 +173,17 @@ def initialize(
     if entry.facts.get("config") or entry.facts.get("optimizer"):
         _freeze(peft_model, entry, adapter)
         return started
-    factors = _cached(cache)
-    if factors is None:
+    known = _cached(cache)
+    if known is not None:
+        factors, started.spectra = known
+    else:
         if preheated:
             options = {"lr": lr, "accumulation": accumulation, "seed": seed, "loss": loss, "optimizer": optimizer}
             factors = _preheat(peft_model, entry, knobs, started, batches, adapter, options)
         else:
             factors = _compute(peft_model, entry, knobs, batches, loss, seed, adapter)
         if cache is not None:
-            _write(cache, factors)
+            _write(cache, factors, started.spectra)
     _apply(peft_model, entry, factors, started, adapter)
     return started
 
@@ -297,6 +306,7 @@ def _preheat(
         seed=options["seed"],
         adapter=adapter,
     )
+    started.spectra = {key.removesuffix(".S"): state[key].cpu() for key in state if key.endswith(".S")}
     if clipped := sum(len(state[key]) < stage.preheat_rank for key in state if key.endswith(".S")):
         started.notes.append(
             f"{entry.name}: preheating rank {stage.preheat_rank} was clipped to the short side of {clipped} modules."
@@ -382,6 +392,7 @@ def _apply(peft_model: Any, entry: Entry, factors: Pairs, started: Started, adap
             with torch.no_grad():
                 weight.copy_(weight.float() - layer.scaling[adapter] * (B.float() @ A.float()))
             started.initial[name] = (A.cpu(), B.cpu())
+    started.start = {name: (A.cpu(), B.cpu()) for name, (A, B) in factors.items()}
     if entry.facts.get("core"):
         started.origin["core"] = True
         train_core(peft_model, {name: B for name, (_, B) in factors.items()}, adapter=adapter)
@@ -429,8 +440,8 @@ def _cycle(batches: Callable[[], Iterable[Batch]], device: torch.device) -> Iter
             raise ModicumError("The training data give no batch to start the adapter from. Check data.path and size.")
 
 
-def _cached(path: Path | None) -> Pairs | None:
-    """Return the factors that an earlier call wrote, as the first process sees them, or ``None``."""
+def _cached(path: Path | None) -> tuple[Pairs, dict[str, Tensor]] | None:
+    """Return the factors and spectra that an earlier call wrote, as the first process sees them, or ``None``."""
     if path is None:
         return None
     import torch
@@ -444,7 +455,7 @@ def _cached(path: Path | None) -> Pairs | None:
     return told[0]
 
 
-def _write(path: Path, factors: Pairs) -> None:
+def _write(path: Path, factors: Pairs, spectra: Mapping[str, Tensor]) -> None:
     import os
 
     from safetensors.torch import save_file
@@ -452,13 +463,14 @@ def _write(path: Path, factors: Pairs) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     tensors = {f"{name}.{side}": t.cpu().contiguous() for name, pair in factors.items() for side, t in zip("AB", pair)}
+    tensors |= {f"{name}.S": S.contiguous() for name, S in spectra.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, beside)
     beside.replace(path)
 
 
-def _read(path: Path) -> Pairs:
+def _read(path: Path) -> tuple[Pairs, dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -467,7 +479,41 @@ def _read(path: Path) -> Pairs:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is corrupt ({error}). Delete it, and the run starts the adapter anew.") from None
     names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
-    return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+    spectra = {key.removesuffix(".S"): S for key, S in tensors.items() if key.endswith(".S")}
+    return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}, spectra
+
+
+def _geometry(folder: Path, started: Started) -> dict[str, Any]:
+    """Say how far each module's directions turned in training, and how much of the preheated change they held."""
+    import torch
+    from safetensors.torch import load_file
+
+    from modicum.adapters.angles import mean_angle
+
+    final = load_file(folder / WEIGHTS)
+    names = [name for name in started.start if f"{PREFIX}{name}.lora_A.weight" in final]
+    turned = {
+        f"turned_{side}": [
+            mean_angle(*(M if side == "A" else M.T for M in (started.start[name][place], final[key])))
+            for name in names
+            for key in [f"{PREFIX}{name}.lora_{side}.weight"]
+        ]
+        for place, side in enumerate("AB")
+    }
+    found: dict[str, Any] = {"name": started.origin["name"], "modules": names, **turned}
+    learned = {name: S.double().square() for name, S in started.spectra.items() if name in names and S.any()}
+    if learned:
+        shares = {name: energy.cumsum(0) / energy.sum() for name, energy in learned.items()}
+        ranks = {name: len(started.start[name][0]) for name in names}
+        found["held"] = [round(float(shares[n][ranks[n] - 1]), 4) if n in shares else None for n in names]
+        # Short sides clip the spectra of some modules, which then hold everything.
+        longest = max(map(len, shares.values()))
+        whole = torch.stack([torch.nn.functional.pad(s, (0, longest - len(s)), value=1.0) for s in shares.values()])
+        found["shares"] = {
+            label: [round(value, 4) for value in torch.quantile(whole, at, dim=0).tolist()]
+            for label, at in (("least", 0.0), ("median", 0.5), ("most", 1.0))
+        }
+    return found
 
 
 def _make_plain(folder: Path) -> None:
