@@ -223,3 +223,37 @@ def test_a_llama_learns_the_same_under_every_engine(engine):
         return flat(copied)
 
     torch.testing.assert_close(run(engine), run("mutate"), rtol=0, atol=1e-10)
+
+
+def test_a_backward_pass_between_probes_does_not_meet_the_shared_buffer():
+    model = tiny_llama().double().eval()
+    ids = torch.randint(5, 60, (4, 20), generator=torch.Generator().manual_seed(0))
+    optimizer = TeZO(model.named_parameters(), lr=1e-2, rank=4, engine="adapter")
+    optimizer.attach(model)
+    for _ in range(3):
+        optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
+    hooks = optimizer._hooks
+    # The batch is large enough for every linear layer to add its direction to its weight.
+    assert hooks._scratch.numel() == max(p.numel() for p in model.parameters())
+    model(input_ids=ids, labels=ids).loss.backward()
+    beside = {name: p.grad.clone() for name, p in model.named_parameters() if name.endswith("norm.weight")}
+    model.zero_grad()
+    optimizer.detach()
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, gradient in beside.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-6, atol=1e-9)
+
+
+def test_the_shared_buffer_outlives_inference_mode():
+    model = tiny_llama().eval()
+    ids = torch.randint(5, 60, (4, 20), generator=torch.Generator().manual_seed(0))
+    optimizer = TeZO(model.named_parameters(), lr=1e-2, rank=4, engine="adapter")
+    optimizer.attach(model)
+
+    def inside():
+        with torch.inference_mode():
+            return model(input_ids=ids, labels=ids).loss.item()
+
+    first = optimizer.step(inside)
+    second = optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
+    assert torch.isfinite(first) and torch.isfinite(second)

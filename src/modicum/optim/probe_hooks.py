@@ -101,6 +101,7 @@ class ProbeHooks:
         self._probing = False
         self._handles: list[Any] = []
         self._swapped: dict[nn.Module, dict[str, Any]] = {}
+        self._scratch: Tensor | None = None
         by_module: dict[nn.Module, dict[str, Leaf]] = {}
         for leaf, places in self.owners.items():
             for module, name in places:
@@ -172,8 +173,30 @@ class ProbeHooks:
                 elif kind == "scale":
                     values[name] = _rowwise(_present(dense), inputs[0])
             elif single and self.current[0].coordinates is not None and self._sums(module, leaf, inputs):
-                values[name] = _sum(leaf, *self._factors(leaf, self.current[0]))
+                # Such a module is done with its only matrix, and with all inside it, before another begins.
+                alone = kind in ("linear", "conv1d") and sum(leaf.rank > 0 for leaf in held.values()) == 1
+                alone = alone and next(module.children(), None) is None
+                values[name] = self._sum(leaf, *self._factors(leaf, self.current[0]), alone=alone)
         return values
+
+    def _sum(self, leaf: Leaf, left: Tensor, right: Tensor, *, alone: bool) -> Tensor:
+        """Return weight and direction together, for the length of a call."""
+        weight = leaf.matrix()
+        left, right = left.to(weight.dtype), right.to(weight.dtype)
+        if weight.dim() == 3:
+            return torch.baddbmm(weight, left, right.mT)
+        # One buffer then serves all modules and stays in the cache. With gradients on, the result may be remembered
+        # for a backward pass, and needs memory of its own.
+        out = self._buffer(weight) if alone and not torch.is_grad_enabled() else None
+        return torch.addmm(weight, left, right.mT, out=out).view(leaf.param.shape)
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        """Return a matrix of this form whose content the next caller overwrites."""
+        held = self._scratch
+        if held is None or held.numel() < like.numel() or (held.dtype, held.device) != (like.dtype, like.device):
+            with torch.inference_mode(False):  # made inside, it could not be written outside
+                held = self._scratch = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        return held[: like.numel()].view(like.shape)
 
     def _sums(self, module: nn.Module, leaf: Leaf, inputs: tuple[Any, ...]) -> bool:
         """Whether to add the direction to the weight in a scratch buffer rather than beside it."""
@@ -221,9 +244,9 @@ class ProbeHooks:
 
     def _low_rank(self, module: nn.Module, leaf: Leaf, x: Tensor, output: Tensor) -> Tensor:
         pairs = [self._factors(leaf, branch) for branch in self.current]
-        left = torch.stack([pair[0] for pair in pairs]).to(output.dtype)
-        right = pairs[0][1].to(output.dtype)
         blocks, width = len(pairs), output.shape[-1]
+        left = pairs[0][0][None] if blocks == 1 else torch.stack([pair[0] for pair in pairs])
+        left, right = left.to(output.dtype), pairs[0][1].to(output.dtype)
         flat = output.view(blocks, -1, width)
         if isinstance(module, nn.Embedding):
             ids = x.reshape(blocks, -1)
@@ -306,14 +329,6 @@ def _kind(module: nn.Module) -> str:
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
         return "linear"
     return "scale" if name.endswith("RMSNorm") else "other"
-
-
-def _sum(leaf: Leaf, left: Tensor, right: Tensor) -> Tensor:
-    weight = leaf.matrix()
-    dtype = weight.dtype
-    if weight.dim() == 2:
-        return torch.addmm(weight, left.to(dtype), right.to(dtype).mT).view(leaf.param.shape)
-    return torch.baddbmm(weight, left.to(dtype), right.to(dtype).mT)
 
 
 def _rowwise(values: list[Tensor], x: Tensor) -> Tensor:
