@@ -289,6 +289,10 @@ def test_residuals_match_the_committed_table_of_the_matrix_model():
         ({"B": torch.ones(6, 3)}, r"A is \(4, 6\) and B \(6, 3\), expected A \(R, in\) and B \(out, R\)"),
         ({"scale": "big"}, "scale is 'big', expected 'match', 'unit' or a positive number"),
         ({"scale": -1.0}, "scale is -1.0"),
+        ({"init_factor": "C"}, "init_factor is 'C', expected one of A, B, auto, balanced"),
+        ({"on_deficient": "ignore"}, "on_deficient is 'ignore', expected one of complete, error"),
+        ({"train_factors": "none"}, "train_factors is 'none', expected one of both, A, B"),
+        ({"rtol": 1.0}, "rtol is 1.0, expected at least 0 and below 1"),
     ],
 )
 def test_what_is_wrong_is_said(change, message):
@@ -296,6 +300,21 @@ def test_what_is_wrong_is_said(change, message):
     arguments = {"A": A, "B": B, "rank": 2} | change
     with pytest.raises(ModicumError, match=message):
         hrp_factors(arguments.pop("A"), arguments.pop("B"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"preheat_lr": 0.0}, "preheat_lr is 0.0, expected a positive number"),
+        ({"preheat_optimizer": "lion"}, "preheat_optimizer is 'lion', expected one of same, adamw, sgd"),
+        ({"train_factors": "C"}, "train_factors is 'C'"),
+        ({"reuse_data": "never"}, "reuse_data is 'never'"),
+        ({"rank_redistribution": "all"}, "rank_redistribution is 'all'"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused(knobs, message):
+    with pytest.raises(ModicumError, match=message):
+        Preheat(**knobs)
 
 
 def test_one_by_one_is_a_case():

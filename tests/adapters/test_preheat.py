@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, KasaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from modicum.adapters import Preheat, get_hrp_state_dict, initialize_lora_hrp_weights, preheating
@@ -209,12 +209,42 @@ def test_a_module_that_learned_nothing_keeps_its_default_start_and_is_named():
     assert torch.equal(lora_layers(model)[name].lora_A["default"].weight, before)
 
 
-def test_embeddings_keep_their_default_start():
+def test_embeddings_keep_their_default_start_and_are_named():
     untied = tiny_llama(tie_word_embeddings=False)
     model = get_peft_model(untied, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
     state = get_hrp_state_dict(model, batches(), lr=LR, config=SHORT)
-    initialize_lora_hrp_weights(model, state)
+    with pytest.warns(UserWarning, match="1 modules at their default start: model.embed_tokens"):
+        assert initialize_lora_hrp_weights(model, state) == ["model.embed_tokens"]
     assert len(state) == 3 * 2
+
+
+def test_convolutions_keep_their_default_start_and_are_named():
+    net = torch.nn.Sequential(torch.nn.Conv1d(3, 5, 2), torch.nn.Flatten(), torch.nn.Linear(20, 6))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "2"]))
+    data = [{"input": torch.randn(4, 3, 5, generator=generator(0, "images"))}] * 2
+    config = Preheat(preheat_rank=4, preheat_steps=2)
+    state = get_hrp_state_dict(model, data, lr=LR, config=config, loss=lambda m, b: m(**b).square().sum())
+    assert {key.rpartition(".")[0] for key in state} == {"2"}
+    with pytest.warns(UserWarning, match="1 modules at their default start: 0"):
+        assert initialize_lora_hrp_weights(model, state) == ["0"]
+
+
+def test_one_sgd_step_of_b_is_the_gradient_seen_through_a():
+    """A linear model with whitened inputs: B = -lr s G A^T exactly, where G is the gradient of the weight."""
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
+    model = get_peft_model(net, LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
+    inputs = torch.linalg.qr(torch.randn(20, 6, generator=generator(0, "inputs"))).Q
+    targets = torch.randn(20, 5, generator=generator(0, "targets"))
+    G = (inputs @ net[0].base_layer.weight.T - targets).T @ inputs
+    with preheating(model, config=Preheat(preheat_rank=4, train_factors="B")) as stage:
+        optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+        ((model(inputs) - targets).square().sum() / 2).backward()
+        optimizer.step()
+        A, B = (factor.detach() for factor in factors_of(stage.layers["0"], "_hrp"))
+        torch.testing.assert_close(B, -0.1 * 3.0 * G @ A.T)
+        state = stage.state()
+    left = torch.linalg.qr(G @ A.T).Q
+    torch.testing.assert_close(left @ left.T, state["0.U"] @ state["0.U"].T, atol=1e-5, rtol=0)
 
 
 def test_the_stage_learns_with_any_optimizer_and_over_several_micro_batches():
@@ -264,6 +294,13 @@ def test_what_cannot_be_preheated_is_said():
 def test_a_diverging_stage_says_so():
     with pytest.raises(ModicumError, match="loss became NaN or infinite"):
         get_hrp_state_dict(wrapped(), batches(), lr=LR, config=SHORT, loss=lambda m, b: m(**b).loss * float("nan"))
+
+
+def test_adapters_of_other_kinds_are_refused():
+    foreign = get_peft_model(tiny_llama(), IA3Config(task_type="CAUSAL_LM"))
+    with pytest.raises(ModicumError, match="no linear LoRA layer of an adapter 'default'"):
+        get_hrp_state_dict(foreign, batches(), lr=LR, config=SHORT)
+    fails("Variant adapters cannot be started", error=UnsupportedError, kasa_config=KasaConfig())
 
 
 def test_other_models_are_refused():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import torch
 from annotated_types import Ge, Lt
@@ -33,6 +33,9 @@ Trained: TypeAlias = Literal["both", "A", "B"]
 InitFactor: TypeAlias = Literal["A", "B", "auto", "balanced"]
 Scale: TypeAlias = Literal["match", "unit"] | Positive
 Deficient: TypeAlias = Literal["complete", "error"]
+PreheatOptimizer: TypeAlias = Literal["same", "adamw", "sgd"]
+Reuse: TypeAlias = Literal["restart", "continue"]
+Redistribution: TypeAlias = Literal["none", "eva"]
 
 # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)), so a row's squared length is 1/3 in expectation.
 ROW_NORM = 1 / math.sqrt(3)
@@ -58,11 +61,20 @@ class Preheat:
     preheat_rank: PositiveInt | None = None
     preheat_steps: PositiveInt | None = None
     preheat_lr: Positive | None = None
-    preheat_optimizer: Literal["same", "adamw", "sgd"] = "same"
+    preheat_optimizer: PreheatOptimizer = "same"
     train_factors: Trained = "both"
     keep_scaling: bool = True
-    reuse_data: Literal["restart", "continue"] = "restart"
-    rank_redistribution: Literal["none", "eva"] = "none"
+    reuse_data: Reuse = "restart"
+    rank_redistribution: Redistribution = "none"
+
+    def __post_init__(self) -> None:
+        """Refuse what no stage can do."""
+        _check_choice("preheat_optimizer", self.preheat_optimizer, PreheatOptimizer)
+        _check_choice("train_factors", self.train_factors, Trained)
+        _check_choice("reuse_data", self.reuse_data, Reuse)
+        _check_choice("rank_redistribution", self.rank_redistribution, Redistribution)
+        if self.preheat_lr is not None and not self.preheat_lr > 0:
+            raise ModicumError(f"preheat_lr is {self.preheat_lr}, expected a positive number. Leave it out for lr.")
 
     def rank_for(self, rank: int) -> int:
         """Return the preheating rank for an adapter of rank ``rank``.
@@ -214,6 +226,8 @@ def hrp_factors(
 
 def resolve_factor(init_factor: InitFactor, train_factors: Trained) -> Literal["A", "B", "balanced"]:
     """Return the factor that ``auto`` stands for, and warn where right vectors carry next to nothing."""
+    _check_choice("init_factor", init_factor, InitFactor)
+    _check_choice("train_factors", train_factors, Trained)
     if init_factor == "auto":
         return "B" if train_factors == "B" else "A"
     if init_factor == "A" and train_factors == "B":
@@ -237,6 +251,9 @@ def factors_from_svd(
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
 ) -> Factors:
     """Make the factors from a decomposition that is known already; see :func:`hrp_factors`."""
+    _check_choice("on_deficient", on_deficient, Deficient)
+    if not 0 <= rtol < 1:
+        raise ModicumError(f"rtol is {rtol}, expected at least 0 and below 1: a share of the largest singular value.")
     U, S, V = svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank]
     length = _length(scale)
     found = int((rtol * S[0] < S).sum())
@@ -277,6 +294,12 @@ def _check_factors(A: Tensor, B: Tensor, rank: int) -> None:
     for name, factor in (("A", A), ("B", B)):
         if not torch.isfinite(factor).all():
             raise ModicumError(f"{name} holds NaN or infinite values: preheating diverged. Lower its learning rate.")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    known = get_args(choices)
+    if value not in known:
+        raise ModicumError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
 
 
 def _length(scale: Scale) -> float:

@@ -41,6 +41,17 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
     return found
 
 
+def other_layers(model: nn.Module, adapter: str = "default") -> list[str]:
+    """Return the names of the layers that ``adapter`` has on embeddings and convolutions."""
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    return [
+        name.removeprefix(PREFIX)
+        for name, layer in modules
+        if adapter in getattr(layer, "lora_embedding_A", ())
+        or (adapter in getattr(layer, "lora_A", ()) and layer.lora_A[adapter].weight.ndim != 2)
+    ]
+
+
 def factors_of(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     """Return the parameters ``lora_A`` and ``lora_B`` of a layer."""
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,14 @@ from modicum.adapters.hrp import (
     Deficient,
     InitFactor,
     Preheat,
+    Redistribution,
     Scale,
     Trained,
     factor_svd,
     factors_from_svd,
     resolve_factor,
 )
-from modicum.adapters.layers import factors_of, lora_layers, store, whole
+from modicum.adapters.layers import factors_of, lora_layers, other_layers, store, whole
 from modicum.adapters.ranks import change_ranks, redistribute
 from modicum.errors import ModicumError
 from modicum.linalg import SVD
@@ -246,7 +247,7 @@ def initialize_lora_hrp_weights(
     rtol: float = 1e-6,
     on_deficient: Deficient = "complete",
     train_factors: Trained = "both",
-    rank_redistribution: Literal["none", "eva"] = "none",
+    rank_redistribution: Redistribution = "none",
     seed: int = 0,
     adapter: str = "default",
 ) -> list[str]:
@@ -268,7 +269,8 @@ def initialize_lora_hrp_weights(
         adapter: The adapter to start.
 
     Returns:
-        Modules left at their default start, because they learned nothing or are not in ``state``; also a warning.
+        Modules left at their default start, because they learned nothing, are not in ``state``, or are embeddings or
+        convolutions; also a warning.
 
     Raises:
         ModicumError: The state fits no module, or its rank is below the adapter's.
@@ -305,7 +307,7 @@ def initialize_lora_hrp_weights(
         for parameter, value in zip(factors_of(layer, adapter), (A, B)):
             store(parameter, value, name)
     peft_model.peft_config[adapter].init_lora_weights = True
-    left = sorted(layers.keys() - known.keys())
+    left = sorted({*layers, *other_layers(peft_model, adapter)} - known.keys())
     if left:
         warnings.warn(f"HRP left {len(left)} modules at their default start: {', '.join(left)}", stacklevel=2)
     return left
