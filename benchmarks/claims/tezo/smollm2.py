@@ -1,6 +1,6 @@
 """SmolLM2-135M on two small tasks: zeroth-order methods beside LoRA, at equal processor time and at equal memory.
 
-    python -m benchmarks.claims.tezo.smollm2 [--minutes 60] [--seconds 22]
+    python -m benchmarks.claims.tezo.smollm2 [--minutes 60] [--seconds 18]
 
 Every method moves the same 60 matrices (queries and values), sees batches of 8 prompts and the loss over two label
 words, and trains for the same processor time on one core. A learning rate is chosen by dev loss on seed 100, from one
@@ -40,7 +40,7 @@ RESULTS = TOY_RESULTS.with_name("tezo-smollm2.json")
 TASKS = ("polarity", "order")
 MATRICES = r"self_attn\.(q|v)_proj"
 BATCH, TRAIN, DEV = 8, 512, 64
-SECONDS = 22.0
+SECONDS = 18.0
 SQUEEZED = "LoRA, TeZO's memory"  # its batch is halved until it fits what TeZO takes
 CURVE = 40  # points of a cell's record at most
 
