@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from benchmarks.claims.hrp.result import read_result, run_cells
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
-from modicum.jobs.adapters import config_fields, initialize
+from modicum.jobs.adapters import initialize, peft_config
 from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
 from modicum.jobs.models import load_model, load_tokenizer
 
@@ -83,7 +83,7 @@ def _kept(cell: dict[str, Any]) -> Path | None:
 def run(cell: dict[str, Any]) -> dict[str, Any]:
     name, knobs = METHODS[cell["method"]]
     training, unseen = parts(cell["task"], cell["seed"])
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", **config_fields(name))
+    config = peft_config(name, knobs, rank=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     model: Any = get_peft_model(copy.deepcopy(base_model()), config)
     started = initialize(
         model, name, knobs, batches=lambda: training, lr=cell["lr"], seed=cell["seed"], total_steps=TOTAL,

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 from benchmarks.claims.hrp.result import run_cells
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modicum.adapters.angles import captured, principal_angles
 from modicum.adapters.layers import factors_of, lora_layers
-from modicum.jobs.adapters import config_fields, initialize, make_optimizer
+from modicum.jobs.adapters import after_backward, initialize, make_optimizer, peft_config
 from modicum.random import generator
 
 VOCABULARY, TOKENS, BATCH, RANK = 24, 24, 16, 4
@@ -62,6 +62,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-sb": ("lora_sb", {}),
     "lora-xs": ("lora_xs", {}),
     "dora": ("dora", {}),
+    "adalora": ("adalora", {}),  # without its penalty, which PEFT adds to a loss of the model's own only
     "lora r=48": ("default", {}),
     "full": ("", {}),
 }
@@ -144,10 +145,10 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     if name:
         rank = 48 if cell["method"] == "lora r=48" else RANK
         # The scaling is 2 for every rank, so that a rank's effect is not its scaling's.
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", **config_fields(name))
+        config = peft_config(name, knobs, rank=rank, lora_alpha=2 * rank, target_modules="all-linear")
         model = get_peft_model(model, config)
         started = initialize(
-            model, name, knobs, batches=batches, lr=lr, seed=seed,
+            model, name, knobs, batches=batches, lr=lr, seed=seed, total_steps=TOTAL,
             loss=lambda m, batch: distance(m, guide, batch["input_ids"]),
         )  # fmt: skip
         if name == "hrp":
@@ -155,7 +156,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         elif "batches" in started.origin:
             steps -= GRADIENTS
     parameters = [p for p in model.parameters() if p.requires_grad]
-    start_A = _right_spaces(model) if name and name not in ("dora", "lora_xs", "lora_sb") else {}
+    start_A = _right_spaces(model) if name and name not in ("dora", "adalora", "lora_xs", "lora_sb") else {}
     optimizer = (name and make_optimizer(model, name, knobs, lr=lr)) or torch.optim.AdamW(
         parameters, lr=lr / 10 if not name else lr, weight_decay=0.0
     )
@@ -166,9 +167,11 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     )
     model.train()
     # Everybody ends on the same batches; a start that cost steps has seen the first ones already.
-    for ids in rows[TOTAL - steps : TOTAL]:
+    for step, ids in enumerate(rows[TOTAL - steps : TOTAL]):
         distance(model, guide, ids).backward()
         optimizer.step()
+        if name:
+            after_backward(model, name, step)
         schedule.step()
         optimizer.zero_grad()
     model.eval()
