@@ -284,7 +284,8 @@ def sce(base: Array, experts: Sequence[Array], select: float) -> Array:
     """Wan et al. 2024, Section 3.3."""
     taus = deltas(base, experts)
     if select < 1 and len(experts) > 1:
-        mask = trim(taus.var(0), max(1, int(select * base.size))) > 0
+        variance = taus.var(0)
+        mask = trim(variance, max(1, int(select * np.count_nonzero(variance)))) > 0
         taus = taus * mask
     energy = np.array([(tau**2).mean() for tau in taus])
     weights = energy / energy.sum() if energy.sum() else np.full(len(energy), 1 / len(energy))

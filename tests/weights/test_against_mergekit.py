@@ -21,19 +21,41 @@ pytestmark = [
 GRADIENT_AT_THE_END = {"ties_gradient", "linear_filters", "slerp"}
 
 
+# One process for all files: starting mergekit takes longer than all these merges.
+SCRIPT = """
+import sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for file in sys.argv[1:]:
+    with open(file) as text:
+        config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    run_merge(config, file.removesuffix(".yaml"), MergeOptions(copy_tokenizer=False, quiet=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def theirs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Folder of mergekit's results, by the names of the files."""
+    folder = tmp_path_factory.mktemp("theirs")
+    configs = [folder / file.name for file in FILES]
+    for file, config in zip(FILES, configs):
+        config.write_text(yaml.safe_dump(load(file, root)))
+    python = Path(os.environ["MERGEKIT"]).parent / "python"
+    subprocess.run([str(python), "-c", SCRIPT, *map(str, configs)], check=True)
+    return folder
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_results_agree(file: Path, root: Path, tmp_path: Path) -> None:  # noqa: F811
-    document = load(file, root)
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(document))
-    command = [os.environ["MERGEKIT"], str(config), str(tmp_path / "theirs"), "--no-copy-tokenizer", "--quiet"]
-    subprocess.run(command, check=True, capture_output=True)
-    theirs = {k: v for f in (tmp_path / "theirs").glob("*.safetensors") for k, v in load_file(f).items()}
-    ours = run(document, tmp_path / "ours")
-    assert ours.keys() == theirs.keys()
+def test_results_agree(file: Path, root: Path, theirs: Path, tmp_path: Path) -> None:  # noqa: F811
+    expected = {k: v for f in (theirs / file.stem).glob("*.safetensors") for k, v in load_file(f).items()}
+    ours = run(load(file, root), tmp_path / "ours")
+    assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
         if file.stem in GRADIENT_AT_THE_END and "layers" not in name:
             continue
-        assert tensor.dtype == theirs[name].dtype
+        assert tensor.dtype == expected[name].dtype
         tolerance = 1e-2 if tensor.dtype == torch.bfloat16 else 2e-5
-        torch.testing.assert_close(tensor, theirs[name], rtol=tolerance, atol=tolerance / 10, msg=name)
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=tolerance, atol=tolerance / 10, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -35,6 +35,9 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, Te
     yield "two", base, experts[:2]
     yield "one", base, experts[:1]
     yield "one unchanged", base, [experts[0], base.clone(), experts[2]]
+    partly = experts[1].clone()
+    partly.view(-1)[::2] = experts[0].reshape(-1)[::2]
+    yield "partly equal", base, [experts[0], partly]
     yield "all unchanged", base, [base.clone(), base.clone()]
 
 
@@ -131,6 +134,10 @@ CASES: dict[str, tuple[Ours, Theirs]] = {
     "multislerp": (
         ours("multislerp", weights=weights),
         lambda b, e: b + spread([x - b for x in e], rounds=1),
+    ),
+    "multislerp, no step": (
+        ours("multislerp", weights=weights, steps=0),
+        lambda b, e: b + spread([x - b for x in e], rounds=0),
     ),
     "karcher": (
         ours("karcher", weights=weights, iterations=60, tolerance=1e-15),

@@ -76,7 +76,8 @@ def _nuslerp(get: Getter) -> Made:
 
 
 def _multislerp(get: Getter) -> Made:
-    knobs = {"weights": get.each("weight"), "normalize_weights": get.shared("normalize_weights", True)}
+    # mergekit's tangents are not scaled by their angles, so that their weighted sum, and with it the step, vanishes.
+    knobs = {"weights": get.each("weight"), "normalize_weights": get.shared("normalize_weights", True), "steps": 0}
     return "multislerp", knobs, None
 
 

@@ -26,7 +26,7 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
     Args:
         base: The tensor that the experts were trained from.
         experts: One tensor of each expert.
-        select: Share of entries kept: those whose deltas vary most between the experts.
+        select: Share kept of the entries on which the experts differ: those whose deltas vary most between them.
 
     Returns:
         The merged tensor.
@@ -51,7 +51,7 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
     size = base.numel()
     if select < 1 and len(experts) > 1 and size:
         variance = deltas.var(0, correction=0)
-        dropped = variance.argsort(descending=True, stable=True)[kept_of(size, select) :]
+        dropped = variance.argsort(descending=True, stable=True)[kept_of(int(variance.count_nonzero()), select) :]
         deltas[:, dropped] = 0
     energy = deltas.square().mean(1) if size else deltas.sum(1)
     weights = energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / len(energy))
