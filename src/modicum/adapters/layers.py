@@ -89,6 +89,12 @@ def store(parameter: Any, value: Tensor, name: str) -> None:
     parameter.copy_(value)
 
 
+def store_factors(layer: Any, adapter: str, factors: tuple[Tensor, Tensor], name: str) -> None:
+    """Copy ``lora_A`` and ``lora_B`` into a layer; see :func:`store`."""
+    for parameter, value in zip(factors_of(layer, adapter), factors):
+        store(parameter, value, name)
+
+
 def _refuse_variants(name: str, layer: Any, adapter: str) -> None:
     if layer.merged_adapters:
         raise UnsupportedError(f"{name}: an adapter is merged into the base. Call unmerge_adapter() first.")

@@ -37,7 +37,7 @@ from modicum.adapters.hrp import (
     factors_from_svd,
     resolve_factor,
 )
-from modicum.adapters.layers import factors_of, lora_layers, other_layers, store, whole
+from modicum.adapters.layers import factors_of, lora_layers, other_layers, store, store_factors, whole
 from modicum.adapters.ranks import change_ranks, redistribute
 from modicum.errors import ModicumError
 from modicum.linalg import SVD
@@ -293,7 +293,7 @@ def initialize_lora_hrp_weights(
                 "keep more."
             )
         try:
-            A, B = factors_from_svd(
+            factors = factors_from_svd(
                 svd._replace(S=svd.S / layer.scaling[adapter]),
                 rank=rank,
                 init_factor=factor,
@@ -304,8 +304,7 @@ def initialize_lora_hrp_weights(
             )
         except ModicumError as error:
             raise ModicumError(f"{name}: {error}") from None
-        for parameter, value in zip(factors_of(layer, adapter), (A, B)):
-            store(parameter, value, name)
+        store_factors(layer, adapter, factors, name)
     peft_model.peft_config[adapter].init_lora_weights = True
     left = sorted({*layers, *other_layers(peft_model, adapter)} - known.keys())
     if left:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from modicum.adapters.hrp import Factors, Preheat, factor_svd, factors_from_svd, hrp_factors
-from modicum.adapters.layers import factors_of, lora_layers, store, whole
+from modicum.adapters.layers import factors_of, lora_layers, store_factors, whole
 from modicum.adapters.ranks import change_ranks
 from modicum.adapters.serving import alpha_for
 from modicum.errors import ModicumError
@@ -112,8 +112,7 @@ def squeeze(peft_model: Any, rank: int, *, adapter: str = "default") -> None:
             compressed[name] = factors_from_svd(svd, rank=rank, init_factor="balanced")
     change_ranks(peft_model, dict.fromkeys(layers, rank), adapter=adapter)
     for name, factors in compressed.items():
-        for parameter, value in zip(factors_of(layers[name], adapter), factors):
-            store(parameter, value, name)
+        store_factors(layers[name], adapter, factors, name)
     config, scalings = peft_model.peft_config[adapter], {layer.scaling[adapter] for layer in layers.values()}
     config.r = rank
     if len(scalings) == 1:  # then the patterns say nothing that the two numbers do not

@@ -376,15 +376,14 @@ def _apply(peft_model: Any, entry: Entry, factors: Pairs, started: Started, adap
 
     from modicum.adapters.calibrate import base_weight
     from modicum.adapters.core import train_core
-    from modicum.adapters.layers import factors_of, lora_layers, store
+    from modicum.adapters.layers import factors_of, lora_layers, store_factors
     from modicum.adapters.ranks import change_ranks
 
     change_ranks(peft_model, {name: len(A) for name, (A, _) in factors.items()}, adapter=adapter)
     layers = lora_layers(peft_model, adapter)
     for name, values in factors.items():
         layer = layers[name]
-        for parameter, value in zip(factors_of(layer, adapter), values):
-            store(parameter, value, name)
+        store_factors(layer, adapter, values, name)
         if entry.facts.get("shifts_base"):
             # What left the base is what the layer computes, in the dtype that it stores.
             A, B = (factor.detach().clone() for factor in factors_of(layer, adapter))
