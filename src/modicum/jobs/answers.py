@@ -231,10 +231,10 @@ def _score_callback(loss: AnswerLoss) -> TrainerCallback:
             self.total += float(loss.last[0])
             self.count += loss.last[1]
 
-        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+        def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
             if "eval_loss" not in logs or not self.count:
                 return
-            mean = parallel.mean(torch.tensor([self.total], dtype=torch.float64), self.count)
+            mean = parallel.mean(torch.tensor([self.total], device=args.device), self.count)
             # The history has its copy already; the callbacks after this one read `logs`.
             logs[key] = state.log_history[-1][key] = float(mean)
             self.total, self.count = 0.0, 0
