@@ -19,7 +19,7 @@ from transformers import Cache
 from modicum.errors import UnsupportedError
 from modicum.models import zero_exit
 from modicum.models.zero_cache import SlotLayer
-from modicum.models.zero_config import ZeroTokenConfig
+from modicum.models.zero_config import PlainConfig, zero_key_shape
 from modicum.models.zero_schedule import Stages
 from modicum.models.zero_visit import Visit
 
@@ -54,7 +54,7 @@ class Pass:
         scores: What was compared with the threshold at each decision (b, t).
     """
 
-    config: ZeroTokenConfig
+    config: PlainConfig
     stages: Stages
     layers: nn.ModuleList
     call: dict[str, Any]
@@ -100,7 +100,7 @@ class Pass:
             layer,
             cycle,
             slot,
-            backend=self.config._attn_implementation or "sdpa",
+            backend=self.config._attn_implementation_internal or "sdpa",
             route=self.config.route,
             cache=self.cache,
             has_zero=row is not None,
@@ -111,7 +111,7 @@ class Pass:
             previous=None if self.config.cache_policy == "propagate" else previous,
             shared=shared,
             only_store=only_store,
-            lora=self._lora(layer, cycle),
+            lora=self._lora(layer, cycle) if self.config.lora_rank else None,
         )
         mask = self.masks[self.layer_types[slot]]
         block: Any = self.layers[layer]
@@ -132,11 +132,8 @@ class Pass:
             return None
         block = self.layers[layer]
         if self.config.zero_kind == "off_by_one":
-            heads = self.config.num_attention_heads
-            groups = getattr(self.config.host, "num_key_value_heads", None) or heads
-            width = getattr(self.config.host, "head_dim", None) or self.config.hidden_size // heads
-            weight = next(block.parameters())
-            return weight.new_zeros(groups, width)
+            weight: Tensor = next(block.parameters())
+            return weight.new_zeros(zero_key_shape(self.config.host))
         key = self.pool["zero_key"][row]
         norm = getattr(getattr(block, "self_attn", None), "k_norm", None)
         if norm is not None and self.config.zero_key_norm:
@@ -147,13 +144,12 @@ class Pass:
             key = key[None, :, None] * cos + torch.cat([-second, first], -1)[None, :, None] * sin
         return key
 
-    def _lora(self, layer: int, cycle: int) -> dict[str, tuple[Tensor, Tensor]] | None:
-        found = {
+    def _lora(self, layer: int, cycle: int) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
             name.split(":")[1].replace("/", "."): (a[cycle], self.pool[f"{name[:-1]}B"][cycle])
             for name, a in self.pool.items()
             if name.startswith(f"lora.{layer}:") and name.endswith(":A")
         }
-        return found or None
 
 
 def run(p: Pass, hidden: Tensor) -> Tensor:
@@ -299,7 +295,7 @@ class _Criterion:
                 raise UnsupportedError(
                     "There is no zero token to exit by. Set zero_token: true or another exit_criterion."
                 )
-            score = zero_exit.layer_score(p0s, score=config.exit_score)  # type: ignore[arg-type]
+            score = zero_exit.layer_score(p0s, score=config.exit_score)
         elif config.exit_criterion == "random":
             score = zero_exit.random_score(p.positions, seed=config.seed, cycle=done).expand(after.shape[:2])
             threshold = 1 - threshold
@@ -335,7 +331,7 @@ class _Criterion:
         real = self.p.real
         if self.scope == "prefix" and self.p.cache is not None:
             score, real = _with_history(self.p.cache, slot, score), None
-        pooled = zero_exit.spread(score, scope=self.scope, mask=real)[:, -t:]  # type: ignore[arg-type]
+        pooled = zero_exit.spread(score, scope=self.scope, mask=real)[:, -t:]
         self.p.scores.append(pooled)
         return stays & ~(pooled > threshold)
 

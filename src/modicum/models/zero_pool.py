@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from modicum.errors import CheckpointError
-from modicum.models.zero_config import ZeroTokenConfig
+from modicum.models.zero_config import ZeroTokenConfig, zero_key_shape
 from modicum.random import generator
 
 OTHER_CYCLES = (
@@ -33,8 +33,7 @@ class ZeroTokenPool(nn.Module):
         super().__init__()
         rows, depth = 1 + max(config.rows.values(), default=-1), config.depth
         heads = config.num_attention_heads
-        groups = getattr(config.host, "num_key_value_heads", None) or heads
-        width = getattr(config.host, "head_dim", None) or config.hidden_size // heads
+        groups, width = zero_key_shape(config.host)
         self.std, self.seed = config.zero_key_init_std, config.seed
         if rows and config.zero_kind == "key":
             self.zero_key = nn.Parameter(torch.empty(rows, groups, width))

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.models import zero_hosts, zero_loop
 from modicum.models.zero_cache import prepare_cache
-from modicum.models.zero_config import ZeroTokenConfig
+from modicum.models.zero_config import PlainConfig, ZeroTokenConfig
 from modicum.models.zero_pool import OTHER_CYCLES, ZeroTokenPool
 from modicum.models.zero_visit import ATTENTION, add_gate, add_lora, watch
 from modicum.random import generator
@@ -310,7 +310,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             real = attention_mask[:, -t:].bool()
         cycles, depths = self._cycles(n_cycles, b, t)
         return hidden, zero_loop.Pass(
-            config=config,
+            config=PlainConfig(config),
             stages=self._stages,
             layers=self.layers,
             call=call,

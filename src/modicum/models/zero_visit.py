@@ -7,6 +7,7 @@ the visit in its own cache slot and adds the zero token.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class Visit:
         shared: Use ``previous`` for all tokens.
         only_store: Store keys and values, attend to nothing.
         lora: Low-rank factors by the name of the linear map.
-        p0: Attention on the zero token (b, h, t), once the call was made.
+        zero_attention: Attention on the zero token (b, h, t), or what computes it; see :attr:`p0`.
         weights: Attention on the real tokens, by the eager implementation.
         states: Keys and values of the new tokens as they were stored.
     """
@@ -67,9 +68,16 @@ class Visit:
     shared: bool = False
     only_store: bool = False
     lora: dict[str, tuple[Tensor, Tensor]] | None = None
-    p0: Tensor | None = None
+    zero_attention: Tensor | Callable[[], Tensor] | None = None
     weights: Tensor | None = None
     states: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def p0(self) -> Tensor | None:
+        """Attention on the zero token (b, h, t), once the call was made; decoding computes it when it is asked for."""
+        if callable(self.zero_attention):
+            self.zero_attention = self.zero_attention()
+        return self.zero_attention
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Store the new keys and values; return all that are visible, and whether the zero token leads them."""
@@ -121,7 +129,7 @@ def attend(
     is_causal = attention_mask is None and query.shape[2] > 1
     if visit.backend == "eager":
         s0 = zero_logit(query, visit.zero_key, visit.zero_bias, scale=scale)
-        out, visit.p0, visit.weights = eager_attention(
+        out, visit.zero_attention, visit.weights = eager_attention(
             query, key, value, s0, attn_mask=attention_mask, is_causal=is_causal, scale=scale, dropout=dropout
         )
     elif visit.backend == "sdpa":
@@ -138,7 +146,7 @@ def attend(
             route=visit.route,
             return_zero_attention=True,
         )
-        out, visit.p0 = result
+        out, visit.zero_attention = result
     else:
         raise UnsupportedError(
             f"attn_implementation={visit.backend!r} cannot express a zero token. Use 'sdpa' or 'eager'."
@@ -151,7 +159,7 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, visi
     if mask is not None:
         mask = torch.nn.functional.pad(float_mask(mask, query.dtype), (1, 0))
     out, lse = attention_with_lse(query, key, value, mask, is_causal=False, scale=scale)
-    visit.p0 = torch.exp(zero_logit(query, visit.zero_key, None, scale=scale) - lse)
+    visit.zero_attention = lambda: torch.exp(zero_logit(query, visit.zero_key, None, scale=scale) - lse)
     return out.transpose(1, 2)
 
 
