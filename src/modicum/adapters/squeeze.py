@@ -47,6 +47,7 @@ def lora_squeeze(A: Float[Tensor, "R in"], B: Float[Tensor, "out R"], *, rank: P
         ModicumError: Shapes do not fit, rank exceeds R, a factor is not finite, or the product is zero.
 
     Example:
+        >>> import torch
         >>> A, B = lora_squeeze(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2), rank=1)
         >>> B @ A
         tensor([[0., 0.],
