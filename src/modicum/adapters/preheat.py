@@ -204,7 +204,7 @@ def hrp_state(learned: Mapping[str, tuple[Tensor, Tensor]], *, keep: int | None 
 
     @torch.no_grad()
     def decompose(names: list[str]) -> State:
-        A, B = (torch.stack([learned[name][side].double() for name in names]) for side in (0, 1))
+        A, B = (_stacked([learned[name][side] for name in names]).double() for side in (0, 1))
         finite = (A.sum((1, 2)) + B.sum((1, 2))).isfinite()  # float64 sums of float32 numbers do not overflow
         if not finite.all():
             bad = names[int(finite.int().argmin())]
@@ -223,6 +223,11 @@ def hrp_state(learned: Mapping[str, tuple[Tensor, Tensor]], *, keep: int | None 
             "gradients."
         )
     return {f"{name}.{key}": state[f"{name}.{key}"] for name in learned for key in "USV"}
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Stack without a copy where there is one."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 def _side_by_side(work: Callable[[list[str]], State], stacks: list[list[str]]) -> list[State]:

@@ -48,10 +48,10 @@ def lora_squeeze(A: Float[Tensor, "R in"], B: Float[Tensor, "out R"], *, rank: P
 
     Example:
         >>> import torch
-        >>> A, B = lora_squeeze(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2), rank=1)
+        >>> A, B = lora_squeeze(torch.diag(torch.tensor([1.0, 4.0])), torch.eye(2), rank=1)
         >>> B @ A
         tensor([[0., 0.],
-                [0., 2.]])
+                [0., 4.]])
 
     Cost:
         That of ``hrp``.
