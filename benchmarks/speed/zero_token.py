@@ -1,10 +1,11 @@
 """Time and memory of the zero token: attention by each route, training steps, decoding, exits, side by side in one run.
 
-    python benchmarks/speed/zero_token.py [--part attention|train|decode|exit] [--threads 1]
+    python benchmarks/speed/zero_token.py [--part attention|train|decode|exit] [--threads 1] [--again]
 
 Compared with what a user would run instead: plain attention, head-tail cycling without zero tokens, and a stock Llama
 of the same logical depth. Widths are those of SmolLM2-135M with a smaller vocabulary and fewer layers. Each part takes
-about a minute of one idle core; without ``--part`` all four run. Variants take turns, and every ratio is the median of
+about a minute of one idle core; without ``--part`` all four run. Rows are written as they come, and rows that are there
+are skipped, so that a run may be cut short and started again. Variants take turns, and every ratio is the median of
 ratios within a turn, once of wall-clock time and once of processor time: where other work shares the machine, only the
 latter says something.
 """
@@ -17,8 +18,9 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +44,8 @@ WIDTHS = {
 }
 PHYSICAL, CYCLES = 4, 3  # 2 + 3 * 2 = 8 visits
 Calls = dict[str, Callable[[], object]]
+Table = dict[str, dict[str, float]]
+Rows = Iterator[tuple[str, Callable[[], Table]]]
 
 
 def timed(calls: Calls, *, rounds: int) -> dict[str, list[tuple[float, float]]]:
@@ -56,7 +60,7 @@ def timed(calls: Calls, *, rounds: int) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def ratios(seconds: dict[str, list[tuple[float, float]]], peer: str) -> dict[str, dict[str, float]]:
+def ratios(seconds: dict[str, list[tuple[float, float]]], peer: str) -> Table:
     return {
         name: {
             "processor ms": round(1e3 * statistics.median(cpu for _, cpu in values), 3),
@@ -86,24 +90,23 @@ def resident(field: str) -> int:
     return int(line.split()[1])
 
 
-def attention() -> dict[str, object]:
+def attention() -> Rows:
     """Every route against plain attention; beyond 2048 positions with grouped queries and forward only."""
-    found: dict[str, object] = {}
     for t, rounds in ((512, 15), (2048, 3), (8192, 1)):
         for heads, groups in ((9, 9), (9, 3)) if t <= 2048 else ((9, 3),):
             for backward in (False, True)[: 1 if t > 2048 else 2]:
-                q, k, v = (torch.randn(1, h, t, 64, requires_grad=backward) for h in (heads, groups, groups))
-                z = torch.randn(groups, 64, requires_grad=backward)
-                calls = {
-                    route: attention_call(route, q, k, v, z, backward)
-                    for route in ("plain", "lse", "concat", "query_row")
-                }
                 name = f"T={t} heads={heads}/{groups} {'forward+backward' if backward else 'forward'}"
-                found[name] = table = ratios(timed(calls, rounds=rounds), "plain")
-                for route, call in calls.items():
-                    table[route]["peak MiB"] = peak_mib(call)
-                print(name, {route: table[route]["processor / plain"] for route in table}, flush=True)
-    return found
+                yield name, partial(attention_row, t, heads, groups, backward, rounds)
+
+
+def attention_row(t: int, heads: int, groups: int, backward: bool, rounds: int) -> Table:
+    q, k, v = (torch.randn(1, h, t, 64, requires_grad=backward) for h in (heads, groups, groups))
+    z = torch.randn(groups, 64, requires_grad=backward)
+    calls = {route: attention_call(route, q, k, v, z, backward) for route in ("plain", "lse", "concat", "query_row")}
+    table = ratios(timed(calls, rounds=rounds), "plain")
+    for route, call in calls.items():
+        table[route]["peak MiB"] = peak_mib(call)
+    return table
 
 
 def attention_call(
@@ -135,20 +138,21 @@ def looped(n_cycles: int, **knobs: object) -> ZeroTokenForCausalLM:
     return ZeroTokenForCausalLM(ZeroTokenConfig(host=host, n_cycles=n_cycles, **knobs)).eval()
 
 
-def train() -> dict[str, object]:
+def train() -> Rows:
     """Forward and backward of one batch; the goals are 1.05 of head-tail cycling and 1.15 of the stock Llama."""
-    found: dict[str, object] = {}
     for batch, length, rounds in ((1, 256, 5), (1, 1024, 3)):
-        ids = torch.randint(3, 8192, (batch, length), generator=torch.Generator().manual_seed(0))
-        calls = {name: train_step(model.train(), ids) for name, model in trio().items()}
-        seconds = timed(calls, rounds=rounds)
-        table = ratios(seconds, "llama")
-        for name, call in calls.items():
-            table[name]["processor / htc"] = round(ratio(seconds[name], seconds["htc"], 1), 4)
-            table[name]["peak MiB"] = peak_mib(call)
-        found[f"batch {batch} x {length}"] = table
-        print(f"train {batch} x {length}", json.dumps(table), flush=True)
-    return found
+        yield f"batch {batch} x {length}", partial(train_row, batch, length, rounds)
+
+
+def train_row(batch: int, length: int, rounds: int) -> Table:
+    ids = torch.randint(3, 8192, (batch, length), generator=torch.Generator().manual_seed(0))
+    calls = {name: train_step(model.train(), ids) for name, model in trio().items()}
+    seconds = timed(calls, rounds=rounds)
+    table = ratios(seconds, "llama")
+    for name, call in calls.items():
+        table[name]["processor / htc"] = round(ratio(seconds[name], seconds["htc"], 1), 4)
+        table[name]["peak MiB"] = peak_mib(call)
+    return table
 
 
 def train_step(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], object]:
@@ -159,40 +163,41 @@ def train_step(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], object
     return step
 
 
-def decode() -> dict[str, object]:
+def decode() -> Rows:
     """One token after another, batch 1; the goal is 1.10 of a stock Llama of the same depth."""
-    found: dict[str, object] = {}
     for length, rounds in ((64, 5), (1024, 3)):
-        seconds = per_token({name: (model.eval(), {}) for name, model in trio().items()}, length, 24, rounds)
-        found[f"after {length} tokens"] = table = ratios(seconds, "llama")
-        print(f"decode after {length}", json.dumps(table), flush=True)
-    cycles: dict[str, object] = {}
+        yield f"after {length} tokens", partial(decode_row, length, rounds)
+    yield "by cycles", cycles_row
+
+
+def decode_row(length: int, rounds: int) -> Table:
+    return ratios(per_token({name: (model.eval(), {}) for name, model in trio().items()}, length, 24, rounds), "llama")
+
+
+def cycles_row() -> Table:
     models = {f"N={n}": looped(n) for n in (1, 2, 3, 4)}
-    seconds = per_token({name: (model, {}) for name, model in models.items()}, 64, 24, 5)
-    table = ratios(seconds, "N=1")
+    table = ratios(per_token({name: (model, {}) for name, model in models.items()}, 64, 24, 5), "N=1")
+    visits = {name: model.config.num_hidden_layers for name, model in models.items()}
     for name, model in models.items():
-        cache = prefill(model, 256)[1]
-        values = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-        visits = model.config.num_hidden_layers
-        cycles[name] = table[name] | {
+        table[name] |= {
             "tokens/s of processor time": round(1e3 / table[name]["processor ms"], 2),
-            "layer visits": visits,
-            "visits / N=1": round(visits / models["N=1"].config.num_hidden_layers, 4),
-            "key-value bytes a token": sum(x.numel() * x.element_size() for x in values) // 256,
+            "layer visits": visits[name],
+            "visits / N=1": round(visits[name] / visits["N=1"], 4),
+            "key-value bytes a token": cache_bytes(model),
         }
-    shared = prefill(looped(4, cache_policy="share_first"), 256)[1]
-    used = sum(x.numel() * x.element_size() for s in shared.layers if s.keys is not None for x in (s.keys, s.values))
-    cycles["N=4, share_first"] = {"key-value bytes a token": used // 256}
-    found["by cycles"] = cycles
-    print("decode by cycles", json.dumps(cycles), flush=True)
-    return found
+    return table | {"N=4, share_first": {"key-value bytes a token": cache_bytes(looped(4, cache_policy="share_first"))}}
+
+
+def cache_bytes(model: torch.nn.Module, length: int = 256) -> int:
+    slots = [slot for slot in prefill(model, length)[1].layers if slot.keys is not None]
+    return sum(x.numel() * x.element_size() for slot in slots for x in (slot.keys, slot.values)) // length
 
 
 def prefill(model: torch.nn.Module, length: int, **knobs: object) -> tuple[torch.Tensor, DynamicCache]:
     ids = torch.randint(3, 8192, (1, length), generator=torch.Generator().manual_seed(1))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **knobs)
+        model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1, **knobs)
     return ids, cache
 
 
@@ -207,33 +212,29 @@ def per_token(
             wall, processor = time.perf_counter(), time.process_time()
             with torch.no_grad():
                 for _ in range(new):
-                    model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, **knobs)
+                    model(input_ids=ids[:, -1:], cache=cache, use_cache=True, **knobs)
             if turn:
                 found[name].append(((time.perf_counter() - wall) / new, (time.process_time() - processor) / new))
     return found
 
 
-def exit_() -> dict[str, object]:
+def exit_() -> Rows:
     """Leave after the first of N cycles at every token, batch 1; the goal is 85 % of the saved layer calls."""
-    found: dict[str, object] = {}
     for n in (2, 3, 4):
-        model = looped(n)
-        # p0 lies between 0 and 1: the first threshold is reached by nobody, the second by all.
-        variants = {"stay": (model, {"exit_threshold": 1.0}), "leave": (model, {"exit_threshold": -1.0})}
-        seconds = per_token(variants, 64, 24, 5)
-        calls_saved = 1 - PHYSICAL / model.config.num_hidden_layers
-        saved = {
-            clock: 1 - ratio(seconds["leave"], seconds["stay"], i) for i, clock in enumerate(("wall", "processor"))
-        }
-        found[f"N={n}"] = {
-            "layer calls saved": round(calls_saved, 4),
-            "wall saved": round(saved["wall"], 4),
-            "processor saved": round(saved["processor"], 4),
-            "share realised, wall": round(saved["wall"] / calls_saved, 4),
-            "share realised, processor": round(saved["processor"] / calls_saved, 4),
-        }
-        print(f"exit N={n}", found[f"N={n}"], flush=True)
-    return found
+        yield f"N={n}", partial(exit_row, n)
+
+
+def exit_row(n: int) -> Table:
+    model = looped(n)
+    # p0 lies between 0 and 1: the first threshold is reached by nobody, the second by all.
+    variants = {"stay": (model, {"exit_threshold": 1.0}), "leave": (model, {"exit_threshold": -1.0})}
+    seconds = per_token(variants, 64, 24, 5)
+    table = ratios(seconds, "stay")
+    calls = 1 - PHYSICAL / model.config.num_hidden_layers
+    saved = {clock: 1 - ratio(seconds["leave"], seconds["stay"], i) for i, clock in enumerate(("wall", "processor"))}
+    table["saved"] = {"layer calls": round(calls, 4)}
+    table["saved"] |= {f"{clock}, as a share of the calls": round(saved[clock] / calls, 4) for clock in saved}
+    return table
 
 
 PARTS = {"attention": attention, "train": train, "decode": decode, "exit": exit_}
@@ -243,27 +244,33 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {"parts": {}}
     record |= {"what": (__doc__ or "").partition("\n")[0], "widths": WIDTHS}
     record |= {"physical layers": PHYSICAL, "cycles": CYCLES, "environment": environment()}
-    for name in [options.part] if options.part else PARTS:
-        load = os.getloadavg()[0]
-        found = PARTS[name]()
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "src/modicum/models"], capture_output=True, text=True, check=False
-        ).stdout
-        record["parts"][name] = {
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit.strip(),
-            "dirty": bool(dirty),
-            "threads": options.threads,
-            "load of the machine": [round(load, 2), round(os.getloadavg()[0], 2)],
-            "results": found,
-        }
-        write_atomic(RESULT, json.dumps(record, indent=1) + "\n")
+    for part in [options.part] if options.part else PARTS:
+        rows = record["parts"].setdefault(part, {})
+        for name, measure in PARTS[part]():
+            if name in rows and not options.again:
+                continue
+            before = os.getloadavg()[0]
+            table = measure()
+            rows[name] = {
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+                "commit": git("rev-parse", "HEAD"),
+                "dirty": bool(git("status", "--porcelain", "src/modicum/models")),
+                "threads": options.threads,
+                "load of the machine": [round(before, 2), round(os.getloadavg()[0], 2)],
+                "table": table,
+            }
+            write_atomic(RESULT, json.dumps(record, indent=1) + "\n")
+            print(part, name, json.dumps(table), flush=True)
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

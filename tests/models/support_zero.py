@@ -79,8 +79,8 @@ def decode(model, input_ids, prefill=0, **knobs):
     cache, logits, cycles, start = None, [], [], 0
     with torch.no_grad():
         for width in cuts:
-            out = model(input_ids[:, start : start + width], past_key_values=cache, use_cache=True, **knobs)
-            cache, start = out.past_key_values, start + width
+            out = model(input_ids[:, start : start + width], cache=cache, use_cache=True, **knobs)
+            cache, start = out.cache, start + width
             logits.append(out.logits)
             cycles.append(out.cycles)
     return torch.cat(logits, 1), torch.cat(cycles, 1), cache

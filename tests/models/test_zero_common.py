@@ -84,7 +84,7 @@ def test_generation_goes_on_from_a_cache(model):
     ids = tokens(1)
     whole = greedy(model, ids, max_new_tokens=6, eos_token_id=-1)
     first = greedy(model, ids, max_new_tokens=2, eos_token_id=-1, return_dict_in_generate=True)
-    rest = greedy(model, first.sequences, max_new_tokens=4, eos_token_id=-1, past_key_values=first.past_key_values)
+    rest = greedy(model, first.sequences, max_new_tokens=4, eos_token_id=-1, cache=first.cache)
     assert torch.equal(rest, whole)
 
 

@@ -4,6 +4,7 @@ import torch
 from models.support_zero import base_model, looped, tokens
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.models import calibrate_threshold, choose_cycle_range, convert_to_zero_token, resize_pool
+from modicum.models.zero_calibrate import cheapest, exit_curve
 from modicum.models.zero_conversion import ends, low_rank
 from modicum.registry import model as model_registry
 
@@ -181,10 +182,11 @@ def test_other_models_and_looped_ones_are_refused():
 def test_the_calibrated_threshold_keeps_its_promise(criterion):
     model = looped(exit_scope="token", exit_criterion=criterion).train()
     batches = [tokens(3, 12), tokens(2, 9, seed=1)]
-    found = {
-        increase: calibrate_threshold(model, batches, max_loss_increase=increase) for increase in (0.0, 0.2, 100.0)
-    }
+    curve = exit_curve(model, batches, candidates=5)
+    found = {increase: cheapest(curve, max_loss_increase=increase) for increase in (0.0, 0.2, 100.0)}
+    assert calibrate_threshold(model, batches, max_loss_increase=0.2, candidates=5) == found[0.2]
     assert model.training
+    assert [point.mean_cycles for point in curve] == sorted((p.mean_cycles for p in curve), reverse=True)
     model.eval()
     for increase, point in found.items():
         assert point.loss <= point.full_loss + increase

@@ -161,8 +161,8 @@ def test_imposed_depths_equal_the_slow_reference_with_and_without_cache():
     cache, logits = None, []
     with torch.no_grad():
         for i, depth in enumerate(depths):
-            step = model(tokens(1)[:, i : i + 1], past_key_values=cache, n_cycles=torch.tensor([[depth]]))
-            cache = step.past_key_values
+            step = model(tokens(1)[:, i : i + 1], cache=cache, n_cycles=torch.tensor([[depth]]))
+            cache = step.cache
             logits.append(step.logits[0, 0])
     np.testing.assert_allclose(torch.stack(logits).numpy(), expected, atol=1e-5)
 

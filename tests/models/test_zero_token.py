@@ -253,7 +253,7 @@ def test_a_cropped_cache_continues_as_if_the_tokens_had_not_been():
     _, _, cache = decode(model, tokens())
     cache.crop(-3)
     with torch.no_grad():
-        out = model(tokens()[:, 4:], past_key_values=cache)
+        out = model(tokens()[:, 4:], cache=cache)
     torch.testing.assert_close(out.logits, full(model, tokens())[:, 4:], atol=1e-4, rtol=0)
 
 
@@ -264,16 +264,16 @@ def test_a_selected_or_repeated_batch_keeps_its_slots():
     cache.batch_repeat_interleave(2)
     ids = tokens()[1:].repeat(2, 1)
     with torch.no_grad():
-        out = model(torch.full((2, 1), 5), past_key_values=cache)
+        out = model(torch.full((2, 1), 5), cache=cache)
     torch.testing.assert_close(out.logits[:, 0], full(model, torch.cat([ids, torch.full((2, 1), 5)], 1))[:, -1])
 
 
 def test_the_cache_grows_past_its_first_allocation():
     model = looped(host_overrides={"max_position_embeddings": 256})
-    ids = tokens(1, 140)
-    logits, _, cache = decode(model, ids, prefill=60)
+    ids = tokens(1, 70)
+    logits, _, cache = decode(model, ids, prefill=62)  # room for two more, then the buffers double
     torch.testing.assert_close(logits, full(model, ids), atol=5e-5, rtol=0)
-    assert cache.get_seq_length() == 140
+    assert cache.get_seq_length() == 70
     cache.reset()
     assert cache.get_seq_length() == 0
 
@@ -359,11 +359,11 @@ def test_foreign_caches_are_refused():
     model = looped()
     physical = DynamicCache(config=base_model().config)
     with pytest.raises(UnsupportedError, match="physical"):
-        model(tokens(), past_key_values=physical)
+        model(tokens(), cache=physical)
     static = StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(UnsupportedError, match="static|growing"):
-        model(tokens(), past_key_values=static)
-    assert model(tokens(), past_key_values=DynamicCache()).past_key_values.get_seq_length() == 7
+        model(tokens(), cache=static)
+    assert model(tokens(), cache=DynamicCache()).cache.get_seq_length() == 7
 
 
 @pytest.mark.parametrize("cycles", [0, 4, True])
@@ -409,9 +409,9 @@ def test_random_cycles_depend_on_the_step_alone():
     drawn = []
     for _ in range(2):
         drawn.append([])
-        for step in range(30):
+        for step in range(20):
             model.set_training_step(step)
-            drawn[-1].append(int(model(tokens()).cycles[0, 0]))
+            drawn[-1].append(int(model(tokens(1, 2)).cycles[0, 0]))
     assert drawn[0] == drawn[1]
     assert set(drawn[0]) == {1, 2, 3}
     assert int(model.eval()(tokens()).cycles[0, 0]) == 3

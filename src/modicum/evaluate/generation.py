@@ -88,11 +88,11 @@ def _continue(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             **options,
         )
-        cache = output.past_key_values
+        cache = output.cache
         ids = output.logits[:, -1].argmax(-1, keepdim=True)
         tokens.append(ids)
         ended |= torch.isin(ids[:, 0], stops)
@@ -117,8 +117,8 @@ def _read(model: PreTrainedModel, prefix: Sequence[int], copies: int, options: d
     output = model(
         input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=True, **options
     )
-    output.past_key_values.batch_repeat_interleave(copies)
-    return output.past_key_values
+    output.cache.batch_repeat_interleave(copies)
+    return output.cache
 
 
 def _arguments(model: PreTrainedModel) -> Iterable[str]:

@@ -147,7 +147,7 @@ def prepare_cache(cache: Cache, schedule: list[Visit]) -> Cache:
         UnsupportedError: The cache is static, or was sized for another number of layer visits.
     """
     if isinstance(cache, StaticCache):
-        raise UnsupportedError("A looped model keeps a growing cache. Use DynamicCache, or leave past_key_values out.")
+        raise UnsupportedError("A looped model keeps a growing cache. Use DynamicCache, or leave cache out.")
     layers = cache.layers
     if not layers:
         layers.extend(SlotLayer() for _ in schedule)

@@ -82,7 +82,7 @@ class ZeroTokenConfig(PreTrainedConfig):
     """
 
     model_type = "zero_token"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers declares it so
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 - transformers declares it so
 
     host: Any = None
     n_cycles: int = 2

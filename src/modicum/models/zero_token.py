@@ -28,6 +28,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
+from transformers.utils.deprecation import deprecate_kwarg
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.models import zero_hosts, zero_loop
@@ -47,7 +48,7 @@ class ZeroTokenOutput(CausalLMOutputWithPast):
     Attributes:
         loss: Mean cross-entropy, when labels were given.
         logits: Logits.
-        past_key_values: The cache.
+        cache: The cache.
         hidden_states: State before each visit, and the last one after the final norm.
         attentions: Attention on the real tokens in each visit.
         cycles: How many cycles each token ran (b, t).
@@ -87,7 +88,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = False
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers declares it so
+    _skip_keys_device_placement = ["cache"]  # noqa: RUF012 - transformers declares it so
 
     def __init__(self, config: ZeroTokenConfig) -> None:
         super().__init__(config)
@@ -179,12 +180,14 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         self._draws += 1
         return int(torch.randint(1, self.config.depth + 1, (), generator=draw))
 
+    # As its hosts do, the model still takes the cache under the name that it had before transformers 5.24.
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Int[Tensor, "b t"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#b t"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "b t d"] | None = None,
         labels: Int[Tensor, "b t"] | None = None,
         use_cache: bool | None = None,
@@ -203,7 +206,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: Tokens.
             attention_mask: 1 for real tokens, cached ones included; or a ready 4D mask.
             position_ids: Positions; counted on from the cache when not given.
-            past_key_values: Cache with a slot for each layer visit.
+            cache: Cache with a slot for each layer visit.
             inputs_embeds: Embeddings instead of tokens.
             labels: Targets, shifted inside; -100 is ignored.
             use_cache: Return a cache.
@@ -233,9 +236,9 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         ):
             logger.warning_once("A cache cannot be filled under gradient checkpointing; use_cache is off.")
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        cache = None if past_key_values is None or not use_cache else prepare_cache(past_key_values, config.schedule)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        cache = None if cache is None or not use_cache else prepare_cache(cache, config.schedule)
         self._check_checkpointing(n_cycles, exit_threshold)
         hidden, p = self._begin(inputs_embeds, attention_mask, position_ids, cache, n_cycles, exit_threshold)
         first = hidden
@@ -249,7 +252,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         output = ZeroTokenOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            cache=cache,
             hidden_states=self._asked(output_hidden_states, "hidden_states", [first, *p.states[:-1], normed]),
             attentions=self._asked(output_attentions, "attentions", [visit.weights for visit in p.visits]),
             cycles=p.cycles,
@@ -295,15 +298,9 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = (torch.arange(t, device=inputs_embeds.device) + past)[None]
-        arguments = {
-            "config": config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": cache,
-            "position_ids": position_ids,
-        }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        masks = {kind: make[kind](**arguments) for kind in set(self._types)}
+        arguments = (config, inputs_embeds, attention_mask, cache, position_ids)
+        masks = {kind: make[kind](*arguments) for kind in set(self._types)}
         hidden, call = zero_hosts.embed(self.backbone, inputs_embeds, position_ids)
         real: Bool[Tensor, "b t"] | None = None
         if attention_mask is not None and attention_mask.dim() == 2:
