@@ -1,28 +1,23 @@
 """p-hop induction: does cycling, and do zero tokens, beat an equal number of parameters?
 
-    python benchmarks/claims/zero_token/p_hop.py [--steps 700] [--seeds 3] [--minutes 7]
+    python -m benchmarks.claims.zero_token.p_hop [--steps 900] [--seeds 3] [--minutes 8]
 
-A cell is a variant and a seed; cells with a result are skipped, so the study may be stopped and started again.
+A cell is a variant and a seed; cells with a result are skipped, so the study may be stopped and started again. All of
+them take about 35 minutes of one core.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import time
-from datetime import UTC, datetime
-from pathlib import Path
-
 import torch
+from benchmarks.claims.zero_token import cells
 from torch.nn.functional import cross_entropy
 
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 from modicum.random import generator
-from modicum.record import environment
 
-RESULT = Path(__file__).parents[2] / "results" / "zero_token_p_hop.json"
-SYMBOLS, LENGTH, HOPS, BATCH = 4, 32, 3, 64
+RESULT = "zero-token-p-hop.json"
+SYMBOLS, LENGTH, HOPS, BATCH, HELD_OUT = 4, 32, 3, 32, 512
+SHARES = [k / 10 for k in range(1, 10)]  # of the tokens, that the threshold lets out after the first cycle
 HOST = {
     "model_type": "llama",
     "vocab_size": SYMBOLS,
@@ -64,7 +59,7 @@ def accuracy(logits: torch.Tensor, target: torch.Tensor) -> float:
     return float((logits.argmax(-1)[counts] == target[counts]).float().mean())
 
 
-def train(variant: str, seed: int, steps: int) -> dict[str, object]:
+def measure(variant: str, seed: int, steps: int) -> dict[str, object]:
     knobs = dict(VARIANTS[variant])
     host = HOST | {"num_hidden_layers": knobs.pop("layers", 3)}
     with torch.random.fork_rng():
@@ -75,7 +70,6 @@ def train(variant: str, seed: int, steps: int) -> dict[str, object]:
     groups = [{"params": weights, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    start = time.perf_counter()
     model.train()
     for step in range(steps):
         x, target = batch(generator(seed, "p-hop", step), BATCH)
@@ -86,14 +80,13 @@ def train(variant: str, seed: int, steps: int) -> dict[str, object]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    seconds = time.perf_counter() - start
-    return {"variant": variant, "seed": seed, "steps": steps, "seconds": round(seconds, 1)} | evaluate(model)
+    return evaluate(model)
 
 
 @torch.no_grad()
 def evaluate(model: ZeroTokenForCausalLM) -> dict[str, object]:
     model.eval()
-    x, target = batch(generator(0, "p-hop", "held out"), 1024)
+    x, target = batch(generator(0, "p-hop", "held out"), HELD_OUT)
     out = model(x, use_cache=False, output_zero_attention=True)
     result: dict[str, object] = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -124,7 +117,7 @@ def exits(model: ZeroTokenForCausalLM, x: torch.Tensor, target: torch.Tensor) ->
         model.config.exit_criterion = criterion
         scores = model(x, use_cache=False, exit_threshold=never).exit_scores[0].flatten()
         found[criterion] = []
-        for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        for share in SHARES:
             cut = float(scores.quantile(1 - share))
             threshold = {"zero_attention": cut, "random": 1 - cut}.get(criterion, -cut)
             out = model(x, use_cache=False, exit_threshold=threshold)
@@ -141,39 +134,18 @@ def exits(model: ZeroTokenForCausalLM, x: torch.Tensor, target: torch.Tensor) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=7.0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"task": __doc__.partition("\n")[0], "cells": []}
-    done = {(c["variant"], c["seed"], c["steps"]) for c in record["cells"]}
-    begin = time.monotonic()
-    for seed in range(options.seeds):
-        for variant in VARIANTS:
-            if (variant, seed, options.steps) in done:
-                continue
-            if time.monotonic() - begin > 60 * options.minutes:
-                print("out of time; start again to go on")
-                return
-            cell = train(variant, seed, options.steps)
-            commit = subprocess.run(
-                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-            ).stdout.strip()
-            cell |= {
-                "when": datetime.now(UTC).isoformat(timespec="seconds"),
-                "commit": commit,
-                "environment": environment(),
-            }
-            record["cells"].append(cell)
-            RESULT.parent.mkdir(exist_ok=True)
-            RESULT.write_text(json.dumps(record, indent=1) + "\n")
-            print(
-                {k: cell[k] for k in ("variant", "seed", "accuracy", "loss", "seconds")},
-                cell.get("accuracy by cycles"),
-                flush=True,
-            )
+    options = cells.arguments(__doc__, steps=900)
+    about = {
+        "what": (__doc__ or "").partition("\n")[0],
+        "symbols": SYMBOLS,
+        "length": LENGTH,
+        "hops": HOPS,
+        "batch": BATCH,
+        "host": HOST,
+        "variants": VARIANTS,
+    }
+    wanted = [(variant, seed, options.steps) for seed in range(options.seeds) for variant in VARIANTS]
+    cells.run(RESULT, about, wanted, measure, minutes=options.minutes)
 
 
 if __name__ == "__main__":
