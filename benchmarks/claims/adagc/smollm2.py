@@ -73,7 +73,7 @@ def run(arm: str, seed: int, given: argparse.Namespace) -> dict:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(float(loss.detach()))
-        if given.faults and step >= 2 * WARMUP:
+        if given.faults and step >= WARMUP:
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             hits += tensor_noise_(grads, step=step, seed=seed, probability=given.faults) is not None
         if clipper is not None:
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--faults", type=float, default=0.0)
     parser.add_argument("--minutes", type=float, default=6.0)
     given = parser.parse_args()
@@ -117,7 +118,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     began = time.monotonic()
     for seed in range(given.seeds):
-        for arm in ARMS:
+        for arm in given.arms:
             key = f"{arm} | lr {given.lr:g} | faults {given.faults:g} | {seed}"
             if key in data["cells"] or time.monotonic() - began > 60 * given.minutes:
                 continue

@@ -48,23 +48,42 @@ def draw() -> None:
 
 def smollm2() -> str:
     cells = load("adagc-smollm2.json").get("cells", {}).values()
+    clean = {
+        (c["lr"], c["steps"], c["arm"], c["seed"]): c["held_out_after"] for c in cells if not c["fault_probability"]
+    }
+    groups: dict[tuple, list[dict]] = {}
+    for c in cells:
+        groups.setdefault((c["lr"], c["steps"], c["fault_probability"], c["arm"]), []).append(c)
     rows = []
-    for arm in dict.fromkeys(c["arm"] for c in cells):
-        mine = [c for c in cells if c["arm"] == arm]
+    for (lr, steps, faults, arm), mine in groups.items():
+        pairs = [(c["held_out_after"], clean.get((lr, steps, arm, c["seed"]))) for c in mine]
         rates = [100 * c["clip_rate"] for c in mine if c["clip_rate"] is not None]
         rows.append(
             [
+                f"{lr:g}",
+                str(steps),
+                str(sum(c["faults"] for c in mine)) if faults else "–",
                 arm,
                 str(len(mine)),
-                f"{mine[0]['held_out_before']:.3f}",
                 interval([c["held_out_after"] for c in mine]),
+                interval([hit - without for hit, without in pairs if without is not None]) if faults else "–",
                 interval([c["worst_train_loss"] for c in mine], 2),
-                str(sum(c["spikes"] for c in mine)),
                 f"{sum(rates) / len(rates):.0f} %" if rates else "–",
             ]
         )
-    head = ["rule", "seeds", "held-out before", "held-out after", "worst training loss", "spikes", "clipped"]
-    return markdown(head, rows)
+    head = [
+        "rate",
+        "steps",
+        "faults",
+        "rule",
+        "seeds",
+        "held-out after",
+        "degradation",
+        "worst training loss",
+        "clipped",
+    ]
+    start = f"Held-out loss before: {next(iter(cells))['held_out_before']:.3f}.\n\n" if cells else ""
+    return start + markdown(head, rows)
 
 
 def speed() -> str:
