@@ -1,0 +1,172 @@
+"""Write the guide's tables from the result files: python -m benchmarks.claims.zero_token.tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from benchmarks.claims.zero_token import p_hop, smollm2
+from benchmarks.tables import interval, load, markdown, write
+
+Cell = dict[str, Any]
+EXITS = {"zero_attention": "zero attention", "latent": "change of the state", "random": "at random"}
+
+
+def by_variant(name: str) -> dict[tuple[str, bool], list[Cell]]:
+    """Return the cells of a study by variant, and by whether they were trained."""
+    found: dict[tuple[str, bool], list[Cell]] = {}
+    for cell in load(name).get("cells", []):
+        found.setdefault((cell["variant"], cell["steps"] > 0), []).append(cell)
+    return found
+
+
+def mean(values: Iterable[float | None], digits: int = 3) -> str:
+    return interval([value for value in values if value is not None], digits)
+
+
+def at(values: Sequence[float] | None, index: int) -> float | None:
+    return None if values is None or index >= len(values) else values[index]
+
+
+def induction() -> str:
+    rows = [
+        [
+            variant,
+            str(len(cells)),
+            f"{cells[0]['parameters']:,}",
+            str(cells[0]["visits"]),
+            mean(c["accuracy"] for c in cells),
+            *(mean(at(c.get("accuracy by cycles"), i) for c in cells) for i in range(2)),
+        ]
+        for (variant, _), cells in by_variant(p_hop.RESULT).items()
+    ]
+    head = ["model", "seeds", "parameters", "visits", "accuracy", "with 1 cycle", "with 2 cycles"]
+    return markdown(head, rows)
+
+
+def attention_by_cycle(name: str) -> str:
+    rows = [
+        [variant, *(mean(at(c["zero attention by cycle"], i) for c in cells) for i in range(3))]
+        for (variant, trained), cells in by_variant(name).items()
+        if trained and "zero attention by cycle" in cells[0]
+    ]
+    return markdown(["model", "cycle 1", "cycle 2", "cycle 3"], rows)
+
+
+def on_curve(cell: Cell, criterion: str, cycles: float) -> float:
+    """Return the accuracy of a criterion at a mean number of cycles, between the two nearest thresholds."""
+    accuracies = cell["accuracy by cycles"]
+    measured = [(p["mean cycles"], p["accuracy"]) for p in cell["exits"][criterion]]
+    curve = sorted([(1.0, accuracies[0]), *measured, (float(len(accuracies)), accuracies[-1])])
+    (x0, y0), (x1, y1) = next(pair for pair in pairwise(curve) if pair[0][0] <= cycles <= pair[1][0])
+    return y0 if x0 == x1 else y0 + (y1 - y0) * (cycles - x0) / (x1 - x0)
+
+
+def exits() -> str:
+    rows = [
+        [variant, name, *(mean(on_curve(c, criterion, n) for c in cells) for n in (1.5, 2.0, 2.5))]
+        for (variant, _), cells in by_variant(p_hop.RESULT).items()
+        if "exits" in cells[0]
+        for criterion, name in EXITS.items()
+    ]
+    return markdown(["model", "exit by", "1.5 cycles", "2 cycles", "2.5 cycles"], rows)
+
+
+def fine_tuning() -> str:
+    rows = [
+        [
+            variant if trained else f"{variant}, untrained",
+            str(len(cells)),
+            f"{cells[0].get('tokens', 0):,}",
+            mean(c["loss"] for c in cells),
+            mean((100 * c["accuracy"] for c in cells), 1),
+            mean(c.get("with 1 cycle", {}).get("loss") for c in cells),
+        ]
+        for (variant, trained), cells in by_variant(smollm2.RESULT).items()
+    ]
+    return markdown(["model", "seeds", "tokens", "loss", "accuracy, %", "loss with 1 cycle"], rows)
+
+
+def routes() -> str:
+    rows = [
+        [name, *(f"{row['table'][route]['processor / plain']:.2f}" for route in ("lse", "concat", "query_row"))]
+        for name, row in speed("attention").items()
+    ]
+    return markdown(["call", "lse", "concat", "query_row"], rows)
+
+
+def training() -> str:
+    rows = [
+        [name, *(f"{row['table']['ztt'][f'processor / {peer}']:.3f}" for peer in ("htc", "llama"))]
+        for name, row in speed("train").items()
+    ]
+    return markdown(["training step", "ZTT / HTC", "ZTT / Llama of equal depth"], rows)
+
+
+def decoding() -> str:
+    rows = [
+        [name, *(f"{row['table'][model]['processor / llama']:.3f}" for model in ("htc", "ztt"))]
+        for name, row in speed("decode").items()
+        if "ztt" in row["table"]
+    ]
+    return markdown(["token", "HTC / Llama of equal depth", "ZTT / Llama of equal depth"], rows)
+
+
+def by_cycles() -> str:
+    table = speed("decode").get("by cycles", {}).get("table", {})
+    rows = [
+        [
+            name,
+            str(row.get("layer visits", "–")),
+            str(row.get("tokens/s of processor time", "–")),
+            f"{row['key-value bytes a token']:,}",
+        ]
+        for name, row in table.items()
+    ]
+    return markdown(["cycles", "layer visits", "tokens/s", "key-value bytes a token"], rows)
+
+
+def leaving() -> str:
+    rows = [
+        [name, *(f"{100 * value:.0f} %" for value in row["table"]["saved"].values())]
+        for name, row in speed("exit").items()
+    ]
+    head = ["cycles", "layer calls saved", "wall time saved, of that", "processor time saved, of that"]
+    return markdown(head, rows)
+
+
+def speed(part: str) -> dict[str, Any]:
+    found: dict[str, Any] = load("zero-token-speed.json").get("parts", {}).get(part, {})
+    return found
+
+
+def main() -> None:
+    write(
+        "zero-token-tables.inc",
+        "benchmarks/claims/zero_token/tables.py",
+        [
+            "### p-hop induction\n",
+            induction(),
+            "Mean attention on the zero token:\n",
+            attention_by_cycle(p_hop.RESULT),
+            "Accuracy when tokens leave, at equal mean cycles (read between the two nearest thresholds):\n",
+            exits(),
+            "### SmolLM2-135M, layers 11 to 20 run twice\n",
+            fine_tuning(),
+            "Mean attention on the zero token:\n",
+            attention_by_cycle(smollm2.RESULT),
+            "### Attention by route, processor time against attention without a zero token\n",
+            routes(),
+            "### Models of the widths of SmolLM2, processor time\n",
+            training(),
+            decoding(),
+            by_cycles(),
+            "### Leaving after the first cycle, batch 1\n",
+            leaving(),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
