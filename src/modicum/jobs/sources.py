@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from modicum.errors import CheckpointError, MissingExtraError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
-    from modicum.jobs.data import DataSection, Row
+    from modicum.jobs.rows import DataSection, Row
 
 TASK_SIZE = 500  # rows of a generated task when the recipe does not say
 TEST_SHARE = 10  # one document in so many of a builtin text is held out

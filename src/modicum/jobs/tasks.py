@@ -21,7 +21,7 @@ from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.random import generator
 
 if TYPE_CHECKING:
-    from modicum.jobs.data import DataSection
+    from modicum.jobs.rows import DataSection
 
 MADE_SIZE = 500  # rows of a made task when the recipe does not say
 Row: TypeAlias = Mapping[str, Any]

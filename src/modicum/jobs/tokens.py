@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from modicum.jobs.data import DataSection, Row, Rows
+    from modicum.jobs.rows import DataSection, Row, Rows
 
 IGNORED = -100  # the label that the loss leaves out
 Example: TypeAlias = tuple[list[int], list[int]]  # ids and labels
