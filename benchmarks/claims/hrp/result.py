@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,12 +42,30 @@ def read_result(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def key_of(cell: Cell) -> str:
+    """Return the name of a cell in a result file."""
+    return json.dumps(cell, sort_keys=True)
+
+
+def untried(ladder: Sequence[float], losses: Mapping[float, float]) -> list[float]:
+    """Return the neighbours of the best learning rate that are still to be tried: none when it is bracketed.
+
+    Example:
+        >>> untried((1, 2, 3, 4), {1: 0.5, 2: 0.4}), untried((1, 2, 3, 4), {1: 0.5, 2: 0.4, 3: 0.6})
+        ([3], [])
+    """
+    best = ladder.index(min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf))
+    return [rate for rate in ladder[max(0, best - 1) : best + 2] if rate not in losses]
+
+
 def run_cells(
     name: str, cells: Iterable[Cell], work: Callable[[Cell], dict[str, Any]], *, budget: float, workers: int = 2
 ) -> None:
     """Run the cells that have no result yet, one thread each, until ``budget`` seconds have passed; then save."""
     done = read_result(name).get("cells", {})
-    open_cells = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in done]
+    open_cells = [cell for cell in cells if key_of(cell) not in done]
+    if not open_cells:
+        return
     deadline, saved = time.monotonic() + budget, time.monotonic()
     many = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) if workers > 1 else None
     with many or ThreadPoolExecutor(1) as pool:
@@ -57,23 +76,12 @@ def run_cells(
             if not waiting:
                 break
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                key = json.dumps(waiting.pop(future), sort_keys=True)
+                key = key_of(waiting.pop(future))
                 done[key] = future.result()
                 print(key, done[key], flush=True)
             if time.monotonic() - saved > 10:  # a killed study keeps what it has
                 write_result(name, {"cells": done})
                 saved = time.monotonic()
-    left = len(open_cells) - sum(json.dumps(cell, sort_keys=True) in done for cell in open_cells)
+    left = sum(key_of(cell) not in done for cell in open_cells)
     print(f"{left} cells are left" + ("; run again." if left else "."))
     write_result(name, {"cells": done})
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95 % Student-t interval."""
-    from scipy import stats
-
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * (variance / len(values)) ** 0.5

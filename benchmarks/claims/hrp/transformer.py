@@ -5,7 +5,8 @@
 A two-layer Llama of width 48 is trained on an order-2 Markov source. The teacher is that model plus a change of rank 16
 in every linear, whose singular values fall as 1/i and whose norm is 35 % of the weight's. Students learn the teacher's
 logits with LoRA of rank 4. Every method gets 165 optimiser steps in all: a start that costs steps (preheating) or
-gradients is charged for them.
+gradients is charged for them. The best learning rate of each method is bracketed: rates beyond the grid are tried until
+both of its neighbours are worse.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.claims.hrp.result import run_cells
+from benchmarks.claims.hrp.result import key_of, read_result, run_cells, untried
 from peft import get_peft_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,7 +35,9 @@ from modicum.random import generator
 
 VOCABULARY, TOKENS, BATCH, RANK = 24, 24, 16, 4
 PREHEAT, TOTAL, PRETRAIN = 15, 165, 500
-LRS = (3e-3, 1e-2, 3e-2, 1e-1)
+NAME = "hrp-transformer"
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+LRS = (3e-3, 1e-2, 3e-2)  # everybody's; the best of them is followed until it has a worse one on either side
 SEEDS = 3
 
 HRP = {"preheat_steps": PREHEAT}
@@ -91,9 +96,9 @@ def base_model() -> LlamaForCausalLM:
                 num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=TOKENS, pad_token_id=0,
             )
         )  # fmt: skip
-    kept = Path(tempfile.gettempdir()) / f"modicum-hrp-base-{PRETRAIN}-{BATCH}.pt"
+    kept = Path(tempfile.gettempdir()) / f"modicum-hrp-base-{PRETRAIN}-{BATCH}.safetensors"
     if kept.exists():
-        model.load_state_dict(torch.load(kept, weights_only=True))
+        load_model(model, kept)
         return model.eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PRETRAIN)
@@ -103,7 +108,7 @@ def base_model() -> LlamaForCausalLM:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    torch.save(model.state_dict(), kept)
+    save_model(model, str(kept))
     return model.eval()
 
 
@@ -192,24 +197,46 @@ def _right_spaces(model: Any) -> dict[str, Tensor]:
     return {n: factors_of(layer, "default")[0].detach().clone() for n, layer in lora_layers(model).items()}
 
 
-def _mean(values: Iterator[float]) -> float:
+def _mean(values: Iterator[float]) -> float | None:
     known = list(values)
-    return sum(known) / len(known) if known else float("nan")
+    return sum(known) / len(known) if known else None
 
 
-def cells() -> list[dict[str, Any]]:
+def cells(rates: Callable[[str], Iterable[float]]) -> list[dict[str, Any]]:
     """The question of the study first, then everybody else."""
     first = ("lora", "hrp R=4", "hrp R=48", "hrp R=48, U to B", "balanced R=4", "balanced R=48")
     rest = [method for method in METHODS if method not in first]
     return [
         {"method": method, "lr": lr, "seed": seed}
-        for methods in (first, rest) for seed in range(SEEDS) for method in methods for lr in LRS
+        for methods in (first, rest) for seed in range(SEEDS) for method in methods for lr in rates(method)
     ]  # fmt: skip
 
 
-if __name__ == "__main__":
+def beyond(method: str) -> list[float]:
+    """Return the rates that the method's best one still needs as neighbours."""
+    done = read_result(NAME)["cells"]
+    losses = {}
+    for lr in LADDER:
+        found = [done.get(key_of({"method": method, "lr": lr, "seed": seed})) for seed in range(SEEDS)]
+        if all(found):
+            losses[lr] = sum(cell["kl"] for cell in found) / SEEDS
+    return untried(LADDER, losses)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--budget", type=float, default=420, help="seconds")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    run_cells("hrp-transformer", cells(), run, budget=options.budget, workers=options.workers)
+    end, wanted = time.monotonic() + options.budget, cells(lambda _: LRS)
+    while wanted:
+        run_cells(NAME, wanted, run, budget=end - time.monotonic(), workers=options.workers)
+        done = read_result(NAME).get("cells", {})
+        if any(key_of(cell) not in done for cell in wanted):
+            return
+        wanted = cells(beyond)
+    print("All cells are there.")
+
+
+if __name__ == "__main__":
+    main()
