@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modicum.errors import CheckpointError, ModicumError, UnsupportedError
 from modicum.optim import AdaGC
@@ -463,13 +464,17 @@ def test_advice_speaks_only_when_there_is_a_reason():
 
 
 class Watch(TorchDispatchMode):
+    """Remember which operations ran, and on tensors of which devices."""
+
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.devices = [], set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.devices |= {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        return result
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -494,3 +499,23 @@ def test_on_an_accelerator_no_decision_depends_on_a_value(init):
             p.grad = None if step == 3 and p is params[0] else torch.empty_like(p)
         clipped = clipper.clip_()
     assert clipped.factors.device.type == "meta" and clipper.state.step == 5
+
+
+@pytest.mark.parametrize("nonfinite", ["zero", "skip"])
+@pytest.mark.parametrize("init", INITS)
+def test_on_an_accelerator_nothing_travels_between_it_and_the_host(init, nonfinite):
+    params = [torch.nn.Parameter(torch.empty(n, 3, device="meta")) for n in (1, 2, 5)]
+    clipper = AdaGC(params, warmup=2, init=init, nonfinite=nonfinite, groups={"[01]": "x"})
+    for step in range(4):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        with Watch() as watch:
+            clipper.clip_()
+        # The first step sends once which parameter belongs to which group.
+        assert step == 0 or watch.devices == {"meta"}
+
+
+def test_watching_devices_would_see_a_number_travel():
+    with Watch() as watch:
+        torch.empty(2, device="meta") * torch.tensor(2.0)
+    assert watch.devices == {"meta", "cpu"}

@@ -208,8 +208,7 @@ class _Layout:
         self.identity = self.here == list(range(units))
         self.index = torch.tensor(self.here, dtype=torch.long, device=device)
         # An absent unit starts from infinity and stays there: the mark of a norm that was not observed.
-        self.start = torch.full((units,), torch.inf, device=device)
-        self.start[self.index] = 0
+        self.start = torch.full((units,), torch.inf, device=device).index_fill_(0, self.index, 0)
 
     def pooled(self, norms: Tensor) -> Tensor:
         if self.identity:
