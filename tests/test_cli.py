@@ -23,6 +23,15 @@ def test_help_and_import_load_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+def test_listing_loads_no_torch():
+    code = (
+        "import sys; sys.argv = ['modicum', 'list']\nfrom modicum.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nassert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert "Clip each gradient to a multiple" in found.stdout
+
+
 def test_list_prints_every_table(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "list", "--json")
     tables = json.loads(out)

@@ -120,6 +120,11 @@ def test_every_registered_method_is_annotated_and_described(entry: Entry):
     assert entry.summary.endswith(".")
 
 
+@pytest.mark.parametrize("table", registry.REGISTRIES.values(), ids=lambda table: table.kind)
+def test_what_the_sources_say_is_what_importing_them_registers(table: Registry):
+    assert table.summaries() == {name: entry.summary for name, entry in table.items()}
+
+
 def test_facts_keep_supplied_parameters_out_of_the_knobs_and_add_those_of_gathering():
     @dataclass(frozen=True)
     class Sample:

@@ -90,12 +90,12 @@ def list_(
             raise RecipeError(f"There is no kind {kind!r}. {did_you_mean(kind, names)}")
         names = {kind: names[kind]}
     if as_json:
-        print(json.dumps(names, indent=2))
+        print(json.dumps({title: list(members) for title, members in names.items()}, indent=2))
         return
     for title, members in names.items():
         print(f"{title.replace('_', ' ')}:")
-        for name in members:
-            print(f"  {name:<22} {_summary(title, name)}".rstrip())
+        for name, summary in members.items():
+            print(f"  {name:<22} {summary}".rstrip())
 
 
 @app.command()
@@ -129,19 +129,12 @@ def report(
     print(write(runs, out))
 
 
-def _tables() -> dict[str, list[str]]:
-    from modicum.recipe import shipped
+def _tables() -> dict[str, dict[str, str]]:
+    from modicum.recipe import shipped, text_of
     from modicum.registry import REGISTRIES
 
-    return {kind: list(table) for kind, table in REGISTRIES.items()} | {"recipes": shipped()}
-
-
-def _summary(kind: str, name: str) -> str:
-    from modicum import recipe, registry
-
-    if kind == "recipes":
-        return recipe.text_of(name).partition("\n")[0].lstrip("# ")
-    return registry.REGISTRIES[kind][name].summary
+    recipes = {name: text_of(name).partition("\n")[0].lstrip("# ") for name in shipped()}
+    return {kind: table.summaries() for kind, table in REGISTRIES.items()} | {"recipes": recipes}
 
 
 def _show_entry(entry: Any) -> None:

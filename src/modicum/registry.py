@@ -14,12 +14,14 @@ parameter is a knob.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
+from importlib.resources import files
 from importlib.util import find_spec
 from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -149,6 +151,20 @@ class Registry(Mapping[str, Entry]):
         self._load_all()
         return len(self._entries)
 
+    def summaries(self) -> dict[str, str]:
+        """Return the name and the first line of every method, read from the sources.
+
+        Importing them would import torch and transformers, for which a list of names should not wait.
+        """
+        root, *rest = self.package.split(".")
+        folder = files(root).joinpath(*rest) if find_spec(root) else None
+        found: dict[str, str] = {}
+        for file in folder.iterdir() if folder is not None and folder.is_dir() else ():
+            if file.name.endswith(".py"):
+                text = file.read_text(encoding="utf-8")
+                found |= {name: line for table, name, line in _registrations(text) if globals().get(table) is self}
+        return dict(sorted(found.items()))
+
     def _load_all(self) -> None:
         # A kind whose package is not part of this installation is an empty table, not an error.
         if not self._complete and find_spec(self.package):
@@ -189,6 +205,23 @@ REGISTRIES: Mapping[str, Registry] = MappingProxyType(
 )
 
 
+@cache
+def _registrations(text: str) -> list[tuple[str, str, str]]:
+    """Return table, name and first line of every function and class that a module registers with a decorator."""
+    if __name__ not in text:
+        return []
+    body, found = ast.parse(text).body, []
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == __name__]
+    tables = {alias.asname or alias.name: alias.name for node in imports for alias in node.names}
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            line = (ast.get_docstring(node) or "").partition("\n")[0]
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id in tables:
+                    found.append((tables[mark.func.id], ast.literal_eval(mark.args[0]), line))
+    return found
+
+
 def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
     """Turn pydantic's report into lines of the form *where: key: what is wrong, what came, what to do*."""
     lines: dict[str, str] = {}
@@ -205,9 +238,12 @@ def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
         elif item["type"] == "missing":
             line = f"{where}: {path!r} is missing. Set it."
         else:
-            message = item["msg"].removeprefix("Value error, ").removesuffix(".")
-            came = "" if item["type"] == "value_error" else f", got {_short(item['input'])}"
-            line = f"{where}: {path}: {message}{came}." if path else f"{where}: {message}{came}."
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] != "value_error":
+                message = f"{message}, got {_short(item['input'])}"
+            ended = message if message.endswith((".", "?")) else f"{message}."
+            # A method's own knobs were explained before: each of their lines says where it belongs.
+            line = "\n".join(": ".join(filter(None, (where, path, part))) for part in ended.splitlines())
         lines.setdefault(path, line)
     return "\n".join(lines.values())
 
