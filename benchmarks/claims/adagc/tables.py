@@ -88,46 +88,34 @@ def smollm2() -> str:
 
 def speed() -> str:
     parts, rows = load("adagc-speed.json").get("parts", {}), []
-    for name, title in (
-        ("smollm2", "SmolLM2-135M, float32"),
-        ("1.3b", "1.3 B, float32"),
-        ("bf16", "SmolLM2-135M, bfloat16"),
-    ):
-        if name in parts:
+
+    def compare(what: str, ours: float, theirs: float, ratio: str) -> None:
+        rows.append([what, f"{ours:.1f} ms", f"{theirs:.1f} ms", ratio])
+
+    shapes = {"smollm2": "SmolLM2-135M, float32", "1.3b": "1.3 B, float32", "bf16": "SmolLM2-135M, bfloat16"}
+    for title, part in parts.items():
+        name, _, threads = title.partition(", ")
+        more = f", {threads}" if threads else ""
+        if name in shapes:
             for clock in ("wall", "processor"):
-                ours, theirs = (parts[name][clock][k] for k in ("AdaGC.clip_", "clip_grad_norm_"))
-                rows.append(
-                    [
-                        f"`clip_()` over `clip_grad_norm_`, {title}, {clock} time",
-                        f"{ours['median_ms']:.1f} ms",
-                        f"{theirs['median_ms']:.1f} ms",
-                        f"{ours['ratio_of_medians']:.2f}",
-                    ]
-                )
-    if "peer" in parts:
-        part = parts["peer"]["processor"]
-        ours = part["AdaGC.clip_"]
-        added = (
-            part["pytorch_optimizer AdaGC step"]["median_ms"] - part["the same step without its clipping"]["median_ms"]
-        )
-        rows.append(
-            [
-                f"clipping of pytorch_optimizer {parts['peer']['version']} over `clip_()`, processor time",
-                f"{ours['median_ms']:.1f} ms",
-                f"{added:.1f} ms",
-                f"{ours['peer_clipping_over_ours_median']:.1f}",
-            ]
-        )
-    if "step" in parts:
-        step = parts["step"]
-        rows.append(
-            [
-                f"`clip_()` within a training step of {step['tokens']} tokens, SmolLM2-135M",
-                f"{step['clip_ms']:.0f} ms",
-                f"{1e3 * step['step_s']:.0f} ms",
-                f"{100 * step['overhead']:.2f} %",
-            ]
-        )
+                for call, how in (("AdaGC.clip_", ""), ("AdaGC.clip_, nothing to cut", " when nothing needs cutting")):
+                    if call in part[clock]:
+                        ours, theirs = part[clock][call], part[clock]["clip_grad_norm_"]["median_ms"]
+                        what = f"`clip_()`{how} over `clip_grad_norm_`, {shapes[name]}{more}, {clock} time"
+                        compare(what, ours["median_ms"], theirs, f"{ours['ratio_of_medians']:.2f}")
+        elif name == "peer":
+            times = {call: found["median_ms"] for call, found in part["processor"].items()}
+            ours, whole = times["AdaGC.clip_"], times["AdaGC.clip_ + torch AdamW"]
+            theirs = times["pytorch_optimizer AdaGC step"]
+            added = theirs - times["the same step without its clipping"]
+            peer = f"pytorch_optimizer {part['version']}{more}, processor time"
+            compare(f"clipping alone: ours, and that of {peer}", ours, added, f"{ours / added:.2f}")
+            compare(f"clipping and AdamW: ours, and that of {peer}", whole, theirs, f"{whole / theirs:.2f}")
+        elif name == "step":
+            for clock in ("wall", "processor"):
+                step = part[clock]
+                what = f"`clip_()`, and a training step of {part['tokens']} tokens, SmolLM2-135M{more}, {clock} time"
+                compare(what, step["clip_ms"], 1e3 * step["step_s"], f"{100 * step['overhead']:.2f} %")
     return markdown(["what", "AdaGC", "the other", "ratio"], rows)
 
 
