@@ -18,9 +18,9 @@ def run_with_log(folder, tensors=3, steps=30):
     return folder
 
 
-def made(tmp_path):
+def made(tmp_path, spike=None):
     folder = tmp_path / "run"
-    write_run(folder, job="train", log=training_log(60, 4.0, 2.0))
+    write_run(folder, job="train", log=training_log(60, 4.0, 2.0, spike=spike))
     return folder
 
 
@@ -32,6 +32,14 @@ def test_the_heat_map_names_the_tensor_that_was_clipped_most(tmp_path):
     assert "spike" in found.body
     page = write([folder]).read_text()
     assert "Gradient clipping" in page and "layer.0.<weight>" not in page
+
+
+def test_spikes_of_the_loss_are_marked(tmp_path):
+    calm = clipping(load([run_with_log(made(tmp_path / "calm"))]))
+    hit = clipping(load([run_with_log(made(tmp_path / "hit", spike=45))]))
+    assert "0 spikes: logged losses" in calm.body and "1 spike: logged losses" in hit.body
+    # A dot is a line of no length.
+    assert hit.body.count("h0") == 1 and "h0" not in calm.body
 
 
 def test_a_large_model_shows_its_most_clipped_tensors(tmp_path):
