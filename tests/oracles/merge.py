@@ -115,10 +115,11 @@ def dare(
 
 
 def keep_probability(delta: Array, density: float, epsilon: float) -> Array:
-    """Deep et al. 2024: linear in the rank of a magnitude within its row, smallest first."""
+    """Deep et al. 2024: linear in the rank of a magnitude within its row, equals sharing their mean."""
     width = delta.shape[-1] if delta.ndim else 1
     rows = np.abs(delta).reshape(-1, width)
-    rank = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1)
+    pairs = rows[:, :, None], rows[:, None, :]
+    rank = (np.greater(*pairs).sum(2) + (np.greater_equal(*pairs).sum(2) - 1)) / 2
     window = 2 * epsilon * rank / (width - 1) - epsilon if width > 1 else np.zeros_like(rows)
     return (density + window).reshape(delta.shape)
 

@@ -11,7 +11,7 @@ from modicum.errors import CheckpointError, ModicumError, RecipeError
 from modicum.record import fingerprint
 from modicum.registry import merge_method
 from modicum.weights import Checkpoint, merge, merge_state_dicts
-from modicum.weights.compare import compare
+from modicum.weights.compare import compare, refuse_non_finite
 from weights.conftest import Family, MakeFamily, random_tensors, write_model
 
 REQUIRED = {name: {"density": 0.5} for name in ("ties", "dare", "della", "breadcrumbs")} | {"slerp": {"t": 0.3}}
@@ -197,6 +197,18 @@ def test_tied_and_sharded_results_load_in_transformers(tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, checkpoint[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_whatever_is_not_finite_is_found_and_nothing_else(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    refuse_non_finite("w", [torch.tensor([limits.max, limits.min, 0.0, -0.0, limits.tiny], dtype=dtype)], ["a"])
+    refuse_non_finite("w", [torch.empty(0, dtype=dtype)], ["a"])
+    for value in (float("inf"), -float("inf"), float("nan"), -float("nan")):
+        bad = torch.tensor([[1.0, value], [-2.0, 3.0]], dtype=dtype)
+        for tensor in (bad, bad.T):
+            with pytest.raises(ModicumError, match="b: tensor 'w' has 1 values"):
+                refuse_non_finite("w", [torch.ones(2, dtype=dtype), tensor], ["a", "b"])
+
+
 def test_what_is_measured_is_true() -> None:
     base = {"w": torch.zeros(2, 64)}
     a = torch.zeros(2, 64).index_fill(1, torch.arange(0, 64), 3.0)
@@ -205,6 +217,12 @@ def test_what_is_measured_is_true() -> None:
     assert found["cosines"] == pytest.approx([-1.0])
     assert found["conflict"] == 1.0
     assert compare(base["w"], [a, a])["conflict"] == 0.0
+    rng = torch.Generator().manual_seed(0)
+    large = [torch.randn(1000, 700, generator=rng) for _ in range(2)]
+    sampled = compare(torch.zeros(1000, 700), [large[0], large[0] + large[1]])
+    assert sampled["norms"] == pytest.approx([700_000**0.5, 1_400_000**0.5], rel=0.01)
+    assert sampled["cosines"] == pytest.approx([0.5**0.5], abs=0.01)
+    assert sampled["conflict"] == pytest.approx(0.25, abs=0.01)
     assert compare(base["w"], [0 * a, 0 * a]) == {"norms": [0.0, 0.0], "cosines": [0.0], "conflict": 0.0}
 
 

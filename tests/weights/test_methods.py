@@ -15,6 +15,7 @@ from modicum.errors import RecipeError
 from modicum.linalg import SVD, inv_sqrt_polar, truncated_svd
 from modicum.random import generator
 from modicum.weights import merge_state_dicts
+from modicum.weights.draws import draw_mask
 from modicum.weights.methods import (
     breadcrumbs,
     dare,
@@ -195,6 +196,34 @@ def test_della_takes_rows_of_one_entry() -> None:
     merged = della(torch.zeros(500, 1), [torch.ones(500, 1)], density=0.5, epsilon=0.2)
     assert torch.isfinite(merged).all()
     assert set(merged.unique().tolist()) == {0.0, 2.0}
+
+
+def test_della_gives_equal_magnitudes_their_mean_rank() -> None:
+    expert = torch.tensor([1.0, -1.0, 1.0, 1.0, 5.0]).repeat(4000, 1)
+    for rescale in ("l1", "probability", "none"):
+        kept = della(torch.zeros(4000, 5), [expert], density=0.5, epsilon=0.4, rescale=rescale) != 0
+        # Ranks 0 to 3 are shared: 0.1 + 0.8 · 1.5/4; standard deviation 0.008.
+        expected = torch.tensor([0.4, 0.4, 0.4, 0.4, 0.9], dtype=torch.float64)
+        torch.testing.assert_close(kept.double().mean(0), expected, rtol=0, atol=0.04)
+
+
+def test_della_drops_the_same_entries_however_it_rescales() -> None:
+    base, experts = draw(300, 700)  # more than one block of rows
+    knobs = {"density": 0.4, "epsilon": 0.3, "elect": "none", "normalize": False}
+    runs = {
+        how: della(0 * base, experts[:1], rescale=how, rng=generator(1), **knobs)
+        for how in ("none", "l1", "probability")
+    }
+    assert torch.equal(runs["l1"] != 0, runs["none"] != 0)
+    assert torch.equal(runs["probability"] != 0, runs["none"] != 0)
+    torch.testing.assert_close(runs["l1"].abs().sum(), experts[0].abs().sum(), rtol=1e-6, atol=0)
+
+
+def test_masks_have_their_probability_to_the_last_bit() -> None:
+    for level in (1, 255, 256, 300, 32768, 65535, 65536):
+        mean = draw_mask(1 << 20, level, np.random.default_rng(level)).mean()
+        share = level / 65536
+        assert abs(mean - share) <= 5 * (share * (1 - share) / (1 << 20)) ** 0.5
 
 
 def test_della_refuses_a_window_that_leaves_the_unit_interval() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,49 +12,69 @@ from modicum.errors import RecipeError
 from modicum.weights.selection import Cut, find_cuts
 
 Elect: TypeAlias = Literal["none", "ties"]
+Kernel: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def combine(deltas: Tensor, weights: Tensor, *, elect: Elect, normalize: bool) -> Tensor:
-    """Merge deltas ``(n, block)``, which may be overwritten, into one.
+def combiner(weights: Tensor, *, elect: Elect, normalize: bool, scale: float = 1.0) -> Kernel:
+    """Return what merges deltas ``(n, block)``, which it may overwrite, into one; valid until its next call.
 
     Args:
-        deltas: One row for each expert.
         weights: One for each expert.
         elect: ``none`` sums all; ``ties`` sums those that have the elected sign.
         normalize: Divide by the weights that took part.
+        scale: Factor on the result.
 
     Raises:
         RecipeError: All take part, and their weights sum to zero.
     """
     if elect == "ties":
-        return elect_signs(deltas, weights, normalize=normalize)
-    merged = weights @ deltas
-    if not normalize:
-        return merged
+        return _Election(weights, normalize=normalize, scale=scale)
     total = float(weights.sum())
-    if total == 0:
+    if normalize and total == 0:
         raise RecipeError(f"The weights {weights.tolist()} sum to 0 and cannot be normalized. Set normalize: false.")
-    return merged.div_(total)
+    shares = weights * (scale / total if normalize else scale)
+    return lambda deltas: torch.mv(deltas.T, shares)
 
 
-def elect_signs(deltas: Tensor, weights: Tensor, *, normalize: bool) -> Tensor:
-    """Merge deltas ``(n, block)`` entry by entry over those that have the elected sign; ``deltas`` is overwritten.
+class _Election:
+    """Merges deltas entry by entry over those that have the elected sign.
 
-    A sum of zero elects +1, and an entry that is zero agrees with nobody.
+    A sum of zero elects +1, and an entry that is zero agrees with nobody. What has the sign of a sum S adds up to
+    (Σ|x| + |S|) / 2 in magnitude, which needs no comparison and cancels nothing; the weights that took part come from
+    the signs in the same way. Intermediate results have buffers of their own, as fresh memory costs more than the sums.
     """
-    deltas.mul_(weights[:, None])
-    sign = torch.copysign(torch.ones_like(deltas[0]), deltas.sum(0).add_(0.0))  # adding zero makes −0 positive
-    deltas.mul_(sign).clamp_min_(0)
-    merged = deltas.sum(0).mul_(sign)
-    if not normalize:
-        return merged
-    # Kept as numbers throughout: comparisons that make booleans cost several times as much.
-    divisor = weights @ deltas.sign_()
-    if bool((weights > 0).all()):
-        divisor.clamp_min_(weights.min())  # where nobody agrees the numerator is zero
-    else:
-        divisor[divisor.abs() < 1e-8] = 1
-    return merged.div_(divisor)
+
+    def __init__(self, weights: Tensor, *, normalize: bool, scale: float) -> None:
+        self.weights, self.normalize, self.scale = weights, normalize, scale
+        self.halves = torch.full_like(weights, 0.5)
+        self.weighted = bool((weights != 1).any())
+        self.positive = float(weights.min()) if bool((weights > 0).all()) else None
+        self.signs = self.rows = weights.new_empty(0, 0)
+
+    def __call__(self, deltas: Tensor) -> Tensor:
+        n = deltas.shape[1]
+        if self.rows.shape[1] < n:
+            self.signs, self.rows = torch.empty_like(deltas), deltas.new_empty(4, n)
+        signs = self.signs[:, :n]
+        total, merged, divisor, spare = self.rows[:, :n]
+        if self.weighted:
+            deltas.mul_(self.weights[:, None])
+        if self.normalize:
+            torch.sign(deltas, out=signs)
+        torch.mv(deltas.T, self.halves, out=total).add_(0.0)  # adding zero makes −0 positive
+        torch.mv(deltas.abs_().T, self.halves, out=merged)
+        merged.add_(torch.abs(total, out=spare))
+        torch.copysign(merged, total, out=merged)
+        if self.normalize:
+            torch.mv(signs.T, self.weights, out=divisor)
+            divisor.mul_(torch.copysign(spare.fill_(1), total, out=spare))
+            divisor.add_(torch.mv(signs.abs_().T, self.weights, out=spare)).mul_(0.5)
+            if self.positive is not None:
+                divisor.clamp_min_(self.positive)  # where nobody agrees the numerator is zero
+            else:
+                divisor[divisor.abs() < 1e-8] = 1
+            merged.div_(divisor)
+        return merged if self.scale == 1 else merged.mul_(self.scale)
 
 
 def kept_of(n: int, density: float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -46,9 +45,8 @@ def run_step(
         return _same(step, tensors), {}
     tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
     origin, experts = tensors[0], tensors[1:] if step.base else tensors
+    refuse_non_finite(step.name, tensors, [source.model for source in step.sources])
     measured = compare(origin, experts)
-    if not all(map(math.isfinite, measured["norms"])):
-        refuse_non_finite(step.name, origin, tensors[1:], [source.model for source in step.sources])
     if origin.dtype != step.spec.dtype or step.diagnosed:
         # The method answers in the dtype of its base: in float32 first, then one cast.
         origin = origin.to(working_dtype(origin))

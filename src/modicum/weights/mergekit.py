@@ -373,6 +373,10 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
     sparse = [step for step in steps if "density" in step.knobs]
     if sparse and all(_all_kept(step.knobs["density"]) for step in sparse):
         notes.append(f"density is 1 (mergekit's default), so {name} drops nothing and adds the deltas")
+    if any(step.method in ("dare", "della") and not _all_kept(step.knobs["density"]) for step in sparse):
+        notes.append("random masks come from the seed and the tensors' names: other entries than mergekit drops")
+    if any(r.adapter for piece in slices for r in (piece.base, *(part.reference for part in piece.parts)) if r):
+        notes.append("adapters are folded in while reading, in float32, where mergekit first writes a rounded model")
     if any("gamma" in step.knobs for step in sparse):
         notes.append("breadcrumbs keeps its share of small tensors too, which older mergekit set to zero")
     if any(_has_gradient(scope) for piece in slices for scope in (*piece.scopes, *(p.parameters for p in piece.parts))):

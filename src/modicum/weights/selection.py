@@ -39,11 +39,9 @@ class Cut:
             return _shrink_(delta, _below(self.value, delta.dtype))
         if not self.spare:
             return _shrink_(delta, self.value)
-        equal = delta.abs() == self.value
-        found = int(torch.count_nonzero(equal))
-        if found > self.spare:
-            delta[equal.nonzero().view(-1)[self.spare :]] = 0
-        self.spare = max(0, self.spare - found)
+        equal = _places(delta, self.value)
+        delta[equal[self.spare :]] = 0
+        self.spare = max(0, self.spare - len(equal))
         return _shrink_(delta, _below(self.value, delta.dtype))
 
 
@@ -51,6 +49,13 @@ def _shrink_(delta: Tensor, value: float) -> Tensor:
     """Set to zero what is not above ``value`` in magnitude."""
     torch.ops.aten.hardshrink.out(delta, value, out=delta)
     return delta
+
+
+def _places(delta: Tensor, value: float) -> Tensor:
+    """Return where the magnitude is ``value``."""
+    if delta.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(np.abs(delta.numpy()) == value))
+    return (delta.abs() == value).nonzero().view(-1)
 
 
 def _below(value: float, dtype: torch.dtype) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from modicum.registry import merge_method
 from modicum.types import Fraction, UnitInterval
 from modicum.weights.blocks import as_vector, fold, per_expert
-from modicum.weights.combine import Elect, combine, kept_of
+from modicum.weights.combine import Elect, combiner, kept_of
 from modicum.weights.selection import Cut, find_cuts
 
 
@@ -76,6 +76,8 @@ def breadcrumbs(
     found = find_cuts(base, experts, keeps) if any(keeps) and size else [[] for _ in experts]
     cuts = [_pair(window, list(several), size) for window, several in zip(windows, found)]
 
+    combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
+
     def kernel(deltas: Tensor) -> Tensor:
         for delta, (without, within) in zip(deltas, cuts):
             outliers = without.trim_(delta.clone()) if without else None
@@ -83,7 +85,7 @@ def breadcrumbs(
                 within.trim_(delta)
             if outliers is not None:
                 delta.sub_(outliers)
-        return combine(deltas, w, elect=elect, normalize=normalize).mul_(scale)
+        return combine(deltas)
 
     return fold(base, experts, kernel)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import as_vector, delta_blocks, fold, per_expert
-from modicum.weights.combine import Elect, combine
-from modicum.weights.draws import LEVELS, draw, keep_
+from modicum.weights.combine import Elect, combiner
+from modicum.weights.draws import LEVELS, draw_mask, keep_
 
 
 @merge_method("dare", paper="arXiv:2311.03099", laws={"zero_delta", "scale", "shift"})
@@ -57,7 +57,7 @@ def dare(
 
     Example:
         >>> import torch
-        >>> dare(torch.zeros(4), [torch.ones(4)], density=0.5, rng=torch.Generator().manual_seed(3))
+        >>> dare(torch.zeros(4), [torch.ones(4)], density=0.5, rng=torch.Generator().manual_seed(5))
         tensor([2., 2., 0., 0.])
 
     Cost:
@@ -81,12 +81,11 @@ def dare(
     masks = Masks(levels, seeds)
     larger = as_vector(factors, base)
 
+    combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
+
     def kernel(deltas: Tensor) -> Tensor:
         masks.apply_(deltas)
-        if elect == "none" and not normalize:
-            return (scale * w * larger) @ deltas
-        deltas.mul_(larger[:, None])
-        return combine(deltas, w, elect=elect, normalize=normalize).mul_(scale)
+        return combine(deltas.mul_(larger[:, None]))
 
     return fold(base, experts, kernel)
 
@@ -102,7 +101,7 @@ class Masks:
         """Set to zero what is dropped of the next block of deltas ``(n, block)``."""
         for delta, level, rng in zip(deltas, self.levels, self.generators):
             if level < LEVELS:
-                keep_(delta, draw(len(delta), rng) < level)
+                keep_(delta, draw_mask(len(delta), level, rng))
 
 
 def _l1_ratios(base: Tensor, experts: Sequence[Tensor], levels: Sequence[int], seeds: Sequence[int]) -> list[float]:

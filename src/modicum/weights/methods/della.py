@@ -5,21 +5,22 @@ Between DARE, which drops at random, and TIES, which drops the smallest.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from functools import lru_cache
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 from annotated_types import Ge, Lt
+from numpy.typing import NDArray
 from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import as_vector, per_expert, working_dtype
-from modicum.weights.combine import Elect, combine
-from modicum.weights.draws import LEVELS, draw
+from modicum.weights.combine import Elect, combiner
+from modicum.weights.draws import LEVELS, Mask, draw, keep_
 
 ROWS = 1 << 17  # entries handled at a time, in whole rows
 
@@ -44,7 +45,8 @@ def della(
         q_i = (d - \epsilon) + 2 \epsilon \frac{r_i}{n - 1}, \quad
         \tilde\tau_i = m_i \tau_i / q_i, \quad m_i \sim \operatorname{Bernoulli}(q_i)
 
-    where :math:`r_i` is the rank of :math:`|\tau_i|` in its row of :math:`n`, smallest first.
+    where :math:`r_i` is the rank of :math:`|\tau_i|` in its row of :math:`n`, smallest first; equal magnitudes share
+    their mean rank.
 
     Args:
         base: The tensor that the experts were trained from.
@@ -72,7 +74,7 @@ def della(
         tensor([[0.0000, 0.0000, 5.1429, 5.3333]])
 
     Cost:
-        One sort of every row; one pass, two with ``l1``.
+        One sort of every row; one pass, two with ``l1``, which keeps a bit for each entry of each expert between them.
 
     Deviates:
         ``epsilon`` is half the window, as in the authors' code; the paper's is the whole. Probabilities are rounded to
@@ -99,59 +101,115 @@ def della(
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     rows = out.view(-1, width_of_row)
     step = max(1, ROWS // max(1, width_of_row))
-    ratios = _l1_ratios(origin, flats, shares, widths, seeds, step) if rescale == "l1" else None
+    combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
+    levels = [levels_of(width_of_row, *window) for window in zip(shares, widths)]
     generators = [np.random.default_rng(seed) for seed in seeds]
-    for start in range(0, len(origin), step):
-        block = origin[start : start + step].to(dtype)
+    masks: list[list[NDArray[np.uint8]]] = [[] for _ in experts]
+    ratios = [1.0] * n
+    if rescale == "l1":
+        for t, chances in enumerate(levels):
+            if chances:
+                masks[t], ratios[t] = _l1(origin, flats[t], chances, generators[t], step)
+    for i, start in enumerate(range(0, len(origin), step)):
+        block = origin[start : start + step].to(dtype, copy=True)
         deltas = torch.empty(n, *block.shape, dtype=dtype, device=base.device)
-        for t, flat in enumerate(flats):
-            delta = flat[start : start + step].to(dtype) - block
-            deltas[t] = prune(delta, shares[t], widths[t], generators[t], by_probability=rescale == "probability")
-            if ratios is not None:
-                deltas[t] *= ratios[t]
-        merged = combine(deltas.view(n, -1), w, elect=elect, normalize=normalize).view(block.shape)
-        rows[start : start + step] = block + scale * merged
+        for delta, flat, chances, source, bits, ratio in zip(deltas, flats, levels, generators, masks, ratios):
+            delta.copy_(flat[start : start + step]).sub_(block)
+            if not chances:
+                continue
+            if rescale == "probability":
+                keep_by_probability_(delta, chances, source)
+                continue
+            mask = np.unpackbits(bits[i], count=delta.numel()) if bits else keep_mask(delta, chances, source)
+            keep_(delta.view(-1), mask).mul_(ratio)
+        rows[start : start + step] = block.add_(combine(deltas.view(n, -1)).view(block.shape))
     return out
 
 
-def prune(delta: Tensor, density: float, epsilon: float, rng: np.random.Generator, *, by_probability: bool) -> Tensor:
-    """Drop entries of each row of ``delta`` at random, small ones more often; divide the rest by their probability."""
-    if density >= 1:
-        return delta
+@lru_cache(maxsize=64)  # a model has few lengths of row
+def levels_of(n: int, density: float, epsilon: float) -> Levels | None:
+    """Return the probabilities of being kept in a row of ``n``; ``None`` where nothing is dropped."""
+    if density >= 1 or not n:
+        return None
+    twice = np.arange(2 * n - 1)
+    probability = density + (epsilon * (twice / (n - 1) - 1) if n > 1 else 0.0 * twice)
+    levels = np.clip(np.rint(probability * LEVELS), 1, LEVELS - 1).astype(np.int32)
+    by_rank = levels[::2]
+    lowest, highest = int(by_rank[0]), int(by_rank[-1])
+    return Levels(levels, lowest, highest, np.searchsorted(by_rank, np.arange(lowest, highest), side="right"))
+
+
+class Levels(NamedTuple):
+    """Probabilities in units of 1/65536, by twice the rank, which of equal magnitudes is a whole number and a half."""
+
+    by_twice_rank: NDArray[np.int32]
+    lowest: int
+    highest: int
+    needed: NDArray[np.int64]  # for each draw from the lowest up, the first rank that keeps it
+
+
+def keep_mask(delta: Tensor, levels: Levels, rng: np.random.Generator) -> Mask:
+    """Say which entries of each row of ``delta`` stay; small ones do less often.
+
+    Draws outside the window of probabilities decide by themselves. For one within it, the entry is compared with the
+    one at the rank that would just stay; its own rank is looked up only where the two are equal.
+    """
     rows, n = delta.shape
-    slope = 2 * epsilon / (n - 1) if n > 1 else 0.0
-    probability = (density - epsilon if n > 1 else density) + slope * np.arange(n)
-    levels = np.clip(np.rint(probability * LEVELS), 1, LEVELS - 1).astype(np.uint16)
-    factor = np.float32(LEVELS) / levels if by_probability else np.ones(n)
-    factors = (draw(rows * n, rng).reshape(rows, n) < levels) * factor.astype(np.float32)
-    # Magnitude and position in one integer, the position in its lower half: sorting it ranks a row, equal magnitudes
-    # by position, far faster than an argsort.
-    keys = np.empty((rows, n), np.int64)
-    halves = keys.view(np.int32).reshape(rows, n, 2)
-    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
-    halves[:, :, low] = np.arange(n)
-    halves[:, :, high] = delta.abs().float().cpu().numpy().view(np.int32)
-    keys.sort(axis=1)
-    keys &= 0xFFFFFFFF
-    spread = torch.empty(rows, n).scatter_(1, torch.from_numpy(keys), torch.from_numpy(factors))
-    return delta.mul_(spread.to(delta))
+    draws = draw(rows * n, rng)
+    mask: Mask = draws < levels.lowest
+    open_ = np.flatnonzero((draws < levels.highest) ^ mask)
+    if open_.size:
+        patterns = _patterns(delta)
+        ranked = np.sort(patterns, axis=1)
+        row = open_ // n
+        own = patterns.reshape(-1)[open_]
+        just = ranked.reshape(-1)[row * n + levels.needed[draws[open_] - levels.lowest]]
+        mask[open_] = own > just
+        equal = np.flatnonzero(own == just)
+        level = levels.by_twice_rank[_twice_rank(ranked, row[equal], own[equal])]
+        mask[open_[equal]] = draws[open_[equal]] < level
+    return mask
 
 
-def _l1_ratios(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    shares: Sequence[float],
-    widths: Sequence[float],
-    seeds: Sequence[int],
-    step: int,
-) -> list[float]:
-    ratios = []
-    for expert, share, width, seed in zip(experts, shares, widths, seeds):
-        rng, before, after = np.random.default_rng(seed), 0.0, 0.0
-        for start in range(0, len(base), step):
-            delta = expert[start : start + step].to(working_dtype(base)) - base[start : start + step]
-            before += float(delta.abs().sum(dtype=torch.float64))
-            pruned = prune(delta, share, width, rng, by_probability=False)
-            after += float(pruned.abs().sum(dtype=torch.float64))
-        ratios.append(before / after if after else 1.0)
-    return ratios
+def keep_by_probability_(delta: Tensor, levels: Levels, rng: np.random.Generator) -> None:
+    """Drop what :func:`keep_mask` drops, and divide the rest by the probabilities of being kept."""
+    rows, n = delta.shape
+    draws = draw(rows * n, rng)
+    open_ = np.flatnonzero(draws < levels.highest)
+    patterns = _patterns(delta)
+    twice = _twice_rank(np.sort(patterns, axis=1), open_ // n, patterns.reshape(-1)[open_])
+    level = levels.by_twice_rank[twice]
+    factors = np.zeros(rows * n, np.float32)
+    factors[open_] = (draws[open_] < level) * (np.float32(LEVELS) / level)
+    delta.mul_(torch.from_numpy(factors).view(rows, n).to(delta))
+
+
+def _patterns(delta: Tensor) -> NDArray[np.int32]:
+    """Return the bit patterns of the magnitudes, which are ordered like these and sort faster."""
+    patterns: NDArray[np.int32] = delta.abs().float().cpu().numpy().view(np.int32)
+    return patterns
+
+
+def _twice_rank(ranked: NDArray[np.int32], row: NDArray[np.int64], own: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return for entries ``own`` of the given rows twice their mean rank among the sorted entries of these."""
+    rows, n = ranked.shape
+    # With its row in the upper half of an integer, all rows are one sorted sequence.
+    keys = (np.arange(rows, dtype=np.int64)[:, None] << 32) + ranked
+    wanted = (row << 32) + own
+    first, behind = (np.searchsorted(keys.reshape(-1), wanted, side=side) for side in ("left", "right"))
+    return first + behind - 1 - 2 * n * row
+
+
+def _l1(
+    base: Tensor, expert: Tensor, levels: Levels, rng: np.random.Generator, step: int
+) -> tuple[list[NDArray[np.uint8]], float]:
+    """Return the masks of an expert's delta, a bit an entry, and its sum of magnitudes over that of what they keep."""
+    masks, before, after = [], 0.0, 0.0
+    for start in range(0, len(base), step):
+        delta = expert[start : start + step].to(working_dtype(base)) - base[start : start + step]
+        mask = keep_mask(delta, levels, rng)
+        masks.append(np.packbits(mask))
+        magnitudes = delta.abs_().view(-1)
+        before += float(magnitudes.sum())
+        after += float(keep_(magnitudes, mask).sum())
+    return masks, before / after if after else 1.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
@@ -66,4 +67,4 @@ def linear(
     first = experts[0] if base is None else experts[0].to(base.dtype)
     # θ = (Σw)·θ₁ + Σ wₜ(θₜ − θ₁)
     rest = as_vector(w[1:], first)
-    return fold(first, experts[1:], lambda deltas: rest @ deltas, share=total)
+    return fold(first, experts[1:], lambda deltas: torch.mv(deltas.T, rest), share=total)

@@ -11,6 +11,7 @@ from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import working_dtype
 from modicum.weights.combine import kept_of
+from modicum.weights.selection import find_cuts
 
 
 @merge_method("sce", paper="arXiv:2408.07990", laws={"permutation", "zero_delta", "scale", "shift"})
@@ -50,9 +51,12 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
     deltas = torch.stack([(expert.to(dtype) - origin).reshape(-1) for expert in experts])
     size = base.numel()
     if select < 1 and len(experts) > 1 and size:
-        variance = deltas.var(0, correction=0)
-        dropped = variance.argsort(descending=True, stable=True)[kept_of(int(variance.count_nonzero()), select) :]
-        deltas[:, dropped] = 0
+        # Several times faster than torch's variance along so short an axis, and zero where all are equal.
+        beside = deltas - deltas[0]
+        variance = (beside - beside.mean(0)).square_().mean(0)
+        keep = max(1, kept_of(int(variance.count_nonzero()), select))
+        ((cut,),) = find_cuts(torch.zeros_like(variance), [variance], [[keep]])
+        deltas *= cut.trim_(variance) > 0  # an entry on which all agree is never kept
     energy = deltas.square().mean(1) if size else deltas.sum(1)
     weights = energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / len(energy))
     sign = torch.where(deltas.sum(0) >= 0, 1.0, -1.0).to(dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
@@ -52,4 +53,4 @@ def task_arithmetic(
         Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv:2212.04089, Section 2.
     """
     w = scale * as_vector(per_expert(weights, len(experts)), base)
-    return fold(base, experts, lambda deltas: w @ deltas)
+    return fold(base, experts, lambda deltas: torch.mv(deltas.T, w))

@@ -15,7 +15,7 @@ from torch import Tensor
 from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import as_vector, delta_blocks, fold, per_expert
-from modicum.weights.combine import elect_signs, trim_cuts
+from modicum.weights.combine import combiner, trim_cuts
 from modicum.weights.selection import Cut
 
 Each = Callable[[Callable[[Tensor, Sequence[Tensor]], Any]], Mapping[str, Any]]
@@ -136,10 +136,12 @@ def ties(
     else:
         cuts = [Cut(value, 0, exhaustive=True) for value in threshold]
 
+    elected = combiner(w, elect="ties", normalize=normalize, scale=scale)
+
     def kernel(deltas: Tensor) -> Tensor:
         for delta, cut in zip(deltas, cuts):
             if cut:
                 cut.trim_(delta)
-        return elect_signs(deltas, w, normalize=normalize).mul_(scale)
+        return elected(deltas)
 
     return fold(base, experts, kernel)
