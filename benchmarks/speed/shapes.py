@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -74,11 +75,41 @@ def write_checkpoint(folder: Path, config: dict[str, object], *, seed: int, base
         folder / "model.safetensors",
         {"format": "pt"},
     )
+    write_config(folder, config)
+    return folder
+
+
+def write_config(folder: Path, config: dict[str, object]) -> None:
+    """Write the ``config.json`` of a Llama."""
     about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
              "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "bos_token_id": 1,
              "eos_token_id": 2, **config}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(about, indent=2))
-    return folder
+
+
+def write_repeated(root: Path, config: dict[str, object], experts: int = 3) -> tuple[Path, list[Path]]:
+    """Write a base of zeros and experts that share one file of repeated random numbers: little time, little disk."""
+    from modicum.weights.files import Spec, lay_out
+
+    header, _ = lay_out(root, {name: Spec(shape, torch.bfloat16) for name, shape in llama_shapes(config).items()})
+    nbytes = 2 * sum(math.prod(shape) for shape in llama_shapes(config).values())
+    folders = [root / "base", *(root / f"expert{i + 1}" for i in range(experts))]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, config)
+    files = [folder / "model.safetensors" for folder in folders]
+    with files[0].open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + nbytes)  # a hole, which reads as zeros
+    block = (0.002 * torch.randn(1 << 23, generator=torch.Generator().manual_seed(1))).bfloat16()
+    content = memoryview(block.view(torch.uint8).numpy())
+    with files[1].open("wb") as file:
+        file.write(header)
+        for start in range(0, nbytes, len(content)):
+            file.write(content[: nbytes - start])
+    for link in files[2:]:
+        link.hardlink_to(files[1])
+    return folders[0], folders[1:]
 
 
 def write_family(root: Path, config: dict[str, object], experts: int = 3) -> tuple[Path, list[Path]]:
