@@ -69,6 +69,16 @@ def test_a_wrong_recipe_says_what_came_and_what_to_do(data, message):
     assert message in str(caught.value)
 
 
+def test_every_line_about_a_method_says_where_it_belongs():
+    data = {"job": "merge", "base": "a", "experts": ["b"], "method": {"name": "ties", "densty": 0.2}}
+    with pytest.raises(RecipeError) as caught:
+        parse(data, where="mine.yaml")
+    assert str(caught.value).splitlines() == [
+        "mine.yaml: method: merge method 'ties': 'density' is missing. Set it.",
+        "mine.yaml: method: merge method 'ties': unknown key 'densty'. Did you mean 'density'?",
+    ]
+
+
 def test_a_missing_file_and_a_misspelt_recipe_are_told_apart():
     with pytest.raises(RecipeError, match="There is no file nowhere.yaml"):
         read("nowhere.yaml")
