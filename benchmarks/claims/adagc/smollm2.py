@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sysconfig
 import time
@@ -110,7 +111,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    names = {re.sub(r"[^a-z0-9.]+", "-", arm).strip("-"): arm for arm in ARMS}  # what a shell need not quote
+    parser.add_argument("--arms", nargs="+", choices=names, default=list(names))
     parser.add_argument("--faults", type=float, default=0.0)
     parser.add_argument("--minutes", type=float, default=6.0)
     given = parser.parse_args()
@@ -118,7 +120,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     began = time.monotonic()
     for seed in range(given.seeds):
-        for arm in given.arms:
+        for arm in (names[name] for name in given.arms):
             key = f"{arm} | lr {given.lr:g} | faults {given.faults:g} | {seed}"
             if key in data["cells"] or time.monotonic() - began > 60 * given.minutes:
                 continue
