@@ -110,9 +110,10 @@ def della(
         for t, chances in enumerate(levels):
             if chances:
                 masks[t], ratios[t] = _l1(origin, flats[t], chances, generators[t], step)
+    buffer = torch.empty(n + 1, min(step, len(origin)), width_of_row, dtype=dtype, device=base.device)
     for i, start in enumerate(range(0, len(origin), step)):
-        block = origin[start : start + step].to(dtype, copy=True)
-        deltas = torch.empty(n, *block.shape, dtype=dtype, device=base.device)
+        block, *deltas = buffer[:, : len(origin) - start]
+        block.copy_(origin[start : start + step])
         for delta, flat, chances, source, bits, ratio in zip(deltas, flats, levels, generators, masks, ratios):
             delta.copy_(flat[start : start + step]).sub_(block)
             if not chances:
@@ -122,7 +123,8 @@ def della(
                 continue
             mask = np.unpackbits(bits[i], count=delta.numel()) if bits else keep_mask(delta, chances, source)
             keep_(delta.view(-1), mask).mul_(ratio)
-        rows[start : start + step] = block.add_(combine(deltas.view(n, -1)).view(block.shape))
+        merged = combine(buffer[1:, : len(block)].flatten(1))
+        rows[start : start + step] = block.add_(merged.view(block.shape))
     return out
 
 
