@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from modicum.errors import UnsupportedError
-
-H = TypeVar("H", bound="StepHook")  # not Self, which the tests' shape checker cannot read
 
 
 class StepHook:
@@ -29,7 +27,7 @@ class StepHook:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Work on what the optimiser did."""
 
-    def attach(self: H, optimizer: torch.optim.Optimizer) -> H:
+    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
         """Do this at every ``optimizer.step()`` from now on.
 
         It works with any optimiser of ``torch.optim`` or derived from it, fused or not, wrapped by Accelerate or not.
