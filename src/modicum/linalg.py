@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+CLEAR = 0.1  # singular values above this share of the largest come out of a float32 Gram matrix to about 1e-5
+SINGLE = 1e-2  # with a cut-off this high a stack is whitened in float32: an error of 1e-7 / 1e-2 at worst
 DEPENDENT = 1e-5  # smallest singular value of a stack of unit columns, relative to the largest, that is not noise
 Solver: TypeAlias = Literal["gram", "randomized", "svd"]
 
@@ -46,22 +48,41 @@ def truncated_svd(
         return SVD(U[:, :rank], S[:rank], Vh[:rank].T)
     if solver == "randomized":
         return _randomized(matrix, rank, rng)
-    if matrix.shape[0] > matrix.shape[1]:
-        U, S, V = _gram(matrix.T, rank)
-        return SVD(V, S, U)
-    return _gram(matrix, rank)
+    return SVD(*(part.to(matrix.dtype) for part in _gram(matrix.double(), rank)))
+
+
+def mixed_svd(matrix: Float[Tensor, "m n"], rank: int) -> SVD:
+    r"""Return the ``rank`` largest singular triplets: in float32 where that is as good, in float64 where it is not.
+
+    A Gram matrix squares the spread of the singular values, so the direction of :math:`\sigma_i` is off by about
+    :math:`\epsilon\, (\sigma_1 / \sigma_i)^2`. The smallest triplet that is asked for therefore tells whether float32
+    was enough: at a tenth of the largest it is off by 1e-5, below it the decomposition is repeated in float64.
+
+    Args:
+        matrix: What to decompose, in float32.
+        rank: How many; at least 1 and at most the short side.
+
+    Example:
+        >>> mixed_svd(torch.diag(torch.tensor([3.0, 2.0, 0.01])), 2).S.dtype
+        torch.float32
+        >>> mixed_svd(torch.diag(torch.tensor([3.0, 2.0, 0.01])), 3).S.dtype
+        torch.float64
+    """
+    part = _gram(matrix, rank)
+    return part if float(part.S[-1]) >= CLEAR * float(part.S[0]) else _gram(matrix.double(), rank)
 
 
 def _gram(matrix: Tensor, rank: int) -> SVD:
-    """Decompose a wide matrix through its ``m x m`` Gram matrix."""
-    wide = matrix.double()
-    _, vectors = torch.linalg.eigh(wide @ wide.T)
+    """Decompose a matrix through the Gram matrix of its short side, in its own precision."""
+    if matrix.shape[0] > matrix.shape[1]:
+        U, S, V = _gram(matrix.T, rank)
+        return SVD(V, S, U)
+    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
     U = vectors[:, -rank:].flip(1)
-    V = wide.T @ U
+    V = matrix.T @ U
     S = V.norm(dim=0)
     # Columns of zero length belong to the null space: they stay zero, and contribute nothing.
-    V = V / S.clamp_min(torch.finfo(torch.float64).tiny)
-    return SVD(U.to(matrix.dtype), S.to(matrix.dtype), V.to(matrix.dtype))
+    return SVD(U, S, V / S.clamp_min(torch.finfo(S.dtype).tiny))
 
 
 def _randomized(matrix: Tensor, rank: int, rng: torch.Generator | None, *, extra: int = 64, rounds: int = 2) -> SVD:
@@ -87,28 +108,33 @@ def inverse_root(gram: Float[Tensor, "k k"], *, rtol: float) -> tuple[Float[Tens
     """
     values, vectors = torch.linalg.eigh(gram)
     if rtol > 0:
-        inverse = torch.where(values > rtol * values[-1], values.clamp_min(1e-300).rsqrt(), 0.0)
+        inverse = torch.where(values > rtol * values[-1], values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
     else:
         inverse = values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt()
     return (vectors * inverse) @ vectors.T, values
 
 
 class Polar(NamedTuple):
-    """A stack made orthonormal: ``factor (m, k)``, and of its Gram matrix' eigenvalues how many were ``kept`` and the
-    ``weakest`` of them, relative to the largest.
+    """A stack made orthonormal, ``basis (m, k) @ root (k, k)``, and of its Gram matrix' eigenvalues how many were
+    ``kept`` and the ``weakest`` of them, relative to the largest.
     """
 
-    factor: Tensor
+    basis: Tensor
+    root: Tensor
     kept: int
     weakest: float
 
 
 def polar(stack: Float[Tensor, "m k"], *, rtol: float) -> Polar:
-    """Return the polar factor of a stack and how well it is determined; see :func:`inv_sqrt_polar`."""
-    wide = stack.double()
+    """Return the polar factor of a stack and how well it is determined; see :func:`inv_sqrt_polar`.
+
+    The two factors stay apart, so that a product with small matrices is taken before the one with the long side. They
+    are float64, unless the stack is float32 and the cut-off bounds what rounding can do.
+    """
+    basis = stack if rtol >= SINGLE else stack.double()
     if rtol == 0:
-        U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-        factor, values = U @ Vh, S.square()
+        basis, S, root = torch.linalg.svd(basis, full_matrices=False)
+        values = S.square()
         if len(S) and float(S[-1]) < DEPENDENT * float(S[0]):
             warnings.warn(
                 "Columns of the stack depend on each other, so that part of the polar factor is arbitrary. "
@@ -117,11 +143,10 @@ def polar(stack: Float[Tensor, "m k"], *, rtol: float) -> Polar:
                 stacklevel=3,
             )
     else:
-        root, values = inverse_root(wide.T @ wide, rtol=rtol)
-        factor = wide @ root
+        root, values = inverse_root(basis.T @ basis, rtol=rtol)
     relative = (values / values.max()).clamp_min(0) if len(values) else values
     kept = relative[relative > rtol] if rtol else relative
-    return Polar(factor.to(stack.dtype), len(kept), float(kept.min()) if len(kept) else 1.0)
+    return Polar(basis, root, len(kept), float(kept.min()) if len(kept) else 1.0)
 
 
 def inv_sqrt_polar(stack: Float[Tensor, "m k"], *, rtol: float = 1e-4) -> Float[Tensor, "m k"]:
@@ -137,7 +162,8 @@ def inv_sqrt_polar(stack: Float[Tensor, "m k"], *, rtol: float = 1e-4) -> Float[
         >>> inv_sqrt_polar(torch.cat([column, column], 1)) @ torch.ones(2)
         tensor([1.4142, 0.0000])
     """
-    return polar(stack, rtol=rtol).factor
+    found = polar(stack, rtol=rtol)
+    return (found.basis @ found.root).to(stack.dtype)
 
 
 def product_svd(left: Float[Tensor, "*b m k"], right: Float[Tensor, "*b k n"]) -> SVD:

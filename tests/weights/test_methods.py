@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.linalg import SVD, inv_sqrt_polar, truncated_svd
+from modicum.linalg import SVD, inv_sqrt_polar, mixed_svd, truncated_svd
 from modicum.random import generator
 from modicum.weights import merge_state_dicts
 from modicum.weights.draws import draw_mask
@@ -315,7 +315,7 @@ def test_tsv_of_one_expert_is_that_expert() -> None:
 
 def test_tsv_keeps_the_experts_singular_values_and_never_grows() -> None:
     base, experts = draw(9, 14)
-    merged = tsv(base, experts) - base
+    merged = tsv(base, experts, whiten_rtol=1e-9) - base
     kept = torch.cat([torch.linalg.svdvals(e - base)[:3] for e in experts]).sort(descending=True).values
     torch.testing.assert_close(torch.linalg.svdvals(merged)[:9], kept, **EXACT)
     largest = max(float(torch.linalg.matrix_norm(e - base, 2)) for e in experts)
@@ -397,6 +397,37 @@ def test_near_parallel_experts_need_a_larger_cut_off() -> None:
     errors = [float((tsv(base, [delta, near], whiten_rtol=r) - target).norm() / target.norm()) for r in (1e-4, 5e-2)]
     assert errors[0] > 0.5
     assert errors[1] < 0.2
+
+
+@pytest.mark.parametrize("spread", [0.0, -3.0])
+@pytest.mark.parametrize("cutoff", [1e-12, 1e-4, 1e-2])
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_float32_deltas_merge_as_well_as_float64_ones(shape: tuple[int, int], cutoff: float, spread: float) -> None:
+    """Singular values of one size, which float32 is trusted with, and values that fall to a thousandth."""
+    strengths = torch.logspace(0, spread, min(shape))
+    experts = [(d.float() * strengths if d.shape[1] == 24 else strengths[:, None] * d.float()) for d in draw(*shape)[1]]
+    merged = tsv(torch.zeros(shape), experts, whiten_rtol=cutoff)
+    exact = tsv(torch.zeros(shape).double(), [e.double() for e in experts], whiten_rtol=cutoff)
+    assert float((merged - exact).norm() / exact.norm()) < 3e-5
+
+
+def test_float32_is_not_trusted_with_a_wide_spectrum() -> None:
+    wide = torch.diag(torch.tensor([1.0, 0.5, 1e-2]))
+    assert mixed_svd(wide, 2).S.dtype == torch.float32
+    assert mixed_svd(wide, 3).S.dtype == torch.float64
+
+
+def test_the_default_cut_off_cures_copies_and_experts_a_hundredth_apart() -> None:
+    """Gaussian matrices of full rank, 24 x 36: the near-parallel study."""
+    rng = torch.Generator().manual_seed(0)
+    delta, other = torch.randn(2, 24, 36, generator=rng, dtype=torch.float64)
+    for noise in (0.0, 1e-3, 1e-2):
+        near = delta + noise * other
+        part = truncated_svd((delta + near) / 2, 12)
+        target = (part.U * part.S) @ part.V.T
+        assert float((tsv(torch.zeros_like(delta), [delta, near]) - target).norm() / target.norm()) < 0.01
+    with pytest.warns(RuntimeWarning, match="depend on each other"):
+        assert float((tsv(torch.zeros_like(delta), [delta, delta], whiten_rtol=0.0) - target).norm()) > target.norm()
 
 
 def test_the_polar_factor_is_orthonormal() -> None:
