@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.claims.merging.synthetic import CUTOFFS, NOISE, SHAPES, SIZES
 from benchmarks.tables import interval, load, markdown, write
 
@@ -39,11 +41,29 @@ def speed() -> str:
             f"{found['modicum']['seconds']['median']:.1f}",
             f"{found['mergekit']['seconds']['median']:.1f}",
             f"{found['ratio']['seconds']:.1f}",
+            _figure(found["ratio"], "seconds_without_imports", ".1f"),
+            _figure(found.get("inside", {}), "over_floor", ".1f"),
             f"{found['ratio']['memory']:.2f}",
         ]
         for method, found in load("merge.json").get("methods", {}).items()
     ]
-    return markdown(["method", "modicum, s", "mergekit, s", "times faster", "memory, share of mergekit's"], rows)
+    head = ["method", "modicum, s", "mergekit, s", "times faster", "without imports", "over reading and writing"]
+    return markdown([*head, "memory, share of mergekit's"], rows)
+
+
+def _figure(found: Mapping[str, float], name: str, form: str) -> str:
+    return format(found[name], form) if name in found else "–"
+
+
+def memory() -> str:
+    rows = []
+    for shape, methods in load("merge.json").get("shapes", {}).items():
+        for method, found in methods.items():
+            peaks = [f"{run['above_imports_mb']:.0f}" for key, run in found.items() if key != "ratio"]
+            rows.append([shape, method, *peaks, f"{found['ratio']['memory']:.2f}"])
+    return markdown(
+        ["shape", "method", "few layers, MB", "mergekit, few layers", "all layers", "share of mergekit's"], rows
+    )
 
 
 def decompositions() -> str:
@@ -70,6 +90,8 @@ def main() -> None:
             cast(),
             "### Whole processes beside mergekit 0.1.5: a base and three experts of 135 M, two cores\n",
             speed(),
+            "### Peak memory above the imports, by the number of layers\n",
+            memory(),
             "### Three experts of 1024 × 4096 beside the published full decompositions\n",
             decompositions(),
         ],

@@ -56,6 +56,26 @@ def fold(base: Tensor, experts: Sequence[Tensor], kernel: Callable[[Tensor], Ten
     return out
 
 
+def gram(base: Tensor | None, experts: Sequence[Tensor]) -> Tensor:
+    """Return the inner products of the experts' deltas in float64; of the experts themselves without a base."""
+    products = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=experts[0].device)
+    for _, origin, deltas in delta_blocks(experts[0] if base is None else base, experts):
+        vectors = deltas.add_(origin) if base is None else deltas
+        products += vectors @ vectors.T
+    return products
+
+
+def weighted_sum(base: Tensor | None, experts: Sequence[Tensor], factors: Tensor) -> Tensor:
+    """Return the base plus a weighted sum of the experts' deltas; one of the experts themselves without a base."""
+    if base is not None:
+        w = factors.to(working_dtype(base))
+        return fold(base, experts, lambda deltas: torch.mv(deltas.T, w))
+    first, *rest = experts
+    w = factors[1:].to(working_dtype(first))
+    # Σ cₜθₜ = (Σ cₜ)·θ₁ + Σ cₜ(θₜ − θ₁): equal experts come out exactly.
+    return fold(first, rest, lambda deltas: torch.mv(deltas.T, w), share=float(factors.sum()))
+
+
 def per_expert(value: float | Sequence[float] | None, n: int, default: float = 1.0) -> list[float]:
     """Spread one value over ``n`` experts; a sequence stands for itself.
 

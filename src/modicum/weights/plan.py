@@ -78,8 +78,12 @@ class Step:
         if (self.entry.facts.get("matrix") and not self.averaged) or self.diagnosed:
             # Deltas, their factors and the stacks of both, in float64 where they are decomposed.
             return self.spec.numel * 8 * 3 * (len(self.experts) + 1)
+        if self.entry.facts.get("whole"):
+            return self.spec.nbytes + self.spec.numel * 4 * (len(self.experts) + 3)
         folded = sum(s.tensors.adapter is not None for s in self.sources if isinstance(s.tensors, Checkpoint))
-        return self.spec.nbytes + 4 * folded * self.spec.numel + (8 << 20)
+        # What thresholds are sought among, or masks, a bit an entry.
+        sparse = self.spec.numel * len(self.experts) // 4 if "density" in self.knobs else 0
+        return self.spec.nbytes + 4 * folded * self.spec.numel + sparse + (8 << 20)
 
 
 @dataclass(frozen=True)

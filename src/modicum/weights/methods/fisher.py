@@ -17,7 +17,15 @@ from modicum.types import Positive
 from modicum.weights.blocks import per_expert, working_dtype
 
 
-@merge_method("fisher", paper="arXiv:2111.09832", laws={"copies"}, base=False, supplied={"statistics"}, statistics=True)
+@merge_method(
+    "fisher",
+    paper="arXiv:2111.09832",
+    laws={"copies"},
+    base=False,
+    supplied={"statistics"},
+    statistics=True,
+    whole=True,
+)
 def fisher(
     base: Tensor | None,
     experts: Sequence[Tensor],

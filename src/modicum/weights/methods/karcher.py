@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Positive, PositiveInt
-from modicum.weights.methods.multislerp import TINY, exp_map, log_map, prepare
+from modicum.weights.blocks import gram, weighted_sum
+from modicum.weights.methods.multislerp import Mean, shares
 
 
 @merge_method("karcher", base=False, laws={"copies", "permutation"})
@@ -49,7 +49,7 @@ def karcher(
         tensor([0.7071, 0.7071])
 
     Cost:
-        ``n + 3`` copies of the tensor in float32; ``iterations`` passes.
+        Two passes.
 
     Deviates:
         None known. Directions that cancel start from the first expert's.
@@ -58,17 +58,11 @@ def karcher(
         Karcher, "Riemannian center of mass and mollifier smoothing", Communications on Pure and Applied Mathematics
         30(5), 1977; the iteration is Algorithm A1 of Buss and Fillmore, 2001.
     """
-    like, _, vectors, w = prepare("karcher", None, experts, weights, True)
-    norms = vectors.norm(dim=1)
-    live = norms > TINY
-    if not live.any():
-        return torch.zeros_like(like if base is None else base)
-    units, shares = vectors[live] / norms[live, None], w[live]
-    mean = shares @ units
-    mean = units[0] if float(mean.norm()) < 1e-8 else mean / mean.norm()
+    products = gram(None, experts)
+    norms, w = products.diagonal().sqrt(), shares("karcher", experts, weights, normalize=True)
+    mean = Mean(products, w)
     for _ in range(iterations):
-        step = shares @ log_map(mean, units) / shares.sum()
-        mean = exp_map(mean, step)
-        if float(step.norm()) < tolerance:
+        if mean.advance() < tolerance:
             break
-    return ((w @ norms) * mean).view(like.shape).to(like.dtype if base is None else base.dtype)
+    first, *rest = experts
+    return weighted_sum(None, [first if base is None else first.to(base.dtype), *rest], (w @ norms) * mean.factors)

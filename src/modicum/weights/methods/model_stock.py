@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
-from modicum.weights.blocks import delta_blocks, fold
+from modicum.weights.blocks import fold, gram
 
 
 @merge_method(
@@ -49,11 +49,9 @@ def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) 
         Equation 2.
     """
     n = len(experts)
-    gram = torch.zeros(n, n, dtype=torch.float64, device=base.device)
-    for _, _, deltas in delta_blocks(base, experts):
-        gram += deltas @ deltas.T
-    norms = gram.diagonal().sqrt().clamp_min(1e-12)
-    cosines = gram / torch.outer(norms, norms)
+    products = gram(base, experts)
+    norms = products.diagonal().sqrt().clamp_min(1e-12)
+    cosines = products / torch.outer(norms, norms)
     above = torch.ones_like(cosines).triu(1) > 0
     cosine = float(cosines[above].mean()) if n > 1 else 1.0
     t = n * cosine / (1 + (n - 1) * cosine) if 1 + (n - 1) * cosine else 0.0

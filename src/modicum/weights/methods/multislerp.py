@@ -5,6 +5,7 @@ The closed form of :mod:`modicum.weights.methods.karcher`'s first step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import NonNegativeInt
-from modicum.weights.blocks import per_expert, working_dtype
+from modicum.weights.blocks import gram, per_expert, weighted_sum
 
 TINY = 1e-30
 
@@ -52,7 +53,7 @@ def multislerp(
         tensor([0.7071, 0.7071])
 
     Cost:
-        ``n + 3`` copies of the tensor in float32.
+        Two passes.
 
     Deviates:
         Other tools leave out the angles in their step, which makes it vanish: ``steps: 0`` gives their result.
@@ -61,47 +62,60 @@ def multislerp(
         Buss and Fillmore, "Spherical Averages and Applications to Spherical Splines and Interpolation", ACM
         Transactions on Graphics 20(2), 2001, Algorithm A1 (one step).
     """
-    like, origin, vectors, w = prepare("multislerp", base, experts, weights, normalize_weights)
-    norms = vectors.norm(dim=1)
-    live = norms > TINY
-    if not live.any():
-        return like.clone() if base is not None else torch.zeros_like(like)
-    units, shares = vectors[live] / norms[live, None], w[live]
-    mean = shares @ units
-    if float(mean.norm()) < 1e-8:
+    products = gram(base, experts)
+    norms, w = products.diagonal().sqrt(), shares("multislerp", experts, weights, normalize=normalize_weights)
+    mean = Mean(products, w)
+    if mean.cancels:
         raise RecipeError("multislerp: the experts' directions cancel, so no average direction exists. Change weights.")
-    mean = mean / mean.norm()
     for _ in range(steps):
-        mean = exp_map(mean, shares @ log_map(mean, units))
-    return (origin + ((w @ norms) * mean).view(like.shape)).to(like.dtype)
+        mean.advance()
+    return weighted_sum(base, experts, (w @ norms) * mean.factors)
 
 
-def prepare(
-    name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float] | None, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what the result looks like, what it is added to, the vectors to average ``(n, p)`` and their weights."""
-    like = experts[0] if base is None else base
-    dtype = working_dtype(like)
-    origin = torch.zeros((), dtype=dtype, device=like.device) if base is None else base.to(dtype)
-    vectors = torch.stack([(expert.to(dtype) - origin).reshape(-1) for expert in experts])
-    w = torch.tensor(per_expert(weights, len(experts)), dtype=dtype, device=like.device)
-    if normalize:
-        if float(w.sum()) == 0:
-            raise RecipeError(f"{name}: the weights {w.tolist()} sum to 0. Change one.")
-        w = w / w.sum()
-    return like, origin, vectors, w
+def shares(name: str, experts: Sequence[Tensor], weights: Sequence[float] | None, *, normalize: bool) -> Tensor:
+    """Return the weights in float64, divided by their sum when they are to be normalized."""
+    w = torch.tensor(per_expert(weights, len(experts)), dtype=torch.float64, device=experts[0].device)
+    if not normalize:
+        return w
+    if float(w.sum()) == 0:
+        raise RecipeError(f"{name}: the weights {w.tolist()} sum to 0. Change one.")
+    return w / w.sum()
 
 
-def log_map(center: Tensor, units: Tensor) -> Tensor:
-    """Return the tangent vectors at ``center`` that lead to each of the unit vectors."""
-    cosine = (units @ center).clamp(-1, 1)[:, None]
-    ahead = units - cosine * center
-    length = ahead.norm(dim=1, keepdim=True)
-    # The arc from both its sine and its cosine: its cosine alone loses small angles to rounding.
-    return ahead * torch.where(length > TINY, torch.atan2(length, cosine) / length.clamp_min(TINY), 0.0)
+class Mean:
+    """A direction among vectors, as factors on these: all that a spherical mean needs is their inner products.
 
+    Vectors of no length have no direction and take no part.
+    """
 
-def exp_map(center: Tensor, tangent: Tensor) -> Tensor:
-    """Return the unit vector that a tangent vector at ``center`` leads to."""
-    angle = tangent.norm()
-    return angle.cos() * center + (angle.sin() / angle.clamp_min(TINY)) * tangent
+    def __init__(self, products: Tensor, weights: Tensor) -> None:
+        norms = products.diagonal().sqrt()
+        live = norms > TINY
+        self._inverse = torch.where(live, 1 / norms.clamp_min(TINY), 0.0)
+        self._cosines = products * torch.outer(self._inverse, self._inverse)
+        self.weights = torch.where(live, weights, 0.0)
+        length = self._length(self.weights)
+        self.cancels = bool(live.any()) and length < 1e-8
+        self._center = self.weights / max(length, TINY)
+        if self.cancels:
+            self._center = torch.zeros_like(weights).index_fill_(0, live.nonzero()[0], 1.0)
+
+    @property
+    def factors(self) -> Tensor:
+        """The direction, of length one, as a sum of the vectors with these factors."""
+        return self._center * self._inverse
+
+    def advance(self) -> float:
+        """Go along the weighted mean of the tangents that lead to the vectors; return the angle gone."""
+        cosine = (self._cosines @ self._center).clamp(-1, 1)
+        sine = (1 - cosine.square()).sqrt()
+        # The arc from both its sine and its cosine; to the opposite point no arc is shortest.
+        stretch = torch.where(sine > 1e-3, torch.atan2(sine, cosine) / sine.clamp_min(TINY), (cosine > 0).double())
+        ahead = self.weights * stretch
+        tangent = ahead - (ahead @ cosine) * self._center
+        angle = self._length(tangent)
+        self._center = math.cos(angle) * self._center + (math.sin(angle) / max(angle, TINY)) * tangent
+        return angle
+
+    def _length(self, factors: Tensor) -> float:
+        return float((factors @ self._cosines @ factors).clamp_min(0).sqrt())

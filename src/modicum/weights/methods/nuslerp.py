@@ -12,10 +12,10 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
-from modicum.weights.blocks import per_expert, working_dtype
+from modicum.weights.blocks import gram, per_expert, weighted_sum, working_dtype
 
 
-@merge_method("nuslerp", base=False, experts=2, most=2)
+@merge_method("nuslerp", base=False, experts=2, most=2, whole=True)
 def nuslerp(
     base: Tensor | None,
     experts: Sequence[Tensor],
@@ -48,7 +48,7 @@ def nuslerp(
         tensor([0.7071, 0.7071])
 
     Cost:
-        Four copies of the tensor in float32.
+        Two passes; without ``flatten``, five copies of the tensor in float32.
 
     Deviates:
         None known.
@@ -62,12 +62,15 @@ def nuslerp(
     if a + b == 0:
         raise RecipeError(f"nuslerp: the weights {[a, b]} sum to 0. Change one.")
     like = experts[0] if base is None else base
+    if flatten or like.ndim < 2:
+        products = gram(base, experts)
+        lengths = products.diagonal().sqrt()
+        cosine = products[0, 1] / lengths.prod().clamp_min(1e-30)
+        return weighted_sum(base, experts, torch.stack(arc_factors(cosine, b / (a + b))))
     dtype = working_dtype(like)
     origin = torch.zeros((), dtype=dtype, device=like.device) if base is None else base.to(dtype)
     first, second = (expert.to(dtype) - origin for expert in experts)
-    if flatten or like.ndim < 2:
-        merged = slerp_along(first.reshape(1, -1), second.reshape(1, -1), t=b / (a + b)).view(like.shape)
-    elif row_wise:
+    if row_wise:
         merged = slerp_along(first, second, t=b / (a + b))
     else:
         merged = slerp_along(first.transpose(-1, -2), second.transpose(-1, -2), t=b / (a + b)).transpose(-1, -2)
@@ -77,11 +80,16 @@ def nuslerp(
 def slerp_along(a: Tensor, b: Tensor, *, t: float) -> Tensor:
     """Interpolate between the vectors along the last axis; on a straight line where they are parallel."""
     unit_a, unit_b = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) for x in (a, b))
-    cosine = (unit_a * unit_b).sum(-1, keepdim=True).clamp(-1, 1)
-    angle = cosine.acos()
+    left, right = arc_factors((unit_a * unit_b).sum(-1, keepdim=True), t)
+    return left * a + right * b
+
+
+def arc_factors(cosine: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """Return the factors of two vectors at ``t`` on the arc between them."""
+    angle = cosine.clamp(-1, 1).acos()
     sine = angle.sin()
     straight = sine.abs() < 1e-6
     safe = torch.where(straight, 1.0, sine)
     left = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / safe)
     right = torch.where(straight, t, (t * angle).sin() / safe)
-    return left * a + right * b
+    return left, right
