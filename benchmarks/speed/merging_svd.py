@@ -1,8 +1,11 @@
 """TSV-M and RESM beside the published procedure: python -m benchmarks.speed.merging_svd [--rounds 3].
 
 Three experts of 1024 x 4096. The published code decomposes every delta fully, then both stacks of singular vectors
-fully, in float32; modicum takes leading directions from Gram matrices. Both in turn, same threads; ratios are of the
-medians. Accuracy is measured against the published procedure in float64.
+fully, in float32; modicum takes leading directions from Gram matrices, and in a merge works on as many matrices at once
+as there are cores, each with one thread. All in turn, same cores; seconds are those of one matrix, ratios are of the
+medians. Accuracy is measured against the published procedure in float64, which knows no cut-off.
+
+Beside it, TSV-M of three LoRA experts of rank 16 for all linear layers of a model shaped like Llama-2-7B.
 """
 
 from __future__ import annotations
@@ -20,8 +23,16 @@ from torch import Tensor
 
 from modicum.random import generator
 from modicum.record import environment, write_atomic
+from modicum.weights import merge_state_dicts
+from modicum.weights.adapter import Factors
+from modicum.weights.lora import merge_factors
 from modicum.weights.methods.resm import resm
 from modicum.weights.methods.tsv import tsv
+from modicum.weights.stream import cores, run_all
+
+UNCUT = 1e-12  # next to no cut-off, as comparable with the published procedure as a Gram matrix allows
+LAYERS, WIDTH, INNER, LORA_RANK = 32, 4096, 11008, 16
+MODULES = [(WIDTH, WIDTH)] * 4 + [(INNER, WIDTH)] * 2 + [(WIDTH, INNER)]
 
 
 def published(base: Tensor, experts: list[Tensor]) -> Tensor:
@@ -39,10 +50,29 @@ def published(base: Tensor, experts: list[Tensor]) -> Tensor:
     return base + torch.linalg.multi_dot([u_u, v_u, torch.diag(torch.cat(stacked_s)), u_v, v_v])
 
 
-def timed(run: Callable[[], Tensor]) -> tuple[float, float]:
+def timed(run: Callable[[], object]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def adapters() -> dict[str, object]:
+    """Merge the factors of every layer; all layers hold the same numbers, which no arithmetic profits from."""
+    rng = generator(0, "merging-svd", "lora")
+    experts = [
+        [Factors(torch.randn(LORA_RANK, n, generator=rng), torch.randn(m, LORA_RANK, generator=rng), 0.1)
+         for _ in range(3)]
+        for m, n in MODULES
+    ]  # fmt: skip
+
+    def one(name: str) -> tuple[Tensor, dict[str, int]]:
+        merged, _, _ = merge_factors(experts[int(name) % len(MODULES)])
+        return torch.empty(0), {"rank": len(merged)}
+
+    ranks: list[int] = []
+    names = [str(place) for place in range(LAYERS * len(MODULES))]
+    wall, cpu = timed(lambda: run_all(one, names, lambda _, __, found: ranks.append(found["rank"]), workers=cores()))
+    return {"modules": len(ranks), "rank": max(ranks), "seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
 
 
 def main() -> None:
@@ -56,30 +86,41 @@ def main() -> None:
     base = 0.02 * torch.randn(options.rows, options.columns, generator=rng)
     experts = [base + 1e-3 * torch.randn(base.shape, generator=rng) for _ in range(3)]
     exact = published(base.double(), [expert.double() for expert in experts]) - base
-    arms: dict[str, Callable[[], Tensor]] = {
-        "published, full SVD": lambda: published(base, experts),
-        "tsv": lambda: tsv(base, experts),
-        "tsv, next to no cut-off": lambda: tsv(base, experts, whiten_rtol=1e-12),
-        "resm": lambda: resm(base, experts),
+    several = cores()
+    name_all = [str(place) for place in range(several)]
+
+    def engine(method: str, **knobs: float) -> Callable[[], Tensor]:
+        models = [dict.fromkeys(name_all, tensor) for tensor in (base, *experts)]
+        return lambda: merge_state_dicts(models[0], models[1:], method=method, **knobs)["0"]
+
+    arms: dict[str, tuple[Callable[[], Tensor], int]] = {  # what to run, and how many matrices it merges
+        "published, full SVD": (lambda: published(base, experts), 1),
+        "tsv, next to no cut-off": (lambda: tsv(base, experts, whiten_rtol=UNCUT), 1),
+        "tsv": (lambda: tsv(base, experts), 1),
+        "resm": (lambda: resm(base, experts), 1),
+        "tsv, next to no cut-off, in a merge": (engine("tsv", whiten_rtol=UNCUT), several),
+        "tsv, in a merge": (engine("tsv"), several),
+        "resm, in a merge": (engine("resm"), several),
     }
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for _ in range(options.rounds):
-        for name, run in arms.items():
-            taken[name].append(timed(run))
+        for name, (run, count) in arms.items():
+            wall, cpu = timed(run)
+            taken[name].append((wall / count, cpu / count))
             print(name, taken[name][-1], flush=True)
     results = {}
     for name, times in taken.items():
         wall, cpu = (statistics.median(clock) for clock in zip(*times))
         results[name] = {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
-        if name != "resm":  # it weighs the experts, so it is not to be compared
-            error = (arms[name]() - base - exact).norm() / exact.norm()
+        if "resm" not in name and "merge" not in name:  # resm weighs the experts, and a merge gives the same bytes
+            error = (arms[name][0]() - base - exact).norm() / exact.norm()
             results[name]["relative_difference_from_float64"] = float(error)
     floor = results["published, full SVD"]
     for found in results.values():
         found["faster"] = round(floor["seconds"] / found["seconds"], 2)
         found["faster_cpu"] = round(floor["cpu_seconds"] / found["cpu_seconds"], 2)
     document = {"what": __doc__, "shape": list(base.shape), "rounds": options.rounds, "load": os.getloadavg(),
-                "environment": environment(), "results": results}  # fmt: skip
+                "environment": environment(), "results": results, "lora": adapters()}  # fmt: skip
     write_atomic(RESULTS / "merge-svd.json", json.dumps(document, indent=1) + "\n")
 
 
