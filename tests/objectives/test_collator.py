@@ -167,6 +167,7 @@ def test_gathered_label_positions_point_before_the_labels():
     ("knobs", "says"),
     [
         ({"mask_token_id": 0}, "is the tokenizer's pad_token_id"),
+        ({"mask_token_id": 1}, "is the tokenizer's bos_token_id"),
         ({"mask_token_id": 2}, "is the tokenizer's eos_token_id"),
         ({"mask_token_id": 264, "vocab_size": 264}, "has no embedding"),
         ({"ratio": 2.0}, "ratio is 2.0"),

@@ -23,6 +23,13 @@ def test_words_equal_the_oracle(key, count, stream):
     assert got == [oracle.word(key, place, stream) for place in range(count)]
 
 
+@pytest.mark.parametrize(("count", "stream"), [(1, 0), (8, 0), (13, 5)])
+def test_words_are_the_same_from_arrays_and_from_tensors(count, stream):
+    keys = torch.tensor([0, 1, 2**32, 2**63 - 1])
+    compiled = torch.compile(words, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(keys, count, stream=stream), words(keys, count, stream=stream))
+
+
 def test_a_row_does_not_depend_on_its_neighbors_or_the_count():
     keys = row_keys(range(5), seed=3, method="m")
     assert torch.equal(words(keys, 40)[2, :7], words(keys[2:3], 7)[0])

@@ -104,7 +104,9 @@ def mask_inputs(
         return input_ids
     rows = input_ids.reshape(-1, input_ids.shape[-1])
     real = _real_positions(input_ids, eligible_mask).reshape(rows.shape)
-    eligible = real & ~torch.isin(rows, torch.tensor(list(protect_ids), dtype=rows.dtype, device=rows.device))
+    eligible = real
+    if protect_ids:
+        eligible = real & ~torch.isin(rows, torch.tensor(list(protect_ids), dtype=rows.dtype, device=rows.device))
     if exclude_last:
         eligible = eligible & ~_last(real)
     if scope == "reference":
@@ -284,8 +286,8 @@ def _real_positions(input_ids: Tensor, eligible_mask: Tensor | None) -> Tensor:
 
 def _last(real: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     """Mark the last allowed position of each row."""
-    after = real.flip(-1).cumsum(-1).flip(-1)
-    return real & (after == 1)
+    rank = real.cumsum(-1)
+    return real & (rank == rank[:, -1:])
 
 
 def _keys(rows: Tensor, step: int, generator: torch.Generator | None, keys: Tensor | None) -> Tensor:
