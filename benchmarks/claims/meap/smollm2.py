@@ -3,8 +3,8 @@
 Training items hide invented facts in the standard library's training texts; test items use other names and held-out
 texts, at the trained length and at twice that. Every arm sees the same items in the same order, for the same number of
 tokens. An answer counts when every one of its tokens is the most likely one, which is what greedy decoding would
-write; its nats per token tell arms apart that are all right or all wrong. A single fact is no test: the model finds it
-nearly always after three steps. So it is hidden among its like, or asked for with others, or reached by assignments.
+write; its nats per token tell arms apart that are all right or all wrong. A single fact is too easy after a few steps,
+so it is hidden among its like, or asked for with others, or reached by assignments.
 """
 
 from __future__ import annotations

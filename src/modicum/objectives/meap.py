@@ -4,8 +4,8 @@ A random share of the *input* ids becomes a mask token; the causal model is trai
 Under the causal shift the mask at a position does not change the prediction *of* that position, so this is next-token
 prediction under input token dropout, not a cloze task: what changes is that the preceding token, and every key of the
 context, is hidden now and then. Suggested ratios are those of the paper: 0.15 in pre-training, 0.10 in fine-tuning.
-The gains the paper reports have one source; our own small study (docs/guide/masking.md) finds regularisation and
-robustness, and no gain in retrieval.
+The gains the paper reports have one source; docs/guide/masking.md says what our own small studies of regularisation,
+robustness and retrieval found.
 
 Reference code: scitix/MEAP, commit 0f5e837 (MIT); read for its behaviour, not copied.
 """
