@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 CHAT_TEMPLATE = (
@@ -9,6 +11,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@cache
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` held to its annotations in every call, the shapes of its tensors included."""
+    from beartype import BeartypeConf, beartype
+    from jaxtyping import jaxtyped
+
+    # A whole number may stand for a float, as it may for every user.
+    checker: Callable[..., Any] = jaxtyped(function, typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))
+    return checker
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> Any:

@@ -12,6 +12,7 @@ from modicum.errors import ModicumError, UnsupportedError
 from modicum.random import generator
 from modicum.registry import adapter_init
 from oracles import hrp as oracle
+from support import checked
 
 
 def matrix(*shape, seed=0):
@@ -152,7 +153,7 @@ def test_every_start_has_its_shape_is_finite_and_leaves_its_data_alone(name, ran
     if name == "orthogonal" and rank == 1:
         pytest.skip("an even rank only")
     state = torch.get_rng_state()
-    A, B = entry.function(*data.values(), rank=rank)
+    A, B = checked(entry.function)(*data.values(), rank=rank)
     again = entry.function(*data.values(), rank=rank)
     assert A.shape == (rank, 10) and B.shape == (14, rank)
     assert A.isfinite().all() and B.isfinite().all()

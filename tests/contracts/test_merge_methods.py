@@ -13,6 +13,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.random import generator
 from modicum.registry import Entry, merge_method
+from support import checked
 
 # Knobs that have no default; everything else runs as a user would first run it.
 REQUIRED: Mapping[str, dict[str, Any]] = {
@@ -24,7 +25,7 @@ NAMES = list(merge_method)
 def run(entry: Entry, base: Tensor, experts: list[Tensor], **more: Any) -> Tensor:
     knobs = entry.knobs(REQUIRED.get(entry.name, {}) | more)
     supplied = {"rng": generator(0, "test")} if "rng" in inspect.signature(entry.function).parameters else {}
-    return entry.function(base, experts, **knobs, **supplied)
+    return checked(entry.function)(base, experts, **knobs, **supplied)
 
 
 def experts_for(entry: Entry, shape: tuple[int, ...], n: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
