@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import mean
 
+from benchmarks.claims.merging.experts import METHODS, SEEDS, TASKS, shares
 from benchmarks.claims.merging.synthetic import CUTOFFS, NOISE, SHAPES, SIZES
 from benchmarks.tables import interval, load, markdown, write
 
@@ -22,6 +24,31 @@ def parallel() -> str:
     ]
     rows.append(["unrelated experts: change by the cut-off", *map(interval, unrelated)])
     return markdown(["second expert", *(f"cut-off {cutoff:g}" if cutoff else "none" for cutoff in CUTOFFS)], rows)
+
+
+def experts() -> str:
+    """Shares of the experts' own gains, on the test split."""
+    cells = load("merging-experts.json").get("cells", {})
+    whole = [seed for seed in SEEDS if all(f"{seed}|{name}" in cells for name in ("start", *TASKS))]
+    known = {seed: {name: cells[f"{seed}|{name}"] for name in ("start", *TASKS)} for seed in whole}
+    names = {"start": "as delivered", "mixed": "trained on mixed data"} | {t: f"expert of {t}" for t in TASKS}
+    rows = []
+    for name in (*names, *METHODS):
+        found = {seed: cells[f"{seed}|{name}"] for seed in whole if f"{seed}|{name}" in cells}
+        reached = [shares(cell["test"], known[seed], "test") for seed, cell in found.items()]
+        right = [[cell["test"][task]["accuracy"] for task in TASKS] for cell in found.values()]
+        rows.append(
+            [
+                names.get(name, name),
+                interval([mean(each) for each in reached], 2),
+                interval([min(each) for each in reached], 2),
+                interval([mean(each) for each in right], 2),
+                interval([min(each) for each in right], 2),
+                ", ".join(f"{cell['scale']:g}" for cell in found.values() if "scale" in cell) or "–",
+            ]
+        )
+    head = ["model", "gain, mean", "gain, worst task", "accuracy, mean", "accuracy, worst task", "scales chosen"]
+    return markdown(head, rows if whole else [])
 
 
 def cast() -> str:
@@ -86,6 +113,8 @@ def main() -> None:
         [
             "### TSV-M of an expert and a noisy copy of it: relative error\n",
             parallel(),
+            "### Real experts of SmolLM2: share of each expert's own gain that one model keeps\n",
+            experts(),
             "### What bfloat16 leaves of a delta\n",
             cast(),
             "### Whole processes beside mergekit 0.1.5: a base and three experts of 135 M, two cores\n",
