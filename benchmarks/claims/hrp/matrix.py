@@ -85,7 +85,7 @@ def cells() -> list[dict[str, Any]]:
         ranks = (8, 32, 128) if method not in ("random", "exact") else (8,)
         made += [
             {"study": "trained", "method": method, "R": R, "lr": lr, "seed": seed}
-            for R in ranks for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) for seed in range(3)
+            for R in ranks for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1) for seed in range(3)
         ]  # fmt: skip
     return made
 

@@ -134,7 +134,7 @@ def _leading(A: Tensor, B: Tensor, rank: int) -> SVD:
     values, vectors = torch.linalg.eigh(L.mT @ (B.mT @ B) @ L)
     S, W = values.flip(-1).clamp_min(0).sqrt(), vectors[..., -rank:].flip(-1)
     U = B @ (L @ W / S[..., None, :rank].clamp_min(torch.finfo(S.dtype).tiny))
-    V = A.mT @ torch.linalg.solve_triangular(L.mT, W, upper=True)
+    V = (torch.linalg.solve_triangular(L.mT, W, upper=True).mT @ A).mT  # A.mT @ ... walks A against its rows
     identity = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
     # What squaring lost shows in the lengths and angles of the vectors; NaN, of a missing direction, counts as wrong.
     lost = [(basis.mT @ basis - identity).abs().amax((-2, -1)) for basis in (U, V)]
