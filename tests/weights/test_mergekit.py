@@ -137,6 +137,14 @@ def test_the_plan_says_what_differs_and_what_is_overlooked(root: Path) -> None:
     lines = "\n".join(plan(parse(json.loads(text))))
     for words in ("float32 with one cast", "density is 1", "the last value", "int8_mask", "does not read 'densty'"):
         assert words in lines
+    assert "random masks" not in lines
+
+
+def test_the_plan_names_random_masks(root: Path) -> None:
+    document = ties(merge_method="dare_ties", parameters={"weight": 1.0, "density": 0.5}, dtype="float32")
+    lines = "\n".join(plan(parse(json.loads(json.dumps(document).replace("$R", str(root))))))
+    assert "random masks" in lines
+    assert "density is 1" not in lines
 
 
 def test_models_and_adapters_are_named() -> None:
@@ -187,11 +195,28 @@ def test_a_union_of_vocabularies_finds_every_token_its_row(tmp_path: Path) -> No
     assert "im_start" in (out / "chat_template.jinja").read_text()
 
 
+def test_a_token_can_get_a_row_of_zeros(tmp_path: Path) -> None:
+    for seed, name in enumerate(["a", "b"]):
+        tiny_llama(seed=seed, vocab_size=3, tie_word_embeddings=False).save_pretrained(tmp_path / name)
+        write_tokenizer(tmp_path / name, ["?", "x", "y"])
+    document = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / name), "parameters": {"weight": 1.0}} for name in ("a", "b")],
+        "tokenizer": {
+            "source": "union",
+            "tokens": {"new": {"source": {"kind": "zero"}}, "x": {"source": {"kind": "zero"}, "force": True}},
+        },
+    }
+    table = run(document, tmp_path / "run")["model.embed_tokens.weight"]
+    assert table[1:].any(1).tolist() == [False, True, False]
+
+
 def test_a_token_s_row_can_be_chosen(tmp_path: Path) -> None:
     tiny_llama(seed=0, vocab_size=3, tie_word_embeddings=False).save_pretrained(tmp_path / "m")
     write_tokenizer(tmp_path / "m", ["?", "x", "y"])
     model = Checkpoint(tmp_path / "m")
-    remapped = Vocabulary(model, 3, torch.tensor([0, -1, 2]), [(model, torch.tensor([-1, 2, -1]))])
+    remapped = Vocabulary(model, 4, torch.tensor([0, -1, 2, -2]), [(model, torch.tensor([-1, 2, -1, 1]))])
     name = "model.embed_tokens.weight"
-    assert torch.equal(remapped[name], model[name][[0, 2, 2]])
+    assert torch.equal(remapped[name][:3], model[name][[0, 2, 2]])
+    assert not remapped[name][3].any()
     assert torch.equal(remapped["model.norm.weight"], model["model.norm.weight"])

@@ -18,6 +18,7 @@ from modicum.weights.agree import Tensors, check_agreement, label, spec_of
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.files import Spec
 from modicum.weights.stream import cores
+from modicum.weights.vocabulary import TABLES, Vocabulary
 
 # Rows of these are looked up or scored by token, so a matrix method's singular vectors mean nothing there.
 VOCABULARY = re.compile(
@@ -83,7 +84,16 @@ class Step:
         folded = sum(s.tensors.adapter is not None for s in self.sources if isinstance(s.tensors, Checkpoint))
         # What thresholds are sought among, or masks, a bit an entry.
         sparse = self.spec.numel * len(self.experts) // 4 if "density" in self.knobs else 0
-        return self.spec.nbytes + 4 * folded * self.spec.numel + sparse + (8 << 20)
+        return self.spec.nbytes + 4 * folded * self.spec.numel + self._remade + sparse + (8 << 20)
+
+    @property
+    def _remade(self) -> int:
+        """Bytes of embedding tables that are put together from rows of several models."""
+        return sum(
+            source.tensors.spec(source.name).nbytes
+            for source in self.sources
+            if isinstance(source.tensors, Vocabulary) and source.name.endswith(TABLES)
+        )
 
 
 @dataclass(frozen=True)

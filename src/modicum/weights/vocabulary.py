@@ -21,6 +21,7 @@ from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.files import Spec
 
 TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+MISSING, ZEROS = -1, -2  # in place of a model's own row
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
@@ -36,6 +37,9 @@ TEMPLATES = {
     "alpaca": "{% for m in messages %}### {% if m['role'] == 'user' %}Instruction"
     "{% elif m['role'] == 'assistant' %}Response{% else %}System{% endif %}:\n{{ m['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}",
+    "exaone": "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}[|system|][|endofturn|]\n{% endif %}"
+    "[|{{ m['role'] }}|]{{ m['content'] }}{{ '\n' if m['role'] == 'user' else '[|endofturn|]\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}[|assistant|]{% endif %}",
 }  # fmt: skip
 
 
@@ -56,7 +60,7 @@ class Vocabulary(Mapping[str, Tensor]):
     Args:
         model: The checkpoint.
         size: Rows of the result.
-        rows: For each row of the result, the model's own row, or −1 where it has none.
+        rows: For each row of the result, the model's own row, or −1 where it has none, or −2 for zeros.
         donors: Where such a row comes from: for each, a checkpoint and its rows or −1; the mean of all that have it.
     """
 
@@ -80,7 +84,8 @@ class Vocabulary(Mapping[str, Tensor]):
         if not name.endswith(TABLES):
             return table
         out = table.index_select(0, self.rows.clamp_min(0))
-        missing = (self.rows < 0).nonzero().view(-1)
+        out[self.rows == ZEROS] = 0
+        missing = (self.rows == MISSING).nonzero().view(-1)
         if len(missing):
             out[missing] = self._donated(name, missing).to(out.dtype)
         return out
@@ -95,7 +100,7 @@ class Vocabulary(Mapping[str, Tensor]):
                 total[have] += donor[name].index_select(0, wanted[have]).float()
                 count[have] += 1
         # A row that nobody has, such as padding, gets the mean of the model's own.
-        mean = self.model[name].float().mean(0)
+        mean = self.model[name].mean(0, dtype=torch.float32)
         return torch.where(count > 0, total / count.clamp_min(1), mean)
 
 
@@ -161,7 +166,7 @@ def _unify(setting: Mapping[str, Any], models: Mapping[str, Checkpoint], base: s
 
 
 def _rows(tokens: Mapping[str, int], ids: Mapping[str, int], size: int) -> Tensor:
-    rows = torch.full((size,), -1)
+    rows = torch.full((size,), MISSING)
     shared = [(place, ids[token]) for token, place in tokens.items() if token in ids]
     if shared:
         places, own = torch.tensor(shared).T
@@ -175,7 +180,7 @@ def _donors(
     """Give the base's row where it has one, else those of all owners."""
     base_rows = rows[base]
     others = [
-        (model, torch.where(base_rows >= 0, torch.full_like(own, -1), own))
+        (model, torch.where(base_rows >= 0, torch.full_like(own, MISSING), own))
         for name, (model, own) in donors.items()
         if name != base
     ]
@@ -196,7 +201,8 @@ def _redirect(
     if mine[place] >= 0 and not choice.get("force"):
         return gifts
     if isinstance(source, Mapping) and source.get("kind") == "zero":
-        raise UnsupportedError(f"tokenizer.tokens[{token!r}]: rows of zeros are not supported. Name a model instead.")
+        mine[place] = ZEROS
+        return gifts
     if isinstance(source, Mapping) and source.get("kind") == "model_token":
         model, other = str(source.get("model")), source.get("token", token)
         row = source.get("token_id", known.get(model, {}).get(str(other)))
@@ -205,13 +211,13 @@ def _redirect(
         row = known.get(model, {}).get(token)
     if model not in models or row is None:
         raise RecipeError(f"tokenizer.tokens[{token!r}]: {source!r} names no token of a model of the file.")
-    mine[place] = -1
-    only = torch.full_like(mine, -1)
+    mine[place] = MISSING
+    only = torch.full_like(mine, MISSING)
     only[place] = int(row)
     silenced = []
     for donor, rows in gifts:
         rest = rows.clone()
-        rest[place] = -1
+        rest[place] = MISSING
         silenced.append((donor, rest))
     return [*silenced, (models[model], only)]
 
