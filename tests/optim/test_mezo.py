@@ -13,7 +13,7 @@ from oracles import zeroth_order as oracle
 def directions(optimizer, steps, query=0):
     leaf = optimizer.leaves[0]
     return [
-        torch.cat([optimizer._direction(leaf, chunk, (t, query)) for chunk in leaf.chunks()]).numpy()
+        torch.cat([optimizer._direction(leaf, chunk, (t, query)) for chunk in leaf.chunks]).numpy()
         for t in range(steps)
     ]
 
@@ -52,7 +52,7 @@ def test_the_estimate_is_unbiased():
     total = torch.zeros_like(gradient)
     leaf = optimizer.leaves[0]
     for t in range(count):
-        z = torch.cat([optimizer._direction(leaf, chunk, (t, 0)) for chunk in leaf.chunks()])
+        z = torch.cat([optimizer._direction(leaf, chunk, (t, 0)) for chunk in leaf.chunks])
         total += (gradient * z).sum() * z
     torch.testing.assert_close(total / count, gradient, rtol=0, atol=0.4)
 
@@ -60,7 +60,7 @@ def test_the_estimate_is_unbiased():
 def test_large_tensors_are_drawn_in_chunks_that_do_not_repeat():
     optimizer = MeZO([("w", nn.Parameter(torch.zeros(3, CHUNK // 2)))], lr=1e-3)
     leaf = optimizer.leaves[0]
-    parts = [optimizer._direction(leaf, chunk, (0, 0)) for chunk in leaf.chunks()]
+    parts = [optimizer._direction(leaf, chunk, (0, 0)) for chunk in leaf.chunks]
     assert [len(part) for part in parts] == [2, 1]
     assert not torch.equal(parts[0][:1], parts[1])
 

@@ -20,7 +20,7 @@ def draws(optimizer, steps, queries=1):
     leaf = optimizer.leaves[0]
     return [
         [
-            torch.cat([Moving._direction(optimizer, leaf, c, (t, q)) for c in leaf.chunks()]).numpy()
+            torch.cat([Moving._direction(optimizer, leaf, c, (t, q)) for c in leaf.chunks]).numpy()
             for q in range(queries)
         ]
         for t in range(steps)
@@ -104,7 +104,7 @@ def test_adamu_equals_its_formulas():
     leaf, last = optimizer.leaves[0], np.zeros((5, 4))
     for t in range(10):
         alpha, b1, b2 = schedule(t, hold=2, fall=4)
-        (chunk,) = leaf.chunks()
+        (chunk,) = leaf.chunks
         fresh = leaf.draw(chunk, seed=0, step=t, query=0).numpy() * math.sqrt(alpha)
         around = last + math.sqrt(1 - alpha) * leaf.draw(chunk, seed=0, step=t, query=0, purpose="around").numpy()
         last = b1 * fresh + (1 - b1) * around

@@ -1,10 +1,11 @@
-"""SmolLM2-135M on two small tasks: zeroth-order methods beside LoRA, at equal processor time and at equal memory.
+"""SmolLM2-135M on two small tasks: zeroth-order methods beside LoRA, at equal time and at equal memory.
 
-    python -m benchmarks.claims.tezo.smollm2 [--minutes 60] [--seconds 18]
+    python -m benchmarks.claims.tezo.smollm2 [--minutes 60] [--forwards 40]
 
-Every method moves the same 60 matrices (queries and values), sees batches of 8 prompts and the loss over two label
-words, and trains for the same processor time on one core. A learning rate is chosen by dev loss on seed 100, from one
-grid for each kind; seeds 0 to 2 report on other data. Resumable cell by cell, as ``study.py``. Peak memory is
+Every method moves the same 60 matrices (queries and values), sees batches of 4 prompts and the loss over two label
+words, and trains for the time of 40 forward passes. What its step costs in such passes is measured once, both in one
+process, so that a busy machine changes nobody's number of steps. A learning rate is chosen by dev loss on seed 100,
+from one grid for each kind; seeds 0 to 2 report on other data. Resumable cell by cell, as ``study.py``. Peak memory is
 measured once for each method, in a process of its own; one row of LoRA gets gradient checkpoints and the largest batch
 that fits what TeZO takes.
 """
@@ -39,10 +40,9 @@ MODEL = "builtin:smollm2-135m-instruct"
 RESULTS = TOY_RESULTS.with_name("tezo-smollm2.json")
 TASKS = ("polarity", "order")
 MATRICES = r"self_attn\.(q|v)_proj"
-BATCH, TRAIN, DEV = 8, 512, 64
-SECONDS = 18.0
+BATCH, TRAIN, DEV = 4, 512, 64
+FORWARDS = 40.0
 SQUEEZED = "LoRA, TeZO's memory"  # its batch is halved until it fits what TeZO takes
-CURVE = 40  # points of a cell's record at most
 
 # One grid for each kind: plain steps, steps that Adam scales, and first order.
 RATES = {"plain": (3e-4, 1e-3, 3e-3), "adam": (1e-4, 3e-4, 1e-3), "lora": (3e-4, 1e-3, 3e-3)}
@@ -144,30 +144,53 @@ def optimizer_of(name: str, model: nn.Module, lr: float, seed: int) -> Any:
     return optimizer
 
 
-def cell(task: str, name: str, lr: float, seed: int, *, seconds: float, batch: int) -> dict[str, Any]:
-    """Train for ``seconds`` of processor time; return dev loss and accuracy, the curve and what the method kept."""
+def cell(task: str, name: str, lr: float, seed: int, *, steps: int, batch: int) -> dict[str, Any]:
+    """Train for ``steps``; return dev loss and accuracy, the curve and what the method kept."""
     bench = Bench(task, seed)
     optimizer = optimizer_of(name, bench.model, lr, seed)
     report = optimizer.report() if hasattr(optimizer, "report") else {}
-    curve: list[tuple[float, float]] = []
+    curve: list[float] = []
     begun, failed = time.process_time(), None
-    while (spent := time.process_time() - begun) < seconds:
+    for step in range(steps):
         try:
-            loss = optimizer.step(bench.batch(len(curve), batch))
+            curve.append(round(float(optimizer.step(bench.batch(step, batch))), 5))
         except ModicumError as error:  # the loss stopped being finite: the cell's result is that it diverged
             failed = str(error)
             break
-        curve.append((round(spent, 2), round(float(loss), 5)))
+    spent = time.process_time() - begun
+    finish(optimizer)
+    bench.model.eval()
+    return {
+        "task": task, "method": name, "lr": lr, "seed": seed, "batch": batch, "seconds": round(spent, 2),
+        "steps": len(curve), "diverged": failed, **bench.measure(), "curve": curve, "report": report,
+    }  # fmt: skip
+
+
+def finish(optimizer: Any) -> None:
+    """Leave the trained weights in the model, and nothing else."""
     if hasattr(optimizer, "settle_"):
         optimizer.settle_()
     optimizer.detach()
-    bench.model.eval()
-    measured = bench.measure()
-    stride = -(-len(curve) // CURVE)
-    return {
-        "task": task, "method": name, "lr": lr, "seed": seed, "batch": batch, "seconds": round(spent, 2),
-        "steps": len(curve), "diverged": failed, **measured, "curve": curve[::stride], "report": report,
-    }  # fmt: skip
+
+
+def cost(name: str, batch: int) -> dict[str, Any]:
+    """Return the time of a step in forward passes of the bare model on a full batch, the best of a few of both."""
+    bench = Bench(TASKS[0], SELECTION_SEED)
+    plain, batches = bench.batch(0, BATCH), [bench.batch(step, batch) for step in range(4)]
+    with torch.no_grad():
+        passes = [timed(plain) for _ in range(4)]
+    optimizer = optimizer_of(name, bench.model, 0.0, SELECTION_SEED)
+    steps = [timed(lambda loss=loss: optimizer.step(loss)) for loss in batches]
+    finish(optimizer)
+    with torch.no_grad():
+        passes += [timed(plain) for _ in range(2)]
+    return {"batch": batch, "forwards": round(min(steps[1:]) / min(passes[1:]), 3)}
+
+
+def timed(work: Callable[[], Any]) -> float:
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
 
 
 def peak(name: str, batch: int) -> dict[str, Any]:
@@ -199,7 +222,7 @@ def fitting(name: str, limit: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no new cell after so many")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="processor time of a cell's training")
+    parser.add_argument("--forwards", type=float, default=FORWARDS, help="time of a cell's training, in forward passes")
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
@@ -214,23 +237,25 @@ def main() -> None:
         for seed in (SELECTION_SEED, *SEEDS):
             recall(f"{task}|start|{seed}", lambda task=task, seed=seed: Bench(task, seed).measure())
         for name in given.only or METHODS:
-            losses = reported(task, name, given.seconds, recall)
+            losses = reported(task, name, given.forwards, recall)
             if losses:
                 print(f"{task}, {name}: dev loss {statistics.mean(losses):.3f} {losses}", flush=True)
 
 
-def reported(task: str, name: str, seconds: float, recall: Callable[..., dict[str, Any] | None]) -> list[float]:
+def reported(task: str, name: str, forwards: float, recall: Callable[..., dict[str, Any] | None]) -> list[float]:
     """Return the dev losses of the reporting seeds at the rate that the selection seed chose, as far as measured."""
     memory = tezo = recall("memory|TeZO", lambda: peak("TeZO", BATCH))
     if tezo is not None and name != "TeZO":
         limit = tezo["peak_bytes"] if name == SQUEEZED else math.inf
         memory = recall(f"memory|{name}", lambda: fitting(name, limit))
-    if memory is None:
+    spent = memory and recall(f"cost|{name}", lambda: cost(name, memory["batch"]))
+    if not memory or not spent:
         return []
+    steps = max(1, round(forwards / spent["forwards"]))
 
     def run(lr: float, seed: int) -> dict[str, Any] | None:
-        key = f"{task}|{name}|{lr}|{seed}|{seconds:g}"
-        return recall(key, lambda: cell(task, name, lr, seed, seconds=seconds, batch=memory["batch"]))
+        key = f"{task}|{name}|{lr}|{seed}|{forwards:g}"
+        return recall(key, lambda: cell(task, name, lr, seed, steps=steps, batch=memory["batch"]))
 
     tried = {lr: run(lr, SELECTION_SEED) for lr in RATES[METHODS[name][2]]}
     known = {lr: r["dev_loss"] for lr, r in tried.items() if r is not None and r["dev_loss"] is not None}

@@ -59,7 +59,7 @@ def main() -> None:
         "zeroth-order-tables.inc",
         "benchmarks/claims/tezo/tables.py",
         [
-            "### A toy whose labels are turned round, 3000 forwards\n",
+            "### A toy whose labels are turned round, 2000 forwards\n",
             study(),
             "### A step of SmolLM2-135M, 8 × 64 tokens, float32\n",
             speed("time", ratios),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -83,17 +84,19 @@ class Leaf:
         data = self.local()
         return data.view(data.shape[0], -1) if data.dim() > 3 else data
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Cut the local rows along the boundaries of the global chunks."""
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The local rows, cut along the boundaries of the global chunks."""
         data, here = self.local(), self.rows()
         total = self.param.shape[0] if self.param.dim() else 1
         length = max(1, CHUNK // max(1, math.prod(data.shape[1:])))
+        cut = []
         for index in range(here.start // length, math.ceil(here.stop / length)):
             start, stop = index * length, min((index + 1) * length, total)
             low, high = max(start, here.start), min(stop, here.stop)
-            yield Chunk(
-                slice(low - here.start, high - here.start), index, stop - start, slice(low - start, high - start)
-            )
+            rows, part = slice(low - here.start, high - here.start), slice(low - start, high - start)
+            cut.append(Chunk(rows, index, stop - start, part))
+        return tuple(cut)
 
     def draw(
         self, chunk: Chunk, *, seed: int, step: int, query: int, purpose: str = "dense", how: Distribution = "normal"

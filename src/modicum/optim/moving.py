@@ -42,6 +42,8 @@ class Moving(torch.optim.Optimizer):
         self._rule, self._remembers = RULES[settings.rule]
         self._offset: Offset = {}
         self._drawn: dict[Key, Tensor] = {}
+        self._kept: dict[tuple[Key, str, str, int], Tensor] = {}
+        self._room = CHUNK
         self._size = 0
         self._dtype, self._device = torch.float32, torch.device("cpu")
         if settings.lift is not None and settings.ranks is not None:
@@ -174,7 +176,9 @@ class Moving(torch.optim.Optimizer):
             delta -= leaf.group["lr"] * entry(left[rows].to(shift.dtype), there.to(shift.dtype), *values)
             add_(matrix[rows], delta, rng=self._rounding(leaf, index))
 
-    def _rounding(self, leaf: Leaf, index: int) -> Generator:
+    def _rounding(self, leaf: Leaf, index: int) -> Generator | None:
+        if not is_low_precision(leaf.param.dtype):
+            return None
         names = (self.settings.seed, "rounding", self.steps, leaf.name, leaf.rows().start, index)
         return generator(*names, device=leaf.local().device)
 
@@ -183,7 +187,7 @@ class Moving(torch.optim.Optimizer):
         target = target if target.dim() else target.view(1)
         queries = [] if kappas is None else [(self.steps, query) for query in range(len(kappas))]
         memory = self._dense_memory_of(leaf) if kappas is not None or self.shaped else []
-        for chunk in leaf.chunks():
+        for chunk in leaf.chunks:
             directions = {key: self._direction(leaf, chunk, key) for key in dict.fromkeys([*shift, *queries])}
             delta = torch.zeros_like(next(iter(directions.values())))
             for key, amount in shift.items():
@@ -209,7 +213,27 @@ class Moving(torch.optim.Optimizer):
 
     def _direction(self, leaf: Leaf, chunk: Chunk, key: Key) -> Tensor:
         """The part of a dense direction that belongs to a chunk."""
-        return leaf.draw(chunk, seed=self.settings.seed, step=key[0], query=key[1], how=self.settings.distribution)
+        return self._draw(leaf, chunk, key)
+
+    def _draw(self, leaf: Leaf, chunk: Chunk, key: Key, *, purpose: str = "dense") -> Tensor:
+        """Draw the noise of a chunk, or draw it again; small tensors keep theirs for the step, see :data:`CHUNK`."""
+        name = (key, purpose, leaf.name, chunk.number)
+        if (kept := self._kept.get(name)) is not None:
+            return kept
+        settings = self.settings
+        drawn = leaf.draw(
+            chunk, seed=settings.seed, step=key[0], query=key[1], purpose=purpose, how=settings.distribution
+        )
+        if drawn.numel() <= self._room:
+            self._kept[name] = drawn
+            self._room -= drawn.numel()
+        return drawn
+
+    def _forget(self) -> None:
+        """Let go of what was drawn for earlier steps."""
+        self._drawn = {key: value for key, value in self._drawn.items() if key[0] >= self.steps}
+        self._kept = {name: value for name, value in self._kept.items() if name[0][0] >= self.steps}
+        self._room = CHUNK - sum(value.numel() for value in self._kept.values())
 
     def _dense_rule(
         self, _leaf: Leaf, _chunk: Chunk, kappas: Tensor, directions: list[Tensor], state: tuple[Tensor, ...]
@@ -226,7 +250,7 @@ class Moving(torch.optim.Optimizer):
         """A dense leaf's values at a point, for engines that do not write the weights."""
         data = leaf.local()
         total = data.to(leaf.compute_dtype).reshape(data.shape or (1,)).clone()
-        for chunk in leaf.chunks():
+        for chunk in leaf.chunks:
             for key, amount in offset.items():
                 total[chunk.rows].add_(self._direction(leaf, chunk, key), alpha=amount * self.settings.eps)
         return total.view(data.shape).to(data.dtype)
@@ -240,7 +264,7 @@ class Moving(torch.optim.Optimizer):
                 left, right = leaf.factors(_known(self.settings.lift), scaled)
                 tangents[leaf] = (left @ right.to(left.dtype).mT).view(leaf.param.shape).to(leaf.param.dtype)
             else:
-                parts = [self._direction(leaf, chunk, key) for chunk in leaf.chunks()]
+                parts = [self._direction(leaf, chunk, key) for chunk in leaf.chunks]
                 tangents[leaf] = torch.cat(parts).view(leaf.param.shape).to(leaf.param.dtype)
         return tangents
 

@@ -189,7 +189,7 @@ class ZerothOrder(Moving):
         every = self.settings.refresh_every
         if every and self.steps and self.steps % every == 0 and self.settings.lift is not None:
             self._refresh(self.settings.lift, self.steps // every)
-        self._drawn = {key: value for key, value in self._drawn.items() if key[0] >= self.steps}
+        self._forget()
 
     def _losses(self, closure: Closure) -> Tensor:
         plan, engine = self._plan(), self.settings.engine

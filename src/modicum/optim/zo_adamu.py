@@ -83,7 +83,7 @@ class ZOAdaMU(ZerothOrder):
     def _parts(self, leaf: Leaf, chunk: Chunk, key: Key) -> tuple[Tensor, Tensor]:
         """The fresh noise and the noise around the last direction."""
         alpha, _, _ = self._schedule()
-        around = leaf.draw(chunk, seed=self.settings.seed, step=key[0], query=key[1], purpose="around")
+        around = self._draw(leaf, chunk, key, purpose="around")
         last = self._dense_memory_of(leaf)[0][chunk.rows]
         return super()._direction(leaf, chunk, key) * math.sqrt(alpha), last + around * math.sqrt(1 - alpha)
 
