@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-CLEAR = 0.1  # singular values above this share of the largest come out of a float32 Gram matrix to about 1e-5
+CLEAR = 0.05  # singular values from this share of the largest on come out of a float32 Gram matrix to about 2e-5
 SINGLE = 1e-2  # with a cut-off this high a stack is whitened in float32: an error of 1e-7 / 1e-2 at worst
 DEPENDENT = 1e-5  # smallest singular value of a stack of unit columns, relative to the largest, that is not noise
 Solver: TypeAlias = Literal["gram", "randomized", "svd"]
@@ -56,7 +56,7 @@ def mixed_svd(matrix: Float[Tensor, "m n"], rank: int) -> SVD:
 
     A Gram matrix squares the spread of the singular values, so the direction of :math:`\sigma_i` is off by about
     :math:`\epsilon\, (\sigma_1 / \sigma_i)^2`. The smallest triplet that is asked for therefore tells whether float32
-    was enough: at a tenth of the largest it is off by 1e-5, below it the decomposition is repeated in float64.
+    was enough: at a twentieth of the largest it is off by 2e-5, below that the decomposition is repeated in float64.
 
     Args:
         matrix: What to decompose, in float32.

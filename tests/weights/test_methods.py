@@ -399,16 +399,16 @@ def test_near_parallel_experts_need_a_larger_cut_off() -> None:
     assert errors[1] < 0.2
 
 
-@pytest.mark.parametrize("spread", [0.0, -3.0])
+@pytest.mark.parametrize("spread", [0.0, -3.0, -6.0])
 @pytest.mark.parametrize("cutoff", [1e-12, 1e-4, 1e-2])
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
 def test_float32_deltas_merge_as_well_as_float64_ones(shape: tuple[int, int], cutoff: float, spread: float) -> None:
-    """Singular values of one size, which float32 is trusted with, and values that fall to a thousandth."""
+    """Of one size, which float32 is trusted with, just within its limit, and far beyond it."""
     strengths = torch.logspace(0, spread, min(shape))
     experts = [(d.float() * strengths if d.shape[1] == 24 else strengths[:, None] * d.float()) for d in draw(*shape)[1]]
     merged = tsv(torch.zeros(shape), experts, whiten_rtol=cutoff)
     exact = tsv(torch.zeros(shape).double(), [e.double() for e in experts], whiten_rtol=cutoff)
-    assert float((merged - exact).norm() / exact.norm()) < 3e-5
+    assert float((merged - exact).norm() / exact.norm()) < 5e-5
 
 
 def test_float32_is_not_trusted_with_a_wide_spectrum() -> None:

@@ -71,8 +71,8 @@ def tsv(
 
     Cost:
         One symmetric eigendecomposition of the short side for each expert, two of the stack. Float64 inside, except
-        where a bound holds float32 to a relative difference of about 1e-5: for deltas of which the smallest singular
-        value kept is at least a tenth of the largest, and for whitening at a ``whiten_rtol`` of at least 0.01.
+        where a bound holds float32 to a relative difference of about 2e-5: for deltas of which the smallest singular
+        value kept is at least a twentieth of the largest, and for whitening at a ``whiten_rtol`` of at least 0.01.
 
     Deviates:
         The cut-off ``whiten_rtol`` is ours; 0 is the published procedure. Singular values below 1e-6 of an expert's
