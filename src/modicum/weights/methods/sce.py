@@ -55,7 +55,7 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
         energy += deltas.square_().sum(1)
     weights = energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / n)
     weights = weights.to(working_dtype(base))
-    parts = iter(kept.split(BLOCK)) if kept is not None else None
+    parts = iter(torch.split(kept, BLOCK)) if kept is not None else None
 
     def kernel(deltas: Tensor) -> Tensor:
         if parts is not None:
