@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from zeroth_order_models import IDS, ScaleRMSNorm, flat, paired_task, task, tied, train
+from transformers import GPT2Config, GPT2LMHeadModel
+from zeroth_order_models import IDS, LABELS, ScaleRMSNorm, flat, paired_task, task, tied, train
 
 from modicum.errors import UnsupportedError
 from modicum.optim import LOZO, MeZO, SubZero, TeZO
@@ -97,6 +98,91 @@ def test_a_checkpoint_is_a_seed_and_a_few_numbers():
     again.attach(fresh)
     again.load_state_dict(optimizer.state_dict())
     torch.testing.assert_close(fresh(IDS), model(IDS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("engine", ["adapter", "paired"])
+def test_an_adapter_run_resumes_to_the_same_bytes(name, engine):
+    method, knobs = FAMILY[name]
+
+    def start(model):
+        optimizer = method(model.named_parameters(), lr=1e-3, engine=engine, **knobs)
+        optimizer.attach(model)
+        return optimizer, paired_task(model, optimizer) if engine == "paired" else task(model)
+
+    model = tied()
+    optimizer, closure = start(model)
+    for _ in range(8):
+        optimizer.step(closure)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    state = copy.deepcopy(optimizer.state_dict())
+    other = tied()
+    other.load_state_dict(saved)
+    resumed, again = start(other)
+    resumed.load_state_dict(state)
+    for _ in range(8):
+        optimizer.step(closure)
+        resumed.step(again)
+    optimizer.detach()
+    resumed.detach()
+    assert torch.equal(flat(model), flat(other))
+
+
+class Experts(nn.Module):
+    """Two experts whose matrices lie in one tensor, mixed by a gate, as model libraries store them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 2, bias=False)
+        rng = torch.Generator().manual_seed(0)
+        self.up = nn.Parameter(torch.randn(2, 8, 6, generator=rng) / 4)
+        self.down = nn.Parameter(torch.randn(2, 6, 8, generator=rng) / 4)
+
+    def forward(self, x):
+        mixed = torch.tanh(torch.einsum("btd,edh->beth", x, self.up))
+        each = torch.einsum("beth,ehd->betd", mixed, self.down)
+        return torch.einsum("betd,bte->btd", each, self.gate(x).softmax(-1))
+
+
+def test_stacks_of_experts_run_under_the_adapter_engine():
+    model = tied()
+    model.down = nn.Sequential(nn.Linear(12, 8), Experts()).double()
+    knobs = {"rank": 2, "variant": "momentum", "steps": 20, "model": model, "lr": 1e-3}
+    mutated, _, _ = train(TeZO, **knobs)
+    adapted, _, optimizer = train(TeZO, **knobs, engine="adapter")
+    assert [tuple(leaf.basis[0].shape) for leaf in optimizer.leaves if leaf.name.endswith("1.up")] == [(2, 8, 2)]
+    assert not torch.equal(adapted.down[1].up, model.down[1].up)
+    torch.testing.assert_close(flat(adapted), flat(mutated), rtol=0, atol=1e-12)
+    with pytest.raises(UnsupportedError, match="different weights inside Experts"):
+        train(TeZO, **knobs, engine="paired")
+
+
+@pytest.mark.parametrize("engine", ["adapter", "paired"])
+def test_layers_that_store_their_inputs_first_are_perturbed(engine):
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).double().eval()
+    # Positions are one row that serves the whole batch: they cannot differ between the points of a paired pass.
+    knobs = {"rank": 2, "lr": 1e-3, "exclude": ["wpe"]}
+
+    def run(engine):
+        copied = copy.deepcopy(model)
+        optimizer = TeZO(copied.named_parameters(), engine=engine, **knobs)
+        optimizer.attach(copied)
+
+        def closure():
+            ids = IDS.repeat(optimizer.branches if engine == "paired" else 1, 1)
+            parts = copied(input_ids=ids).logits.chunk(len(ids) // len(IDS))
+            losses = [nn.functional.cross_entropy(part.flatten(0, 1), LABELS.flatten()) for part in parts]
+            return torch.stack(losses) if engine == "paired" else losses[0]
+
+        for _ in range(5):
+            optimizer.step(closure)
+        optimizer.detach()
+        return flat(copied)
+
+    torch.testing.assert_close(run(engine), run("mutate"), rtol=0, atol=1e-11)
 
 
 def test_a_failing_forward_pass_leaves_no_scratch_weight_behind():

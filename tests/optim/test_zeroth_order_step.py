@@ -12,7 +12,7 @@ from torch import nn
 from zeroth_order_models import flat, matrix, task, tied, train
 
 from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
-from modicum.optim import FZOO, LOZO, ConMeZO, HiZOO, MeZO, SparseMeZO, SubZero, TeZO, ZOAdaMU
+from modicum.optim import FZOO, LOZO, ConMeZO, HiZOO, MeZO, SparseMeZO, SubZero, TeZO, ZOAdaMU, moving
 from modicum.optim.rounding import stochastic_round
 
 METHODS = {
@@ -69,6 +69,25 @@ def test_a_resumed_run_ends_with_the_same_bytes(name):
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     steps(name, saved, resumed, 6)
     assert torch.equal(flat(whole), flat(saved))
+
+
+@every_method
+def test_kept_draws_are_those_that_would_be_drawn_again(name, monkeypatch):
+    kept, redrawn = tied(), tied()
+    steps(name, kept, made(name, kept), 4)
+    monkeypatch.setattr(moving, "KEPT", 0)
+    optimizer = made(name, redrawn)
+    steps(name, redrawn, optimizer, 4)
+    assert not optimizer._kept and torch.equal(flat(kept), flat(redrawn))
+
+
+def test_what_is_kept_of_a_step_is_bounded():
+    big, small = (nn.Parameter(torch.zeros(size)) for size in ((1100, 1000), (7,)))
+    optimizer = MeZO([("big", big), ("small", small)], lr=1e-3)
+    for _ in range(3):
+        optimizer.step(lambda: 1.0)
+        assert sum(values.numel() for values in optimizer._kept.values()) <= moving.KEPT
+        assert ((optimizer.steps - 1, 0), "dense", "small", 0) in optimizer._kept
 
 
 @every_method
@@ -135,10 +154,20 @@ def test_with_two_passes_settling_gives_the_weights_back():
     torch.testing.assert_close(weight.detach(), before, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["mezo", "tezo", "lozo-momentum", "subzero"])
-def test_the_update_lies_along_the_probe(name):
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("mezo", {}),
+        ("sparse-mezo", {}),
+        ("tezo", {}),
+        ("tezo", {"refresh_every": 1}),
+        ("lozo-momentum", {"variant": "sgd", "refresh_every": 1}),
+        ("subzero", {"refresh_every": 1}),
+    ],
+)
+def test_the_update_lies_along_the_probe(name, knobs):
     model = tied()
-    optimizer = made(name, model, **({} if name != "lozo-momentum" else {"variant": "sgd", "refresh_every": 1}))
+    optimizer = made(name, model, **knobs)
     for _ in range(6):
         before, seen = flat(model), []
 
@@ -310,6 +339,13 @@ def test_groups_have_their_own_learning_rates():
     torch.testing.assert_close(b.detach(), kept, rtol=0, atol=1e-14)
 
 
+def flat_parameter():
+    """A parameter as FSDP1 marks those that it flattened."""
+    parameter = nn.Parameter(torch.zeros(8))
+    parameter._is_flat_param = True
+    return parameter
+
+
 def weights(*shapes):
     return [nn.Parameter(torch.zeros(shape)) for shape in shapes]
 
@@ -327,6 +363,7 @@ def weights(*shapes):
             "uint8: a quantized weight cannot be changed in place",
         ),
         (lambda: (lambda w: [w, nn.Parameter(w.data)])(weights((2, 2))[0]), RecipeError, "share their memory"),
+        (lambda: [flat_parameter()], UnsupportedError, "is an FSDP1 flat parameter"),
     ],
 )
 def test_unusable_parameters_are_refused(params, error, message):

@@ -23,6 +23,8 @@ from modicum.random import generator
 Key: TypeAlias = tuple[int, int]  # (step, query) names a direction
 Offset: TypeAlias = dict[Key, float]  # the directions in the weights, in units of eps
 
+KEPT = 1 << 20  # numbers of dense noise that a step keeps at most, instead of drawing them for every pass
+
 
 class Moving(torch.optim.Optimizer):
     """Weights that move along random directions; :class:`~modicum.optim.zeroth_order.ZerothOrder` says when."""
@@ -43,7 +45,7 @@ class Moving(torch.optim.Optimizer):
         self._offset: Offset = {}
         self._drawn: dict[Key, Tensor] = {}
         self._kept: dict[tuple[Key, str, str, int], Tensor] = {}
-        self._room = CHUNK
+        self._room = KEPT
         self._size = 0
         self._dtype, self._device = torch.float32, torch.device("cpu")
         if settings.lift is not None and settings.ranks is not None:
@@ -216,7 +218,7 @@ class Moving(torch.optim.Optimizer):
         return self._draw(leaf, chunk, key)
 
     def _draw(self, leaf: Leaf, chunk: Chunk, key: Key, *, purpose: str = "dense") -> Tensor:
-        """Draw the noise of a chunk, or draw it again; small tensors keep theirs for the step, see :data:`CHUNK`."""
+        """Draw the noise of a chunk, or draw it again; small tensors keep theirs for the step."""
         name = (key, purpose, leaf.name, chunk.number)
         if (kept := self._kept.get(name)) is not None:
             return kept
@@ -233,7 +235,7 @@ class Moving(torch.optim.Optimizer):
         """Let go of what was drawn for earlier steps."""
         self._drawn = {key: value for key, value in self._drawn.items() if key[0] >= self.steps}
         self._kept = {name: value for name, value in self._kept.items() if name[0][0] >= self.steps}
-        self._room = CHUNK - sum(value.numel() for value in self._kept.values())
+        self._room = KEPT - sum(value.numel() for value in self._kept.values())
 
     def _dense_rule(
         self, _leaf: Leaf, _chunk: Chunk, kappas: Tensor, directions: list[Tensor], state: tuple[Tensor, ...]
