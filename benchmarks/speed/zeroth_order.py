@@ -1,12 +1,13 @@
 """What a zeroth-order step costs: TeZO's engines beside two forward passes and the loop as MeZO publishes it.
 
-    python -m benchmarks.speed.zeroth_order time [--rounds 4] [--rank 16] [--dtype float32]
-    python -m benchmarks.speed.zeroth_order memory
+    python -m benchmarks.speed.zeroth_order time [--rounds 4] [--rank 16] [--dtype float32] [--last]
+    python -m benchmarks.speed.zeroth_order memory [--last]
 
-Every method steps on one batch of 8 x 64 tokens of SmolLM2-135M, with the model's own loss over all positions. Methods
-take turns inside each round, so that a busy machine is busy for all of them; ratios are of the medians. Memory is the
-peak of the anonymous resident set, of a process for each method. Results are merged into
-``benchmarks/results/tezo-speed.json``.
+Every method steps on one batch of 8 x 64 tokens of SmolLM2-135M, with the model's own loss over all positions, or with
+``--last`` over the last position, as label words have it, for all methods alike. Methods take turns inside each round,
+so that a busy machine is busy for all of them; the second step of each is timed, and ratios are of the medians. Memory
+is the peak of the anonymous resident set, of a process for each method; the paired engine is set beside one forward
+pass of as many rows too. Results are merged into ``benchmarks/results/tezo-speed.json``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from modicum.jobs.models import load_model
 from modicum.optim import LOZO, MeZO, SubZero, TeZO
@@ -72,8 +74,8 @@ class PublishedLoop:
 class Forwards:
     """The floor: the losses alone."""
 
-    def __init__(self, _model: torch.nn.Module, *, count: int = 2) -> None:
-        self.count = count
+    def __init__(self, _model: torch.nn.Module, *, count: int = 2, paired: bool = False) -> None:
+        self.count, self.paired = count, paired
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor]) -> None:
@@ -111,38 +113,43 @@ def methods(rank: int) -> dict[str, Callable[[torch.nn.Module], Any]]:
 class Task:
     """The model, one batch, and the closure that a method asks for."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, *, last: bool) -> None:
         self.model = load_model("builtin:smollm2-135m-instruct", dtype=dtype)
         rng = torch.Generator().manual_seed(0)
         self.ids = torch.randint(5, 49_000, (8, 64), generator=rng)
+        self.last = last
 
     def closure(self, optimizer: Any) -> Callable[[], torch.Tensor]:
-        if getattr(getattr(optimizer, "settings", None), "engine", "") != "paired":
-            return lambda: self.model(input_ids=self.ids, labels=self.ids).loss
+        engine = getattr(getattr(optimizer, "settings", None), "engine", "")
+        blocks = 2 if engine == "paired" or getattr(optimizer, "paired", False) else 1
+        ids, size = self.ids.repeat(blocks, 1), self.model.config.vocab_size
 
-        def paired() -> torch.Tensor:
-            logits = self.model(input_ids=self.ids.repeat(2, 1)).logits.chunk(2)
-            size = self.model.config.vocab_size
-            return torch.stack([self.model.loss_function(x, self.ids, vocab_size=size) for x in logits])
+        def losses() -> torch.Tensor:
+            if self.last:
+                logits = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+                return torch.stack([cross_entropy(x, self.ids[:, 0]) for x in logits.chunk(blocks)])
+            logits = self.model(input_ids=ids).logits
+            return torch.stack([self.model.loss_function(x, self.ids, vocab_size=size) for x in logits.chunk(blocks)])
 
-        return paired
+        return losses if blocks == 2 else lambda: losses()[0]
 
 
-def measure_time(rank: int, dtype: str, rounds: int, chosen: list[str]) -> dict[str, Any]:
-    task, taken = Task(dtype), {name: [] for name in chosen}
-    for turn in range(rounds + 1):
+def measure_time(task: Task, rank: int, rounds: int, chosen: list[str]) -> dict[str, Any]:
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
+    for turn in range(rounds):
         for name in chosen:
-            # A fresh optimizer each time: hooks of one would slow down the next. Its making is not timed.
+            # A fresh optimizer each time: hooks of one would slow down the next. Its making is not timed, nor is its
+            # first step, which has no perturbation from the step before to start from.
             optimizer = methods(rank)[name](task.model)
             closure = task.closure(optimizer)
+            optimizer.step(closure)
             wall, cpu = time.perf_counter(), time.process_time()
             optimizer.step(closure)
             seconds = time.perf_counter() - wall, time.process_time() - cpu
             if hasattr(optimizer, "detach"):
                 optimizer.settle_()
                 optimizer.detach()
-            if turn:
-                taken[name].append(seconds)
+            taken[name].append(seconds)
             print(f"{turn} {name}: {seconds[0]:.2f} s wall, {seconds[1]:.2f} s processor", file=sys.stderr, flush=True)
     medians = {name: [statistics.median(clock) for clock in zip(*values)] for name, values in taken.items()}
     floor = medians["two forwards"]
@@ -192,10 +199,14 @@ def anonymous_bytes() -> int:
     return 0
 
 
-def one_memory(rank: int, dtype: str, name: str) -> dict[str, Any]:
-    task = Task(dtype)
-    make = (lambda model: Forwards(model, count=1)) if name == "one forward" else methods(rank)[name]
-    optimizer = make(task.model)
+INFERENCE = {"one forward": False, "one forward, twice the rows": True}
+
+
+def one_memory(task: Task, rank: int, name: str) -> dict[str, Any]:
+    if name in INFERENCE:
+        optimizer: Any = Forwards(task.model, count=1, paired=INFERENCE[name])
+    else:
+        optimizer = methods(rank)[name](task.model)
     closure = task.closure(optimizer)
     with Peak() as peak:
         for _ in range(2):
@@ -204,15 +215,19 @@ def one_memory(rank: int, dtype: str, name: str) -> dict[str, Any]:
     return {"peak_bytes": peak.bytes, "weight_bytes": weights}
 
 
-def measure_memory(rank: int, dtype: str, chosen: list[str]) -> dict[str, Any]:
+def measure_memory(chosen: list[str], options: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in ["one forward", *(c for c in chosen if c != "two forwards")]:
-        command = [sys.executable, "-m", "benchmarks.speed.zeroth_order", "one", "--name", name]
-        command += ["--rank", str(rank), "--dtype", dtype]
+    for name in [*INFERENCE, *(c for c in chosen if c != "two forwards")]:
+        command = [sys.executable, "-m", "benchmarks.speed.zeroth_order", "one", "--name", name, *options]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
-        found[name]["over_inference"] = round(found[name]["peak_bytes"] / found["one forward"]["peak_bytes"], 3)
+        for key, baseline in zip(("over_inference", "over_inference_twice_the_rows"), INFERENCE):
+            if baseline in found:
+                found[name][key] = round(found[name]["peak_bytes"] / found[baseline]["peak_bytes"], 3)
         print(name, found[name], file=sys.stderr, flush=True)
+    for row in found.values():
+        if (adam := found.get("MeZO-Adam as published")) is not None:
+            row["over_mezo_adam"] = round(row["peak_bytes"] / adam["peak_bytes"], 3)
     return found
 
 
@@ -230,23 +245,32 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--last", action="store_true", help="loss over the last position")
     parser.add_argument("--name", default="")
     parser.add_argument("--only", nargs="*", default=None, help="methods, by name; all when not given")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.part == "one":
-        print(json.dumps(one_memory(given.rank, given.dtype, given.name)))
+        print(json.dumps(one_memory(Task(given.dtype, last=given.last), given.rank, given.name)))
         return
     chosen = given.only or list(methods(given.rank))
     if given.part == "time":
-        found = measure_time(given.rank, given.dtype, given.rounds, chosen)
+        found = measure_time(Task(given.dtype, last=given.last), given.rank, given.rounds, chosen)
     else:
-        found = measure_memory(given.rank, given.dtype, chosen)
+        options = ["--rank", str(given.rank), "--dtype", given.dtype, "--threads", str(given.threads)]
+        found = measure_memory(chosen, options + ["--last"] * given.last)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    settings = {"rank": given.rank, "dtype": given.dtype, "threads": given.threads, "batch": [8, 64]}
+    settings = {
+        "rank": given.rank,
+        "dtype": given.dtype,
+        "threads": given.threads,
+        "batch": [8, 64],
+        "last": given.last,
+    }
     settings |= {"rounds": given.rounds} if given.part == "time" else {}
     cell = {"settings": settings, "results": found, "commit": commit(), "environment": environment()}
-    results[f"{given.part}-{given.dtype}-rank{given.rank}-threads{given.threads}"] = cell
+    key = f"{given.part}-{given.dtype}-rank{given.rank}-threads{given.threads}" + "-last" * given.last
+    results[key] = cell
     write_atomic(RESULTS, json.dumps(results, indent=1) + "\n")
 
 
