@@ -289,6 +289,12 @@ def test_wrong_wishes_are_refused():
         start(wrap(rank=20, lora_alpha=20), "pissa")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PEFT quantises on this device")
+def test_loftq_says_what_it_needs():
+    with pytest.raises(UnsupportedError, match="bitsandbytes on a CUDA device"):
+        wrap("loftq")
+
+
 def test_a_quantised_base_is_fine_for_hrp_and_refused_by_what_must_shift_it():
     model = wrap()
     for layer in lora_layers(model).values():

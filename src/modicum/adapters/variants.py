@@ -137,7 +137,8 @@ def loftq(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Gene
         A quantisation and a decomposition of each weight.
 
     Deviates:
-        None known; the start is PEFT's ``init_lora_weights="loftq"``.
+        None known; the start is PEFT's ``init_lora_weights="loftq"``, which needs bitsandbytes and a CUDA device. It is
+        the one method whose adapter belongs to another base, the quantised one, so its configuration goes on to say so.
 
     Reference:
         Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", ICLR 2024, arXiv:2310.08659.

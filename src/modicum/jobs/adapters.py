@@ -101,6 +101,9 @@ def peft_config(name: str, knobs: Mapping[str, Any], *, rank: int, **fields: Any
         rank: Rank of the adapter.
         **fields: Further fields of ``peft.LoraConfig``; they override what the method asks for.
 
+    Raises:
+        UnsupportedError: The method is PEFT's and needs what is not here.
+
     Example:
         >>> peft_config("rslora", {}, rank=4, lora_alpha=8).use_rslora
         True
@@ -109,6 +112,8 @@ def peft_config(name: str, knobs: Mapping[str, Any], *, rank: int, **fields: Any
 
     entry = adapter_init[name]
     fields = config_fields(name) | fields
+    if fields.get("init_lora_weights") == "loftq":
+        _require_loftq()
     if not entry.facts.get("adaptive"):
         return LoraConfig(r=rank, **fields)
     checked = entry.knobs(knobs)
@@ -119,6 +124,18 @@ def peft_config(name: str, knobs: Mapping[str, Any], *, rank: int, **fields: Any
         init_r=first, target_r=rank, orth_reg_weight=checked["orthogonality"], deltaT=checked["interval"],
         total_step=1, **fields,
     )  # fmt: skip
+
+
+def _require_loftq() -> None:
+    from importlib.util import find_spec
+
+    import torch
+
+    if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+        raise UnsupportedError(
+            "loftq is PEFT's, which quantises with bitsandbytes on a CUDA device, and one of them is missing. Install "
+            "and use them, or take hrp on a base that is quantised already."
+        )
 
 
 def initialize(
