@@ -167,7 +167,7 @@ def keep_mask(delta: Tensor, levels: Levels, rng: np.random.Generator) -> Mask:
         own = patterns.reshape(-1)[open_]
         just = ranked.reshape(-1)[row * n + levels.needed[draws[open_] - levels.lowest]]
         mask[open_] = own > just
-        equal = np.flatnonzero(own == just)
+        equal = np.flatnonzero((own == just) & (own > 0))  # what is zero stays so
         level = levels.by_twice_rank[_twice_rank(ranked, row[equal], own[equal])]
         mask[open_[equal]] = draws[open_[equal]] < level
     return mask
@@ -176,14 +176,18 @@ def keep_mask(delta: Tensor, levels: Levels, rng: np.random.Generator) -> Mask:
 def keep_by_probability_(delta: Tensor, levels: Levels, rng: np.random.Generator) -> None:
     """Drop what :func:`keep_mask` drops, and divide the rest by the probabilities of being kept."""
     rows, n = delta.shape
-    draws = draw(rows * n, rng)
-    open_ = np.flatnonzero(draws < levels.highest)
-    patterns = _patterns(delta)
-    twice = _twice_rank(np.sort(patterns, axis=1), open_ // n, patterns.reshape(-1)[open_])
-    level = levels.by_twice_rank[twice]
-    factors = np.zeros(rows * n, np.float32)
-    factors[open_] = (draws[open_] < level) * (np.float32(LEVELS) / level)
-    delta.mul_(torch.from_numpy(factors).view(rows, n).to(delta))
+    # Magnitude and position in one integer, the position in its lower half: sorting it ranks a row far faster than an
+    # argsort.
+    keys = np.sort((_patterns(delta).astype(np.int64) << 32) + np.arange(n), axis=1)
+    begins = np.ones((rows, n + 1), bool)  # of each rank: whether another magnitude begins there; one does at the end
+    np.not_equal(keys[:, 1:] >> 32, keys[:, :-1] >> 32, out=begins[:, 1:-1])
+    order = np.arange(n, dtype=np.int32)
+    first = np.maximum.accumulate(np.where(begins[:, :-1], order, np.int32(0)), axis=1)
+    last = np.minimum.accumulate(np.where(begins[:, 1:], order, np.int32(n))[:, ::-1], axis=1)[:, ::-1]
+    by_rank = torch.from_numpy(levels.by_twice_rank[first + last])
+    own = torch.empty(rows, n, dtype=torch.int32).scatter_(1, torch.from_numpy(keys & 0xFFFFFFFF), by_rank).numpy()
+    draws = draw(rows * n, rng).reshape(rows, n)
+    delta.mul_(torch.from_numpy((draws < own) * (np.float32(LEVELS) / own)).to(delta))
 
 
 def _patterns(delta: Tensor) -> NDArray[np.int32]:
