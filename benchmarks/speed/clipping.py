@@ -222,13 +222,12 @@ def whole_step(rounds: int) -> dict:
         if turn:  # the first round warms up
             for name, clock in clocks.items():
                 taken[name].append((clock() - began[name], after[name] - before[name]))
-    found: dict[str, Any] = {"tokens": ids.numel(), "rounds": rounds}
-    for name, times in taken.items():
-        step, clip = (statistics.median(part) for part in zip(*times))
-        found[name] = {
-            "step_s": round(step, 3), "clip_ms": round(1e3 * clip, 1), "overhead": round(clip / (step - clip), 5),
-        }  # fmt: skip
-    return found
+
+    def summary(clock: str) -> dict:
+        step, clip = (statistics.median(part) for part in zip(*taken[clock]))
+        return {"step_s": round(step, 3), "clip_ms": round(1e3 * clip, 1), "overhead": round(clip / (step - clip), 5)}
+
+    return {"tokens": ids.numel(), **summary("wall"), "processor": summary("processor"), "rounds": rounds}
 
 
 def main() -> None:

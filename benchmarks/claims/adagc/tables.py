@@ -112,8 +112,9 @@ def speed() -> str:
             compare(f"clipping alone: ours, and that of {peer}", ours, added, f"{ours / added:.2f}")
             compare(f"clipping and AdamW: ours, and that of {peer}", whole, theirs, f"{whole / theirs:.2f}")
         elif name == "step":
-            for clock in ("wall", "processor"):
-                step = part[clock]
+            for clock, step in {"wall": part, "processor": part.get("processor", {})}.items():
+                if not step:
+                    continue
                 what = f"`clip_()`, and a training step of {part['tokens']} tokens, SmolLM2-135M{more}, {clock} time"
                 compare(what, step["clip_ms"], 1e3 * step["step_s"], f"{100 * step['overhead']:.2f} %")
     return markdown(["what", "AdaGC", "the other", "ratio"], rows)
