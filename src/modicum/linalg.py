@@ -77,12 +77,21 @@ def _gram(matrix: Tensor, rank: int) -> SVD:
     if matrix.shape[0] > matrix.shape[1]:
         U, S, V = _gram(matrix.T, rank)
         return SVD(V, S, U)
-    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    _, vectors = torch.linalg.eigh(_upper_gram(matrix), UPLO="U")
     U = vectors[:, -rank:].flip(1)
     V = matrix.T @ U
     S = V.norm(dim=0)
     # Columns of zero length belong to the null space: they stay zero, and contribute nothing.
     return SVD(U, S, V / S.clamp_min(torch.finfo(S.dtype).tiny))
+
+
+def _upper_gram(rows: Tensor, *, blocks: int = 4) -> Tensor:
+    """Return the inner products of all rows, right on and above the diagonal: five eighths of the work."""
+    gram = rows.new_zeros(len(rows), len(rows))
+    step = max(1, -(-len(rows) // blocks))
+    for start in range(0, len(rows), step):
+        gram[start : start + step, start:] = rows[start : start + step] @ rows[start:].T
+    return gram
 
 
 def _randomized(matrix: Tensor, rank: int, rng: torch.Generator | None, *, extra: int = 64, rounds: int = 2) -> SVD:
@@ -102,11 +111,11 @@ def inverse_root(gram: Float[Tensor, "k k"], *, rtol: float) -> tuple[Float[Tens
     """Return the pseudo-inverse square root of a positive semi-definite matrix, and its eigenvalues.
 
     Args:
-        gram: The matrix.
+        gram: The matrix; its upper triangle is read.
         rtol: Eigenvalues below this share of the largest are dropped. At 0 only those that are not positive are
             replaced by the smallest positive number, so nothing is dropped.
     """
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram, UPLO="U")
     if rtol > 0:
         inverse = torch.where(values > rtol * values[-1], values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
     else:
@@ -143,7 +152,7 @@ def polar(stack: Float[Tensor, "m k"], *, rtol: float) -> Polar:
                 stacklevel=3,
             )
     else:
-        root, values = inverse_root(basis.T @ basis, rtol=rtol)
+        root, values = inverse_root(_upper_gram(basis.T), rtol=rtol)
     relative = (values / values.max()).clamp_min(0) if len(values) else values
     kept = relative[relative > rtol] if rtol else relative
     return Polar(basis, root, len(kept), float(kept.min()) if len(kept) else 1.0)

@@ -132,7 +132,7 @@ def resm(
         plan = rank_plan(shares, min(deltas[0].shape), rule=ranks, reference=reference)
         parts = []
         for delta, k, weight in zip(deltas, plan, weights):
-            part = decompose(delta, k, solver)
+            part = decompose(delta, k, solver, whiten_rtol=whiten_rtol)
             if ranks == "energy":
                 part = shortest(part, total=float(delta.double().square().sum()), eta=eta)
             parts.append(part if weight == 1 else SVD(part.U, part.S * weight, part.V))

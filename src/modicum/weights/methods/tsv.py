@@ -19,6 +19,7 @@ from modicum.registry import merge_method
 from modicum.types import PositiveInt, UnitInterval
 from modicum.weights.matrices import merge_matrices
 
+TAMING = 1e-4  # cut-off that keeps what whitening makes of an error of 1e-6 below 1e-4
 NEGLIGIBLE = 1e-6  # of an expert's largest singular value: what float32 weights and a Gram matrix cannot tell from zero
 
 
@@ -71,8 +72,9 @@ def tsv(
 
     Cost:
         One symmetric eigendecomposition of the short side for each expert, two of the stack. Float64 inside, except
-        where a bound holds float32 to a relative difference of about 2e-5: for deltas of which the smallest singular
-        value kept is at least a twentieth of the largest, and for whitening at a ``whiten_rtol`` of at least 0.01.
+        where a bound holds float32 to a relative difference of about 2e-5: at a ``whiten_rtol`` of at least 0.0001 for
+        deltas of which the smallest singular value kept is at least a twentieth of the largest, and at one of at least
+        0.01 for the whitening too.
 
     Deviates:
         The cut-off ``whiten_rtol`` is ours; 0 is the published procedure. Singular values below 1e-6 of an expert's
@@ -85,7 +87,7 @@ def tsv(
 
     def merge(deltas: list[Tensor]) -> Tensor:
         k = ranks_of(deltas, rank)
-        parts = [decompose(delta, k, solver) for delta in deltas]
+        parts = [decompose(delta, k, solver, whiten_rtol=whiten_rtol) for delta in deltas]
         return (alpha * combine(parts, whiten_rtol=whiten_rtol, report=report)).to(deltas[0].dtype)
 
     return merge_matrices(base, experts, merge)
@@ -97,9 +99,12 @@ def ranks_of(deltas: Sequence[Tensor], rank: int | None) -> int:
     return min(rank, room) if rank else room
 
 
-def decompose(delta: Tensor, rank: int, solver: Solver) -> SVD:
-    """Return the leading triplets, in float64 unless float32 proves as good: whitening magnifies their errors."""
-    if solver == "gram" and delta.dtype == torch.float32:
+def decompose(delta: Tensor, rank: int, solver: Solver, *, whiten_rtol: float) -> SVD:
+    """Return the leading triplets, in float64 unless float32 proves as good and the cut-off tames its errors.
+
+    Whitening divides an error by the length of the weakest direction that the cut-off leaves.
+    """
+    if solver == "gram" and delta.dtype == torch.float32 and whiten_rtol >= TAMING:
         return mixed_svd(delta, rank)
     part = truncated_svd(delta if solver == "randomized" else delta.double(), rank, solver=solver)
     return SVD(part.U.double(), part.S.double(), part.V.double())
