@@ -3,6 +3,7 @@
 import copy
 import os
 import socket
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.multiprocessing as mp
 
 from models.support_zero import base_model, looped, tokens
 from modicum.models import ZeroTokenForCausalLM, convert_to_zero_token
+from modicum.models.__main__ import main as hand_over
 
 
 def loss_of(model):
@@ -147,3 +149,22 @@ def test_loading_keeps_the_class_under_the_auto_names(tmp_path):
     assert isinstance(model, ZeroTokenForCausalLM)
     assert model.config._attn_implementation == "eager"
     assert model(tokens(), output_attentions=True).attentions[0] is not None
+
+
+SHOW = """import sys
+from transformers import AutoConfig
+
+print(AutoConfig.from_pretrained(sys.argv[1]).model_type, __name__)
+"""
+
+
+def test_another_tool_gets_the_rest_of_the_line(tmp_path, monkeypatch, capsys):
+    looped().save_pretrained(tmp_path / "model")
+    (tmp_path / "show_kind.py").write_text(SHOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modicum.models", "show_kind", str(tmp_path / "model")])
+    hand_over()
+    assert capsys.readouterr().out == "zero_token __main__\n"
+    monkeypatch.setattr(sys, "argv", ["modicum.models"])
+    with pytest.raises(SystemExit, match="Usage"):
+        hand_over()
