@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.optim.directions import Lift
-from modicum.optim.leaves import CHUNK, Chunk, Leaf, Ranks, assign_ranks, collect
+from modicum.optim.leaves import Chunk, Leaf, Ranks, assign_ranks, collect
 from modicum.optim.rounding import add_, is_low_precision
 from modicum.optim.rules import ENTRYWISE, RULES, Knobs
 from modicum.optim.settings import Settings
@@ -23,6 +23,7 @@ from modicum.random import generator
 Key: TypeAlias = tuple[int, int]  # (step, query) names a direction
 Offset: TypeAlias = dict[Key, float]  # the directions in the weights, in units of eps
 
+BLOCK = 1 << 18  # entries of a temporary, so that a processor's cache holds the few that a rule needs
 KEPT = 1 << 20  # numbers of dense noise that a step keeps at most, instead of drawing them for every pass
 
 
@@ -141,7 +142,7 @@ class Moving(torch.optim.Optimizer):
         if settings.entrywise:
             entry, lifted, state = ENTRYWISE[settings.rule](gradient, tuple(self.memory), knobs)
             for leaf in self.factored:
-                self._add_entrywise(leaf, move, entry, lifted)
+                self._add_entrywise(leaf, move if shift else None, entry, lifted)
             self.memory = list(state)
             return
         step, state = self._rule(gradient, tuple(self.memory), knobs)
@@ -165,17 +166,22 @@ class Moving(torch.optim.Optimizer):
         else:
             matrix.baddbmm_(left.to(matrix.dtype), right.mT)
 
-    def _add_entrywise(self, leaf: Leaf, move: Tensor, entry: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> None:
-        lift, matrix = _known(self.settings.lift), leaf.matrix()
-        shift, right = leaf.factors(lift, move)
-        left, stacked = leaf.basis[0], matrix.dim() == 3
+    def _add_entrywise(
+        self, leaf: Leaf, move: Tensor | None, entry: Callable[..., Tensor], parts: tuple[Tensor, ...]
+    ) -> None:
+        """Add a step that is made entry by entry, and the lift of ``move``, to a weight."""
+        matrix, dtype = leaf.matrix(), leaf.compute_dtype
+        left, right = leaf.basis
+        shift = None if move is None else leaf.factors(_known(self.settings.lift), move)[0]
+        stacked = matrix.dim() == 3
         shape = (*leaf.shape[:-2], 1, leaf.rank)
         local = [part[leaf.coordinates].view(shape)[leaf.rows() if stacked else ...] for part in parts]
         for index, rows in enumerate(_blocks(matrix)):
-            there = right[rows] if stacked else right
+            there = (right[rows] if stacked else right).to(dtype)
             values = [part[rows] if stacked else part for part in local]
-            delta = shift[rows] @ there.to(shift.dtype).mT
-            delta -= leaf.group["lr"] * entry(left[rows].to(shift.dtype), there.to(shift.dtype), *values)
+            delta = entry(left[rows].to(dtype), there, *values).mul_(-leaf.group["lr"])
+            if shift is not None:
+                delta += shift[rows] @ there.mT
             add_(matrix[rows], delta, rng=self._rounding(leaf, index))
 
     def _rounding(self, leaf: Leaf, index: int) -> Generator | None:
@@ -306,7 +312,7 @@ def _checked(params: Any) -> list[Any]:
 
 def _blocks(matrix: Tensor) -> list[slice]:
     """Cut the first dimension so that a temporary of a block's size stays small."""
-    per = max(1, CHUNK // max(1, matrix[0].numel())) if len(matrix) else 1
+    per = max(1, BLOCK // max(1, matrix[0].numel())) if len(matrix) else 1
     return [slice(start, start + per) for start in range(0, len(matrix), per)]
 
 

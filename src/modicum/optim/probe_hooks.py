@@ -206,7 +206,8 @@ class ProbeHooks:
         if leaf.stands_for_quantized or leaf.param.numel() > SCRATCH:
             return False
         tokens = math.prod(inputs[0].shape[:-1])
-        return tokens * (leaf.shape[0] + leaf.shape[1]) > leaf.shape[0] * leaf.shape[1]
+        # Multiplications of both ways, over the rank; a sum also goes through the weight once more.
+        return tokens * (leaf.shape[0] + leaf.shape[1]) > 1.5 * leaf.shape[0] * leaf.shape[1]
 
     def _factors(self, leaf: Leaf, branch: Branch) -> tuple[Tensor, Tensor]:
         if self._lift is None or branch.coordinates is None:
