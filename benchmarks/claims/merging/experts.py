@@ -39,7 +39,11 @@ from modicum.weights.merge import merge_state_dicts
 
 RESULT = RESULTS / "merging-experts.json"
 MODEL = "builtin:smollm2-135m-instruct"
-TASKS = ("polarity", "order", "digit")
+TASKS = ("polarity", "order", "kind")
+KINDS = (
+    ("dog", "horse", "cat", "rabbit", "sheep", "tiger", "goat", "fox", "mouse", "lion", "bear", "wolf"),
+    ("hammer", "drill", "saw", "wrench", "axe", "shovel", "knife", "screwdriver", "rake", "chisel", "pliers", "ladder"),
+)
 SEEDS = (0, 1, 2)
 FROZEN = 20  # blocks below the trained ones
 STEPS, ROWS, LR = 30, 8, 5e-5
@@ -64,18 +68,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 Weights = dict[str, Tensor]
 
 
-def digit_examples(size: int, split: str, seed: int) -> list[Example]:
-    """Ask whether a number has a 7 in it; half of them have one."""
-    rng = generator(seed, "digit", split)
-    others = torch.tensor([1, 2, 3, 4, 5, 6, 8, 9])
+def kind_examples(size: int, split: str, seed: int) -> list[Example]:
+    """Ask for the group of two animals, or of two tools; what the groups are called tells nothing about them."""
+    rng = generator(seed, "kind", split)
     made = []
     for _ in range(size):
-        digits = others[torch.randint(8, (4,), generator=rng)]
         answer = int(torch.randint(2, (), generator=rng))
-        if answer:
-            digits[int(torch.randint(4, (), generator=rng))] = 7
-        number = "".join(map(str, digits.tolist()))
-        made.append(Example(f"Is there a 7 in {number}? Answer:", (" No", " Yes"), answer))
+        words = KINDS[answer]
+        first, second = (words[place] for place in torch.randperm(len(words), generator=rng)[:2].tolist())
+        made.append(Example(f"The {first} and the {second} are in group", (" A", " B"), answer))
     return made
 
 
@@ -91,8 +92,8 @@ class Part:
 
 
 def examples_of(task: str, split: str, size: int, seed: int) -> list[Example]:
-    if task == "digit":
-        return digit_examples(size, split, seed)
+    if task == "kind":
+        return kind_examples(size, split, seed)
     return task_examples(task, split=split, size=size, seed=seed)
 
 
