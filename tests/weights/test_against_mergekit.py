@@ -1,6 +1,6 @@
 """The same files through mergekit itself; MERGEKIT names its mergekit-yaml, in an environment of its own.
 
-    MERGEKIT=ENV/bin/mergekit-yaml python -m pytest -m thirdparty tests/weights/test_against_mergekit.py
+MERGEKIT=ENV/bin/mergekit-yaml python -m pytest -m thirdparty tests/weights/test_against_mergekit.py
 """
 
 from __future__ import annotations
