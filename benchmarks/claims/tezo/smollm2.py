@@ -1,9 +1,9 @@
 """SmolLM2-135M on two small tasks: zeroth-order methods beside LoRA, at equal time and at equal memory.
 
-    python -m benchmarks.claims.tezo.smollm2 [--minutes 60] [--forwards 40]
+    python -m benchmarks.claims.tezo.smollm2 [--minutes 60] [--forwards 32]
 
 Every method moves the same 60 matrices (queries and values), sees batches of 4 prompts and the loss over two label
-words, and trains for the time of 40 forward passes. What its step costs in such passes is measured once, both in one
+words, and trains for the time of 32 forward passes. What its step costs in such passes is measured once, both in one
 process, so that a busy machine changes nobody's number of steps. A learning rate is chosen by dev loss on seed 100,
 from one grid for each kind; seeds 0 to 2 report on other data. Resumable cell by cell, as ``study.py``. Peak memory is
 measured once for each method, in a process of its own; one row of LoRA gets gradient checkpoints and the largest batch
@@ -41,7 +41,7 @@ RESULTS = TOY_RESULTS.with_name("tezo-smollm2.json")
 TASKS = ("polarity", "order")
 MATRICES = r"self_attn\.(q|v)_proj"
 BATCH, TRAIN, DEV = 4, 512, 64
-FORWARDS = 40.0
+FORWARDS = 32.0
 SQUEEZED = "LoRA, TeZO's memory"  # its batch is halved until it fits what TeZO takes
 
 # One grid for each kind: plain steps, steps that Adam scales, and first order.
