@@ -36,9 +36,7 @@ def test_the_trainer_example_runs(tmp_path):
     assert names["tokenizer"].mask_token_id == 259
 
 
-@pytest.mark.thirdparty
 def test_the_trl_example_runs(tmp_path):
-    pytest.importorskip("trl")
     names, texts = parts(tmp_path)
     names["dataset"] = Dataset.from_dict({"text": texts})
     code = block("python", "import SFTConfig").replace("packing=True", "packing=True, use_cpu=True, bf16=False")

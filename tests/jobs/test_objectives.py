@@ -346,10 +346,10 @@ def test_isolated_copies_need_an_attention_that_takes_a_free_mask():
         complete_knobs("meap_sft", knobs, tokenizer=byte_tokenizer(), model=model)
 
 
-@pytest.mark.thirdparty
 @pytest.mark.parametrize("lora", [False, True])
 def test_trl_trains_packed_rows_with_meap(tmp_path, lora):
-    trl = pytest.importorskip("trl")
+    import trl
+
     # TRL reads a head's weight and bias itself, and PEFT's wrapper of a trainable row around a tied head has no bias.
     model, tokenizer = tiny_llama(tie_word_embeddings=not lora), byte_tokenizer()
     watch = Watch(model)
@@ -381,9 +381,9 @@ def test_trl_trains_packed_rows_with_meap(tmp_path, lora):
     assert len(shares) == 3 and all(0.05 < share < 0.2 for share in shares)
 
 
-@pytest.mark.thirdparty
 def test_trl_trains_prompts_and_answers_with_the_masked_copies(tmp_path):
-    trl = pytest.importorskip("trl")
+    import trl
+
     model, tokenizer = tiny_llama(), byte_tokenizer()
     watch = Watch(model)
     rows = [{"prompt": f"Count to {i}: ", "completion": " ".join(map(str, range(i)))} for i in range(30, 40)]
