@@ -21,8 +21,8 @@ def load(name: str) -> dict[str, Any]:
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:
-    """Write mean and half width of the 95 % Student-t interval."""
-    if not values:
+    """Write mean and half width of the 95 % Student-t interval; nothing where a value is not a number."""
+    if not values or any(map(math.isnan, values)):
         return "–"
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
