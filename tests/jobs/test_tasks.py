@@ -163,7 +163,8 @@ def test_prompts_and_candidates_without_tokens_are_refused():
 
 def test_a_task_loss_is_what_an_optimizer_asks_for():
     model, loss = batch()
-    optimizer = TeZO(model.named_parameters(), lr=1e-2, rank=4, engine="adapter")
+    # A rate at which steps are small: at a larger one the course hangs on the last bits of every sum.
+    optimizer = TeZO(model.named_parameters(), lr=2e-3, rank=4, engine="adapter")
     optimizer.attach(model)
     values = [optimizer.step(loss).item() for _ in range(30)]
     assert values[-1] < values[0]

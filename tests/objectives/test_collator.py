@@ -174,7 +174,9 @@ def test_gathered_label_positions_point_before_the_labels():
     ],
 )
 def test_wrong_mask_ids_and_ratios_are_refused_when_the_collator_is_made(knobs, says):
-    inner = DataCollatorForLanguageModeling(byte_tokenizer(), mlm=False)
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    inner = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     with pytest.raises(ModicumError, match=says):
         MEAPCollator(inner, **{"mask_token_id": MASK} | knobs)
 
