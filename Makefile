@@ -30,9 +30,11 @@ lint: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest --numprocesses 2
 
-# Minutes to an hour each, beside a peer in the same run; each writes its JSON to benchmarks/results/.
+# Minutes each; each writes its JSON to benchmarks/results/. Peers need an environment of their own, so what runs beside
+# one is run by hand: benchmarks.speed.merging --mergekit, benchmarks.speed.clipping --parts peer --peer.
 bench: $(VENV)/.ready
-	for script in benchmarks/speed/*.py; do $(BIN)/python $$script || exit 1; done
+	for part in "clipping --parts smollm2 1.3b bf16 step" hrp meap merging_svd zero_token \
+	  "zeroth_order time" "zeroth_order memory"; do $(BIN)/python -m benchmarks.speed.$$part || exit 1; done
 
 docs: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.provenance import git
 
 RESULTS = Path(__file__).parents[1] / "results" / "meap_speed.json"
 ROWS, TOKENS = 2, 256  # of a training step on a CPU
@@ -191,10 +192,9 @@ def main() -> None:
 
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "meap_speed"}
     work = {"collator": collator, "head": heads, "step": lambda: step(options.pairs)}
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     for part in options.parts or [part for part in work if part not in found]:
         origin = {
-            "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "commit": git("rev-parse", "HEAD"),
             "environment": environment() | {"threads": torch.get_num_threads(), "load": os.getloadavg()},
         }
         found[part] = work[part]() | origin

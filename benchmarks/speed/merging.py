@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from benchmarks.provenance import git
 from benchmarks.speed.shapes import LLAMA_2_7B, QWEN_1_5B, SMOLLM2_135M, write_family, write_repeated
 
 from modicum.record import environment, write_atomic
@@ -152,8 +153,10 @@ def main() -> None:
     pythons = {"modicum": sys.executable, "mergekit": str(options.mergekit.parent / "python")}
     bare = {name: measure([python, "-c", IMPORTS[name]]) for name, python in pythons.items()}
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results |= {"what": __doc__, "environment": environment(), "commit": commit(), "load": os.getloadavg(),
-                "bare_imports": bare}  # fmt: skip
+    results |= {
+        "what": __doc__, "environment": environment(), "commit": git("describe", "--always", "--dirty"),
+        "load": os.getloadavg(), "bare_imports": bare,
+    }  # fmt: skip
 
     def save(kind: str, name: str, found: dict[str, Any]) -> None:
         results.setdefault(kind, {})[name] = found
@@ -234,12 +237,6 @@ def summarize(runs: dict[str, list[dict[str, float]]], bare: dict[str, dict[str,
 
 def _without_imports(found: dict[str, Any], bare: dict[str, float]) -> float:
     return float(found["seconds"]["median"] - bare["seconds"])
-
-
-def commit() -> str:
-    """Return the commit that was measured."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time and memory of the zero token: attention by each route, training steps, decoding, exits, side by side in one run.
 
-    python benchmarks/speed/zero_token.py [--part attention|train|decode|exit] [--threads 1] [--again]
+    python -m benchmarks.speed.zero_token [--part attention|train|decode|exit] [--threads 1] [--again]
 
 Compared with what a user would run instead: plain attention, head-tail cycling without zero tokens, and a stock Llama
 of the same logical depth. Widths are those of SmolLM2-135M with a smaller vocabulary and fewer layers. Each part takes
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from benchmarks.provenance import git
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
@@ -284,10 +284,6 @@ def main() -> None:
             }
             write_atomic(RESULT, json.dumps(record, indent=1) + "\n")
             print(part, name, json.dumps(table), flush=True)
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

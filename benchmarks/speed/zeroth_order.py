@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.provenance import git
 from torch.nn.functional import cross_entropy
 
 from modicum.jobs.models import load_model
@@ -232,9 +233,6 @@ def measure_memory(chosen: list[str], options: list[str]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
-
     return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--short", "src") else "")
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sysconfig
 import time
 from pathlib import Path
 
 import torch
+from benchmarks.provenance import git
 
 from modicum.jobs.models import load_model, load_tokenizer
 from modicum.optim.family import make_clipper
@@ -117,14 +117,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0)
     given = parser.parse_args()
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"study": "adagc-smollm2", "cells": {}}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    commit = git("rev-parse", "--short", "HEAD")
     began = time.monotonic()
     for seed in range(given.seeds):
         for arm in (names[name] for name in given.arms):
             key = f"{arm} | lr {given.lr:g} | faults {given.faults:g} | {seed}"
             if key in data["cells"] or time.monotonic() - began > 60 * given.minutes:
                 continue
-            data["cells"][key] = run(arm, seed, given) | {"commit": commit.stdout.strip()}
+            data["cells"][key] = run(arm, seed, given) | {"commit": commit}
             data["environment"] = environment()
             write_atomic(RESULTS, json.dumps(data, indent=1) + "\n")
             print(key, data["cells"][key]["held_out_after"], data["cells"][key]["seconds"], flush=True)

@@ -1,4 +1,4 @@
-"""Run the cells of the fault study that have no result yet: python benchmarks/claims/adagc/study.py [--minutes 7].
+"""Run the cells of the fault study that have no result yet: python -m benchmarks.claims.adagc.study [--minutes 7].
 
 Run it again to go on; the result file grows by one cell at a time and finished cells are never run again.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from benchmarks.provenance import git
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).parent
@@ -98,13 +99,13 @@ def main() -> None:
 
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"study": "adagc-faults", "cells": {}}
     todo = [cell for cell in cells(given.seeds) if key(cell) not in data["cells"]]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
+    commit = git("rev-parse", "--short", "HEAD")
     began = time.monotonic()
     with ProcessPoolExecutor(given.workers) as pool:
         while todo and time.monotonic() - began < 60 * given.minutes:
             now, todo = todo[: given.workers], todo[given.workers :]
             for cell, found in zip(now, pool.map(work, now)):
-                data["cells"][key(cell)] = found | {"commit": commit.strip()}
+                data["cells"][key(cell)] = found | {"commit": commit}
                 print(key(cell), found["held_out_loss"], found["seconds"], flush=True)
             data["environment"] = environment()
             write_atomic(RESULTS, json.dumps(data, indent=1) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from benchmarks.provenance import git
 
 from modicum.record import environment, write_atomic
 
@@ -24,12 +24,8 @@ Cell: TypeAlias = dict[str, Any]
 
 def write_result(name: str, result: dict[str, Any]) -> None:
     """Write ``results/NAME.json`` and say so."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "src/modicum/adapters", "benchmarks/claims/hrp", "benchmarks/speed/hrp.py"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    origin = {"commit": head.stdout.strip() or None, "dirty": bool(dirty.stdout.strip())}
+    own = ("src/modicum/adapters", "benchmarks/claims/hrp", "benchmarks/speed/hrp.py")
+    origin = {"commit": git("rev-parse", "HEAD") or None, "dirty": bool(git("status", "--porcelain", *own))}
     record = origin | {"environment": environment()} | result
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomic(RESULTS / f"{name}.json", json.dumps(record, indent=1) + "\n")

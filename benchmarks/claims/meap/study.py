@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from benchmarks.provenance import git
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "results"
@@ -60,19 +61,13 @@ def save(path: Path, module: ModuleType, cells: list[dict[str, Any]]) -> None:
     found = {
         "study": path.stem.removeprefix("meap_"),
         "about": (module.__doc__ or "").strip(),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks/claims/meap")),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--", "src", "benchmarks/claims/meap")),
         "environment": environment(),
         "cells": sorted(cells, key=lambda c: (list(module.ARMS).index(c["arm"]), c["seed"])),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(found, indent=1) + "\n")
-
-
-def _git(*command: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(HERE), *command], capture_output=True, text=True, check=False
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.provenance import git
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -215,7 +215,7 @@ def resumable(path: Path, *, minutes: float) -> Callable[[str, Callable[[], dict
         if key not in stored["cells"]:
             if time.monotonic() > until:
                 return None
-            stored["cells"][key] = measure() | {"commit": commit()}
+            stored["cells"][key] = measure() | {"commit": git("rev-parse", "--short", "HEAD")}
             stored["environment"] = environment()
             write_atomic(path, json.dumps(stored, indent=1) + "\n")
             print(key, *(stored["cells"][key].get(name) for name in ("dev_loss", "dev_accuracy")), flush=True)
@@ -243,11 +243,6 @@ def search(run: Callable[[float], dict[str, Any] | None]) -> float | None:
             losses[lr] = math.inf if result["dev_loss"] is None else result["dev_loss"]
     best = min(losses, key=lambda lr: losses[lr])
     return best if losses[best] < math.inf else None
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.provenance import git
 
 from modicum.record import environment, write_atomic
 
@@ -51,9 +51,8 @@ def run(
             "wall": round(time.perf_counter() - wall, 1),
             "processor": round(time.process_time() - processor, 1),
         }
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         found["when"] = datetime.now(UTC).isoformat(timespec="seconds")
-        found |= {"commit": git.stdout.strip(), "environment": environment()}
+        found |= {"commit": git("rev-parse", "HEAD"), "environment": environment()}
         record["cells"].append(found)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,12 @@
+"""Which code a figure comes from."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+
+def git(*words: str) -> str:
+    """Return what git answers at the root; nothing where there is no repository."""
+    done = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
