@@ -3,12 +3,13 @@
 A row holds eight facts, each one token that stands for a key and its value, eight filler tokens of a Markov chain, and
 eight queries, each a key followed by its value. Keys are asked with repetition, so that no value can be found by
 leaving out those that were asked before: on the first query a guess among the values in context is right about one
-time in eight. Accuracy is measured on clean inputs.
+time in eight. Accuracy is measured on clean inputs. The learning rate stays constant after its warm-up, since what is
+asked is when retrieval appears; the sizes were chosen by trials of the plain arm on seed 0, which with sixteen keys and
+a rate that fell to zero in 800 steps never got beyond guessing.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from modicum.objectives import mask_inputs
 from modicum.objectives.philox import row_keys
 from modicum.random import generator
 
-KEYS, VALUES, FILLERS, FACTS, FILLER, QUERIES = 16, 8, 8, 8, 8, 8
+KEYS, VALUES, FILLERS, FACTS, FILLER, QUERIES = 8, 8, 8, 8, 8, 8
 KEY = KEYS * VALUES  # facts come first in the vocabulary, then keys, values, fillers and the mask
 VALUE = KEY + KEYS
 MASK = VALUE + VALUES + FILLERS
-LENGTH, BATCH, STEPS, EVERY = FACTS + FILLER + 2 * QUERIES, 32, 800, 50
+LENGTH, BATCH, STEPS, EVERY = FACTS + FILLER + 2 * QUERIES, 32, 1200, 50
 ARMS = {"ntp": 0.0, "meap 0.05": 0.05, "meap 0.15": 0.15, "meap 0.3": 0.3}
 VALUE_PLACES = torch.arange(FACTS + FILLER + 1, LENGTH, 2)
 
@@ -62,7 +63,7 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     curve = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / EVERY) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / EVERY)
         clean = rows(BATCH, rng)
         keys = row_keys(range(BATCH), seed=seed, method="meap", epoch=step)
         net.train()
