@@ -35,6 +35,15 @@ def test_angles_and_spectrum_are_drawn_and_told(tmp_path):
     assert "Adapter start" in page and "Training" in page
 
 
+def test_angles_to_a_full_fine_tune_are_drawn_and_told(tmp_path):
+    beside = {"start_A": [80.0] * 6, "end_A": [60.0] * 5 + [None], "start_B": [None] * 6, "end_B": [50.0] * 6}
+    found = adapter_start(load([made(tmp_path, **beside)]))
+    assert found is not None and found.body.count("<figure") == 4
+    [told] = found.findings
+    assert "(A) lay 80° before and 60° after training from those of the full fine-tune" in told
+    assert "(B) lay 50° after training from" in told
+
+
 def test_names_are_escaped_and_what_is_missing_is_left_out(tmp_path):
     found = adapter_start(load([made(tmp_path, modules=["model.layers.0.<x>"], turned_A=[1.0], turned_B=[2.0])]))
     assert found is not None and "<x>" not in found.body and "&lt;x&gt;" in found.body

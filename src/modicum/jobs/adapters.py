@@ -19,9 +19,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, ModicumError, UnsupportedError
+from modicum.jobs.adapter_geometry import factors_in, geometry
 from modicum.record import write_atomic
 from modicum.registry import Entry, adapter_init
 
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from modicum.adapters.preheat import Batch, Loss, MakeOptimizer
-
-    Pairs: TypeAlias = dict[str, tuple[Tensor, Tensor]]  # lora_A and lora_B by module
+    from modicum.jobs.adapter_geometry import Change, Pairs
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "adapter_init.json"
 GEOMETRY = "adapter_geometry.json"
@@ -70,11 +70,19 @@ class Started:
         if "core" in self.origin:
             fold(peft_model, adapter=adapter)
 
-    def finish(self, folder: str | Path) -> None:
-        """Make the saved adapter independent of this run: for the original base, and with its origin beside it."""
+    def finish(self, folder: str | Path, *, change: Change | None = None) -> None:
+        """Make the saved adapter independent of this run: for the original base, and with its origin beside it.
+
+        Args:
+            folder: Where the adapter was saved.
+            change: Gives a full fine-tune's change of a module, to which the adapter's directions are compared.
+        """
         folder = Path(folder)
         if self.start:
-            write_atomic(folder / GEOMETRY, json.dumps(_geometry(folder, self)) + "\n")
+            saved = factors_in(folder, WEIGHTS, PREFIX)
+            start = {name: factors for name, factors in self.start.items() if name in saved}
+            found = {"name": self.origin["name"], **geometry(start, saved, self.spectra, change=change)}
+            write_atomic(folder / GEOMETRY, json.dumps(found) + "\n")
         if self.initial:
             _remove_shift(folder, self.initial)
         if self.adaptive:
@@ -497,39 +505,6 @@ def _read(path: Path) -> tuple[Pairs, dict[str, Tensor]]:
     names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
     spectra = {key.removesuffix(".S"): S for key, S in tensors.items() if key.endswith(".S")}
     return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}, spectra
-
-
-def _geometry(folder: Path, started: Started) -> dict[str, Any]:
-    """Say how far each module's directions turned in training, and how much of the preheated change they held."""
-    import torch
-    from safetensors.torch import load_file
-
-    from modicum.adapters.angles import mean_angle
-
-    final = load_file(folder / WEIGHTS)
-    names = [name for name in started.start if f"{PREFIX}{name}.lora_A.weight" in final]
-    turned = {
-        f"turned_{side}": [
-            mean_angle(*(M if side == "A" else M.T for M in (started.start[name][place], final[key])))
-            for name in names
-            for key in [f"{PREFIX}{name}.lora_{side}.weight"]
-        ]
-        for place, side in enumerate("AB")
-    }
-    found: dict[str, Any] = {"name": started.origin["name"], "modules": names, **turned}
-    learned = {name: S.double().square() for name, S in started.spectra.items() if name in names and S.any()}
-    if learned:
-        shares = {name: energy.cumsum(0) / energy.sum() for name, energy in learned.items()}
-        ranks = {name: len(started.start[name][0]) for name in names}
-        found["held"] = [round(float(shares[n][ranks[n] - 1]), 4) if n in shares else None for n in names]
-        # Short sides clip the spectra of some modules, which then hold everything.
-        longest = max(map(len, shares.values()))
-        whole = torch.stack([torch.nn.functional.pad(s, (0, longest - len(s)), value=1.0) for s in shares.values()])
-        found["shares"] = {
-            label: [round(value, 4) for value in torch.quantile(whole, at, dim=0).tolist()]
-            for label, at in (("least", 0.0), ("median", 0.5), ("most", 1.0))
-        }
-    return found
 
 
 def _make_plain(folder: Path) -> None:

@@ -21,6 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from modicum import registry
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.jobs.adapter_geometry import change_between
 from modicum.jobs.adapters import Started, initialize, make_optimizer, peft_config, step_callback
 from modicum.jobs.additions import additions, spare_additions
 from modicum.jobs.answers import answer_rows, judges_answers, use_answers
@@ -37,6 +38,8 @@ from modicum.types import PositiveInt
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+    from modicum.jobs.adapter_geometry import Change
 
 BASE = "base"  # the converted model under an adapter
 
@@ -75,6 +78,9 @@ class AdapterSection(Section):
     rank: PositiveInt = 8
     init: choice(registry.adapter_init) | None = None  # type: ignore[valid-type]
     config: dict[str, Any] = Field(default_factory=dict, description="further fields of peft.LoraConfig")
+    compare: str | None = Field(
+        default=None, description="a full fine-tune of the same base, to whose change the report measures the angles"
+    )
 
 
 class TrainRecipe(Recipe):
@@ -113,11 +119,18 @@ class TrainRecipe(Recipe):
             raise RecipeError(
                 "adapter.init.reuse_data: continue is for loops of your own; the trainer draws its rows anew."
             )
+        if self.adapter is not None and self.adapter.compare is not None:
+            if init is None:
+                raise RecipeError("adapter.compare needs a start that is known. Set adapter.init, such as `default`.")
+            if self.model.convert is not None:
+                raise RecipeError("adapter.compare and model.convert came together: their weights differ. Drop one.")
         return self
 
     def inputs(self) -> Iterator[str]:
-        """Yield the model and the data."""
+        """Yield the models and the data."""
         yield self.model.path
+        if self.adapter is not None and self.adapter.compare is not None:
+            yield self.adapter.compare
         for data in (self.data, self.eval_data):
             if data is not None:
                 yield from data.inputs()
@@ -164,6 +177,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     started = _start_adapter(
         recipe, model, partial(_tokens, recipe, recipe.data, tokenizer, run), collator, arguments, run
     )
+    change = _full_change(recipe, model, started)
     trainer = _trainer(recipe, model, arguments, run, tokenizer, collator, datasets)
     checkpoint = _last_checkpoint(Path(arguments.output_dir), delete_broken=run.main)
     if checkpoint:
@@ -184,7 +198,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
         run.record["metrics"] |= {k: v for k, v in trainer.evaluate().items() if k in ANSWER_METRICS}
     if mask is not None:
         finish_model(trainer.model, mask_token_id=mask, rows=rows)
-    _save(recipe, trainer, started, run)
+    _save(recipe, trainer, started, change, run)
 
 
 def training_arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
@@ -362,6 +376,21 @@ def _start_adapter(
     return started
 
 
+def _full_change(recipe: TrainRecipe, model: Any, started: Started | None) -> Change | None:
+    """Open the full fine-tune that the adapter is to be compared to: before training, which a wrong one would spoil."""
+    if started is None or recipe.adapter is None or recipe.adapter.compare is None:
+        return None
+    from modicum.weights.checkpoint import Checkpoint
+
+    if not started.start:
+        raise RecipeError(f"adapter.compare: the start of {started.origin['name']} is PEFT's own. Take another init.")
+    base, full = (
+        Checkpoint(name, resolve=resolve_model, pickled=recipe.model.allow_pickle)
+        for name in (recipe.model.path, recipe.adapter.compare)
+    )
+    return change_between(base, full, started.start, transposed=bool(model.peft_config["default"].fan_in_fan_out))
+
+
 def _trainer(
     recipe: TrainRecipe,
     model: PreTrainedModel,
@@ -461,7 +490,7 @@ def _last_checkpoint(folder: Path, *, delete_broken: bool) -> Path | None:
     return None
 
 
-def _save(recipe: TrainRecipe, trainer: Trainer, started: Started | None, run: Run) -> None:
+def _save(recipe: TrainRecipe, trainer: Trainer, started: Started | None, change: Change | None, run: Run) -> None:
     name = "model" if recipe.adapter is None else "adapter"
     target = run.folder / name
     # Every process takes part in gathering sharded weights; only the first one writes.
@@ -475,7 +504,7 @@ def _save(recipe: TrainRecipe, trainer: Trainer, started: Started | None, run: R
             if recipe.adapter is not None:
                 _tidy_config(folder / "adapter_config.json", base=recipe.model.convert and f"../{BASE}")
             if started is not None:
-                started.finish(folder)
+                started.finish(folder, change=change)
     if run.main:
         run.output(name, target)
         if any((run.folder / "checkpoints").glob("checkpoint-*")):

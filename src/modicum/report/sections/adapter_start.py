@@ -16,6 +16,12 @@ from modicum.report.sections import Section, section
 
 FILE = "adapter_geometry.json"
 SIDES = {"A": "input directions (A)", "B": "output directions (B)"}
+FULL = "the full fine-tune's leading directions"
+ANGLES = {
+    "turned": ("start and end", "White: training stayed in the directions that it was given."),
+    "start": (f"the start and {FULL}", "White: the start held what the full fine-tune changed most."),
+    "end": (f"the end and {FULL}", "White: the trained adapter holds what the full fine-tune changed most."),
+}
 RIGHT = Scale(0.0, 90.0)  # degrees: from the same space to a right angle
 
 
@@ -28,7 +34,7 @@ def adapter_start(run: RunView) -> Section | None:
         found = _read(part)
         if found is None:
             continue
-        parts += [_spectrum(part, found), *(_turned(part, found, side) for side in SIDES)]
+        parts += [_spectrum(part, found), *(_angles(part, found, side, kind) for side in SIDES for kind in ANGLES)]
         findings += _findings(part, found)
     body = Markup("").join(parts)
     return Section("Adapter start", body, findings=tuple(findings)) if body else None
@@ -74,22 +80,23 @@ def _spectrum(run: RunView, found: Mapping[str, Any]) -> Markup:
     return figure(picture, caption="The steeper the rise, the more a low rank can keep of what preheating learned.")
 
 
-def _turned(run: RunView, found: Mapping[str, Any], side: str) -> Markup:
-    values = _values(found, f"turned_{side}")
+def _angles(run: RunView, found: Mapping[str, Any], side: str, kind: str) -> Markup:
+    values = _values(found, f"{kind}_{side}")
     where = LayerMap([str(name) for name in found["modules"]])
     if not values or not where.layers:
         return Markup("")
+    between, meaning = ANGLES[kind]
     picture = heat_map(
         where.labels,
         [str(layer) for layer in where.layers],
         where.matrix(values, mean),
-        title=f"Degrees between start and end, {SIDES[side]} · {run.name}",
-        describe=f"Mean principal angle between the {SIDES[side]} at the start and in the end, by layer and module.",
+        title=f"Degrees between {between}, {SIDES[side]} · {run.name}",
+        describe=f"Mean principal angle between {between}, {SIDES[side]}, by layer and module.",
         scale=RIGHT,
         x_label="layer",
         every=max(1, len(where.layers) // 8),
     )
-    return figure(picture, caption="White: training stayed in the directions that it was given.")
+    return figure(picture, caption=meaning)
 
 
 def _findings(run: RunView, found: Mapping[str, Any]) -> list[Markup]:
@@ -98,6 +105,18 @@ def _findings(run: RunView, found: Mapping[str, Any]) -> list[Markup]:
         known = [value for value in _values(found, f"turned_{side}") if value is not None]
         if known:
             told.append(Markup("its {} turned by {:.0f}° on average").format(what, mean(known)))
+    for side, what in SIDES.items():
+        met = {
+            when: [value for value in _values(found, f"{when}_{side}") if value is not None]
+            for when in ("start", "end")
+        }
+        if met["end"]:
+            before = Markup("{:.0f}° before and ").format(mean(met["start"])) if met["start"] else ""
+            told.append(
+                Markup("its {} lay {}{:.0f}° after training from those of the full fine-tune").format(
+                    what, before, mean(met["end"])
+                )
+            )
     held = [value for value in _values(found, "held") if value is not None]
     if held:
         told.append(Markup("its rank held {:.0f} % of the preheated change").format(100 * mean(held)))
