@@ -169,3 +169,7 @@ def test_the_default_compiler_changes_nothing(host):
         compiled = torch.compile(model)(tokens(), use_cache=False).logits
     torch._dynamo.reset()
     torch.testing.assert_close(compiled, logits(model, tokens()), **CLOSE)
+
+
+def test_no_plan_of_the_hosts_splits_the_heads_among_devices(model):
+    assert not model.tp_plan

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from models.support_zero import HOSTS, base_model, decode, left_padded, looped, tokens
-from modicum.errors import CheckpointError, ModicumError, UnsupportedError
+from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 from oracles import zero_token as oracle
 
@@ -415,6 +415,31 @@ def test_random_cycles_depend_on_the_step_alone():
     assert drawn[0] == drawn[1]
     assert set(drawn[0]) == {1, 2, 3}
     assert int(model.eval()(tokens()).cycles[0, 0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ({"train_cycles": "grow"}, [1, 1, 1, 1, 2, 2, 2, 3, 3, 3]),
+        ({"cycle_onset": 0.3}, [1, 1, 1, 3, 3, 3, 3, 3, 3, 3]),
+        ({"train_cycles": "grow", "cycle_onset": 0.4}, [1, 1, 1, 1, 1, 1, 2, 2, 3, 3]),
+    ],
+)
+def test_cycles_join_in_the_course_of_training(knobs, expected):
+    model = looped(**knobs).train()
+    with pytest.raises(RecipeError, match=r"Call model.set_training_step\(step, total\)"):
+        model(tokens(1, 2))
+    ran = []
+    for step in range(10):
+        model.set_training_step(step, 10)
+        ran.append(int(model(tokens(1, 2)).cycles[0, 0]))
+    assert ran == expected
+    assert int(model.eval()(tokens(1, 2)).cycles[0, 0]) == 3
+
+
+def test_an_onset_that_is_no_share_of_the_training_is_refused():
+    with pytest.raises(RecipeError, match="cycle_onset is 1.0"):
+        looped(cycle_onset=1.0)
 
 
 def test_parameters_of_cycles_not_drawn_still_have_a_gradient():

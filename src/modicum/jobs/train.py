@@ -456,11 +456,11 @@ def _log_callback(run: Run) -> Any:
     from transformers import TrainerCallback
 
     class LogCallback(TrainerCallback):
-        """Write the trainer's logs to the run, and tell models that draw by step which step it is."""
+        """Write the trainer's logs to the run, and tell models that go by the step which step it is."""
 
         def on_step_begin(self, _args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
             if hasattr(model, "set_training_step"):
-                model.set_training_step(state.global_step)
+                model.set_training_step(state.global_step, state.max_steps)
 
         def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
             if not state.is_world_process_zero:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import runpy
 import sys
 
-import modicum.models  # noqa: F401 - importing it is what makes the models known
+import transformers
+
+from modicum.models import ZeroTokenForCausalLM
 
 
 def main() -> None:
     """Run the module that the first argument names with the others."""
     if len(sys.argv) < 2:
         raise SystemExit("No tool was named. Usage: python -m modicum.models TOOL ARGUMENTS, where TOOL is a module.")
+    # `transformers serve` has no registry: it takes a model's class by its name from the package.
+    transformers.ZeroTokenForCausalLM = ZeroTokenForCausalLM
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

@@ -19,6 +19,7 @@ Pool: TypeAlias = Literal["layer_cycle", "cycle", "layer"]
 ExitCriterion: TypeAlias = Literal["zero_attention", "latent", "entropy", "kl", "random"]
 ExitScore: TypeAlias = Literal["cycle_mean", "first_layer", "last_layer", "cycle_max", "layer"]
 ExitScope: TypeAlias = Literal["sequence", "token", "last_token", "prefix", "batch"]
+TrainCycles: TypeAlias = Literal["fixed", "random", "grow"]
 CachePolicy: TypeAlias = Literal["latest", "propagate", "share_first", "select"]
 
 _CHOICES: dict[str, Any] = {
@@ -30,7 +31,7 @@ _CHOICES: dict[str, Any] = {
     "exit_score": ExitScore,
     "exit_scope": ExitScope,
     "cache_policy": CachePolicy,
-    "train_cycles": Literal["fixed", "random"],
+    "train_cycles": TrainCycles,
     "route": Literal["auto", "concat", "lse", "eager"],
 }
 _OPTIONAL_CHOICES: dict[str, Any] = {
@@ -75,7 +76,11 @@ class ZeroTokenConfig(PreTrainedConfig):
         exit_scope: Over which tokens the score is averaged, and who leaves together.
         min_cycles: Cycles that always run.
         cache_policy: Which keys and values a token that left has in the cycles it did not run.
-        train_cycles: ``random`` draws the number of cycles of each training step.
+        train_cycles: ``random`` draws the number of cycles of each training step; ``grow`` raises it in even steps
+            from 1 to all of them in the course of training.
+        cycle_onset: Share of the training, from 0 up to but not including 1, that runs one cycle before the others
+            join; it costs what the plain model does. Like ``grow`` it needs to know the length of the run: see
+            :meth:`~modicum.models.ZeroTokenForCausalLM.set_training_step`, which modicum's trainer calls.
         cycle_loss_weights: Train the prediction after each cycle, with these weights; ``None`` only the last.
         route: How the zero attention is computed; see :func:`~modicum.models.zero_attention.zero_attention`.
         seed: Seed of what is drawn: new zero keys, random cycles, random exits.
@@ -109,6 +114,7 @@ class ZeroTokenConfig(PreTrainedConfig):
     min_cycles: int = 1
     cache_policy: str = "latest"
     train_cycles: str = "fixed"
+    cycle_onset: float = 0.0
     cycle_loss_weights: list[float] | None = None
     route: Any = "auto"
     seed: int = 0
@@ -157,6 +163,8 @@ class ZeroTokenConfig(PreTrainedConfig):
             raise RecipeError("exit_threshold is NaN, expected a number, or null to never exit.")
         if not 1 <= self.min_cycles <= max(1, self.depth):
             raise RecipeError(f"min_cycles is {self.min_cycles}, expected 1 to {self.depth}.")
+        if not 0 <= self.cycle_onset < 1:
+            raise RecipeError(f"cycle_onset is {self.cycle_onset}, expected a share of the training: 0 <= share < 1.")
         if self.cycle_loss_weights is not None and len(self.cycle_loss_weights) != self.depth:
             raise RecipeError(f"cycle_loss_weights has {len(self.cycle_loss_weights)} entries for {self.depth} cycles.")
         if self.lora_rank < 0:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
+from annotated_types import Ge, Lt
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from modicum.models.zero_config import (
     ExitScope,
     ExitScore,
     Pool,
+    TrainCycles,
     ZeroKind,
     ZeroTokenConfig,
 )
@@ -65,7 +67,8 @@ def convert_to_zero_token(
     exit_scope: ExitScope = "sequence",
     min_cycles: PositiveInt = 1,
     cache_policy: CachePolicy = "latest",
-    train_cycles: Literal["fixed", "random"] = "fixed",
+    train_cycles: TrainCycles = "fixed",
+    cycle_onset: Annotated[float, Ge(0), Lt(1)] = 0.0,
     cycle_loss_weights: list[float] | None = None,
     route: Literal["auto", "concat", "lse", "eager"] = "auto",
     seed: int = 0,
@@ -104,7 +107,8 @@ def convert_to_zero_token(
         exit_scope: Who leaves together.
         min_cycles: Cycles that always run.
         cache_policy: What is seen of a token that left.
-        train_cycles: Draw the number of cycles in training.
+        train_cycles: How many cycles a training step runs: all, a drawn number, or more and more.
+        cycle_onset: Share of the training that runs one cycle only.
         cycle_loss_weights: Weights of the losses after each cycle.
         route: How zero attention is computed.
         seed: Seed of new parameters and of random cycles.

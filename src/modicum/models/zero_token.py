@@ -115,7 +115,10 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         # The schedule is part of the architecture: it is read once, not at every step of decoding.
         self._stages, self._rows, self._types = config.stages, config.rows, config.layer_types
         self._draws = 0
+        self._progress: float | None = None
         self.post_init()
+        # The host's plan would split the heads among devices, and leave the zero keys of all heads on each.
+        self.tp_plan = None
 
     @property
     def backbone(self) -> Any:
@@ -171,9 +174,30 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
                 ) from error
             raise
 
-    def set_training_step(self, step: int) -> None:
-        """Name the training step, so that what is drawn in it does not depend on how it was reached."""
+    def set_training_step(self, step: int, total: int | None = None) -> None:
+        """Name the training step, so that its number of cycles does not depend on how it was reached.
+
+        Args:
+            step: Optimiser steps done before.
+            total: Length of the run, which ``cycle_onset`` and ``train_cycles="grow"`` need to know.
+        """
         self._draws = step << 20
+        self._progress = step / total if total else None
+
+    def _training_cycles(self) -> int:
+        """Return how many cycles a pass of the current training step runs."""
+        depth, onset, kind = self.config.depth, self.config.cycle_onset, self.config.train_cycles
+        if onset or kind == "grow":
+            if self._progress is None:
+                raise RecipeError(
+                    "cycle_onset and train_cycles: grow go by the course of training, which is not known. Call "
+                    "model.set_training_step(step, total) before each step."
+                )
+            if self._progress < onset:
+                return 1
+            if kind == "grow":
+                return min(depth, 1 + int(depth * (self._progress - onset) / (1 - onset)))
+        return self._drawn_cycles() if kind == "random" else depth
 
     def _drawn_cycles(self) -> int:
         draw = generator(self.config.seed, "train_cycles", self._draws)
@@ -335,8 +359,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             depths = (n_cycles[:, None] if n_cycles.dim() == 1 else n_cycles).expand(b, t)
             return depth, depths
         if n_cycles is None:
-            random = self.training and self.config.train_cycles == "random"
-            return (self._drawn_cycles() if random else depth), None
+            return (self._training_cycles() if self.training else depth), None
         if isinstance(n_cycles, bool) or not 1 <= int(n_cycles) <= depth:
             raise RecipeError(
                 f"n_cycles is {n_cycles!r}, expected 1 to {depth}: the model has zero tokens for {depth} cycles."
