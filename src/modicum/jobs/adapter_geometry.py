@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum.errors import CheckpointError
@@ -11,10 +10,10 @@ from modicum.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from modicum.jobs.adapter_files import Pairs
     from modicum.weights.checkpoint import Checkpoint
 
     Change: TypeAlias = Callable[[str], Tensor]
-    Pairs: TypeAlias = dict[str, tuple[Tensor, Tensor]]  # lora_A and lora_B by module
 
 SIDES = "AB"
 
@@ -79,15 +78,6 @@ def geometry(
         found |= _beside(start, final, change)
     learned = {name: S.double().square() for name, S in spectra.items() if name in start and S.any()}
     return found | _held(learned, {name: len(A) for name, (A, _) in start.items()}) if learned else found
-
-
-def factors_in(folder: Path, weights: str, prefix: str) -> Pairs:
-    """Return the factors of a saved adapter by module."""
-    from safetensors.torch import load_file
-
-    saved, ends = load_file(folder / weights), [f".lora_{side}.weight" for side in SIDES]
-    names = [key.removesuffix(ends[0]) for key in saved if key.endswith(ends[0])]
-    return {name.removeprefix(prefix): (saved[name + ends[0]], saved[name + ends[1]]) for name in names}
 
 
 def _directions(factors: tuple[Tensor, Tensor], place: int) -> Tensor:

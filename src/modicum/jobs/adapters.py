@@ -21,8 +21,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import CheckpointError, ModicumError, UnsupportedError
-from modicum.jobs.adapter_geometry import factors_in, geometry
+from modicum.errors import ModicumError, UnsupportedError
+from modicum.jobs.adapter_files import (
+    GEOMETRY,
+    ORIGIN,
+    cached_start,
+    factors_in,
+    make_plain,
+    remove_shift,
+    write_start,
+)
+from modicum.jobs.adapter_geometry import geometry
 from modicum.record import write_atomic
 from modicum.registry import Entry, adapter_init
 
@@ -31,11 +40,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from modicum.adapters.preheat import Batch, Loss, MakeOptimizer
-    from modicum.jobs.adapter_geometry import Change, Pairs
-
-WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "adapter_init.json"
-GEOMETRY = "adapter_geometry.json"
-PREFIX = "base_model.model."
+    from modicum.jobs.adapter_files import Pairs
+    from modicum.jobs.adapter_geometry import Change
 
 
 @dataclass
@@ -79,14 +85,14 @@ class Started:
         """
         folder = Path(folder)
         if self.start:
-            saved = factors_in(folder, WEIGHTS, PREFIX)
+            saved = factors_in(folder)
             start = {name: factors for name, factors in self.start.items() if name in saved}
             found = {"name": self.origin["name"], **geometry(start, saved, self.spectra, change=change)}
             write_atomic(folder / GEOMETRY, json.dumps(found) + "\n")
         if self.initial:
-            _remove_shift(folder, self.initial)
+            remove_shift(folder, self.initial)
         if self.adaptive:
-            _make_plain(folder)
+            make_plain(folder)
         write_atomic(folder / ORIGIN, json.dumps(self.origin, indent=2) + "\n")
 
 
@@ -198,7 +204,7 @@ def initialize(
     if entry.facts.get("config") or entry.facts.get("optimizer"):
         _freeze(peft_model, entry, adapter)
         return started
-    known = _cached(cache)
+    known = cached_start(cache)
     if known is not None:
         factors, started.spectra = known
     else:
@@ -208,7 +214,7 @@ def initialize(
         else:
             factors = _compute(peft_model, entry, knobs, batches, loss, seed, adapter)
         if cache is not None:
-            _write(cache, factors, started.spectra)
+            write_start(cache, factors, started.spectra)
     _apply(peft_model, entry, factors, started, adapter)
     return started
 
@@ -462,115 +468,3 @@ def _cycle(batches: Callable[[], Iterable[Batch]], device: torch.device) -> Iter
             yield {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
         if empty:
             raise ModicumError("The training data give no batch to start the adapter from. Check data.path and size.")
-
-
-def _cached(path: Path | None) -> tuple[Pairs, dict[str, Tensor]] | None:
-    """Return the factors and spectra that an earlier call wrote, as the first process sees them, or ``None``."""
-    if path is None:
-        return None
-    import torch
-
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return _read(path) if path.exists() else None
-    # On several machines only the first one may have the file; all must take the same way.
-    told: list[Any] = [_read(path) if distributed.get_rank() == 0 and path.exists() else None]
-    distributed.broadcast_object_list(told, src=0)
-    return told[0]
-
-
-def _write(path: Path, factors: Pairs, spectra: Mapping[str, Tensor]) -> None:
-    import os
-
-    from safetensors.torch import save_file
-
-    if os.environ.get("RANK", "0") != "0":
-        return
-    tensors = {f"{name}.{side}": t.cpu().contiguous() for name, pair in factors.items() for side, t in zip("AB", pair)}
-    tensors |= {f"{name}.S": S.contiguous() for name, S in spectra.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, beside)
-    beside.replace(path)
-
-
-def _read(path: Path) -> tuple[Pairs, dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is corrupt ({error}). Delete it, and the run starts the adapter anew.") from None
-    names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
-    spectra = {key.removesuffix(".S"): S for key, S in tensors.items() if key.endswith(".S")}
-    return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}, spectra
-
-
-def _make_plain(folder: Path) -> None:
-    """Rewrite a saved AdaLoRA adapter as LoRA, with the singular values in B and every module at the largest rank."""
-    from peft import LoraConfig
-    from safetensors.torch import load_file
-
-    from modicum.adapters.serving import alpha_for, uniform
-
-    tensors = load_file(folder / WEIGHTS)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    # PEFT adds 1e-5 to the rank that it divides by.
-    scaling = config["lora_alpha"] / (config["init_r"] + 1e-5)
-    names = [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
-    own = {}
-    for name in names:
-        A, E, B = (tensors[f"{name}.lora_{part}"] for part in "AEB")
-        left = E[:, 0] != 0
-        left[0] |= ~left.any()
-        own[name] = (A[left], (B * E.T)[:, left], scaling)
-    kept = {key: value for key, value in tensors.items() if not key.endswith((".lora_A", ".lora_B", ".lora_E"))}
-    for name, (A, B) in uniform(own, scaling=scaling).items():
-        kept |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
-    widest = max(len(A) for A, _, _ in own.values())
-    known = LoraConfig.__dataclass_fields__
-    config = {key: value for key, value in config.items() if key in known} | {
-        "peft_type": "LORA",
-        "r": widest,
-        "lora_alpha": alpha_for(scaling, widest),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "init_lora_weights": True,
-    }
-    _replace(folder, kept, config)
-
-
-def _replace(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Put other tensors and another configuration in the place of a saved adapter's."""
-    from safetensors.torch import save_file
-
-    beside = folder / f".{WEIGHTS}"
-    save_file(dict(tensors), beside, metadata={"format": "pt"})
-    beside.replace(folder / WEIGHTS)
-    write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _remove_shift(folder: Path, initial: Pairs) -> None:
-    """Rewrite a saved adapter for the original base, at twice the rank."""
-    from safetensors.torch import load_file
-
-    from modicum.adapters.serving import without_shift
-
-    tensors = load_file(folder / WEIGHTS)
-    for name, factors in initial.items():
-        keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "AB"]
-        if not all(key in tensors for key in keys):
-            raise CheckpointError(f"{folder} has no factors of {name}. Was it saved by this run?")
-        made = without_shift((tensors[keys[0]], tensors[keys[1]]), factors)
-        tensors |= dict(zip(keys, made))
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    growth = 2**0.5 if config.get("use_rslora") else 2
-    config |= {
-        "r": 2 * config["r"],
-        "lora_alpha": growth * config["lora_alpha"],
-        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
-        "alpha_pattern": {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
-        "init_lora_weights": True,
-    }
-    _replace(folder, tensors, config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.jobs.adapters import CONFIG, PREFIX, WEIGHTS
+from modicum.jobs.adapter_files import CONFIG, PREFIX, WEIGHTS
 from modicum.record import whole_folder, write_atomic
 
 if TYPE_CHECKING:
