@@ -76,7 +76,7 @@ def key(cell: tuple[str, str, bool, int]) -> str:
 
 def work(cell: tuple[str, str, bool, int]) -> dict:
     import torch
-    from byte_model import run
+    from benchmarks.claims.adagc.byte_model import run
 
     torch.set_num_threads(1)
     optimizer, arm, faults, seed = cell
