@@ -22,14 +22,18 @@ def table(study: str, columns: dict[str, Callable[[dict[str, Any]], float | None
 
 
 def recall() -> str:
-    """Return the table of recall, with every seed's step: a mean would leave out those that never came."""
+    """Return the table of recall, by seed: it is found or not, and a mean says neither."""
     rows = []
     cells = load("meap_recall.json").get("cells", [])
     for arm in dict.fromkeys(c["arm"] for c in cells):
         own = [c for c in cells if c["arm"] == arm]
-        steps = ", ".join(str(c["found_at"] or "never") for c in own)
-        rows.append([arm, interval([c["accuracy"] for c in own]), steps, interval([c["filler_nll"] for c in own])])
-    return markdown(["arm", "accuracy", "found at step, by seed", "filler nats"], rows)
+        accuracies, steps = (", ".join(shown) for shown in zip(*map(_outcome, own)))
+        rows.append([arm, accuracies, steps, interval([c["filler_nll"] for c in own])])
+    return markdown(["arm", "accuracy, by seed", "found at step, by seed", "filler nats"], rows)
+
+
+def _outcome(cell: dict[str, Any]) -> tuple[str, str]:
+    return f"{cell['accuracy']:.2f}", str(cell["found_at"] or "never")
 
 
 def speed() -> str:
