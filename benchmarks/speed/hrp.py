@@ -9,22 +9,25 @@ what a user waits on an idle machine, and ``cpu`` seconds of all threads, which 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from benchmarks.claims.hrp.result import read_result, write_result
+from benchmarks.provenance import git
 from benchmarks.speed.shapes import LLAMA_2_7B, SMOLLM2_135M, llama_shapes
+from benchmarks.tables import RESULTS, load
 
 from modicum.adapters import Preheat, hrp_factors
 from modicum.adapters.hrp import factor_svd
 from modicum.adapters.layers import factors_of, lora_layers
 from modicum.adapters.preheat import hrp_state, initialize_lora_hrp_weights, preheating
 from modicum.random import generator
+from modicum.record import environment, write_atomic
 
-NAME = "hrp-speed"
+NAME = "hrp-speed.json"
 RANK, HIGH = 8, 128
 Seconds: TypeAlias = dict[str, float]
 
@@ -158,12 +161,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     hrp_factors(*random_factors(16, 16, 8, "warm up"), rank=2)  # the first call into the linear algebra loads it
-    parts = read_result(NAME).get("parts", {})
+    record = load(NAME) or {"parts": {}}
     for name in parser.parse_args().parts:
         conditions = {"threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 1)}
-        parts[name] = conditions | PARTS[name]()
-        print(name, parts[name], flush=True)
-        write_result(NAME, {"parts": parts})
+        record["parts"][name] = conditions | PARTS[name]() | {"commit": git("rev-parse", "--short", "HEAD")}
+        print(name, record["parts"][name], flush=True)
+        write_atomic(RESULTS / NAME, json.dumps(record | {"environment": environment()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/speed/meap.py [--pairs 6] [--parts collator head step]
 
-Writes ``benchmarks/results/meap_speed.json``: parts that have no result yet, or those that are named, anew. Steps with
+Writes ``benchmarks/results/meap-speed.json``: parts that have no result yet, or those that are named, anew. Steps with
 and without masks take turns in one run, so that a machine that is busy now and then is busy for both. Collators are
 timed by the processor, on one thread, as they run in a loader's worker.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from benchmarks.provenance import git
 
-RESULTS = Path(__file__).parents[1] / "results" / "meap_speed.json"
+RESULTS = Path(__file__).parents[1] / "results" / "meap-speed.json"
 ROWS, TOKENS = 2, 256  # of a training step on a CPU
 PROMPT = 64  # of a fine-tuning row in the head's measurement
 HEAD_ROWS, HEAD_TOKENS, WIDTH, VOCABULARY = 4, 512, 576, 49152

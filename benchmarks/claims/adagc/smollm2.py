@@ -6,24 +6,21 @@ One cell is one arm with one seed; finished cells are skipped, so the command ca
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sysconfig
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.provenance import git
+from benchmarks.cells import resumable
 
 from modicum.jobs.models import load_model, load_tokenizer
 from modicum.optim.family import make_clipper
 from modicum.optim.faults import tensor_noise_
 from modicum.optim.spikes import spike_score
 from modicum.random import generator
-from modicum.record import environment, write_atomic
 
 MODEL = "builtin:smollm2-135m-instruct"
-RESULTS = Path(__file__).parents[2] / "results" / "adagc-smollm2.json"
 WARMUP = 10
 ARMS = {
     "none": (None, {}),
@@ -63,7 +60,7 @@ def run(arm: str, seed: int, given: argparse.Namespace) -> dict:
         model.train()
         return float(torch.stack(losses).mean())
 
-    before, began = held_out_loss(), time.monotonic()
+    before = held_out_loss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.999), fused=True)
     clipper = make_clipper(rule, model.named_parameters(), **knobs) if rule else None
     losses, rates, hits = [], [], 0
@@ -100,7 +97,6 @@ def run(arm: str, seed: int, given: argparse.Namespace) -> dict:
         "spikes": spikes.count,
         "spike_window": 10,
         "spike_sigma": 6.0,
-        "seconds": round(time.monotonic() - began, 1),
     }
 
 
@@ -116,18 +112,10 @@ def main() -> None:
     parser.add_argument("--faults", type=float, default=0.0)
     parser.add_argument("--minutes", type=float, default=6.0)
     given = parser.parse_args()
-    data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"study": "adagc-smollm2", "cells": {}}
-    commit = git("rev-parse", "--short", "HEAD")
-    began = time.monotonic()
+    recall = resumable("adagc-smollm2", minutes=given.minutes)
     for seed in range(given.seeds):
         for arm in (names[name] for name in given.arms):
-            key = f"{arm} | lr {given.lr:g} | faults {given.faults:g} | {seed}"
-            if key in data["cells"] or time.monotonic() - began > 60 * given.minutes:
-                continue
-            data["cells"][key] = run(arm, seed, given) | {"commit": commit}
-            data["environment"] = environment()
-            write_atomic(RESULTS, json.dumps(data, indent=1) + "\n")
-            print(key, data["cells"][key]["held_out_after"], data["cells"][key]["seconds"], flush=True)
+            recall(f"{arm} | lr {given.lr:g} | faults {given.faults:g} | {seed}", partial(run, arm, seed, given))
 
 
 if __name__ == "__main__":

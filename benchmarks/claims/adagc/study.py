@@ -6,19 +6,11 @@ Run it again to go on; the result file grows by one cell at a time and finished 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from functools import partial
 
-from benchmarks.provenance import git
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-HERE = Path(__file__).parent
-RESULTS = HERE.parents[1] / "results" / "adagc-faults.json"
-sys.path.insert(0, str(HERE))
+import torch
+from benchmarks.cells import resumable
+from benchmarks.claims.adagc.byte_model import run
 
 ARMS = {
     "none": (None, {}),
@@ -75,41 +67,23 @@ def key(cell: tuple[str, str, bool, int]) -> str:
 
 
 def work(cell: tuple[str, str, bool, int]) -> dict:
-    import torch
-    from benchmarks.claims.adagc.byte_model import run
-
-    torch.set_num_threads(1)
     optimizer, arm, faults, seed = cell
     rule, knobs = ARMS[arm]
-    began = time.monotonic()
     found = run(optimizer, rule, knobs, faults=faults, seed=seed)
     return {
-        "optimizer": optimizer, "arm": arm, "rule": rule, "knobs": knobs, "with_faults": faults, "seed": seed,
-        **found, "seconds": round(time.monotonic() - began, 1),
+        "optimizer": optimizer, "arm": arm, "rule": rule, "knobs": knobs, "with_faults": faults, "seed": seed, **found
     }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=3)
     given = parser.parse_args()
-    from modicum.record import environment, write_atomic
-
-    data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"study": "adagc-faults", "cells": {}}
-    todo = [cell for cell in cells(given.seeds) if key(cell) not in data["cells"]]
-    commit = git("rev-parse", "--short", "HEAD")
-    began = time.monotonic()
-    with ProcessPoolExecutor(given.workers) as pool:
-        while todo and time.monotonic() - began < 60 * given.minutes:
-            now, todo = todo[: given.workers], todo[given.workers :]
-            for cell, found in zip(now, pool.map(work, now)):
-                data["cells"][key(cell)] = found | {"commit": commit}
-                print(key(cell), found["held_out_loss"], found["seconds"], flush=True)
-            data["environment"] = environment()
-            write_atomic(RESULTS, json.dumps(data, indent=1) + "\n")
-    print(f"{len(data['cells'])} cells done, {len(todo)} to do")
+    torch.set_num_threads(1)
+    recall = resumable("adagc-faults", minutes=given.minutes)
+    left = [cell for cell in cells(given.seeds) if recall(key(cell), partial(work, cell)) is None]
+    print(f"{len(left)} cells are left" if left else "every cell has a result")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 from typing import Any
 
 import torch
+from benchmarks.cells import resumable
 from benchmarks.claims.hrp.result import run_cells
 from torch import Tensor
 
@@ -94,9 +95,14 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     return optimal(cell) if cell["study"] == "optimal" else trained(cell)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--budget", type=float, default=420)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=7.0)
     options = parser.parse_args()
-    run_cells("hrp-matrix", cells(), run, budget=options.budget, workers=options.workers)
+    torch.set_num_threads(1)
+    complete = run_cells(resumable("hrp-matrix", minutes=options.minutes), cells(), run)
+    print("every cell has a result" if complete else "cells are left; run again")
+
+
+if __name__ == "__main__":
+    main()

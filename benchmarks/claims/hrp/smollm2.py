@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.claims.hrp.result import key_of, read_result, run_cells, untried
+from benchmarks.cells import resumable
+from benchmarks.claims.hrp.result import done_in, key_of, run_cells, untried
 from peft import get_peft_model
 
 from modicum.jobs.adapters import initialize, peft_config
@@ -127,14 +127,14 @@ def next_cells(task: str, done: dict[str, dict[str, Any]]) -> list[dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--budget", type=float, default=400)
+    parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     options = parser.parse_args()
-    end = time.monotonic() + options.budget
+    torch.set_num_threads(1)
+    recall = resumable(NAME, minutes=options.minutes)
     for task in options.tasks:
-        while cells := next_cells(task, done := read_result(NAME).get("cells", {})):
-            run_cells(NAME, cells, run, budget=end - time.monotonic(), workers=1)
-            if len(read_result(NAME).get("cells", {})) < len(done) + len(cells):
+        while cells := next_cells(task, done_in(NAME)):
+            if not run_cells(recall, cells, run):
                 return
     print("All cells are there.")
 

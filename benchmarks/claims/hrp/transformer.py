@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.claims.hrp.result import key_of, read_result, run_cells, untried
+from benchmarks.cells import resumable
+from benchmarks.claims.hrp.result import done_in, key_of, run_cells, untried
 from peft import get_peft_model
 from safetensors.torch import load_model, save_model
 from torch import Tensor
@@ -214,7 +214,7 @@ def cells(rates: Callable[[str], Iterable[float]]) -> list[dict[str, Any]]:
 
 def beyond(method: str) -> list[float]:
     """Return the rates that the method's best one still needs as neighbours."""
-    done = read_result(NAME)["cells"]
+    done = done_in(NAME)
     losses = {}
     for lr in LADDER:
         found = [done.get(key_of({"method": method, "lr": lr, "seed": seed})) for seed in range(SEEDS)]
@@ -225,14 +225,12 @@ def beyond(method: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--budget", type=float, default=420, help="seconds")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=7.0)
     options = parser.parse_args()
-    end, wanted = time.monotonic() + options.budget, cells(lambda _: LRS)
+    torch.set_num_threads(1)
+    recall, wanted = resumable(NAME, minutes=options.minutes), cells(lambda _: LRS)
     while wanted:
-        run_cells(NAME, wanted, run, budget=end - time.monotonic(), workers=options.workers)
-        done = read_result(NAME).get("cells", {})
-        if any(key_of(cell) not in done for cell in wanted):
+        if not run_cells(recall, wanted, run):
             return
         wanted = cells(beyond)
     print("All cells are there.")

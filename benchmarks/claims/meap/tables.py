@@ -10,9 +10,14 @@ from typing import Any
 from benchmarks.tables import interval, load, markdown, write
 
 
+def cells_of(study: str) -> list[dict[str, Any]]:
+    """Return the cells of a study."""
+    return list(load(f"meap-{study}.json").get("cells", {}).values())
+
+
 def table(study: str, columns: dict[str, Callable[[dict[str, Any]], float | None]]) -> str:
     """Return a table of one study, a row for each arm."""
-    cells = load(f"meap_{study}.json").get("cells", [])
+    cells = cells_of(study)
     rows = []
     for arm in dict.fromkeys(c["arm"] for c in cells):
         own = [c for c in cells if c["arm"] == arm]
@@ -24,7 +29,7 @@ def table(study: str, columns: dict[str, Callable[[dict[str, Any]], float | None
 def recall() -> str:
     """Return the table of recall, by seed: it is found or not, and a mean says neither."""
     rows = []
-    cells = load("meap_recall.json").get("cells", [])
+    cells = cells_of("recall")
     for arm in dict.fromkeys(c["arm"] for c in cells):
         own = [c for c in cells if c["arm"] == arm]
         accuracies, steps = (", ".join(shown) for shown in zip(*map(_outcome, own)))
@@ -38,7 +43,7 @@ def _outcome(cell: dict[str, Any]) -> tuple[str, str]:
 
 def speed() -> str:
     """Return the table of costs."""
-    found, rows = load("meap_speed.json"), {}
+    found, rows = load("meap-speed.json"), {}
     if part := found.get("collator"):
         rows["collator, added per 1000 tokens"] = f"{part['added_us_per_1k_tokens']:.0f} µs"
     if part := found.get("step"):

@@ -24,8 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from benchmarks.claims.tezo.study import resumable
-from benchmarks.tables import RESULTS
+from benchmarks.cells import resumable
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +36,6 @@ from modicum.random import generator
 from modicum.weights.compare import compare
 from modicum.weights.merge import merge_state_dicts
 
-RESULT = RESULTS / "merging-experts.json"
 MODEL = "builtin:smollm2-135m-instruct"
 TASKS = ("polarity", "order", "kind")
 KINDS = (
@@ -258,7 +256,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # TSV-M without a cut-off warns; how it fares is what is measured
-    recall = resumable(RESULT, minutes=given.minutes)
+    recall = resumable("merging-experts", minutes=given.minutes)
     for seed in SEEDS:
         Study(seed, recall).run()
 

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from benchmarks.claims.tezo.study import RESULTS as TOY_RESULTS
-from benchmarks.claims.tezo.study import SEEDS, SELECTION_SEED, resumable
+from benchmarks.cells import resumable
+from benchmarks.claims.tezo.study import SEEDS, SELECTION_SEED
 from benchmarks.speed.zeroth_order import Peak
 from torch import Tensor, nn
 
@@ -37,7 +37,6 @@ from modicum.optim import LOZO, MeZO, TeZO
 from modicum.random import generator
 
 MODEL = "builtin:smollm2-135m-instruct"
-RESULTS = TOY_RESULTS.with_name("tezo-smollm2.json")
 TASKS = ("polarity", "order")
 MATRICES = r"self_attn\.(q|v)_proj"
 BATCH, TRAIN, DEV = 4, 512, 64
@@ -232,7 +231,7 @@ def main() -> None:
     if given.peak:
         print(json.dumps(one_peak(given.peak, given.batch)))
         return
-    recall = resumable(RESULTS, minutes=given.minutes)
+    recall = resumable("tezo-smollm2", minutes=given.minutes)
     for task in given.tasks:
         for seed in (SELECTION_SEED, *SEEDS):
             recall(f"{task}|start|{seed}", lambda task=task, seed=seed: Bench(task, seed).measure())

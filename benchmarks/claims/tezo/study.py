@@ -9,25 +9,21 @@ rates are chosen on seed 100 by dev loss on data of that seed; seeds 0 to 2 repo
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.provenance import git
+from benchmarks.cells import resumable
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modicum.optim import FZOO, LOZO, ConMeZO, HiZOO, MeZO, SparseMeZO, SubZero, TeZO, ZOAdaMU
 from modicum.random import generator
-from modicum.record import environment, write_atomic
 
-RESULTS = Path(__file__).parents[2] / "results" / "tezo-study.json"
 POSITIVE, NEGATIVE, NEUTRAL = range(3, 43), range(43, 83), range(83, 203)
 BOS, IT, WAS, GOOD_WORD, BAD_WORD = 0, 1, 2, 203, 204
 SELECTION_SEED, SEEDS = 100, (0, 1, 2)
@@ -189,7 +185,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    recall = resumable(RESULTS, minutes=given.minutes)
+    recall = resumable("tezo-study", minutes=given.minutes)
     start = cache(lambda: {name: tensor.detach() for name, tensor in pretrained().state_dict().items()})
 
     def run(name: str, lr: float, seed: int) -> dict[str, Any] | None:
@@ -204,24 +200,6 @@ def main() -> None:
         losses = [r["dev_loss"] for r in found if r is not None and r["dev_loss"] is not None]
         if len(losses) == len(SEEDS):
             print(f"{name}: lr {best:.0e}, dev loss {statistics.mean(losses):.3f}", flush=True)
-
-
-def resumable(path: Path, *, minutes: float) -> Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any] | None]:
-    """Return a function that gives a cell's result: stored, or measured and stored, or none when the time is up."""
-    until = time.monotonic() + 60 * minutes
-    stored = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-
-    def recall(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        if key not in stored["cells"]:
-            if time.monotonic() > until:
-                return None
-            stored["cells"][key] = measure() | {"commit": git("rev-parse", "--short", "HEAD")}
-            stored["environment"] = environment()
-            write_atomic(path, json.dumps(stored, indent=1) + "\n")
-            print(key, *(stored["cells"][key].get(name) for name in ("dev_loss", "dev_accuracy")), flush=True)
-        return stored["cells"][key]
-
-    return recall
 
 
 def search(run: Callable[[float], dict[str, Any] | None]) -> float | None:

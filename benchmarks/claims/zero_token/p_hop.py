@@ -9,13 +9,13 @@ them take about 35 minutes of one core.
 from __future__ import annotations
 
 import torch
-from benchmarks.claims.zero_token import cells
+from benchmarks.claims.zero_token.cells import arguments, measure_all
 from torch.nn.functional import cross_entropy
 
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 from modicum.random import generator
 
-RESULT = "zero-token-p-hop.json"
+RESULT = "zero-token-p-hop"
 SYMBOLS, LENGTH, HOPS, BATCH, HELD_OUT = 4, 32, 3, 32, 512
 SHARES = [k / 10 for k in range(1, 10)]  # of the tokens, that the threshold lets out after the first cycle
 HOST = {
@@ -134,9 +134,8 @@ def exits(model: ZeroTokenForCausalLM, x: torch.Tensor, target: torch.Tensor) ->
 
 
 def main() -> None:
-    options = cells.arguments(__doc__, steps=900)
+    options = arguments(__doc__, steps=900)
     about = {
-        "what": (__doc__ or "").partition("\n")[0],
         "symbols": SYMBOLS,
         "length": LENGTH,
         "hops": HOPS,
@@ -145,7 +144,7 @@ def main() -> None:
         "variants": VARIANTS,
     }
     wanted = [(variant, seed, options.steps) for seed in range(options.seeds) for variant in VARIANTS]
-    cells.run(RESULT, about, wanted, measure, minutes=options.minutes)
+    measure_all(RESULT, about, wanted, measure, minutes=options.minutes)
 
 
 if __name__ == "__main__":

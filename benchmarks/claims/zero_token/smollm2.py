@@ -15,7 +15,7 @@ import statistics
 from functools import cache
 
 import torch
-from benchmarks.claims.zero_token import cells
+from benchmarks.claims.zero_token.cells import arguments, measure_all
 from peft import LoraConfig, get_peft_model
 
 from modicum.jobs.additions import additions
@@ -24,7 +24,7 @@ from modicum.jobs.models import load_model, load_tokenizer
 from modicum.models import choose_cycle_range, convert_to_zero_token
 from modicum.random import generator
 
-RESULT = "zero-token-smollm2.json"
+RESULT = "zero-token-smollm2"
 MODEL = "builtin:smollm2-135m-instruct"
 LENGTH, BATCH, RATE, NEW_RATE, HELD_OUT = 128, 1, 1e-3, 1e-2, 12
 LOOP = {"n_cycles": 2, "n_head": 10, "n_tail": 10}
@@ -124,9 +124,8 @@ def scores(model: torch.nn.Module, **knobs: object) -> dict[str, object]:
 
 
 def main() -> None:
-    options = cells.arguments(__doc__, steps=24)
+    options = arguments(__doc__, steps=24)
     about = {
-        "what": (__doc__ or "").partition("\n")[0],
         "length": LENGTH,
         "batch": BATCH,
         "rate": RATE,
@@ -136,7 +135,7 @@ def main() -> None:
     }
     wanted = [(variant, 0, 0) for variant in UNTRAINED]
     wanted += [(variant, seed, options.steps) for seed in range(options.seeds) for variant in VARIANTS]
-    cells.run(RESULT, about, wanted, measure, minutes=options.minutes)
+    measure_all(RESULT, about, wanted, measure, minutes=options.minutes)
 
 
 if __name__ == "__main__":

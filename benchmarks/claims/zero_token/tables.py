@@ -16,7 +16,7 @@ EXITS = {"zero_attention": "zero attention", "latent": "change of the state", "r
 def by_variant(name: str) -> dict[tuple[str, bool], list[Cell]]:
     """Return the cells of a study by variant, and by whether they were trained."""
     found: dict[tuple[str, bool], list[Cell]] = {}
-    for cell in load(name).get("cells", []):
+    for cell in load(f"{name}.json").get("cells", {}).values():
         found.setdefault((cell["variant"], cell["steps"] > 0), []).append(cell)
     return found
 

@@ -88,7 +88,7 @@ def mask_inputs(
         7
 
     Cost:
-        Time and memory linear in the ids; see benchmarks/results/meap_speed.json.
+        Time and memory linear in the ids; see benchmarks/results/meap-speed.json.
 
     Deviates:
         The released code masks the same columns in every row and rank, from 51 sets that repeat; ``row`` draws anew
@@ -223,7 +223,7 @@ def meap(
 
     Cost:
         No extra pass and no change of the model; the collator's share of a step is in
-        benchmarks/results/meap_speed.json.
+        benchmarks/results/meap-speed.json.
 
     Deviates:
         Special ids are protected by the collator's default, and validation is clean; see :func:`mask_inputs` for the

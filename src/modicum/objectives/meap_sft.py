@@ -135,7 +135,7 @@ def meap_sft(
 
     Cost:
         Up to twice the tokens per batch; with a shared prefix, one prompt and two answers. The head only needs the
-        labelled positions: benchmarks/results/meap_speed.json.
+        labelled positions: benchmarks/results/meap-speed.json.
 
     Deviates:
         Chats keep their history; ids and labels are cut together where a row is too long; an over-long prompt is
