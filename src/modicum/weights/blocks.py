@@ -25,17 +25,22 @@ def delta_blocks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[slic
     """Yield where a block lies, the base there, and the experts' deltas ``(n, block)``; both may be overwritten."""
     dtype = working_dtype(base)
     size = min(BLOCK, base.numel())
+    if not size:
+        return
     origin = torch.empty(size, dtype=dtype, device=base.device)
     deltas = torch.empty(len(experts), size, dtype=dtype, device=base.device)
-    flat, flats = base.reshape(-1), [expert.reshape(-1) for expert in experts]
-    for start in range(0, base.numel(), BLOCK):
-        where = slice(start, min(start + BLOCK, base.numel()))
-        n = where.stop - where.start
-        block, delta = origin[:n], deltas[:, :n]
-        block.copy_(flat[where])
-        for row, expert in zip(delta, flats):
-            row.copy_(expert[where]).sub_(block)
-        yield where, block, delta
+    rows, start = deltas.unbind(), 0
+    # Cut at once: at this size of block a slice more would cost as much as an operation on the numbers.
+    for block, *others in zip(*(tensor.reshape(-1).split(size) for tensor in (base, *experts))):
+        n = len(block)
+        if n < size:
+            origin, deltas = origin[:n], deltas[:, :n]
+            rows = deltas.unbind()
+        origin.copy_(block)
+        for row, other in zip(rows, others):
+            row.copy_(other).sub_(origin)
+        yield slice(start, start + n), origin, deltas
+        start += n
 
 
 def fold(base: Tensor, experts: Sequence[Tensor], kernel: Callable[[Tensor], Tensor], *, share: float = 1.0) -> Tensor:

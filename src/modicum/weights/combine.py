@@ -49,14 +49,13 @@ class _Election:
         self.halves = torch.full_like(weights, 0.5)
         self.weighted = bool((weights != 1).any())
         self.positive = float(weights.min()) if bool((weights > 0).all()) else None
-        self.signs = self.rows = weights.new_empty(0, 0)
+        self.signs, self.rows = weights.new_empty(0, 0), weights.new_empty(4, 0).unbind()
 
     def __call__(self, deltas: Tensor) -> Tensor:
         n = deltas.shape[1]
-        if self.rows.shape[1] < n:
-            self.signs, self.rows = torch.empty_like(deltas), deltas.new_empty(4, n)
-        signs = self.signs[:, :n]
-        total, merged, divisor, spare = self.rows[:, :n]
+        if len(self.rows[0]) != n:
+            self.signs, self.rows = torch.empty_like(deltas), deltas.new_empty(4, n).unbind()
+        signs, (total, merged, divisor, spare) = self.signs, self.rows
         if self.weighted:
             deltas.mul_(self.weights[:, None])
         if self.normalize:

@@ -132,17 +132,17 @@ class _Counts:
         self.inside: list[Array] = []
 
     def add(self, magnitudes: Array) -> None:
-        above = magnitudes > self.high
-        self.above += int(np.count_nonzero(above))
-        # Few lie near: their places are found faster than a mask of all is applied.
-        near = magnitudes[np.flatnonzero((magnitudes >= self.low) ^ above)]
+        # Numbers of the checkpoint's few bits leave many deltas equal to an end of the bracket: these are only counted.
+        above, from_high = magnitudes > self.high, magnitudes >= self.high
+        above_count, from_high_count = np.count_nonzero(above), np.count_nonzero(from_high)
+        self.above += int(above_count)
+        self.at_high += int(from_high_count - above_count)
         if self.low == self.high:
-            self.at_high += near.size
             return
-        at_high, at_low = near == self.high, near == self.low
-        self.at_high += int(np.count_nonzero(at_high))
-        self.at_low += int(np.count_nonzero(at_low))
-        self.inside.append(near[~(at_high | at_low)])
+        above_low = magnitudes > self.low
+        self.at_low += int(np.count_nonzero(magnitudes >= self.low) - np.count_nonzero(above_low))
+        # Few lie between: their places are found faster than a mask of all is applied.
+        self.inside.append(magnitudes[np.flatnonzero(above_low ^ from_high)])
 
     def cut(self, k: int) -> Cut | None:
         """Return the cut at the k-th largest, or ``None`` when it lies outside the bracket."""
