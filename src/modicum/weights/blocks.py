@@ -31,7 +31,7 @@ def delta_blocks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[slic
     deltas = torch.empty(len(experts), size, dtype=dtype, device=base.device)
     rows, start = deltas.unbind(), 0
     # Cut at once: at this size of block a slice more would cost as much as an operation on the numbers.
-    for block, *others in zip(*(tensor.reshape(-1).split(size) for tensor in (base, *experts))):
+    for block, *others in zip(*(torch.split(tensor.reshape(-1), size) for tensor in (base, *experts))):
         n = len(block)
         if n < size:
             origin, deltas = origin[:n], deltas[:, :n]
