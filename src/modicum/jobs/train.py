@@ -78,7 +78,8 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     mask = _mask_token(recipe, tokenizer, model)
     if recipe.adapter is not None:
-        base = recipe.model.path if recipe.model.convert is None else _keep_base(model, recipe, run)
+        # While it trains a folder: PEFT looks there whether the vocabulary was changed, and knows no builtin models.
+        base = str(resolve_model(recipe.model.path)) if recipe.model.convert is None else _keep_base(model, recipe, run)
         model = _with_adapter(model, recipe.adapter, base, lora_options({"mask_token_id": mask}), recipe.seed)
     collator = collate(tokenizer)
     started = _start_adapter(
@@ -409,7 +410,8 @@ def _save(recipe: TrainRecipe, trainer: Trainer, started: Started | None, change
             # Read again: an objective may have added its mask token to the one in use.
             load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code).save_pretrained(folder)
             if recipe.adapter is not None:
-                _tidy_config(folder / "adapter_config.json", base=recipe.model.convert and f"../{BASE}")
+                base = recipe.model.path if recipe.model.convert is None else f"../{BASE}"
+                _tidy_config(folder / "adapter_config.json", base=base)
             if started is not None:
                 started.finish(folder, change=change)
     if run.main:
@@ -418,11 +420,10 @@ def _save(recipe: TrainRecipe, trainer: Trainer, started: Started | None, change
             run.output("checkpoints", run.folder / "checkpoints")
 
 
-def _tidy_config(path: Path, *, base: str | None) -> None:
-    """Put the module names in order, since PEFT writes a set; name a base that lies beside the adapter from there."""
+def _tidy_config(path: Path, *, base: str) -> None:
+    """Put the module names in order, since PEFT writes a set, and name the base as whoever loads the adapter will."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    if base is not None:
-        config["base_model_name_or_path"] = base
+    config["base_model_name_or_path"] = base
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
             config[key].sort()
