@@ -25,6 +25,8 @@ ARMS = {
     "ntp": {},
     "meap 0.15": {"ratio": 0.15},
     "dropout 0.1": {"dropout": 0.1},
+    "dropout 0.2": {"dropout": 0.2},
+    "dropout 0.3": {"dropout": 0.3},
     "meap 0.05": {"ratio": 0.05},
     "meap 0.3": {"ratio": 0.3},
     "random 0.15": {"ratio": 0.15, "random": True},
