@@ -51,6 +51,13 @@ def resumable(study: str, *, minutes: float, about: Mapping[str, Any] | None = N
     return recall
 
 
+def measure_all(recall: Recall, wanted: Mapping[str, Callable[[], Cell]]) -> bool:
+    """Measure the cells that have no result yet, say how many are left, and return whether none is."""
+    left = [key for key, measure in wanted.items() if recall(key, measure) is None]
+    print(f"{len(left)} cells are left; run again" if left else "every cell has a result")
+    return not left
+
+
 def _origin() -> Cell:
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -9,7 +9,7 @@ import argparse
 from functools import partial
 
 import torch
-from benchmarks.cells import resumable
+from benchmarks.cells import measure_all, resumable
 from benchmarks.claims.adagc.byte_model import run
 
 ARMS = {
@@ -82,8 +82,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     recall = resumable("adagc-faults", minutes=given.minutes)
-    left = [cell for cell in cells(given.seeds) if recall(key(cell), partial(work, cell)) is None]
-    print(f"{len(left)} cells are left" if left else "every cell has a result")
+    measure_all(recall, {key(cell): partial(work, cell) for cell in cells(given.seeds)})
 
 
 if __name__ == "__main__":

@@ -100,8 +100,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    complete = run_cells(resumable("hrp-matrix", minutes=options.minutes), cells(), run)
-    print("every cell has a result" if complete else "cells are left; run again")
+    run_cells(resumable("hrp-matrix", minutes=options.minutes), cells(), run)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,9 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
 
-from benchmarks.cells import Recall
+from benchmarks.cells import Cell, Recall, measure_all
 from benchmarks.tables import load
-
-Cell: TypeAlias = dict[str, Any]
 
 
 def key_of(cell: Cell) -> str:
@@ -25,8 +22,8 @@ def done_in(study: str) -> dict[str, Cell]:
 
 
 def run_cells(recall: Recall, cells: Iterable[Cell], work: Callable[[Cell], Cell]) -> bool:
-    """Measure the cells that have no result yet; say whether there was time for all."""
-    return all(recall(key_of(cell), partial(work, cell)) is not None for cell in cells)
+    """Measure the cells that have no result yet; return whether there was time for all."""
+    return measure_all(recall, {key_of(cell): partial(work, cell) for cell in cells})
 
 
 def untried(ladder: Sequence[float], losses: Mapping[float, float]) -> list[float]:

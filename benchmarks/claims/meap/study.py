@@ -11,7 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from benchmarks.cells import resumable
+from benchmarks.cells import measure_all, resumable
 
 STUDIES = ("epochs", "recall", "smollm2")
 
@@ -26,8 +26,7 @@ def main() -> None:
     module = import_module(f"benchmarks.claims.meap.{options.study}")
     recall = resumable(f"meap-{options.study}", minutes=options.minutes, about=constants(module))
     wanted = [(arm, seed) for seed in range(options.seeds) for arm in module.ARMS]
-    left = [cell for cell in wanted if recall("|".join(map(str, cell)), partial(measure, module, *cell)) is None]
-    print(f"{len(left)} cells are left" if left else "every cell has a result")
+    measure_all(recall, {f"{arm}|{seed}": partial(measure, module, arm, seed) for arm, seed in wanted})
 
 
 def measure(module: ModuleType, arm: str, seed: int) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.cells import resumable
+from benchmarks import cells
 
 Cell = tuple[str, int, int]  # variant, seed, steps
 
@@ -31,10 +32,9 @@ def measure_all(
 ) -> None:
     """Measure the cells that have no result yet, as many as begin within ``minutes``."""
     torch.set_num_threads(1)
-    recall = resumable(study, minutes=minutes, about=about)
+    recall = cells.resumable(study, minutes=minutes, about=about)
 
     def one(cell: Cell) -> dict[str, Any]:
         return dict(zip(("variant", "seed", "steps"), cell)) | measure(*cell)
 
-    left = [cell for cell in wanted if recall("|".join(map(str, cell)), lambda cell=cell: one(cell)) is None]
-    print(f"{len(left)} cells are left" if left else "every cell has a result")
+    cells.measure_all(recall, {"|".join(map(str, cell)): partial(one, cell) for cell in wanted})

@@ -45,6 +45,7 @@ def cached_start(path: Path | None) -> tuple[Pairs, dict[str, Tensor]] | None:
 
 
 def write_start(path: Path, factors: Pairs, spectra: Mapping[str, Tensor]) -> None:
+    """Write what :func:`cached_start` reads, on the first process."""
     import os
 
     from safetensors.torch import save_file

@@ -27,7 +27,7 @@ from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, t
 from modicum.jobs.hooks import check_arguments, gradient_callback
 from modicum.jobs.models import fresh_model, load_model, load_tokenizer, model_shape, native_bfloat16, resolve_model
 from modicum.jobs.objectives import complete_knobs, finish_model, lora_options, use_objective
-from modicum.jobs.train_recipe import AdapterSection, TrainRecipe
+from modicum.jobs.train_recipe import AdapterSection, ModelSection, TrainRecipe
 from modicum.jobs.zeroth_order import zeroth_order_trainer
 from modicum.record import Run, whole_folder, write_atomic
 from modicum.registry import job
@@ -79,7 +79,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     mask = _mask_token(recipe, tokenizer, model)
     if recipe.adapter is not None:
         # While it trains a folder: PEFT looks there whether the vocabulary was changed, and knows no builtin models.
-        base = str(resolve_model(recipe.model.path)) if recipe.model.convert is None else _keep_base(model, recipe, run)
+        base = _keep_base(model, recipe, run) if recipe.model.convert is not None else str(_folder(recipe.model))
         model = _with_adapter(model, recipe.adapter, base, lora_options({"mask_token_id": mask}), recipe.seed)
     collator = collate(tokenizer)
     started = _start_adapter(
@@ -176,6 +176,10 @@ def _model(recipe: TrainRecipe, run: Run, device: torch.device) -> PreTrainedMod
             # A converted shape draws its own weights: one with more visits may want smaller ones.
             model = fresh_model(model.config, seed=recipe.seed, **shared)
     return model
+
+
+def _folder(section: ModelSection) -> Path:
+    return resolve_model(section.path, allow_pickle=section.allow_pickle, remote_code=section.remote_code)
 
 
 def _keep_base(model: PreTrainedModel, recipe: TrainRecipe, run: Run) -> str:
