@@ -4,7 +4,8 @@
     python -m benchmarks.speed.merging --mergekit ENV/bin/mergekit-yaml --methods --shapes 1.5b 7b
 
 Both read the same mergekit file: a base and three experts of SmolLM2-135M's shape in bfloat16, made-up numbers. Memory
-is ``RssAnon``, polled, less that of the bare imports; pages of mapped files belong to the page cache and do not count.
+is anonymous memory, polled, less that of the bare imports; pages of mapped files belong to the page cache and do not
+count. Ours is that of all its processes in a run of its own: a page that several share (``Pss_Anon``) counts once.
 ``inside`` is our merge in a process that has imported everything, beside reading all inputs' bytes and writing as many
 as the result has. ``--shapes`` shows the memory of larger models, few layers of them and all; mergekit takes the few.
 """
@@ -68,7 +69,7 @@ from modicum.recipe import parse, read
 from modicum.weights.merge import run_plan
 plan = make_plan(parse(read(sys.argv[1])))
 start = time.perf_counter()
-run_plan(plan, Path(sys.argv[2]), progress=False)
+run_plan(plan, Path(sys.argv[2]), fork=True, progress=False)
 print(json.dumps(time.perf_counter() - start))
 """
 
@@ -114,14 +115,17 @@ def copy_bytes(sources: list[Path], out: Path) -> None:
                         written.write(buffer[:n])
 
 
-def measure(command: list[str]) -> dict[str, float]:
-    """Run a process and return its wall and processor seconds and its peak anonymous memory in MB."""
+def measure(command: list[str], *, family: bool = False) -> dict[str, float]:
+    """Run a process and return its wall and processor seconds and its peak anonymous memory in MB.
+
+    With ``family`` the memory is that of its children too. Counting the pages they share slows them: time others.
+    """
     before = os.times()
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
+        peak = max(peak, anonymous(process.pid, family=family))
         time.sleep(0.01)
     wall = time.perf_counter() - start
     after = os.times()
@@ -131,13 +135,19 @@ def measure(command: list[str]) -> dict[str, float]:
     return {"seconds": wall, "cpu_seconds": cpu, "peak_mb": peak / 1e6}
 
 
-def anonymous(pid: int) -> int:
-    """Return the anonymous memory of a process in bytes."""
+def anonymous(pid: int, *, family: bool) -> int:
+    """Return the anonymous memory of a process, or of it and its children, in bytes."""
+    children = _read(Path(f"/proc/{pid}/task/{pid}/children")).split() if family else []
+    field, file = ("Pss_Anon", "smaps_rollup") if children else ("RssAnon", "status")
+    lines = [line for one in (pid, *children) for line in _read(Path(f"/proc/{one}/{file}")).splitlines()]
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _read(path: Path) -> str:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+        return path.read_text()
+    except OSError:  # it has just ended
+        return ""
 
 
 def main() -> None:
@@ -173,13 +183,15 @@ def main() -> None:
         for _ in range(options.rounds):
             for name in runs:
                 runs[name].append(run(name, options.mergekit, config, options.work))
+        watched = run("modicum", options.mergekit, config, options.work, family=True)
+        runs["modicum"] = [timed | {"peak_mb": watched["peak_mb"]} for timed in runs["modicum"]]
         found = summarize(runs, bare) | {"inside": inside(config, options.work / "out-inside", options.rounds)}
         save("methods", method, found)
     for shape in options.shapes:
         save("shapes", shape, measure_shape(shape, options.mergekit, options.work, bare))
 
 
-def run(name: str, mergekit: Path, config: Path, work: Path) -> dict[str, float]:
+def run(name: str, mergekit: Path, config: Path, work: Path, *, family: bool = False) -> dict[str, float]:
     """Merge with one of the two, as a user would; the result is deleted."""
     out = work / f"out-{name}"
     shutil.rmtree(out, ignore_errors=True)
@@ -188,7 +200,7 @@ def run(name: str, mergekit: Path, config: Path, work: Path) -> dict[str, float]
         "mergekit": [str(mergekit), str(config), str(out), "--quiet"],
     }[name]
     try:
-        return measure(command)
+        return measure(command, family=family)
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
@@ -205,7 +217,7 @@ def measure_shape(shape: str, mergekit: Path, work: Path, bare: dict[str, dict[s
             path = write_config(root / f"{method}.yaml", method, base, experts)
             tools = ["modicum", "mergekit"] if layers == FEW_LAYERS else ["modicum"]
             for tool in tools:
-                measured = run(tool, mergekit, path, work)
+                measured = run(tool, mergekit, path, work, family=True)
                 above = measured["peak_mb"] - bare[tool]["peak_mb"]
                 found.setdefault(method, {})[f"{tool}, {layers} layers"] = measured | {"above_imports_mb": above}
         shutil.rmtree(root)

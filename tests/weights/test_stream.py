@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,34 @@ def test_a_broken_run_continues_with_what_is_missing(tmp_path: Path) -> None:
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
 
 
+def test_forked_workers_make_the_same_and_their_errors_arrive(tmp_path: Path) -> None:
+    found = map_tensors(make, SPECS, tmp_path / "forked", identity=1, workers=2, fork=True)
+    assert found == map_tensors(make, SPECS, tmp_path / "threads", identity=1, workers=2)
+    names = [tmp_path / kind / "model.safetensors" for kind in ("forked", "threads")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+    def broken(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+        raise CheckpointError(f"{name} is bad. Mend it.")
+
+    with pytest.raises(CheckpointError, match=r"layer\.\d\.weight is bad\. Mend it\."):
+        map_tensors(broken, SPECS, tmp_path / "out", identity=1, workers=2, fork=True)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_worker_that_is_killed_is_told_and_what_is_done_is_kept(tmp_path: Path) -> None:
+    here = os.getpid()
+
+    def killed(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+        if name == "layer.0.weight" and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(name)
+
+    with pytest.raises(MemoryError, match="run again to go on"):
+        map_tensors(killed, SPECS, tmp_path / "out", identity=1, workers=2, fork=True)
+    assert (tmp_path / ".out.partial").exists()
+    map_tensors(make, SPECS, tmp_path / "out", identity=1)
+
+
 def test_another_identity_starts_over(tmp_path: Path) -> None:
     def broken(name: str) -> tuple[torch.Tensor, dict[str, object]]:
         raise KeyboardInterrupt
@@ -106,38 +135,47 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 MERGE = """
-import sys, torch
-from modicum.weights import merge, merge as _
-import modicum.weights.merge as module
-import modicum.weights.stream as stream, time
+import sys, time
+from pathlib import Path
+from modicum.weights import Checkpoint, stream
+from modicum.weights.merge import run_plan
+from modicum.weights.plan import plan_merge
 slow = float(sys.argv[4])
 put = stream.put
 def slow_put(*a):
     time.sleep(slow)
     put(*a)
 stream.put = slow_put
-merge(sys.argv[1], [sys.argv[2]], sys.argv[3], method="task_arithmetic", scale=0.5)
+base, expert = (Checkpoint(path) for path in sys.argv[1:3])
+plan = plan_merge(base, [expert], method="task_arithmetic", knobs={"scale": 0.5})
+run_plan(plan, Path(sys.argv[3]), workers=2, fork=sys.argv[5] == "fork")
 """
 
 
-@pytest.mark.parametrize("seconds", [0.5])
-def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
-    family: Family, tmp_path: Path, seconds: float
-) -> None:
+@pytest.mark.parametrize(
+    "workers", ["threads", pytest.param("fork", marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux"))]
+)
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(family: Family, tmp_path: Path, workers: str) -> None:
     base, (expert, _) = family
 
     def command(out: str, slow: float) -> list[str]:
-        return [sys.executable, "-c", MERGE, str(base), str(expert), str(tmp_path / out), str(slow)]
+        return [sys.executable, "-c", MERGE, str(base), str(expert), str(tmp_path / out), str(slow), workers]
 
-    process = subprocess.Popen(command("out", seconds))
+    process = subprocess.Popen(command("out", 0.5))
     partial = tmp_path / ".out.partial"
     deadline = time.monotonic() + 60
     while not (partial / "journal.0.jsonl").exists() or "[" not in (partial / "journal.0.jsonl").read_text():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = listed.read_text().split() if workers == "fork" else []
+    assert len(children) == (2 if workers == "fork" else 0)
     process.kill()
     process.wait()
+    while any(Path(f"/proc/{child}").exists() for child in children):  # they end by themselves
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert partial.exists()
     assert not (tmp_path / "out").exists()
     subprocess.run(command("out", 0), check=True)
@@ -148,10 +186,10 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
 
 def test_two_ranks_write_the_bytes_of_one(family: Family, tmp_path: Path) -> None:
     base, (expert, _) = family
-    command = [sys.executable, "-c", MERGE, str(base), str(expert), str(tmp_path / "two"), "0"]
+    command = [sys.executable, "-c", MERGE, str(base), str(expert), str(tmp_path / "two"), "0", "fork"]
     ranks = [subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    command[-2] = str(tmp_path / "one")
+    command[-3] = str(tmp_path / "one")
     subprocess.run(command, check=True)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 

@@ -153,7 +153,13 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
         for note in plan.notes:
             run.note(note)
         measured = run_plan(
-            plan, out, seed=recipe.seed, device=recipe.device, shard_bytes=recipe.shard_size, progress=not run.quiet
+            plan,
+            out,
+            seed=recipe.seed,
+            device=recipe.device,
+            shard_bytes=recipe.shard_size,
+            fork=recipe.device == "cpu",
+            progress=not run.quiet,
         )
         if not run.main:
             return  # each process measured its own share; the first one has collected them all

@@ -73,21 +73,20 @@ def extract_lora(
     names = [name for name in origin if origin.spec(name).dtype.is_floating_point]
     names = [name for name in names if not (exclude and re.search(exclude, name))]
     matrices = [name for name in names if len(origin.spec(name).shape) == 2 and not VOCABULARY.search(name)]
-    found: dict[str, tuple[SVD, float]] = {}
 
-    def decompose(name: str) -> tuple[Tensor, dict[str, Any]]:
+    def decompose(name: str) -> tuple[SVD, float] | None:
         delta = tuned[name].float() - origin[name].float()
         svd = truncated_svd(delta, min(max_rank, *delta.shape))
         total = float(delta.double().square().sum())
         held = svd.S.double().square().cumsum(0)
         k = len(held) if energy is None else min(len(held), int((held < energy * total * (1 - 1e-12)).sum()) + 1)
         k = min(k, int(svd.S.gt(1e-6 * svd.S.max()).sum())) if total else 0
-        if k:
-            kept = SVD(svd.U[:, :k].clone(), svd.S[:k].clone(), svd.V[:, :k].clone())
-            found[name] = kept, float(held[k - 1]) / total
-        return torch.empty(0), {}
+        if not k:
+            return None
+        return SVD(svd.U[:, :k].clone(), svd.S[:k].clone(), svd.V[:, :k].clone()), float(held[k - 1]) / total
 
-    run_all(decompose, list(names_by_size({n: origin.spec(n) for n in matrices})), lambda *_: None, workers=cores())
+    parts = dict(run_all(decompose, names_by_size({n: origin.spec(n) for n in matrices}), workers=cores()))
+    found = {name: part for name in matrices if (part := parts[name])}
     others = [name for name in names if save_rest and name not in matrices]
     rest = {name: tuned[name] for name in others if not torch.equal(tuned[name], origin[name])}
     if not found and not rest:
@@ -329,14 +328,12 @@ def run_loras(
     plan: LoraPlan, out: Path, *, dtype: str | torch.dtype | None = None, device: str = "cpu", progress: bool = True
 ) -> dict[str, dict[str, Any]]:
     """Carry out ``plan`` and write the adapter; see :func:`merge_loras` for the rest."""
-    merged: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {}
 
-    def one(name: str) -> tuple[Tensor, dict[str, Any]]:
+    def one(name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         method, knobs = plan.of(name)
-        merged[name] = merge_factors(plan.modules[name], method=method, device=device, **knobs)
-        return torch.empty(0), {}
+        return merge_factors(plan.modules[name], method=method, device=device, **knobs)
 
-    run_all(one, list(plan.modules), lambda *_: None, workers=cores())
+    merged = dict(run_all(one, list(plan.modules), workers=cores()))
     kind = parse_dtype(dtype) or torch.float32
     tensors, ranks = {}, {}
     for name in plan.modules:

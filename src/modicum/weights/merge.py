@@ -86,16 +86,12 @@ def survey(plan: Plan, *, device: str = "cpu", workers: int | None = None) -> di
         table = {step.name: step for step in steps}
 
         def each(look: Look, table: Mapping[str, Step] = table) -> dict[str, Any]:
-            seen: dict[str, Any] = {}
-
-            def make(name: str) -> tuple[Tensor, dict[str, Any]]:
+            def one(name: str) -> Any:
                 tensors = [source.read().to(device) for source in table[name].sources]
-                return torch.empty(0), {"seen": look(tensors[0], tensors[1:])}
+                return look(tensors[0], tensors[1:])
 
-            def take(name: str, _: Tensor, result: dict[str, Any]) -> None:
-                seen[name] = result["seen"]
-
-            run_all(make, list(names_by_size({n: s.spec for n, s in table.items()})), take, workers=workers or cores())
+            order = names_by_size({name: step.spec for name, step in table.items()})
+            seen = dict(run_all(one, order, workers=workers or cores()))
             return {name: seen[name] for name in table}
 
         found |= steps[0].entry.facts["survey"](each, **steps[0].knobs)
@@ -150,18 +146,13 @@ def merge_state_dicts(
     """
     plan = plan_merge(base, experts, method=method, knobs=knobs, dtype=dtype, statistics=statistics, exclude=exclude)
     steps = {step.name: step for step in plan.steps}
-    merged: dict[str, Tensor] = {}
-
-    def take(name: str, tensor: Tensor, _: object) -> None:
-        merged[name] = tensor.cpu().clone() if not tensor.is_floating_point() else tensor.cpu()
-
-    names = list(names_by_size({name: step.spec for name, step in steps.items()}))
     found = survey(plan, device=device)
 
-    def make(name: str) -> tuple[Tensor, dict[str, Any]]:
-        return run_step(steps[name], seed=seed, device=device, found=found.get(name, {}))
+    def one(name: str) -> Tensor:
+        tensor, _ = run_step(steps[name], seed=seed, device=device, found=found.get(name, {}))
+        return tensor.cpu() if tensor.is_floating_point() else tensor.cpu().clone()
 
-    run_all(make, names, take, workers=cores())
+    merged = dict(run_all(one, names_by_size({name: step.spec for name, step in steps.items()}), workers=cores()))
     return {name: merged[name] for name in steps}
 
 
@@ -240,9 +231,10 @@ def run_plan(
     device: str = "cpu",
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
+    fork: bool = False,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Carry out ``plan`` and write the checkpoint; see :func:`merge` for the rest."""
+    """Carry out ``plan`` and write the checkpoint; see :func:`merge` and, for ``fork``, :func:`~.stream.run_all`."""
     steps = {step.name: step for step in plan.steps}
     identity = {
         "models": [fingerprint(model.folder) for model in plan.models if isinstance(model, Checkpoint)],
@@ -260,6 +252,7 @@ def run_plan(
         companions=plan.companions,
         shard_bytes=shard_bytes,
         workers=workers,
+        fork=fork,
         progress=progress,
     )
 

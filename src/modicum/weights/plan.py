@@ -128,7 +128,7 @@ class Plan:
         lines = [
             f"{len(self.steps)} tensors from {len(self.models)} models",
             f"reads {_size(read)}, writes {_size(written)}",
-            f"takes at most {_size(self.memory_bound())} of memory besides the libraries, on {cores()} threads",
+            f"takes at most {_size(self.memory_bound())} of memory besides the libraries, on {cores()} cores",
         ]
         if averaged:
             lines.append(f"{', '.join(averaged)}: mean of the deltas, since rows of tokens have no singular directions")

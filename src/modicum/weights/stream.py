@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ from modicum.weights.files import Slot, Spec, lay_out, plan_files, put
 
 SHARD_BYTES = 5_000_000_000
 Statistics = dict[str, Any]
+T = TypeVar("T")
 Maker = Callable[[str], tuple[Tensor, Statistics]]
 
 
@@ -39,30 +43,63 @@ def cores() -> int:
 
 
 def run_all(
-    make: Maker, names: Sequence[str], take: Callable[[str, Tensor, Statistics], None], *, workers: int
-) -> None:
-    """Call ``make`` for each name on ``workers`` threads and hand the result to ``take`` on the same thread.
+    work: Callable[[str], T], names: Sequence[str], *, workers: int, fork: bool = False
+) -> Iterator[tuple[str, T]]:
+    """Yield each name with what ``work`` makes of it, in the order in which they are done.
 
-    Each thread computes with one of torch's own threads: whole tensors side by side use the cores better than one
+    Each worker computes with one of torch's own threads: whole tensors side by side use the cores better than one
     tensor at a time split over them, and the arithmetic is then the same however many cores there are.
+
+    Args:
+        work: Called on a worker.
+        names: What to call it with, in this order.
+        workers: How many at a time.
+        fork: Workers are copies of this process, not threads, and do not wait for each other's interpreter lock. Only
+            for a process without threads of its own, on Linux, and for results that are small: they are sent over.
+
+    Raises:
+        MemoryError: A worker process was killed.
     """
+    if fork and workers > 1 and sys.platform == "linux":
+        context = multiprocessing.get_context("fork")
+        pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin_copy, initargs=(work,))
+        task: Callable[[str], T] = _work_in_copy
+    else:
+        pool = ThreadPoolExecutor(workers, "modicum", initializer=partial(torch.set_num_threads, 1))
+        task = work
     before = torch.get_num_threads()
-    stop = threading.Event()
-
-    def one(name: str) -> None:
-        if not stop.is_set():
-            take(name, *make(name))
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="modicum", initializer=partial(torch.set_num_threads, 1))
     try:
-        tasks = [pool.submit(one, name) for name in names]
-        done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
-        for task in done:
-            task.result()
+        tasks = {pool.submit(task, name): name for name in names}
+        for done in as_completed(tasks):
+            yield tasks[done], done.result()
+    except BrokenProcessPool:
+        raise MemoryError(
+            "A worker process was ended from outside, as when memory runs out. Free some, and run again to go on."
+        ) from None
     finally:
-        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
+
+
+_copied: list[Callable[[str], Any]] = []  # what a forked worker does: it is inherited, as a closure cannot be sent
+
+
+def _begin_copy(work: Callable[[str], Any]) -> None:
+    _copied.append(work)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is interrupted too, and ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # it was killed: nobody is left to work for
+
+
+def _work_in_copy(name: str) -> Any:
+    return _copied[0](name)
 
 
 def map_tensors(
@@ -75,6 +112,7 @@ def map_tensors(
     shard_bytes: int = SHARD_BYTES,
     stem: str = "model",
     workers: int | None = None,
+    fork: bool = False,
     progress: bool = True,
 ) -> dict[str, Statistics]:
     """Write the checkpoint whose tensors ``make`` returns.
@@ -87,7 +125,8 @@ def map_tensors(
         companions: Other files of the folder.
         shard_bytes: Largest file, unless one tensor alone is larger.
         stem: What the weight files are called.
-        workers: Threads; one for each core when not given.
+        workers: One for each core when not given.
+        fork: Workers are processes, not threads; see :func:`run_all`.
         progress: Show a bar when standard error is a terminal.
 
     Returns:
@@ -109,8 +148,16 @@ def map_tensors(
         else:
             _await(lambda: _read_key(beside) == key)
         statistics = _read_journals(beside)
-        mine = sorted(specs, key=lambda name: (-specs[name].nbytes, name))[rank::world]
-        _write(make, mine, specs, files, beside / f"journal.{rank}.jsonl", statistics, workers or cores(), progress)
+        mine = names_by_size(specs)[rank::world]
+        todo = [name for name in mine if name not in statistics]
+        with _open_files(specs, files) as write, (beside / f"journal.{rank}.jsonl").open("a") as journal:
+            journal.write("\n")  # A cut-off last line is closed first, so that the next one stands on its own.
+            done = run_all(lambda name: write(name, *make(name)), todo, workers=workers or cores(), fork=fork)
+            with _progress(sum(specs[name].nbytes for name in todo), progress) as advance:
+                for name, found in done:
+                    journal.write(json.dumps([name, found]) + "\n")
+                    journal.flush()
+                    advance(specs[name].nbytes)
         if rank != 0:
             _await(lambda: not beside.exists())
             return statistics
@@ -163,39 +210,25 @@ def _read_journals(beside: Path) -> dict[str, Statistics]:
     return found
 
 
-def _write(
-    make: Maker,
-    names: Sequence[str],
-    specs: Mapping[str, Spec],
-    files: Mapping[Path, Mapping[str, Spec]],
-    journal: Path,
-    finished: Mapping[str, Statistics],
-    workers: int,
-    progress: bool,
-) -> None:
+@contextmanager
+def _open_files(
+    specs: Mapping[str, Spec], files: Mapping[Path, Mapping[str, Spec]]
+) -> Iterator[Callable[[str, Tensor, Statistics], Statistics]]:
+    """Give a function that puts a tensor's bytes in place and returns its statistics; any worker may call it."""
     slots: dict[str, Slot] = {}
     for path, group in files.items():
         slots.update(lay_out(path, group)[1])
-    todo = [name for name in names if name not in finished]
-    lock = threading.Lock()
     with ExitStack() as stack:
         descriptors = {path: stack.enter_context(path.open("r+b")).fileno() for path in files}
-        # A cut-off last line is closed first, so that the next one stands on its own.
-        log = stack.enter_context(journal.open("a"))
-        log.write("\n")
-        advance = stack.enter_context(_progress(sum(specs[name].nbytes for name in todo), progress))
 
-        def take(name: str, tensor: Tensor, statistics: Statistics) -> None:
+        def write(name: str, tensor: Tensor, statistics: Statistics) -> Statistics:
             spec = specs[name]
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise TypeError(f"{name}: made {tuple(tensor.shape)} {tensor.dtype}, announced {spec}")
             put(descriptors[slots[name].path], slots[name], tensor)
-            with lock:
-                log.write(json.dumps([name, statistics]) + "\n")
-                log.flush()
-                advance(spec.nbytes)
+            return statistics
 
-        run_all(make, todo, take, workers=workers)
+        yield write
 
 
 def _finish(beside: Path, out: Path, files: Mapping[Path, Mapping[str, Spec]], companions: Mapping[str, bytes]) -> None:
@@ -247,11 +280,17 @@ def _progress(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # Without a thread of its own, which a fork must not find.
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=total)
-        yield lambda n: bar.advance(task, n)
+
+        def advance(n: int) -> None:
+            bar.advance(task, n)
+            bar.refresh()
+
+        yield advance
 
 
-def names_by_size(specs: Mapping[str, Spec]) -> Iterable[str]:
+def names_by_size(specs: Mapping[str, Spec]) -> list[str]:
     """Return the names, largest first: the order of work that leaves no core waiting at the end."""
     return sorted(specs, key=lambda name: (-specs[name].nbytes, name))
