@@ -54,13 +54,15 @@ def run_all(
         work: Called on a worker.
         names: What to call it with, in this order.
         workers: How many at a time.
-        fork: Workers are copies of this process, not threads, and do not wait for each other's interpreter lock. Only
-            for a process without threads of its own, on Linux, and for results that are small: they are sent over.
+        fork: Workers are copies of this process and do not wait for each other's interpreter lock. For results that are
+            small, as they are sent over. Where a fork is not safe, on other systems than Linux and in a process with
+            threads of its own, workers are threads still.
 
     Raises:
         MemoryError: A worker process was killed.
     """
-    if fork and workers > 1 and sys.platform == "linux":
+    # Of several threads a fork copies one alone, and the locks that the others hold for ever.
+    if fork and workers > 1 and sys.platform == "linux" and threading.active_count() == 1:
         context = multiprocessing.get_context("fork")
         pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin_copy, initargs=(work,))
         task: Callable[[str], T] = _work_in_copy
