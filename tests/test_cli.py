@@ -68,6 +68,15 @@ def test_an_unexpected_error_exits_with_one(monkeypatch, capsys):
     assert code == 1 and "ZeroDivisionError" in err
 
 
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modicum.recipe.read", interrupted)
+    code, _, err = call(monkeypatch, capsys, "run", "quickstart")
+    assert code == 130 and err == "modicum: interrupted; run the same command again to go on.\n"
+
+
 def test_check_prints_the_resolved_recipe_and_the_plan(monkeypatch, capsys):
     code, out, err = call(monkeypatch, capsys, "check", "quickstart")
     assert code == 0 and "plan:" in out and "is valid" in err

@@ -176,9 +176,10 @@ def main() -> None:
             raise
         print(f"modicum: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("modicum: interrupted; run the same command again to go on.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of a KeyboardInterrupt
+            print("modicum: interrupted; run the same command again to go on.", file=sys.stderr)
+        raise
     except Exception as error:
         if "--traceback" in sys.argv:
             raise
