@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from modicum.errors import RecipeError
@@ -41,30 +43,38 @@ class _Election:
 
     A sum of zero elects +1, and an entry that is zero agrees with nobody. What has the sign of a sum S adds up to
     (Σ|x| + |S|) / 2 in magnitude, which needs no comparison and cancels nothing; the weights that took part come from
-    the signs in the same way. Intermediate results have buffers of their own, as fresh memory costs more than the sums.
+    the signs in the same way, or where all are 1 are counted. Intermediate results have buffers of their own, as fresh
+    memory costs more than the sums.
     """
 
     def __init__(self, weights: Tensor, *, normalize: bool, scale: float) -> None:
+        if normalize and bool((weights == weights[0]).all()) and weights[0]:
+            weights = torch.ones_like(weights)  # a common factor cancels
         self.weights, self.normalize, self.scale = weights, normalize, scale
         self.halves = torch.full_like(weights, 0.5)
         self.weighted = bool((weights != 1).any())
         self.positive = float(weights.min()) if bool((weights > 0).all()) else None
-        self.signs, self.rows = weights.new_empty(0, 0), weights.new_empty(4, 0).unbind()
+        self.buffers = weights.new_empty(len(weights) + 4, 0)
 
     def __call__(self, deltas: Tensor) -> Tensor:
         n = deltas.shape[1]
-        if len(self.rows[0]) != n:
-            self.signs, self.rows = torch.empty_like(deltas), deltas.new_empty(4, n).unbind()
-        signs, (total, merged, divisor, spare) = self.signs, self.rows
+        if n > self.buffers.shape[1]:  # the first block is the largest
+            self.buffers = deltas.new_empty(len(self.buffers), n)
+        signs, (total, merged, divisor, spare) = self.buffers[4:, :n], self.buffers[:4, :n].unbind()
         if self.weighted:
             deltas.mul_(self.weights[:, None])
-        if self.normalize:
-            torch.sign(deltas, out=signs)
         torch.mv(deltas.T, self.halves, out=total).add_(0.0)  # adding zero makes −0 positive
+        counted = self.normalize and not self.weighted and deltas.device.type == "cpu" and len(deltas) < 256
+        if counted:
+            np.maximum(_count_agreeing(deltas.numpy(), total.numpy()), 1, out=divisor.numpy())
+        elif self.normalize:
+            torch.sign(deltas, out=signs)
         torch.mv(deltas.abs_().T, self.halves, out=merged)
         merged.add_(torch.abs(total, out=spare))
         torch.copysign(merged, total, out=merged)
-        if self.normalize:
+        if counted:
+            merged.div_(divisor)
+        elif self.normalize:
             torch.mv(signs.T, self.weights, out=divisor)
             divisor.mul_(torch.copysign(spare.fill_(1), total, out=spare))
             divisor.add_(torch.mv(signs.abs_().T, self.weights, out=spare)).mul_(0.5)
@@ -74,6 +84,17 @@ class _Election:
                 divisor[divisor.abs() < 1e-8] = 1
             merged.div_(divisor)
         return merged if self.scale == 1 else merged.mul_(self.scale)
+
+
+def _count_agreeing(deltas: NDArray[Any], total: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return how many of the deltas ``(n, block)`` at each entry are not zero and have the sign of ``total``."""
+    count = np.zeros(total.size, np.uint8)
+    elected, agrees, present = np.signbit(total), np.empty(total.size, bool), np.empty(total.size, bool)
+    for delta in deltas:
+        np.equal(np.signbit(delta, out=agrees), elected, out=agrees)
+        np.logical_and(agrees, np.not_equal(delta, 0, out=present), out=agrees)
+        np.add(count, agrees.view(np.uint8), out=count)
+    return count
 
 
 def kept_of(n: int, density: float) -> int:

@@ -8,6 +8,7 @@ goes on where it was. The result is written beside its final name and renamed wh
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
@@ -63,6 +64,7 @@ def run_all(
     """
     # Of several threads a fork copies one alone, and the locks that the others hold for ever.
     if fork and workers > 1 and sys.platform == "linux" and threading.active_count() == 1:
+        gc.freeze()  # collections in a copy would write to every object they look at, and so copy its page
         context = multiprocessing.get_context("fork")
         pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin_copy, initargs=(work,))
         task: Callable[[str], T] = _work_in_copy
@@ -81,6 +83,7 @@ def run_all(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
+        gc.unfreeze()
 
 
 _copied: list[Callable[[str], Any]] = []  # what a forked worker does: it is inherited, as a closure cannot be sent
