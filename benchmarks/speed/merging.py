@@ -166,12 +166,11 @@ def main() -> None:
     bare = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in several.items()}
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results |= {
-        "what": __doc__, "environment": environment(), "commit": git("describe", "--always", "--dirty"),
-        "load": os.getloadavg(), "bare_imports": bare,
+        "what": __doc__, "environment": environment(), "load": os.getloadavg(), "bare_imports": bare,
     }  # fmt: skip
 
     def save(kind: str, name: str, found: dict[str, Any]) -> None:
-        results.setdefault(kind, {})[name] = found
+        results.setdefault(kind, {})[name] = found | {"commit": git("describe", "--always", "--dirty")}
         write_atomic(RESULTS, json.dumps(results, indent=2) + "\n")
         print(name, json.dumps(found.get("ratio", found)), flush=True)
 

@@ -153,15 +153,15 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 MERGE = """
 import sys, time
 from pathlib import Path
-from modicum.weights import Checkpoint, stream
+from modicum.weights import Checkpoint
 from modicum.weights.merge import run_plan
 from modicum.weights.plan import plan_merge
-slow = float(sys.argv[4])
-put = stream.put
-def slow_put(*a):
+module, slow = sys.modules[run_plan.__module__], float(sys.argv[4])
+run_step = module.run_step
+def slow_step(*args, **kwargs):
     time.sleep(slow)
-    put(*a)
-stream.put = slow_put
+    return run_step(*args, **kwargs)
+module.run_step = slow_step
 base, expert = (Checkpoint(path) for path in sys.argv[1:3])
 plan = plan_merge(base, [expert], method="task_arithmetic", knobs={"scale": 0.5})
 run_plan(plan, Path(sys.argv[3]), workers=2, fork=sys.argv[5] == "fork")

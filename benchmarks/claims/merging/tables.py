@@ -7,6 +7,7 @@ from statistics import mean
 
 from benchmarks.claims.merging.experts import METHODS, SEEDS, TASKS, shares
 from benchmarks.claims.merging.synthetic import CUTOFFS, NOISE, SHAPES, SIZES
+from benchmarks.speed.merging import SHAPED
 from benchmarks.tables import interval, load, markdown, write
 
 
@@ -85,7 +86,8 @@ def _figure(found: Mapping[str, float], name: str, form: str) -> str:
 def memory() -> str:
     rows = []
     for shape, methods in load("merge.json").get("shapes", {}).items():
-        for method, found in methods.items():
+        for method in SHAPED:
+            found = methods[method]
             peaks = [f"{run['above_imports_mb']:.0f}" for key, run in found.items() if key != "ratio"]
             rows.append([shape, method, *peaks, f"{found['ratio']['memory']:.2f}"])
     return markdown(

@@ -6,7 +6,9 @@ the processor's cache, in float32 whatever the checkpoint's dtype, and casts onc
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,6 +45,27 @@ def delta_blocks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[slic
         start += n
 
 
+_place = threading.local()
+
+
+@contextmanager
+def result_in(out: Tensor | None) -> Iterator[None]:
+    """Let this thread's next :func:`fold` write its result into ``out``, if it fits, and not into memory of its own."""
+    _place.out = out
+    try:
+        yield
+    finally:
+        _place.out = None
+
+
+def _result_like(base: Tensor) -> Tensor:
+    out: Tensor | None = getattr(_place, "out", None)
+    _place.out = None  # once: a method that folds twice needs two
+    if out is not None and (out.shape, out.dtype, out.device) == (base.shape, base.dtype, base.device):
+        return out
+    return torch.empty_like(base, memory_format=torch.contiguous_format)
+
+
 def fold(base: Tensor, experts: Sequence[Tensor], kernel: Callable[[Tensor], Tensor], *, share: float = 1.0) -> Tensor:
     """Return ``share * base + kernel(deltas)``, block by block, in the dtype of ``base``.
 
@@ -53,7 +76,7 @@ def fold(base: Tensor, experts: Sequence[Tensor], kernel: Callable[[Tensor], Ten
             the order of their entries.
         share: Factor on the base.
     """
-    out = torch.empty_like(base, memory_format=torch.contiguous_format)
+    out = _result_like(base)
     flat = out.view(-1)
     for where, origin, deltas in delta_blocks(base, experts):
         merged = kernel(deltas)

@@ -200,6 +200,14 @@ def lay_out(path: Path, specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, Slo
     return len(text).to_bytes(8, "little") + text, slots
 
 
+def map_slot(file: mmap.mmap, slot: Slot) -> Tensor | None:
+    """Return the place of a tensor in a mapped file; none where it is empty or not aligned."""
+    spec = slot.spec
+    if not spec.numel or slot.start % spec.dtype.itemsize:
+        return None
+    return torch.frombuffer(file, dtype=spec.dtype, count=spec.numel, offset=slot.start).view(spec.shape)
+
+
 def put(descriptor: int, slot: Slot, tensor: Tensor) -> None:
     """Write a tensor's bytes at its place."""
     if not slot.spec.numel:

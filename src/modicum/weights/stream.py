@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -30,9 +31,11 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError, ModicumError
 from modicum.record import digest
-from modicum.weights.files import Slot, Spec, lay_out, plan_files, put
+from modicum.weights.blocks import result_in
+from modicum.weights.files import Slot, Spec, lay_out, map_slot, plan_files, put
 
 SHARD_BYTES = 5_000_000_000
+MAPPED = hasattr(os, "posix_fallocate")  # results are written straight into the file's pages, see _prepare
 Statistics = dict[str, Any]
 T = TypeVar("T")
 Maker = Callable[[str], tuple[Tensor, Statistics]]
@@ -157,7 +160,7 @@ def map_tensors(
         todo = [name for name in mine if name not in statistics]
         with _open_files(specs, files) as write, (beside / f"journal.{rank}.jsonl").open("a") as journal:
             journal.write("\n")  # A cut-off last line is closed first, so that the next one stands on its own.
-            done = run_all(lambda name: write(name, *make(name)), todo, workers=workers or cores(), fork=fork)
+            done = run_all(lambda name: write(name, make), todo, workers=workers or cores(), fork=fork)
             with _progress(sum(specs[name].nbytes for name in todo), progress) as advance:
                 for name, found in done:
                     journal.write(json.dumps([name, found]) + "\n")
@@ -193,6 +196,9 @@ def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -
         with path.open("wb") as file:
             file.write(header)
             file.truncate(len(header) + sum(spec.nbytes for spec in group.values()))
+            file.flush()
+            if MAPPED:  # a disk that fills up would end a process that writes to a hole in a mapped file
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     (beside / "key").write_text(key)
 
 
@@ -218,19 +224,24 @@ def _read_journals(beside: Path) -> dict[str, Statistics]:
 @contextmanager
 def _open_files(
     specs: Mapping[str, Spec], files: Mapping[Path, Mapping[str, Spec]]
-) -> Iterator[Callable[[str, Tensor, Statistics], Statistics]]:
-    """Give a function that puts a tensor's bytes in place and returns its statistics; any worker may call it."""
+) -> Iterator[Callable[[str, Maker], Statistics]]:
+    """Give a function that has a tensor made and puts its bytes in place; any worker may call it."""
     slots: dict[str, Slot] = {}
     for path, group in files.items():
         slots.update(lay_out(path, group)[1])
     with ExitStack() as stack:
         descriptors = {path: stack.enter_context(path.open("r+b")).fileno() for path in files}
+        maps = {path: mmap.mmap(descriptor, 0) for path, descriptor in descriptors.items()} if MAPPED else {}
 
-        def write(name: str, tensor: Tensor, statistics: Statistics) -> Statistics:
-            spec = specs[name]
+        def write(name: str, make: Maker) -> Statistics:
+            spec, slot = specs[name], slots[name]
+            place = map_slot(maps[slot.path], slot) if maps else None
+            with result_in(place):
+                tensor, statistics = make(name)
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise TypeError(f"{name}: made {tuple(tensor.shape)} {tensor.dtype}, announced {spec}")
-            put(descriptors[slots[name].path], slots[name], tensor)
+            if place is None or tensor.data_ptr() != place.data_ptr() or not tensor.is_contiguous():
+                put(descriptors[slot.path], slot, tensor)
             return statistics
 
         yield write
