@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from modicum.errors import CheckpointError
 from modicum.weights import stream
+from modicum.weights.blocks import fold
 from modicum.weights.files import Spec
 from modicum.weights.stream import map_tensors
 from weights.conftest import Family, write_model
@@ -33,6 +34,25 @@ def test_shards_and_index_hold_what_was_made(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, make(name)[0]) for name, tensor in loaded.items())
     assert found == {name: {"seen": name} for name in SPECS}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fold_writes_into_the_file_and_only_what_is_returned_counts(tmp_path: Path) -> None:
+    base, expert = torch.arange(16.0).view(4, 4), torch.ones(4, 4)
+    answers = {"first": lambda a, _: a, "second": lambda _, b: b, "turned": lambda a, _: a.T}
+    places: dict[str, int] = {}
+
+    def make_both(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+        first = fold(base, [expert], lambda deltas: deltas[0] * 0)
+        second = fold(base, [expert], lambda deltas: deltas[0])
+        assert first.data_ptr() != second.data_ptr()
+        places[name] = first.data_ptr()
+        return answers[name](first, second), {}
+
+    map_tensors(make_both, {name: Spec((4, 4), torch.float32) for name in answers}, tmp_path / "out", identity=1)
+    loaded = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(loaded[name], answers[name](base, expert)) for name in answers)
+    if stream.MAPPED:
+        assert places["second"] - places["first"] == 64  # bytes of one tensor: they lie side by side in one file
 
 
 def test_a_broken_run_continues_with_what_is_missing(tmp_path: Path) -> None:
