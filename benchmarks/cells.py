@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
-from benchmarks.provenance import git
+from benchmarks.provenance import origin
 from benchmarks.tables import RESULTS, load
 
 from modicum.record import environment, write_atomic
@@ -40,7 +40,8 @@ def resumable(study: str, *, minutes: float, about: Mapping[str, Any] | None = N
                 return None
             began = time.monotonic()
             found = measure()
-            cells[key] = {"seconds": round(time.monotonic() - began, 1)} | found | _origin()
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            cells[key] = {"seconds": round(time.monotonic() - began, 1)} | found | {"when": when} | origin()
             stored["environment"] = environment()
             RESULTS.mkdir(exist_ok=True)
             write_atomic(RESULTS / f"{study}.json", json.dumps(stored, indent=1) + "\n")
@@ -56,11 +57,3 @@ def measure_all(recall: Recall, wanted: Mapping[str, Callable[[], Cell]]) -> boo
     left = [key for key, measure in wanted.items() if recall(key, measure) is None]
     print(f"{len(left)} cells are left; run again" if left else "every cell has a result")
     return not left
-
-
-def _origin() -> Cell:
-    return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")),
-    }

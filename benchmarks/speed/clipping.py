@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.provenance import git
+from benchmarks.provenance import origin
 from benchmarks.speed.shapes import SMOLLM2_135M, llama_shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -249,11 +249,10 @@ def main() -> None:
         "step": lambda: whole_step(3),
     }
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "clipping", "parts": {}}
-    commit = git("rev-parse", "--short", "HEAD")
     for name in given.parts:
         found = parts[name]()
         title = name if given.threads == 1 else f"{name}, {given.threads} threads"
-        data["parts"][title] = found | {"threads": given.threads, "commit": commit}
+        data["parts"][title] = found | {"threads": given.threads} | origin()
         data["environment"] = environment()
         write_atomic(RESULTS, json.dumps(data, indent=1) + "\n")
         print(json.dumps({name: found}, indent=1), flush=True)

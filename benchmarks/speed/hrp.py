@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from benchmarks.provenance import git
+from benchmarks.provenance import origin
 from benchmarks.speed.shapes import LLAMA_2_7B, SMOLLM2_135M, llama_shapes
 from benchmarks.tables import RESULTS, load
 
@@ -164,7 +164,7 @@ def main() -> None:
     record = load(NAME) or {"parts": {}}
     for name in parser.parse_args().parts:
         conditions = {"threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 1)}
-        record["parts"][name] = conditions | PARTS[name]() | {"commit": git("rev-parse", "--short", "HEAD")}
+        record["parts"][name] = conditions | PARTS[name]() | origin()
         print(name, record["parts"][name], flush=True)
         write_atomic(RESULTS / NAME, json.dumps(record | {"environment": environment()}, indent=1) + "\n")
 

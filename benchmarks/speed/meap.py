@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.provenance import git
+from benchmarks.provenance import origin
 
 RESULTS = Path(__file__).parents[1] / "results" / "meap-speed.json"
 ROWS, TOKENS = 2, 256  # of a training step on a CPU
@@ -193,11 +193,8 @@ def main() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "meap_speed"}
     work = {"collator": collator, "head": heads, "step": lambda: step(options.pairs)}
     for part in options.parts or [part for part in work if part not in found]:
-        origin = {
-            "commit": git("rev-parse", "HEAD"),
-            "environment": environment() | {"threads": torch.get_num_threads(), "load": os.getloadavg()},
-        }
-        found[part] = work[part]() | origin
+        machine = environment() | {"threads": torch.get_num_threads(), "load": os.getloadavg()}
+        found[part] = work[part]() | {"environment": machine} | origin()
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
         print(part, json.dumps(found[part], indent=1), flush=True)

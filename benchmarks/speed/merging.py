@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmarks.provenance import git
+from benchmarks.provenance import origin
 from benchmarks.speed.shapes import LLAMA_2_7B, QWEN_1_5B, SMOLLM2_135M, write_family, write_repeated
 
 from modicum.record import environment, write_atomic
@@ -170,7 +170,7 @@ def main() -> None:
     }  # fmt: skip
 
     def save(kind: str, name: str, found: dict[str, Any]) -> None:
-        results.setdefault(kind, {})[name] = found | {"commit": git("describe", "--always", "--dirty")}
+        results.setdefault(kind, {})[name] = found | origin()
         write_atomic(RESULTS, json.dumps(results, indent=2) + "\n")
         print(name, json.dumps(found.get("ratio", found)), flush=True)
 

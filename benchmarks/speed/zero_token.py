@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.provenance import git
+from benchmarks.provenance import origin
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
@@ -276,12 +276,10 @@ def main() -> None:
             table = measure()
             rows[name] = {
                 "when": datetime.now(UTC).isoformat(timespec="seconds"),
-                "commit": git("rev-parse", "HEAD"),
-                "dirty": bool(git("status", "--porcelain", "src/modicum/models")),
                 "threads": options.threads,
                 "load of the machine": [round(before, 2), round(os.getloadavg()[0], 2)],
                 "table": table,
-            }
+            } | origin()
             write_atomic(RESULT, json.dumps(record, indent=1) + "\n")
             print(part, name, json.dumps(table), flush=True)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.provenance import git
+from benchmarks.provenance import origin
 from torch.nn.functional import cross_entropy
 
 from modicum.jobs.models import load_model
@@ -239,10 +239,6 @@ def measure_memory(chosen: list[str], options: list[str]) -> dict[str, Any]:
     return found
 
 
-def commit() -> str:
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--short", "src") else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["time", "memory", "one"])
@@ -274,7 +270,7 @@ def main() -> None:
         "last": given.last,
     }
     settings |= {"rounds": given.rounds} if given.part == "time" else {}
-    cell = {"settings": settings, "results": found, "commit": commit(), "environment": environment()}
+    cell = {"settings": settings, "results": found, "environment": environment()} | origin()
     key = f"{given.part}-{given.dtype}-rank{given.rank}-threads{given.threads}" + "-last" * given.last
     results[key] = cell
     write_atomic(RESULTS, json.dumps(results, indent=1) + "\n")
