@@ -64,30 +64,32 @@ class _Election:
         if self.weighted:
             deltas.mul_(self.weights[:, None])
         torch.mv(deltas.T, self.halves, out=total).add_(0.0)  # adding zero makes −0 positive
-        counted = self.normalize and not self.weighted and deltas.device.type == "cpu" and len(deltas) < 256
-        if counted:
-            np.maximum(_count_agreeing(deltas.numpy(), total.numpy()), 1, out=divisor.numpy())
-        elif self.normalize:
-            torch.sign(deltas, out=signs)
+        if self.normalize:
+            self._agreeing(deltas, total, out=divisor, signs=signs, spare=spare)
         torch.mv(deltas.abs_().T, self.halves, out=merged)
         merged.add_(torch.abs(total, out=spare))
         torch.copysign(merged, total, out=merged)
-        if counted:
-            merged.div_(divisor)
-        elif self.normalize:
-            torch.mv(signs.T, self.weights, out=divisor)
-            divisor.mul_(torch.copysign(spare.fill_(1), total, out=spare))
-            divisor.add_(torch.mv(signs.abs_().T, self.weights, out=spare)).mul_(0.5)
-            if self.positive is not None:
-                divisor.clamp_min_(self.positive)  # where nobody agrees the numerator is zero
-            else:
-                divisor[divisor.abs() < 1e-8] = 1
+        if self.normalize:
             merged.div_(divisor)
         return merged if self.scale == 1 else merged.mul_(self.scale)
 
+    def _agreeing(self, deltas: Tensor, total: Tensor, *, out: Tensor, signs: Tensor, spare: Tensor) -> None:
+        """Sum the weights of those that have the sign of ``total``; where nobody has, any but zero will do."""
+        if not self.weighted and deltas.device.type == "cpu" and len(deltas) < 256:
+            np.maximum(_count_agreeing(deltas.numpy(), total.numpy()), 1, out=out.numpy())
+            return
+        torch.sign(deltas, out=signs)
+        torch.mv(signs.T, self.weights, out=out)
+        out.mul_(torch.copysign(spare.fill_(1), total, out=spare))
+        out.add_(torch.mv(signs.abs_().T, self.weights, out=spare)).mul_(0.5)
+        if self.positive is not None:
+            out.clamp_min_(self.positive)
+        else:
+            out[out.abs() < 1e-8] = 1
+
 
 def _count_agreeing(deltas: NDArray[Any], total: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return how many of the deltas ``(n, block)`` at each entry are not zero and have the sign of ``total``."""
+    """Return how many of fewer than 256 deltas ``(n, block)`` are not zero and have the sign of ``total``."""
     count = np.zeros(total.size, np.uint8)
     elected, agrees, present = np.signbit(total), np.empty(total.size, bool), np.empty(total.size, bool)
     for delta in deltas:

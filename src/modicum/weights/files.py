@@ -136,6 +136,14 @@ def _check_cover(slots: Mapping[str, Slot], data: int, size: int, corrupt: str) 
         raise CheckpointError(f"{corrupt}: {size - position} bytes follow the last tensor. Download it again.")
 
 
+def map_slot(file: mmap.mmap, slot: Slot) -> Tensor | None:
+    """Return the place of a tensor in a mapped file; none where it is empty or not aligned."""
+    spec = slot.spec
+    if not spec.numel or slot.start % spec.dtype.itemsize:
+        return None
+    return torch.frombuffer(file, dtype=spec.dtype, count=spec.numel, offset=slot.start).view(spec.shape)
+
+
 class MappedFile:
     """A file's tensors as views of its memory map: the pages belong to the page cache, not to this process."""
 
@@ -150,10 +158,11 @@ class MappedFile:
         spec = slot.spec
         if not spec.numel:
             return torch.empty(spec.shape, dtype=spec.dtype)
-        if slot.start % spec.dtype.itemsize:  # files of other writers need not align
+        mapped = map_slot(self._map, slot)
+        if mapped is None:  # files of other writers need not align
             stop = slot.start + spec.nbytes
             return torch.frombuffer(bytearray(self._map[slot.start : stop]), dtype=spec.dtype).view(spec.shape)
-        return torch.frombuffer(self._map, dtype=spec.dtype, count=spec.numel, offset=slot.start).view(spec.shape)
+        return mapped
 
 
 def plan_files(specs: Mapping[str, Spec], *, shard_bytes: int, stem: str = "model") -> dict[str, dict[str, Spec]]:
@@ -198,14 +207,6 @@ def lay_out(path: Path, specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, Slo
         slots[name] = Slot(path, spec, start)
         start += spec.nbytes
     return len(text).to_bytes(8, "little") + text, slots
-
-
-def map_slot(file: mmap.mmap, slot: Slot) -> Tensor | None:
-    """Return the place of a tensor in a mapped file; none where it is empty or not aligned."""
-    spec = slot.spec
-    if not spec.numel or slot.start % spec.dtype.itemsize:
-        return None
-    return torch.frombuffer(file, dtype=spec.dtype, count=spec.numel, offset=slot.start).view(spec.shape)
 
 
 def put(descriptor: int, slot: Slot, tensor: Tensor) -> None:

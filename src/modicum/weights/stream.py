@@ -8,7 +8,6 @@ goes on where it was. The result is written beside its final name and renamed wh
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import mmap
 import multiprocessing
@@ -67,7 +66,6 @@ def run_all(
     """
     # Of several threads a fork copies one alone, and the locks that the others hold for ever.
     if fork and workers > 1 and sys.platform == "linux" and threading.active_count() == 1:
-        gc.freeze()  # collections in a copy would write to every object they look at, and so copy its page
         context = multiprocessing.get_context("fork")
         pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin_copy, initargs=(work,))
         task: Callable[[str], T] = _work_in_copy
@@ -86,7 +84,6 @@ def run_all(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
-        gc.unfreeze()
 
 
 _copied: list[Callable[[str], Any]] = []  # what a forked worker does: it is inherited, as a closure cannot be sent
@@ -158,9 +155,9 @@ def map_tensors(
         statistics = _read_journals(beside)
         mine = names_by_size(specs)[rank::world]
         todo = [name for name in mine if name not in statistics]
-        with _open_files(specs, files) as write, (beside / f"journal.{rank}.jsonl").open("a") as journal:
+        with _open_files(make, specs, files) as work, (beside / f"journal.{rank}.jsonl").open("a") as journal:
             journal.write("\n")  # A cut-off last line is closed first, so that the next one stands on its own.
-            done = run_all(lambda name: write(name, make), todo, workers=workers or cores(), fork=fork)
+            done = run_all(work, todo, workers=workers or cores(), fork=fork)
             with _progress(sum(specs[name].nbytes for name in todo), progress) as advance:
                 for name, found in done:
                     journal.write(json.dumps([name, found]) + "\n")
@@ -193,12 +190,13 @@ def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -
         raise OSError(errno.ENOSPC, f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     for path, group in files.items():
         header, _ = lay_out(path, group)
+        size = len(header) + sum(spec.nbytes for spec in group.values())
         with path.open("wb") as file:
             file.write(header)
-            file.truncate(len(header) + sum(spec.nbytes for spec in group.values()))
-            file.flush()
             if MAPPED:  # a disk that fills up would end a process that writes to a hole in a mapped file
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
     (beside / "key").write_text(key)
 
 
@@ -223,8 +221,8 @@ def _read_journals(beside: Path) -> dict[str, Statistics]:
 
 @contextmanager
 def _open_files(
-    specs: Mapping[str, Spec], files: Mapping[Path, Mapping[str, Spec]]
-) -> Iterator[Callable[[str, Maker], Statistics]]:
+    make: Maker, specs: Mapping[str, Spec], files: Mapping[Path, Mapping[str, Spec]]
+) -> Iterator[Callable[[str], Statistics]]:
     """Give a function that has a tensor made and puts its bytes in place; any worker may call it."""
     slots: dict[str, Slot] = {}
     for path, group in files.items():
@@ -233,7 +231,7 @@ def _open_files(
         descriptors = {path: stack.enter_context(path.open("r+b")).fileno() for path in files}
         maps = {path: mmap.mmap(descriptor, 0) for path, descriptor in descriptors.items()} if MAPPED else {}
 
-        def write(name: str, make: Maker) -> Statistics:
+        def work(name: str) -> Statistics:
             spec, slot = specs[name], slots[name]
             place = map_slot(maps[slot.path], slot) if maps else None
             with result_in(place):
@@ -244,7 +242,7 @@ def _open_files(
                 put(descriptors[slot.path], slot, tensor)
             return statistics
 
-        yield write
+        yield work
 
 
 def _finish(beside: Path, out: Path, files: Mapping[Path, Mapping[str, Spec]], companions: Mapping[str, bytes]) -> None:
