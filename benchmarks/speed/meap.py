@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.memory import Peak, status
 from benchmarks.provenance import origin
 
 RESULTS = Path(__file__).parents[1] / "results" / "meap-speed.json"
@@ -141,21 +142,16 @@ def head(gathered: bool) -> dict[str, float]:
     positions = (labels.flatten() != -100).nonzero().flatten() - 1
     extra = {"label_positions": positions, "label_weights": torch.ones(positions.numel())} if gathered else {}
     hidden.grad = torch.zeros_like(hidden) + 1.0
-    before = _status("RssAnon")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    started = time.perf_counter()
-    form.loss(model(hidden, **extra), labels).backward()
-    took = time.perf_counter() - started
+    before = status("RssAnon")
+    with Peak() as peak:
+        started = time.perf_counter()
+        form.loss(model(hidden, **extra), labels).backward()
+        took = time.perf_counter() - started
     return {
-        "peak_mb": (_status("VmHWM") - before - _status("RssFile")) / 1e6,
+        "peak_mb": (peak.bytes - before) / 1e6,
         "seconds": took,
         "labels": count * HEAD_ROWS,
     }
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 def heads() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from benchmarks.memory import Peak, status
 from benchmarks.provenance import origin
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -79,15 +80,10 @@ def ratio(a: list[tuple[float, float]], b: list[tuple[float, float]], clock: int
 def peak_mib(call: Callable[[], object]) -> float:
     """Return by how much one call lifts the process's resident memory at most."""
     call()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-    before = resident("VmRSS")
-    call()
-    return round((resident("VmHWM") - before) / 1024, 1)
-
-
-def resident(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1])
+    before = status("RssAnon")
+    with Peak() as peak:
+        call()
+    return round((peak.bytes - before) / 2**20, 1)
 
 
 def attention() -> Rows:

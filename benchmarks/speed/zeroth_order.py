@@ -7,8 +7,9 @@ Every method steps on one batch of 8 x 64 tokens of SmolLM2-135M, with the model
 ``--last`` over the last position, as label words have it, for all methods alike; there a further row computes the
 logits of all positions first, as MeZO's code does for label words too. Methods take turns inside each round,
 so that a busy machine is busy for all of them; the second step of each is timed, and ratios are of the medians. Memory
-is the peak of the anonymous resident set, of a process for each method; the paired engine is set beside one forward
-pass of as many rows too. Results are merged into ``benchmarks/results/tezo-speed.json``.
+is the peak of the anonymous resident set as the kernel keeps it, of a process for each method, and varies by some
+percent from run to run: medians here too. The paired engine is set beside one forward pass of as many rows as well.
+Results are merged into ``benchmarks/results/tezo-speed.json``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.memory import Peak
 from benchmarks.provenance import origin
 from torch.nn.functional import cross_entropy
 
@@ -182,31 +183,6 @@ def measure_time(task: Task, rank: int, rounds: int, chosen: list[str]) -> dict[
     return found
 
 
-class Peak:
-    """The largest anonymous resident set while the block ran."""
-
-    def __enter__(self) -> Peak:
-        self.bytes, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes, anonymous_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 INFERENCE = {"one forward": False, "one forward, twice the rows": True}
 
 
@@ -223,12 +199,18 @@ def one_memory(task: Task, rank: int, name: str) -> dict[str, Any]:
     return {"peak_bytes": peak.bytes, "weight_bytes": weights}
 
 
-def measure_memory(chosen: list[str], options: list[str]) -> dict[str, Any]:
+def measure_memory(chosen: list[str], rounds: int, options: list[str]) -> dict[str, Any]:
+    names = [*INFERENCE, *(c for c in chosen if c != "two forwards")]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.speed.zeroth_order", "one", "--name", name, *options]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
     found: dict[str, Any] = {}
-    for name in [*INFERENCE, *(c for c in chosen if c != "two forwards")]:
-        command = [sys.executable, "-m", "benchmarks.speed.zeroth_order", "one", "--name", name, *options]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+    for name, several in runs.items():
+        peaks = [run["peak_bytes"] for run in several]
+        found[name] = several[0] | {"peak_bytes": round(statistics.median(peaks)), "all": peaks}
         for key, baseline in zip(("over_inference", "over_inference_twice_the_rows"), INFERENCE):
             if baseline in found:
                 found[name][key] = round(found[name]["peak_bytes"] / found[baseline]["peak_bytes"], 3)
@@ -260,7 +242,7 @@ def main() -> None:
         found = measure_time(Task(given.dtype, last=given.last), given.rank, given.rounds, chosen)
     else:
         options = ["--rank", str(given.rank), "--dtype", given.dtype, "--threads", str(given.threads)]
-        found = measure_memory(chosen, options + ["--last"] * given.last)
+        found = measure_memory(chosen, given.rounds, options + ["--last"] * given.last)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     settings = {
         "rank": given.rank,
@@ -268,8 +250,8 @@ def main() -> None:
         "threads": given.threads,
         "batch": [8, 64],
         "last": given.last,
+        "rounds": given.rounds,
     }
-    settings |= {"rounds": given.rounds} if given.part == "time" else {}
     cell = {"settings": settings, "results": found, "environment": environment()} | origin()
     key = f"{given.part}-{given.dtype}-rank{given.rank}-threads{given.threads}" + "-last" * given.last
     results[key] = cell

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from benchmarks.cells import resumable
 from benchmarks.claims.tezo.study import SEEDS, SELECTION_SEED
-from benchmarks.speed.zeroth_order import Peak
+from benchmarks.memory import Peak
 from torch import Tensor, nn
 
 from modicum.errors import ModicumError
