@@ -207,6 +207,23 @@ def test_della_gives_equal_magnitudes_their_mean_rank() -> None:
         torch.testing.assert_close(kept.double().mean(0), expected, rtol=0, atol=0.04)
 
 
+@pytest.mark.parametrize("kind", ["few bits", "all bits", "few bits but for pairs that the last bit tells apart"])
+def test_della_ranks_exactly_whatever_the_bits(kind: str) -> None:
+    delta = torch.randn(40, 600, generator=generator(0))
+    if kind != "all bits":
+        delta = delta.bfloat16().float()
+    if "pairs" in kind:
+        delta[:, 0] = 1.0
+        delta[:, 1] = torch.nextafter(torch.tensor(-1.0), torch.tensor(-2.0))
+    merged = della(torch.zeros_like(delta), [delta], density=0.5, epsilon=0.3)
+    size = delta.abs()
+    twice_rank = (size[:, None] < size[:, :, None]).sum(2) + (size[:, None] <= size[:, :, None]).sum(2) - 1
+    level = ((0.5 + 0.3 * (twice_rank.double() / 599 - 1)) * 65536).round()
+    kept = merged != 0
+    assert 0.45 < kept.double().mean() < 0.55
+    torch.testing.assert_close(merged[kept].double(), (delta * 65536 / level)[kept], rtol=1e-6, atol=0)
+
+
 def test_della_drops_the_same_entries_however_it_rescales() -> None:
     base, experts = draw(300, 700)  # more than one block of rows
     knobs = {"density": 0.4, "epsilon": 0.3, "elect": "none", "normalize": False}

@@ -1,4 +1,4 @@
-"""The k-th largest magnitude of a delta, exactly, without sorting it or holding it.
+"""The k-th largest magnitude of a delta, or of what is made of several, exactly, without sorting it or holding it.
 
 A random sample brackets the value; one pass counts what lies above the bracket and keeps what lies in it. Comparisons
 and picks are NumPy's on the CPU, where they are ten times faster than torch's.
@@ -6,7 +6,7 @@ and picks are NumPy's on the CPU, where they are ten times faster than torch's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modicum.weights.blocks import delta_blocks, working_dtype
+from modicum.weights.blocks import delta_blocks
 
 SMALL = 1 << 16  # entries up to which a tensor is looked at whole
 Array: TypeAlias = NDArray[Any]
@@ -63,35 +63,53 @@ def _below(value: float, dtype: torch.dtype) -> float:
     return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-1.0, dtype=dtype)).item()
 
 
-def find_cuts(base: Tensor, experts: Sequence[Tensor], keeps: Sequence[Sequence[int]]) -> list[list[Cut]]:
+def find_cuts(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    keeps: Sequence[Sequence[int]],
+    *,
+    measure: Callable[[Tensor], Tensor] = torch.abs_,
+) -> list[list[Cut]]:
     """Return the cuts that keep an expert's largest deltas; of equal ones those that come first.
 
     Args:
         base: The tensor that the deltas are taken from.
         experts: Tensors of its shape.
         keeps: For each expert, how many each of its cuts keeps; from 1 to the number of entries.
+        measure: From deltas ``(n, block)``, which it may overwrite, to what is cut in their place: rows of numbers that
+            are not negative, for each of which ``keeps`` has an item.
     """
     n = base.numel()
     if n <= SMALL or base.device.type != "cpu":
-        return [[_cut_of(magnitudes_of(base, e), k) for k in ks] for e, ks in zip(experts, keeps)]
+        return [[_cut_of(numbers, k) for k in ks] for numbers, ks in zip(_rows(base, experts, measure), keeps)]
     where = _sample(n)
-    counts = [[_Counts(*bracket) for bracket in _brackets(base, e, ks, where)] for e, ks in zip(experts, keeps)]
+    sample = _rows(base.reshape(-1)[where], [expert.reshape(-1)[where] for expert in experts], measure)
+    counts = [[_Counts(*bracket) for bracket in _brackets(numbers, ks, n)] for numbers, ks in zip(sample, keeps)]
     for _, _, deltas in delta_blocks(base, experts):
-        for several, magnitudes in zip(counts, deltas.abs_()):
+        for several, numbers in zip(counts, measure(deltas)):
             for count in several:
-                count.add(magnitudes.numpy())
-    found = []
-    for expert, several, ks in zip(experts, counts, keeps):
-        cuts = [count.cut(k) for count, k in zip(several, ks)]
-        # A sample that missed the value costs a second look at the whole, which is rare.
-        found.append([cut or _cut_of(magnitudes_of(base, expert), k) for cut, k in zip(cuts, ks)])
-    return found
+                count.add(numbers.numpy())
+    found = [[count.cut(k) for count, k in zip(several, ks)] for several, ks in zip(counts, keeps)]
+    if all(cut for cuts in found for cut in cuts):
+        return [[cut for cut in cuts if cut] for cuts in found]
+    # A sample that missed the value costs a second look at the whole, which is rare.
+    return [
+        [cut or _cut_of(numbers, k) for cut, k in zip(cuts, ks)]
+        for cuts, numbers, ks in zip(found, _rows(base, experts, measure), keeps)
+    ]
 
 
-def magnitudes_of(base: Tensor, expert: Tensor) -> Tensor:
-    """Return the magnitudes of the delta as a vector."""
-    dtype = working_dtype(base)
-    return (expert.reshape(-1).to(dtype) - base.reshape(-1).to(dtype)).abs_()
+def _rows(base: Tensor, experts: Sequence[Tensor], measure: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Yield whole rows of the numbers that are cut, made one by one as each may be large."""
+    row, rows = 0, 1
+    while row < rows:
+        blocks = []
+        for _, _, deltas in delta_blocks(base, experts):
+            numbers = measure(deltas)
+            rows = len(numbers)
+            blocks.append(numbers[row].clone())
+        yield torch.cat(blocks)
+        row += 1
 
 
 def _cut_of(magnitudes: Tensor, k: int) -> Cut:
@@ -110,16 +128,15 @@ def _sample(n: int) -> Tensor:
     return torch.randint(n, (size,), generator=torch.Generator().manual_seed(0)).sort().values
 
 
-def _brackets(base: Tensor, expert: Tensor, keeps: Sequence[int], where: Tensor) -> list[tuple[float, float]]:
-    """Return for each k two magnitudes between which the k-th largest lies, five standard deviations sure."""
-    n, size = base.numel(), len(where)
-    sample = np.sort(magnitudes_of(base.reshape(-1)[where], expert.reshape(-1)[where]).numpy())
+def _brackets(sample: Tensor, keeps: Sequence[int], n: int) -> list[tuple[float, float]]:
+    """Return for each k two magnitudes between which the k-th largest of ``n`` lies, five standard deviations sure."""
+    size, ordered = len(sample), np.sort(sample.numpy())
     brackets = []
     for k in keeps:
         share = k / n
         middle, margin = (1 - share) * size, 5 * (size * share * (1 - share)) ** 0.5 + 2
         low, high = max(0, int(middle - margin)), min(size - 1, int(middle + margin))
-        brackets.append((sample[low].item(), sample[high].item()))
+        brackets.append((ordered[low].item(), ordered[high].item()))
     return brackets
 
 
