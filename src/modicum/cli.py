@@ -5,6 +5,7 @@ Everything modicum does is written in a recipe, a short YAML file. Start with:  
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import sys
@@ -166,6 +167,7 @@ def main() -> None:
     """Run the command line: exit status 0 done, 2 wrong input (one line), 1 anything else."""
     # Importing torch makes objects that all stay: looking through them again and again is a tenth of every start.
     gc.set_threshold(100_000)
+    atexit.register(gc.freeze)  # they go with the process, which would look through them once more as it ends
     # What other libraries say to their own developers helps nobody here.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(?!modicum)")
     warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")

@@ -23,12 +23,15 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def delta_blocks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield where a block lies, the base there, and the experts' deltas ``(n, block)``; both may be overwritten."""
+def delta_blocks(base: Tensor, experts: Sequence[Tensor], *, row: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield where a block lies, the base there, and the experts' deltas ``(n, block)``; both may be overwritten.
+
+    A block holds whole rows of ``row`` entries.
+    """
     dtype = working_dtype(base)
-    size = min(BLOCK, base.numel())
-    if not size:
+    if not base.numel():
         return
+    size = min(max(1, BLOCK // row) * row, base.numel())
     origin = torch.empty(size, dtype=dtype, device=base.device)
     deltas = torch.empty(len(experts), size, dtype=dtype, device=base.device)
     rows, start = deltas.unbind(), 0
@@ -39,8 +42,8 @@ def delta_blocks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[slic
             origin, deltas = origin[:n], deltas[:, :n]
             rows = deltas.unbind()
         origin.copy_(block)
-        for row, other in zip(rows, others):
-            row.copy_(other).sub_(origin)
+        for delta, other in zip(rows, others):
+            delta.copy_(other).sub_(origin)
         yield slice(start, start + n), origin, deltas
         start += n
 
@@ -66,7 +69,14 @@ def _result_like(base: Tensor) -> Tensor:
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
-def fold(base: Tensor, experts: Sequence[Tensor], kernel: Callable[[Tensor], Tensor], *, share: float = 1.0) -> Tensor:
+def fold(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    kernel: Callable[[Tensor], Tensor],
+    *,
+    share: float = 1.0,
+    row: int = 1,
+) -> Tensor:
     """Return ``share * base + kernel(deltas)``, block by block, in the dtype of ``base``.
 
     Args:
@@ -75,10 +85,11 @@ def fold(base: Tensor, experts: Sequence[Tensor], kernel: Callable[[Tensor], Ten
         kernel: From deltas ``(n, block)``, which it may overwrite, to the merged delta ``(block,)``. Blocks come in
             the order of their entries.
         share: Factor on the base.
+        row: A block holds whole rows of so many entries.
     """
     out = _result_like(base)
     flat = out.view(-1)
-    for where, origin, deltas in delta_blocks(base, experts):
+    for where, origin, deltas in delta_blocks(base, experts, row=row):
         merged = kernel(deltas)
         flat[where] = (origin if share == 1 else origin.mul_(share)).add_(merged)
     return out

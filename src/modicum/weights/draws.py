@@ -1,10 +1,12 @@
-"""Random numbers for masks: at most 16 bits each, so that a probability is exact to 1/65536, far cheaper than a float.
+"""Dropping entries of deltas at random, and the random numbers for it.
 
-Draws and comparisons are NumPy's, which are several times faster than torch's on a processor.
+These have at most 16 bits each, so that a probability is exact to 1/65536, and are far cheaper than floats. Draws and
+comparisons are NumPy's, which are several times faster than torch's on a processor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,9 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from modicum.weights.blocks import as_vector, delta_blocks, fold
+from modicum.weights.combine import Kernel
+
 LEVELS = 1 << 16
 Words: TypeAlias = NDArray[np.uint16]
 Mask: TypeAlias = NDArray[np.bool_]
+Drop: TypeAlias = Callable[[int, Tensor], NDArray[Any] | None]
+"""From an expert and the next block of its delta to factors, 0 for what is dropped; ``None`` where nothing is."""
 
 
 def draw(size: int, rng: np.random.Generator) -> Words:
@@ -41,9 +48,62 @@ def _bytes(size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     return rng.integers(0, 1 << 64, -(-size // 8), dtype=np.uint64).view(np.uint8)[:size]
 
 
-def keep_(delta: Tensor, mask: NDArray[Any]) -> Tensor:
-    """Set to zero where ``mask`` is false."""
+def merge_dropped(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    drop: Drop,
+    combine: Kernel,
+    *,
+    larger: Sequence[float] | None,
+    row: int = 1,
+) -> Tensor:
+    """Return the base plus what ``combine`` makes of the deltas, of which entries are dropped and the rest made larger.
+
+    Args:
+        base: The tensor that the deltas are taken from.
+        experts: Tensors of its shape.
+        drop: Called for every block of every expert's delta, in order.
+        combine: From deltas ``(n, block)`` to the merged delta.
+        larger: A factor for each expert. ``None`` makes the sum of its magnitudes what it was; that takes two passes,
+            between which a bit is kept for each entry.
+        row: A block holds whole rows of so many entries.
+    """
+    if larger is None:
+        drop, larger = _keep_l1(base, experts, drop, row)
+    factors = as_vector(larger, base)
+
+    def kernel(deltas: Tensor) -> Tensor:
+        for t, delta in enumerate(deltas):
+            _apply_(delta, drop(t, delta))
+        return combine(deltas.mul_(factors[:, None]))
+
+    return fold(base, experts, kernel, row=row)
+
+
+def _keep_l1(base: Tensor, experts: Sequence[Tensor], drop: Drop, row: int) -> tuple[Drop, list[float]]:
+    """Drop once, to learn each expert's sum of magnitudes over that of what stays; return also what drops the same."""
+    before, after = [0.0] * len(experts), [0.0] * len(experts)
+    stays: list[list[NDArray[np.uint8] | None]] = [[] for _ in experts]
+    for _, _, deltas in delta_blocks(base, experts, row=row):
+        for t, delta in enumerate(deltas.abs_()):
+            mask = drop(t, delta)
+            stays[t].append(None if mask is None else np.packbits(mask))
+            before[t] += float(delta.sum())
+            _apply_(delta, mask)
+            after[t] += float(delta.sum())
+    replay = [iter(bits) for bits in stays]
+
+    def again(t: int, delta: Tensor) -> NDArray[Any] | None:
+        bits = next(replay[t])
+        return None if bits is None else np.unpackbits(bits, count=len(delta))
+
+    return again, [whole / kept if kept else 1.0 for whole, kept in zip(before, after)]
+
+
+def _apply_(delta: Tensor, factors: NDArray[Any] | None) -> None:
+    if factors is None:
+        return
     if delta.device.type == "cpu":
-        np.multiply(delta.numpy(), mask, out=delta.numpy())
-        return delta
-    return delta.mul_(torch.from_numpy(mask).to(delta.device))
+        np.multiply(delta.numpy(), factors, out=delta.numpy())
+    else:
+        delta.mul_(torch.from_numpy(factors).to(delta.device))

@@ -58,6 +58,7 @@ def _places(delta: Tensor, value: float) -> Tensor:
     return (delta.abs() == value).nonzero().view(-1)
 
 
+@lru_cache(maxsize=32)  # every block of a tensor asks for the same
 def _below(value: float, dtype: torch.dtype) -> float:
     """Return the next smaller number; below zero for zero, so that everything passes."""
     return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-1.0, dtype=dtype)).item()

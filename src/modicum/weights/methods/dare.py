@@ -14,9 +14,9 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import as_vector, delta_blocks, fold, per_expert
+from modicum.weights.blocks import as_vector, per_expert
 from modicum.weights.combine import Elect, combiner
-from modicum.weights.draws import LEVELS, draw_mask, keep_
+from modicum.weights.draws import LEVELS, Mask, draw_mask, merge_dropped
 
 
 @merge_method("dare", paper="arXiv:2311.03099", laws={"zero_delta", "scale", "shift"})
@@ -61,7 +61,7 @@ def dare(
         tensor([2., 2., 0., 0.])
 
     Cost:
-        One pass, two with ``l1``.
+        One pass; two with ``l1``, which keeps a bit for each entry of each expert between them.
 
     Deviates:
         The probability is rounded to 1/65536, and the rescaling uses the rounded one, so it stays unbiased.
@@ -74,43 +74,11 @@ def dare(
     w = as_vector(per_expert(weights, n), base)
     levels = [min(LEVELS, max(1, round(share * LEVELS))) for share in per_expert(density, n)]
     seeds = torch.randint(1 << 62, (n,), generator=rng or torch.Generator().manual_seed(0)).tolist()
-    if rescale == "l1":
-        factors = _l1_ratios(base, experts, levels, seeds)
-    else:
-        factors = [LEVELS / level if rescale == "expectation" else 1.0 for level in levels]
-    masks = Masks(levels, seeds)
-    larger = as_vector(factors, base)
+    sources = [np.random.default_rng(seed) for seed in seeds]
 
+    def drop(t: int, delta: Tensor) -> Mask | None:
+        return draw_mask(len(delta), levels[t], sources[t]) if levels[t] < LEVELS else None
+
+    larger = {"expectation": [LEVELS / level for level in levels], "none": [1.0] * n, "l1": None}[rescale]
     combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
-
-    def kernel(deltas: Tensor) -> Tensor:
-        masks.apply_(deltas)
-        return combine(deltas.mul_(larger[:, None]))
-
-    return fold(base, experts, kernel)
-
-
-class Masks:
-    """Random masks of a tensor's deltas, drawn block by block; the same seeds give the same masks."""
-
-    def __init__(self, levels: Sequence[int], seeds: Sequence[int]) -> None:
-        self.levels = levels
-        self.generators = [np.random.default_rng(seed) for seed in seeds]
-
-    def apply_(self, deltas: Tensor) -> None:
-        """Set to zero what is dropped of the next block of deltas ``(n, block)``."""
-        for delta, level, rng in zip(deltas, self.levels, self.generators):
-            if level < LEVELS:
-                keep_(delta, draw_mask(len(delta), level, rng))
-
-
-def _l1_ratios(base: Tensor, experts: Sequence[Tensor], levels: Sequence[int], seeds: Sequence[int]) -> list[float]:
-    """Return for each expert the sum of magnitudes of its delta over that of what its mask keeps."""
-    masks = Masks(levels, seeds)
-    before = torch.zeros(len(experts), dtype=torch.float64, device=base.device)
-    after = torch.zeros_like(before)
-    for _, _, deltas in delta_blocks(base, experts):
-        before += deltas.abs_().sum(1)
-        masks.apply_(deltas)
-        after += deltas.sum(1)
-    return torch.where(after > 0, before / after, 1.0).tolist()
+    return merge_dropped(base, experts, drop, combine, larger=larger)

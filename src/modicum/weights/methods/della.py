@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import as_vector, per_expert, working_dtype
+from modicum.weights.blocks import as_vector, per_expert
 from modicum.weights.combine import Elect, combiner
-from modicum.weights.draws import LEVELS, Mask, Words, draw, keep_
+from modicum.weights.draws import LEVELS, Words, draw, merge_dropped
 
-ROWS = 1 << 17  # entries handled at a time, in whole rows
+SHORT = 14  # bits of a column up to which it shares 32 bits with its magnitude, whose mantissa keeps 10 or more
 
 
 @merge_method("della", paper="arXiv:2406.11617", laws={"zero_delta", "scale"})
@@ -45,8 +45,8 @@ def della(
         q_i = (d - \epsilon) + 2 \epsilon \frac{r_i}{n - 1}, \quad
         \tilde\tau_i = m_i \tau_i / q_i, \quad m_i \sim \operatorname{Bernoulli}(q_i)
 
-    where :math:`r_i` is the rank of :math:`|\tau_i|` in its row of :math:`n`, smallest first; equal magnitudes share
-    their mean rank.
+    where :math:`r_i` is the rank of :math:`|\tau_i|` in its row of :math:`n`, smallest first; equal magnitudes are
+    ranked at random.
 
     Args:
         base: The tensor that the experts were trained from.
@@ -78,8 +78,8 @@ def della(
 
     Deviates:
         ``epsilon`` is half the window, as in the authors' code; the paper's is the whole. Probabilities are rounded to
-        1/65536, and the rescaling uses the rounded ones, so it stays unbiased. A row of one entry is kept
-        with probability ``density``.
+        1/65536, and the rescaling uses the rounded ones, so it stays unbiased. Magnitudes that agree to ten binary
+        digits may count as equal. A row of one entry is kept with probability ``density``.
 
     Reference:
         Deep et al., "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", 2024,
@@ -93,160 +93,57 @@ def della(
                 f"della: density {share} ± epsilon {width} leaves (0, 1). Lower epsilon, or move density to the middle."
             )
     seeds = torch.randint(1 << 62, (n,), generator=rng or torch.Generator().manual_seed(0)).tolist()
-    w = as_vector(per_expert(weights, n), base)
-    dtype = working_dtype(base)
-    width_of_row = base.shape[-1] if base.ndim else 1
-    origin = base.reshape(-1, width_of_row)
-    flats = [expert.reshape(-1, width_of_row) for expert in experts]
-    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    rows = out.view(-1, width_of_row)
-    step = max(1, ROWS // max(1, width_of_row))
-    combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
-    levels = [levels_of(width_of_row, *window) for window in zip(shares, widths)]
-    generators = [np.random.default_rng(seed) for seed in seeds]
-    masks: list[list[NDArray[np.uint8]]] = [[] for _ in experts]
-    ratios = [1.0] * n
-    if rescale == "l1":
-        for t, chances in enumerate(levels):
-            if chances:
-                masks[t], ratios[t] = _l1(origin, flats[t], chances, generators[t], step)
-    buffer = torch.empty(n + 1, min(step, len(origin)), width_of_row, dtype=dtype, device=base.device)
-    for i, start in enumerate(range(0, len(origin), step)):
-        block, *deltas = buffer[:, : len(origin) - start]
-        block.copy_(origin[start : start + step])
-        for delta, flat, chances, source, bits, ratio in zip(deltas, flats, levels, generators, masks, ratios):
-            delta.copy_(flat[start : start + step]).sub_(block)
-            if not chances:
-                continue
-            if rescale == "probability":
-                keep_by_probability_(delta, chances, source)
-                continue
-            mask = np.unpackbits(bits[i], count=delta.numel()) if bits else keep_mask(delta, chances, source)
-            keep_(delta.view(-1), mask).mul_(ratio)
-        merged = combine(buffer[1:, : len(block)].flatten(1))
-        rows[start : start + step] = block.add_(merged.view(block.shape))
-    return out
+    sources = [np.random.default_rng(seed) for seed in seeds]
+    row = base.shape[-1] if base.ndim else 1
+    levels = [levels_of(row, *window) for window in zip(shares, widths)]
+
+    def drop(t: int, delta: Tensor) -> NDArray[Any] | None:
+        chances = levels[t]
+        if chances is None:
+            return None
+        return drop_by_rank(delta.view(-1, row), chances, sources[t], divide=rescale == "probability").reshape(-1)
+
+    combine = combiner(as_vector(per_expert(weights, n), base), elect=elect, normalize=normalize, scale=scale)
+    return merge_dropped(base, experts, drop, combine, larger=None if rescale == "l1" else [1.0] * n, row=row)
 
 
 @lru_cache(maxsize=64)  # a model has few lengths of row
-def levels_of(n: int, density: float, epsilon: float) -> Levels | None:
-    """Return the probabilities of being kept in a row of ``n``; ``None`` where nothing is dropped."""
+def levels_of(n: int, density: float, epsilon: float) -> Words | None:
+    """Return the probabilities of being kept in a row of ``n``, smallest entry first, in units of 1/65536.
+
+    ``None`` where nothing is dropped.
+    """
     if density >= 1 or not n:
         return None
-    twice = np.arange(2 * n - 1)
-    probability = density + (epsilon * (twice / (n - 1) - 1) if n > 1 else 0.0 * twice)
-    levels = np.clip(np.rint(probability * LEVELS), 1, LEVELS - 1).astype(np.uint16)
-    by_rank = levels[::2]
-    lowest, highest = int(by_rank[0]), int(by_rank[-1])
-    return Levels(levels, lowest, highest, np.searchsorted(by_rank, np.arange(lowest, highest), side="right"))
+    probability = density + epsilon * np.linspace(-1, 1, n) if n > 1 else np.array([density])
+    return np.clip(np.rint(probability * LEVELS), 1, LEVELS - 1).astype(np.uint16)
 
 
-class Levels(NamedTuple):
-    """Probabilities in units of 1/65536, by twice the rank, which of equal magnitudes is a whole number and a half."""
+def drop_by_rank(delta: Tensor, levels: Words, rng: np.random.Generator, *, divide: bool) -> NDArray[Any]:
+    """Return for each entry of the rows ``delta (rows, n)`` whether it stays, over its probability if ``divide``."""
+    columns = _rank(delta, rng)
+    stays = draw(delta.numel(), rng).reshape(columns.shape) < levels
+    by_rank = torch.from_numpy(stays * (np.float32(LEVELS) / levels) if divide else stays)
+    return torch.empty_like(by_rank).scatter_(1, columns, by_rank).numpy()
 
-    by_twice_rank: Words
-    lowest: int
-    highest: int
-    needed: NDArray[np.int64]  # for each draw from the lowest up, the first rank that keeps it
 
+def _rank(delta: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return for each row of ``delta (rows, n)`` its columns in the order of their magnitudes, equal ones at random.
 
-def keep_mask(delta: Tensor, levels: Levels, rng: np.random.Generator) -> Mask:
-    """Say which entries of each row of ``delta`` stay; small ones do less often.
-
-    Draws outside the window of probabilities decide by themselves. For one within it, the entry is compared with the
-    one at the rank that would just stay; its own rank is looked up only where the two are equal.
+    Magnitude and column in one integer: sorting these in place is far faster than an argsort. The bit pattern of a
+    number without its sign is ordered like its magnitude. Of columns that are written with a random pattern of bits
+    flipped, each of two is as often the smaller.
     """
-    rows, n = delta.shape
-    draws = draw(rows * n, rng)
-    mask: Mask = draws < levels.lowest
-    open_ = np.flatnonzero((draws < levels.highest) ^ mask)
-    if open_.size:
-        patterns = _patterns(delta)
-        ranked = np.sort(patterns, axis=1)
-        row = open_ // n
-        own = patterns.reshape(-1)[open_]
-        just = ranked.reshape(-1)[row * n + levels.needed[draws[open_] - levels.lowest]]
-        mask[open_] = own > just
-        equal = np.flatnonzero((own == just) & (own > 0))  # what is zero stays so
-        level = levels.by_twice_rank[_twice_rank(ranked, row[equal], own[equal])]
-        mask[open_[equal]] = draws[open_[equal]] < level
-    return mask
-
-
-def keep_by_probability_(delta: Tensor, levels: Levels, rng: np.random.Generator) -> None:
-    """Drop what :func:`keep_mask` drops, and divide the rest by the probabilities of being kept."""
-    own = _level_of_each(_patterns(delta), levels)
-    draws = draw(own.size, rng).reshape(own.shape)
-    delta.mul_(torch.from_numpy((draws < own) * (np.float32(LEVELS) / own)).to(delta))
-
-
-def _level_of_each(patterns: NDArray[np.int32], levels: Levels) -> Words:
-    """Return the probability of each entry of each row, in units of 1/65536.
-
-    Magnitude and position in one integer: sorting these ranks a row far faster than an argsort, and twice as fast where
-    they fit into 32 bits. They do for differences of bfloat16 weights, of which few have bits as low as are cut off.
-    """
-    cut = max(0, int(patterns.max(initial=0)).bit_length() + _bits(patterns) - 32)
-    low = np.flatnonzero((patterns & ((1 << cut) - 1)) != 0)
-    if low.size > patterns.size // 256:
-        return _by_rank(patterns, levels, np.uint64)
-    short = patterns >> cut
-    found = _by_rank(short, levels, np.uint32)
-    # Two magnitudes that differ in the bits cut off would count as equal: a row that has any is ranked again.
-    row = low // patterns.shape[1]
-    alike = (short[row] == short.reshape(-1)[low, None]).sum(1) > 1
-    again = np.unique(row[alike])
-    found[again] = _by_rank(patterns[again], levels, np.uint64)
-    return found
-
-
-def _by_rank(patterns: NDArray[np.int32], levels: Levels, dtype: type[np.unsignedinteger[Any]]) -> Words:
+    patterns = delta.float().cpu().numpy().view(np.uint32)
     rows, n = patterns.shape
-    bits = _bits(patterns)
-    keys = (patterns.astype(dtype) << bits) | np.arange(n, dtype=dtype)
+    bits = (n - 1).bit_length()
+    dtype: type[np.unsignedinteger[Any]] = np.uint32 if bits <= SHORT else np.uint64
+    column = dtype((1 << bits) - 1)
+    flips = rng.integers(column, size=(rows, 1), dtype=dtype, endpoint=True)
+    keys = patterns.astype(dtype, copy=False) << dtype(8 * dtype().itemsize - 31)  # the sign falls off
+    keys &= ~column
+    keys |= np.arange(n, dtype=dtype) ^ flips
     keys.sort(axis=1)
-    magnitudes = keys >> bits
-    begins = np.ones((rows, n), bool)  # of each rank: whether another magnitude begins there
-    np.not_equal(magnitudes[:, 1:], magnitudes[:, :-1], out=begins[:, 1:])
-    first = np.flatnonzero(begins)
-    length = np.diff(first, append=rows * n)
-    level = levels.by_twice_rank[2 * (first - first // n * n) + length - 1]
-    by_rank = torch.from_numpy(np.repeat(level, length).view(np.int16)).view(rows, n)
-    position = torch.from_numpy((keys & dtype((1 << bits) - 1)).astype(np.int64))
-    return torch.empty(rows, n, dtype=torch.int16).scatter_(1, position, by_rank).numpy().view(np.uint16)
-
-
-def _bits(patterns: NDArray[np.int32]) -> int:
-    """Return how many bits a position in a row takes."""
-    return (patterns.shape[1] - 1).bit_length()
-
-
-def _patterns(delta: Tensor) -> NDArray[np.int32]:
-    """Return the bit patterns of the magnitudes, which are ordered like these and sort faster."""
-    patterns: NDArray[np.int32] = delta.abs().float().cpu().numpy().view(np.int32)
-    return patterns
-
-
-def _twice_rank(ranked: NDArray[np.int32], row: NDArray[np.int64], own: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return for entries ``own`` of the given rows twice their mean rank among the sorted entries of these."""
-    rows, n = ranked.shape
-    # With its row in the upper half of an integer, all rows are one sorted sequence.
-    keys = (np.arange(rows, dtype=np.int64)[:, None] << 32) + ranked
-    wanted = (row << 32) + own
-    first, behind = (np.searchsorted(keys.reshape(-1), wanted, side=side) for side in ("left", "right"))
-    return first + behind - 1 - 2 * n * row
-
-
-def _l1(
-    base: Tensor, expert: Tensor, levels: Levels, rng: np.random.Generator, step: int
-) -> tuple[list[NDArray[np.uint8]], float]:
-    """Return the masks of an expert's delta, a bit an entry, and its sum of magnitudes over that of what they keep."""
-    masks, before, after = [], 0.0, 0.0
-    for start in range(0, len(base), step):
-        delta = expert[start : start + step].to(working_dtype(base)) - base[start : start + step]
-        mask = keep_mask(delta, levels, rng)
-        masks.append(np.packbits(mask))
-        magnitudes = delta.abs_().view(-1)
-        before += float(magnitudes.sum())
-        after += float(keep_(magnitudes, mask).sum())
-    return masks, before / after if after else 1.0
+    keys &= column
+    keys ^= flips
+    return torch.from_numpy(keys.astype(np.int64))

@@ -66,7 +66,7 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
         deltas.mul_(sign).clamp_min_(0)
         merged = torch.mv(deltas.T, weights).mul_(sign)
         divisor = torch.mv(deltas.sign_().T, weights)
-        return merged.div_(torch.where(divisor > 0, divisor, 1.0))
+        return merged.div_(divisor.clamp_min_(torch.finfo(divisor.dtype).tiny))  # zero stays zero where nobody agrees
 
     return fold(base, experts, kernel)
 
