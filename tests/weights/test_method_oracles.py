@@ -234,7 +234,7 @@ def test_a_random_method_equals_its_oracle_given_its_masks(
             masks = []
             for t, tau in enumerate(taus):
                 alone = [tau if u == t else torch.zeros_like(tau) for u in range(len(taus))]
-                plain = {"rescale": "none", "elect": "none", "normalize": False, "rng": generator(5)}
+                plain = {"rescale": rescale, "elect": "none", "normalize": False, "rng": generator(5)}
                 masks.append((function(torch.zeros_like(base), alone, **drop, **plain) != 0).double().numpy())
             knobs = {"rescale": rescale, "scale": 0.7, "weights": weights(taus), "normalize": elect == "ties"}
             found = function(base, experts, **drop, **knobs, elect=elect, rng=generator(5))

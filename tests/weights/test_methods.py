@@ -185,17 +185,22 @@ def test_della_without_a_window_drops_like_dare() -> None:
     assert abs(float(kept.double().mean()) - 0.4) < 0.035
 
 
-def test_della_keeps_large_entries_more_often() -> None:
+@pytest.mark.parametrize("rescale", ["probability", "l1", "none"])
+def test_della_keeps_large_entries_more_often(rescale: str) -> None:
     expert = torch.arange(1.0, 11).repeat(4000, 1)
-    kept = (della(torch.zeros(4000, 10), [expert], density=0.5, epsilon=0.3) != 0).double().mean(0)
+    merged = della(torch.zeros(4000, 10), [expert], density=0.5, epsilon=0.3, rescale=rescale)
     expected = 0.2 + 0.6 * torch.arange(10) / 9
-    torch.testing.assert_close(kept, expected.double(), rtol=0, atol=0.04)
+    # 4000 draws of each: standard deviation 0.008.
+    torch.testing.assert_close((merged != 0).double().mean(0), expected.double(), rtol=0, atol=0.04)
 
 
-def test_della_takes_rows_of_one_entry() -> None:
-    merged = della(torch.zeros(500, 1), [torch.ones(500, 1)], density=0.5, epsilon=0.2)
-    assert torch.isfinite(merged).all()
-    assert set(merged.unique().tolist()) == {0.0, 2.0}
+@pytest.mark.parametrize("rescale", ["probability", "l1"])
+def test_della_takes_rows_of_one_entry(rescale: str) -> None:
+    merged = della(torch.zeros(500, 1), [torch.ones(500, 1)], density=0.5, epsilon=0.2, rescale=rescale)
+    kept = merged != 0
+    assert abs(float(kept.double().mean()) - 0.5) < 0.1  # standard deviation 0.022
+    larger = 2.0 if rescale == "probability" else float(1 / kept.double().mean())
+    assert merged[kept].unique().tolist() == pytest.approx([larger])
 
 
 def test_della_gives_equal_magnitudes_their_mean_probability() -> None:
@@ -219,16 +224,11 @@ def test_della_divides_by_the_probability_of_its_rank(n: int) -> None:
     torch.testing.assert_close((delta / merged)[kept], expected, rtol=0, atol=2 / n + 1 / 65536)
 
 
-def test_della_drops_the_same_entries_however_it_rescales() -> None:
+def test_della_drops_the_same_entries_whether_or_not_it_makes_up_for_them() -> None:
     base, experts = draw(300, 700)  # more than one block of rows
     knobs = {"density": 0.4, "epsilon": 0.3, "elect": "none", "normalize": False}
-    runs = {
-        how: della(0 * base, experts[:1], rescale=how, rng=generator(1), **knobs)
-        for how in ("none", "l1", "probability")
-    }
-    assert torch.equal(runs["l1"] != 0, runs["none"] != 0)
-    assert torch.equal(runs["probability"] != 0, runs["none"] != 0)
-    torch.testing.assert_close(runs["l1"].abs().sum(), experts[0].abs().sum(), rtol=1e-6, atol=0)
+    l1, plain = (della(0 * base, experts[:1], rescale=how, rng=generator(1), **knobs) for how in ("l1", "none"))
+    assert torch.equal(l1 != 0, plain != 0)
 
 
 def test_masks_have_their_probability_to_the_last_bit() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from modicum.linalg import SVD, truncated_svd
-from modicum.weights.methods.resm import outlier_limit
+from modicum.weights.methods.resm import outliers_of
 from modicum.weights.methods.tsv import interference, ranks_of
 
 LEADING = 8  # singular values that are kept of each change
@@ -61,9 +61,8 @@ def outlier_share(delta: Tensor) -> float:
         >>> outlier_share(torch.tensor([1.0] * 99 + [101.0]))
         0.505
     """
-    magnitude = delta.abs().double()
-    total = float(magnitude.sum())
-    return float(magnitude[magnitude > outlier_limit(delta, SIGMAS)].sum()) / total if total else 0.0
+    found = outliers_of(delta, SIGMAS)
+    return found.mass / found.total if found.total else 0.0
 
 
 def energy_rank(values: Tensor, share: float = ENERGY) -> int:

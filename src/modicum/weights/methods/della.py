@@ -20,7 +20,7 @@ from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import as_vector, per_expert
 from modicum.weights.combine import Elect, combiner
-from modicum.weights.draws import LEVELS, Words, draw, merge_dropped
+from modicum.weights.draws import LEVELS, Mask, Words, draw, merge_dropped
 
 SHORT = 14  # bits of a column up to which it shares 32 bits with its magnitude, whose mantissa keeps 10 or more
 
@@ -74,7 +74,8 @@ def della(
         tensor([[0.0000, 0.0000, 5.1429, 5.3333]])
 
     Cost:
-        One sort of every row; one pass, two with ``l1``, which keeps a bit for each entry of each expert between them.
+        One pass, two with ``l1``, which keeps a bit for each entry of each expert between them; ``probability`` also
+        sorts every row.
 
     Deviates:
         ``epsilon`` is half the window, as in the authors' code; the paper's is the whole. Probabilities are rounded to
@@ -95,36 +96,55 @@ def della(
     seeds = torch.randint(1 << 62, (n,), generator=rng or torch.Generator().manual_seed(0)).tolist()
     sources = [np.random.default_rng(seed) for seed in seeds]
     row = base.shape[-1] if base.ndim else 1
-    levels = [levels_of(row, *window) for window in zip(shares, widths)]
 
     def drop(t: int, delta: Tensor) -> NDArray[Any] | None:
-        chances = levels[t]
-        if chances is None:
+        if shares[t] >= 1:
             return None
-        return drop_by_rank(delta.view(-1, row), chances, sources[t], divide=rescale == "probability").reshape(-1)
+        choose = divide_by_rank if rescale == "probability" else keep_by_rank
+        return choose(delta.view(-1, row), shares[t], widths[t], sources[t]).reshape(-1)
 
     combine = combiner(as_vector(per_expert(weights, n), base), elect=elect, normalize=normalize, scale=scale)
     return merge_dropped(base, experts, drop, combine, larger=None if rescale == "l1" else [1.0] * n, row=row)
 
 
-@lru_cache(maxsize=64)  # a model has few lengths of row
-def levels_of(n: int, density: float, epsilon: float) -> Words | None:
-    """Return the probabilities of being kept in a row of ``n``, smallest entry first, in units of 1/65536.
+def keep_by_rank(delta: Tensor, density: float, epsilon: float, rng: np.random.Generator) -> Mask:
+    """Say which entries of the rows ``delta (rows, n)`` stay: without ranking them.
 
-    ``None`` where nothing is dropped.
+    An entry's rank over n - 1 is the share of the others in its row that are smaller, so it is as likely to be larger
+    than one of them that is picked at random. That decides for draws within the window of probabilities, by a coin
+    where the two are equal; draws outside it decide by themselves.
     """
-    if density >= 1 or not n:
-        return None
+    size, n = delta.numel(), delta.shape[1]
+    width = round(2 * epsilon * LEVELS) if n > 1 else 0
+    lowest = round(density * LEVELS - width / 2)
+    draws = draw(size, rng)
+    mask: Mask = draws < lowest
+    places = np.flatnonzero(draws - np.uint16(lowest) < width)
+    if places.size:
+        magnitudes = delta.abs().reshape(-1).cpu().numpy()
+        picks = rng.integers(1 << 32, size=places.size, dtype=np.uint32)
+        first = places // n * n  # of each one's row
+        other = (picks * np.uint64(n - 1) >> np.uint64(32)).astype(np.int64)
+        other += other >= places - first  # itself is left out
+        own, rival = magnitudes[places], magnitudes[first + other]
+        mask[places] = (own > rival) | ((own == rival) & (picks & np.uint32(1) > 0))
+    return mask
+
+
+def divide_by_rank(delta: Tensor, density: float, epsilon: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return for each entry of the rows ``delta (rows, n)`` 0 if it is dropped, else one over its probability."""
+    columns = _rank(delta, rng)
+    levels = levels_of(columns.shape[1], density, epsilon)
+    stays = draw(delta.numel(), rng).reshape(columns.shape) < levels
+    by_rank = torch.from_numpy(stays * (np.float32(LEVELS) / levels))
+    return torch.empty_like(by_rank).scatter_(1, columns, by_rank).numpy()
+
+
+@lru_cache(maxsize=64)  # a model has few lengths of row
+def levels_of(n: int, density: float, epsilon: float) -> Words:
+    """Return the probabilities of being kept in a row of ``n``, smallest entry first, in units of 1/65536."""
     probability = density + epsilon * np.linspace(-1, 1, n) if n > 1 else np.array([density])
     return np.clip(np.rint(probability * LEVELS), 1, LEVELS - 1).astype(np.uint16)
-
-
-def drop_by_rank(delta: Tensor, levels: Words, rng: np.random.Generator, *, divide: bool) -> NDArray[Any]:
-    """Return for each entry of the rows ``delta (rows, n)`` whether it stays, over its probability if ``divide``."""
-    columns = _rank(delta, rng)
-    stays = draw(delta.numel(), rng).reshape(columns.shape) < levels
-    by_rank = torch.from_numpy(stays * (np.float32(LEVELS) / levels) if divide else stays)
-    return torch.empty_like(by_rank).scatter_(1, columns, by_rank).numpy()
 
 
 def _rank(delta: Tensor, rng: np.random.Generator) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
@@ -127,7 +128,8 @@ def resm(
     def merge(deltas: list[Tensor]) -> Tensor:
         weights = outlier_weights(deltas, mode=outliers, sigmas=sigmas, bounds=bounds, normalize=normalize)
         if outliers == "mitigate":
-            deltas = [delta.clamp(-limit, limit) for delta in deltas for limit in [outlier_limit(delta, sigmas)]]
+            limits = [outliers_of(delta, sigmas).limit for delta in deltas]
+            deltas = [delta.clamp(-limit, limit) for delta, limit in zip(deltas, limits)]
         shares = [occupancy(delta, c=c, eps=eps) for delta in deltas]
         plan = rank_plan(shares, min(deltas[0].shape), rule=ranks, reference=reference)
         parts = []
@@ -145,10 +147,28 @@ def resm(
     return merge_matrices(base, experts, merge)
 
 
-def outlier_limit(delta: Tensor, sigmas: float) -> float:
-    """Return the magnitude above which an entry is an outlier."""
-    magnitude = delta.abs().double()
-    return float(magnitude.mean() + sigmas * magnitude.std(correction=0))
+class Outliers(NamedTuple):
+    """Magnitudes far above the mean: from where on, their sum, that of all, and which share of the entries they are."""
+
+    limit: float
+    mass: float
+    total: float
+    share: float
+
+
+def outliers_of(delta: Tensor, sigmas: float) -> Outliers:
+    """Find the magnitudes that lie more than so many standard deviations above their mean.
+
+    Example:
+        >>> outliers_of(torch.tensor([1.0] * 99 + [101.0]), sigmas=3.0)[1:]
+        (101.0, 200.0, 0.01)
+    """
+    magnitude = delta.abs().reshape(-1)
+    n, total = len(magnitude), float(magnitude.sum(dtype=torch.float64))
+    variance = float(torch.dot(magnitude, magnitude)) / n - (total / n) ** 2
+    limit = total / n + sigmas * math.sqrt(max(variance, 0.0))
+    over = torch.nn.functional.hardshrink(magnitude, limit)
+    return Outliers(limit, float(over.sum(dtype=torch.float64)), total, int(over.count_nonzero()) / n)
 
 
 def outlier_weights(
@@ -164,13 +184,9 @@ def outlier_weights(
     if mode in ("none", "mitigate"):
         return [1.0] * n
     scores = []
-    for delta in deltas:
-        magnitude = delta.abs().double()
-        over = magnitude > outlier_limit(delta, sigmas)
-        mass, total = float((magnitude * over).sum()), float(magnitude.sum())
-        scores.append(
-            {"mass": mass, "ratio": mass / total if total else 0.0, "count": float(over.double().mean())}[mode]
-        )
+    for found in (outliers_of(delta, sigmas) for delta in deltas):
+        ratio = found.mass / found.total if found.total else 0.0
+        scores.append({"mass": found.mass, "ratio": ratio, "count": found.share}[mode])
     if normalize == "softmax":
         powers = [math.exp(score - max(scores)) for score in scores]
         weights = [n * power / sum(powers) for power in powers]
@@ -189,9 +205,9 @@ def outlier_weights(
 
 def occupancy(delta: Tensor, *, c: float = 0.1, eps: float | None = None) -> float:
     """Return the share of entries that are more than next to nothing: one minus the sparsity."""
-    magnitude = delta.abs()
-    limit = float(c * magnitude.double().mean()) if eps is None else eps
-    return float((magnitude > limit).double().mean())
+    magnitude, n = delta.abs(), delta.numel()
+    limit = c * float(magnitude.sum(dtype=torch.float64)) / n if eps is None else eps
+    return int((magnitude > limit).count_nonzero()) / n
 
 
 def rank_plan(
