@@ -238,6 +238,14 @@ def test_masks_have_their_probability_to_the_last_bit() -> None:
         assert abs(mean - share) <= 5 * (share * (1 - share) / (1 << 20)) ** 0.5
 
 
+@pytest.mark.parametrize("rescale", ["probability", "l1"])
+@pytest.mark.parametrize(("density", "epsilon"), [(1e-7, 0.0), (1 - 1e-7, 0.0), (0.5, 0.4999999)])
+def test_della_takes_probabilities_next_to_0_and_1(density: float, epsilon: float, rescale: str) -> None:
+    expert = torch.arange(1.0, 101).repeat(100, 1)
+    merged = della(torch.zeros(100, 100), [expert], density=density, epsilon=epsilon, rescale=rescale)
+    assert abs(float((merged != 0).double().mean()) - density) < 0.02  # standard deviation at most 0.004
+
+
 def test_della_refuses_a_window_that_leaves_the_unit_interval() -> None:
     with pytest.raises(RecipeError, match="leaves"):
         della(torch.zeros(2), [torch.ones(2)], density=0.95, epsilon=0.1)

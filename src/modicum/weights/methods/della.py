@@ -116,7 +116,7 @@ def keep_by_rank(delta: Tensor, density: float, epsilon: float, rng: np.random.G
     """
     size, n = delta.numel(), delta.shape[1]
     width = round(2 * epsilon * LEVELS) if n > 1 else 0
-    lowest = round(density * LEVELS - width / 2)
+    lowest = min(LEVELS - 1, max(1, round(density * LEVELS - width / 2)))
     draws = draw(size, rng)
     mask: Mask = draws < lowest
     places = np.flatnonzero(draws - np.uint16(lowest) < width)
