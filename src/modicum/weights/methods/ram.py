@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from modicum.registry import merge_method
 from modicum.types import NonNegative
@@ -64,9 +65,10 @@ def ram(
         factors = 1 + r * ratio.clamp(0, alpha)
 
     def kernel(deltas: Tensor) -> Tensor:
-        changed = (deltas.abs() > eps).to(deltas.dtype)
-        count = changed.sum(0)
-        own = torch.where(count == 1, factors.to(deltas)[:, None], 1.0)
-        return (deltas * changed * own).sum(0) / count.clamp_min(1)
+        deltas = hardshrink(deltas, eps)
+        count = deltas.sign().abs_().sum(0)  # several times faster than counting what is not zero
+        if r:
+            deltas *= torch.where(count == 1, factors.to(deltas)[:, None], 1.0)
+        return deltas.sum(0).div_(count.clamp_min_(1))
 
     return fold(base, experts, kernel)
