@@ -85,9 +85,11 @@ def _masks(base: Tensor, experts: Sequence[Tensor], select: float) -> list[NDArr
 
 def _variance(deltas: Tensor) -> Tensor:
     """Return the variance of each entry between the experts as one row: zero where all are equal."""
+    shares = deltas.new_full((len(deltas),), 1 / len(deltas))
     deltas -= deltas[0].clone()
-    # Several times faster than torch's variance along so short an axis.
-    return deltas.sub_(deltas.mean(0)).square_().mean(0, keepdim=True)
+    # Products are several times faster than torch's mean and variance along so short an axis.
+    deltas -= torch.mv(deltas.T, shares)
+    return torch.mv(deltas.square_().T, shares)[None]
 
 
 def _unpack(bits: NDArray[np.uint8], like: Tensor) -> Tensor:
