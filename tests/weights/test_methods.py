@@ -34,6 +34,7 @@ from modicum.weights.methods import (
     ram,
     regmean,
     resm,
+    sce,
     slerp,
     svc,
     task_arithmetic,
@@ -229,6 +230,7 @@ def test_della_drops_the_same_entries_whether_or_not_it_makes_up_for_them() -> N
     knobs = {"density": 0.4, "epsilon": 0.3, "elect": "none", "normalize": False}
     l1, plain = (della(0 * base, experts[:1], rescale=how, rng=generator(1), **knobs) for how in ("l1", "none"))
     assert torch.equal(l1 != 0, plain != 0)
+    torch.testing.assert_close(l1.abs().sum(), experts[0].abs().sum(), rtol=1e-6, atol=0)
 
 
 def test_masks_have_their_probability_to_the_last_bit() -> None:
@@ -251,6 +253,14 @@ def test_della_refuses_a_window_that_leaves_the_unit_interval() -> None:
         della(torch.zeros(2), [torch.ones(2)], density=0.95, epsilon=0.1)
     with pytest.raises(RecipeError, match="leaves"):
         della(torch.zeros(2), [torch.ones(2)], density=0.1, epsilon=0.1)
+
+
+def test_sce_selects_in_large_tensors_as_in_small_ones() -> None:
+    base, experts = draw(500, 400)  # a sample finds the threshold, in two blocks
+    for expert in experts:
+        expert[:100] = base[:100]  # where none differs nothing is kept
+    expected = oracle.sce(*to_numpy(base, experts), 0.4)
+    np.testing.assert_allclose(sce(base, experts, select=0.4).numpy(), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_breadcrumbs_without_outliers_is_magnitude_pruning() -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modicum.weights.blocks import as_vector, delta_blocks, fold
+from modicum.weights.blocks import as_vector, delta_blocks, fold, multiply_
 from modicum.weights.combine import Kernel
 
 LEVELS = 1 << 16
@@ -22,6 +22,12 @@ Words: TypeAlias = NDArray[np.uint16]
 Mask: TypeAlias = NDArray[np.bool_]
 Drop: TypeAlias = Callable[[int, Tensor], NDArray[Any] | None]
 """From an expert and the next block of its delta to factors, 0 for what is dropped; ``None`` where nothing is."""
+
+
+def generators(n: int, rng: torch.Generator | None) -> list[np.random.Generator]:
+    """Return NumPy's generators for ``n`` experts, seeded by ``rng`` or by a fixed one."""
+    seeds = torch.randint(1 << 62, (n,), generator=rng or torch.Generator().manual_seed(0))
+    return [np.random.default_rng(seed) for seed in seeds.tolist()]
 
 
 def draw(size: int, rng: np.random.Generator) -> Words:
@@ -70,12 +76,13 @@ def merge_dropped(
     """
     if larger is None:
         drop, larger = _keep_l1(base, experts, drop, row)
-    factors = as_vector(larger, base)
+    ratios = as_vector(larger, base)
 
     def kernel(deltas: Tensor) -> Tensor:
         for t, delta in enumerate(deltas):
-            _apply_(delta, drop(t, delta))
-        return combine(deltas.mul_(factors[:, None]))
+            if (factors := drop(t, delta)) is not None:
+                multiply_(delta, factors)
+        return combine(deltas.mul_(ratios[:, None]))
 
     return fold(base, experts, kernel, row=row)
 
@@ -86,10 +93,10 @@ def _keep_l1(base: Tensor, experts: Sequence[Tensor], drop: Drop, row: int) -> t
     stays: list[list[NDArray[np.uint8] | None]] = [[] for _ in experts]
     for _, _, deltas in delta_blocks(base, experts, row=row):
         for t, delta in enumerate(deltas.abs_()):
-            mask = drop(t, delta)
-            stays[t].append(None if mask is None else np.packbits(mask))
             before[t] += float(delta.sum())
-            _apply_(delta, mask)
+            if (mask := drop(t, delta)) is not None:
+                multiply_(delta, mask)
+            stays[t].append(None if mask is None else np.packbits(mask))
             after[t] += float(delta.sum())
     replay = [iter(bits) for bits in stays]
 
@@ -98,12 +105,3 @@ def _keep_l1(base: Tensor, experts: Sequence[Tensor], drop: Drop, row: int) -> t
         return None if bits is None else np.unpackbits(bits, count=len(delta))
 
     return again, [whole / kept if kept else 1.0 for whole, kept in zip(before, after)]
-
-
-def _apply_(delta: Tensor, factors: NDArray[Any] | None) -> None:
-    if factors is None:
-        return
-    if delta.device.type == "cpu":
-        np.multiply(delta.numpy(), factors, out=delta.numpy())
-    else:
-        delta.mul_(torch.from_numpy(factors).to(delta.device))

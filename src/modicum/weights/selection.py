@@ -6,7 +6,7 @@ and picks are NumPy's on the CPU, where they are ten times faster than torch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -82,35 +82,27 @@ def find_cuts(
     """
     n = base.numel()
     if n <= SMALL or base.device.type != "cpu":
-        return [[_cut_of(numbers, k) for k in ks] for numbers, ks in zip(_rows(base, experts, measure), keeps)]
+        rows = (_row(base, experts, measure, i) for i in range(len(keeps)))
+        return [[_cut_of(numbers, k) for k in ks] for numbers, ks in zip(rows, keeps)]
     where = _sample(n)
-    sample = _rows(base.reshape(-1)[where], [expert.reshape(-1)[where] for expert in experts], measure)
-    counts = [[_Counts(*bracket) for bracket in _brackets(numbers, ks, n)] for numbers, ks in zip(sample, keeps)]
+    sample = base.reshape(-1)[where], [expert.reshape(-1)[where] for expert in experts]
+    counts = [
+        [_Counts(*bracket) for bracket in _brackets(_row(*sample, measure, i), ks, n)] for i, ks in enumerate(keeps)
+    ]
     for _, _, deltas in delta_blocks(base, experts):
         for several, numbers in zip(counts, measure(deltas)):
             for count in several:
                 count.add(numbers.numpy())
-    found = [[count.cut(k) for count, k in zip(several, ks)] for several, ks in zip(counts, keeps)]
-    if all(cut for cuts in found for cut in cuts):
-        return [[cut for cut in cuts if cut] for cuts in found]
     # A sample that missed the value costs a second look at the whole, which is rare.
     return [
-        [cut or _cut_of(numbers, k) for cut, k in zip(cuts, ks)]
-        for cuts, numbers, ks in zip(found, _rows(base, experts, measure), keeps)
+        [count.cut(k) or _cut_of(_row(base, experts, measure, i), k) for count, k in zip(several, ks)]
+        for i, (several, ks) in enumerate(zip(counts, keeps))
     ]
 
 
-def _rows(base: Tensor, experts: Sequence[Tensor], measure: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """Yield whole rows of the numbers that are cut, made one by one as each may be large."""
-    row, rows = 0, 1
-    while row < rows:
-        blocks = []
-        for _, _, deltas in delta_blocks(base, experts):
-            numbers = measure(deltas)
-            rows = len(numbers)
-            blocks.append(numbers[row].clone())
-        yield torch.cat(blocks)
-        row += 1
+def _row(base: Tensor, experts: Sequence[Tensor], measure: Callable[[Tensor], Tensor], i: int) -> Tensor:
+    """Return a whole row of the numbers that are cut; only one at a time, as each may be large."""
+    return torch.cat([measure(deltas)[i].clone() for _, _, deltas in delta_blocks(base, experts)])
 
 
 def _cut_of(magnitudes: Tensor, k: int) -> Cut:

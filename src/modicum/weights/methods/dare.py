@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import as_vector, per_expert
 from modicum.weights.combine import Elect, combiner
-from modicum.weights.draws import LEVELS, Mask, draw_mask, merge_dropped
+from modicum.weights.draws import LEVELS, Mask, draw_mask, generators, merge_dropped
 
 
 @merge_method("dare", paper="arXiv:2311.03099", laws={"zero_delta", "scale", "shift"})
@@ -73,8 +72,7 @@ def dare(
     n = len(experts)
     w = as_vector(per_expert(weights, n), base)
     levels = [min(LEVELS, max(1, round(share * LEVELS))) for share in per_expert(density, n)]
-    seeds = torch.randint(1 << 62, (n,), generator=rng or torch.Generator().manual_seed(0)).tolist()
-    sources = [np.random.default_rng(seed) for seed in seeds]
+    sources = generators(n, rng)
 
     def drop(t: int, delta: Tensor) -> Mask | None:
         return draw_mask(len(delta), levels[t], sources[t]) if levels[t] < LEVELS else None

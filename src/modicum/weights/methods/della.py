@@ -20,7 +20,7 @@ from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.blocks import as_vector, per_expert
 from modicum.weights.combine import Elect, combiner
-from modicum.weights.draws import LEVELS, Mask, Words, draw, merge_dropped
+from modicum.weights.draws import LEVELS, Mask, Words, draw, generators, merge_dropped
 
 SHORT = 14  # bits of a column up to which it shares 32 bits with its magnitude, whose mantissa keeps 10 or more
 
@@ -93,8 +93,7 @@ def della(
             raise RecipeError(
                 f"della: density {share} ± epsilon {width} leaves (0, 1). Lower epsilon, or move density to the middle."
             )
-    seeds = torch.randint(1 << 62, (n,), generator=rng or torch.Generator().manual_seed(0)).tolist()
-    sources = [np.random.default_rng(seed) for seed in seeds]
+    sources = generators(n, rng)
     row = base.shape[-1] if base.ndim else 1
 
     def drop(t: int, delta: Tensor) -> NDArray[Any] | None:
@@ -121,12 +120,12 @@ def keep_by_rank(delta: Tensor, density: float, epsilon: float, rng: np.random.G
     mask: Mask = draws < lowest
     places = np.flatnonzero(draws - np.uint16(lowest) < width)
     if places.size:
-        magnitudes = delta.abs().reshape(-1).cpu().numpy()
+        numbers = delta.reshape(-1).cpu().numpy()
         picks = rng.integers(1 << 32, size=places.size, dtype=np.uint32)
         first = places // n * n  # of each one's row
         other = (picks * np.uint64(n - 1) >> np.uint64(32)).astype(np.int64)
         other += other >= places - first  # itself is left out
-        own, rival = magnitudes[places], magnitudes[first + other]
+        own, rival = np.abs(numbers[places]), np.abs(numbers[first + other])
         mask[places] = (own > rival) | ((own == rival) & (picks & np.uint32(1) > 0))
     return mask
 

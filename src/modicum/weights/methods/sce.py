@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import delta_blocks, fold, working_dtype
+from modicum.weights.blocks import delta_blocks, fold, multiply_, working_dtype
 from modicum.weights.combine import kept_of
 from modicum.weights.selection import find_cuts
 
@@ -53,7 +53,7 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
     energy = torch.zeros(n, dtype=torch.float64, device=base.device)
     for i, (_, _, deltas) in enumerate(delta_blocks(base, experts)):
         if masks is not None:
-            deltas *= _unpack(masks[i], deltas)
+            multiply_(deltas, np.unpackbits(masks[i], count=deltas.shape[1]))
         energy += deltas.square_().sum(1)
     weights = energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / n)
     weights = weights.to(working_dtype(base))
@@ -61,7 +61,7 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
 
     def kernel(deltas: Tensor) -> Tensor:
         if masks is not None:
-            deltas *= _unpack(next(parts), deltas)
+            multiply_(deltas, np.unpackbits(next(parts), count=deltas.shape[1]))
         sign = torch.copysign(torch.ones_like(deltas[0]), deltas.sum(0).add_(0.0))
         deltas.mul_(sign).clamp_min_(0)
         merged = torch.mv(deltas.T, weights).mul_(sign)
@@ -90,7 +90,3 @@ def _variance(deltas: Tensor) -> Tensor:
     # Products are several times faster than torch's mean and variance along so short an axis.
     deltas -= torch.mv(deltas.T, shares)
     return torch.mv(deltas.square_().T, shares)[None]
-
-
-def _unpack(bits: NDArray[np.uint8], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.unpackbits(bits, count=like.shape[1])).to(like.device)
