@@ -14,7 +14,7 @@ from modicum.errors import CheckpointError
 from modicum.weights import stream
 from modicum.weights.blocks import fold
 from modicum.weights.files import Spec
-from modicum.weights.stream import map_tensors
+from modicum.weights.stream import map_tensors, run_all
 from weights.conftest import Family, write_model
 
 SPECS = {f"layer.{i}.weight": Spec((i + 1, 3), torch.float32) for i in range(6)}
@@ -80,6 +80,21 @@ def test_a_broken_run_continues_with_what_is_missing(tmp_path: Path) -> None:
     assert sorted(made + again) == sorted(SPECS)
     map_tensors(make, SPECS, tmp_path / "straight", identity=1)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
+
+
+def test_what_is_done_when_another_fails_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fragile(name: str) -> str:
+        if name == "d":
+            raise CheckpointError("d is bad. Mend it.")
+        return name.upper()
+
+    # Which of several that are done is seen first is not said: here it is the one that failed.
+    monkeypatch.setattr(stream, "as_completed", lambda tasks: sorted(tasks, key=lambda task: task.exception() is None))
+    found = {}
+    with pytest.raises(CheckpointError, match="d is bad"):
+        for name, result in run_all(fragile, "abcde", workers=1):
+            found[name] = result
+    assert found == {"a": "A", "b": "B", "c": "C", "e": "E"}
 
 
 FORKED = """

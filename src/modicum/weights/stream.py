@@ -48,7 +48,7 @@ def cores() -> int:
 def run_all(
     work: Callable[[str], T], names: Sequence[str], *, workers: int, fork: bool = False
 ) -> Iterator[tuple[str, T]]:
-    """Yield each name with what ``work`` makes of it, in the order in which they are done.
+    """Yield each name with what ``work`` makes of it, in the order in which they are done; raise what fails at the end.
 
     Each worker computes with one of torch's own threads: whole tensors side by side use the cores better than one
     tensor at a time split over them, and the arithmetic is then the same however many cores there are.
@@ -76,7 +76,15 @@ def run_all(
     try:
         tasks = {pool.submit(task, name): name for name in names}
         for done in as_completed(tasks):
-            yield tasks[done], done.result()
+            if done.exception() is not None:
+                break
+            yield tasks.pop(done), done.result()
+        if tasks:  # what else was done by then must not be lost
+            pool.shutdown(wait=True, cancel_futures=True)
+            for other, name in tasks.items():
+                if not other.cancelled() and other.exception() is None:
+                    yield name, other.result()
+            done.result()
     except BrokenProcessPool:
         raise MemoryError(
             "A worker process was ended from outside, as when memory runs out. Free some, and run again to go on."
