@@ -74,7 +74,7 @@ def collator() -> dict[str, float]:
 
 def step(pairs: int) -> dict[str, Any]:
     """Train SmolLM2-135M with and without masks in turns."""
-    from modicum.jobs.models import load_model, load_tokenizer
+    from modicum.jobs.loading.models import load_model, load_tokenizer
     from modicum.objectives import MEAPCollator, ensure_mask_token
 
     reference = "builtin:smollm2-135m-instruct"
@@ -113,7 +113,7 @@ def step(pairs: int) -> dict[str, Any]:
 
 def head(gathered: bool) -> dict[str, float]:
     """Measure the head and loss, forward and backward, on masked fine-tuning rows; run it in a fresh process."""
-    from modicum.jobs.objectives import LabelHead
+    from modicum.jobs.training.objective import LabelHead
 
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(HEAD_ROWS, HEAD_TOKENS, WIDTH, generator=rng, requires_grad=True)

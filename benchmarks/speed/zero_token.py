@@ -28,7 +28,7 @@ from benchmarks.provenance import origin
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
-from modicum.models.zero_attention import zero_attention
+from modicum.models.zero_token.attention import zero_attention
 from modicum.record import environment, write_atomic
 
 RESULT = Path(__file__).parents[1] / "results" / "zero-token-speed.json"

@@ -29,7 +29,7 @@ from benchmarks.memory import Peak
 from benchmarks.provenance import origin
 from torch.nn.functional import cross_entropy
 
-from modicum.jobs.models import load_model
+from modicum.jobs.loading.models import load_model
 from modicum.optim import LOZO, MeZO, SubZero, TeZO
 from modicum.record import environment, write_atomic
 

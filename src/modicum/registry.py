@@ -175,14 +175,14 @@ class Registry(Mapping[str, Entry]):
 
 merge_method = Registry("merge_methods", "merge method", "modicum.weights.methods")
 averager = Registry("averagers", "averager", "modicum.weights")
-gradient_rule = Registry("gradient_rules", "gradient rule", "modicum.optim")
+gradient_rule = Registry("gradient_rules", "gradient rule", "modicum.optim.gradient")
 objective = Registry("objectives", "objective", "modicum.objectives")
 adapter_init = Registry("adapter_inits", "adapter initialisation", "modicum.adapters")
-zeroth_order = Registry("zeroth_order", "zeroth-order optimiser", "modicum.optim")
+zeroth_order = Registry("zeroth_order", "zeroth-order optimiser", "modicum.optim.zeroth_order")
 policy = Registry("policies", "policy", "modicum.submodular")
 attack = Registry("attacks", "attack", "modicum.evaluate")
 judge = Registry("judges", "judge", "modicum.evaluate")
-model = Registry("models", "model", "modicum.models")
+model = Registry("models", "model", "modicum.models.zero_token")
 job = Registry("jobs", "job", "modicum.jobs")
 
 REGISTRIES: Mapping[str, Registry] = MappingProxyType(

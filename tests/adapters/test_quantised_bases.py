@@ -8,7 +8,7 @@ from torch import nn
 from modicum.adapters import Preheat, get_hrp_state_dict, initialize_lora_hrp_weights
 from modicum.adapters.layers import factors_of, lora_layers
 from modicum.errors import UnsupportedError
-from modicum.jobs.adapters import initialize
+from modicum.jobs.training.adapter import initialize
 from modicum.random import generator
 from support import tiny_llama
 

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
-from modicum.optim.adagc import adagc_factors
-from modicum.optim.aggc import aggc_factors
-from modicum.optim.elementwise import spam_clip, stable_spam_clip
-from modicum.optim.gradients import scale_, tensor_norms
-from modicum.optim.spikes import spike_score
+from modicum.optim.gradient.adagc import adagc_factors
+from modicum.optim.gradient.aggc import aggc_factors
+from modicum.optim.gradient.entries import spam_clip, stable_spam_clip
+from modicum.optim.gradient.gradients import scale_, tensor_norms
+from modicum.optim.gradient.spikes import spike_score
 from modicum.registry import gradient_rule
 from support import checked
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from modicum.optim import AdaGC
-from modicum.optim.gradients import tensor_norms
+from modicum.optim.gradient.gradients import tensor_norms
 
 STEPS, KNOBS = 7, {"warmup": 3, "relative": 1.1}
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from modicum.adapters import Preheat, get_hrp_state_dict, initialize_lora_hrp_weights
 from modicum.adapters.layers import factors_of, lora_layers, whole
-from modicum.jobs.adapters import initialize
+from modicum.jobs.training.adapter import initialize
 from modicum.random import generator
 from support import tiny_llama
 

@@ -128,7 +128,7 @@ def test_the_pattern_takes_the_answer_out_of_what_surrounds_it(data, tmp_path, m
 
 
 def test_a_task_of_reasoning_gym_judges_by_its_own_rules(data, tmp_path, monkeypatch):
-    from modicum.jobs.data import DataSection, load_rows
+    from modicum.jobs.data.rows import DataSection, load_rows
 
     rows = load_rows(DataSection(path=TASK, size=4, split="test")).rows
     tokenizer = byte_tokenizer()

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from modicum.errors import ModicumError
-from modicum.jobs.data import DataSection
+from modicum.jobs.data.rows import DataSection
 from modicum.jobs.retrieval import RetrievalTask, retrieval_grid, retrieval_rows
 from modicum.report.runs import load
 from modicum.report.sections.retrieval import retrieval

@@ -5,7 +5,7 @@ import torch
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.jobs import execute, plan
-from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
+from modicum.jobs.data.rows import DataSection, LabelledLogits, collate, load_rows, tokenize
 from modicum.recipe import parse
 from modicum.record import read_log, read_record
 from support import byte_tokenizer, tiny_llama
@@ -119,7 +119,7 @@ def test_a_zeroth_order_optimizer_trains_without_gradients(tiny_model, rows, tmp
 def test_an_objective_leaves_no_trace_of_its_mask_token(tiny_model, rows, tmp_path, adapter):
     from transformers import AutoTokenizer
 
-    from modicum.jobs.models import load_model
+    from modicum.jobs.loading.models import load_model
 
     run = execute(recipe(tiny_model, rows, adapter=adapter, objective="meap"), tmp_path / "r", quiet=True)
     folder = run.folder / ("model" if adapter is None else "adapter")
@@ -128,7 +128,7 @@ def test_an_objective_leaves_no_trace_of_its_mask_token(tiny_model, rows, tmp_pa
 
 
 def test_a_model_is_converted_before_it_is_trained(tiny_model, rows, tmp_path):
-    from modicum.jobs.models import load_model
+    from modicum.jobs.loading.models import load_model
 
     looped = {"path": str(tiny_model), "convert": {"name": "zero_token", "n_head": 0, "n_tail": 0, "n_cycles": 2}}
     run = execute(recipe(tiny_model, rows, model=looped, adapter=None), tmp_path / "r", quiet=True)

@@ -7,8 +7,8 @@ import torch
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.jobs import execute, plan
-from modicum.jobs.additions import additions, spare_additions
-from modicum.jobs.models import load_model
+from modicum.jobs.loading.models import load_model
+from modicum.jobs.training.extra_modules import additions, spare_additions
 from modicum.models import convert_to_zero_token
 from modicum.recipe import parse, read
 from modicum.record import read_log, read_record

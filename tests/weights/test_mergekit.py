@@ -14,8 +14,8 @@ from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
 from modicum.recipe import parse
 from modicum.weights import Checkpoint
-from modicum.weights.mergekit import evaluate, models_of
-from modicum.weights.vocabulary import Vocabulary
+from modicum.weights.mergekit.document import evaluate, models_of
+from modicum.weights.mergekit.vocabulary import Vocabulary
 from oracles import merge as oracle
 from support import tiny_llama
 

@@ -11,7 +11,7 @@ from modicum.errors import CheckpointError, ModicumError, RecipeError
 from modicum.record import fingerprint
 from modicum.registry import merge_method
 from modicum.weights import Checkpoint, merge, merge_state_dicts
-from modicum.weights.compare import compare, refuse_non_finite
+from modicum.weights.kernels.compare import compare, refuse_non_finite
 from weights.conftest import Family, MakeFamily, random_tensors, write_model
 
 REQUIRED = {name: {"density": 0.5} for name in ("ties", "dare", "della", "breadcrumbs")} | {"slerp": {"t": 0.3}}

@@ -15,7 +15,7 @@ from modicum.errors import RecipeError
 from modicum.linalg import SVD, inv_sqrt_polar, mixed_svd, truncated_svd
 from modicum.random import generator
 from modicum.weights import merge_state_dicts
-from modicum.weights.draws import draw_mask
+from modicum.weights.kernels.draws import draw_mask
 from modicum.weights.methods import (
     breadcrumbs,
     dare,

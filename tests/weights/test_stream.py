@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from modicum.errors import CheckpointError
 from modicum.weights import stream
-from modicum.weights.blocks import fold
 from modicum.weights.files import Spec
+from modicum.weights.kernels.blocks import fold
 from modicum.weights.stream import map_tensors, run_all
 from weights.conftest import Family, write_model
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modicum.optim.family import make_clipper
-from modicum.optim.faults import tensor_noise_
-from modicum.optim.spikes import spike_score
+from modicum.optim.gradient.faults import tensor_noise_
+from modicum.optim.gradient.make import make_clipper
+from modicum.optim.gradient.spikes import spike_score
 from modicum.random import generator
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 48, 2, 4, 32, 16

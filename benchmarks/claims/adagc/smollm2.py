@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from benchmarks.cells import resumable
 
-from modicum.jobs.models import load_model, load_tokenizer
-from modicum.optim.family import make_clipper
-from modicum.optim.faults import tensor_noise_
-from modicum.optim.spikes import spike_score
+from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.optim.gradient.faults import tensor_noise_
+from modicum.optim.gradient.make import make_clipper
+from modicum.optim.gradient.spikes import spike_score
 from modicum.random import generator
 
 MODEL = "builtin:smollm2-135m-instruct"

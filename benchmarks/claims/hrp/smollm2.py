@@ -22,9 +22,9 @@ from benchmarks.cells import resumable
 from benchmarks.claims.hrp.result import done_in, key_of, run_cells, untried
 from peft import get_peft_model
 
-from modicum.jobs.adapters import initialize, peft_config
-from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
-from modicum.jobs.models import load_model, load_tokenizer
+from modicum.jobs.data.rows import DataSection, LabelledLogits, collate, load_rows, tokenize
+from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.training.adapter import initialize, peft_config
 
 NAME, MODEL = "hrp-smollm2", "builtin:smollm2-135m-instruct"
 TASKS: dict[str, dict[str, Any]] = {

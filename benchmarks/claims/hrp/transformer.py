@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modicum.adapters.angles import captured, principal_angles
 from modicum.adapters.layers import factors_of, lora_layers
-from modicum.jobs.adapters import after_backward, initialize, make_optimizer, peft_config
+from modicum.jobs.training.adapter import after_backward, initialize, make_optimizer, peft_config
 from modicum.random import generator
 
 VOCABULARY, TOKENS, BATCH, RANK = 24, 24, 16, 4

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from modicum.evaluate.retrieval import Haystack, Item, grids, make_items
-from modicum.jobs.data import DataSection, load_rows
-from modicum.jobs.models import load_model, load_tokenizer
-from modicum.jobs.objectives import LabelHead, build_collator
+from modicum.evaluate.measures.retrieval import Haystack, Item, grids, make_items
+from modicum.jobs.data.rows import DataSection, load_rows
+from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.training.objective import LabelHead, build_collator
 from modicum.random import derive_seed
 
 MODEL = "builtin:smollm2-135m-instruct"

@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modicum.jobs.models import load_model, load_tokenizer
-from modicum.jobs.task_losses import TaskLoss
-from modicum.jobs.tasks import Example, task_examples
+from modicum.jobs.data.tasks import Example, task_examples
+from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.training.task_losses import TaskLoss
 from modicum.random import generator
-from modicum.weights.compare import compare
+from modicum.weights.kernels.compare import compare
 from modicum.weights.merge import merge_state_dicts
 
 MODEL = "builtin:smollm2-135m-instruct"

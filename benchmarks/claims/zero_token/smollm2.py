@@ -18,9 +18,9 @@ import torch
 from benchmarks.claims.zero_token.cells import arguments, measure_all
 from peft import LoraConfig, get_peft_model
 
-from modicum.jobs.additions import additions
-from modicum.jobs.data import DataSection, load_rows, tokenize
-from modicum.jobs.models import load_model, load_tokenizer
+from modicum.jobs.data.rows import DataSection, load_rows, tokenize
+from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.training.extra_modules import additions
 from modicum.models import choose_cycle_range, convert_to_zero_token
 from modicum.random import generator
 

@@ -2,8 +2,8 @@
 
 from modicum.evaluate.generation import generate, stop_tokens
 from modicum.evaluate.intervals import Estimate, mean, paired_proportions, ratio, wilson
-from modicum.evaluate.matching import exact_match, extract, normalize
-from modicum.evaluate.perplexity import bits_per_byte, log_likelihoods, perplexity, windows
+from modicum.evaluate.measures.exact_match import exact_match, extract, normalize
+from modicum.evaluate.measures.perplexity import bits_per_byte, log_likelihoods, perplexity, windows
 
 __all__ = [
     "Estimate",

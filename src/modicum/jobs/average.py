@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from modicum.errors import CheckpointError
-from modicum.jobs.models import resolve_model
+from modicum.jobs.loading.models import resolve_model
 from modicum.recipe import Recipe, choice
 from modicum.record import Run
 from modicum.registry import averager, job

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.jobs.data import DataSection, load_rows, tokenize
-from modicum.jobs.models import load_model, load_tokenizer, native_bfloat16
+from modicum.jobs.data.rows import DataSection, load_rows, tokenize
+from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
 from modicum.recipe import Recipe
 from modicum.record import Run, whole_folder
 from modicum.registry import job
@@ -56,8 +56,8 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     """
     import torch
 
-    from modicum.models.zero_calibrate import cheapest, exit_curve, loss_by_cycles
-    from modicum.models.zero_token import ZeroTokenForCausalLM
+    from modicum.models.zero_token.calibrate import cheapest, exit_curve, loss_by_cycles
+    from modicum.models.zero_token.model import ZeroTokenForCausalLM
 
     tokenizer = load_tokenizer(recipe.model)
     rows = tokenize(load_rows(recipe.data, seed=recipe.seed), tokenizer, recipe.data, note=run.note)

@@ -19,10 +19,10 @@ from annotated_types import Gt, Lt
 from pydantic import Field, field_validator, model_validator
 
 from modicum.errors import RecipeError, did_you_mean
-from modicum.jobs.data import DataSection, Rows, load_rows
-from modicum.jobs.models import load_model, load_tokenizer, native_bfloat16, resolve_model
+from modicum.jobs.data.rows import DataSection, Rows, load_rows
+from modicum.jobs.data.tokens import pad_id, prompt_ids
+from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16, resolve_model
 from modicum.jobs.retrieval import RetrievalTask, retrieval_grid, retrieval_rows
-from modicum.jobs.tokens import pad_id, prompt_ids
 from modicum.recipe import Recipe, Section
 from modicum.record import Run, read_log, write_atomic
 from modicum.registry import job
@@ -53,7 +53,7 @@ class ExactMatchTask(Section):
     @field_validator("answer")
     @classmethod
     def _is_pattern(cls, value: str | None) -> str | None:
-        from modicum.evaluate.matching import compiled
+        from modicum.evaluate.measures.exact_match import compiled
 
         if value is not None:
             compiled(value)

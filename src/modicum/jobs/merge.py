@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from modicum.errors import RecipeError
-from modicum.jobs.models import resolve_model
+from modicum.jobs.loading.models import resolve_model
 from modicum.recipe import Recipe, choice
 from modicum.record import Run
 from modicum.registry import job, merge_method
@@ -63,7 +63,7 @@ class MergeRecipe(Recipe):
                 raise RecipeError(f"a mergekit file says {', '.join(given)} itself, or has no such thing. Remove ours.")
             if self.output == "lora":
                 raise RecipeError("a mergekit file describes a whole model. Write a recipe of ours for output: lora.")
-            from modicum.weights.mergekit import read_slices
+            from modicum.weights.mergekit.document import read_slices
 
             read_slices(self.mergekit)
             return self
@@ -78,7 +78,7 @@ class MergeRecipe(Recipe):
     def inputs(self) -> Iterator[str]:
         """Yield the models."""
         if self.mergekit is not None:
-            from modicum.weights.mergekit import models_of
+            from modicum.weights.mergekit.document import models_of
 
             yield from models_of(self.mergekit)
         yield from ([self.base] if self.base else [])
@@ -104,7 +104,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         return Checkpoint(reference, resolve=resolve_model, pickled=recipe.pickled)
 
     if recipe.mergekit is not None:
-        from modicum.weights.mergekit import plan_mergekit
+        from modicum.weights.mergekit.document import plan_mergekit
 
         plan = plan_mergekit(recipe.mergekit, opened)
         return plan.diagnosed() if recipe.diagnostics else plan

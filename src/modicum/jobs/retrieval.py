@@ -24,7 +24,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
 from modicum.errors import CheckpointError
-from modicum.jobs.data import DataSection, Rows, load_rows
+from modicum.jobs.data.rows import DataSection, Rows, load_rows
 from modicum.recipe import Section
 from modicum.types import PositiveInt
 
@@ -57,7 +57,7 @@ class RetrievalTask(Section):
 
 def retrieval_rows(task: RetrievalTask, *, seed: int) -> Rows:
     """Return the task's rows: prompts with completions, their depth and length, and what scores an answer."""
-    from modicum.evaluate.retrieval import Haystack, make_items, read_lost_in_the_middle, read_ruler, score
+    from modicum.evaluate.measures.retrieval import Haystack, make_items, read_lost_in_the_middle, read_ruler, score
 
     if task.file is not None:
         read = read_lost_in_the_middle if task.suite == "lost_in_the_middle" else read_ruler
@@ -81,7 +81,7 @@ def retrieval_rows(task: RetrievalTask, *, seed: int) -> Rows:
 
 def retrieval_grid(rows: Rows, scores: Sequence[float]) -> dict[str, Any]:
     """Return mean scores by depth (rows) and length (columns), as the report draws them."""
-    from modicum.evaluate.retrieval import grids
+    from modicum.evaluate.measures.retrieval import grids
 
     [grid] = grids([_Place(row["depth"], row["length"]) for row in rows.rows], scores)
     return {"depths": grid.depths, "lengths": grid.lengths, "values": grid.values, "counts": grid.counts}
@@ -96,7 +96,7 @@ class _Place(NamedTuple):
 def _counter(tokenizer: str | None) -> Any:
     if tokenizer is None:
         return lambda text: (len(text) + 3) // 4
-    from modicum.jobs.models import load_tokenizer
+    from modicum.jobs.loading.models import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     return lambda text: len(loaded(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -19,16 +19,23 @@ from typing import TYPE_CHECKING, Any
 
 from modicum import registry
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
-from modicum.jobs.adapter_geometry import change_between
-from modicum.jobs.adapters import Started, initialize, make_optimizer, peft_config, step_callback
-from modicum.jobs.additions import additions, spare_additions
-from modicum.jobs.answers import answer_rows, judges_answers, use_answers
-from modicum.jobs.data import DataSection, LabelledLogits, collate, load_rows, tokenize
-from modicum.jobs.hooks import check_arguments, gradient_callback
-from modicum.jobs.models import fresh_model, load_model, load_tokenizer, model_shape, native_bfloat16, resolve_model
-from modicum.jobs.objectives import complete_knobs, finish_model, lora_options, use_objective
-from modicum.jobs.train_recipe import AdapterSection, ModelSection, TrainRecipe
-from modicum.jobs.zeroth_order import zeroth_order_trainer
+from modicum.jobs.data.rows import DataSection, LabelledLogits, collate, load_rows, tokenize
+from modicum.jobs.loading.models import (
+    fresh_model,
+    load_model,
+    load_tokenizer,
+    model_shape,
+    native_bfloat16,
+    resolve_model,
+)
+from modicum.jobs.training.adapter import Started, initialize, make_optimizer, peft_config, step_callback
+from modicum.jobs.training.adapter_geometry import change_between
+from modicum.jobs.training.answers import answer_rows, judges_answers, use_answers
+from modicum.jobs.training.extra_modules import additions, spare_additions
+from modicum.jobs.training.gradient import check_arguments, gradient_callback
+from modicum.jobs.training.objective import complete_knobs, finish_model, lora_options, use_objective
+from modicum.jobs.training.recipe import AdapterSection, ModelSection, TrainRecipe
+from modicum.jobs.training.zeroth_order import zeroth_order_trainer
 from modicum.record import Run, whole_folder, write_atomic
 from modicum.registry import job
 
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-    from modicum.jobs.adapter_geometry import Change
+    from modicum.jobs.training.adapter_geometry import Change
 
 BASE = "base"  # the converted model under an adapter
 

@@ -3,16 +3,16 @@
 Importing this package makes ``AutoModelForCausalLM.from_pretrained`` know them.
 """
 
-from modicum.models.zero_calibrate import ExitPoint, calibrate_threshold
-from modicum.models.zero_config import ZeroTokenConfig
-from modicum.models.zero_conversion import (
+from modicum.models.zero_token.calibrate import ExitPoint, calibrate_threshold
+from modicum.models.zero_token.config import ZeroTokenConfig
+from modicum.models.zero_token.conversion import (
     CycleRange,
     choose_cycle_range,
     convert_to_zero_token,
     resize_pool,
 )
-from modicum.models.zero_exit import exit_decision
-from modicum.models.zero_token import ZeroTokenForCausalLM, ZeroTokenOutput
+from modicum.models.zero_token.exit import exit_decision
+from modicum.models.zero_token.model import ZeroTokenForCausalLM, ZeroTokenOutput
 
 __all__ = [
     "CycleRange",

@@ -1,7 +1,7 @@
 """Objectives over answers rather than tokens: label words, multiple choice, and rewards that have no gradient.
 
 They are the losses on which zeroth-order fine-tuning is compared; the first two can be differentiated as well. The
-seam that makes their inputs from a model is :mod:`modicum.jobs.answers`.
+seam that makes their inputs from a model is :mod:`modicum.jobs.training.answers`.
 """
 
 from __future__ import annotations

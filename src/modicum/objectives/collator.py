@@ -36,8 +36,8 @@ class ObjectiveCollator:
     """Collate with ``collator``, then apply an objective; only in training.
 
     The Trainer uses one collator for training and evaluation and tells it neither the epoch nor the step:
-    ``modicum.jobs.objectives.use_objective`` sees to that. In a loop of one's own, call :meth:`start_epoch` before each
-    epoch and :meth:`eval` around evaluations.
+    ``modicum.jobs.training.objective.use_objective`` sees to that. In a loop of one's own, call :meth:`start_epoch`
+    before each epoch and :meth:`eval` around evaluations.
 
     Args:
         collator: Makes the clean batch, labels included.
@@ -127,7 +127,7 @@ class ObjectiveCollator:
         elif weights is not None and not bool(((weights == 0) | (weights == 1)).all()):
             raise UnsupportedError(
                 "masked_weight weighs single tokens, which the model's own loss cannot. Use the loss of LabelHead "
-                "(modicum.jobs.objectives), or leave masked_weight out for the plain mean over tokens."
+                "(modicum.jobs.training.objective), or leave masked_weight out for the plain mean over tokens."
             )
         return batch
 

@@ -1,14 +1,14 @@
 """Gradient rules and zeroth-order optimizers."""
 
-from modicum.optim.adagc import AdaGC
-from modicum.optim.conmezo import ConMeZO
-from modicum.optim.fzoo import FZOO
-from modicum.optim.hizoo import HiZOO
-from modicum.optim.lozo import LOZO
-from modicum.optim.mezo import MeZO
-from modicum.optim.sparse_mezo import SparseMeZO
-from modicum.optim.subzero import SubZero
-from modicum.optim.tezo import TeZO
-from modicum.optim.zo_adamu import ZOAdaMU
+from modicum.optim.gradient.adagc import AdaGC
+from modicum.optim.zeroth_order.conmezo import ConMeZO
+from modicum.optim.zeroth_order.fzoo import FZOO
+from modicum.optim.zeroth_order.hizoo import HiZOO
+from modicum.optim.zeroth_order.lozo import LOZO
+from modicum.optim.zeroth_order.mezo import MeZO
+from modicum.optim.zeroth_order.sparse_mezo import SparseMeZO
+from modicum.optim.zeroth_order.subzero import SubZero
+from modicum.optim.zeroth_order.tezo import TeZO
+from modicum.optim.zeroth_order.zo_adamu import ZOAdaMU
 
 __all__ = ["FZOO", "LOZO", "AdaGC", "ConMeZO", "HiZOO", "MeZO", "SparseMeZO", "SubZero", "TeZO", "ZOAdaMU"]

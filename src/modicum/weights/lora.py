@@ -17,10 +17,10 @@ from modicum.linalg import SVD, truncated_svd
 from modicum.record import fingerprint
 from modicum.registry import merge_method
 from modicum.weights.adapter import PREFIX, Factors
-from modicum.weights.agree import check_agreement
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compare import compare
+from modicum.weights.compatibility import check_agreement
 from modicum.weights.files import Spec
+from modicum.weights.kernels.compare import compare
 from modicum.weights.merge import open_checkpoint
 from modicum.weights.plan import VOCABULARY, check_count, excluded, parse_dtype
 from modicum.weights.stream import cores, map_tensors, names_by_size, run_all

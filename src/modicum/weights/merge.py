@@ -13,10 +13,10 @@ from torch import Tensor
 from modicum.errors import CheckpointError
 from modicum.random import generator
 from modicum.record import fingerprint
-from modicum.weights.agree import Tensors
-from modicum.weights.blocks import fold, working_dtype
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compare import compare, refuse_non_finite
+from modicum.weights.compatibility import Tensors
+from modicum.weights.kernels.blocks import fold, working_dtype
+from modicum.weights.kernels.compare import compare, refuse_non_finite
 from modicum.weights.plan import Plan, Step, plan_merge
 from modicum.weights.stream import SHARD_BYTES, cores, map_tensors, names_by_size, run_all
 
@@ -68,7 +68,7 @@ def run_step(
     if reports:  # of a stack of matrices, the one whose result is least certain speaks
         measured |= min(reports, key=lambda report: report["weakest"])
     if step.diagnosed:
-        from modicum.weights.diagnose import diagnose  # brings all methods along
+        from modicum.weights.kernels.diagnose import diagnose  # brings all methods along
 
         directions = step.maps and len(step.spec.shape) == 2
         measured |= diagnose(tensors[0], experts, merged, stored, directions=directions)
@@ -191,7 +191,7 @@ def merge(
         exclude: Regular expression of names of tensors that stay as they are in the base.
         base_fingerprint: Refuse another base than this one, as :func:`modicum.record.fingerprint` and the records of
             training runs name it.
-        diagnostics: Also measure what :func:`modicum.weights.diagnose.diagnose` tells; takes longer.
+        diagnostics: Also measure what :func:`modicum.weights.kernels.diagnose.diagnose` tells; takes longer.
         **knobs: The method's.
 
     Returns:

@@ -14,11 +14,11 @@ from torch import Tensor
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.record import fingerprint
 from modicum.registry import Entry, merge_method
-from modicum.weights.agree import Tensors, check_agreement, label, spec_of
 from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.compatibility import Tensors, check_agreement, label, spec_of
 from modicum.weights.files import Spec
+from modicum.weights.mergekit.vocabulary import TABLES, Vocabulary
 from modicum.weights.stream import cores
-from modicum.weights.vocabulary import TABLES, Vocabulary
 
 # Rows of these are looked up or scored by token, so a matrix method's singular vectors mean nothing there.
 VOCABULARY = re.compile(
@@ -106,7 +106,7 @@ class Plan:
     notes: Sequence[str] = ()
 
     def diagnosed(self) -> Plan:
-        """Return the same plan, with everything measured that :mod:`modicum.weights.diagnose` knows.
+        """Return the same plan, with everything measured that :mod:`modicum.weights.kernels.diagnose` knows.
 
         Raises:
             RecipeError: There is no base to measure differences from.

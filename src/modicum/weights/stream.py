@@ -30,8 +30,8 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError, ModicumError
 from modicum.record import digest
-from modicum.weights.blocks import result_in
 from modicum.weights.files import Slot, Spec, lay_out, map_slot, plan_files, put
+from modicum.weights.kernels.blocks import result_in
 
 SHARD_BYTES = 5_000_000_000
 MAPPED = hasattr(os, "posix_fallocate")  # results are written straight into the file's pages, see _prepare

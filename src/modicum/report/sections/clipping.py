@@ -44,7 +44,7 @@ def _log(run: RunView) -> tuple[list[str], list[dict[str, Any]]]:
     # The reader imports torch, for which a report of other runs should not wait.
     if not (run.folder / "clipping.jsonl").exists():
         return [], []
-    from modicum.jobs.hooks import read_clipping_log
+    from modicum.jobs.training.gradient import read_clipping_log
 
     names, lines = read_clipping_log(run.folder)
     return [str(name) for name in names], [line for line in lines if is_number(line.get("step"))]
@@ -95,7 +95,7 @@ def _factors(run: RunView, names: Sequence[str], rows: Sequence[Mapping[str, Any
 
 
 def _loss(run: RunView) -> Markup:
-    from modicum.optim.spikes import spike_score
+    from modicum.optim.gradient.spikes import spike_score
 
     points = [
         (float(line["step"]), finite(line.get("loss")))

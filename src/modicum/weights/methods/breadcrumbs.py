@@ -11,9 +11,9 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction, UnitInterval
-from modicum.weights.blocks import as_vector, fold, per_expert
-from modicum.weights.combine import Elect, combiner, kept_of
-from modicum.weights.selection import Cut, find_cuts
+from modicum.weights.kernels.blocks import as_vector, fold, per_expert
+from modicum.weights.kernels.combine import Elect, combiner, kept_of
+from modicum.weights.kernels.selection import Cut, find_cuts
 
 
 @merge_method("breadcrumbs", paper="arXiv:2312.06795", laws={"permutation", "zero_delta", "scale", "shift"})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import NonNegative, PositiveInt
-from modicum.weights.blocks import fold
+from modicum.weights.kernels.blocks import fold
 
 
 @merge_method("consensus", paper="arXiv:2405.07813", laws={"permutation", "zero_delta", "scale", "shift"}, experts=2)

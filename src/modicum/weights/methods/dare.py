@@ -13,9 +13,9 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import as_vector, per_expert
-from modicum.weights.combine import Elect, combiner
-from modicum.weights.draws import LEVELS, Mask, draw_mask, generators, merge_dropped
+from modicum.weights.kernels.blocks import as_vector, per_expert
+from modicum.weights.kernels.combine import Elect, combiner
+from modicum.weights.kernels.draws import LEVELS, Mask, draw_mask, generators, merge_dropped
 
 
 @merge_method("dare", paper="arXiv:2311.03099", laws={"zero_delta", "scale", "shift"})

@@ -18,9 +18,9 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import as_vector, per_expert
-from modicum.weights.combine import Elect, combiner
-from modicum.weights.draws import LEVELS, Mask, Words, draw, generators, merge_dropped
+from modicum.weights.kernels.blocks import as_vector, per_expert
+from modicum.weights.kernels.combine import Elect, combiner
+from modicum.weights.kernels.draws import LEVELS, Mask, Words, draw, generators, merge_dropped
 
 SHORT = 14  # bits of a column up to which it shares 32 bits with its magnitude, whose mantissa keeps 10 or more
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import NonNegativeInt
-from modicum.weights.blocks import delta_blocks, fold
+from modicum.weights.kernels.blocks import delta_blocks, fold
 
 
 @merge_method("emr", paper="arXiv:2405.17461", laws={"zero_delta", "scale", "shift"})

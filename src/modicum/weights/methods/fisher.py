@@ -14,7 +14,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import Positive
-from modicum.weights.blocks import per_expert, working_dtype
+from modicum.weights.kernels.blocks import per_expert, working_dtype
 
 
 @merge_method(

@@ -13,7 +13,7 @@ from torch import Tensor
 from modicum.linalg import inv_sqrt_polar, truncated_svd
 from modicum.registry import merge_method
 from modicum.types import UnitInterval
-from modicum.weights.matrices import merge_matrices
+from modicum.weights.kernels.matrices import merge_matrices
 from modicum.weights.methods.iso_c import flatten_spectrum
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Positive, PositiveInt
-from modicum.weights.blocks import gram, weighted_sum
+from modicum.weights.kernels.blocks import gram, weighted_sum
 from modicum.weights.methods.multislerp import Mean, shares
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from modicum.linalg import truncated_svd
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import per_expert
-from modicum.weights.matrices import merge_matrices
+from modicum.weights.kernels.blocks import per_expert
+from modicum.weights.kernels.matrices import merge_matrices
 from modicum.weights.methods.task_arithmetic import task_arithmetic
 from modicum.weights.methods.ties import ties
 

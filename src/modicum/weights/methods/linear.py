@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
-from modicum.weights.blocks import as_vector, fold, per_expert
+from modicum.weights.kernels.blocks import as_vector, fold, per_expert
 
 
 @merge_method("linear", paper="arXiv:2203.05482", laws={"permutation", "copies"}, base=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
-from modicum.weights.blocks import fold
+from modicum.weights.kernels.blocks import fold
 
 
 @merge_method("magmax", paper="arXiv:2407.06322", laws={"zero_delta", "scale", "shift"})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
-from modicum.weights.blocks import fold, gram
+from modicum.weights.kernels.blocks import fold, gram
 
 
 @merge_method(

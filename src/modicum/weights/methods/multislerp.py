@@ -14,7 +14,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import NonNegativeInt
-from modicum.weights.blocks import gram, per_expert, weighted_sum
+from modicum.weights.kernels.blocks import gram, per_expert, weighted_sum
 
 TINY = 1e-30
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
-from modicum.weights.blocks import gram, per_expert, weighted_sum, working_dtype
+from modicum.weights.kernels.blocks import gram, per_expert, weighted_sum, working_dtype
 
 
 @merge_method("nuslerp", base=False, experts=2, most=2, whole=True)

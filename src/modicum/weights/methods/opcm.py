@@ -12,7 +12,7 @@ from torch import Tensor
 from modicum.linalg import truncated_svd
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.matrices import merge_matrices
+from modicum.weights.kernels.matrices import merge_matrices
 
 
 @merge_method("opcm", paper="arXiv:2501.09522", laws={"zero_delta", "scale", "shift"}, matrix=True, factors="both")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import working_dtype
+from modicum.weights.kernels.blocks import working_dtype
 
 CLIP = 1e-4  # share of magnitudes cut off at each end before they are normalised
 

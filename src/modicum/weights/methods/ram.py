@@ -13,7 +13,7 @@ from torch.nn.functional import hardshrink
 
 from modicum.registry import merge_method
 from modicum.types import NonNegative
-from modicum.weights.blocks import delta_blocks, fold
+from modicum.weights.kernels.blocks import delta_blocks, fold
 
 
 @merge_method("ram", paper="arXiv:2601.13572", laws={"permutation", "zero_delta", "shift", "copies"})

@@ -13,7 +13,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import UnitInterval
-from modicum.weights.blocks import working_dtype
+from modicum.weights.kernels.blocks import working_dtype
 
 
 @merge_method(

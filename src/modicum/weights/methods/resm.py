@@ -17,7 +17,7 @@ from modicum.errors import RecipeError
 from modicum.linalg import SVD, Solver
 from modicum.registry import merge_method
 from modicum.types import Fraction, NonNegative, UnitInterval
-from modicum.weights.matrices import merge_matrices
+from modicum.weights.kernels.matrices import merge_matrices
 from modicum.weights.methods.tsv import combine, decompose
 
 Each = Callable[[Callable[[Tensor, Sequence[Tensor]], Any]], Mapping[str, Any]]

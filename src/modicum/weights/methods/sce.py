@@ -11,9 +11,9 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import delta_blocks, fold, multiply_, working_dtype
-from modicum.weights.combine import kept_of
-from modicum.weights.selection import find_cuts
+from modicum.weights.kernels.blocks import delta_blocks, fold, multiply_, working_dtype
+from modicum.weights.kernels.combine import kept_of
+from modicum.weights.kernels.selection import find_cuts
 
 
 @merge_method("sce", paper="arXiv:2408.07990", laws={"permutation", "zero_delta", "scale", "shift"}, whole=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import UnitInterval
-from modicum.weights.blocks import delta_blocks, fold
+from modicum.weights.kernels.blocks import delta_blocks, fold
 
 NEARLY_PARALLEL = 0.9995  # of a cosine: the arc is a straight line to float32
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from modicum.linalg import truncated_svd
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.matrices import merge_matrices
+from modicum.weights.kernels.matrices import merge_matrices
 
 
 @merge_method(

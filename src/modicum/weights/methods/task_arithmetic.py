@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
-from modicum.weights.blocks import as_vector, fold, per_expert
+from modicum.weights.kernels.blocks import as_vector, fold, per_expert
 
 
 @merge_method(

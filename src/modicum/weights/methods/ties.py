@@ -14,9 +14,9 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.blocks import as_vector, delta_blocks, fold, per_expert
-from modicum.weights.combine import combiner, trim_cuts
-from modicum.weights.selection import Cut
+from modicum.weights.kernels.blocks import as_vector, delta_blocks, fold, per_expert
+from modicum.weights.kernels.combine import combiner, trim_cuts
+from modicum.weights.kernels.selection import Cut
 
 Each = Callable[[Callable[[Tensor, Sequence[Tensor]], Any]], Mapping[str, Any]]
 BUCKETS = 1 << 16

@@ -17,7 +17,7 @@ from torch import Tensor
 from modicum.linalg import SVD, Solver, mixed_svd, polar, truncated_svd
 from modicum.registry import merge_method
 from modicum.types import PositiveInt, UnitInterval
-from modicum.weights.matrices import merge_matrices
+from modicum.weights.kernels.matrices import merge_matrices
 
 TAMING = 1e-4  # cut-off that keeps what whitening makes of an error of 1e-6 below 1e-4
 NEGLIGIBLE = 1e-6  # of an expert's largest singular value: what float32 weights and a Gram matrix cannot tell from zero

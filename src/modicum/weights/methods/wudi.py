@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Positive, PositiveInt
-from modicum.weights.matrices import merge_matrices
+from modicum.weights.kernels.matrices import merge_matrices
 
 
 @merge_method("wudi", paper="arXiv:2503.08099", laws={"permutation", "zero_delta", "shift"}, matrix=True)

@@ -1,0 +1,1 @@
+"""Data: sections of recipes, sources, rows, tokens."""

@@ -1,0 +1,323 @@
+"""The one adapter for objectives: from a name and its knobs to what a Trainer understands.
+
+For a Trainer of one's own, TRL's included, a line after it is built is all::
+
+    use_objective(trainer, "meap", ratio=0.15)
+
+It wraps the trainer's collator, adds the callback that tells the collator the epoch and when an evaluation runs, and
+for objectives that want it gathers the labelled positions before the language-model head. Where the mask token has to
+be made before an adapter is put around the model, call :func:`complete_knobs` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from modicum.errors import UnsupportedError
+from modicum.objectives.batch import IGNORED, Batch
+from modicum.objectives.collator import ObjectiveCollator, check_mask_id, special_ids
+from modicum.objectives.mask_token import check_causal, drop_mask_token, ensure_mask_token, suppress_mask_token
+from modicum.objectives.philox import row_keys
+from modicum.registry import Entry, objective
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+BLOCKS = ("self_attn", "attn", "attention", "mlp", "feed_forward")  # what adds to the residual stream, by usual names
+
+
+def complete_knobs(name: str, knobs: Mapping[str, Any], *, tokenizer: Any, model: Any) -> dict[str, Any]:
+    """Return the knobs of objective ``name`` with what model and tokenizer decide filled in.
+
+    That is the mask token (found, or added to both), the protected ids and the size of the vocabulary. Call it before
+    a LoRA adapter is put around the model; :func:`lora_options` then makes the mask's row trainable.
+
+    Raises:
+        ModicumError: A knob is wrong, the mask id cannot be used, or the model is not a causal decoder.
+    """
+    entry = objective[name]
+    completed = entry.knobs(knobs)
+    wanted = entry.parameters[1]
+    if _acts_on(entry) != "input_ids":
+        return completed
+    base = _base(model)
+    check_causal(base)
+    if "vocab_size" in wanted and completed["vocab_size"] is None:
+        completed["vocab_size"] = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
+    if _writes_mask(completed):
+        if completed["mask_token_id"] is None:
+            completed["mask_token_id"] = ensure_mask_token(base, tokenizer)
+        rows = base.get_input_embeddings().weight.shape[0]
+        check_mask_id(completed["mask_token_id"], tokenizer, vocab_size=rows)
+    if "protect_ids" in wanted and completed["protect_ids"] is None:
+        protected = () if completed.get("scope") == "reference" else special_ids(tokenizer)
+        completed["protect_ids"] = tuple(sorted({*protected} - {completed.get("mask_token_id")}))
+    if completed.get("layout") == "concat" and completed.get("concat_attend") == "isolated":
+        _require_sdpa(base)
+    return completed
+
+
+def build_collator(
+    collator: Callable[..., Batch],
+    name: str,
+    knobs: Mapping[str, Any],
+    *,
+    seed: int,
+    tokenizer: Any,
+    model: Any,
+    gather_labels: bool = False,
+) -> ObjectiveCollator:
+    """Wrap ``collator`` so that its training batches carry the objective; see :class:`ObjectiveCollator`."""
+    entry = objective[name]
+    completed = complete_knobs(name, knobs, tokenizer=tokenizer, model=model)
+    return ObjectiveCollator(
+        collator,
+        # Objectives of the model's insides leave the batch alone: hooks on the model apply them.
+        partial(_apply, name, completed if _acts_on(entry) == "input_ids" else None),
+        method=name,
+        seed=seed,
+        redraw=completed.get("redraw_each_epoch", True),
+        gather_labels=gather_labels,
+    )
+
+
+def use_objective(trainer: Trainer, name: str, *, seed: int | None = None, **knobs: Any) -> ObjectiveCollator:
+    """Give a Trainer an objective: collator, callback, and hooks or a loss where the objective has them.
+
+    Args:
+        trainer: Any ``transformers.Trainer``, or TRL's ``SFTTrainer``, before training.
+        name: Of the registered objective.
+        seed: Of the draws; the trainer's own when not given.
+        knobs: Of the objective.
+
+    Returns:
+        The collator that the trainer now has.
+    """
+    seed = trainer.args.seed if seed is None else seed
+    entry = objective[name]
+    if _acts_on(entry) == "answers":
+        raise UnsupportedError(
+            f"{name} judges answers and needs rows with candidates. Use job: train with data.path: task:NAME, or "
+            "modicum.jobs.training.answers.use_answers."
+        )
+    # TRL has its own loss, which gathers labelled positions itself; Trainer's takes any function.
+    gather = name == "meap_sft" and type(trainer).compute_loss is _trainer_class().compute_loss
+    collator = build_collator(
+        trainer.data_collator,
+        name,
+        knobs,
+        seed=seed,
+        tokenizer=trainer.processing_class,
+        model=trainer.model,
+        gather_labels=gather,
+    )
+    trainer.data_collator = collator
+    trainer.add_callback(objective_callback(collator))
+    collator.eval()  # until training begins
+    if gather:
+        trainer.compute_loss_func = LabelHead(trainer.model).loss
+    if _acts_on(entry) != "input_ids":
+        hook_model(_base(trainer.model), name, entry.knobs(knobs), seed=seed)
+    return collator
+
+
+def lora_options(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the field of ``peft.LoraConfig`` that makes the mask token's row trainable; empty without a mask token."""
+    mask = knobs.get("mask_token_id")
+    return {} if mask is None else {"trainable_token_indices": [mask]}
+
+
+def finish_model(model: Any, *, mask_token_id: int, rows: int) -> None:
+    """Leave the model as it was delivered but for what it learnt: no mask row, no mask in generation.
+
+    A LoRA adapter loses its trainable token row, so that it fits the base model again.
+
+    Args:
+        model: The trained model, possibly wrapped by PEFT.
+        mask_token_id: The mask token.
+        rows: Embedding rows before training.
+    """
+    base = _base(model)
+    _remove_token_adapters(model, base)
+    drop_mask_token(base, mask_token_id=mask_token_id, rows=rows)
+    if mask_token_id < rows and getattr(base, "generation_config", None) is not None:
+        suppress_mask_token(base.generation_config, mask_token_id=mask_token_id)
+
+
+def objective_callback(collator: ObjectiveCollator) -> TrainerCallback:
+    """Return the callback that tells ``collator`` the epoch, the step and when an evaluation runs."""
+    from transformers import TrainerCallback
+
+    class ObjectiveCallback(TrainerCallback):
+        """The trainer uses one collator for everything and tells it nothing; this does."""
+
+        def on_init_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+            collator.eval()
+
+        def on_train_begin(self, args: Any, _state: Any, _control: Any, **_: Any) -> None:
+            collator.train(not args.eval_on_start)
+
+        def on_epoch_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+            collator.train()
+            collator.start_epoch(
+                # A resumed epoch is the whole part; a finished one may fall short of it by rounding.
+                int((state.epoch or 0) + 1e-6),
+                step=state.global_step,
+                total_steps=state.max_steps,
+                accumulation_steps=args.gradient_accumulation_steps,
+            )
+
+        def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+            if control.should_evaluate:
+                collator.eval()
+
+        def on_epoch_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+            if control.should_evaluate:
+                collator.eval()
+
+        def on_evaluate(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+            collator.train(not control.should_training_stop and state.global_step < state.max_steps)
+
+        def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+            collator.eval()
+
+    return ObjectiveCallback()
+
+
+@dataclass
+class LabelHead:
+    """Compute logits only where there is a label, and the loss of those.
+
+    A masked copy has labels on about a tenth of its answer; the head, which in a small model is most of the memory,
+    need not see the rest. The collator names the positions (``gather_labels=True``), a hook takes them off the
+    model's inputs, and a second one gathers the hidden states before the head. Batches without positions pass as
+    always.
+
+    Args:
+        model: The causal language model, or PEFT's wrapper of it.
+    """
+
+    model: Any
+    _positions: Tensor | None = field(default=None, repr=False)
+    _weights: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        # PEFT calls the forward of the model it wraps, not the model: only the outer one's hooks run.
+        self._handles = [
+            self.model.register_forward_pre_hook(self._take, with_kwargs=True),
+            _base(self.model).get_output_embeddings().register_forward_pre_hook(self._gather),
+        ]
+
+    def _take(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._positions, self._weights = kwargs.pop("label_positions", None), kwargs.pop("label_weights", None)
+        return args, kwargs
+
+    def _gather(self, _: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self._positions is None:
+            return None
+        return (args[0].flatten(0, 1).index_select(0, self._positions)[None],)
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Return the weighted sum of the token losses over the tokens of the whole step: a ``compute_loss_func``."""
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if self._positions is None or self._weights is None:
+            targets, logits = labels[:, 1:].flatten(), logits[:, :-1].flatten(0, 1)
+            weights = (targets != IGNORED).float()
+        else:
+            targets, logits, weights = labels.flatten()[self._positions + 1], logits[0], self._weights
+        losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+        return (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def hook_model(model: Any, name: str, knobs: Mapping[str, Any], *, seed: int) -> list[Any]:
+    """Apply an objective of embeddings or hidden states inside ``model`` while it trains; return the hooks' handles.
+
+    The draws are named by the count of training forwards, which a resumed run begins anew.
+    """
+    entry = objective[name]
+    key = _acts_on(entry)
+    modules = {"": model.get_input_embeddings()}
+    if key == "hidden_states":
+        modules = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in BLOCKS}
+        if not modules:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no blocks named {', '.join(BLOCKS)}: cannot use {name}."
+            )
+    calls = dict.fromkeys(modules, 0)
+
+    def change(place: str, module: Any, _: Any, output: Any) -> Any:
+        if not module.training:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        calls[place] += 1
+        rng = row_keys(range(hidden.shape[0]), seed=seed, method=f"{name}/{place}", epoch=calls[place])
+        changed = entry.function({key: hidden}, **knobs, rng=rng)[key]
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return [module.register_forward_hook(partial(change, place)) for place, module in modules.items()]
+
+
+def _apply(
+    name: str, knobs: Mapping[str, Any] | None, batch: Batch, step: int, total_steps: int, *, rng: Tensor
+) -> Batch:
+    """Call the objective with the data it takes; a module-level function, so that loader workers can be spawned."""
+    if knobs is None:
+        return batch
+    entry = objective[name]
+    progress = {"step": step, "total_steps": total_steps}
+    taken = {key: value for key, value in progress.items() if key in entry.parameters[0]}
+    changed: Batch = entry.function(batch, **taken, **knobs, rng=rng)
+    return changed
+
+
+def _acts_on(entry: Entry) -> str:
+    return str(entry.facts.get("acts_on", "input_ids"))
+
+
+def _writes_mask(knobs: Mapping[str, Any]) -> bool:
+    uses = knobs.get("mask_share", 1) and knobs.get("replacement", "mask") == "mask"
+    return "mask_token_id" in knobs and bool(uses)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _require_sdpa(model: Any) -> None:
+    used = getattr(model.config, "_attn_implementation", None)
+    if used != "sdpa":
+        raise UnsupportedError(
+            f"concat_attend 'isolated' needs attention with a free mask: the model uses {used!r}, expected 'sdpa'. "
+            "Load it with attn_implementation='sdpa', or use layout 'separate', which gives the same loss."
+        )
+
+
+def _trainer_class() -> Any:
+    from transformers import Trainer
+
+    return Trainer
+
+
+def _remove_token_adapters(model: Any, base: Any) -> None:
+    if base is model:
+        return
+    from peft.utils.other import TrainableTokensWrapper
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, TrainableTokensWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.token_adapter.get_base_layer())
+    for config in model.peft_config.values():
+        if getattr(config, "trainable_token_indices", None) is not None:
+            config.trainable_token_indices = None

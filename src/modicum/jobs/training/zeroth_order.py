@@ -1,0 +1,185 @@
+"""Zeroth-order training inside ``transformers.Trainer``: one method of it is overridden, ``training_step``.
+
+Everything else is the Trainer's: accumulation (micro-batches of a step see one direction), evaluation, schedules,
+checkpoints, resuming, and several processes, which tell each other a few numbers a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modicum.errors import UnsupportedError
+from modicum.jobs.training.answers import AnswerLoss
+from modicum.registry import zeroth_order
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import Trainer
+
+    from modicum.optim.zeroth_order.step import ZerothOrder
+
+
+def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, **arguments: Any) -> Trainer:
+    """Return a Trainer that fine-tunes with forward passes only.
+
+    Args:
+        name: A zeroth-order optimizer, such as ``tezo``.
+        knobs: Its knobs.
+        seed: Seed of its draws, where the knobs leave it at 0.
+        arguments: What ``transformers.Trainer`` takes, ``model`` and ``args`` among them. ``args.learning_rate`` is
+            not read: the learning rate is the optimizer's knob, and the schedule multiplies it.
+
+    Raises:
+        UnsupportedError: The Trainer is set up for DeepSpeed or FSDP, or the model draws at random in evaluation mode.
+    """
+    from transformers import Trainer, TrainerCallback
+
+    args, model = arguments["args"], arguments["model"]
+    if args.deepspeed or args.fsdp:
+        raise UnsupportedError(
+            "Zeroth-order training in the Trainer runs on one process or with DDP. Remove trainer.fsdp and "
+            "trainer.deepspeed; there are no gradients or optimizer copies to shard."
+        )
+    given = dict(knobs)
+    if "seed" in given and not given["seed"]:
+        given["seed"] = seed
+    optimizer: ZerothOrder = zeroth_order[name].function(model.named_parameters(), **given)
+
+    class ZerothOrderTrainer(Trainer):
+        """A Trainer whose steps are probes."""
+
+        def training_step(
+            self, model: nn.Module, inputs: dict[str, Any], _num_items_in_batch: Tensor | int | None = None
+        ) -> Tensor:
+            """Evaluate a micro-batch at the step's points; ``optimizer.step()`` of the loop then moves the weights."""
+            model.eval()
+            inputs = self._prepare_inputs(inputs)
+
+            def loss() -> Tensor:
+                with self.compute_loss_context_manager():
+                    return self.compute_loss(model, dict(inputs))
+
+            def losses() -> Tensor:
+                with self.compute_loss_context_manager():
+                    if isinstance(self.compute_loss, AnswerLoss):
+                        return self.compute_loss(model, inputs, branches=optimizer.branches)
+                    return paired_losses(model, inputs, optimizer.branches)
+
+            paired = optimizer.settings.engine == "paired"
+            if paired and self.compute_loss_func is not None:
+                raise UnsupportedError(
+                    "engine='paired' computes the model's own loss. Use engine='adapter' for this one."
+                )
+            value = optimizer.probe(losses if paired else loss, weight=_targets(inputs))
+            return value.float() / self.current_gradient_accumulation_steps
+
+    class ZerothOrderCallback(TrainerCallback):
+        """Give evaluation, checkpoints and the end the weights that they expect, and the log what the steps cost."""
+
+        def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            spent = max((line["seconds"] for line in state.log_history if "seconds" in line), default=0.0)
+            self.begun = time.monotonic() - spent  # a resumed run goes on counting
+
+        def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+            if control.should_evaluate or control.should_save:
+                optimizer.settle_()
+            if control.should_save:
+                optimizer.fold_()
+
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            costs = {"forwards": optimizer.forwards, "seconds": round(time.monotonic() - self.begun, 3)}
+            costs |= {"skipped_steps": optimizer.skipped} if optimizer.skipped else {}
+            # The history has its copy already; the callbacks after this one read `logs`.
+            logs.update(costs)
+            state.log_history[-1].update(costs)
+
+        def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+            optimizer.settle_()
+            optimizer.detach()
+
+    model.eval()
+    optimizer.attach(model)
+    callbacks = [ZerothOrderCallback(), *(arguments.pop("callbacks", None) or ())]
+    trainer = ZerothOrderTrainer(optimizers=(optimizer, None), callbacks=callbacks, **arguments)
+    trainer.zeroth_order = optimizer  # Accelerate wraps the one that the Trainer knows
+    return trainer
+
+
+def paired_losses(model: nn.Module, inputs: Mapping[str, Any], branches: int) -> Tensor:
+    """Return the model's loss at each of several points from one forward pass."""
+    import torch
+
+    from modicum.optim.zeroth_order.engines import expand_batch
+
+    targets = {key: inputs[key] for key in ("labels", "shift_labels") if key in inputs}
+    kept = {key: inputs[key] for key in ("logits_to_keep",) if key in inputs}
+    rows = {key: value for key, value in inputs.items() if key not in targets and key not in kept}
+    logits = model(**expand_batch(rows, branches), **kept).logits
+    inner: Any = getattr(model, "module", model)
+    size = inner.config.vocab_size
+    return torch.stack(
+        [inner.loss_function(logits=part, vocab_size=size, **targets) for part in logits.chunk(branches)]
+    )
+
+
+def export_lora(optimizer: ZerothOrder, folder: Path, *, base: str) -> None:
+    """Write what an adapter engine learned as a PEFT LoRA, which reproduces it without changing the base.
+
+    Args:
+        optimizer: An optimizer with ``engine="adapter"`` or ``"paired"``.
+        folder: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+        base: What the adapter's configuration says of its base model.
+
+    Raises:
+        UnsupportedError: Something was learned that a LoRA on linear layers cannot hold.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    if optimizer.position is None or optimizer.settings.lift is None or optimizer._hooks is None:
+        raise UnsupportedError(
+            "Only a run with engine='adapter' or 'paired' can be exported. Save the weights instead."
+        )
+    tensors, ranks = {}, {}
+    names = {module: name for name, module in optimizer._hooks.model.named_modules()}
+    for leaf, places in optimizer._hooks.owners.items():
+        linear = len(places) == 1 and hasattr(places[0][0], "in_features")
+        if not leaf.rank or not linear:
+            raise UnsupportedError(
+                f"{leaf.name} is not the weight of one linear layer, which is all that this LoRA can hold. Train with "
+                "vectors='freeze' and exclude embeddings and heads, or fold the result into the weights."
+            )
+        left, right = leaf.factors(optimizer.settings.lift, optimizer.position)
+        name = names[places[0][0]]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = right.mT.to(left.dtype).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = left.contiguous()
+        ranks[name] = leaf.rank
+    top = max(ranks.values())
+    config = LoraConfig(
+        r=top,
+        lora_alpha=top,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != top},
+        alpha_pattern={name: rank for name, rank in ranks.items() if rank != top},
+        target_modules=sorted(ranks),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config.save_pretrained(str(folder))
+
+
+def _targets(inputs: Mapping[str, Any]) -> float:
+    """How many predictions a micro-batch's mean loss is over, so that micro-batches weigh what they hold."""
+    if "shift_labels" not in inputs and "labels" not in inputs:
+        return float(len(next(iter(inputs.values()))))
+    if inputs.get("shift_labels", inputs["labels"]).dim() == 1:
+        return float(len(inputs["labels"]))  # an answer for each example
+    targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+    return max(1.0, float((targets != -100).sum()))

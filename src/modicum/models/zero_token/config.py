@@ -1,0 +1,269 @@
+"""The configuration of a looped model: the host architecture, and what looping adds to it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.models.zero_token.schedule import Stages, Visit, cycle_schedule, stages
+
+HOSTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+ZeroKind: TypeAlias = Literal["key", "off_by_one", "sink"]
+Pool: TypeAlias = Literal["layer_cycle", "cycle", "layer"]
+ExitCriterion: TypeAlias = Literal["zero_attention", "latent", "entropy", "kl", "random"]
+ExitScore: TypeAlias = Literal["cycle_mean", "first_layer", "last_layer", "cycle_max", "layer"]
+ExitScope: TypeAlias = Literal["sequence", "token", "last_token", "prefix", "batch"]
+TrainCycles: TypeAlias = Literal["fixed", "random", "grow"]
+CachePolicy: TypeAlias = Literal["latest", "propagate", "share_first", "select"]
+
+_CHOICES: dict[str, Any] = {
+    "zero_kind": ZeroKind,
+    "zero_layers": Literal["middle", "all"],
+    "pool": Pool,
+    "zero_key_rope": Literal["none", "relative"],
+    "exit_criterion": ExitCriterion,
+    "exit_score": ExitScore,
+    "exit_scope": ExitScope,
+    "cache_policy": CachePolicy,
+    "train_cycles": TrainCycles,
+    "route": Literal["auto", "concat", "lse", "eager"],
+}
+_OPTIONAL_CHOICES: dict[str, Any] = {
+    "ffn_gate": Literal["zero_attention"],
+    "cycle_embedding": Literal["add", "multiply"],
+    "cycle_gate": Literal["rezero"],
+    "loop_connection": Literal["anchor", "residual"],
+}
+
+
+class ZeroTokenConfig(PreTrainedConfig):
+    """Configuration of :class:`~modicum.models.ZeroTokenForCausalLM`.
+
+    What is not listed here (``vocab_size``, ``hidden_size``, ``eos_token_id``, …) is read from ``host`` and written to
+    it. ``num_hidden_layers`` is the number of layer visits, which is what a key-value cache needs to know.
+
+    Args:
+        host: Configuration of the architecture whose layers are looped, or its fields with ``model_type``.
+        n_cycles: How often the middle layers run.
+        n_head: First layers that run once.
+        n_tail: Last layers that run once.
+        order: ``cycle``, ``sequence``, ``cycle_rev`` or a list of physical layers; see
+            :func:`~modicum.models.zero_token.schedule.cycle_schedule`.
+        zero_token: Add a zero token to the attention calls.
+        zero_kind: ``key`` is a trainable key; ``off_by_one`` a key fixed at zero; ``sink`` a trainable logit per head.
+        zero_layers: Give zero tokens to the middle layers or to all.
+        pool: One key for each middle layer and cycle, for each cycle, or for each layer.
+        zero_key_rope: ``relative`` turns the zero key by the query's own position, so that shifting all positions
+            changes nothing; ``none`` leaves it as it is.
+        zero_key_norm: Apply the host's key norm, if it has one, to the zero key too.
+        zero_key_init_std: Standard deviation of a new zero key.
+        zero_bias: Add a trainable bias per head to the zero token's logit.
+        ffn_gate: ``zero_attention`` also multiplies the feed-forward branch by 1 - p0.
+        cycle_embedding: A trainable vector for each cycle, added to the state or multiplied with it.
+        cycle_gate: ``rezero`` scales what cycles after the first one change by a trainable number, at first 0.
+        loop_connection: Add the state before the loop (``anchor``) or before the cycle (``residual``) after each cycle.
+        lora_rank: Rank of the low-rank terms that untie the cycles of a layer; 0 for none.
+        exit_threshold: Leave the loop when the score is above it; ``None`` never does. For the criteria ``latent``,
+            ``entropy`` and ``kl``, when the change is below it; for ``random`` it is the chance to leave.
+        exit_criterion: What the score is.
+        exit_score: How the zero attention of a cycle's layers becomes one score.
+        exit_scope: Over which tokens the score is averaged, and who leaves together.
+        min_cycles: Cycles that always run.
+        cache_policy: Which keys and values a token that left has in the cycles it did not run.
+        train_cycles: ``random`` draws the number of cycles of each training step; ``grow`` raises it in even steps
+            from 1 to all of them in the course of training.
+        cycle_onset: Share of the training, from 0 up to but not including 1, that runs one cycle before the others
+            join; it costs what the plain model does. Like ``grow`` it needs to know the length of the run: see
+            :meth:`~modicum.models.ZeroTokenForCausalLM.set_training_step`, which modicum's trainer calls.
+        cycle_loss_weights: Train the prediction after each cycle, with these weights; ``None`` only the last.
+        route: How the zero attention is computed; see :func:`~modicum.models.zero_token.attention.zero_attention`.
+        seed: Seed of what is drawn: new zero keys, random cycles, random exits.
+    """
+
+    model_type = "zero_token"
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 - transformers declares it so
+
+    host: Any = None
+    n_cycles: int = 2
+    n_head: int = 1
+    n_tail: int = 1
+    order: Any = "cycle"
+    zero_token: bool = True
+    zero_kind: str = "key"
+    zero_layers: str = "middle"
+    pool: str = "layer_cycle"
+    zero_key_rope: str = "none"
+    zero_key_norm: bool = True
+    zero_key_init_std: float = 0.02
+    zero_bias: bool = False
+    ffn_gate: str | None = None
+    cycle_embedding: str | None = None
+    cycle_gate: str | None = None
+    loop_connection: str | None = None
+    lora_rank: int = 0
+    exit_threshold: float | None = None
+    exit_criterion: str = "zero_attention"
+    exit_score: str = "cycle_mean"
+    exit_scope: str = "sequence"
+    min_cycles: int = 1
+    cache_policy: str = "latest"
+    train_cycles: str = "fixed"
+    cycle_onset: float = 0.0
+    cycle_loss_weights: list[float] | None = None
+    route: Any = "auto"
+    seed: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Tools write what they know of a model into its configuration; these are ours to compute.
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("num_hidden_layers", "layer_types")}
+        if self.host is None:
+            self.host = {"model_type": "llama"}
+        if isinstance(self.host, dict):
+            fields = dict(self.host)
+            kind = fields.pop("model_type", None)
+            _check_host(kind)
+            self.host = AutoConfig.for_model(kind, **fields)
+        _check_host(self.host.model_type)
+        self.host = copy.deepcopy(self.host)  # what is set here must not reach the model it was taken from
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def __getattr__(self, name: str) -> Any:
+        host = self.__dict__.get("host")
+        if name.startswith("_") or name == "host" or not isinstance(host, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(host, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        host = self.__dict__.get("host")
+        own = name in _own_names() or name.startswith("_") or isinstance(getattr(type(self), name, None), property)
+        if not own and isinstance(host, PreTrainedConfig) and hasattr(host, name):
+            setattr(host, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def check(self) -> None:
+        """Refuse values that contradict each other.
+
+        Raises:
+            RecipeError: A value is unknown or out of range.
+        """
+        for name, choices in (_CHOICES | _OPTIONAL_CHOICES).items():
+            value = getattr(self, name)
+            if value not in get_args(choices) and not (value is None and name in _OPTIONAL_CHOICES):
+                raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), get_args(choices))}")
+        schedule = self.schedule
+        if self.exit_threshold is not None and math.isnan(self.exit_threshold):
+            raise RecipeError("exit_threshold is NaN, expected a number, or null to never exit.")
+        if not 1 <= self.min_cycles <= max(1, self.depth):
+            raise RecipeError(f"min_cycles is {self.min_cycles}, expected 1 to {self.depth}.")
+        if not 0 <= self.cycle_onset < 1:
+            raise RecipeError(f"cycle_onset is {self.cycle_onset}, expected a share of the training: 0 <= share < 1.")
+        if self.cycle_loss_weights is not None and len(self.cycle_loss_weights) != self.depth:
+            raise RecipeError(f"cycle_loss_weights has {len(self.cycle_loss_weights)} entries for {self.depth} cycles.")
+        if self.lora_rank < 0:
+            raise RecipeError(f"lora_rank is {self.lora_rank}, expected 0 or more.")
+        if self.zero_key_rope == "relative" and self.host.model_type == "gpt2":
+            raise UnsupportedError("zero_key_rope: relative needs rotary positions, which gpt2 does not have.")
+        if self.ffn_gate and not self.zero_token:
+            raise RecipeError("ffn_gate needs zero_token: true.")
+        if len(self.stages.cycles) < self.depth and self.stages.cycles:
+            what = [
+                n
+                for n in ("cycle_embedding", "cycle_gate", "loop_connection", "cycle_loss_weights")
+                if getattr(self, n)
+            ]
+            if what or self.exit_threshold is not None:
+                raise UnsupportedError(
+                    f"{(what or ['exit_threshold'])[0]} needs cycles that run one after the other, "
+                    f"but the order {self.order!r} mixes them ({len(schedule)} visits). Use order: cycle."
+                )
+
+    @property
+    def depth(self) -> int:
+        """Cycles of the middle layers; an explicit order decides it itself."""
+        return 1 + max(cycle for _, cycle in self.schedule)
+
+    @property
+    def schedule(self) -> list[Visit]:
+        """The visits, as (physical layer, cycle)."""
+        n_layers = self.host.num_hidden_layers
+        return cycle_schedule(n_layers, self.n_cycles, n_head=self.n_head, n_tail=self.n_tail, order=self.order)
+
+    @property
+    def middle(self) -> list[int]:
+        """The layers that may run several times."""
+        if isinstance(self.order, str):
+            return list(range(self.n_head, self.host.num_hidden_layers - self.n_tail))
+        return sorted({layer for layer, cycle in self.schedule if cycle})
+
+    @property
+    def stages(self) -> Stages:
+        """The schedule cut into head, cycles and tail."""
+        return stages(self.schedule, self.middle)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layer visits of a full pass, each with keys and values of its own."""
+        return len(self.schedule)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of attention of each visit, which decides its mask and its cache."""
+        host = self.host
+        types = getattr(host, "layer_types", None)
+        if types is None:
+            kind = "full_attention" if getattr(host, "sliding_window", None) is None else "sliding_attention"
+            types = [kind] * host.num_hidden_layers
+        return [types[layer] for layer, _ in self.schedule]
+
+    @property
+    def rows(self) -> dict[Visit, int]:
+        """Which row of the pool each visit with a zero token takes."""
+        if not self.zero_token:
+            return {}
+        found: dict[Any, int] = {}
+        layers = set(self.middle) if self.zero_layers == "middle" else set(range(self.host.num_hidden_layers))
+        visits = sorted((v for v in self.schedule if v[0] in layers), key=lambda v: (v[1], v[0]))
+        part: dict[str, Callable[[Visit], Any]] = {
+            "layer_cycle": lambda v: v,
+            "cycle": lambda v: v[1],
+            "layer": lambda v: v[0],
+        }
+        return {visit: found.setdefault(part[self.pool](visit), len(found)) for visit in visits}
+
+
+class PlainConfig:
+    """A configuration's own fields, always as they are now, without what makes reading one a call of Python code.
+
+    A pass reads about ten of them at every visit of every token, which would cost a small model a tenth of its time.
+    """
+
+    def __init__(self, config: ZeroTokenConfig) -> None:
+        self.__dict__ = config.__dict__
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def zero_key_shape(host: PreTrainedConfig) -> tuple[int, int]:
+    """Return the number of key-value heads and their width."""
+    heads = host.num_attention_heads
+    groups = getattr(host, "num_key_value_heads", None) or heads
+    return groups, getattr(host, "head_dim", None) or host.hidden_size // heads
+
+
+def _own_names() -> frozenset[str]:
+    return frozenset(ZeroTokenConfig.__dataclass_fields__) | {"num_hidden_layers", "layer_types", "use_cache"}
+
+
+def _check_host(kind: object) -> None:
+    if kind not in HOSTS:
+        raise UnsupportedError(f"Layers of a {kind!r} model cannot be looped. Known: {', '.join(HOSTS)}.")

@@ -1,0 +1,374 @@
+"""Turn a pre-trained model into a looped one, choose which layers to loop, and change the number of cycles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+import torch
+from annotated_types import Ge, Lt
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.models.zero_token import hosts
+from modicum.models.zero_token.config import (
+    HOSTS,
+    CachePolicy,
+    ExitCriterion,
+    ExitScope,
+    ExitScore,
+    Pool,
+    TrainCycles,
+    ZeroKind,
+    ZeroTokenConfig,
+)
+from modicum.models.zero_token.model import ZeroTokenForCausalLM
+from modicum.models.zero_token.schedule import Order
+from modicum.random import generator
+from modicum.registry import model as model_registry
+from modicum.types import NonNegativeInt, Positive, PositiveInt
+
+Ends: TypeAlias = NonNegativeInt | Literal["auto"]
+TieInit: TypeAlias = Literal["stepwise", "average", "lower", "upper", "random"]
+
+
+@model_registry("zero_token", paper="arXiv:2502.12214")
+def convert_to_zero_token(
+    model: PreTrainedModel,
+    *,
+    n_cycles: PositiveInt = 2,
+    n_head: Ends = 1,
+    n_tail: Ends = 1,
+    order: Order | list[int] = "cycle",
+    zero_token: bool = True,
+    mode: Literal["loop", "tie"] = "loop",
+    tie_init: TieInit = "stepwise",
+    lora_rank: NonNegativeInt = 0,
+    zero_kind: ZeroKind = "key",
+    zero_layers: Literal["middle", "all"] = "middle",
+    pool: Pool = "layer_cycle",
+    zero_key_rope: Literal["none", "relative"] = "none",
+    zero_key_norm: bool = True,
+    zero_key_init_std: Positive = 0.02,
+    zero_bias: bool = False,
+    ffn_gate: Literal["zero_attention"] | None = None,
+    cycle_embedding: Literal["add", "multiply"] | None = None,
+    cycle_gate: Literal["rezero"] | None = None,
+    loop_connection: Literal["anchor", "residual"] | None = None,
+    exit_threshold: float | None = None,
+    exit_criterion: ExitCriterion = "zero_attention",
+    exit_score: ExitScore = "cycle_mean",
+    exit_scope: ExitScope = "sequence",
+    min_cycles: PositiveInt = 1,
+    cache_policy: CachePolicy = "latest",
+    train_cycles: TrainCycles = "fixed",
+    cycle_onset: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    cycle_loss_weights: list[float] | None = None,
+    route: Literal["auto", "concat", "lse", "eager"] = "auto",
+    seed: int = 0,
+) -> ZeroTokenForCausalLM:
+    r"""Loop the middle layers of a pre-trained model, with a zero token in each visit.
+
+    .. math::
+        h \leftarrow f_{L-1} \circ (f_{L-2} \circ \dots \circ f_1)^N \circ f_0\,(h), \qquad
+        o = \sigma(\mathrm{lse} - s\,q \cdot k_0^{(c, l)})\; o_{\mathrm{standard}}
+
+    Args:
+        model: A causal language model of one of the known architectures; it is left as it is.
+        n_cycles: How often the middle layers run.
+        n_head: First layers that run once; ``"auto"`` is a third of all layers, which a deep pre-trained model needs.
+        n_tail: Last layers that run once; ``"auto"`` as above.
+        order: Order of the visits; see :func:`~modicum.models.zero_token.schedule.cycle_schedule`.
+        zero_token: Add zero tokens; without, it is head-tail cycling.
+        mode: ``"loop"`` keeps all layers and makes the model deeper; ``"tie"`` keeps the depth and drops layers.
+        tie_init: Which of the tied layers gives the weights, or their average.
+        lora_rank: Rank of the low-rank terms that untie the cycles; in mode ``"tie"`` they start at the truncated
+            singular value decomposition of what tying took away.
+        zero_kind: Trainable key, key fixed at zero, or trainable logit.
+        zero_layers: Middle layers or all.
+        pool: What has a zero key of its own.
+        zero_key_rope: Whether the zero key turns with the query.
+        zero_key_norm: Apply the host's key norm to the zero key.
+        zero_key_init_std: Standard deviation of a new zero key.
+        zero_bias: Add a trainable bias per head.
+        ffn_gate: Gate the feed-forward branch too.
+        cycle_embedding: A vector for each cycle.
+        cycle_gate: ``"rezero"`` starts as the base model, exactly when there is no zero token in cycle 0.
+        loop_connection: Anchor or residual connection of the cycles.
+        exit_threshold: Leave the loop by it; ``None`` never.
+        exit_criterion: What is compared with it.
+        exit_score: How layers become one score.
+        exit_scope: Who leaves together.
+        min_cycles: Cycles that always run.
+        cache_policy: What is seen of a token that left.
+        train_cycles: How many cycles a training step runs: all, a drawn number, or more and more.
+        cycle_onset: Share of the training that runs one cycle only.
+        cycle_loss_weights: Weights of the losses after each cycle.
+        route: How zero attention is computed.
+        seed: Seed of new parameters and of random cycles.
+
+    Returns:
+        A new model, in evaluation mode and with the base model's dtype. One cycle without zero token gives the base
+        model's logits bit for bit.
+
+    Raises:
+        RecipeError: The numbers of layers do not fit.
+        UnsupportedError: The architecture is not known.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=4, num_attention_heads=2))
+        >>> looped = convert_to_zero_token(base, n_cycles=3)
+        >>> looped.config.num_hidden_layers, looped.zero_token.zero_key.shape
+        (8, torch.Size([6, 2, 4]))
+
+    Cost:
+        N (L - head - tail) + head + tail layer visits in place of L; (L - head - tail) N key-value heads times head
+        width new parameters; a key-value cache for every visit.
+
+    Deviates:
+        The text of the paper that could be consulted fixes the structure alone. Ours are: cycling the middle as a
+        block, a key for each layer and cycle, no rotation of the key, the initial standard deviation, the exit score
+        and its scope, ``"auto"``, the modes ``"tie"`` and ``"rezero"``.
+
+    Reference:
+        Li, Jiang, Shen, Tang, Yuan, "Zero Token-Driven Deep Thinking in LLMs: Unlocking the Full Potential of Existing
+        Parameters via Cyclic Refinement", 2025, arXiv:2502.12214. Mode ``"tie"``: Bae et al., "Relaxed Recursive
+        Transformers", 2024, arXiv:2410.20672.
+    """
+    knobs = dict(locals())
+    for name in ("model", "n_head", "n_tail", "mode", "tie_init"):
+        del knobs[name]
+    if isinstance(model, ZeroTokenForCausalLM):
+        raise UnsupportedError("The model is looped already. Use resize_pool(model, n_cycles) for other cycles.")
+    if model.config.model_type not in HOSTS:
+        raise UnsupportedError(f"A {model.config.model_type!r} model cannot be looped. Known: {', '.join(HOSTS)}.")
+    depth = model.config.num_hidden_layers
+    head, tail = ends(depth, n_head), ends(depth, n_tail)
+    if mode == "loop":
+        return _loop(model, ZeroTokenConfig(host=model.config, n_head=head, n_tail=tail, **knobs))
+    if mode == "tie":
+        if not isinstance(order, str) or order != "cycle":
+            raise UnsupportedError("mode 'tie' needs order 'cycle'.")
+        return _tie(model, head, tail, tie_init, knobs)
+    raise RecipeError(f"There is no mode {mode!r}. {did_you_mean(mode, ['loop', 'tie'])}")
+
+
+def ends(n_layers: int, asked: int | Literal["auto"]) -> int:
+    """Return how many layers stay free at one end; ``"auto"`` is a third, at least one."""
+    return max(1, round(n_layers / 3)) if asked == "auto" else asked
+
+
+def _fresh(config: ZeroTokenConfig, model: PreTrainedModel) -> ZeroTokenForCausalLM:
+    config.dtype = model.dtype
+    with no_init_weights():
+        looped = ZeroTokenForCausalLM(config)
+    looped.to(device=model.device, dtype=model.dtype)
+    # The pool's buffers hold whatever memory held: nothing but its own initialisation may fill them.
+    looped.zero_token.initialize()
+    if model.generation_config is not None:
+        looped.generation_config = copy.deepcopy(model.generation_config)
+    return looped.eval()
+
+
+def _loop(model: PreTrainedModel, config: ZeroTokenConfig) -> ZeroTokenForCausalLM:
+    looped = _fresh(config, model)
+    report = looped.load_state_dict(model.state_dict(), strict=False)
+    _complete(report)
+    looped.tie_weights()
+    return looped
+
+
+def _complete(report: Any) -> None:
+    missing = [name for name in report.missing_keys if not name.startswith("zero_token.")]
+    if missing or report.unexpected_keys:
+        raise UnsupportedError(
+            f"The model's tensors do not fit its configuration: {(missing + report.unexpected_keys)[:3]}."
+        )
+
+
+def _tie(
+    model: PreTrainedModel, head: int, tail: int, tie_init: TieInit, knobs: dict[str, Any]
+) -> ZeroTokenForCausalLM:
+    depth, n_cycles = model.config.num_hidden_layers, knobs["n_cycles"]
+    width = (depth - head - tail) // n_cycles  # physical layers in the middle
+    if width < 1:
+        raise RecipeError(f"{depth} layers less {head} and {tail} are too few to tie {n_cycles} times.")
+    host = copy.deepcopy(model.config)
+    host.num_hidden_layers = head + width + tail
+    if getattr(host, "layer_types", None) is not None:
+        host.layer_types = host.layer_types[: host.num_hidden_layers]
+    looped = _fresh(ZeroTokenConfig(host=host, n_head=head, n_tail=tail, **knobs), model)
+    source = hosts.host_of(host)
+    layers = getattr(getattr(model, source.prefix), source.layers)
+    # The visit (k, c) stands for this layer; where the cycles do not divide the layers, some are passed over.
+    stands = torch.linspace(head, depth - tail - 1, width * n_cycles).round().long().view(n_cycles, width)
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{source.prefix}.{source.layers}.")}
+    for new, old in [(i, i) for i in range(head)] + [(head + width + i, depth - tail + i) for i in range(tail)]:
+        state |= _named(layers[old].state_dict(), source, new)
+    for k in range(width):
+        chosen = tied_layer(
+            [layers[i].state_dict() for i in stands[:, k]], k, width, tie_init, layers, head, tail, knobs["seed"]
+        )
+        state |= _named(chosen, source, head + k)
+        if knobs["lora_rank"]:
+            _fit_lora(looped, head + k, chosen, [layers[i] for i in stands[:, k]])
+    _complete(looped.load_state_dict(state, strict=False))
+    looped.tie_weights()
+    return looped
+
+
+def _named(state: dict[str, Tensor], host: hosts.Host, layer: int) -> dict[str, Tensor]:
+    return {f"{host.prefix}.{host.layers}.{layer}.{name}": tensor for name, tensor in state.items()}
+
+
+def tied_layer(
+    tied: Sequence[dict[str, Tensor]],
+    k: int,
+    width: int,
+    tie_init: TieInit,
+    layers: Sequence[nn.Module],
+    head: int,
+    tail: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Return the weights of the ``k``-th of ``width`` physical layers.
+
+    ``average`` is the mean of the layers that it replaces. The others take a whole layer of the old middle: ``lower``
+    and ``upper`` its first and last ones, ``stepwise`` evenly spaced ones from end to end, ``random`` a sorted sample.
+    """
+    if tie_init == "average":
+        return {name: torch.stack([s[name].double() for s in tied]).mean(0).to(t.dtype) for name, t in tied[0].items()}
+    first, last = head, len(layers) - tail - 1
+    if tie_init == "lower":
+        index = first + k
+    elif tie_init == "upper":
+        index = last - width + 1 + k
+    elif tie_init == "stepwise":
+        index = int(torch.linspace(first, last, width).round()[k])
+    elif tie_init == "random":
+        order = torch.randperm(last - first + 1, generator=generator(seed, "tie_init"))
+        index = first + int(order[:width].sort().values[k])
+    else:
+        raise RecipeError(f"There is no tie_init {tie_init!r}. {did_you_mean(tie_init, TieInit.__args__)}")
+    return dict(layers[index].state_dict())
+
+
+@torch.no_grad()
+def _fit_lora(
+    looped: ZeroTokenForCausalLM, layer: int, tied: dict[str, Tensor], originals: Sequence[nn.Module]
+) -> None:
+    for name, module in hosts.linear_maps(looped.layers[layer]).items():
+        for cycle, original in enumerate(originals):
+            residual = original.get_submodule(name).weight - tied[f"{name}.weight"]  # type: ignore[operator]
+            residual = residual.mT if isinstance(module, Conv1D) else residual
+            key = f"{layer}:{name.replace('.', '/')}"
+            a, b = low_rank(residual, rank=looped.config.lora_rank)
+            looped.zero_token.lora[f"{key}:A"][cycle].zero_()[: a.shape[0]] = a.to(residual.dtype)
+            looped.zero_token.lora[f"{key}:B"][cycle].zero_()[:, : b.shape[1]] = b.to(residual.dtype)
+
+
+def low_rank(residual: Float[Tensor, "m n"], *, rank: PositiveInt) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
+    """Return A and B with B A the best approximation of ``residual`` of that rank, in float64."""
+    u, s, v = torch.linalg.svd(residual.double(), full_matrices=False)
+    return v[:rank], u[:, :rank] * s[:rank]
+
+
+@torch.no_grad()
+def resize_pool(model: ZeroTokenForCausalLM, n_cycles: PositiveInt) -> ZeroTokenForCausalLM:
+    """Return the model with another number of cycles; new cycles copy the parameters of the last one.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=3, num_attention_heads=2))
+        >>> resize_pool(convert_to_zero_token(base), 4).zero_token.zero_key.shape[0]
+        4
+    """
+    if not isinstance(model.config.order, str):
+        raise UnsupportedError("An explicit schedule fixes the number of cycles. Convert again with another order.")
+    config = copy.deepcopy(model.config)
+    config.n_cycles = n_cycles
+    config.min_cycles = min(config.min_cycles, n_cycles)
+    if config.cycle_loss_weights is not None:
+        config.cycle_loss_weights = (config.cycle_loss_weights + config.cycle_loss_weights[-1:] * n_cycles)[:n_cycles]
+    config.check()
+    resized = _fresh(config, model)
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith("zero_token.")}
+    resized.load_state_dict(state, strict=False)
+    old, last = model.config.rows, model.config.depth - 1
+    old_pool = model.zero_token()
+    for name, parameter in resized.zero_token().items():
+        source = old_pool[name]
+        if name in ("zero_key", "zero_bias"):
+            for (layer, cycle), row in config.rows.items():
+                parameter[row] = source[old[layer, min(cycle, last)]]
+        elif name == "cycle_gate":
+            if len(source):
+                parameter.copy_(source[torch.arange(n_cycles - 1).clamp(max=len(source) - 1)])
+        else:
+            parameter.copy_(source[torch.arange(n_cycles).clamp(max=last)])
+    resized.tie_weights()
+    return resized
+
+
+@dataclass(frozen=True)
+class CycleRange:
+    """Which layers to loop: those between the first ``n_head`` and the last ``n_tail``.
+
+    Attributes:
+        n_head: Layers that stay free in front.
+        n_tail: Layers that stay free behind.
+        distances: By the number of free layers in front, how far the looped layers would turn the state, as a share of
+            half a turn.
+    """
+
+    n_head: int
+    n_tail: int
+    distances: tuple[float, ...]
+
+
+@torch.no_grad()
+def choose_cycle_range(
+    model: PreTrainedModel, batches: Iterable[Int[Tensor, "b t"]], *, width: PositiveInt | None = None
+) -> CycleRange:
+    r"""Choose the layers whose output looks most like their input, so that running them again does least harm.
+
+    .. math::
+        d_a = \frac{1}{\pi} \operatorname{mean} \arccos \cos(h_a, h_{a + w})
+
+    Args:
+        model: A pre-trained model.
+        batches: Token ids of text that it knows.
+        width: How many layers to loop; a third when not given.
+
+    Returns:
+        The range of that width with the smallest mean angle, and the angles.
+
+    Raises:
+        RecipeError: There are too few layers, or no batches.
+    """
+    n_layers = model.config.num_hidden_layers
+    width = max(1, round(n_layers / 3)) if width is None else width
+    starts = n_layers - width
+    if starts < 1:
+        raise RecipeError(f"width is {width}, but the model has {n_layers} layers. Lower it to at most {n_layers - 1}.")
+    total, tokens = torch.zeros(starts, dtype=torch.float64), 0
+    for input_ids in batches:
+        # The last state comes after the final norm, so that the last layer always stays free.
+        states = model(input_ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states[:-1]
+        for a in range(starts):
+            cosine = torch.cosine_similarity(states[a].double(), states[a + width].double(), dim=-1)
+            total[a] += cosine.clamp(-1, 1).acos().sum().cpu() / torch.pi
+        tokens += input_ids.numel()
+    if not tokens:
+        raise RecipeError("choose_cycle_range got no batches.")
+    n_head = int(total.argmin())
+    return CycleRange(n_head, n_layers - width - n_head, tuple((total / tokens).tolist()))

@@ -1,0 +1,362 @@
+"""The loop: visits layer after layer, cycle after cycle, and lets tokens leave.
+
+A token that leaves keeps its state. What the others see of it in the cycles that it did not run is decided by the cache
+policy: its own last keys and values (``latest``), its last state through the layers' key and value maps
+(``propagate``), the first cycle's for every token (``share_first``), or the true ones because nothing is saved
+(``select``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from modicum.errors import UnsupportedError
+from modicum.models.zero_token.cache import SlotLayer
+from modicum.models.zero_token.config import PlainConfig, zero_key_shape
+from modicum.models.zero_token.exit import (
+    entropy_change,
+    latent_change,
+    layer_score,
+    prediction_change,
+    random_score,
+    spread,
+)
+from modicum.models.zero_token.schedule import Stages
+from modicum.models.zero_token.visit import Visit
+
+Entry = tuple[int, int, int]  # layer, cycle, slot
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass: what all its visits share, and what it leaves behind.
+
+    Attributes:
+        config: The model's configuration.
+        stages: The visits.
+        layers: The host's layers.
+        call: Arguments of the host's layers.
+        masks: Attention mask by layer type.
+        layer_types: Kind of attention of each slot.
+        rows: Row of the pool by (layer, cycle).
+        pool: The pool's parameters.
+        cache: The cache, or None.
+        real: Which tokens are no padding (b, t), or None for all.
+        positions: Position of each token.
+        predict: State to logits, for exit criteria that read the prediction.
+        n_cycles: Cycles to run.
+        depths: Cycles of each token (b, t), when they are imposed.
+        threshold: Exit threshold, or None.
+        states: The state after each visit.
+        visits: The visits made.
+        cycle_states: The state after each cycle.
+        cycles: Cycles that each token ran (b, t).
+        calls: Number of layer visits made.
+        scores: What was compared with the threshold at each decision (b, t).
+    """
+
+    config: PlainConfig
+    stages: Stages
+    layers: nn.ModuleList
+    call: dict[str, Any]
+    masks: dict[str, Any]
+    layer_types: list[str]
+    rows: dict[tuple[int, int], int]
+    pool: dict[str, Tensor]
+    cache: Cache | None
+    real: Tensor | None
+    positions: Tensor
+    predict: Callable[[Tensor], Tensor]
+    n_cycles: int
+    depths: Tensor | None = None
+    threshold: float | None = None
+    states: list[Tensor] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
+    cycle_states: list[Tensor] = field(default_factory=list)
+    cycles: Tensor | None = None
+    calls: int = 0
+    scores: list[Tensor] = field(default_factory=list)
+
+    @property
+    def may_exit(self) -> bool:
+        """Whether tokens may leave before the last cycle."""
+        return (self.threshold is not None or self.depths is not None) and len(self.stages.cycles) > 1
+
+    def visit(
+        self,
+        hidden: Tensor,
+        entry: Entry,
+        *,
+        active: Tensor | None = None,
+        previous: tuple[Tensor, Tensor] | None = None,
+        only_store: bool = False,
+    ) -> tuple[Tensor, Visit]:
+        """Run one layer."""
+        layer, cycle, slot = entry
+        row = self.rows.get((layer, cycle))
+        shared = self.config.cache_policy == "share_first"
+        if shared and cycle:
+            slot = next(s for c in self.stages.cycles for (first, at, s) in c if first == layer and at == 0)
+        visit = Visit(
+            layer,
+            cycle,
+            slot,
+            backend=self.config._attn_implementation_internal or "sdpa",
+            route=self.config.route,
+            cache=self.cache,
+            has_zero=row is not None,
+            zero_key=None if row is None else self._zero_key(layer, row),
+            zero_bias=self.pool["zero_bias"][row] if row is not None and "zero_bias" in self.pool else None,
+            active=active,
+            # Under "propagate" a token that left makes keys of its last state, like the tokens that go on.
+            previous=None if self.config.cache_policy == "propagate" else previous,
+            shared=shared,
+            only_store=only_store,
+            lora=self._lora(layer, cycle) if self.config.lora_rank else None,
+        )
+        mask = self.masks[self.layer_types[slot]]
+        block: Any = self.layers[layer]
+        if only_store:
+            norm, attention = (
+                (block.ln_1, block.attn) if hasattr(block, "ln_1") else (block.input_layernorm, block.self_attn)
+            )
+            attention(norm(hidden), attention_mask=mask, visit=visit, **self.call)
+            return hidden, visit
+        hidden = block(hidden, attention_mask=mask, visit=visit, use_cache=False, **self.call)
+        self.calls += 1
+        self.visits.append(visit)
+        self.states.append(hidden)
+        return hidden, visit
+
+    def _zero_key(self, layer: int, row: int) -> Tensor | None:
+        if self.config.zero_kind == "sink":
+            return None
+        block = self.layers[layer]
+        if self.config.zero_kind == "off_by_one":
+            weight: Tensor = next(block.parameters())
+            return weight.new_zeros(zero_key_shape(self.config.host))
+        key = self.pool["zero_key"][row]
+        norm = getattr(getattr(block, "self_attn", None), "k_norm", None)
+        if norm is not None and self.config.zero_key_norm:
+            key = norm(key)
+        if self.config.zero_key_rope == "relative":
+            cos, sin = (x[:, None] for x in self.call["position_embeddings"])
+            first, second = key.chunk(2, dim=-1)
+            key = key[None, :, None] * cos + torch.cat([-second, first], -1)[None, :, None] * sin
+        return key
+
+    def _lora(self, layer: int, cycle: int) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            name.split(":")[1].replace("/", "."): (a[cycle], self.pool[f"{name[:-1]}B"][cycle])
+            for name, a in self.pool.items()
+            if name.startswith(f"lora.{layer}:") and name.endswith(":A")
+        }
+
+
+def run(p: Pass, hidden: Tensor) -> Tensor:
+    """Run head, loop and tail."""
+    for entry in p.stages.head:
+        hidden, _ = p.visit(hidden, entry)
+    hidden = _loop(p, hidden)
+    for entry in p.stages.tail:
+        hidden, _ = p.visit(hidden, entry)
+    return hidden
+
+
+def run_tail(p: Pass, hidden: Tensor) -> Tensor:
+    """Run the tail on a state that is not the last one, before the last one, and leave no trace in the cache."""
+    visits, states = len(p.visits), len(p.states)
+    for entry in p.stages.tail:
+        hidden, _ = p.visit(hidden, entry)
+        if p.cache is not None:
+            p.cache.layers[entry[2]].crop(-hidden.shape[1])
+    del p.visits[visits:], p.states[states:]
+    return hidden
+
+
+def _loop(p: Pass, hidden: Tensor) -> Tensor:
+    config, may_exit = p.config, p.may_exit
+    select = config.cache_policy == "select"
+    remembers = may_exit or config.cache_policy == "share_first" or p.n_cycles < len(p.stages.cycles)
+    anchor = hidden
+    active: Tensor | None = None  # None while nobody has left
+    last: dict[int, tuple[Tensor, Tensor]] = {}  # each layer's newest keys and values of these tokens
+    chosen = hidden
+    cycles = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    criterion = _Criterion(p)
+    done = 0
+    # Cycles that cannot be told apart run as one piece, shortened to the visits asked for.
+    pieces = p.stages.cycles[: p.n_cycles]
+    for c, piece in enumerate(pieces):
+        if len(p.stages.cycles) == 1:
+            piece = tuple(entry for entry in piece if entry[1] < p.n_cycles)
+        before, first = hidden, len(p.visits)
+        runs = None if select else active
+        hidden = _hold(_embed(p, hidden, c), before, runs)
+        for entry in piece:
+            runs = None if select else active
+            new, visit = p.visit(hidden, entry, active=runs, previous=last.get(entry[0]))
+            hidden = _hold(new, hidden, runs)
+            if remembers and visit.states is not None and not (visit.shared and entry[0] in last):
+                last[entry[0]] = visit.states
+            chosen = _hold(hidden, chosen, active)
+            if criterion.by_layer and c >= config.min_cycles:
+                active = criterion.after_layer(visit, active)
+        runs = None if select else active
+        hidden = _hold(_connect(p, before, hidden, anchor, c), before if criterion.by_layer is False else hidden, runs)
+        cycles = cycles + (1 if active is None else active.long())
+        chosen = _hold(hidden, chosen, active)
+        p.cycle_states.append(hidden)
+        done = c + 1
+        if may_exit and done < len(pieces):
+            active = criterion.after_cycle(p.visits[first:], before, hidden, active, done)
+            if not select and active is not None and not bool(active.any()):
+                break
+    _fill(p, hidden, last, done)
+    _pad_history(p, hidden)
+    p.cycles = cycles if len(p.stages.cycles) > 1 else cycles * p.n_cycles
+    return chosen
+
+
+def _hold(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
+    """Keep the old state of tokens that have left."""
+    return new if active is None or new is old else torch.where(active[..., None], new, old)
+
+
+def _embed(p: Pass, hidden: Tensor, cycle: int) -> Tensor:
+    if p.config.cycle_embedding == "add":
+        return hidden + p.pool["cycle_embedding"][cycle]
+    return hidden
+
+
+def _connect(p: Pass, before: Tensor, after: Tensor, anchor: Tensor, cycle: int) -> Tensor:
+    if p.config.cycle_embedding == "multiply":
+        after = after * p.pool["cycle_embedding"][cycle]
+    if p.config.loop_connection is not None:
+        after = after + (anchor if p.config.loop_connection == "anchor" else before)
+    if p.config.cycle_gate is not None and cycle:
+        after = before + p.pool["cycle_gate"][cycle - 1] * (after - before)
+    return after
+
+
+def _fill(p: Pass, hidden: Tensor, last: dict[int, tuple[Tensor, Tensor]], done: int) -> None:
+    """Give the cycles that nobody ran the keys and values that later tokens will look for."""
+    if p.cache is None or p.config.cache_policy == "share_first":
+        return
+    missing = [entry for piece in p.stages.cycles[done:] for entry in piece]
+    if len(p.stages.cycles) == 1:
+        missing = [entry for entry in p.stages.cycles[0] if entry[1] >= p.n_cycles]
+    for layer, cycle, slot in missing:
+        if p.config.cache_policy == "propagate":
+            p.visit(hidden, (layer, cycle, slot), only_store=True)
+            continue
+        row = p.rows.get((layer, cycle))
+        visit = Visit(layer, cycle, slot, cache=p.cache, zero_key=None if row is None else p._zero_key(layer, row))
+        visit.zero_bias = p.pool["zero_bias"][row] if row is not None and "zero_bias" in p.pool else None
+        visit.store(*last[layer])
+
+
+class _Criterion:
+    """Decides after each cycle, or layer, who goes on."""
+
+    def __init__(self, p: Pass) -> None:
+        self.p = p
+        config = p.config
+        self.by_layer = (
+            p.may_exit
+            and p.depths is None
+            and config.exit_criterion == "zero_attention"
+            and config.exit_score == "layer"
+        )
+        self.logits: Tensor | None = None
+        self.scope = config.exit_scope
+
+    def after_layer(self, visit: Visit, active: Tensor | None) -> Tensor | None:
+        """Let tokens leave in the middle of a cycle."""
+        if visit.p0 is None:
+            return active
+        assert self.p.threshold is not None  # noqa: S101 - by_layer implies it
+        return self._leave(layer_score([visit.p0], score="layer"), self.p.threshold, active, self._own_slot(visit))
+
+    def after_cycle(
+        self, visits: list[Visit], before: Tensor, after: Tensor, active: Tensor | None, done: int
+    ) -> Tensor | None:
+        """Let tokens leave at the end of a cycle."""
+        p, config = self.p, self.p.config
+        if p.depths is not None:
+            return p.depths > done if active is None else active & (p.depths > done)
+        if self.by_layer or p.threshold is None:
+            return active
+        threshold = p.threshold
+        if config.exit_criterion == "zero_attention":
+            p0s = [visit.p0 for visit in visits if visit.p0 is not None]
+            if not p0s:
+                raise UnsupportedError(
+                    "There is no zero token to exit by. Set zero_token: true or another exit_criterion."
+                )
+            score = layer_score(p0s, score=config.exit_score)
+        elif config.exit_criterion == "random":
+            score = random_score(p.positions, seed=config.seed, cycle=done).expand(after.shape[:2])
+            threshold = 1 - threshold
+        else:
+            score, threshold = self._change(before, after), -threshold
+        if done < config.min_cycles:
+            return active
+        return self._leave(score, threshold, active, self._own_slot(visits[0]))
+
+    def _own_slot(self, visit: Visit) -> int:
+        """Return the slot of a visit that is its own even when the cycles share their keys."""
+        return next(
+            s for c in self.p.stages.cycles for (layer, at, s) in c if (layer, at) == (visit.layer, visit.cycle)
+        )
+
+    def _change(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return minus the change that this cycle made, so that a small change scores high."""
+        if self.p.config.exit_criterion == "latent":
+            return -latent_change(before, after)
+        logits, previous = self.p.predict(run_tail(self.p, after)), self.logits
+        self.logits = logits
+        if previous is None:
+            return after.new_full(after.shape[:2], -torch.inf)
+        measure = entropy_change if self.p.config.exit_criterion == "entropy" else prediction_change
+        return -measure(previous, logits)
+
+    def _leave(self, score: Tensor, threshold: float, active: Tensor | None, slot: int) -> Tensor:
+        stays = active if active is not None else torch.ones_like(score, dtype=torch.bool)
+        if self.p.real is not None:
+            stays = stays & self.p.real
+        score = score.masked_fill(~stays, torch.nan)
+        t = score.shape[1]
+        real = self.p.real
+        if self.scope == "prefix" and self.p.cache is not None:
+            score, real = _with_history(self.p.cache, slot, score), None
+        pooled = spread(score, scope=self.scope, mask=real)[:, -t:]
+        self.p.scores.append(pooled)
+        return stays & ~(pooled > threshold)
+
+
+def _with_history(cache: Cache, slot: int, score: Tensor) -> Tensor:
+    """Put the scores of earlier tokens in front, and remember these; tokens that did not run have NaN."""
+    layer = cache.layers[slot]
+    if not isinstance(layer, SlotLayer):
+        raise UnsupportedError("The prefix scope needs a growing cache without window. Use exit_scope: token.")
+    layer.scores = score if layer.scores is None else torch.cat([layer.scores, score], dim=1)
+    return layer.scores
+
+
+def _pad_history(p: Pass, hidden: Tensor) -> None:
+    """Give the cycles that were not scored NaN, so that every slot has a score for every token."""
+    if p.cache is None or p.config.exit_scope != "prefix" or not p.may_exit:
+        return
+    length = p.cache.layers[0].get_seq_length()
+    for piece in p.stages.cycles:
+        for _, _, slot in piece:
+            missing = length - (0 if p.cache.layers[slot].scores is None else p.cache.layers[slot].scores.shape[1])
+            if missing:
+                _with_history(p.cache, slot, hidden.new_full((hidden.shape[0], missing), torch.nan))

@@ -1,0 +1,1 @@
+"""Zeroth-order optimisers: fine-tuning with forward passes only."""

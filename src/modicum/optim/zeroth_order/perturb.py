@@ -1,0 +1,322 @@
+r"""Moving weights along random directions: what is drawn, where the weights stand, and how they get to another point.
+
+The weights carry an *offset*: the directions that are added to them right now. Every pass goes from one offset to
+another and may update the weights on the way, so that restoring and updating is one pass over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Generator, Tensor
+
+from modicum.errors import RecipeError, UnsupportedError
+from modicum.optim.zeroth_order.leaves import Chunk, Leaf, Ranks, assign_ranks, collect
+from modicum.optim.zeroth_order.lifts import Lift
+from modicum.optim.zeroth_order.moments import ENTRYWISE, RULES, Knobs
+from modicum.optim.zeroth_order.rounding import add_, is_low_precision
+from modicum.optim.zeroth_order.settings import Settings
+from modicum.random import generator
+
+Key: TypeAlias = tuple[int, int]  # (step, query) names a direction
+Offset: TypeAlias = dict[Key, float]  # the directions in the weights, in units of eps
+
+BLOCK = 1 << 18  # entries of a temporary, so that a processor's cache holds the few that a rule needs
+KEPT = 1 << 20  # numbers of dense noise that a step keeps at most, instead of drawing them for every pass
+
+
+class Moving(torch.optim.Optimizer):
+    """Weights that move along random directions; :class:`~modicum.optim.zeroth_order.step.ZerothOrder` says when."""
+
+    shaped: ClassVar[bool] = False  # whether dense directions depend on what the optimizer remembers
+
+    def __init__(self, params: Any, settings: Settings) -> None:
+        self.settings = settings
+        super().__init__(_checked(params), {"lr": settings.lr})
+        self.leaves = collect(
+            self.param_groups, include=settings.include, exclude=settings.exclude, vectors=settings.vectors
+        )
+        self.steps = self.updates = self.age = self.passes = 0
+        self.memory: list[Tensor] = []
+        self.dense_memory: dict[str, list[Tensor]] = {}
+        self.position: Tensor | None = None
+        self._rule, self._remembers = RULES[settings.rule]
+        self._offset: Offset = {}
+        self._drawn: dict[Key, Tensor] = {}
+        self._kept: dict[tuple[Key, str, str, int], Tensor] = {}
+        self._room = KEPT
+        self._size = 0
+        self._dtype, self._device = torch.float32, torch.device("cpu")
+        if settings.lift is not None and settings.ranks is not None:
+            self._prepare(settings.lift, settings.ranks)
+        settings.check(self.leaves, type(self).__name__, shaped=self.shaped)
+
+    def _prepare(self, lift: Lift, ranks: Ranks) -> None:
+        settings = self.settings
+        self._size = assign_ranks(self.leaves, lift, ranks=ranks, dense=settings.dense, scale=settings.scale)
+        factored = self.factored
+        if not factored:
+            raise RecipeError("No matrix is left for a low-rank direction. Check include, exclude and dense.")
+        if any(leaf.compute_dtype == torch.float64 for leaf in factored):
+            self._dtype = torch.float64
+        self._device = factored[0].local().device
+        self._probe_scale, self._update_scale = self._zeros(), self._zeros()
+        for leaf in factored:
+            leaf.prepare(lift, seed=settings.seed, epoch=0)
+            self._probe_scale[leaf.coordinates] = leaf.probe_scale
+            self._update_scale[leaf.coordinates] = leaf.update_scale
+        self.memory = [self._zeros() for _ in range(self._remembers)]
+        if settings.adapts:
+            self.position = self._zeros()
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self._size, dtype=self._dtype, device=self._device)
+
+    @property
+    def factored(self) -> list[Leaf]:
+        """The leaves with a low-rank direction."""
+        return [leaf for leaf in self.leaves if leaf.rank]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse groups that come after the coordinates were laid out."""
+        if hasattr(self, "leaves"):
+            raise UnsupportedError("Parameter groups cannot be added later. Make a new optimizer with all of them.")
+        super().add_param_group(param_group)
+
+    def _refresh(self, lift: Lift, epoch: int) -> None:
+        self.fold_()
+        for leaf in self.factored:
+            old = leaf.basis
+            leaf.prepare(lift, seed=self.settings.seed, epoch=epoch)
+            self._carry(leaf, old)
+        self.age = 0
+
+    def _carry(self, leaf: Leaf, _old: tuple[Tensor, ...]) -> None:
+        """Bring what is remembered about a leaf to its new factors; forgotten unless a method knows better."""
+        for memory in self.memory:
+            memory[leaf.coordinates] = 0
+
+    def _coordinates(self, key: Key) -> Tensor:
+        """The numbers drawn for a direction: one vector from the processor, the same for every device and process."""
+        if key not in self._drawn:
+            rng = generator(self.settings.seed, "coordinates", *key)
+            drawn = torch.randn(self._size, generator=rng, dtype=self._dtype)
+            self._drawn[key] = drawn.to(self._device)
+        return self._drawn[key]
+
+    def _shift(self, offset: Offset) -> Tensor:
+        total = self._zeros()
+        for key, amount in offset.items():
+            total.add_(self._coordinates(key) * self._probe_scale, alpha=amount * self.settings.eps)
+        return total
+
+    def _transition(self, target: Offset, kappas: Tensor | None = None) -> None:
+        """Bring the weights to another offset and, given ``kappas``, update them in the same pass."""
+        keys = dict.fromkeys([*self._offset, *target])
+        shift = {key: target.get(key, 0.0) - self._offset.get(key, 0.0) for key in keys}
+        shift = {key: amount for key, amount in shift.items() if amount}
+        if shift or kappas is not None:
+            self.passes += 1
+            if self._size:
+                self._transition_factors(shift, kappas)
+            for leaf in self.leaves:
+                if not leaf.rank:
+                    self._transition_dense(leaf, shift, kappas)
+        self._offset = dict(target)
+
+    def _transition_factors(self, shift: Offset, kappas: Tensor | None) -> None:
+        settings = self.settings
+        move = self._shift(shift)
+        if kappas is None:
+            for leaf in self.factored:
+                self._add_factors(leaf, move, updating=False)
+            return
+        gradient = self._zeros()
+        for query, kappa in enumerate(kappas.to(gradient)):
+            gradient.addcmul_(self._coordinates((self.steps, query)), kappa / len(kappas))
+        gradient.mul_(self._update_scale)
+        self.age += 1
+        knobs = Knobs(settings.betas, settings.rule_eps, self.age if settings.bias_correction else 0)
+        if settings.entrywise:
+            entry, lifted, state = ENTRYWISE[settings.rule](gradient, tuple(self.memory), knobs)
+            for leaf in self.factored:
+                self._add_entrywise(leaf, move if shift else None, entry, lifted)
+            self.memory = list(state)
+            return
+        step, state = self._rule(gradient, tuple(self.memory), knobs)
+        self.memory = list(state)
+        target = move if self.position is None else self.position
+        for leaf in self.factored:
+            target[leaf.coordinates] -= leaf.group["lr"] * step[leaf.coordinates]
+            if self.position is None:
+                self._add_factors(leaf, move, updating=True)
+
+    def _add_factors(self, leaf: Leaf, coordinates: Tensor, *, updating: bool) -> None:
+        """Add the lift of ``coordinates`` to a weight; only a lasting change is worth rounding by chance."""
+        left, right = leaf.factors(_known(self.settings.lift), coordinates)
+        matrix = leaf.matrix()
+        if updating and is_low_precision(matrix.dtype):
+            for index, rows in enumerate(_blocks(matrix)):
+                delta = left[rows] @ (right if matrix.dim() == 2 else right[rows]).to(left.dtype).mT
+                add_(matrix[rows], delta, rng=self._rounding(leaf, index))
+        elif matrix.dim() == 2:
+            matrix.addmm_(left.to(matrix.dtype), right.mT)
+        else:
+            matrix.baddbmm_(left.to(matrix.dtype), right.mT)
+
+    def _add_entrywise(
+        self, leaf: Leaf, move: Tensor | None, entry: Callable[..., Tensor], parts: tuple[Tensor, ...]
+    ) -> None:
+        """Add a step that is made entry by entry, and the lift of ``move``, to a weight."""
+        matrix, dtype = leaf.matrix(), leaf.compute_dtype
+        left, right = leaf.basis
+        shift = None if move is None else leaf.factors(_known(self.settings.lift), move)[0]
+        stacked = matrix.dim() == 3
+        shape = (*leaf.shape[:-2], 1, leaf.rank)
+        local = [part[leaf.coordinates].view(shape)[leaf.rows() if stacked else ...] for part in parts]
+        for index, rows in enumerate(_blocks(matrix)):
+            there = (right[rows] if stacked else right).to(dtype)
+            values = [part[rows] if stacked else part for part in local]
+            delta = entry(left[rows].to(dtype), there, *values).mul_(-leaf.group["lr"])
+            if shift is not None:
+                delta += shift[rows] @ there.mT
+            add_(matrix[rows], delta, rng=self._rounding(leaf, index))
+
+    def _rounding(self, leaf: Leaf, index: int) -> Generator | None:
+        if not is_low_precision(leaf.param.dtype):
+            return None
+        names = (self.settings.seed, "rounding", self.steps, leaf.name, leaf.rows().start, index)
+        return generator(*names, device=leaf.local().device)
+
+    def _transition_dense(self, leaf: Leaf, shift: Offset, kappas: Tensor | None) -> None:
+        target = leaf.local()
+        target = target if target.dim() else target.view(1)
+        queries = [] if kappas is None else [(self.steps, query) for query in range(len(kappas))]
+        memory = self._dense_memory_of(leaf) if kappas is not None or self.shaped else []
+        for chunk in leaf.chunks:
+            directions = {key: self._direction(leaf, chunk, key) for key in dict.fromkeys([*shift, *queries])}
+            delta = torch.zeros_like(next(iter(directions.values())))
+            for key, amount in shift.items():
+                delta.add_(directions[key], alpha=amount * self.settings.eps)
+            if kappas is None:
+                target[chunk.rows].add_(delta)
+                continue
+            old = tuple(part[chunk.rows] for part in memory)
+            step, new = self._dense_rule(leaf, chunk, kappas.to(delta), [directions[key] for key in queries], old)
+            for part, value in zip(old, new, strict=True):
+                part.copy_(value)
+            delta.sub_(step, alpha=leaf.group["lr"])
+            add_(target[chunk.rows], delta, rng=self._rounding(leaf, chunk.number))
+
+    def _dense_memory_of(self, leaf: Leaf) -> list[Tensor]:
+        if leaf.name not in self.dense_memory:
+            like = leaf.local().view(1) if leaf.param.dim() == 0 else leaf.local()
+            self.dense_memory[leaf.name] = self._new_dense_memory(leaf, like)
+        return self.dense_memory[leaf.name]
+
+    def _new_dense_memory(self, leaf: Leaf, like: Tensor) -> list[Tensor]:
+        return [torch.zeros_like(like, dtype=leaf.compute_dtype) for _ in range(self._remembers)]
+
+    def _direction(self, leaf: Leaf, chunk: Chunk, key: Key) -> Tensor:
+        """The part of a dense direction that belongs to a chunk."""
+        return self._draw(leaf, chunk, key)
+
+    def _draw(self, leaf: Leaf, chunk: Chunk, key: Key, *, purpose: str = "dense") -> Tensor:
+        """Draw the noise of a chunk, or draw it again; small tensors keep theirs for the step."""
+        name = (key, purpose, leaf.name, chunk.number)
+        if (kept := self._kept.get(name)) is not None:
+            return kept
+        settings = self.settings
+        drawn = leaf.draw(
+            chunk, seed=settings.seed, step=key[0], query=key[1], purpose=purpose, how=settings.distribution
+        )
+        if drawn.numel() <= self._room:
+            self._kept[name] = drawn
+            self._room -= drawn.numel()
+        return drawn
+
+    def _forget(self) -> None:
+        """Let go of what was drawn for earlier steps."""
+        self._drawn = {key: value for key, value in self._drawn.items() if key[0] >= self.steps}
+        self._kept = {name: value for name, value in self._kept.items() if name[0][0] >= self.steps}
+        self._room = KEPT - sum(value.numel() for value in self._kept.values())
+
+    def _dense_rule(
+        self, _leaf: Leaf, _chunk: Chunk, kappas: Tensor, directions: list[Tensor], state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What to step against on a chunk, and what to remember; before :attr:`updates` counts this step."""
+        gradient = directions[0] * (kappas[0] / len(directions))
+        for kappa, other in zip(kappas[1:], directions[1:]):
+            gradient.addcmul_(other, kappa / len(directions))
+        settings = self.settings
+        knobs = Knobs(settings.betas, settings.rule_eps, self.updates + 1 if settings.bias_correction else 0)
+        return self._rule(gradient, state, knobs)
+
+    def _dense_sum(self, leaf: Leaf, offset: Offset) -> Tensor:
+        """A dense leaf's values at a point, for engines that do not write the weights."""
+        data = leaf.local()
+        total = data.to(leaf.compute_dtype).reshape(data.shape or (1,)).clone()
+        for chunk in leaf.chunks:
+            for key, amount in offset.items():
+                total[chunk.rows].add_(self._direction(leaf, chunk, key), alpha=amount * self.settings.eps)
+        return total.view(data.shape).to(data.dtype)
+
+    def _tangents(self, key: Key) -> dict[Leaf, Tensor]:
+        """The whole direction, tensor by tensor, for the exact derivative."""
+        scaled = self._coordinates(key) * self._probe_scale if self._size else None
+        tangents = {}
+        for leaf in self.leaves:
+            if leaf.rank and scaled is not None:
+                left, right = leaf.factors(_known(self.settings.lift), scaled)
+                tangents[leaf] = (left @ right.to(left.dtype).mT).view(leaf.param.shape).to(leaf.param.dtype)
+            else:
+                parts = [self._direction(leaf, chunk, key) for chunk in leaf.chunks]
+                tangents[leaf] = torch.cat(parts).view(leaf.param.shape).to(leaf.param.dtype)
+        return tangents
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Write what an adapter engine learned into the weights, which then are the trained model."""
+        if self.position is None or self.settings.lift is None:
+            return
+        for leaf in self.factored:
+            if leaf.stands_for_quantized:
+                if self.position[leaf.coordinates].any():
+                    raise UnsupportedError(f"{leaf.name} is quantized: nothing can be folded into it. Export a LoRA.")
+                continue
+            self._add_factors(leaf, self.position, updating=True)
+        self.position.zero_()
+
+
+def _checked(params: Any) -> list[Any]:
+    """Return the parameters as a list, refusing empty lists and duplicates."""
+    if isinstance(params, Tensor):
+        raise RecipeError("params is one tensor, expected an iterable of parameters such as model.named_parameters().")
+    items = list(params)
+    if not items:
+        raise RecipeError("params is empty, expected parameters such as model.named_parameters().")
+    flat: list[Any] = []
+    for item in items:
+        if isinstance(item, dict):
+            item["params"] = [item["params"]] if isinstance(item["params"], Tensor) else list(item["params"])
+            flat += item["params"]
+        else:
+            flat.append(item)
+    tensors = [item[1] if isinstance(item, tuple) else item for item in flat]
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        raise RecipeError("params holds a parameter twice. Give each one once; named_parameters() does.")
+    return items
+
+
+def _blocks(matrix: Tensor) -> list[slice]:
+    """Cut the first dimension so that a temporary of a block's size stays small."""
+    per = max(1, BLOCK // max(1, matrix[0].numel())) if len(matrix) else 1
+    return [slice(start, start + per) for start in range(0, len(matrix), per)]
+
+
+def _known(lift: Lift | None) -> Lift:
+    if lift is None:
+        raise UnsupportedError("This method has no low-rank directions.")
+    return lift

@@ -1,0 +1,114 @@
+"""What a zeroth-order method tells the step that all of them share, and which combinations can be done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
+
+from modicum.errors import RecipeError, UnsupportedError
+from modicum.optim.zeroth_order.leaves import Distribution, Leaf, Ranks
+from modicum.optim.zeroth_order.lifts import Lift, Scale
+from modicum.optim.zeroth_order.moments import Betas
+
+Engine: TypeAlias = Literal["mutate", "adapter", "paired", "jvp"]
+Parallel: TypeAlias = Literal["data", "query"]
+Vectors: TypeAlias = Literal["dense", "freeze"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a method tells the shared step; see the methods for the meaning of each."""
+
+    lr: float
+    eps: float
+    seed: int = 0
+    queries: int = 1
+    sides: int = 2
+    weight_decay: float = 0.0
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    dense: Sequence[str] = ()
+    vectors: Vectors = "dense"
+    engine: Engine = "mutate"
+    passes: int = 3
+    parallel: Parallel = "data"
+    lift: Lift | None = None
+    ranks: Ranks | None = None
+    scale: Scale = "unit"
+    refresh_every: int | None = None
+    distribution: Distribution = "normal"
+    rule: str = "sgd"
+    entrywise: bool = False
+    betas: Betas = (0.9, 0.99)
+    rule_eps: float = 1e-8
+    bias_correction: bool = True
+
+    @classmethod
+    def of(cls, knobs: Mapping[str, Any], **own: Any) -> Settings:
+        """Return the settings that a method's constructor was given, with what the method itself decides.
+
+        Args:
+            knobs: The constructor's ``locals()``: knobs that are settings are taken by name, the rest is the method's.
+            own: Settings that the method derives or fixes.
+        """
+        return cls(**{f.name: knobs[f.name] for f in fields(cls) if f.name in knobs} | own)
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("lr", self.lr >= 0, "at least 0"),
+            ("eps", self.eps > 0, "above 0"),
+            ("queries", self.queries >= 1, "at least 1"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
+            ("passes", self.passes in (2, 3), "2 or 3"),
+            ("refresh_every", self.refresh_every is None or self.refresh_every >= 1, "at least 1, or none"),
+        ):
+            if not ok:
+                raise RecipeError(f"{name} is {getattr(self, name)}, expected {expected}.")
+        if self.weight_decay and self.engine != "mutate":
+            raise UnsupportedError(
+                f"weight_decay={self.weight_decay} needs engine='mutate': the {self.engine} engine does not write the "
+                "weights, so it cannot shrink them. Set weight_decay to 0 or change the engine."
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether what is learned stays beside the weights, as coordinates, until it is folded in."""
+        return self.engine in ("adapter", "paired") and not self.entrywise
+
+    def check(self, leaves: Sequence[Leaf], method: str, *, shaped: bool) -> None:
+        """Raise unless this engine can serve these tensors."""
+        if self.engine in ("adapter", "paired") and self.lift is None:
+            raise UnsupportedError(
+                f"engine={self.engine!r} needs low-rank directions, which {method} does not draw. "
+                "Use engine='mutate', or TeZO, LOZO or SubZero."
+            )
+        if self.engine != "mutate" and any(hasattr(leaf.param, "to_local") for leaf in leaves):
+            raise UnsupportedError(f"engine={self.engine!r} does not read sharded weights. Use engine='mutate'.")
+        if self.passes == 2 and (self.engine != "mutate" or shaped or self.weight_decay):
+            raise UnsupportedError(
+                "passes=2 needs engine='mutate', no weight decay, and directions that do not depend on the last step."
+            )
+        if self.parallel == "query" and self.engine == "mutate":
+            raise UnsupportedError(
+                "parallel='query' perturbs each process's weights differently, and restoring them leaves different "
+                "rounding residues. Use engine='adapter', which leaves the weights alone."
+            )
+        stand_ins = [leaf.name for leaf in leaves if leaf.stands_for_quantized]
+        if stand_ins and (not self.adapts or self.refresh_every):
+            raise UnsupportedError(
+                f"{stand_ins[0]} is quantized and cannot be written. Use engine='adapter' without an entry-wise "
+                "variant and without refresh_every."
+            )
+
+
+def check_variant(variant: str, known: Iterable[str]) -> None:
+    """Raise unless the method has this variant.
+
+    Raises:
+        RecipeError: It has not.
+    """
+    names = list(known)
+    if variant not in names:
+        raise RecipeError(f"variant is {variant!r}, expected one of: {', '.join(names)}.")

@@ -1,0 +1,1 @@
+"""The arithmetic that merge methods share: blocks, selection, elections, draws, matrices."""

@@ -1,0 +1,107 @@
+"""Dropping entries of deltas at random, and the random numbers for it.
+
+These have at most 16 bits each, so that a probability is exact to 1/65536, and are far cheaper than floats. Draws and
+comparisons are NumPy's, which are several times faster than torch's on a processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modicum.weights.kernels.blocks import as_vector, delta_blocks, fold, multiply_
+from modicum.weights.kernels.combine import Kernel
+
+LEVELS = 1 << 16
+Words: TypeAlias = NDArray[np.uint16]
+Mask: TypeAlias = NDArray[np.bool_]
+Drop: TypeAlias = Callable[[int, Tensor], NDArray[Any] | None]
+"""From an expert and the next block of its delta to factors, 0 for what is dropped; ``None`` where nothing is."""
+
+
+def generators(n: int, rng: torch.Generator | None) -> list[np.random.Generator]:
+    """Return NumPy's generators for ``n`` experts, seeded by ``rng`` or by a fixed one."""
+    seeds = torch.randint(1 << 62, (n,), generator=rng or torch.Generator().manual_seed(0))
+    return [np.random.default_rng(seed) for seed in seeds.tolist()]
+
+
+def draw(size: int, rng: np.random.Generator) -> Words:
+    """Return ``size`` numbers, evenly distributed over ``0 … LEVELS - 1``."""
+    return _bytes(2 * size, rng).view(np.uint16)
+
+
+def draw_mask(size: int, level: int, rng: np.random.Generator) -> Mask:
+    """Return ``size`` truth values, each true with probability ``level / LEVELS``.
+
+    A draw's upper byte decides all but one in 256; a lower byte is drawn for these alone, and not at all where the
+    probability is a multiple of 1/256.
+    """
+    upper, lower = divmod(level, 256)
+    first = _bytes(size, rng)
+    mask: Mask = first < upper
+    if lower:
+        open_ = np.flatnonzero(first == upper)
+        mask[open_] = _bytes(open_.size, rng) < lower
+    return mask
+
+
+def _bytes(size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    return rng.integers(0, 1 << 64, -(-size // 8), dtype=np.uint64).view(np.uint8)[:size]
+
+
+def merge_dropped(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    drop: Drop,
+    combine: Kernel,
+    *,
+    larger: Sequence[float] | None,
+    row: int = 1,
+) -> Tensor:
+    """Return the base plus what ``combine`` makes of the deltas, of which entries are dropped and the rest made larger.
+
+    Args:
+        base: The tensor that the deltas are taken from.
+        experts: Tensors of its shape.
+        drop: Called for every block of every expert's delta, in order.
+        combine: From deltas ``(n, block)`` to the merged delta.
+        larger: A factor for each expert. ``None`` makes the sum of its magnitudes what it was; that takes two passes,
+            between which a bit is kept for each entry.
+        row: A block holds whole rows of so many entries.
+    """
+    if larger is None:
+        drop, larger = _keep_l1(base, experts, drop, row)
+    ratios = as_vector(larger, base)
+
+    def kernel(deltas: Tensor) -> Tensor:
+        for t, delta in enumerate(deltas):
+            if (factors := drop(t, delta)) is not None:
+                multiply_(delta, factors)
+        return combine(deltas.mul_(ratios[:, None]))
+
+    return fold(base, experts, kernel, row=row)
+
+
+def _keep_l1(base: Tensor, experts: Sequence[Tensor], drop: Drop, row: int) -> tuple[Drop, list[float]]:
+    """Drop once, to learn each expert's sum of magnitudes over that of what stays; return also what drops the same."""
+    before, after = [0.0] * len(experts), [0.0] * len(experts)
+    stays: list[list[NDArray[np.uint8] | None]] = [[] for _ in experts]
+    for _, _, deltas in delta_blocks(base, experts, row=row):
+        for t, delta in enumerate(deltas.abs_()):
+            before[t] += float(delta.sum())
+            if (mask := drop(t, delta)) is not None:
+                multiply_(delta, mask)
+            stays[t].append(None if mask is None else np.packbits(mask))
+            after[t] += float(delta.sum())
+    replay = [iter(bits) for bits in stays]
+
+    def again(t: int, delta: Tensor) -> NDArray[Any] | None:
+        bits = next(replay[t])
+        return None if bits is None else np.unpackbits(bits, count=len(delta))
+
+    return again, [whole / kept if kept else 1.0 for whole, kept in zip(before, after)]

@@ -1,0 +1,28 @@
+"""Methods that treat a weight as a linear map: one matrix at a time, everything else averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from modicum.weights.kernels.blocks import fold, working_dtype
+
+
+def merge_matrices(base: Tensor, experts: Sequence[Tensor], merge: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Return ``base + merge(deltas)`` for a matrix, and for each matrix of a stack of them.
+
+    Vectors and scalars get the mean of the deltas.
+
+    Args:
+        base: The tensor that the deltas are taken from.
+        experts: Tensors of its shape.
+        merge: From the deltas of one matrix, in float32 or float64, to the merged delta.
+    """
+    if base.ndim < 2 or not base.numel():
+        return fold(base, experts, lambda deltas: deltas.mean(0))
+    if base.ndim > 2:
+        return torch.stack([merge_matrices(base[i], [e[i] for e in experts], merge) for i in range(len(base))])
+    origin = base.to(working_dtype(base))
+    return (origin + merge([expert.to(origin.dtype) - origin for expert in experts])).to(base.dtype)

@@ -1,0 +1,1 @@
+"""Mergekit files: read as they are, run by modicum's own methods."""
