@@ -1,18 +1,28 @@
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, ClassVar, get_origin, get_type_hints
 
 import pytest
 from annotated_types import Ge, Le
+from beartype.door import is_bearable
 
 from modicum import registry
 from modicum.errors import RecipeError
+from modicum.facts import Facts
 from modicum.registry import Entry, Registry
 from modicum.types import Fraction, PositiveInt
 
 
+@dataclass(frozen=True, kw_only=True)
+class ThingFacts(Facts):
+    known_laws = MappingProxyType({"scale": "it scales"})
+
+    scope: str = "tensor"
+
+
 def table():
-    return Registry("things", "thing", "package_that_does_not_exist")
+    return Registry("things", "thing", "package_that_does_not_exist", ThingFacts)
 
 
 def test_keyword_only_parameters_are_the_schema():
@@ -25,7 +35,7 @@ def test_keyword_only_parameters_are_the_schema():
     entry = things["shrink"]
     assert list(entry.schema.model_fields) == ["density", "scale"]
     assert entry.knobs({"density": "0.5"}) == {"density": 0.5, "scale": 1.0}
-    assert entry.facts["scope"] == "element" and entry.paper == "arXiv:1"
+    assert entry.facts.scope == "element" and entry.paper == "arXiv:1"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +81,21 @@ def test_everything_after_a_class_s_first_parameter_is_a_knob():
         def __init__(self, params: list[int], lr: float, eps: float = 1e-3, *, rank: int = 2) -> None: ...
 
     assert things["Opt"].knobs({"lr": 0.1}) == {"lr": 0.1, "eps": 1e-3, "rank": 2}
+
+
+@pytest.mark.parametrize("table", registry.REGISTRIES.values(), ids=lambda table: table.kind)
+@pytest.mark.parametrize("wrong", [{"bsae": False}, {"matrx": True}, {"laws": {"permuttation"}}])
+def test_a_misspelt_fact_or_law_fails_where_it_is_stated(table: Registry, wrong):
+    with pytest.raises(TypeError, match=next(iter(wrong.get("laws", wrong)))):
+        table("misspelt", **wrong)
+    assert "misspelt" not in table
+
+
+@pytest.mark.parametrize("entry", [e for t in registry.REGISTRIES.values() for e in t.values()], ids=lambda e: e.name)
+def test_facts_have_the_types_that_their_table_declares(entry: Entry):
+    for name, hint in get_type_hints(type(entry.facts)).items():
+        if get_origin(hint) is not ClassVar:
+            assert is_bearable(getattr(entry.facts, name), hint), f"{entry.name}: {name}"
 
 
 def test_an_unannotated_knob_is_refused():

@@ -146,19 +146,22 @@ def _show_entry(entry: Any) -> None:
     from rich.table import Table
 
     from modicum import recipe, registry
+    from modicum.schema import describe_type
 
     console = Console(highlight=False)
     paper = f" · {entry.paper}" if entry.paper else ""
     console.print(f"[bold]{entry.name}[/bold] · {entry.noun}{paper}")
     if entry.laws:
-        console.print(f"laws: {', '.join(sorted(entry.laws))}")
+        console.print("laws, each checked by a generated test:")
+        for law in sorted(entry.laws):
+            console.print(f"  {law}: {entry.facts.known_laws[law]}", markup=False)
     schema = recipe.job_schema(entry.name) if entry.noun == registry.job.noun else entry.schema
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("knob", "type", "default", ""):
         table.add_column(column)
     for knob, field in schema.model_fields.items():
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        table.add_row(knob, registry.describe_type(field), default, field.description or "")
+        table.add_row(knob, describe_type(field), default, field.description or "")
     console.print(table)
     console.print(inspect.getdoc(entry.function) or "", markup=False)
 

@@ -19,7 +19,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from modicum import registry
 from modicum.errors import RecipeError, did_you_mean
 from modicum.record import fingerprint
-from modicum.registry import Registry, explain
+from modicum.registry import Registry
+from modicum.schema import explain
 from modicum.types import NonNegativeInt
 
 PREFIXES = ("builtin:", "reasoning-gym:", "stage:")  # references that are not paths
@@ -55,7 +56,7 @@ class Choice(Section):
         return dict(self.model_extra or {})
 
 
-def choice(table: Registry, *, complete: bool = True) -> Any:
+def choice(table: Registry[..., Any], *, complete: bool = True) -> Any:
     """Return the type of a recipe field that picks a method of ``table`` and sets its knobs.
 
     Args:

@@ -16,7 +16,7 @@ def test_a_method_says_what_it_takes_costs_changes_and_rests_on(entry: Entry):
     text = inspect.getdoc(entry.function) or ""
     missing = [section for section in SECTIONS if f"\n{section}:" not in text]
     assert not missing, f"{entry.noun} {entry.name} has no {', '.join(missing)}"
-    gathered = inspect.getdoc(entry.facts["gather"]) if "gather" in entry.facts else ""
+    gathered = inspect.getdoc(entry.facts.gather) if entry.facts.gather else ""
     arguments = gathered + re.split(r"\n[A-Z]\w+:\n", text.partition("\nArgs:")[2])[0]
     undocumented = [knob for knob in entry.parameters[1] if not re.search(rf"\b{knob}\b", arguments)]
     assert not undocumented, f"{entry.noun} {entry.name} does not explain {', '.join(undocumented)}"

@@ -30,7 +30,7 @@ def run(entry: Entry, base: Tensor, experts: list[Tensor], **more: Any) -> Tenso
 
 def experts_for(entry: Entry, shape: tuple[int, ...], n: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     rng = torch.Generator().manual_seed(7)
-    n = 1 if entry.facts.get("two") else min(n, entry.facts.get("most", n))
+    n = 1 if entry.facts.two else min(n, entry.facts.most or n)
     return [torch.randn(shape, generator=rng).to(dtype) for _ in range(n)]
 
 

@@ -43,7 +43,7 @@ def test_no_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
         execute(parse({"job": "average", "checkpoints": [f"{tmp_path}/nope-*"]}), tmp_path / "run", quiet=True)
 
 
-@pytest.mark.parametrize("name", [n for n in averager if not averager[n].facts.get("learns")])
+@pytest.mark.parametrize("name", [n for n in averager if not averager[n].facts.learns])
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
 def test_coefficients_are_shares(name: str, n: int) -> None:
     knobs = averager[name].knobs({"last": 1} if name == "lawa" else {})

@@ -71,7 +71,7 @@ def random_factors(out: int, width: int, ranks: list[int]) -> list[Factors]:
 
 
 def test_the_methods_for_factors_are_tested() -> None:
-    assert set(IN_FACTORS) == {name for name, entry in merge_method.items() if entry.facts.get("factors")}
+    assert set(IN_FACTORS) == {name for name, entry in merge_method.items() if entry.facts.factors}
 
 
 @pytest.mark.parametrize("method", IN_FACTORS)

@@ -24,7 +24,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 def number_of_experts(method: str, wanted: int = 3) -> int:
     facts = merge_method[method].facts
-    return 1 if facts.get("two") else min(wanted, facts.get("most", wanted))
+    return 1 if facts.two else min(wanted, facts.most or wanted)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

@@ -193,7 +193,7 @@ CASES: dict[str, tuple[Ours, Theirs]] = {
 def test_a_method_equals_its_oracle(case: str, dtype: torch.dtype, tolerance: float) -> None:
     method, transcription = CASES[case]
     entry = merge_method[case.partition(",")[0].rstrip("+")]
-    least, most = entry.facts.get("experts", 1), 1 if entry.facts.get("two") else entry.facts.get("most", 99)
+    least, most = entry.facts.experts, 1 if entry.facts.two else entry.facts.most or 99
     compared = 0
     for shape in SHAPES:
         for label, base, experts in inputs(shape, dtype):

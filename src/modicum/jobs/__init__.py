@@ -6,7 +6,6 @@ import their engine when they run, so that listing and checking stay instant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from modicum import registry
@@ -31,7 +30,7 @@ def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_chang
         >>> run = execute(parse(read("quickstart")), "runs/quickstart")  # doctest: +SKIP
     """
     entry = registry.job[recipe.job]
-    if entry.facts.get("incremental"):
+    if entry.facts.incremental:
         on_change = "keep"
     inputs = fingerprints(recipe)
     run = Run(folder, job=recipe.job, recipe=dump(recipe), inputs=inputs, quiet=quiet, on_change=on_change)
@@ -45,5 +44,5 @@ def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_chang
 
 def plan(recipe: Recipe) -> list[str]:
     """Return what running ``recipe`` would read, compute and write, a line each; runs nothing."""
-    describe: Callable[[Recipe], list[str]] | None = registry.job[recipe.job].facts.get("plan")
+    describe = registry.job[recipe.job].facts.plan
     return describe(recipe) if describe else []

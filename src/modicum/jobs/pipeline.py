@@ -87,7 +87,7 @@ def pipeline(recipe: PipelineRecipe, run: Run) -> None:
         resolved = _resolve(_without_name(stage, recipe.seed), folders)
         inner = parse(resolved, f"stage {name!r}")
         run.say(f"[{position}/{len(recipe.stages)}] {name}: {inner.job}")
-        if run.main or registry.job[inner.job].facts.get("distributed"):
+        if run.main or registry.job[inner.job].facts.distributed:
             execute(inner, folder, quiet=run.quiet, on_change="replace")
         if not run.main:
             _wait_for(folder)

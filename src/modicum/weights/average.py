@@ -77,7 +77,7 @@ def choose_coefficients(
         raise RecipeError("There are no checkpoints to average. List at least one.")
     entry = averager[method]
     checked = entry.knobs(knobs)
-    if not entry.facts.get("learns"):
+    if not entry.facts.learns:
         return list(entry.function(checkpoints, **checked))
     if loss is None:
         raise RecipeError(f"{method} learns its coefficients from a loss, and none is given. Give held-out data.")

@@ -174,7 +174,7 @@ def merge_factors(
     # Zeros around the cores leave as much room for each expert's rank as the whole matrix would.
     most = len(experts) * max(expert.A.shape[0] for expert in known)
     left = _basis(outputs, min(rows, most))
-    right = _basis([a.T for a in inputs], min(columns, most)) if entry.facts["factors"] == "both" else None
+    right = _basis([a.T for a in inputs], min(columns, most)) if entry.facts.factors == "both" else None
     parts = iter(zip(outputs, inputs))
     small = []
     for expert in experts:
@@ -215,7 +215,7 @@ class LoraPlan:
 
     def of(self, name: str) -> tuple[str, Mapping[str, Any]]:
         """Return method and knobs for a module: the mean where rows of tokens have no singular directions."""
-        if merge_method[self.method].facts.get("matrix") and VOCABULARY.search(name):
+        if merge_method[self.method].facts.matrix and VOCABULARY.search(name):
             return "task_arithmetic", {"scale": 1 / len(self.models)}
         return self.method, self.knobs
 
@@ -249,8 +249,8 @@ def plan_loras(
         ModicumError: One is not an adapter, their bases differ, or the method needs whole matrices.
     """
     entry = merge_method[method]
-    if not entry.facts.get("factors"):
-        able = ", ".join(name for name, other in merge_method.items() if other.facts.get("factors"))
+    if not entry.facts.factors:
+        able = ", ".join(name for name, other in merge_method.items() if other.facts.factors)
         raise RecipeError(
             f"{method} needs whole matrices, so its result is no LoRA. Choose one of {able}, or make a model and "
             "extract a LoRA from it."

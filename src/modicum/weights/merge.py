@@ -80,7 +80,7 @@ def survey(plan: Plan, *, device: str = "cpu", workers: int | None = None) -> di
     found: dict[str, Mapping[str, Any]] = {}
     groups: dict[str, list[Step]] = {}
     for step in plan.steps:
-        if "survey" in step.entry.facts and step.spec.dtype.is_floating_point and not step.averaged:
+        if step.entry.facts.survey and step.spec.dtype.is_floating_point and not step.averaged:
             groups.setdefault(repr((step.method, sorted(step.knobs.items()))), []).append(step)
     for steps in groups.values():
         table = {step.name: step for step in steps}
@@ -94,7 +94,9 @@ def survey(plan: Plan, *, device: str = "cpu", workers: int | None = None) -> di
             seen = dict(run_all(one, order, workers=workers or cores()))
             return {name: seen[name] for name in table}
 
-        found |= steps[0].entry.facts["survey"](each, **steps[0].knobs)
+        survey = steps[0].entry.facts.survey
+        if survey is not None:
+            found |= survey(each, **steps[0].knobs)
     return found
 
 

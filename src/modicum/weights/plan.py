@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
+from modicum.facts import MergeFacts
 from modicum.record import fingerprint
 from modicum.registry import Entry, merge_method
 from modicum.weights.checkpoint import Checkpoint
@@ -59,14 +60,14 @@ class Step:
         return (*((self.base,) if self.base else ()), *self.experts)
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> Entry[MergeFacts]:
         """The method."""
         return merge_method[self.method]
 
     @property
     def averaged(self) -> bool:
         """Whether a method for matrices gives way to the mean of the deltas here."""
-        return bool(self.entry.facts.get("matrix")) and (len(self.spec.shape) < 2 or not self.maps)
+        return bool(self.entry.facts.matrix) and (len(self.spec.shape) < 2 or not self.maps)
 
     @property
     def maps(self) -> bool:
@@ -76,10 +77,10 @@ class Step:
     @property
     def memory(self) -> int:
         """Bytes of anonymous memory that making the tensor takes at most."""
-        if (self.entry.facts.get("matrix") and not self.averaged) or self.diagnosed:
+        if (self.entry.facts.matrix and not self.averaged) or self.diagnosed:
             # Deltas, their factors and the stacks of both, in float64 where they are decomposed.
             return self.spec.numel * 8 * 3 * (len(self.experts) + 1)
-        if self.entry.facts.get("whole"):
+        if self.entry.facts.whole:
             return self.spec.nbytes + self.spec.numel * 4 * (len(self.experts) + 3)
         folded = sum(s.tensors.adapter is not None for s in self.sources if isinstance(s.tensors, Checkpoint))
         # What thresholds are sought among, or masks, a bit an entry.
@@ -139,9 +140,9 @@ def _size(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
-def check_count(entry: Entry, n: int) -> None:
+def check_count(entry: Entry[MergeFacts], n: int) -> None:
     """Refuse more or fewer experts than a method takes."""
-    least, most = entry.facts.get("experts", 1), entry.facts.get("most")
+    least, most = entry.facts.experts, entry.facts.most
     if n < least:
         raise RecipeError(f"{entry.name} needs at least {least} experts, got {n}. Add some.")
     if most is not None and n > most:
@@ -175,10 +176,10 @@ def plan_merge(
         RecipeError: The method cannot take them, or a knob is wrong.
     """
     entry = merge_method[method]
-    if entry.facts.get("base", True) and base is None:
+    if entry.facts.base and base is None:
         raise RecipeError(f"{method} merges differences from a base model, and none is given. Set base.")
     check_count(entry, len(experts))
-    if statistics and not entry.facts.get("statistics"):
+    if statistics and not entry.facts.statistics:
         raise RecipeError(f"{method} uses no statistics of the experts' data. Remove them.")
     if statistics and len(statistics) != len(experts):
         raise RecipeError(f"Got {len(statistics)} statistics for {len(experts)} experts. Give one for each.")

@@ -12,7 +12,7 @@ from modicum.random import generator
 from modicum.recipe import parse, parse_yaml
 from support import tiny_llama
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "guide" / "adapters.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[3] / "docs" / "guide" / "adapters.md").read_text(encoding="utf-8")
 
 
 def blocks(language):

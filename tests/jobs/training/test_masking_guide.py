@@ -9,7 +9,7 @@ from datasets import Dataset
 from modicum.recipe import parse, parse_yaml
 from support import byte_tokenizer, tiny_llama
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "guide" / "masking.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[3] / "docs" / "guide" / "masking.md").read_text(encoding="utf-8")
 
 
 def blocks(language):

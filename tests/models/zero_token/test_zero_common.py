@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from models.support_zero import left_padded, looped, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from models.zero_token.support_zero import left_padded, looped, tokens
 from modicum.models import ZeroTokenForCausalLM
 
 FAMILIES = ["llama", "gpt2", "mistral", "qwen3"]

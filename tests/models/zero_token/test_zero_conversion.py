@@ -1,7 +1,7 @@
 import pytest
 import torch
-from models.support_zero import base_model, looped, tokens
 
+from models.zero_token.support_zero import base_model, looped, tokens
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.models import calibrate_threshold, choose_cycle_range, convert_to_zero_token, resize_pool
 from modicum.models.zero_token.calibrate import cheapest, exit_curve

@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models.support_zero import decode, left_padded, looped, tokens
 
+from models.zero_token.support_zero import decode, left_padded, looped, tokens
 from modicum.errors import ModicumError, UnsupportedError
 from modicum.models import exit_decision
 from modicum.models.zero_token.exit import entropy_change, latent_change, layer_score, prediction_change, spread

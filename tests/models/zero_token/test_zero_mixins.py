@@ -17,8 +17,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from models.support_zero import HOSTS, tokens
 
+from models.zero_token.support_zero import HOSTS, tokens
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 
 if "TRANSFORMERS_SOURCE" not in os.environ:

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
-from models.support_zero import base_model, looped, tokens
 
+from models.zero_token.support_zero import base_model, looped, tokens
 from modicum.models import ZeroTokenForCausalLM, convert_to_zero_token
 from modicum.models.__main__ import main as hand_over
 

@@ -3,9 +3,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from models.support_zero import HOSTS, base_model, decode, left_padded, looped, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from models.zero_token.support_zero import HOSTS, base_model, decode, left_padded, looped, tokens
 from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 from oracles import zero_token as oracle

@@ -76,7 +76,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(name):
 def test_kept_draws_are_those_that_would_be_drawn_again(name, monkeypatch):
     kept, redrawn = tied(), tied()
     steps(name, kept, made(name, kept), 4)
-    monkeypatch.setattr(moving, "KEPT", 0)
+    monkeypatch.setattr(perturb, "KEPT", 0)
     optimizer = made(name, redrawn)
     steps(name, redrawn, optimizer, 4)
     assert not optimizer._kept and torch.equal(flat(kept), flat(redrawn))

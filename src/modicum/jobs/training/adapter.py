@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ModicumError, UnsupportedError
+from modicum.facts import AdapterFacts
 from modicum.jobs.training.adapter_files import (
     GEOMETRY,
     ORIGIN,
@@ -103,7 +104,7 @@ def config_fields(name: str) -> dict[str, Any]:
         >>> config_fields("rslora")
         {'use_rslora': True}
     """
-    return dict(adapter_init[name].facts.get("config", {}))
+    return dict(adapter_init[name].facts.config)
 
 
 def peft_config(name: str, knobs: Mapping[str, Any], *, rank: int, **fields: Any) -> Any:
@@ -128,7 +129,7 @@ def peft_config(name: str, knobs: Mapping[str, Any], *, rank: int, **fields: Any
     fields = config_fields(name) | fields
     if fields.get("init_lora_weights") == "loftq":
         _require_loftq()
-    if not entry.facts.get("adaptive"):
+    if not entry.facts.adaptive:
         return LoraConfig(r=rank, **fields)
     checked = entry.knobs(knobs)
     first = round(checked["spare"] * rank)
@@ -197,11 +198,11 @@ def initialize(
     started = Started({"name": name, **knobs, "seed": seed})
     if knobs.get("reuse_data") == "continue":
         started.consumed = knobs["preheat_steps"] * accumulation
-    if entry.facts.get("adaptive"):
+    if entry.facts.adaptive:
         _schedule(peft_model, knobs, total_steps, adapter)
         started.adaptive = True
         return started
-    if entry.facts.get("config") or entry.facts.get("optimizer"):
+    if entry.facts.config or entry.facts.optimizer:
         _freeze(peft_model, entry, adapter)
         return started
     known = cached_start(cache)
@@ -235,7 +236,7 @@ def make_optimizer(
     from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
     entry = adapter_init[name]
-    kind = entry.facts.get("optimizer")
+    kind = entry.facts.optimizer
     if kind == "lora_plus":
         ratio = entry.knobs(knobs)["ratio"]
         return create_loraplus_optimizer(
@@ -257,13 +258,13 @@ def after_backward(peft_model: Any, name: str, step: int) -> None:
         name: A registered adapter initialisation; nothing happens for those that need none of this.
         step: Optimiser steps done before.
     """
-    if adapter_init[name].facts.get("adaptive"):
+    if adapter_init[name].facts.adaptive:
         peft_model.base_model.update_and_allocate(step)
 
 
 def step_callback(name: str) -> Any:
     """Return the callback of ``transformers.Trainer`` that a method needs, or ``None``."""
-    if not adapter_init[name].facts.get("adaptive"):
+    if not adapter_init[name].facts.adaptive:
         return None
     from transformers import TrainerCallback
 
@@ -299,7 +300,7 @@ def _schedule(peft_model: Any, knobs: Mapping[str, Any], total_steps: int | None
 
 
 def _resolved(
-    peft_model: Any, entry: Entry, knobs: dict[str, Any], total_steps: int | None, adapter: str
+    peft_model: Any, entry: Entry[AdapterFacts], knobs: dict[str, Any], total_steps: int | None, adapter: str
 ) -> dict[str, int]:
     """Return the rank and number of steps of preheating where the recipe leaves them to the run."""
     from modicum.adapters.layers import lora_layers
@@ -311,7 +312,7 @@ def _resolved(
 
 def _preheat(
     peft_model: Any,
-    entry: Entry,
+    entry: Entry[AdapterFacts],
     knobs: dict[str, Any],
     started: Started,
     batches: Callable[[], Iterable[Batch]],
@@ -331,7 +332,7 @@ def _preheat(
     left = initialize_lora_hrp_weights(
         peft_model,
         state,
-        **knobs | entry.facts.get("fixed", {}),
+        **{**knobs, **entry.facts.fixed},
         train_factors=stage.train_factors,
         rank_redistribution=stage.rank_redistribution,
         seed=options["seed"],
@@ -353,7 +354,7 @@ def _preheat(
 
 def _compute(
     peft_model: Any,
-    entry: Entry,
+    entry: Entry[AdapterFacts],
     knobs: dict[str, Any],
     batches: Callable[[], Iterable[Batch]],
     loss: Loss | None,
@@ -387,7 +388,7 @@ def _compute(
             # A quantised weight has another shape than its module, and most starts need no more than the shape.
             data["weight"] = (
                 torch.empty(layer.out_features, layer.in_features, device="meta")
-                if entry.facts.get("shape_only")
+                if entry.facts.shape_only
                 else base_weight(layer, name).detach()
             )
         supplied: dict[str, Any] = {"rank": ranks[name]}
@@ -402,7 +403,7 @@ def _compute(
     return factors
 
 
-def _apply(peft_model: Any, entry: Entry, factors: Pairs, started: Started, adapter: str) -> None:
+def _apply(peft_model: Any, entry: Entry[AdapterFacts], factors: Pairs, started: Started, adapter: str) -> None:
     import torch
 
     from modicum.adapters.calibrate import base_weight
@@ -415,7 +416,7 @@ def _apply(peft_model: Any, entry: Entry, factors: Pairs, started: Started, adap
     for name, values in factors.items():
         layer = layers[name]
         store_factors(layer, adapter, values, name)
-        if entry.facts.get("shifts_base"):
+        if entry.facts.shifts_base:
             # What left the base is what the layer computes, in the dtype that it stores.
             A, B = (factor.detach().clone() for factor in factors_of(layer, adapter))
             weight = base_weight(layer, name)
@@ -423,7 +424,7 @@ def _apply(peft_model: Any, entry: Entry, factors: Pairs, started: Started, adap
                 weight.copy_(weight.float() - layer.scaling[adapter] * (B.float() @ A.float()))
             started.initial[name] = (A.cpu(), B.cpu())
     started.start = {name: (A.cpu(), B.cpu()) for name, (A, B) in factors.items()}
-    if entry.facts.get("core"):
+    if entry.facts.core:
         started.origin["core"] = True
         train_core(peft_model, {name: B for name, (_, B) in factors.items()}, adapter=adapter)
     else:
@@ -436,9 +437,9 @@ def _apply(peft_model: Any, entry: Entry, factors: Pairs, started: Started, adap
     peft_model.peft_config[adapter].init_lora_weights = True
 
 
-def _freeze(peft_model: Any, entry: Entry, adapter: str) -> None:
+def _freeze(peft_model: Any, entry: Entry[AdapterFacts], adapter: str) -> None:
     """Freeze the factors that the method does not train."""
-    frozen = entry.facts.get("frozen", ())
+    frozen = entry.facts.frozen
     if not frozen:
         return
     from modicum.adapters.layers import factors_of, lora_layers
@@ -449,9 +450,9 @@ def _freeze(peft_model: Any, entry: Entry, adapter: str) -> None:
                 factor.requires_grad_(False)
 
 
-def _gathering(entry: Entry, knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _gathering(entry: Entry[AdapterFacts], knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Split the knobs into those of collecting the data, as their dataclass, and those of the function."""
-    gather = entry.facts.get("gather")
+    gather = entry.facts.gather
     if gather is None:
         return None, knobs
     names = {item.name for item in fields(gather)}

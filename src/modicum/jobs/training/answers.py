@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def judges_answers(name: str) -> bool:
     """Whether the objective called ``name`` is one over answers."""
-    return objective[name].facts.get("acts_on") == "answers"
+    return objective[name].facts.acts_on == "answers"
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def use_answers(trainer: Trainer, name: str, knobs: Mapping[str, Any]) -> Answer
     from modicum.optim.zeroth_order.step import ZerothOrder
 
     optimizer: Any = trainer.optimizer
-    if not objective[name].facts.get("differentiable", True):
+    if not objective[name].facts.differentiable:
         if not isinstance(optimizer, ZerothOrder):
             raise UnsupportedError(f"{name} has no gradient. Use a zeroth-order optimizer, such as optimizer: tezo.")
         if optimizer.settings.engine in ("paired", "jvp"):

@@ -50,7 +50,7 @@ def gradient_callback(
 
     entry = gradient_rule[name]
     checked = entry.knobs(knobs or {})
-    heavy = entry.facts.get("weight_sized_state")
+    heavy = entry.facts.weight_sized_state
     if heavy and checked[heavy]:
         raise UnsupportedError(
             f"{name} with {heavy} {checked[heavy]} remembers a number for each weight, which a trainer's checkpoint "

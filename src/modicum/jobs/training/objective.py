@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modicum.errors import UnsupportedError
+from modicum.facts import ObjectiveFacts
 from modicum.objectives.batch import IGNORED, Batch
 from modicum.objectives.collator import ObjectiveCollator, check_mask_id, special_ids
 from modicum.objectives.mask_token import check_causal, drop_mask_token, ensure_mask_token, suppress_mask_token
@@ -281,8 +282,8 @@ def _apply(
     return changed
 
 
-def _acts_on(entry: Entry) -> str:
-    return str(entry.facts.get("acts_on", "input_ids"))
+def _acts_on(entry: Entry[ObjectiveFacts]) -> str:
+    return entry.facts.acts_on
 
 
 def _writes_mask(knobs: Mapping[str, Any]) -> bool:

@@ -34,7 +34,7 @@ def make_clipper(name: str, params: Iterable[Any], **knobs: Any) -> NormClipper 
         rule: Any = entry.function
         made: NormClipper | TensorHook = rule(params, **values)
         return made
-    state_type = entry.facts.get("state")
-    if "acts" in entry.facts:
-        return TensorHook(params, entry.function, acts=entry.facts["acts"], state_type=state_type, knobs=values)
+    state_type = entry.facts.state
+    if entry.facts.acts:
+        return TensorHook(params, entry.function, acts=entry.facts.acts, state_type=state_type, knobs=values)
     return NormClipper(params, entry.function, state_type=state_type, knobs=values)

@@ -132,7 +132,7 @@ def method_of(name: str) -> Callable[[Getter], Made]:
         if "weights" in knobs and knobs["weights"] is None:
             knobs["weights"] = get.each("weight", 1.0)
         given = {key: value for key, value in knobs.items() if value is not None}
-        return name, given, bool(entry.facts.get("base", True))
+        return name, given, entry.facts.base
 
     return read
 

@@ -1,0 +1,213 @@
+"""What a seam needs to know of a method, one frozen dataclass for each table.
+
+A decorator's keywords are the fields here: ``@merge_method("tsv", matrix=True)`` makes ``MergeFacts(matrix=True)``. An
+unknown keyword, or a law that the table does not know, is a ``TypeError`` when the method's file is imported; mypy sees
+it before. A seam reads ``entry.facts.matrix``, and never asks for a method by its name.
+
+Each table also lists the laws that its methods may declare, with what they mean. ``tests/contracts/laws.py`` holds a
+checker for every one of them, so what ``modicum show`` prints has been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Facts of any method.
+
+    Attributes:
+        paper: Where it was published.
+        laws: Laws that it obeys, of those in ``known_laws``.
+        supplied: Parameters that the seam gives, which are therefore no knobs.
+        gather: A dataclass of further knobs: those of collecting the method's data.
+    """
+
+    known_laws: ClassVar[Mapping[str, str]] = _NONE
+
+    paper: str | None = None
+    laws: Collection[str] = frozenset()
+    supplied: Collection[str] = frozenset()
+    gather: type | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.laws) - self.known_laws.keys()):
+            raise TypeError(f"{type(self).__name__} knows no law {', '.join(unknown)}; add it to known_laws.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeFacts(Facts):
+    """Facts of a merge method.
+
+    Attributes:
+        base: It needs a base model.
+        experts: How many experts it takes at least.
+        most: How many it takes at most.
+        two: It goes between two models: a base and one expert, or two experts.
+        matrix: It decomposes matrices; all other tensors are averaged.
+        factors: It gives the same result in any orthonormal basis of a matrix' outputs (``"left"``), or of outputs and
+            inputs (``"both"``), so it can merge LoRA experts without leaving their factors.
+        whole: It holds float32 copies of whole tensors; for the bound on memory.
+        statistics: It weighs by data that the user brings.
+        survey: Looks at the whole model first: ``(each, **knobs) -> knobs``.
+    """
+
+    known_laws = MappingProxyType(
+        {
+            "copies": "experts that are all equal are returned as they are",
+            "permutation": "the order of the experts does not matter",
+            "scale": "the merged delta is proportional to `scale`",
+            "shift": "adding one tensor to base and experts adds it to the result",
+            "transpose": "merging transposed matrices gives the transposed result",
+            "zero_delta": "experts that equal the base return the base",
+        }
+    )
+
+    base: bool = True
+    experts: int = 1
+    most: int | None = None
+    two: bool = False
+    matrix: bool = False
+    factors: Literal["left", "both"] | None = None
+    whole: bool = False
+    statistics: bool = False
+    survey: Callable[..., Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragerFacts(Facts):
+    """Facts of an averager.
+
+    Attributes:
+        learns: It searches the coefficients by a loss: of its values, or of its gradients too.
+    """
+
+    learns: Literal["value", "gradient"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientFacts(Facts):
+    """Facts of a gradient rule.
+
+    Attributes:
+        acts: It looks into single tensors, ``"before"`` the optimiser's step or ``"after"`` it; ``None`` for a rule on
+            the norms of all tensors.
+        state: The type of its memory.
+        weight_sized_state: The knob that makes it remember a number for each weight.
+        advice: What to tell a user about the knobs of a run of so many steps.
+    """
+
+    known_laws = MappingProxyType(
+        {
+            "factor_at_most_one": "no gradient or update gets longer",
+            "local": "what happens to a tensor depends on that tensor alone",
+            "permutation": "the order of the tensors does not matter",
+            "scale": "multiplying all gradients of a run multiplies what comes out",
+        }
+    )
+
+    acts: Literal["before", "after"] | None = None
+    state: type | None = None
+    weight_sized_state: str | None = None
+    advice: Callable[..., Collection[str]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveFacts(Facts):
+    """Facts of an objective.
+
+    Attributes:
+        acts_on: What it changes or judges.
+        differentiable: Its loss has a gradient.
+    """
+
+    known_laws = MappingProxyType(
+        {
+            "clean_rows_kept": "the clean rows stand in the batch as they came",
+            "identity": "the batch is returned as it came",
+            "labels_untouched": "labels stay as they are",
+            "mask_share": "the share of masked tokens is `ratio`",
+        }
+    )
+
+    acts_on: Literal["input_ids", "inputs_embeds", "hidden_states", "answers"] = "input_ids"
+    differentiable: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts(Facts):
+    """Facts of an adapter initialisation.
+
+    Attributes:
+        shape_only: It needs the shape of a weight, not its values.
+        adaptive: It shares out the rank anew while it trains.
+        shifts_base: The base's weights change by the initial product, which is taken out of the saved adapter.
+        config: Fields of ``peft.LoraConfig`` that it asks for.
+        frozen: Factors that are not trained.
+        optimizer: The optimiser that it brings along.
+        core: It trains a small matrix between two frozen factors.
+        fixed: Knobs of the seam that it fixes.
+    """
+
+    known_laws = MappingProxyType(
+        {
+            "best_rank": "the product is the best approximation of its rank",
+            "orthogonal_rows": "the rows of A are orthogonal",
+            "zero_product": "the adapter changes nothing before it is trained",
+        }
+    )
+
+    shape_only: bool = False
+    adaptive: bool = False
+    shifts_base: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    optimizer: str | None = None
+    core: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZerothOrderFacts(Facts):
+    """Facts of a zeroth-order optimiser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyFacts(Facts):
+    """Facts of a policy of submodular coordination."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackFacts(Facts):
+    """Facts of an attack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeFacts(Facts):
+    """Facts of a judge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(Facts):
+    """Facts of a conversion of models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFacts(Facts):
+    """Facts of a job.
+
+    Attributes:
+        plan: Says what a recipe would read, compute and write, a line each.
+        distributed: It runs on several processes.
+        incremental: It keeps what is done when its recipe changes.
+    """
+
+    plan: Callable[..., list[str]] | None = None
+    distributed: bool = False
+    incremental: bool = False

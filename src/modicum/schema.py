@@ -1,0 +1,96 @@
+"""What a schema says to people: errors as one line each, types as a person would write them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+from modicum.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+    from pydantic.fields import FieldInfo
+
+
+def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
+    """Turn pydantic's report into lines of the form *where: key: what is wrong, what came, what to do*."""
+    lines: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        # In a union pydantic reports every branch under the branch's type, which the user never wrote.
+        location = [
+            part for part in item["loc"] if isinstance(part, int) or (part not in _BRANCHES and "[" not in part)
+        ]
+        path = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            parent = _model_at(schema, location[:-1])
+            hint = did_you_mean(str(location[-1]), parent.model_fields) if parent else "Remove it."
+            line = f"{where}: unknown key {path!r}. {hint}"
+        elif item["type"] == "missing":
+            line = f"{where}: {path!r} is missing. Set it."
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] != "value_error":
+                message = f"{message}, got {_short(item['input'])}"
+            ended = message if message.endswith((".", "?")) else f"{message}."
+            # A method's own knobs were explained before: each of their lines says where it belongs.
+            line = "\n".join(": ".join(filter(None, (where, path, part))) for part in ended.splitlines())
+        lines.setdefault(path, line)
+    return "\n".join(lines.values())
+
+
+_BRANCHES = frozenset(
+    {"float", "int", "str", "bool", "constrained-float", "constrained-int", "constrained-str", "none"}
+)
+
+
+def describe_type(field: FieldInfo) -> str:
+    """Return a field's type and range as a person would write it.
+
+    Example:
+        >>> from modicum.registry import gradient_rule, merge_method
+        >>> describe_type(merge_method["task_arithmetic"].schema.model_fields["scale"])
+        'float'
+        >>> describe_type(gradient_rule["adagc"].schema.model_fields["beta"])
+        'float >= 0 < 1'
+    """
+    return _describe(field.annotation, field.metadata)
+
+
+def _describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _describe(arguments[0], arguments[1:])
+    if origin in (Union, UnionType):
+        return " or ".join("nothing" if part is type(None) else _describe(part) for part in arguments)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    name = annotation.__name__ if inspect.isclass(annotation) and not arguments else str(annotation)
+    if origin is not None and arguments:
+        inner = ", ".join("…" if part is ... else _describe(part) for part in arguments)
+        name = f"{getattr(origin, '__name__', origin)}[{inner}]"
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [f"{sign} {getattr(m, key)}" for m in metadata for key, sign in signs.items() if hasattr(m, key)]
+    return " ".join([name, *bounds])
+
+
+def _model_at(schema: type[BaseModel], path: Iterable[str | int]) -> type[BaseModel] | None:
+    """Follow ``path`` through nested models; ``None`` where it leads through something else, such as a union."""
+    from pydantic import BaseModel
+
+    current: type[BaseModel] | None = schema
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if current is None or part not in current.model_fields:
+            return None
+        annotation = current.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        current = next((c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel)), None)
+    return current
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
