@@ -1,35 +1,111 @@
-"""What zeroth-order processes tell each other: a few numbers a step."""
+"""The processes that share a run: which one this is, and the few numbers that they tell each other.
+
+``torchrun`` and ``accelerate launch`` start every process with ``RANK`` and ``WORLD_SIZE``; a training connects them
+with ``torch.distributed``, a merge does not. Importing this module imports no torch: every command asks who writes.
+"""
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from modicum.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 
-def world() -> int:
-    """Number of processes; one when ``torch.distributed`` is not in use."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _group() -> Any:
+    """Return ``torch.distributed`` when it connects the processes, else ``None``."""
+    # Whoever has connected them has imported the module.
+    group = sys.modules.get("torch.distributed")
+    return group if group is not None and group.is_available() and group.is_initialized() else None
 
 
 def rank() -> int:
     """This process's number."""
-    return dist.get_rank() if world() > 1 else 0
+    group = _group()
+    return int(group.get_rank() if group else os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """Number of processes."""
+    group = _group()
+    return int(group.get_world_size() if group else os.environ.get("WORLD_SIZE", "1"))
+
+
+def main() -> bool:
+    """Whether this is the first process, the only one that writes to a run's folder."""
+    return rank() == 0
 
 
 def mean(sums: Tensor, weight: float) -> Tensor:
-    """Return the weighted mean loss of each point over all processes, uneven shards included."""
-    if world() == 1:
+    """Return the weighted mean of each number over all processes, uneven shards included.
+
+    Args:
+        sums: Weighted sums over this process's share.
+        weight: Sum of the weights of this share.
+    """
+    group = _group()
+    if group is None or world() == 1:
         return sums / weight
+    import torch
+
     message = torch.cat([sums, sums.new_tensor([weight])])
-    dist.all_reduce(message)
+    group.all_reduce(message)
     return message[:-1] / message[-1]
 
 
-def gather(kappas: Tensor) -> Tensor:
-    """Return the coefficients of all processes' queries, in the order of their numbers."""
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its mean over all processes, in one message."""
+    group = _group()
+    if group is None or world() == 1 or not tensors:
+        return
+    import torch
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    group.all_reduce(flat)
+    flat /= world()
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def gather(values: Tensor) -> Tensor:
+    """Return the values of all processes, in the order of their numbers.
+
+    Raises:
+        UnsupportedError: There are several processes, but nothing connects them.
+    """
     if world() == 1:
-        return kappas
-    parts = [torch.empty_like(kappas) for _ in range(world())]
-    dist.all_gather(parts, kappas.contiguous())
+        return values
+    group = _group()
+    if group is None:
+        raise UnsupportedError(
+            f"{world()} processes were started, but torch.distributed does not connect them. "
+            "Call torch.distributed.init_process_group first."
+        )
+    import torch
+
+    parts = [torch.empty_like(values) for _ in range(world())]
+    group.all_gather(parts, values.contiguous())
     return torch.cat(parts)
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Give ``tensor`` the values that it has on the first process, in place, and return it."""
+    if group := _group():
+        group.broadcast(tensor, src=0)
+    return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """Return the first process's ``value``, which is pickled on the way: nothing from outside the run."""
+    if not (group := _group()):
+        return value
+    told = [value]
+    group.broadcast_object_list(told, src=0)
+    return told[0]

@@ -29,6 +29,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import yaml
 
+from modicum import processes
 from modicum.errors import CheckpointError, ModicumError
 
 OnChange: TypeAlias = Literal["refuse", "replace", "keep"]
@@ -155,7 +156,7 @@ class Run:
         on_change: OnChange = "refuse",
     ) -> None:
         self.folder = Path(folder)
-        self.main = os.environ.get("RANK", "0") == "0"
+        self.main = processes.main()
         self.quiet = quiet or not self.main
         self.hash = digest({"job": job, "recipe": _without_out(recipe), "inputs": dict(inputs or {})})
         previous = self._previous(on_change)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modicum import processes
 from modicum.adapters.layers import lora_layers
 from modicum.adapters.preheat import Batch, Loss, own_loss
 from modicum.errors import ModicumError, UnsupportedError
@@ -64,7 +65,7 @@ def weight_gradients(
                 leaf.grad = None
     _check_seen(count, [name for name, gradient in found.items() if gradient is None])
     turned = {name: gradient.T if weights[name] is not leaves[name] else gradient for name, gradient in found.items()}
-    return {name: _average(gradient.float() / count) for name, gradient in turned.items()}
+    return _averaged({name: gradient.float() / count for name, gradient in turned.items()})
 
 
 def input_moments(peft_model: Any, batches: Iterable[Batch], *, adapter: str = "default") -> dict[str, Tensor]:
@@ -107,7 +108,7 @@ def input_moments(peft_model: Any, batches: Iterable[Batch], *, adapter: str = "
         for handle in handles:
             handle.remove()
     _check_seen(count, [name for name in layers if not rows[name]])
-    return {name: _average(sums[name] / rows[name]) for name in layers}
+    return _averaged({name: sums[name] / rows[name] for name in layers})
 
 
 @contextmanager
@@ -132,9 +133,7 @@ def _check_seen(count: int, unseen: list[str]) -> None:
         raise ModicumError(f"{unseen[0]} was not reached by any calibration batch. Exclude it or give other data.")
 
 
-def _average(value: Tensor) -> Tensor:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(value)
-        value /= distributed.get_world_size()
-    return value
+def _averaged(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    for value in found.values():
+        processes.average([value])  # one message each: a joined one would double the memory
+    return found

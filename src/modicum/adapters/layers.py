@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modicum import processes
 from modicum.errors import ModicumError, UnsupportedError
 
 PREFIX = "base_model.model."
@@ -80,8 +81,7 @@ def store(parameter: Any, value: Tensor, name: str) -> None:
     if parameter.shape != value.shape:
         raise ModicumError(f"{name} is {tuple(parameter.shape)}, but its start is {tuple(value.shape)}.")
     value = value.to(parameter.device, parameter.dtype).contiguous()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(value, src=0)
+    processes.broadcast(value)
     if hasattr(parameter, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 

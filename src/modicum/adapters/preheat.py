@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from modicum import processes
 from modicum.adapters.hrp import (
     Deficient,
     InitFactor,
@@ -172,7 +173,8 @@ def get_hrp_state_dict(
                 value = (loss or own_loss)(peft_model, batch) / accumulation
                 value.backward()  # type: ignore[no-untyped-call]
                 sum_of_losses += value.detach()
-            _average_gradients(parameters)
+            # A DTensor's gradient is reduced by FSDP itself.
+            processes.average([p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")])
             engine.step()
             schedule.step()
             engine.zero_grad(set_to_none=True)
@@ -364,19 +366,3 @@ def _optimizer(config: Preheat, given: MakeOptimizer | None) -> MakeOptimizer:
     if config.preheat_optimizer == "sgd":
         return lambda parameters, lr: torch.optim.SGD(parameters, lr=lr)
     return lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-
-
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Make every process take the same step."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")]
-    if not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))

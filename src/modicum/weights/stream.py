@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from modicum import processes
 from modicum.errors import CheckpointError, ModicumError
 from modicum.record import digest
 from modicum.weights.files import Slot, Spec, lay_out, map_slot, plan_files, put
@@ -150,7 +151,7 @@ def map_tensors(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already. Choose another folder, or delete it.")
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = processes.rank(), processes.world()
     layout = {name: (list(spec.shape), str(spec.dtype)) for name, spec in specs.items()}
     key = digest({"identity": identity, "layout": layout, "shard": shard_bytes, "boot": _boot()})
     beside = out.with_name(f".{out.name}.partial")

@@ -94,12 +94,3 @@ def test_two_processes_do_what_one_does(tmp_path):
         case = f"{run.__name__} {method.__name__} {knobs}"
         assert torch.equal(first, second), case
         assert (first - run(0, 1, method, knobs)).abs().max() < 1e-9, case
-
-
-@pytest.mark.parametrize("world", [1])
-def test_alone_there_is_nothing_to_exchange(world):
-    from modicum import processes as parallel
-
-    assert parallel.world() == world and parallel.rank() == 0
-    assert torch.equal(parallel.gather(torch.ones(2)), torch.ones(2))
-    assert torch.equal(parallel.mean(torch.ones(2), 2.0), torch.full((2,), 0.5))

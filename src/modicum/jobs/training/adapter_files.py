@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from modicum import processes
 from modicum.errors import CheckpointError
 from modicum.record import write_atomic
 
@@ -33,24 +35,15 @@ def cached_start(path: Path | None) -> tuple[Pairs, dict[str, Tensor]] | None:
     """Return the factors and spectra that an earlier call wrote, as the first process sees them, or ``None``."""
     if path is None:
         return None
-    import torch
-
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return _read(path) if path.exists() else None
     # On several machines only the first one may have the file; all must take the same way.
-    told: list[Any] = [_read(path) if distributed.get_rank() == 0 and path.exists() else None]
-    distributed.broadcast_object_list(told, src=0)
-    return told[0]
+    return processes.broadcast_object(_read(path) if processes.main() and path.exists() else None)
 
 
 def write_start(path: Path, factors: Pairs, spectra: Mapping[str, Tensor]) -> None:
     """Write what :func:`cached_start` reads, on the first process."""
-    import os
-
     from safetensors.torch import save_file
 
-    if os.environ.get("RANK", "0") != "0":
+    if not processes.main():
         return
     tensors = {f"{name}.{side}": t.cpu().contiguous() for name, pair in factors.items() for side, t in zip("AB", pair)}
     tensors |= {f"{name}.S": S.contiguous() for name, S in spectra.items()}

@@ -1,0 +1,66 @@
+"""Who is who among the processes of a run, and what they tell each other."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from modicum import processes
+from modicum.errors import UnsupportedError
+
+
+def test_alone_there_is_nothing_to_exchange(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (processes.rank(), processes.world(), processes.main()) == (0, 1, True)
+    values = torch.ones(2)
+    processes.average([values])
+    assert torch.equal(processes.gather(values), torch.ones(2))
+    assert torch.equal(processes.mean(values, 2.0), torch.full((2,), 0.5))
+    assert processes.broadcast(values) is values and processes.broadcast_object("told") == "told"
+
+
+def test_the_launcher_numbers_processes_that_nothing_connects(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (processes.rank(), processes.world(), processes.main()) == (1, 2, False)
+    with pytest.raises(UnsupportedError, match="init_process_group"):
+        processes.gather(torch.ones(2))
+
+
+def talk(rank: int, folder: str) -> None:
+    # The launcher's numbers are wrong here on purpose: the group's count.
+    os.environ.update(RANK="7", WORLD_SIZE="9")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    assert (processes.rank(), processes.world(), processes.main()) == (rank, 2, rank == 0)
+    own = torch.tensor([1.0, 2.0]) + rank
+    # Weights 1 and 3: (sum of both sums) / 4.
+    assert torch.equal(processes.mean(own, 1.0 + 2 * rank), torch.tensor([0.75, 1.25]))
+    assert torch.equal(processes.gather(own), torch.tensor([1.0, 2.0, 2.0, 3.0]))
+    pair = [own.clone(), torch.full((2, 2), float(rank)).T]
+    processes.average(pair)
+    assert torch.equal(pair[0], torch.tensor([1.5, 2.5])) and torch.equal(pair[1], torch.full((2, 2), 0.5))
+    assert torch.equal(processes.broadcast(own.clone()), torch.tensor([1.0, 2.0]))
+    assert processes.broadcast_object({"from": rank}) == {"from": 0}
+    dist.destroy_process_group()
+
+
+def test_two_connected_processes(tmp_path):
+    mp.spawn(talk, args=(str(tmp_path),), nprocs=2)
+
+
+def test_asking_who_writes_imports_no_torch():
+    code = "import sys, modicum.record, modicum.processes as p; assert p.main(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "RANK": "0"})
+
+
+def test_nobody_else_reads_the_launchers_variables():
+    root = Path(processes.__file__).parent
+    readers = [path.name for path in root.rglob("*.py") if re.search('"(RANK|WORLD_SIZE)"', path.read_text())]
+    assert readers == ["processes.py"]
