@@ -54,7 +54,8 @@ class MergeFacts(Facts):
         factors: It gives the same result in any orthonormal basis of a matrix' outputs (``"left"``), or of outputs and
             inputs (``"both"``), so it can merge LoRA experts without leaving their factors.
         whole: It holds float32 copies of whole tensors; for the bound on memory.
-        statistics: It weighs by data that the user brings.
+        statistics: It weighs the experts by what was measured on their data, and is refused without.
+        measure: What the job ``statistics`` measures for it: squared gradients, or Gram matrices of layers' inputs.
         survey: Looks at the whole model first: ``(each, **knobs) -> knobs``.
     """
 
@@ -76,7 +77,8 @@ class MergeFacts(Facts):
     matrix: bool = False
     factors: Literal["left", "both"] | None = None
     whole: bool = False
-    statistics: bool = False
+    statistics: Literal["required"] | None = None
+    measure: Literal["fisher", "gram"] | None = None
     survey: Callable[..., Mapping[str, Any]] | None = None
 
 

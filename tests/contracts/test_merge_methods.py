@@ -13,7 +13,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.random import generator
 from modicum.registry import Entry, merge_method
-from support import checked
+from support import checked, measured
 
 # Knobs that have no default; everything else runs as a user would first run it.
 REQUIRED: Mapping[str, dict[str, Any]] = {
@@ -24,7 +24,12 @@ NAMES = list(merge_method)
 
 def run(entry: Entry, base: Tensor, experts: list[Tensor], **more: Any) -> Tensor:
     knobs = entry.knobs(REQUIRED.get(entry.name, {}) | more)
-    supplied = {"rng": generator(0, "test")} if "rng" in inspect.signature(entry.function).parameters else {}
+    supplied: dict[str, Any] = {}
+    if "rng" in inspect.signature(entry.function).parameters:
+        supplied["rng"] = generator(0, "test")
+    if entry.facts.statistics:
+        found = measured(entry.name, [{"w": expert} for expert in experts])
+        supplied["statistics"] = [one.get("w", expert) for one, expert in zip(found, experts)]
     return checked(entry.function)(base, experts, **knobs, **supplied)
 
 

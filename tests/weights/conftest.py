@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from support import measured
 
 SHAPES = {
     "model.embed_tokens.weight": (11, 6),
@@ -44,6 +46,16 @@ def make_family(tmp_path: Path) -> MakeFamily:
         return base, [write_model(tmp_path / f"expert{i}", random_tensors(i + 1, dtype)) for i in range(experts)]
 
     return make
+
+
+def statistics_of(method: str, experts: list[Path]) -> dict[str, list[Path]]:
+    """Write made-up statistics beside the experts, for a method that needs them: as keywords of a merge."""
+    folders = []
+    for expert, tensors in zip(experts, measured(method, [load_file(e / "model.safetensors") for e in experts])):
+        folders.append(expert.with_name(f"{expert.name}-{method}"))
+        folders[-1].mkdir(exist_ok=True)
+        save_file(tensors, folders[-1] / "model.safetensors")
+    return {"statistics": folders} if folders else {}
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from modicum.record import fingerprint
 from modicum.registry import merge_method
 from modicum.weights import Checkpoint, merge, merge_state_dicts
 from modicum.weights.kernels.compare import compare, refuse_non_finite
-from weights.conftest import Family, MakeFamily, random_tensors, write_model
+from support import measured
+from weights.conftest import Family, MakeFamily, random_tensors, statistics_of, write_model
 
 REQUIRED = {name: {"density": 0.5} for name in ("ties", "dare", "della", "breadcrumbs")} | {"slerp": {"t": 0.3}}
 
@@ -34,13 +35,15 @@ def test_streamed_and_in_memory_give_the_same_bytes(
     base, experts = make_family(number_of_experts(method))
     knobs = REQUIRED.get(method, {})
     # Small files and several threads: neither the order of tensors nor their place may matter.
-    merge(base, experts, tmp_path / "out", method=method, dtype=dtype, shard_bytes=300, workers=3, **knobs)
+    merge(base, experts, tmp_path / "out", method=method, dtype=dtype, shard_bytes=300, workers=3, **knobs,
+          **statistics_of(method, experts))  # fmt: skip
     streamed = {name: t for f in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(f).items()}
     memory = merge_state_dicts(
         load_file(base / "model.safetensors"),
         [load_file(e / "model.safetensors") for e in experts],
         method=method,
         dtype=dtype,
+        statistics=measured(method, [load_file(e / "model.safetensors") for e in experts]),
         **knobs,
     )
     assert streamed.keys() == memory.keys()
@@ -62,7 +65,10 @@ def test_a_float32_result_keeps_what_bfloat16_would_round_away() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_a_base_merged_with_itself_is_itself(method: str, dtype: torch.dtype) -> None:
     base = random_tensors(0, dtype)
-    merged = merge_state_dicts(base, [base] * number_of_experts(method), method=method, **REQUIRED.get(method, {}))
+    experts = [base] * number_of_experts(method)
+    merged = merge_state_dicts(
+        base, experts, method=method, statistics=measured(method, experts), **REQUIRED.get(method, {})
+    )
     if method == "karcher" and dtype == torch.float32:  # a norm times a direction: equal to rounding only
         torch.testing.assert_close(merged, base)
     else:

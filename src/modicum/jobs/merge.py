@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -106,7 +107,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
     if recipe.mergekit is not None:
         from modicum.weights.mergekit.document import plan_mergekit
 
-        plan = plan_mergekit(recipe.mergekit, opened)
+        plan = replace(plan_mergekit(recipe.mergekit, opened), seed=recipe.seed, device=recipe.device)
         return plan.diagnosed() if recipe.diagnostics else plan
     method: Any = recipe.method
     base = opened(recipe.base) if recipe.base else None
@@ -123,6 +124,8 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         dtype=recipe.dtype,
         exclude=recipe.exclude,
         base_fingerprint=recipe.base_fingerprint,
+        seed=recipe.seed,
+        device=recipe.device,
     )
     return plan.diagnosed() if recipe.diagnostics else plan
 
@@ -155,8 +158,6 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
         measured = run_plan(
             plan,
             out,
-            seed=recipe.seed,
-            device=recipe.device,
             shard_bytes=recipe.shard_size,
             fork=recipe.device == "cpu",
             progress=not run.quiet,

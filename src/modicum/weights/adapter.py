@@ -17,6 +17,7 @@ from modicum.errors import CheckpointError, UnsupportedError
 from modicum.weights.files import MappedFile, read_header
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
 
@@ -49,7 +50,7 @@ class Adapter:
         self.owner = owner
         self.config = read_json(folder / CONFIG, owner)
         self._refuse_unknown()
-        path = folder / "adapter_model.safetensors"
+        path = folder / WEIGHTS
         if not path.exists() and (folder / "adapter_model.bin").exists():
             raise CheckpointError(
                 f"{owner}: the adapter is pickled (adapter_model.bin). Save it again as safetensors with PEFT."

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, UnsupportedError
+from modicum.record import fingerprint
 from modicum.weights.adapter import CONFIG as ADAPTER_CONFIG
+from modicum.weights.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from modicum.weights.adapter import Adapter, fold_delta, read_json
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
 
 INDEX = "model.safetensors.index.json"
+PICKLES = "pytorch_model*.bin"
 CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
 NOT_CARRIED = re.compile(
     r"\.index\.json$|^adapter_config\.json$|^trainer_state\.json$|^all_results\.json$|^record\.json$"
@@ -137,7 +140,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return slots
 
     def _open_pickled(self, folder: Path, allowed: bool) -> None:
-        files = sorted(folder.glob("pytorch_model*.bin"))
+        files = sorted(folder.glob(PICKLES))
         if not files:
             raise CheckpointError(f"{self.name} holds no weights: expected model.safetensors or {INDEX} in {folder}.")
         if not allowed:
@@ -255,6 +258,26 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._beneath) if self._beneath else len(self._slots) + len(self._loaded)
+
+    @cached_property
+    def identity(self) -> list[list[object]]:
+        """What its tensors depend on: every file that they are read from, those of an adapter's base included.
+
+        A fingerprint skips the middle of a large file, so the time of the last change counts too: at worst an
+        unfinished merge starts anew without need.
+        """
+        files = {slot.path for slot in self._slots.values()} | {self.folder / name for name in self._extra_files}
+        own: list[list[object]] = [
+            [path.name, path.stat().st_mtime_ns, fingerprint(path)] for path in sorted(files) if path.exists()
+        ]
+        return own + (self._beneath.identity if self._beneath else [])
+
+    @property
+    def _extra_files(self) -> list[str]:
+        """Files with tensors that are not mapped slot by slot."""
+        if self.adapter:
+            return [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+        return sorted(path.name for path in self.folder.glob(PICKLES)) if self._loaded else []
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ makes a streamed result parallel, resumable and equal to the last byte.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -213,8 +214,24 @@ def put(descriptor: int, slot: Slot, tensor: Tensor) -> None:
     """Write a tensor's bytes at its place."""
     if not slot.spec.numel:
         return
-    content: Any = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
-    view = memoryview(content)
+    view = _bytes_of(tensor)
     written = 0
     while written < len(view):
         written += os.pwrite(descriptor, view[written : written + (1 << 30)], slot.start + written)
+
+
+def digest_tensor(tensor: Tensor) -> str:
+    """Return a hash of a tensor's shape, dtype and bytes.
+
+    Example:
+        >>> digest_tensor(torch.zeros(2)) == digest_tensor(torch.zeros(2)) != digest_tensor(torch.zeros(2, 1))
+        True
+    """
+    sha = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    sha.update(_bytes_of(tensor))
+    return sha.hexdigest()[:16]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    content: Any = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+    return memoryview(content)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.linalg import SVD, truncated_svd
-from modicum.record import fingerprint
 from modicum.registry import merge_method
 from modicum.weights.adapter import PREFIX, Factors
 from modicum.weights.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ from modicum.weights.compatibility import check_agreement
 from modicum.weights.files import Spec
 from modicum.weights.kernels.compare import compare
 from modicum.weights.merge import open_checkpoint
-from modicum.weights.plan import VOCABULARY, check_count, excluded, parse_dtype
+from modicum.weights.plan import VOCABULARY, check_count, excluded, identity_of, parse_dtype
 from modicum.weights.stream import cores, map_tensors, names_by_size, run_all
 
 
@@ -94,7 +93,7 @@ def extract_lora(
     tensors = _peft_tensors({name: svd for name, (svd, _) in found.items()}, dtype)
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in rest.items()}
     ranks = {name.removesuffix(".weight"): len(svd.S) for name, (svd, _) in found.items()}
-    _write_adapter(Path(out), tensors, ranks, origin, list(rest), [tuned, origin], progress)
+    _write_adapter(Path(out), tensors, ranks, origin, list(rest), progress)
     return [Extracted(name.removesuffix(".weight"), len(svd.S), held) for name, (svd, held) in sorted(found.items())]
 
 
@@ -115,7 +114,6 @@ def _write_adapter(
     ranks: Mapping[str, int],
     base: Checkpoint,
     whole: Sequence[str],
-    models: Sequence[Checkpoint],
     progress: bool,
 ) -> None:
     r = max(ranks.values(), default=1)
@@ -139,7 +137,7 @@ def _write_adapter(
         lambda name: (tensors[name], {}),
         {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
         out,
-        identity=[fingerprint(model.folder) for model in models] + [config],
+        identity=[config, identity_of(tensors)],  # they are in memory: their very bytes tell what they depend on
         companions={"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()},
         shard_bytes=1 << 62,
         stem="adapter_model",
@@ -342,5 +340,5 @@ def run_loras(
         tensors[f"{PREFIX}{module}.lora_A.weight"] = A.to(kind).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = B.to(kind).contiguous()
         ranks[module] = A.shape[0]
-    _write_adapter(out, tensors, ranks, plan.base, [], plan.models, progress)
+    _write_adapter(out, tensors, ranks, plan.base, [], progress)
     return {name: merged[name][2] | {"rank": merged[name][0].shape[0]} for name in plan.modules}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError
 from modicum.random import generator
-from modicum.record import fingerprint
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors
 from modicum.weights.kernels.blocks import fold, working_dtype
@@ -40,12 +39,12 @@ def run_step(
     Raises:
         CheckpointError: An input holds NaN or infinity, or a non-floating tensor differs between models.
     """
-    tensors = [source.read() for source in step.sources]
+    tensors = [source.read() for source in step.models]
     if not tensors[0].is_floating_point():
         return _same(step, tensors), {}
     tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
     origin, experts = tensors[0], tensors[1:] if step.base else tensors
-    refuse_non_finite(step.name, tensors, [source.model for source in step.sources])
+    refuse_non_finite(step.name, tensors, [source.model for source in step.models])
     measured = compare(origin, experts)
     if origin.dtype != step.spec.dtype or step.diagnosed:
         # The method answers in the dtype of its base: in float32 first, then one cast.
@@ -70,12 +69,12 @@ def run_step(
     if step.diagnosed:
         from modicum.weights.kernels.diagnose import diagnose  # brings all methods along
 
-        directions = step.maps and len(step.spec.shape) == 2
+        directions = step.is_linear_map and len(step.spec.shape) == 2
         measured |= diagnose(tensors[0], experts, merged, stored, directions=directions)
     return stored, measured
 
 
-def survey(plan: Plan, *, device: str = "cpu", workers: int | None = None) -> dict[str, Mapping[str, Any]]:
+def survey(plan: Plan, *, workers: int | None = None) -> dict[str, Mapping[str, Any]]:
     """Ask the methods that look at the whole model first; return what they found for each step, by name."""
     found: dict[str, Mapping[str, Any]] = {}
     groups: dict[str, list[Step]] = {}
@@ -87,7 +86,7 @@ def survey(plan: Plan, *, device: str = "cpu", workers: int | None = None) -> di
 
         def each(look: Look, table: Mapping[str, Step] = table) -> dict[str, Any]:
             def one(name: str) -> Any:
-                tensors = [source.read().to(device) for source in table[name].sources]
+                tensors = [source.read().to(plan.device) for source in table[name].models]
                 return look(tensors[0], tensors[1:])
 
             order = names_by_size({name: step.spec for name, step in table.items()})
@@ -101,10 +100,11 @@ def survey(plan: Plan, *, device: str = "cpu", workers: int | None = None) -> di
 
 
 def _same(step: Step, tensors: Sequence[Tensor]) -> Tensor:
-    for source, tensor in zip(step.sources[1:], tensors[1:]):
+    first, *others = step.models
+    for source, tensor in zip(others, tensors[1:]):
         if not torch.equal(tensor, tensors[0]):
             raise CheckpointError(
-                f"{source.model}: tensor {source.name!r} is {tensor.dtype} and differs from {step.sources[0].model}'s. "
+                f"{source.model}: tensor {source.name!r} is {tensor.dtype} and differs from {first.model}'s. "
                 "Only floating-point tensors can be merged: make them equal."
             )
     return tensors[0]
@@ -146,9 +146,19 @@ def merge_state_dicts(
         >>> merge_state_dicts({"w": 0 * one}, [{"w": one}, {"w": 3 * one}], method="task_arithmetic", scale=0.5)
         {'w': tensor([2., 2.])}
     """
-    plan = plan_merge(base, experts, method=method, knobs=knobs, dtype=dtype, statistics=statistics, exclude=exclude)
+    plan = plan_merge(
+        base,
+        experts,
+        method=method,
+        knobs=knobs,
+        dtype=dtype,
+        statistics=statistics,
+        exclude=exclude,
+        seed=seed,
+        device=device,
+    )
     steps = {step.name: step for step in plan.steps}
-    found = survey(plan, device=device)
+    found = survey(plan)
 
     def one(name: str) -> Tensor:
         tensor, _ = run_step(steps[name], seed=seed, device=device, found=found.get(name, {}))
@@ -213,12 +223,12 @@ def merge(
         statistics=[open_checkpoint(model) for model in statistics],
         exclude=exclude,
         base_fingerprint=base_fingerprint,
+        seed=seed,
+        device=device,
     )
     return run_plan(
         plan.diagnosed() if diagnostics else plan,
         Path(out),
-        seed=seed,
-        device=device,
         shard_bytes=shard_bytes,
         workers=workers,
         progress=progress,
@@ -229,8 +239,6 @@ def run_plan(
     plan: Plan,
     out: Path,
     *,
-    seed: int = 0,
-    device: str = "cpu",
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     fork: bool = False,
@@ -238,19 +246,12 @@ def run_plan(
 ) -> dict[str, dict[str, Any]]:
     """Carry out ``plan`` and write the checkpoint; see :func:`merge` and, for ``fork``, :func:`~.stream.run_all`."""
     steps = {step.name: step for step in plan.steps}
-    identity = {
-        "models": [fingerprint(model.folder) for model in plan.models if isinstance(model, Checkpoint)],
-        "seed": seed,
-        "steps": [
-            [s.name, s.method, [(x.model, x.name) for x in s.sources], dict(s.knobs), s.diagnosed] for s in plan.steps
-        ],
-    }
-    found = survey(plan, device=device, workers=workers)
+    found = survey(plan, workers=workers)
     return map_tensors(
-        lambda name: run_step(steps[name], seed=seed, device=device, found=found.get(name, {})),
+        lambda name: run_step(steps[name], seed=plan.seed, device=plan.device, found=found.get(name, {})),
         {name: step.spec for name, step in steps.items()},
         out,
-        identity=identity,
+        identity=plan.identity,
         companions=plan.companions,
         shard_bytes=shard_bytes,
         workers=workers,

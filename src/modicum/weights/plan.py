@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from modicum.record import fingerprint
 from modicum.registry import Entry, merge_method
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, label, spec_of
-from modicum.weights.files import Spec
+from modicum.weights.files import Spec, digest_tensor
 from modicum.weights.mergekit.vocabulary import TABLES, Vocabulary
+from modicum.weights.statistics import check_statistics, shape_of
 from modicum.weights.stream import cores
 
 # Rows of these are looked up or scored by token, so a matrix method's singular vectors mean nothing there.
@@ -55,9 +58,17 @@ class Step:
     diagnosed: bool = False
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def models(self) -> tuple[Source, ...]:
         """The base, when there is one, and the experts."""
         return (*((self.base,) if self.base else ()), *self.experts)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every tensor that is read to make this one.
+
+        The identity of an unfinished merge rests on it, so nothing may be read by another way.
+        """
+        return (*self.models, *self.statistics)
 
     @property
     def entry(self) -> Entry[MergeFacts]:
@@ -67,11 +78,11 @@ class Step:
     @property
     def averaged(self) -> bool:
         """Whether a method for matrices gives way to the mean of the deltas here."""
-        return bool(self.entry.facts.matrix) and (len(self.spec.shape) < 2 or not self.maps)
+        return bool(self.entry.facts.matrix) and (len(self.spec.shape) < 2 or not self.is_linear_map)
 
     @property
-    def maps(self) -> bool:
-        """Whether rows are the outputs of a linear map; where they belong to tokens, directions mean nothing."""
+    def is_linear_map(self) -> bool:
+        """False for embeddings, heads and routers, whose rows belong to tokens or experts."""
         return VOCABULARY.search(self.name) is None
 
     @property
@@ -83,9 +94,9 @@ class Step:
         if self.entry.facts.whole:
             return self.spec.nbytes + self.spec.numel * 4 * (len(self.experts) + 3)
         folded = sum(s.tensors.adapter is not None for s in self.sources if isinstance(s.tensors, Checkpoint))
-        # What thresholds are sought among, or masks, a bit an entry.
-        sparse = self.spec.numel * len(self.experts) // 4 if "density" in self.knobs else 0
-        return self.spec.nbytes + 4 * folded * self.spec.numel + self._remade + sparse + (8 << 20)
+        # Selection buffers: threshold candidates, or one mask bit per entry and expert.
+        selection = self.spec.numel * len(self.experts) // 4 if "density" in self.knobs else 0
+        return self.spec.nbytes + 4 * folded * self.spec.numel + self._remade + selection + (8 << 20)
 
     @property
     def _remade(self) -> int:
@@ -99,12 +110,40 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps of a merge, and the other files of its result."""
+    """All steps of a merge, the other files of its result, and what else its bytes depend on."""
 
     steps: Sequence[Step]
     models: Sequence[Tensors]
     companions: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the result and what is measured on the way depend on; only under the same one does a merge go on.
+
+        It is read off the steps and their sources: a new kind of source, or a new field of a step, is part of it
+        without anybody thinking of it.
+        """
+        read = {id(source.tensors): source.tensors for step in self.steps for source in step.sources}
+        number = {key: position for position, key in enumerate(read)}
+
+        def told(value: object) -> object:
+            if isinstance(value, Source):
+                return [value.model, number[id(value.tensors)], value.name]
+            if isinstance(value, tuple | list):
+                return [told(item) for item in value]
+            return dict(value) if isinstance(value, Mapping) else value
+
+        return {
+            "sources": [identity_of(tensors) for tensors in read.values()],
+            "steps": [[told(getattr(step, part.name)) for part in fields(step)] for step in self.steps],
+            "companions": {name: hashlib.sha256(text).hexdigest() for name, text in self.companions.items()},
+            "seed": self.seed,
+            "device": self.device,
+            "versions": [version("modicum"), torch.__version__],
+        }
 
     def diagnosed(self) -> Plan:
         """Return the same plan, with everything measured that :mod:`modicum.weights.kernels.diagnose` knows.
@@ -123,11 +162,13 @@ class Plan:
 
     def describe(self) -> list[str]:
         """Return the plan in words, a line each."""
-        read = sum(model.nbytes for model in self.models if isinstance(model, Checkpoint))
+        statistics = {id(s.tensors): s.tensors for step in self.steps for s in step.statistics}
+        read = sum(model.nbytes for model in [*self.models, *statistics.values()] if isinstance(model, Checkpoint))
         written = sum(step.spec.nbytes for step in self.steps)
         averaged = [step.name for step in self.steps if step.averaged and len(step.spec.shape) >= 2]
         lines = [
-            f"{len(self.steps)} tensors from {len(self.models)} models",
+            f"{len(self.steps)} tensors from {len(self.models)} models"
+            + (f" and {len(statistics)} statistics" if statistics else ""),
             f"reads {_size(read)}, writes {_size(written)}",
             f"takes at most {_size(self.memory_bound())} of memory besides the libraries, on {cores()} cores",
         ]
@@ -168,6 +209,8 @@ def plan_merge(
     statistics: Sequence[Tensors] = (),
     exclude: str | None = None,
     base_fingerprint: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Plan:
     """Return the plan of a plain merge, having checked that the models fit together.
 
@@ -179,10 +222,7 @@ def plan_merge(
     if entry.facts.base and base is None:
         raise RecipeError(f"{method} merges differences from a base model, and none is given. Set base.")
     check_count(entry, len(experts))
-    if statistics and not entry.facts.statistics:
-        raise RecipeError(f"{method} uses no statistics of the experts' data. Remove them.")
-    if statistics and len(statistics) != len(experts):
-        raise RecipeError(f"Got {len(statistics)} statistics for {len(experts)} experts. Give one for each.")
+    check_statistics(method, len(experts), len(statistics))
     checked, wanted = entry.knobs(knobs), parse_dtype(dtype)
     models = [*([base] if base is not None else []), *experts]
     names = [*(["base"] if base is not None else []), *(f"experts[{i}]" for i in range(len(experts)))]
@@ -203,11 +243,55 @@ def plan_merge(
             continue
         head = sources[0] if base is not None else None
         tail = tuple(sources[1:] if base is not None else sources)
-        known = tuple(Source(label(s, "statistics"), s, name) for s in statistics if name in s)
-        steps.append(Step(name, out, method, head, tail, checked, known))
+        step = Step(name, out, method, head, tail, checked)
+        steps.append(with_statistics(step, statistics) if statistics else step)
     first = models[0]
     companions = companion_files(first, wanted) if isinstance(first, Checkpoint) else {}
-    return Plan(steps, models, companions, _foreign_adapters(base, experts))
+    notes = [*_foreign_adapters(base, experts), *notes_on_statistics(method, steps)]
+    return Plan(steps, models, companions, notes, seed, device)
+
+
+def with_statistics(step: Step, statistics: Sequence[Tensors]) -> Step:
+    """Return the step with what was measured of each expert; the plain average where nothing was.
+
+    Raises:
+        CheckpointError: A tensor was measured of some experts only, or its statistics have another shape.
+    """
+    if not step.spec.dtype.is_floating_point:
+        return step
+    sources = [Source(label(s, f"statistics[{i}]"), s, step.name) for i, s in enumerate(statistics)]
+    known = [source for source in sources if step.name in source.tensors]
+    if not known:
+        return replace(
+            step, method="linear", knobs=merge_method["linear"].knobs({"weights": step.knobs.get("weights")})
+        )
+    for source in sources:
+        if source not in known:
+            raise CheckpointError(
+                f"{source.model} has no statistics of {step.name!r} ({known[0].model} has). Measure all experts alike."
+            )
+        shape, expected = spec_of(source.tensors, step.name).shape, shape_of(step.entry.facts.measure, step.spec.shape)
+        if shape != expected:
+            raise CheckpointError(
+                f"{source.model}: the statistics of {step.name!r} have shape {list(shape)}, {step.method} expects "
+                f"{list(expected) if expected else 'none'}. Measure with kind: {step.entry.facts.measure}."
+            )
+    return replace(step, statistics=tuple(known))
+
+
+def notes_on_statistics(method: str, steps: Sequence[Step]) -> list[str]:
+    """Name the tensors that are averaged because nothing was measured of them."""
+    names = [step.name for step in steps if step.method == "linear" != method]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{len(names)} of {len(steps)} tensors have no statistics and are averaged: {', '.join(names[:3])}{more}"]
+
+
+def identity_of(tensors: Tensors) -> object:
+    """Return what a model's tensors depend on: its files, or where it lies in memory its very bytes."""
+    known: object = getattr(tensors, "identity", None)
+    return {name: digest_tensor(tensor) for name, tensor in tensors.items()} if known is None else known
 
 
 def excluded(names: Iterable[str], pattern: str | None) -> set[str]:

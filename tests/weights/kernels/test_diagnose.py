@@ -11,7 +11,7 @@ from modicum.weights import merge
 from modicum.weights.kernels.diagnose import diagnose
 from modicum.weights.methods import task_arithmetic
 from modicum.weights.methods.tsv import task_interference
-from weights.conftest import MakeFamily
+from weights.conftest import MakeFamily, statistics_of
 from weights.test_merging import REQUIRED, number_of_experts
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -65,7 +65,7 @@ def test_small_changes_do_not_survive_bfloat16() -> None:
 @pytest.mark.parametrize("method", list(merge_method))
 def test_diagnostics_change_no_byte(make_family: MakeFamily, tmp_path: Path, method: str) -> None:
     base, experts = make_family(number_of_experts(method))
-    knobs = REQUIRED.get(method, {})
+    knobs = REQUIRED.get(method, {}) | statistics_of(method, experts)
     plain = merge(base, experts, tmp_path / "plain", method=method, **knobs)
     if method == "passthrough":  # a model taken as it is has no difference that could be lost
         experts = experts[:1]

@@ -18,7 +18,7 @@ from torch import Tensor
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.files import Spec
+from modicum.weights.files import Spec, digest_tensor
 
 TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 MISSING, ZEROS = -1, -2  # in place of a model's own row
@@ -78,6 +78,12 @@ class Vocabulary(Mapping[str, Tensor]):
         """Return shape and dtype of a tensor."""
         spec = self.model.spec(name)
         return Spec((self.size, *spec.shape[1:]), spec.dtype) if name.endswith(TABLES) else spec
+
+    @property
+    def identity(self) -> list[object]:
+        """What its tensors depend on; see :attr:`modicum.weights.checkpoint.Checkpoint.identity`."""
+        gifts = [[donor.identity, digest_tensor(rows)] for donor, rows in self.donors]
+        return [self.model.identity, self.size, digest_tensor(self.rows), gifts]
 
     def __getitem__(self, name: str) -> Tensor:
         table = self.model[name]

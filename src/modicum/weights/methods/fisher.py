@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import Positive
 from modicum.weights.kernels.blocks import per_expert, working_dtype
+from modicum.weights.statistics import required
 
 
 @merge_method(
@@ -23,7 +23,8 @@ from modicum.weights.kernels.blocks import per_expert, working_dtype
     laws={"copies"},
     base=False,
     supplied={"statistics"},
-    statistics=True,
+    statistics="required",
+    measure="fisher",
     whole=True,
 )
 def fisher(
@@ -44,13 +45,13 @@ def fisher(
         experts: One tensor of each model.
         weights: One for each expert; all 1 when not given.
         floor: Least Fisher information of an entry; keeps entries that no expert needs at their plain average.
-        statistics: Each expert's mean squared gradients, of the tensor's shape; equal when not given.
+        statistics: Each expert's mean squared gradients, of the tensor's shape.
 
     Returns:
         The average.
 
     Raises:
-        RecipeError: There are not as many statistics as experts.
+        RecipeError: There are no statistics, or not as many as experts.
 
     Example:
         >>> import torch
@@ -62,16 +63,15 @@ def fisher(
         One pass over models and statistics.
 
     Deviates:
-        None known.
+        ``floor`` is ours: where no expert's loss depends on an entry, 0 / 0 becomes the plain average. A tensor that
+        was not measured at all is averaged too, and the merge's notes say so.
 
     Reference:
         Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv:2111.09832, Equation 4.
     """
     like = experts[0] if base is None else base
     dtype = working_dtype(like)
-    found = statistics if statistics is not None else [torch.ones_like(like, dtype=dtype)] * len(experts)
-    if len(found) != len(experts):
-        raise RecipeError(f"fisher: got {len(found)} statistics for {len(experts)} experts. Give one for each.")
+    found = required("fisher", statistics, len(experts))
     first = experts[0].to(dtype)
     total, moved = torch.zeros_like(first), torch.zeros_like(first)
     for expert, information, weight in zip(experts, found, per_expert(weights, len(experts))):

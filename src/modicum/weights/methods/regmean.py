@@ -10,14 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import UnitInterval
 from modicum.weights.kernels.blocks import working_dtype
+from modicum.weights.statistics import required
 
 
 @merge_method(
-    "regmean", paper="arXiv:2212.09849", laws={"copies"}, base=False, supplied={"statistics"}, statistics=True
+    "regmean",
+    paper="arXiv:2212.09849",
+    laws={"copies"},
+    base=False,
+    supplied={"statistics"},
+    statistics="required",
+    measure="gram",
 )
 def regmean(
     base: Tensor | None,
@@ -36,13 +42,13 @@ def regmean(
         base: Not used, except that the result has its dtype when it is given.
         experts: One tensor ``(out, in)`` of each model.
         shrink: Share of the off-diagonal entries kept (alpha).
-        statistics: Each expert's ``(in, in)`` Gram matrices; tensors without one are averaged.
+        statistics: Each expert's ``(in, in)`` Gram matrix.
 
     Returns:
         The merged tensor.
 
     Raises:
-        RecipeError: There are not as many statistics as experts.
+        RecipeError: There are no statistics, or not as many as experts.
 
     Example:
         >>> import torch
@@ -54,20 +60,20 @@ def regmean(
         One solve of the input side, in float64.
 
     Deviates:
-        None known.
+        Tensors that are no matrices, or whose inputs were not measured, are averaged, as in the paper; the merge's
+        notes name them. Where the sum of Gram matrices is singular, the solution of least change is taken.
 
     Reference:
         Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, arXiv:2212.09849,
         Equations 2 and 3.
     """
     like = experts[0] if base is None else base
-    if statistics is not None and len(statistics) != len(experts):
-        raise RecipeError(f"regmean: got {len(statistics)} statistics for {len(experts)} experts. Give one for each.")
+    found = required("regmean", statistics, len(experts))
     first = experts[0].to(working_dtype(like))
-    if statistics is None or like.ndim != 2:
+    if like.ndim != 2:
         moved = torch.stack([expert.to(first.dtype) - first for expert in experts]).mean(0)
         return (first + moved).to(like.dtype)
-    grams = [shrink * g.double() + (1 - shrink) * g.double().diagonal().diag() for g in statistics]
+    grams = [shrink * g.double() + (1 - shrink) * g.double().diagonal().diag() for g in found]
     # Differences from the first expert, so that equal experts come out exactly.
     target = sum(((e.double() - first.double()) @ g for e, g in zip(experts, grams)), torch.zeros_like(first.double()))
     total = torch.stack(grams).sum(0)
