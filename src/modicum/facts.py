@@ -102,7 +102,7 @@ class GradientFacts(Facts):
             the norms of all tensors.
         state: The type of its memory.
         weight_sized_state: The knob that makes it remember a number for each weight.
-        advice: What to tell a user about the knobs of a run of so many steps.
+        advice: ``(knobs, *, steps)`` returns what to tell the user of a run of so many steps.
     """
 
     known_laws = MappingProxyType(
@@ -146,15 +146,25 @@ class ObjectiveFacts(Facts):
 class AdapterFacts(Facts):
     """Facts of an adapter initialisation.
 
+    A method's positional parameters name the data that the seam collects for each module: ``weight``, ``gradient``,
+    ``moment``, or ``A`` and ``B`` of a preheated adapter.
+
     Attributes:
         shape_only: It needs the shape of a weight, not its values.
-        adaptive: It shares out the rank anew while it trains.
+        preheated: It starts from an adapter of higher rank that is trained first, as HRP does; the mapping holds the
+            knobs of ``hrp_factors`` that it fixes.
         shifts_base: The base's weights change by the initial product, which is taken out of the saved adapter.
-        config: Fields of ``peft.LoraConfig`` that it asks for.
-        frozen: Factors that are not trained.
-        optimizer: The optimiser that it brings along.
+        frozen: The factor that is not trained.
         core: It trains a small matrix between two frozen factors.
-        fixed: Knobs of the seam that it fixes.
+        stock: PEFT draws the first factors itself; the function documents them.
+        requires: Raises ``UnsupportedError`` where the machine lacks something that the method needs.
+        config: Fields of ``peft.LoraConfig``, or ``(knobs, *, rank, **fields)`` that makes another of PEFT's
+            configurations.
+        schedule: ``(config, knobs, *, total_steps)`` tells the adapter's configuration the length of the run.
+        optimizer: ``(peft_model, knobs, *, lr, weight_decay)`` makes the optimiser that the method brings along.
+        after_backward: ``(peft_model, step)`` sees the gradients of every optimiser step.
+        before_save: ``(config)`` takes out of the adapter's configuration what PEFT cannot save.
+        plain: ``(tensors, config)`` makes the tensors and configuration of a saved adapter those of plain LoRA.
     """
 
     known_laws = MappingProxyType(
@@ -166,13 +176,18 @@ class AdapterFacts(Facts):
     )
 
     shape_only: bool = False
-    adaptive: bool = False
+    preheated: Mapping[str, Any] | None = None
     shifts_base: bool = False
-    config: Mapping[str, Any] = field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
-    optimizer: str | None = None
+    frozen: Literal["A", "B"] | None = None
     core: bool = False
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    stock: bool = False
+    requires: Callable[[], None] | None = None
+    config: Mapping[str, Any] | Callable[..., Any] = field(default_factory=dict)
+    schedule: Callable[..., None] | None = None
+    optimizer: Callable[..., Any] | None = None
+    after_backward: Callable[[Any, int], None] | None = None
+    before_save: Callable[[Any], None] | None = None
+    plain: Callable[..., tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ import torch
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora import preprocess_loraga
 
+from modicum.adapters.decomposed import lora_xs, mica, milora, olora, pissa
+from modicum.adapters.drawn import default, etf, gaussian, orthogonal
 from modicum.adapters.informed import corda, eva, lora_ga, lora_one, lora_sb
-from modicum.adapters.initializers import default, etf, gaussian, lora_xs, mica, milora, olora, orthogonal, pissa
 from modicum.errors import ModicumError, UnsupportedError
 from modicum.random import generator
 from modicum.registry import adapter_init

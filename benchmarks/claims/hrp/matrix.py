@@ -18,8 +18,8 @@ from benchmarks.claims.hrp.result import run_cells
 from torch import Tensor
 
 from modicum.adapters.angles import captured
+from modicum.adapters.drawn import default
 from modicum.adapters.hrp import factor_svd, hrp_factors
-from modicum.adapters.initializers import default
 from modicum.random import generator
 
 N, RANK, PREHEAT, MAIN, SEEDS = 256, 8, 30, 100, 10

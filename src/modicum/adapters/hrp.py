@@ -152,6 +152,7 @@ def _leading(A: Tensor, B: Tensor, rank: int) -> SVD:
     laws={"zero_product", "orthogonal_rows"},
     supplied=("rank", "train_factors"),
     gather=Preheat,
+    preheated={},
 )
 def hrp_factors(
     A: Float[Tensor, "R in"],

@@ -153,7 +153,7 @@ def lora_one(gradient: Float[Tensor, "out in"], *, rank: PositiveInt, gamma: Pos
     return (root[:, None] * V.T).contiguous(), U * root
 
 
-@adapter_init("lora_sb", paper="arXiv:2411.19557", supplied={"rank"}, gather=Calibration, frozen=("A", "B"), core=True)
+@adapter_init("lora_sb", paper="arXiv:2411.19557", supplied={"rank"}, gather=Calibration, core=True)
 def lora_sb(gradient: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     r"""Freeze the gradient's leading directions and train only a small matrix between them.
 

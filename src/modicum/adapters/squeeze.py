@@ -27,7 +27,7 @@ from modicum.types import PositiveInt
     laws={"best_rank"},
     supplied={"rank"},
     gather=Preheat,
-    fixed={"init_factor": "balanced"},
+    preheated={"init_factor": "balanced"},
 )
 def lora_squeeze(A: Float[Tensor, "R in"], B: Float[Tensor, "out R"], *, rank: PositiveInt) -> Factors:
     r"""Train a LoRA of higher rank first, compress it to the wanted one, and go on from there.

@@ -14,7 +14,6 @@ from modicum.errors import CheckpointError, ModicumError, RecipeError, Unsupport
 from modicum.jobs import execute
 from modicum.jobs.training.adapter import (
     after_backward,
-    config_fields,
     initialize,
     make_optimizer,
     peft_config,
@@ -126,7 +125,6 @@ def test_methods_bring_their_own_optimizer_only_where_they_have_one():
     plus = make_optimizer(model, "lora_plus", {"ratio": 4.0}, lr=LR)
     assert {round(group["lr"] / LR, 6) for group in plus.param_groups} >= {1.0, 4.0}
     assert make_optimizer(model, "lora_fa", {}, lr=LR) is not None
-    assert config_fields("rslora") == {"use_rslora": True} and config_fields("hrp") == {}
 
 
 def test_the_geometry_tells_how_far_directions_turned_and_what_the_rank_held(tmp_path):

@@ -9,32 +9,33 @@
     started.finish(folder)
 
 What comes out is always a standard LoRA adapter for the original base whose configuration says
-``init_lora_weights: true``; where it came from stands in ``adapter_init.json`` beside it.
+``init_lora_weights: true``; where it came from stands in ``adapter_init.json`` beside it. The seam reads a method's
+facts (:class:`modicum.facts.AdapterFacts`) and knows none by its name.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import ModicumError, UnsupportedError
+from modicum.errors import UnsupportedError
 from modicum.facts import AdapterFacts
 from modicum.jobs.training.adapter_files import (
     GEOMETRY,
     ORIGIN,
     cached_start,
     factors_in,
-    make_plain,
     remove_shift,
+    rewrite,
     write_start,
 )
 from modicum.jobs.training.adapter_geometry import geometry
+from modicum.jobs.training.adapter_start import apply_start, freeze, from_data, from_preheating, resolved
 from modicum.record import write_atomic
-from modicum.registry import Entry, adapter_init
+from modicum.registry import adapter_init
 
 if TYPE_CHECKING:
     import torch
@@ -51,30 +52,29 @@ class Started:
 
     Attributes:
         origin: Name and knobs of the initialisation, for the record.
+        facts: Facts of the initialisation.
         initial: The factors that left the base, by module; empty when the base is as it was.
         start: The factors that training started from, by module, where they are known.
         spectra: Singular values of what preheating learned, by module.
         notes: What the user should know.
         consumed: Micro-batches that the main run should not see again (``reuse_data: continue``).
-        adaptive: The saved adapter is AdaLoRA's, which is to become plain LoRA.
     """
 
     origin: dict[str, Any]
+    facts: AdapterFacts
     initial: Pairs = field(default_factory=dict)
     start: Pairs = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     consumed: int = 0
-    adaptive: bool = False
 
     def prepare(self, peft_model: Any, *, adapter: str = "default") -> None:
         """Make the trained parts plain weights again; call it before the model is saved."""
         from modicum.adapters.core import fold
 
-        if self.adaptive:
-            # PEFT would save modules without any rank left as empty tensors, and warn of them.
-            peft_model.peft_config[adapter].rank_pattern = None
-        if "core" in self.origin:
+        if self.facts.before_save is not None:
+            self.facts.before_save(peft_model.peft_config[adapter])
+        if self.facts.core:
             fold(peft_model, adapter=adapter)
 
     def finish(self, folder: str | Path, *, change: Change | None = None) -> None:
@@ -92,19 +92,9 @@ class Started:
             write_atomic(folder / GEOMETRY, json.dumps(found) + "\n")
         if self.initial:
             remove_shift(folder, self.initial)
-        if self.adaptive:
-            make_plain(folder)
+        if self.facts.plain is not None:
+            rewrite(folder, self.facts.plain)
         write_atomic(folder / ORIGIN, json.dumps(self.origin, indent=2) + "\n")
-
-
-def config_fields(name: str) -> dict[str, Any]:
-    """Return the fields of ``peft.LoraConfig`` that a method asks for.
-
-    Example:
-        >>> config_fields("rslora")
-        {'use_rslora': True}
-    """
-    return dict(adapter_init[name].facts.config)
 
 
 def peft_config(name: str, knobs: Mapping[str, Any], *, rank: int, **fields: Any) -> Any:
@@ -117,40 +107,21 @@ def peft_config(name: str, knobs: Mapping[str, Any], *, rank: int, **fields: Any
         **fields: Further fields of ``peft.LoraConfig``; they override what the method asks for.
 
     Raises:
-        UnsupportedError: The method is PEFT's and needs what is not here.
+        UnsupportedError: The machine lacks something that the method needs.
 
     Example:
         >>> peft_config("rslora", {}, rank=4, lora_alpha=8).use_rslora
         True
     """
-    from peft import AdaLoraConfig, LoraConfig
+    from peft import LoraConfig
 
     entry = adapter_init[name]
-    fields = config_fields(name) | fields
-    if fields.get("init_lora_weights") == "loftq":
-        _require_loftq()
-    if not entry.facts.adaptive:
-        return LoraConfig(r=rank, **fields)
-    checked = entry.knobs(knobs)
-    first = round(checked["spare"] * rank)
-    # PEFT divides alpha by the rank to begin with. The length of the run is not known yet.
-    fields["lora_alpha"] = fields.get("lora_alpha", 2 * rank) * first / rank
-    return AdaLoraConfig(
-        init_r=first, target_r=rank, orth_reg_weight=checked["orthogonality"], deltaT=checked["interval"],
-        total_step=1, **fields,
-    )  # fmt: skip
-
-
-def _require_loftq() -> None:
-    from importlib.util import find_spec
-
-    import torch
-
-    if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-        raise UnsupportedError(
-            "loftq is PEFT's, which quantises with bitsandbytes on a CUDA device, and one of them is missing. Install "
-            "and use them, or take hrp on a base that is quantised already."
-        )
+    if entry.facts.requires is not None:
+        entry.facts.requires()
+    config = entry.facts.config
+    if callable(config):
+        return config(entry.knobs(knobs), rank=rank, **fields)
+    return LoraConfig(r=rank, **dict(config) | fields)
 
 
 def initialize(
@@ -191,32 +162,49 @@ def initialize(
         ModicumError: A knob is wrong, or the method cannot be used on this model or data.
     """
     entry = adapter_init[name]
-    knobs = entry.knobs(knobs)
-    preheated = entry.parameters[0].keys() == {"A", "B"}
-    if preheated:
-        knobs |= _resolved(peft_model, entry, knobs, total_steps, adapter)
-    started = Started({"name": name, **knobs, "seed": seed})
+    facts, knobs = entry.facts, entry.knobs(knobs)
+    if facts.preheated is not None:
+        knobs |= resolved(peft_model, entry, knobs, total_steps, adapter)
+    started = Started({"name": name, **knobs, "seed": seed}, facts)
     if knobs.get("reuse_data") == "continue":
         started.consumed = knobs["preheat_steps"] * accumulation
-    if entry.facts.adaptive:
-        _schedule(peft_model, knobs, total_steps, adapter)
-        started.adaptive = True
-        return started
-    if entry.facts.config or entry.facts.optimizer:
-        _freeze(peft_model, entry, adapter)
+    if facts.schedule is not None:
+        facts.schedule(peft_model.peft_config[adapter], knobs, total_steps=total_steps)
+    if facts.stock:
+        freeze(peft_model, facts.frozen, adapter)
         return started
     known = cached_start(cache)
     if known is not None:
         factors, started.spectra = known
     else:
-        if preheated:
-            options = {"lr": lr, "accumulation": accumulation, "seed": seed, "loss": loss, "optimizer": optimizer}
-            factors = _preheat(peft_model, entry, knobs, started, batches, adapter, options)
+        if facts.preheated is not None:
+            found = from_preheating(
+                peft_model,
+                entry,
+                knobs,
+                batches=batches,
+                lr=lr,
+                seed=seed,
+                accumulation=accumulation,
+                loss=loss,
+                optimizer=optimizer,
+                adapter=adapter,
+            )
         else:
-            factors = _compute(peft_model, entry, knobs, batches, loss, seed, adapter)
+            found = from_data(peft_model, entry, knobs, batches=batches, loss=loss, seed=seed, adapter=adapter)
+        factors, started.spectra = found.factors, found.spectra
+        started.notes += found.notes
         if cache is not None:
             write_start(cache, factors, started.spectra)
-    _apply(peft_model, entry, factors, started, adapter)
+    started.initial = apply_start(peft_model, facts, factors, adapter)
+    started.start = {name: (A.cpu(), B.cpu()) for name, (A, B) in factors.items()}
+    if facts.core:
+        started.origin["core"] = True
+    if facts.shifts_base:
+        started.notes.append(
+            f"{name} shifts the base weights: checkpoints of this run belong to the shifted base, the finished "
+            "adapter to the original one, at twice the rank."
+        )
     return started
 
 
@@ -232,240 +220,45 @@ def make_optimizer(
         lr: Learning rate (of A, for LoRA+).
         weight_decay: Decay of the weights.
     """
-    import torch
-    from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-
     entry = adapter_init[name]
-    kind = entry.facts.optimizer
-    if kind == "lora_plus":
-        ratio = entry.knobs(knobs)["ratio"]
-        return create_loraplus_optimizer(
-            peft_model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay
-        )
-    if kind == "lora_fa":
-        config = peft_model.peft_config["default"]
-        return create_lorafa_optimizer(
-            peft_model, r=config.r, lora_alpha=config.lora_alpha, lr=lr, weight_decay=weight_decay
-        )
-    return None
+    if entry.facts.optimizer is None:
+        return None
+    made: torch.optim.Optimizer = entry.facts.optimizer(
+        peft_model, entry.knobs(knobs), lr=lr, weight_decay=weight_decay
+    )
+    return made
 
 
 def after_backward(peft_model: Any, name: str, step: int) -> None:
-    """Let an adaptive method (AdaLoRA) see the gradients of a step; call it before they are cleared.
+    """Let a method (AdaLoRA) see the gradients of a step; call it before they are cleared.
 
     Args:
         peft_model: The model in training.
         name: A registered adapter initialisation; nothing happens for those that need none of this.
         step: Optimiser steps done before.
     """
-    if adapter_init[name].facts.adaptive:
-        peft_model.base_model.update_and_allocate(step)
+    see = adapter_init[name].facts.after_backward
+    if see is not None:
+        see(peft_model, step)
 
 
 def step_callback(name: str) -> Any:
     """Return the callback of ``transformers.Trainer`` that a method needs, or ``None``."""
-    if not adapter_init[name].facts.adaptive:
+    if adapter_init[name].facts.after_backward is None:
         return None
     from transformers import TrainerCallback
 
-    class Allocation(TrainerCallback):
+    class StepCallback(TrainerCallback):
         """See :func:`after_backward`."""
 
         def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             if state.global_step:
                 raise UnsupportedError(
-                    f"{name} cannot go on from a checkpoint, which does not hold what it knows of the importance of "
-                    "its ranks. Delete the run's checkpoints and start afresh."
+                    f"{name} cannot go on from a checkpoint, which does not hold what it remembers of the gradients. "
+                    "Delete the run's checkpoints and start afresh."
                 )
 
         def on_optimizer_step(self, _args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
             after_backward(model, name, state.global_step)
 
-    return Allocation()
-
-
-def _schedule(peft_model: Any, knobs: Mapping[str, Any], total_steps: int | None, adapter: str) -> None:
-    """Tell PEFT's allocation the length of the run."""
-    if total_steps is None:
-        raise ModicumError("adalora plans its ranks over the whole run. Pass total_steps.")
-    # The last step at least: without it PEFT ends before the budget is reached.
-    warmup, settled = int(knobs["warmup"] * total_steps), max(1, int(knobs["settled"] * total_steps))
-    if warmup + settled >= total_steps - 1:
-        raise ModicumError(
-            f"adalora has no step left to drop ranks in: warmup {knobs['warmup']} and settled {knobs['settled']} of "
-            f"{total_steps} steps. Lower them, or train longer."
-        )
-    config = peft_model.peft_config[adapter]
-    config.total_step, config.tinit, config.tfinal = total_steps, warmup, settled
-
-
-def _resolved(
-    peft_model: Any, entry: Entry[AdapterFacts], knobs: dict[str, Any], total_steps: int | None, adapter: str
-) -> dict[str, int]:
-    """Return the rank and number of steps of preheating where the recipe leaves them to the run."""
-    from modicum.adapters.layers import lora_layers
-
-    stage, _ = _gathering(entry, knobs)
-    rank = max(layer.r[adapter] for layer in lora_layers(peft_model, adapter).values())
-    return {"preheat_rank": stage.rank_for(rank), "preheat_steps": stage.steps_for(total_steps)}
-
-
-def _preheat(
-    peft_model: Any,
-    entry: Entry[AdapterFacts],
-    knobs: dict[str, Any],
-    started: Started,
-    batches: Callable[[], Iterable[Batch]],
-    adapter: str,
-    options: dict[str, Any],
-) -> Pairs:
-    from modicum.adapters.layers import factors_of, lora_layers
-    from modicum.adapters.preheat import get_hrp_state_dict, initialize_lora_hrp_weights
-
-    stage, knobs = _gathering(entry, knobs)
-    layers = lora_layers(peft_model, adapter)
-    # Ranks that are shared out anew may need any of the directions; else the adapter's own are enough.
-    keep = None if stage.rank_redistribution != "none" else max(layer.r[adapter] for layer in layers.values())
-    state = get_hrp_state_dict(
-        peft_model, _cycle(batches, peft_model.device), config=stage, keep=keep, adapter=adapter, **options
-    )
-    left = initialize_lora_hrp_weights(
-        peft_model,
-        state,
-        **{**knobs, **entry.facts.fixed},
-        train_factors=stage.train_factors,
-        rank_redistribution=stage.rank_redistribution,
-        seed=options["seed"],
-        adapter=adapter,
-    )
-    started.spectra = {key.removesuffix(".S"): state[key].cpu() for key in state if key.endswith(".S")}
-    if clipped := sum(len(state[key]) < stage.preheat_rank for key in state if key.endswith(".S")):
-        started.notes.append(
-            f"{entry.name}: preheating rank {stage.preheat_rank} was clipped to the short side of {clipped} modules."
-        )
-    if left:
-        started.notes.append(f"{entry.name} left {len(left)} modules at their default start: {', '.join(left)}.")
-    layers = lora_layers(peft_model, adapter)
-    return {
-        name: tuple(factor.detach().clone() for factor in factors_of(layer, adapter))  # type: ignore[misc]
-        for name, layer in layers.items()
-    }
-
-
-def _compute(
-    peft_model: Any,
-    entry: Entry[AdapterFacts],
-    knobs: dict[str, Any],
-    batches: Callable[[], Iterable[Batch]],
-    loss: Loss | None,
-    seed: int,
-    adapter: str,
-) -> Pairs:
-    import inspect
-
-    import torch
-
-    from modicum.adapters.calibrate import base_weight, input_moments, weight_gradients
-    from modicum.adapters.layers import lora_layers
-    from modicum.adapters.ranks import redistribute
-    from modicum.random import generator
-
-    stage, knobs = _gathering(entry, knobs)
-    layers = lora_layers(peft_model, adapter)
-    wanted = entry.parameters[0]
-    sample = list(itertools.islice(_cycle(batches, peft_model.device), stage.batches)) if stage is not None else []
-    gradients = weight_gradients(peft_model, sample, adapter=adapter, loss=loss) if "gradient" in wanted else {}
-    moments = input_moments(peft_model, sample, adapter=adapter) if "moment" in wanted else {}
-    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
-    if getattr(stage, "rank_redistribution", "none") != "none":
-        spectra = {name: torch.linalg.eigvalsh(C.double()).flip(0).clamp_min(0).sqrt() for name, C in moments.items()}
-        ranks = redistribute(spectra, budget=sum(ranks.values()), most=int(stage.rho * max(ranks.values())))
-    takes = inspect.signature(entry.function).parameters
-    factors = {}
-    for name, layer in layers.items():
-        data = {"gradient": gradients.get(name), "moment": moments.get(name)}
-        if "weight" in wanted:
-            # A quantised weight has another shape than its module, and most starts need no more than the shape.
-            data["weight"] = (
-                torch.empty(layer.out_features, layer.in_features, device="meta")
-                if entry.facts.shape_only
-                else base_weight(layer, name).detach()
-            )
-        supplied: dict[str, Any] = {"rank": ranks[name]}
-        if "scaling" in takes:
-            supplied["scaling"] = layer.scaling[adapter]
-        if "rng" in takes:
-            supplied["rng"] = generator(seed, entry.name, name)
-        try:
-            factors[name] = entry.function(*(data[key] for key in wanted), **supplied, **knobs)
-        except ModicumError as error:
-            raise type(error)(f"{name}: {error}") from None
-    return factors
-
-
-def _apply(peft_model: Any, entry: Entry[AdapterFacts], factors: Pairs, started: Started, adapter: str) -> None:
-    import torch
-
-    from modicum.adapters.calibrate import base_weight
-    from modicum.adapters.core import train_core
-    from modicum.adapters.layers import factors_of, lora_layers, store_factors
-    from modicum.adapters.ranks import change_ranks
-
-    change_ranks(peft_model, {name: len(A) for name, (A, _) in factors.items()}, adapter=adapter)
-    layers = lora_layers(peft_model, adapter)
-    for name, values in factors.items():
-        layer = layers[name]
-        store_factors(layer, adapter, values, name)
-        if entry.facts.shifts_base:
-            # What left the base is what the layer computes, in the dtype that it stores.
-            A, B = (factor.detach().clone() for factor in factors_of(layer, adapter))
-            weight = base_weight(layer, name)
-            with torch.no_grad():
-                weight.copy_(weight.float() - layer.scaling[adapter] * (B.float() @ A.float()))
-            started.initial[name] = (A.cpu(), B.cpu())
-    started.start = {name: (A.cpu(), B.cpu()) for name, (A, B) in factors.items()}
-    if entry.facts.core:
-        started.origin["core"] = True
-        train_core(peft_model, {name: B for name, (_, B) in factors.items()}, adapter=adapter)
-    else:
-        _freeze(peft_model, entry, adapter)
-    if started.initial:
-        started.notes.append(
-            f"{entry.name} shifts the base weights: checkpoints of this run belong to the shifted base, the finished "
-            "adapter to the original one, at twice the rank."
-        )
-    peft_model.peft_config[adapter].init_lora_weights = True
-
-
-def _freeze(peft_model: Any, entry: Entry[AdapterFacts], adapter: str) -> None:
-    """Freeze the factors that the method does not train."""
-    frozen = entry.facts.frozen
-    if not frozen:
-        return
-    from modicum.adapters.layers import factors_of, lora_layers
-
-    for layer in lora_layers(peft_model, adapter).values():
-        for side, factor in zip("AB", factors_of(layer, adapter)):
-            if side in frozen:
-                factor.requires_grad_(False)
-
-
-def _gathering(entry: Entry[AdapterFacts], knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Split the knobs into those of collecting the data, as their dataclass, and those of the function."""
-    gather = entry.facts.gather
-    if gather is None:
-        return None, knobs
-    names = {item.name for item in fields(gather)}
-    stage = gather(**{key: value for key, value in knobs.items() if key in names})
-    return stage, {key: value for key, value in knobs.items() if key not in names}
-
-
-def _cycle(batches: Callable[[], Iterable[Batch]], device: torch.device) -> Iterable[Batch]:
-    """Give the batches again and again, on the model's device."""
-    while True:
-        empty = True
-        for batch in batches():
-            empty = False
-            yield {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
-        if empty:
-            raise ModicumError("The training data give no batch to start the adapter from. Check data.path and size.")
+    return StepCallback()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -66,44 +66,19 @@ def _read(path: Path) -> tuple[Pairs, dict[str, Tensor]]:
     return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}, spectra
 
 
-def make_plain(folder: Path) -> None:
-    """Rewrite a saved AdaLoRA adapter as LoRA, with the singular values in B and every module at the largest rank."""
-    from peft import LoraConfig
-    from safetensors.torch import load_file
+def rewrite(
+    folder: Path,
+    change: Callable[[dict[str, Tensor], dict[str, Any]], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+) -> None:
+    """Put other tensors and another configuration in the place of a saved adapter's.
 
-    from modicum.adapters.serving import alpha_for, uniform
+    Args:
+        folder: Where the adapter was saved.
+        change: ``(tensors, config) -> (tensors, config)``.
+    """
+    from safetensors.torch import load_file, save_file
 
-    tensors = load_file(folder / WEIGHTS)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    # PEFT adds 1e-5 to the rank that it divides by.
-    scaling = config["lora_alpha"] / (config["init_r"] + 1e-5)
-    names = [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
-    own = {}
-    for name in names:
-        A, E, B = (tensors[f"{name}.lora_{part}"] for part in "AEB")
-        left = E[:, 0] != 0
-        left[0] |= ~left.any()
-        own[name] = (A[left], (B * E.T)[:, left], scaling)
-    kept = {key: value for key, value in tensors.items() if not key.endswith((".lora_A", ".lora_B", ".lora_E"))}
-    for name, (A, B) in uniform(own, scaling=scaling).items():
-        kept |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
-    widest = max(len(A) for A, _, _ in own.values())
-    known = LoraConfig.__dataclass_fields__
-    config = {key: value for key, value in config.items() if key in known} | {
-        "peft_type": "LORA",
-        "r": widest,
-        "lora_alpha": alpha_for(scaling, widest),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "init_lora_weights": True,
-    }
-    _replace(folder, kept, config)
-
-
-def _replace(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Put other tensors and another configuration in the place of a saved adapter's."""
-    from safetensors.torch import save_file
-
+    tensors, config = change(load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     beside = folder / f".{WEIGHTS}"
     save_file(dict(tensors), beside, metadata={"format": "pt"})
     beside.replace(folder / WEIGHTS)
@@ -112,24 +87,22 @@ def _replace(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
 
 def remove_shift(folder: Path, initial: Pairs) -> None:
     """Rewrite a saved adapter for the original base, at twice the rank."""
-    from safetensors.torch import load_file
-
     from modicum.adapters.serving import without_shift
 
-    tensors = load_file(folder / WEIGHTS)
-    for name, factors in initial.items():
-        keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "AB"]
-        if not all(key in tensors for key in keys):
-            raise CheckpointError(f"{folder} has no factors of {name}. Was it saved by this run?")
-        made = without_shift((tensors[keys[0]], tensors[keys[1]]), factors)
-        tensors |= dict(zip(keys, made))
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    growth = 2**0.5 if config.get("use_rslora") else 2
-    config |= {
-        "r": 2 * config["r"],
-        "lora_alpha": growth * config["lora_alpha"],
-        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
-        "alpha_pattern": {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
-        "init_lora_weights": True,
-    }
-    _replace(folder, tensors, config)
+    def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        for name, factors in initial.items():
+            keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "AB"]
+            if not all(key in tensors for key in keys):
+                raise CheckpointError(f"{folder} has no factors of {name}. Was it saved by this run?")
+            made = without_shift((tensors[keys[0]], tensors[keys[1]]), factors)
+            tensors |= dict(zip(keys, made))
+        growth = 2**0.5 if config.get("use_rslora") else 2
+        return tensors, config | {
+            "r": 2 * config["r"],
+            "lora_alpha": growth * config["lora_alpha"],
+            "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
+            "alpha_pattern": {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
+            "init_lora_weights": True,
+        }
+
+    rewrite(folder, change)

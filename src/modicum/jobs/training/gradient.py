@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.random import derive_seed
+from modicum.registry import gradient_rule
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,6 @@ def gradient_callback(
         RecipeError: There is no such rule, or a knob is wrong.
         UnsupportedError: Later, when the trainer is made: it clips by itself too, or runs under DeepSpeed or FSDP 1.
     """
-    from modicum.registry import gradient_rule
-
     entry = gradient_rule[name]
     checked = entry.knobs(knobs or {})
     heavy = entry.facts.weight_sized_state
@@ -81,7 +80,6 @@ def _gradient_callback_class() -> Any:
             check_arguments(args, self.name, self.knobs)
 
         def on_train_begin(self, args: Any, state: Any, _control: Any, **given: Any) -> None:
-            from modicum.optim.gradient.adagc import adagc_advice
             from modicum.optim.gradient.clipper import NormClipper
             from modicum.optim.gradient.make import make_clipper
 
@@ -93,9 +91,9 @@ def _gradient_callback_class() -> Any:
             if state.global_step > 0:
                 self.clipper.load_state_dict(_unpacked(_saved_state(state, self), state.global_step))
             self.clipper.attach(given["optimizer"])
-            if self.name == "adagc":
-                for advice in adagc_advice(self.knobs, steps=state.max_steps):
-                    self.note(advice)
+            advise = gradient_rule[self.name].facts.advice
+            for advice in advise(self.knobs, steps=state.max_steps) if advise is not None else ():
+                self.note(advice)
             if self.folder and state.is_world_process_zero and isinstance(self.clipper, NormClipper):
                 self.log = ClippingLog(Path(self.folder) / LOG, self.clipper, every=self.every, after=state.global_step)
 

@@ -109,7 +109,27 @@ def _started(gamma: Tensor, norms: Tensor, count: Tensor | None, *, init: Init, 
     return norms
 
 
-@gradient_rule("adagc", paper="arXiv:2502.11034", laws={"factor_at_most_one", "local", "scale", "permutation"})
+def adagc_advice(knobs: Mapping[str, Any], *, steps: int) -> list[str]:
+    """Return what a user should know who trains for ``steps`` steps with these knobs.
+
+    Example:
+        >>> adagc_advice({"init": "min"}, steps=1000)[0][:42]
+        "init='min' costs loss in runs this short ("
+    """
+    found = []
+    if knobs.get("init") == "min" and 0 < steps < 5000:
+        found.append(f"init='min' costs loss in runs this short ({steps} steps). Use init: ema, or mean.")
+    if 0 < steps <= knobs.get("warmup", 0):
+        found.append(f"The run ends within the warm-up of {knobs['warmup']} steps, so only global clipping happens.")
+    return found
+
+
+@gradient_rule(
+    "adagc",
+    paper="arXiv:2502.11034",
+    laws={"factor_at_most_one", "local", "scale", "permutation"},
+    advice=adagc_advice,
+)
 class AdaGC(NormClipper):
     r"""Clip each gradient to a multiple of the moving average of its own clipped norms.
 
@@ -217,18 +237,3 @@ class AdaGC(NormClipper):
     def thresholds(self) -> Tensor | None:
         """Return the norm above which each unit is clipped next; ``None`` during the warm-up."""
         return None if self.state is None or self.warming_up else self.knobs["relative"] * self.state.gamma
-
-
-def adagc_advice(knobs: Mapping[str, Any], *, steps: int) -> list[str]:
-    """Return what a user should know who trains for ``steps`` steps with these knobs.
-
-    Example:
-        >>> adagc_advice({"init": "min"}, steps=1000)[0][:42]
-        "init='min' costs loss in runs this short ("
-    """
-    found = []
-    if knobs.get("init") == "min" and 0 < steps < 5000:
-        found.append(f"init='min' costs loss in runs this short ({steps} steps). Use init: ema, or mean.")
-    if 0 < steps <= knobs.get("warmup", 0):
-        found.append(f"The run ends within the warm-up of {knobs['warmup']} steps, so only global clipping happens.")
-    return found
