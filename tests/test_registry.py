@@ -1,7 +1,7 @@
 import sys
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, ClassVar, get_origin, get_type_hints
+from typing import Annotated, ClassVar, TypedDict, Unpack, get_origin, get_type_hints
 
 import pytest
 from annotated_types import Ge, Le
@@ -10,6 +10,7 @@ from beartype.door import is_bearable
 from modicum import registry
 from modicum.errors import RecipeError
 from modicum.facts import Facts
+from modicum.knobs import fields_of, known, unpacked
 from modicum.registry import Entry, Registry
 from modicum.types import Fraction, PositiveInt
 
@@ -166,3 +167,83 @@ def test_facts_keep_supplied_parameters_out_of_the_knobs_and_add_those_of_gather
         things["edge"].knobs({"rank": 4})
     with pytest.raises(RecipeError, match="batches"):
         things["edge"].knobs({"batches": 0})
+
+
+@dataclass(frozen=True)
+class Common:
+    """What things share.
+
+    Attributes:
+        step: How far,
+            see :func:`~there.walk`.
+        seed: Seed of all draws.
+        hidden: No knob.
+    """
+
+    step: float
+    seed: int = 7
+    hidden: str = ""
+
+
+@fields_of(Common)
+class Seeded(TypedDict, total=False):
+    seed: PositiveInt
+
+
+@fields_of(Common)
+class Stepped(Seeded, total=False):
+    step: Fraction
+
+
+def test_unpacked_knobs_are_knobs_with_the_types_of_the_keys_and_the_defaults_of_the_fields():
+    things = table()
+
+    @things("walk")
+    def walk(x: float, *, scale: float = 1.0, **shared: Unpack[Stepped]) -> Common:
+        return Common(**known(walk, shared))
+
+    entry = things["walk"]
+    assert entry.knobs({"step": 0.5}) == {"scale": 1.0, "seed": 7, "step": 0.5}
+    for wrong, message in (
+        ({"step": 0.5, "seed": 0}, "seed: Input should be greater than 0, got 0."),
+        ({}, "'step' is missing. Set it."),
+        ({"step": 0.5, "sed": 1}, "unknown key 'sed'. Did you mean 'seed'?"),
+        ({"step": 0.5, "hidden": "x"}, "unknown key 'hidden'."),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            entry.knobs(wrong)
+        assert str(caught.value).startswith(f"thing 'walk': {message}")
+    assert entry.schema.model_fields["step"].description == "How far, see `walk`."
+    with pytest.raises(TypeError, match=r"walk\(\) got an unexpected keyword argument 'hidden'"):
+        walk(1.0, step=0.5, hidden="x")
+
+
+def test_unpacked_keys_without_a_field_behind_them_are_refused():
+    things = table()
+
+    @fields_of(Common)
+    class Strange(TypedDict, total=False):
+        colour: str
+
+    class Loose(TypedDict, total=False):
+        colour: str
+
+    for keys, message in ((Strange, "Common has no field colour"), (Loose, "without defaults: mark it")):
+
+        @things("paint")
+        def paint(x: int, **shared: Unpack[keys]) -> None: ...
+
+        with pytest.raises(TypeError, match=message):
+            _ = things["paint"].schema
+
+
+UNPACKING = [e for t in registry.REGISTRIES.values() for e in t.values() if unpacked(e.function)]
+
+
+@pytest.mark.parametrize("entry", UNPACKING, ids=lambda e: e.name)
+def test_a_misspelt_keyword_is_refused_with_the_closest_wherever_keywords_are_unpacked(entry: Entry):
+    data, knobs = entry.parameters
+    required = {k: 1.0 for k, p in knobs.items() if p.default is p.empty}
+    for knob in knobs:
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{knob}_'\. Did you mean '{knob}'\?"):
+            entry.function(*data, **required, **{f"{knob}_": None})

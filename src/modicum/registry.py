@@ -9,7 +9,8 @@ Positional parameters are data. Keyword-only parameters are knobs: they must be 
 ``Annotated``, and they are what a recipe may set. ``rng`` is never a knob: the caller supplies it, and so is what the
 fact ``supplied`` lists. The fact ``gather`` names a dataclass of further knobs, those of collecting the method's
 data. A class (an optimiser, a gradient rule) follows the convention of ``torch.optim``: everything after its first
-parameter is a knob. The decorator's keywords are facts: the fields of the table's dataclass in :mod:`modicum.facts`.
+parameter is a knob. Knobs that several methods share are unpacked from a ``TypedDict``, see :mod:`modicum.knobs`. The
+decorator's keywords are facts: the fields of the table's dataclass in :mod:`modicum.facts`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from modicum.errors import RecipeError, did_you_mean
 from modicum.facts import (
@@ -42,6 +43,7 @@ from modicum.facts import (
     PolicyFacts,
     ZerothOrderFacts,
 )
+from modicum.knobs import explained, parameters
 from modicum.schema import explain
 
 if TYPE_CHECKING:
@@ -76,14 +78,14 @@ class Entry(Generic[T]):
     @cached_property
     def parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
         """Parameters that are data, and those that are knobs."""
-        items = list(inspect.signature(self.function).parameters.items())
+        items = list(parameters(self.function).items())
         supplied = SUPPLIED | set(self.facts.supplied)
         if inspect.isclass(self.function):
             return dict(items[:1]), {name: p for name, p in items[1:] if name not in supplied}
         data = {name: p for name, p in items if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
         knobs = {name: p for name, p in items if p.kind is p.KEYWORD_ONLY and name not in supplied}
         if self.facts.gather:
-            knobs |= inspect.signature(self.facts.gather).parameters
+            knobs |= parameters(self.facts.gather)
         return data, knobs
 
     @property
@@ -94,18 +96,15 @@ class Entry(Generic[T]):
     @cached_property
     def schema(self) -> type[BaseModel]:
         """A pydantic model of the knobs, which refuses unknown ones."""
-        from pydantic import ConfigDict, create_model
+        from pydantic import ConfigDict, Field, create_model
 
-        target = self.function.__init__ if inspect.isclass(self.function) else self.function
-        hints = get_type_hints(target, include_extras=True)
-        if self.facts.gather:
-            hints |= get_type_hints(self.facts.gather, include_extras=True)
+        knobs, said = self.parameters[1], explained(self.function)
         fields: dict[str, Any] = {}
-        for name, parameter in self.parameters[1].items():
-            if parameter.kind is parameter.VAR_KEYWORD or name not in hints:
+        for name, parameter in knobs.items():
+            if parameter.kind is parameter.VAR_KEYWORD or parameter.annotation is parameter.empty:
                 raise TypeError(f"{self.noun} {self.name!r}: knob {name!r} needs a name and an annotation")
             default = ... if parameter.default is parameter.empty else parameter.default
-            fields[name] = (hints[name], default)
+            fields[name] = (parameter.annotation, Field(default, description=said.get(name)))
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=False)
         return create_model(self.name, __config__=config, **fields)
 

@@ -10,7 +10,7 @@ from zeroth_order_models import matrix
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.optim import FZOO, ConMeZO, HiZOO, SparseMeZO, ZOAdaMU
-from modicum.optim.zeroth_order.perturb import Moving
+from modicum.optim.zeroth_order.perturb import PerturbedOptimizer
 from modicum.optim.zeroth_order.zo_adamu import schedule
 from oracles import zeroth_order as oracle
 
@@ -20,7 +20,7 @@ def draws(optimizer, steps, queries=1):
     leaf = optimizer.leaves[0]
     return [
         [
-            torch.cat([Moving._direction(optimizer, leaf, c, (t, q)) for c in leaf.chunks]).numpy()
+            torch.cat([PerturbedOptimizer._direction(optimizer, leaf, c, (t, q)) for c in leaf.chunks]).numpy()
             for q in range(queries)
         ]
         for t in range(steps)

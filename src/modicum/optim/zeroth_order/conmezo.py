@@ -3,17 +3,17 @@ r"""ConMeZO: directions from a cone around the momentum."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
 from modicum.errors import UnsupportedError
+from modicum.knobs import known
 from modicum.optim.zeroth_order.leaves import Chunk, Leaf
 from modicum.optim.zeroth_order.perturb import Key
-from modicum.optim.zeroth_order.settings import Settings
+from modicum.optim.zeroth_order.settings import Settings, Shared
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.registry import zeroth_order
 from modicum.types import Decay, NonNegative, Positive
@@ -33,10 +33,7 @@ class ConMeZO(ZerothOrder):
         eps: Radius :math:`\rho` of the probe.
         angle: Half-angle :math:`\theta` of the cone in radians; :math:`\pi/2` is MeZO.
         beta: Memory of the momentum.
-        weight_decay: Decoupled decay of the matrices.
-        include: Patterns (regular expressions) of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.Shared`.
 
     Raises:
         RecipeError: A knob is out of range, or nothing is left to train.
@@ -71,13 +68,10 @@ class ConMeZO(ZerothOrder):
         eps: Positive = 1e-3,
         angle: Annotated[float, Ge(0), Le(math.pi / 2)] = 1.35,
         beta: Decay = 0.99,
-        *,
-        weight_decay: NonNegative = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(params, Settings.of(locals(), betas=(beta, 0.0), rule="momentum"))
+        settings = Settings(lr=lr, eps=eps, update="momentum", betas=(beta, 0.0), **known(ConMeZO, shared))
+        super().__init__(params, settings)
         if any(hasattr(leaf.param, "to_local") for leaf in self.leaves):
             raise UnsupportedError("ConMeZO needs the whole momentum's length, which a shard does not have. Use MeZO.")
         self._angle = angle
@@ -96,7 +90,7 @@ class ConMeZO(ZerothOrder):
         squares = [parts[0].square().sum(dtype=torch.float64).cpu() for parts in self.dense_memory.values()]
         self._square = torch.stack(squares).sum()
 
-    def _dense_rule(
+    def _dense_update(
         self, _leaf: Leaf, _chunk: Chunk, kappas: Tensor, directions: list[Tensor], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         gradient = kappas[0] * directions[0]

@@ -2,14 +2,14 @@ r"""FZOO: several one-sided probes along random signs, with steps measured in st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 from annotated_types import Ge
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.optim.zeroth_order.settings import Settings
+from modicum.knobs import known
+from modicum.optim.zeroth_order.settings import Settings, Shared
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.registry import zeroth_order
 from modicum.types import NonNegative, Positive
@@ -29,10 +29,7 @@ class FZOO(ZerothOrder):
         lr: Learning rate :math:`\eta`; the step does not depend on the loss's scale.
         eps: Radius :math:`\rho` of the probe.
         queries: Number N of directions, at least 2.
-        weight_decay: Decoupled decay of the matrices.
-        include: Patterns (regular expressions) of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.Shared`.
 
     Raises:
         RecipeError: A knob is out of range, or nothing is left to train.
@@ -62,15 +59,19 @@ class FZOO(ZerothOrder):
         lr: NonNegative,
         eps: Positive = 1e-4,
         queries: Annotated[int, Ge(2)] = 8,
-        *,
-        weight_decay: NonNegative = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
         if queries < 2:
             raise RecipeError(f"queries is {queries}, expected at least 2: the step is measured in their spread.")
-        super().__init__(params, Settings.of(locals(), sides=1, distribution="rademacher"))
+        settings = Settings(
+            lr=lr,
+            eps=eps,
+            queries=queries,
+            sides=1,
+            distribution="rademacher",
+            **known(FZOO, shared),
+        )
+        super().__init__(params, settings)
 
     def _coefficients(self, losses: Tensor) -> Tensor:
         # Equal losses have no spread; the floor turns 0/0 into a step of zero.

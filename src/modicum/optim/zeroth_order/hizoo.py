@@ -2,16 +2,16 @@ r"""HiZOO: directions scaled by a running estimate of the diagonal Hessian, from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from modicum.knobs import known
 from modicum.optim.zeroth_order.leaves import Chunk, Leaf
 from modicum.optim.zeroth_order.moments import spsa_coefficient
 from modicum.optim.zeroth_order.perturb import Key, Offset
-from modicum.optim.zeroth_order.settings import Settings
+from modicum.optim.zeroth_order.settings import Settings, Shared
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.registry import zeroth_order
 from modicum.types import NonNegative, Positive, UnitInterval
@@ -31,10 +31,7 @@ class HiZOO(ZerothOrder):
         lr: Learning rate :math:`\eta`.
         eps: Radius :math:`\rho` of the probe.
         smooth: Share :math:`\alpha` of the new curvature.
-        weight_decay: Decoupled decay of the matrices.
-        include: Patterns (regular expressions) of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.Shared`.
 
     Raises:
         RecipeError: A knob is out of range, or nothing is left to train.
@@ -67,13 +64,9 @@ class HiZOO(ZerothOrder):
         lr: NonNegative,
         eps: Positive = 1e-3,
         smooth: UnitInterval = 1e-6,
-        *,
-        weight_decay: NonNegative = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(params, Settings.of(locals()))
+        super().__init__(params, Settings(lr=lr, eps=eps, **known(HiZOO, shared)))
         self._smooth = smooth
         self._curvature = torch.zeros(())
 
@@ -92,7 +85,7 @@ class HiZOO(ZerothOrder):
     def _direction(self, leaf: Leaf, chunk: Chunk, key: Key) -> Tensor:
         return super()._direction(leaf, chunk, key) * self._dense_memory_of(leaf)[0][chunk.rows].rsqrt()
 
-    def _dense_rule(
+    def _dense_update(
         self, _leaf: Leaf, _chunk: Chunk, kappas: Tensor, directions: list[Tensor], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         (hessian,), scaled = state, directions[0]

@@ -6,14 +6,14 @@ refresh step draws other numbers than its probe; at ``refresh_every=1`` that lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
+from modicum.knobs import known
 from modicum.optim.zeroth_order.leaves import Leaf
 from modicum.optim.zeroth_order.lifts import Left, Scale
-from modicum.optim.zeroth_order.settings import Engine, Parallel, Settings, Vectors, check_variant
+from modicum.optim.zeroth_order.settings import LowRank, Settings, check_variant
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.optim.zeroth_order.tezo import fixed_rank
 from modicum.registry import zeroth_order
@@ -40,16 +40,7 @@ class LOZO(ZerothOrder):
         refresh_every: Steps for which the right factor is kept.
         scale: See :class:`~modicum.optim.TeZO`.
         beta: Memory of the momentum.
-        queries: Directions per step, whose estimates are averaged.
-        weight_decay: Decoupled decay of the matrices.
-        vectors: Whether biases and norms get a dense direction or stay as they are.
-        dense: Patterns (regular expressions) of matrices that get a dense direction too.
-        include: Patterns of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
-        engine: See :class:`~modicum.optim.TeZO`; the adapter engines write the weights at each refresh.
-        passes: See :class:`~modicum.optim.TeZO`.
-        parallel: What several processes share out: the batch, or the queries.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.LowRank`.
 
     Raises:
         RecipeError: A knob is out of range, or no matrix is left to train.
@@ -86,21 +77,22 @@ class LOZO(ZerothOrder):
         refresh_every: PositiveInt = 50,
         scale: Scale = "unit",
         beta: Decay = 0.9,
-        queries: PositiveInt = 1,
-        weight_decay: NonNegative = 0.0,
-        vectors: Vectors = "dense",
-        dense: Sequence[str] = (),
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        engine: Engine = "mutate",
-        passes: Literal[2, 3] = 3,
-        parallel: Parallel = "data",
-        seed: int = 0,
+        **shared: Unpack[LowRank],
     ) -> None:
         check_variant(variant, ("sgd", "momentum"))
-        super().__init__(
-            params, Settings.of(locals(), lift=Left(), ranks=fixed_rank(rank), rule=variant, betas=(beta, 0.0))
+        settings = Settings(
+            lr=lr,
+            eps=eps,
+            variant=variant,
+            update=variant,
+            lift=Left(),
+            ranks=fixed_rank(rank),
+            scale=scale,
+            refresh_every=refresh_every,
+            betas=(beta, 0.0),
+            **known(LOZO, shared),
         )
+        super().__init__(params, settings)
 
     def _carry(self, leaf: Leaf, _old: tuple[Tensor, ...]) -> None:
         for memory in self.memory:

@@ -7,18 +7,18 @@ MEAZO. Learning rates are small: 1e-7 to 1e-6 at 13 B parameters, up to 1e-3 for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from modicum.optim.zeroth_order.settings import Parallel, Settings, check_variant
+from modicum.knobs import known
+from modicum.optim.zeroth_order.settings import Settings, Unshaped, check_variant
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.registry import zeroth_order
-from modicum.types import Decay, NonNegative, Positive, PositiveInt
+from modicum.types import Decay, NonNegative, Positive
 
-RULE = {"sgd": "sgd", "momentum": "momentum", "adam": "adam", "lion": "lion", "scalar": "sgd"}
+UPDATE = {"sgd": "sgd", "momentum": "momentum", "adam": "adam", "lion": "lion", "scalar": "sgd"}
 
 
 @zeroth_order("mezo", paper="arXiv:2305.17333")
@@ -29,7 +29,7 @@ class MeZO(ZerothOrder):
         z_t \sim N(0, I), \quad \kappa_t = \frac{f(W + \rho z_t) - f(W - \rho z_t)}{2\rho}, \quad
         W \leftarrow W - \eta\,\kappa_t z_t
 
-    ``momentum``, ``adam`` and ``lion`` apply these rules to :math:`\kappa_t z_t`; ``scalar`` divides
+    ``momentum``, ``adam`` and ``lion`` apply these updates to :math:`\kappa_t z_t`; ``scalar`` divides
     :math:`\kappa_t` by :math:`\sqrt{\hat v_t} + \epsilon`, with :math:`\hat v_t` the moving average of
     :math:`\kappa_t^2`.
 
@@ -38,18 +38,12 @@ class MeZO(ZerothOrder):
         lr: Learning rate :math:`\eta`.
         eps: Radius :math:`\rho` of the probe.
         variant: What is made of the estimates.
-        queries: Directions per step, whose estimates are averaged (n-SPSA).
         sides: 2 probes at plus and minus each direction; 1 at each direction and once at the weights themselves.
         betas: Memories of the two moving averages; ``scalar`` uses the second.
         adam_eps: Added beside the root.
         bias_correction: Correct the moving averages' start at zero.
-        weight_decay: Decoupled decay of the matrices.
-        include: Patterns (regular expressions) of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
         engine: ``mutate`` writes the weights; ``jvp`` takes the exact derivative (a reference; memory of two models).
-        passes: Passes over the weights per step; 2 leaves the next perturbation in the weights until :meth:`settle_`.
-        parallel: What several processes share out: the batch, or the queries.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.Unshaped`.
 
     Raises:
         RecipeError: A knob is out of range, or nothing is left to train.
@@ -83,21 +77,27 @@ class MeZO(ZerothOrder):
         eps: Positive = 1e-3,
         variant: Literal["sgd", "momentum", "adam", "lion", "scalar"] = "sgd",
         *,
-        queries: PositiveInt = 1,
         sides: Literal[1, 2] = 2,
         betas: tuple[Decay, Decay] = (0.9, 0.999),
         adam_eps: Positive = 1e-8,
         bias_correction: bool = True,
-        weight_decay: NonNegative = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
         engine: Literal["mutate", "jvp"] = "mutate",
-        passes: Literal[2, 3] = 3,
-        parallel: Parallel = "data",
-        seed: int = 0,
+        **shared: Unpack[Unshaped],
     ) -> None:
-        check_variant(variant, RULE)
-        super().__init__(params, Settings.of(locals(), rule=RULE[variant], rule_eps=adam_eps))
+        check_variant(variant, UPDATE)
+        settings = Settings(
+            lr=lr,
+            eps=eps,
+            variant=variant,
+            update=UPDATE[variant],
+            engine=engine,
+            sides=sides,
+            betas=betas,
+            adam_eps=adam_eps,
+            bias_correction=bias_correction,
+            **known(MeZO, shared),
+        )
+        super().__init__(params, settings)
         self._energy = torch.zeros(()) if variant == "scalar" else None
 
     def _coefficients(self, losses: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class MeZO(ZerothOrder):
         beta = self.settings.betas[1]
         self._energy = self._energy.to(kappas).lerp(kappas.square().mean(), 1 - beta)
         correction = 1 - beta ** (self.updates + 1) if self.settings.bias_correction else 1.0
-        return kappas / ((self._energy / correction).sqrt() + self.settings.rule_eps)
+        return kappas / ((self._energy / correction).sqrt() + self.settings.adam_eps)
 
     def _more_state(self) -> dict[str, Any]:
         return {"energy": self._energy}

@@ -1,7 +1,7 @@
 r"""What an optimizer makes of the estimated gradient: pure functions on coordinates, or on chunks of a dense tensor.
 
-The estimate is :math:`g = \kappa\, c`: a scalar times the coordinates that were drawn. Each rule returns the vector to
-step against and the new state; the same function serves a TeZO run's few thousand coordinates and a dense tensor.
+The estimate is :math:`g = \kappa\, c`: a scalar times the coordinates that were drawn. Each update returns the vector
+to step against and the new state; the same function serves a TeZO run's few thousand coordinates and a dense tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 State: TypeAlias = tuple[Tensor, ...]
 Betas: TypeAlias = tuple[float, float]
-Rule: TypeAlias = Callable[[Tensor, State, "Knobs"], tuple[Tensor, State]]
+Update: TypeAlias = Callable[[Tensor, State, "Knobs"], tuple[Tensor, State]]
 
 
 class Knobs(NamedTuple):
@@ -72,7 +72,7 @@ def corrections(betas: Betas, age: int) -> tuple[float, float]:
     return (1 - betas[0] ** age, 1 - betas[1] ** age) if age else (1.0, 1.0)
 
 
-RULES: Mapping[str, tuple[Rule, int]] = MappingProxyType(  # the rule, and how many vectors it remembers
+UPDATES: Mapping[str, tuple[Update, int]] = MappingProxyType(  # the update, and how many vectors it remembers
     {"sgd": (sgd, 0), "momentum": (momentum, 1), "adam": (adam, 2), "lion": (lion, 1)}
 )
 
@@ -99,20 +99,20 @@ def entry_lion(left: Tensor, right: Tensor, mixed: Tensor) -> Tensor:
     return ((left * mixed) @ right.mT).sign_()
 
 
-def entry_adam_rule(gradient: Tensor, state: State, knobs: Knobs) -> tuple[Callable[..., Tensor], State, State]:
+def entry_adam_update(gradient: Tensor, state: State, knobs: Knobs) -> tuple[Callable[..., Tensor], State, State]:
     """Return TeZO-Adam's step, the coordinates that it lifts, and the new state."""
     mean, square = moments(gradient, state, betas=knobs.betas)
     first, second = corrections(knobs.betas, knobs.age)
     return partial(entry_adam, eps=knobs.eps), (mean / first, square / second), (mean, square)
 
 
-def entry_lion_rule(gradient: Tensor, state: State, knobs: Knobs) -> tuple[Callable[..., Tensor], State, State]:
+def entry_lion_update(gradient: Tensor, state: State, knobs: Knobs) -> tuple[Callable[..., Tensor], State, State]:
     """Return TeZO-Lion's step, the coordinates that it lifts, and the new state."""
     mixed, mean = lion_moments(gradient, state, betas=knobs.betas)
     return entry_lion, (mixed,), (mean,)
 
 
-ENTRYWISE = MappingProxyType({"adam": entry_adam_rule, "lion": entry_lion_rule})
+ENTRYWISE = MappingProxyType({"adam": entry_adam_update, "lion": entry_lion_update})
 
 
 def spsa_coefficient(plus: Tensor, minus: Tensor, *, eps: float) -> Tensor:

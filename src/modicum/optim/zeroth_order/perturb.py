@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.optim.zeroth_order.leaves import Chunk, Leaf, Ranks, assign_ranks, collect
 from modicum.optim.zeroth_order.lifts import Lift
-from modicum.optim.zeroth_order.moments import ENTRYWISE, RULES, Knobs
+from modicum.optim.zeroth_order.moments import ENTRYWISE, UPDATES, Knobs
 from modicum.optim.zeroth_order.rounding import add_, is_low_precision
 from modicum.optim.zeroth_order.settings import Settings
 from modicum.random import generator
@@ -23,12 +23,12 @@ from modicum.random import generator
 Key: TypeAlias = tuple[int, int]  # (step, query) names a direction
 Offset: TypeAlias = dict[Key, float]  # the directions in the weights, in units of eps
 
-BLOCK = 1 << 18  # entries of a temporary, so that a processor's cache holds the few that a rule needs
+BLOCK = 1 << 18  # entries of a temporary, so that a processor's cache holds the few that an update needs
 KEPT = 1 << 20  # numbers of dense noise that a step keeps at most, instead of drawing them for every pass
 
 
-class Moving(torch.optim.Optimizer):
-    """Weights that move along random directions; :class:`~modicum.optim.zeroth_order.step.ZerothOrder` says when."""
+class PerturbedOptimizer(torch.optim.Optimizer):
+    """Draws directions and applies perturbations and updates in place. Base of ``ZerothOrder`` only."""
 
     shaped: ClassVar[bool] = False  # whether dense directions depend on what the optimizer remembers
 
@@ -42,7 +42,7 @@ class Moving(torch.optim.Optimizer):
         self.memory: list[Tensor] = []
         self.dense_memory: dict[str, list[Tensor]] = {}
         self.position: Tensor | None = None
-        self._rule, self._remembers = RULES[settings.rule]
+        self._update, self._remembers = UPDATES[settings.update]
         self._offset: Offset = {}
         self._drawn: dict[Key, Tensor] = {}
         self._kept: dict[tuple[Key, str, str, int], Tensor] = {}
@@ -138,14 +138,14 @@ class Moving(torch.optim.Optimizer):
             gradient.addcmul_(self._coordinates((self.steps, query)), kappa / len(kappas))
         gradient.mul_(self._update_scale)
         self.age += 1
-        knobs = Knobs(settings.betas, settings.rule_eps, self.age if settings.bias_correction else 0)
+        knobs = Knobs(settings.betas, settings.adam_eps, self.age if settings.bias_correction else 0)
         if settings.entrywise:
-            entry, lifted, state = ENTRYWISE[settings.rule](gradient, tuple(self.memory), knobs)
+            entry, lifted, state = ENTRYWISE[settings.update](gradient, tuple(self.memory), knobs)
             for leaf in self.factored:
                 self._add_entrywise(leaf, move if shift else None, entry, lifted)
             self.memory = list(state)
             return
-        step, state = self._rule(gradient, tuple(self.memory), knobs)
+        step, state = self._update(gradient, tuple(self.memory), knobs)
         self.memory = list(state)
         target = move if self.position is None else self.position
         for leaf in self.factored:
@@ -204,7 +204,7 @@ class Moving(torch.optim.Optimizer):
                 target[chunk.rows].add_(delta)
                 continue
             old = tuple(part[chunk.rows] for part in memory)
-            step, new = self._dense_rule(leaf, chunk, kappas.to(delta), [directions[key] for key in queries], old)
+            step, new = self._dense_update(leaf, chunk, kappas.to(delta), [directions[key] for key in queries], old)
             for part, value in zip(old, new, strict=True):
                 part.copy_(value)
             delta.sub_(step, alpha=leaf.group["lr"])
@@ -243,7 +243,7 @@ class Moving(torch.optim.Optimizer):
         self._kept = {name: value for name, value in self._kept.items() if name[0][0] >= self.steps}
         self._room = KEPT - sum(value.numel() for value in self._kept.values())
 
-    def _dense_rule(
+    def _dense_update(
         self, _leaf: Leaf, _chunk: Chunk, kappas: Tensor, directions: list[Tensor], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What to step against on a chunk, and what to remember; before :attr:`updates` counts this step."""
@@ -251,8 +251,8 @@ class Moving(torch.optim.Optimizer):
         for kappa, other in zip(kappas[1:], directions[1:]):
             gradient.addcmul_(other, kappa / len(directions))
         settings = self.settings
-        knobs = Knobs(settings.betas, settings.rule_eps, self.updates + 1 if settings.bias_correction else 0)
-        return self._rule(gradient, state, knobs)
+        knobs = Knobs(settings.betas, settings.adam_eps, self.updates + 1 if settings.bias_correction else 0)
+        return self._update(gradient, state, knobs)
 
     def _dense_sum(self, leaf: Leaf, offset: Offset) -> Tensor:
         """A dense leaf's values at a point, for engines that do not write the weights."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict
 
 from modicum.errors import RecipeError, UnsupportedError
+from modicum.knobs import fields_of
 from modicum.optim.zeroth_order.leaves import Distribution, Leaf, Ranks
 from modicum.optim.zeroth_order.lifts import Lift, Scale
 from modicum.optim.zeroth_order.moments import Betas
+from modicum.types import NonNegative, PositiveInt
 
 Engine: TypeAlias = Literal["mutate", "adapter", "paired", "jvp"]
 Parallel: TypeAlias = Literal["data", "query"]
@@ -18,10 +20,40 @@ Vectors: TypeAlias = Literal["dense", "freeze"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a method tells the shared step; see the methods for the meaning of each."""
+    """What a method tells the shared step.
+
+    Attributes:
+        lr: Learning rate.
+        eps: Radius of the probe.
+        variant: Name of what is made of the estimates, as the user chose it.
+        seed: Seed of all draws.
+        queries: Directions per step, whose estimates are averaged.
+        sides: 2 probes at plus and minus each direction; 1 at each direction and once at the weights themselves.
+        weight_decay: Decoupled decay of the matrices.
+        include: Patterns (regular expressions) of the parameters to train; all when not given.
+        exclude: Patterns of parameters to leave alone.
+        dense: Patterns of matrices that get a dense direction too.
+        vectors: Whether biases and norms get a dense direction or stay as they are.
+        engine: ``mutate`` writes the weights; ``adapter`` computes the perturbation beside them; ``paired`` does so
+            for all points in one forward pass; ``jvp`` takes the exact derivative (a reference; memory of two models).
+        passes: Passes over the weights per step of the ``mutate`` engine; 2 leaves the next perturbation in the
+            weights until :meth:`settle_`.
+        parallel: What several processes share out: the batch, or the queries.
+        lift: How coordinates become a direction; ``None`` for dense directions only.
+        ranks: Chooses the rank of each matrix.
+        scale: See :func:`~modicum.optim.zeroth_order.lifts.scales`.
+        refresh_every: Steps for which the factors are kept; for ever when ``None``.
+        distribution: What dense directions are drawn from.
+        update: What is made of the estimates: a name of :data:`~modicum.optim.zeroth_order.moments.UPDATES`.
+        entrywise: Whether the update is made entry by entry of the weight, not on the coordinates.
+        betas: Memories of the moving averages.
+        adam_eps: Keeps Adam's divisor from zero.
+        bias_correction: Whether the moving averages' start at zero is corrected.
+    """
 
     lr: float
     eps: float
+    variant: str = "sgd"
     seed: int = 0
     queries: int = 1
     sides: int = 2
@@ -38,21 +70,11 @@ class Settings:
     scale: Scale = "unit"
     refresh_every: int | None = None
     distribution: Distribution = "normal"
-    rule: str = "sgd"
+    update: str = "sgd"
     entrywise: bool = False
     betas: Betas = (0.9, 0.99)
-    rule_eps: float = 1e-8
+    adam_eps: float = 1e-8
     bias_correction: bool = True
-
-    @classmethod
-    def of(cls, knobs: Mapping[str, Any], **own: Any) -> Settings:
-        """Return the settings that a method's constructor was given, with what the method itself decides.
-
-        Args:
-            knobs: The constructor's ``locals()``: knobs that are settings are taken by name, the rest is the method's.
-            own: Settings that the method derives or fixes.
-        """
-        return cls(**{f.name: knobs[f.name] for f in fields(cls) if f.name in knobs} | own)
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
@@ -101,6 +123,34 @@ class Settings:
                 f"{stand_ins[0]} is quantized and cannot be written. Use engine='adapter' without an entry-wise "
                 "variant and without refresh_every."
             )
+
+
+@fields_of(Settings)
+class Shared(TypedDict, total=False):
+    """Knobs of every zeroth-order optimiser; :class:`Settings` explains them and holds their defaults."""
+
+    weight_decay: NonNegative
+    include: Sequence[str] | None
+    exclude: Sequence[str]
+    seed: int
+
+
+@fields_of(Settings)
+class Unshaped(Shared, total=False):
+    """Knobs of the methods whose directions do not depend on earlier steps."""
+
+    queries: PositiveInt
+    passes: Literal[2, 3]
+    parallel: Parallel
+
+
+@fields_of(Settings)
+class LowRank(Unshaped, total=False):
+    """Knobs of the methods with low-rank directions."""
+
+    vectors: Vectors
+    dense: Sequence[str]
+    engine: Engine
 
 
 def check_variant(variant: str, known: Iterable[str]) -> None:

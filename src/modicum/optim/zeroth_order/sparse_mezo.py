@@ -2,15 +2,15 @@ r"""Sparse-MeZO: dense directions on the small weights only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from modicum.knobs import known
 from modicum.optim.zeroth_order.leaves import Chunk, Leaf
 from modicum.optim.zeroth_order.perturb import Key
-from modicum.optim.zeroth_order.settings import Settings
+from modicum.optim.zeroth_order.settings import Settings, Shared
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.registry import zeroth_order
 from modicum.types import Fraction, NonNegative, Positive
@@ -31,10 +31,7 @@ class SparseMeZO(ZerothOrder):
         lr: Learning rate :math:`\eta`.
         eps: Radius :math:`\rho` of the probe.
         density: Share of each matrix that moves at first.
-        weight_decay: Decoupled decay of the matrices.
-        include: Patterns (regular expressions) of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.Shared`.
 
     Raises:
         RecipeError: A knob is out of range, or nothing is left to train.
@@ -66,13 +63,9 @@ class SparseMeZO(ZerothOrder):
         lr: NonNegative,
         eps: Positive = 1e-3,
         density: Fraction = 0.25,
-        *,
-        weight_decay: NonNegative = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(params, Settings.of(locals()))
+        super().__init__(params, Settings(lr=lr, eps=eps, **known(SparseMeZO, shared)))
         matrices = [leaf for leaf in self.leaves if leaf.param.dim() >= 2]
         self._thresholds = {leaf.name: _quantile(leaf.local(), density) for leaf in matrices}
         self._masks: dict[str, Tensor] = {}

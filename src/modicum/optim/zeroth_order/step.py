@@ -2,7 +2,7 @@ r"""The step that every zeroth-order optimizer shares: draw, probe, compare, mov
 
 A step asks for the loss at points :math:`W \pm \rho Z`, turns the difference into one number
 :math:`\kappa = (\ell_+ - \ell_-)/2\rho` and moves along the same :math:`Z`. No gradient is computed, and nothing is
-kept but what a rule remembers. Methods differ in how :math:`Z` is made
+kept but what an update remembers. Methods differ in how :math:`Z` is made
 (:mod:`~modicum.optim.zeroth_order.lifts`) and in what is made of :math:`\kappa Z`
 (:mod:`~modicum.optim.zeroth_order.moments`).
 
@@ -23,7 +23,7 @@ from modicum.errors import CheckpointError, ModicumError, UnsupportedError
 from modicum.optim.zeroth_order.engines import Branch, ProbeHooks, require_deterministic
 from modicum.optim.zeroth_order.forward_mode import derivative
 from modicum.optim.zeroth_order.moments import spsa_coefficient
-from modicum.optim.zeroth_order.perturb import Moving, Offset
+from modicum.optim.zeroth_order.perturb import Offset, PerturbedOptimizer
 from modicum.optim.zeroth_order.settings import Settings
 
 Closure: TypeAlias = Callable[[], Any]
@@ -31,7 +31,7 @@ Closure: TypeAlias = Callable[[], Any]
 COUNTS = ("steps", "updates", "age", "skipped", "skipped_in_a_row", "forwards")
 
 
-class ZerothOrder(Moving):
+class ZerothOrder(PerturbedOptimizer):
     """Base of the zeroth-order optimizers. A subclass chooses :class:`Settings` and may shape dense directions.
 
     Attributes:
@@ -68,12 +68,12 @@ class ZerothOrder(Moving):
                 sharded.set_reshard_after_forward(True)
             return
         self._hooks = ProbeHooks(model, self.leaves, self.settings.lift, paired=self.settings.engine == "paired")
-        self._rest()
+        self._show_current_point()
 
     def fold_(self) -> None:
         """Write what an adapter engine learned into the weights, which then are the trained model."""
         super().fold_()
-        self._rest()
+        self._show_current_point()
 
     def detach(self) -> None:
         """Write what the adapter learned into the weights and take the hooks off the model."""
@@ -221,10 +221,10 @@ class ZerothOrder(Moving):
                 return losses.detach().to(torch.promote_types(losses.dtype, torch.float32))
             return torch.stack([_scalar(self._hooks.run([point], closure)) for point in points])
         finally:
-            self._rest()
+            self._show_current_point()
 
-    def _rest(self) -> None:
-        """Between probes the model computes with what was learned so far."""
+    def _show_current_point(self) -> None:
+        """Make the hooks add only the learned coordinates, no perturbation."""
         if self._hooks is not None:
             moved = self.position is not None and bool(self.position.any())
             self._hooks.current = [Branch(self.position if moved else None, {})]
@@ -243,7 +243,7 @@ class ZerothOrder(Moving):
         self._transition(self._lookahead(), kappas)
         self.steps += 1
         self.updates += 1
-        self._rest()
+        self._show_current_point()
 
     def _skip(self, kappas: Tensor) -> None:
         self.kappas = kappas
@@ -339,7 +339,7 @@ class ZerothOrder(Moving):
                 leaf.prepare(lift, seed=self.settings.seed, epoch=(self.steps - 1) // every)
         self._load_more_state(mine)
         self._drawn.clear()
-        self._rest()
+        self._show_current_point()
 
     def _load_more_state(self, state: dict[str, Any]) -> None:
         """Read back what :meth:`_more_state` wrote."""

@@ -6,11 +6,11 @@ the small square core.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
+from modicum.knobs import known
 from modicum.optim.zeroth_order.lifts import Core, Scale
-from modicum.optim.zeroth_order.settings import Engine, Parallel, Settings, Vectors, check_variant
+from modicum.optim.zeroth_order.settings import LowRank, Settings, check_variant
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.optim.zeroth_order.tezo import fixed_rank
 from modicum.registry import zeroth_order
@@ -38,16 +38,7 @@ class SubZero(ZerothOrder):
         betas: Memories of the moving averages.
         adam_eps: Added beside the root.
         bias_correction: Correct the moving averages' start at zero.
-        queries: Directions per step, whose estimates are averaged.
-        weight_decay: Decoupled decay of the matrices.
-        vectors: Whether biases and norms get a dense direction or stay as they are.
-        dense: Patterns (regular expressions) of matrices that get a dense direction too.
-        include: Patterns of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
-        engine: See :class:`~modicum.optim.TeZO`; the adapter engines write the weights at each refresh.
-        passes: See :class:`~modicum.optim.TeZO`.
-        parallel: What several processes share out: the batch, or the queries.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.LowRank`.
 
     Raises:
         RecipeError: A knob is out of range, or no matrix is left to train.
@@ -87,18 +78,22 @@ class SubZero(ZerothOrder):
         betas: tuple[Decay, Decay] = (0.9, 0.95),
         adam_eps: Positive = 1e-8,
         bias_correction: bool = True,
-        queries: PositiveInt = 1,
-        weight_decay: NonNegative = 0.0,
-        vectors: Vectors = "dense",
-        dense: Sequence[str] = (),
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        engine: Engine = "mutate",
-        passes: Literal[2, 3] = 3,
-        parallel: Parallel = "data",
-        seed: int = 0,
+        **shared: Unpack[LowRank],
     ) -> None:
         check_variant(variant, ("sgd", "momentum", "adam"))
-        super().__init__(
-            params, Settings.of(locals(), lift=Core(), ranks=fixed_rank(rank), rule=variant, rule_eps=adam_eps)
+        settings = Settings(
+            lr=lr,
+            eps=eps,
+            variant=variant,
+            update=variant,
+            lift=Core(),
+            ranks=fixed_rank(rank),
+            scale=scale,
+            refresh_every=refresh_every,
+            sides=sides,
+            betas=betas,
+            adam_eps=adam_eps,
+            bias_correction=bias_correction,
+            **known(SubZero, shared),
         )
+        super().__init__(params, settings)

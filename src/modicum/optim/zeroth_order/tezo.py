@@ -11,24 +11,25 @@ rates of MeZO; Adam wants those of Adam (1e-4 to 1e-3 on small models).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Unpack
 
 from annotated_types import Gt, Lt
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.knobs import known
 from modicum.optim.zeroth_order.leaves import Ranks
 from modicum.optim.zeroth_order.lifts import Diagonal, Scale
 from modicum.optim.zeroth_order.ranks import Criterion, Scope, select_ranks, singular_values
-from modicum.optim.zeroth_order.settings import Engine, Parallel, Settings, Vectors, check_variant
+from modicum.optim.zeroth_order.settings import LowRank, Settings, check_variant
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.registry import zeroth_order
 from modicum.types import Decay, NonNegative, Positive, PositiveInt
 
 Threshold = Annotated[float, Gt(0), Lt(1)]
-RULE = {"sgd": "sgd", "momentum": "momentum", "adam": "adam", "lion": "lion", "factor_adam": "adam"}
+UPDATE = {"sgd": "sgd", "momentum": "momentum", "adam": "adam", "lion": "lion", "factor_adam": "adam"}
 
 
 @zeroth_order("tezo", paper="arXiv:2501.19057")
@@ -62,18 +63,7 @@ class TeZO(ZerothOrder):
         rank_scope: See :func:`~modicum.optim.zeroth_order.ranks.select_ranks`.
         rank_max: Upper limit.
         target_mean_rank: Choose the threshold by the mean rank it gives.
-        queries: Directions per step, whose estimates are averaged.
-        weight_decay: Decoupled decay of the matrices.
-        vectors: Whether biases and norms get a dense direction or stay as they are.
-        dense: Patterns (regular expressions) of matrices that get a dense direction too.
-        include: Patterns of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
-        engine: ``mutate`` writes the weights; ``adapter`` computes the perturbation beside them; ``paired`` does so
-            for all points in one forward pass; ``jvp`` takes the exact derivative (a reference; memory of two models).
-        passes: Passes over the weights per step of the ``mutate`` engine; 2 leaves the next perturbation in the
-            weights until :meth:`settle_`.
-        parallel: What several processes share out: the batch, or the queries.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.LowRank`.
 
     Raises:
         RecipeError: A knob is out of range, or no matrix is left to train.
@@ -90,7 +80,8 @@ class TeZO(ZerothOrder):
 
     Cost:
         Two forward passes per query; :math:`\sum r(m+n)` numbers of factors in the weights' dtype; state 0 (``sgd``),
-        :math:`R=\sum r` (``momentum``, ``lion``) or :math:`2R` numbers, and as many as a dense rule needs for vectors.
+        :math:`R=\sum r` (``momentum``, ``lion``) or :math:`2R` numbers, and for vectors
+        as many as a dense update needs.
 
     Deviates:
         The published text that could be consulted leaves open the scale (default here: ``unit``), the second beta,
@@ -120,19 +111,9 @@ class TeZO(ZerothOrder):
         rank_scope: Scope = "block",
         rank_max: PositiveInt = 64,
         target_mean_rank: Positive | None = None,
-        queries: PositiveInt = 1,
-        weight_decay: NonNegative = 0.0,
-        vectors: Vectors = "dense",
-        dense: Sequence[str] = (),
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        engine: Engine = "mutate",
-        passes: Literal[2, 3] = 3,
-        parallel: Parallel = "data",
-        seed: int = 0,
+        **shared: Unpack[LowRank],
     ) -> None:
-        check_variant(variant, RULE)
-        ranks: Ranks = fixed_rank(rank) if rank != "auto" else self._ranks_from_weights
+        check_variant(variant, UPDATE)
         self._select = partial(
             select_ranks,
             criterion=rank_criterion,
@@ -141,17 +122,22 @@ class TeZO(ZerothOrder):
             largest=rank_max,
             target_mean_rank=target_mean_rank,
         )
-        super().__init__(
-            params,
-            Settings.of(
-                locals(),
-                lift=Diagonal(),
-                ranks=ranks,
-                rule=RULE[variant],
-                entrywise=variant in ("adam", "lion"),
-                rule_eps=adam_eps,
-            ),
+        settings = Settings(
+            lr=lr,
+            eps=eps,
+            variant=variant,
+            update=UPDATE[variant],
+            entrywise=variant in ("adam", "lion"),
+            lift=Diagonal(),
+            ranks=fixed_rank(rank) if rank != "auto" else self._ranks_from_weights,
+            scale=scale,
+            refresh_every=refresh_every,
+            betas=betas,
+            adam_eps=adam_eps,
+            bias_correction=bias_correction,
+            **known(TeZO, shared),
         )
+        super().__init__(params, settings)
 
     def _ranks_from_weights(self, matrices: Mapping[str, Tensor]) -> dict[str, int]:
         spectra = {}
@@ -162,7 +148,7 @@ class TeZO(ZerothOrder):
 
 
 def fixed_rank(rank: int) -> Ranks:
-    """Return the rule that gives every matrix the same rank."""
+    """Return the choice that gives every matrix the same rank."""
     if rank < 1:
         raise RecipeError(f"rank is {rank}, expected at least 1.")
     return lambda matrices: dict.fromkeys(matrices, rank)

@@ -3,14 +3,14 @@ r"""ZO-AdaMU: the momentum perturbs, rather than smooths, the direction."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
+from modicum.knobs import known
 from modicum.optim.zeroth_order.leaves import Chunk, Leaf
 from modicum.optim.zeroth_order.perturb import Key
-from modicum.optim.zeroth_order.settings import Settings
+from modicum.optim.zeroth_order.settings import Settings, Shared
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.registry import zeroth_order
 from modicum.types import NonNegative, NonNegativeInt, Positive, PositiveInt
@@ -33,10 +33,7 @@ class ZOAdaMU(ZerothOrder):
         eps: Radius :math:`\rho` of the probe.
         hold: Steps at the start during which all three are 1.
         fall: Steps of the fall after that.
-        weight_decay: Decoupled decay of the matrices.
-        include: Patterns (regular expressions) of the parameters to train; all when not given.
-        exclude: Patterns of parameters to leave alone.
-        seed: Seed of all draws.
+        **shared: See :class:`~modicum.optim.zeroth_order.settings.Shared`.
 
     Raises:
         RecipeError: A knob is out of range, or nothing is left to train.
@@ -71,13 +68,9 @@ class ZOAdaMU(ZerothOrder):
         eps: Positive = 1e-3,
         hold: NonNegativeInt = 100,
         fall: PositiveInt = 1000,
-        *,
-        weight_decay: NonNegative = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(params, Settings.of(locals(), rule="momentum"))
+        super().__init__(params, Settings(lr=lr, eps=eps, update="momentum", **known(ZOAdaMU, shared)))
         self._hold, self._fall = hold, fall
 
     def _parts(self, leaf: Leaf, chunk: Chunk, key: Key) -> tuple[Tensor, Tensor]:
@@ -94,7 +87,7 @@ class ZOAdaMU(ZerothOrder):
         fresh, around = self._parts(leaf, chunk, key)
         return fresh.lerp(around, 1 - self._schedule()[1])
 
-    def _dense_rule(
+    def _dense_update(
         self, leaf: Leaf, chunk: Chunk, kappas: Tensor, directions: list[Tensor], _state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         fresh, around = self._parts(leaf, chunk, (self.steps, 0))

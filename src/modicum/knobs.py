@@ -1,0 +1,111 @@
+"""Knobs that several methods share, declared once and unpacked in their signatures.
+
+A ``TypedDict`` names the knobs with their types and ranges. The class that they become fields of holds their defaults
+and explains them::
+
+    @fields_of(Settings)
+    class Shared(TypedDict, total=False):
+        seed: int
+
+    def mezo(params, *, lr: float, **shared: Unpack[Shared]):
+        settings = Settings(lr=lr, **known(mezo, shared))
+
+mypy checks the callers, and that the class takes every knob; the registry reads :func:`parameters`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, TypeVar, Unpack, get_args, get_origin, get_type_hints
+
+from modicum.errors import did_you_mean
+
+T = TypeVar("T")
+
+
+def fields_of(owner: type) -> Callable[[type[T]], type[T]]:
+    """Say of which class the keys of a ``TypedDict`` are fields: it holds their defaults and explains them."""
+
+    def mark(keys: type[T]) -> type[T]:
+        # A TypedDict takes no other attribute in its body, and passes none on to those that extend it.
+        keys.__fields_of__ = owner  # type: ignore[attr-defined]
+        return keys
+
+    return mark
+
+
+def unpacked(function: Callable[..., Any]) -> Any:
+    """Return the ``TypedDict`` whose keys a function takes as keywords, or ``None``."""
+    return next((get_args(hint)[0] for hint in _hints(function).values() if get_origin(hint) is Unpack), None)
+
+
+@cache
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function or class, their annotations resolved, unpacked keywords one by one.
+
+    Raises:
+        TypeError: The unpacked keys do not say whose fields they are, or it lacks one of them.
+    """
+    hints, keys = _hints(function), unpacked(function)
+    found = {
+        name: p.replace(annotation=hints.get(name, p.empty))
+        for name, p in inspect.signature(function).parameters.items()
+        if keys is None or p.kind is not p.VAR_KEYWORD
+    }
+    if keys is None:
+        return found
+    owner = getattr(keys, "__fields_of__", None)
+    if owner is None:
+        raise TypeError(f"{keys.__name__} is unpacked without defaults: mark it with @fields_of(…).")
+    fields = inspect.signature(owner).parameters
+    for name, hint in get_type_hints(keys, include_extras=True).items():
+        if name not in fields:
+            raise TypeError(f"{owner.__name__} has no field {name}, which {keys.__name__} names.")
+        found[name] = fields[name].replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
+    return found
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    target: Any = function.__init__ if inspect.isclass(function) else function
+    return get_type_hints(target, include_extras=True)
+
+
+def known(function: Callable[..., Any], given: T) -> T:
+    """Return the keywords that a function was given, unless one of them is not its own.
+
+    Raises:
+        TypeError: One is not, as for any other function, with the closest that is.
+    """
+    names: Any = given
+    if names:
+        knobs = parameters(function)
+        for name in names:
+            if name not in knobs:
+                hint = did_you_mean(name, knobs)
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}. {hint}")
+    return given
+
+
+def explained(function: Callable[..., Any]) -> dict[str, str]:
+    """Return the explanation of each unpacked keyword: that of the field which it becomes."""
+    keys = unpacked(function)
+    if keys is None:
+        return {}
+    said = arguments(inspect.getdoc(keys.__fields_of__) or "")
+    return {name: said[name] for name in get_type_hints(keys) if name in said}
+
+
+def arguments(docstring: str) -> dict[str, str]:
+    """Return what a docstring in Google's style says of each argument or attribute, without markup for links.
+
+    Example:
+        >>> arguments("Train.\\n\\nArgs:\\n    lr: Step, see\\n        :func:`~a.b.step`.\\n    seed: Of all draws.")
+        {'lr': 'Step, see `step`.', 'seed': 'Of all draws.'}
+    """
+    section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n|\n)+)", docstring + "\n", re.MULTILINE)
+    items = re.split(r"^    (?=\w+:)", section.group(1), flags=re.MULTILINE)[1:] if section else []
+    said = {name: " ".join(text.split()) for name, _, text in (item.partition(":") for item in items)}
+    return {name: re.sub(r":\w+:`~?(?:[\w.]+\.)?([^`]+)`", r"`\1`", text) for name, text in said.items()}
