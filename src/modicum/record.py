@@ -8,8 +8,9 @@
       log.jsonl       one JSON object a line: {"event": "train", "step": 10, "loss": 1.2, ...}
       …               what the job made: model/, adapter/, stages/NAME/ (each stage is a run again)
 
-A run whose record says ``done`` under the same hash is finished: running it again does nothing. When several
-processes share a run (``torchrun``, ``accelerate launch``), only the first one writes to its folder.
+A run whose record says ``done`` under the same hash is finished: running it again does nothing. While a run works, the
+hidden file ``.lock`` in its folder refuses a second one (:mod:`modicum.lock`). When several processes share a run
+(``torchrun``, ``accelerate launch``), only the first one writes to its folder.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import yaml
 
-from modicum import processes
+from modicum import lock, processes
 from modicum.errors import CheckpointError, ModicumError
 
 OnChange: TypeAlias = Literal["refuse", "replace", "keep"]
@@ -89,7 +90,7 @@ def fingerprint(path: str | Path) -> str:
     Large files enter with their first and last 64 KiB, which for safetensors holds the header.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and ".partial" not in str(p))
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _is_content(p))
     sha = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -102,6 +103,10 @@ def fingerprint(path: str | Path) -> str:
                 handle.seek(-(1 << 16), os.SEEK_END)
                 sha.update(handle.read())
     return sha.hexdigest()[:16]
+
+
+def _is_content(path: Path) -> bool:
+    return ".partial" not in str(path) and path.name != lock.NAME
 
 
 def environment() -> dict[str, Any]:
@@ -142,7 +147,7 @@ class Run:
             or keep what is there, for jobs that find out themselves what can be kept.
 
     Raises:
-        CheckpointError: The folder holds something else.
+        CheckpointError: The folder holds something else; or, when the run is entered, another process works in it.
     """
 
     def __init__(
@@ -159,20 +164,24 @@ class Run:
         self.main = processes.main()
         self.quiet = quiet or not self.main
         self.hash = digest({"job": job, "recipe": _without_out(recipe), "inputs": dict(inputs or {})})
-        previous = self._previous(on_change)
-        self.record: dict[str, Any] = previous or {
-            "job": job,
+        self._recipe, self._inputs, self._job, self._on_change = dict(recipe), dict(inputs or {}), job, on_change
+        self._held = ExitStack()
+        self.record: dict[str, Any] = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        """Return the record of this very run as it stands in the folder, or that of a new one."""
+        return self._previous() or {
+            "job": self._job,
             "hash": self.hash,
             "status": "new",
-            "inputs": dict(inputs or {}),
+            "inputs": self._inputs,
             "metrics": {},
             "outputs": {},
             "notes": [],
             "seconds": 0.0,
         }
-        self._recipe = dict(recipe)
 
-    def _previous(self, on_change: OnChange) -> dict[str, Any] | None:
+    def _previous(self) -> dict[str, Any] | None:
         if not self._files():
             return None
         if not (self.folder / "record.json").exists():
@@ -180,13 +189,11 @@ class Run:
         previous = read_record(self.folder)
         if previous.get("hash") == self.hash:
             return previous
-        if on_change == "refuse":
+        if self._on_change == "refuse":
             raise CheckpointError(
                 f"{self.folder} holds the run of another recipe (or its inputs changed since). "
                 "Choose another --out, or delete the folder."
             )
-        if on_change == "replace" and self.main:
-            shutil.rmtree(self.folder)
         return None
 
     def _files(self) -> set[str]:
@@ -206,28 +213,62 @@ class Run:
     def __enter__(self) -> Self:
         try:
             if self.main:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.save()
-                text = yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True)
-                write_atomic(self.folder / "recipe.yaml", text)
+                self._take_folder()
+            else:
+                if self._on_change == "replace":
+                    lock.wait(self._is_ours, self.folder / lock.NAME, f"emptying {self.folder}")
+                self._begin()
         except OSError as error:
             raise CheckpointError(f"Cannot write to {self.folder}: {error.strerror}. Choose another --out.") from None
+        return self
+
+    def _take_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(lock.hold(self.folder / lock.NAME, self.folder))
+            # Another process may have worked here since the record was read.
+            self.record = self._read()
+            if self.record["status"] == "new" and self._on_change == "replace":
+                self._empty()
+            self._begin()
+            text = yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True)
+            write_atomic(self.folder / "recipe.yaml", text)
+            self._held = stack.pop_all()
+
+    def _begin(self) -> None:
         self._started = time.monotonic()
         self.record.update(status="running", environment=environment())
         self.save()
-        return self
+
+    def _is_ours(self) -> bool:
+        """Whether the folder holds nothing of another run, which the first process is about to remove."""
+        try:
+            return bool(read_record(self.folder).get("hash") == self.hash)
+        except CheckpointError:
+            return True  # the folder is empty, or of another machine that shares no disk with the first process
+
+    def _empty(self) -> None:
+        # The record goes last: without it, what a killed process left here would be nobody's.
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "record.json"):
+            if path.name == lock.NAME:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
-        self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 3)
-        self.record["status"] = "done" if error is None else "failed"
-        self.record.pop("error", None)
-        if error is not None:
-            known = isinstance(error, ModicumError)
-            self.record["error"] = str(error) if known else f"{type(error).__name__}: {error}"
-        self.save()
-        # A run that the user's input stopped before it made anything leaves no folder to trip over.
-        if self.main and isinstance(error, ModicumError) and self._files() <= {"record.json", "recipe.yaml"}:
-            shutil.rmtree(self.folder)
+        with self._held:
+            self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 3)
+            self.record["status"] = "done" if error is None else "failed"
+            self.record.pop("error", None)
+            if error is not None:
+                known = isinstance(error, ModicumError)
+                self.record["error"] = str(error) if known else f"{type(error).__name__}: {error}"
+            self.save()
+            # A run that the user's input stopped before it made anything leaves no folder to trip over.
+            if self.main and isinstance(error, ModicumError) and self._files() <= {"record.json", "recipe.yaml"}:
+                shutil.rmtree(self.folder)
 
     def save(self) -> None:
         """Write the record as it stands."""

@@ -1,0 +1,259 @@
+"""One writer for each folder: a lock file says who writes there.
+
+The file names host, process and the time at which the process started, so that a number given to another process since
+is not taken for the owner. A lock whose owner is dead is taken over; one of a living owner, or of a machine that cannot
+be looked at from here, is refused with one line. Of several processes that share a run, the first one holds the lock
+and the others follow it (:func:`wait`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from modicum.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a lock.
+
+    Attributes:
+        host: Its machine's name.
+        machine: What tells machines of one name apart.
+        boot: Which start of the machine.
+        namespace: Which of the machine's worlds of process numbers (containers have their own).
+        pid: Its number.
+        started: When it started, in the system's own words.
+        since: When it took the lock, for people.
+        launch: What the processes of one ``torchrun`` have in common.
+    """
+
+    host: str
+    machine: str
+    boot: str
+    namespace: str
+    pid: int
+    started: str
+    since: str
+    launch: str
+
+    def alive(self) -> bool | None:
+        """Whether the process still runs; ``None`` when that cannot be seen from here."""
+        here = _me()
+        if (self.host, self.machine) != (here.host, here.machine):
+            return None
+        if self.boot != here.boot:
+            return False
+        if self.namespace != here.namespace:
+            return None
+        started = _start_of(self.pid)
+        return _exists(self.pid) and (started is None or not self.started or started == self.started)
+
+
+@contextmanager
+def hold(path: Path, what: str | Path) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs.
+
+    Args:
+        path: The lock file; its folder must exist.
+        what: Whatever the lock protects, for the error.
+
+    Raises:
+        CheckpointError: Another process, or another part of this one, writes there.
+    """
+    me = _me()
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        _write(beside, me)
+        while not _create(beside, path, me):
+            owner = read_owner(path)
+            if owner is None:
+                continue  # released in the meantime
+            if owner.alive() is not False:
+                raise CheckpointError(_refusal(owner, path, what))
+            if _take_over(beside, path, owner):
+                break
+    finally:
+        beside.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        # A forked worker inherits this block, and must not end its parent's lock. Nor may a process whose lock was
+        # removed by hand end that of the next one.
+        if os.getpid() == me.pid and read_owner(path) == me:
+            path.unlink(missing_ok=True)
+
+
+def read_owner(path: Path) -> Owner | None:
+    """Return who holds the lock file ``path``; ``None`` when nobody does.
+
+    Raises:
+        CheckpointError: The file is not a lock.
+    """
+    for _ in range(50):
+        try:
+            return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            time.sleep(0.02)  # where there are no links, the file exists before its content does
+    raise CheckpointError(f"{path} is no lock file that can be read. If nothing writes there, delete it and run again.")
+
+
+def wait(ready: Callable[[], bool], path: Path, what: str | Path, *, every: float = 0.05) -> None:
+    """Wait until ``ready``, as long as the first process of this launch holds the lock file ``path``.
+
+    Args:
+        ready: Looks at the folder that the processes share.
+        path: The first process's lock.
+        what: Whatever the first process should finish, for the error.
+        every: Seconds between two looks.
+
+    Raises:
+        RuntimeError: The first process gave up its lock or died, or did not come to an end within
+            ``MODICUM_STAGE_TIMEOUT`` seconds (a day, when not set).
+    """
+    patience = float(os.environ.get("MODICUM_STAGE_TIMEOUT", 24 * 3600))
+    deadline = time.monotonic() + patience
+    launch, seen = _me().launch, False
+    while not ready():
+        # A lock of an earlier launch means nothing: ours may not have come that far yet.
+        owner = read_owner(path)
+        held = owner is not None and owner.launch == launch and owner.alive() is not False
+        if seen and not held:
+            if ready():
+                return
+            raise RuntimeError(f"The first process ended before it finished {what}; its own error tells why.")
+        seen = held
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"The first process did not finish {what} within {patience:.0f} s.")
+        time.sleep(every)
+
+
+def _refusal(owner: Owner, path: Path, what: str | Path) -> str:
+    if owner.alive() is None:
+        return (
+            f"{what} is being written by process {owner.pid} on {owner.host} since {owner.since}, which cannot be "
+            f"looked at from here. Wait for it; if it has ended, delete {path} and run again."
+        )
+    if owner.pid == os.getpid():
+        return f"{what} is being written by this very process. Wait until that is done, or choose another folder."
+    return (
+        f"{what} is being written by process {owner.pid} on {owner.host} since {owner.since}. "
+        "Wait until it ends, or choose another folder."
+    )
+
+
+def _write(path: Path, owner: Owner) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            json.dump(asdict(owner), file)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink()  # the disk is full: an empty lock would shut everyone out
+            raise
+
+
+def _create(beside: Path, path: Path, owner: Owner) -> bool:
+    """Make ``path`` appear with its content, unless it exists."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        # NFS may repeat a request that it has done already: the number of links tells.
+        return beside.stat().st_nlink == 2
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:
+            _write(path, owner)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _take_over(beside: Path, path: Path, dead: Owner) -> bool:
+    """Put our lock in the place of a dead owner's, of which others may be taking possession too."""
+    try:
+        with path.open("r+") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever waited for the kernel's lock holds a file that is the lock no more.
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()) or read_owner(path) != dead:
+                return False
+            beside.replace(path)
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def _me() -> Owner:
+    host = socket.gethostname()
+    address = os.environ.get("MASTER_ADDR", "")
+    launch = (host if address in LOOPBACK else address, os.environ.get("MASTER_PORT", ""))
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - its target is no path
+    except OSError:
+        namespace = ""
+    return Owner(
+        host=host,
+        machine=_read("/etc/machine-id"),
+        boot=_read("/proc/sys/kernel/random/boot_id"),
+        namespace=namespace,
+        pid=os.getpid(),
+        started=_start_of(os.getpid()) or "",
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        launch=":".join(launch),
+    )
+
+
+def _exists(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # signal 0 would end the process there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process started, ``""`` when it has ended and nobody took notice, ``None`` when that is hidden."""
+    stat = _read(f"/proc/{pid}/stat")
+    if stat:
+        # The name in parentheses may hold anything; the state is field 3, the start field 22.
+        fields = stat.rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    if Path("/proc/self/stat").exists() or os.name != "posix":
+        return None
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no words of a user's
+    return told.stdout.strip() or None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
