@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from modicum import processes
 from modicum.errors import ModicumError, UnsupportedError
+from modicum.layout import ADAPTER_PREFIX
 
-PREFIX = "base_model.model."
 TRUNCATING = ("use_dora", "lora_bias")  # what an adapter may hold beside its two factors
 
 
@@ -33,7 +33,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
             continue
         _refuse_variants(name, layer, adapter)
         if layer.lora_A[adapter].weight.ndim == 2:
-            found[name.removeprefix(PREFIX)] = layer
+            found[name.removeprefix(ADAPTER_PREFIX)] = layer
     if not found:
         raise ModicumError(
             f"The model has no linear LoRA layer of an adapter {adapter!r}. "
@@ -46,7 +46,7 @@ def other_layers(model: nn.Module, adapter: str = "default") -> list[str]:
     """Return the names of the layers that ``adapter`` has on embeddings and convolutions."""
     modules: Iterable[tuple[str, Any]] = model.named_modules()
     return [
-        name.removeprefix(PREFIX)
+        name.removeprefix(ADAPTER_PREFIX)
         for name, layer in modules
         if adapter in getattr(layer, "lora_embedding_A", ())
         or (adapter in getattr(layer, "lora_A", ()) and layer.lora_A[adapter].weight.ndim != 2)

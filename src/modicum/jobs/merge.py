@@ -105,7 +105,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         return Checkpoint(reference, resolve=resolve_model, pickled=recipe.pickled)
 
     if recipe.mergekit is not None:
-        from modicum.weights.mergekit.document import plan_mergekit
+        from modicum.weights.mergekit.planning import plan_mergekit
 
         plan = replace(plan_mergekit(recipe.mergekit, opened), seed=recipe.seed, device=recipe.device)
         return plan.diagnosed() if recipe.diagnostics else plan

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, UnsupportedError
+from modicum.layout import ADAPTER_PREFIX
 from modicum.weights.files import MappedFile, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
 
 
@@ -87,7 +87,7 @@ class Adapter:
         pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            name = key.removeprefix(PREFIX)
+            name = key.removeprefix(ADAPTER_PREFIX)
             match = FACTOR.match(name)
             if match:
                 pairs.setdefault((match["module"], bool(match["kind"])), {})[match["side"]] = tensor

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, UnsupportedError
+from modicum.layout import role
 from modicum.record import fingerprint
 from modicum.weights.adapter import CONFIG as ADAPTER_CONFIG
 from modicum.weights.adapter import WEIGHTS as ADAPTER_WEIGHTS
@@ -192,7 +193,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def _drop_tied(self) -> None:
         if not self.tied or self.tied not in self:
             return
-        embedding = next((name for name in self if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+        embedding = next((name for name in self if role(name) == "embedding"), None)
         if embedding is None:
             return
         if not torch.equal(self[embedding], self[self.tied]):
@@ -220,7 +221,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def tied(self) -> str | None:
         """Name of the output layer when the config ties it to the embedding: one tensor, kept under the other name."""
         tied = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
-        return "lm_head.weight" if tied else None
+        if not tied:
+            return None
+        heads = (name for name in (*self._slots, *self._loaded) if role(name) == "head" and name.endswith(".weight"))
+        return next(heads, "lm_head.weight")
 
     def spec(self, name: str) -> Spec:
         """Return shape and dtype of a tensor, without reading it."""

@@ -1,13 +1,18 @@
-"""Whether checkpoints can be merged: the same architecture, names, shapes and kinds of tensor."""
+"""Whether checkpoints can be merged: the same architecture, names, shapes and kinds of tensor.
+
+One check for every way to ask for a merge: a recipe of ours hands it whole models, a mergekit file hands it the layers
+of each slice, renumbered.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from modicum.errors import CheckpointError
-from modicum.weights.checkpoint import Checkpoint
+from modicum.layout import is_recomputed, is_vocabulary, layer_of, role, stacks
 from modicum.weights.files import Spec
 
 Tensors = Mapping[str, Tensor]
@@ -15,18 +20,20 @@ Tensors = Mapping[str, Tensor]
 
 def spec_of(tensors: Tensors, name: str) -> Spec:
     """Return shape and dtype of a tensor, without reading it where that is possible."""
-    if isinstance(tensors, Checkpoint):
-        return tensors.spec(name)
+    stored = getattr(tensors, "spec", None)
+    if stored is not None:
+        spec: Spec = stored(name)
+        return spec
     tensor = tensors[name]
     return Spec(tuple(tensor.shape), tensor.dtype)
 
 
 def label(tensors: Tensors, fallback: str) -> str:
     """Return what to call a model in a message."""
-    return tensors.name if isinstance(tensors, Checkpoint) else fallback
+    return str(getattr(tensors, "name", fallback))
 
 
-def check_agreement(reference: Tensors, others: Sequence[Tensors], *, names: Sequence[str]) -> None:
+def check_agreement(reference: Tensors, others: Sequence[Tensors], *, names: Sequence[str]) -> list[str]:
     """Refuse models that do not fit together.
 
     Args:
@@ -34,54 +41,80 @@ def check_agreement(reference: Tensors, others: Sequence[Tensors], *, names: Seq
         others: The other models.
         names: What to call them all in messages, the reference first.
 
+    Returns:
+        The names of the tensors to merge: all but buffers that some of the models lack, which transformers recomputes.
+
     Raises:
         CheckpointError: One differs in architecture, tensors, shapes or kinds.
     """
+    kept = [name for name in reference if not _is_buffer(reference, name) or all(name in other for other in others)]
     for other, name in zip(others, names[1:]):
         _check_architecture(reference, other, names[0], name)
         _check_names(reference, other, names[0], name)
-        for tensor in reference:
-            _check_spec(tensor, spec_of(reference, tensor), spec_of(other, tensor), names[0], name)
+        for tensor in kept:
+            _check_spec(tensor, reference, other, names[0], name)
+    return kept
 
 
 def _check_architecture(a: Tensors, b: Tensors, a_name: str, b_name: str) -> None:
-    if not (isinstance(a, Checkpoint) and isinstance(b, Checkpoint)):
-        return
-    one, other = a.config.get("model_type"), b.config.get("model_type")
+    one, other = _config(a).get("model_type"), _config(b).get("model_type")
     if one and other and one != other:
         raise CheckpointError(f"{b_name} is a {other} model, {a_name} a {one} model. Merge models of one architecture.")
 
 
+def _config(tensors: Tensors) -> Mapping[str, Any]:
+    config: Mapping[str, Any] = getattr(tensors, "config", {})
+    return config
+
+
+def _is_buffer(tensors: Tensors, name: str) -> bool:
+    return is_recomputed(name, spec_of(tensors, name).shape)
+
+
+def _own(tensors: Tensors, name: str) -> str:
+    """Return what a model itself calls a tensor of a slice, whose layers are numbered from zero."""
+    own = getattr(tensors, "own", None)
+    return str(own(name)) if own else name
+
+
 def _check_names(a: Tensors, b: Tensors, a_name: str, b_name: str) -> None:
-    missing, extra = sorted(set(a) - set(b)), sorted(set(b) - set(a))
+    ours, theirs = ({name for name in model if not _is_buffer(model, name)} for model in (a, b))
+    missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if not missing and not extra:
         return
-    holder, lacker, name = (a_name, b_name, missing[0]) if missing else (b_name, a_name, extra[0])
-    shape = list(spec_of(a if missing else b, name).shape)
-    more = len(missing or extra) - 1
+    name, more = (missing or extra)[0], len(missing or extra) - 1
+    (holder, holds), (lacker, lacks) = ((a_name, a), (b_name, b)) if missing else ((b_name, b), (a_name, a))
+    absent, present = _own(lacks, name), _own(holds, name)
     others = f" and {more} more" if more else ""
-    hint = (
-        "One of them ties its embeddings: untie or tie both."
-        if name == "lm_head.weight"
-        else "Merge models of one architecture."
+    shape = list(spec_of(holds, name).shape)
+    raise CheckpointError(
+        f"{lacker} has no tensor {absent!r}{others} ({holder} has {'it' if absent == present else repr(present)}, "
+        f"{shape}). {_advice(name, holder, holds, lacker, lacks)}"
     )
-    raise CheckpointError(f"{lacker} has no tensor {name!r}{others} ({holder} has it, {shape}). {hint}")
 
 
-def _check_spec(tensor: str, a: Spec, b: Spec, a_name: str, b_name: str) -> None:
+def _advice(name: str, holder: str, holds: Tensors, lacker: str, lacks: Tensors) -> str:
+    layer = layer_of(name)
+    if role(name) == "head":
+        return "One of them ties its embeddings: untie or tie both."
+    if layer and stacks(lacks).get(layer.stack) not in (None, (depth := stacks(holds)[layer.stack])):
+        return (
+            f"{holder} has {depth} layers, {lacker} {stacks(lacks)[layer.stack]}: merge models of one depth, or choose "
+            "layers with slices in a mergekit file."
+        )
+    return "Merge models of one architecture."
+
+
+def _check_spec(tensor: str, one: Tensors, other: Tensors, a_name: str, b_name: str) -> None:
+    a, b, own = spec_of(one, tensor), spec_of(other, tensor), _own(other, tensor)
     if a.shape != b.shape:
-        vocabulary = len(a.shape) == len(b.shape) == 2 and a.shape[1:] == b.shape[1:]
         hint = (
-            "Vocabularies of different sizes? Set tokenizer: union."
-            if vocabulary and _is_vocabulary(tensor)
-            else ("Merge models of one size.")
+            "Vocabularies of different sizes? Set tokenizer: {source: union} in a mergekit file."
+            if a.shape[1:] == b.shape[1:] and is_vocabulary(tensor)
+            else "Merge models of one size."
         )
         raise CheckpointError(
-            f"{b_name}: tensor {tensor!r} has shape {list(b.shape)}, expected {list(a.shape)} as in {a_name}. {hint}"
+            f"{b_name}: tensor {own!r} has shape {list(b.shape)}, expected {list(a.shape)} as in {a_name}. {hint}"
         )
     if a.dtype.is_floating_point != b.dtype.is_floating_point:
-        raise CheckpointError(f"{b_name}: tensor {tensor!r} is {b.dtype}, expected {a.dtype} as in {a_name}.")
-
-
-def _is_vocabulary(tensor: str) -> bool:
-    return tensor.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+        raise CheckpointError(f"{b_name}: tensor {own!r} is {b.dtype}, expected {a.dtype} as in {a_name}.")

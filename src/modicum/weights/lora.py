@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
+from modicum.layout import ADAPTER_PREFIX, is_linear_map
 from modicum.linalg import SVD, truncated_svd
 from modicum.registry import merge_method
-from modicum.weights.adapter import PREFIX, Factors
+from modicum.weights.adapter import Factors
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import check_agreement
 from modicum.weights.files import Spec
 from modicum.weights.kernels.compare import compare
 from modicum.weights.merge import open_checkpoint
-from modicum.weights.plan import VOCABULARY, check_count, excluded, identity_of, parse_dtype
+from modicum.weights.plan import check_count, excluded, identity_of, parse_dtype
 from modicum.weights.stream import cores, map_tensors, names_by_size, run_all
 
 
@@ -68,10 +69,10 @@ def extract_lora(
     if max_rank < 1 or (energy is not None and not 0 < energy <= 1):
         raise RecipeError(f"max_rank {max_rank} should be at least 1, and energy {energy} in (0, 1].")
     tuned, origin = open_checkpoint(model), open_checkpoint(base)
-    check_agreement(origin, [tuned], names=[origin.name, tuned.name])
-    names = [name for name in origin if origin.spec(name).dtype.is_floating_point]
+    shared = check_agreement(origin, [tuned], names=[origin.name, tuned.name])
+    names = [name for name in shared if origin.spec(name).dtype.is_floating_point]
     names = [name for name in names if not (exclude and re.search(exclude, name))]
-    matrices = [name for name in names if len(origin.spec(name).shape) == 2 and not VOCABULARY.search(name)]
+    matrices = [name for name in names if len(origin.spec(name).shape) == 2 and is_linear_map(name)]
 
     def decompose(name: str) -> tuple[SVD, float] | None:
         delta = tuned[name].float() - origin[name].float()
@@ -91,7 +92,7 @@ def extract_lora(
     if not found and not rest:
         raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
     tensors = _peft_tensors({name: svd for name, (svd, _) in found.items()}, dtype)
-    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in rest.items()}
+    tensors |= {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in rest.items()}
     ranks = {name.removesuffix(".weight"): len(svd.S) for name, (svd, _) in found.items()}
     _write_adapter(Path(out), tensors, ranks, origin, list(rest), progress)
     return [Extracted(name.removesuffix(".weight"), len(svd.S), held) for name, (svd, held) in sorted(found.items())]
@@ -102,7 +103,7 @@ def _peft_tensors(parts: Mapping[str, SVD], dtype: torch.dtype) -> dict[str, Ten
     tensors = {}
     for name, part in parts.items():
         root = part.S.sqrt()
-        module = PREFIX + name.removesuffix(".weight")
+        module = ADAPTER_PREFIX + name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = (root[:, None] * part.V.T).to(dtype).contiguous()
         tensors[f"{module}.lora_B.weight"] = (part.U * root).to(dtype).contiguous()
     return tensors
@@ -213,7 +214,7 @@ class LoraPlan:
 
     def of(self, name: str) -> tuple[str, Mapping[str, Any]]:
         """Return method and knobs for a module: the mean where rows of tokens have no singular directions."""
-        if merge_method[self.method].facts.matrix and VOCABULARY.search(name):
+        if merge_method[self.method].facts.matrix and not is_linear_map(name):
             return "task_arithmetic", {"scale": 1 / len(self.models)}
         return self.method, self.knobs
 
@@ -337,8 +338,8 @@ def run_loras(
     for name in plan.modules:
         A, B, _ = merged[name]
         module = name.removesuffix(".weight")
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = A.to(kind).contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = B.to(kind).contiguous()
+        tensors[f"{ADAPTER_PREFIX}{module}.lora_A.weight"] = A.to(kind).contiguous()
+        tensors[f"{ADAPTER_PREFIX}{module}.lora_B.weight"] = B.to(kind).contiguous()
         ranks[module] = A.shape[0]
     _write_adapter(out, tensors, ranks, plan.base, [], progress)
     return {name: merged[name][2] | {"rank": merged[name][0].shape[0]} for name in plan.modules}

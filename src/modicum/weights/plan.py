@@ -15,19 +15,16 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.facts import MergeFacts
+from modicum.layout import is_linear_map, is_vocabulary
 from modicum.record import fingerprint
 from modicum.registry import Entry, merge_method
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, label, spec_of
 from modicum.weights.files import Spec, digest_tensor
-from modicum.weights.mergekit.vocabulary import TABLES, Vocabulary
+from modicum.weights.mergekit.vocabulary import Vocabulary
 from modicum.weights.statistics import check_statistics, shape_of
 from modicum.weights.stream import cores
 
-# Rows of these are looked up or scored by token, so a matrix method's singular vectors mean nothing there.
-VOCABULARY = re.compile(
-    r"(^|\.)(embed_tokens|lm_head|wte|wpe|embed_in|embed_out|word_embeddings|shared|router|gate)\.weight$"
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -83,7 +80,12 @@ class Step:
     @property
     def is_linear_map(self) -> bool:
         """False for embeddings, heads and routers, whose rows belong to tokens or experts."""
-        return VOCABULARY.search(self.name) is None
+        return is_linear_map(self.name)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the method draws random numbers."""
+        return "rng" in (self.entry.function.__kwdefaults__ or {})
 
     @property
     def memory(self) -> int:
@@ -104,7 +106,7 @@ class Step:
         return sum(
             source.tensors.spec(source.name).nbytes
             for source in self.sources
-            if isinstance(source.tensors, Vocabulary) and source.name.endswith(TABLES)
+            if isinstance(source.tensors, Vocabulary) and is_vocabulary(source.name)
         )
 
 
@@ -229,12 +231,12 @@ def plan_merge(
     names = [label(model, name) for model, name in zip(models, names)]
     if base_fingerprint is not None:
         check_fingerprint(base, base_fingerprint)
-    check_agreement(models[0], models[1:], names=names)
+    shared = check_agreement(models[0], models[1:], names=names)
     untouched = excluded(models[0], exclude)
     if untouched and base is None:
         raise RecipeError("exclude leaves tensors as they are in the base model, and none is given. Set base.")
     steps = []
-    for name in models[0]:
+    for name in shared:
         spec = spec_of(models[0], name)
         sources = [Source(model, tensors, name) for model, tensors in zip(names, models)]
         out = Spec(spec.shape, wanted if wanted and spec.dtype.is_floating_point else spec.dtype)

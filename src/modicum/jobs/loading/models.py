@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
+from modicum.layout import VOCABULARY_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICKLES = ("*.bin", "*.pt", "*.pth")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def cache_folder() -> Path:
@@ -188,10 +188,10 @@ def load_tokenizer(ref: str | Path, *, remote_code: bool = False) -> PreTrainedT
         CheckpointError: There is no tokenizer, or it cannot be read.
     """
     folder = resolve_model(ref, remote_code=remote_code)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         if is_adapter(folder):
             return load_tokenizer(adapter_base(folder), remote_code=remote_code)
-        raise CheckpointError(f"{ref} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). Copy one there.")
+        raise CheckpointError(f"{ref} holds no tokenizer (looked for {', '.join(VOCABULARY_FILES)}). Copy one there.")
     from transformers import AutoTokenizer
 
     try:

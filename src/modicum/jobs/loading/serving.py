@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.jobs.training.adapter_files import CONFIG, PREFIX, WEIGHTS
+from modicum.jobs.training.adapter_files import CONFIG, WEIGHTS
+from modicum.layout import ADAPTER_PREFIX
 from modicum.record import whole_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def export_adapter(source: str | Path, out: str | Path) -> dict[str, Any]:
     }
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in made.items():
-        module = PREFIX + name.removesuffix(".weight")
+        module = ADAPTER_PREFIX + name.removesuffix(".weight")
         tensors |= {f"{module}.lora_A.weight": A.contiguous(), f"{module}.lora_B.weight": B.contiguous()}
     with whole_folder(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

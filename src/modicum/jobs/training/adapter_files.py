@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum import processes
 from modicum.errors import CheckpointError
+from modicum.layout import ADAPTER_PREFIX
 from modicum.record import write_atomic
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "adapter_init.json"
 GEOMETRY = "adapter_geometry.json"
-PREFIX = "base_model.model."
 
 
 def factors_in(folder: Path) -> Pairs:
@@ -28,7 +28,7 @@ def factors_in(folder: Path) -> Pairs:
 
     saved, ends = load_file(folder / WEIGHTS), [f".lora_{side}.weight" for side in "AB"]
     names = [key.removesuffix(ends[0]) for key in saved if key.endswith(ends[0])]
-    return {name.removeprefix(PREFIX): (saved[name + ends[0]], saved[name + ends[1]]) for name in names}
+    return {name.removeprefix(ADAPTER_PREFIX): (saved[name + ends[0]], saved[name + ends[1]]) for name in names}
 
 
 def cached_start(path: Path | None) -> tuple[Pairs, dict[str, Tensor]] | None:
@@ -91,7 +91,7 @@ def remove_shift(folder: Path, initial: Pairs) -> None:
 
     def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, factors in initial.items():
-            keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "AB"]
+            keys = [f"{ADAPTER_PREFIX}{name}.lora_{side}.weight" for side in "AB"]
             if not all(key in tensors for key in keys):
                 raise CheckpointError(f"{folder} has no factors of {name}. Was it saved by this run?")
             made = without_shift((tensors[keys[0]], tensors[keys[1]]), factors)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum.errors import UnsupportedError
 from modicum.jobs.training.answers import AnswerLoss
+from modicum.layout import ADAPTER_PREFIX
 from modicum.registry import zeroth_order
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ def export_lora(optimizer: ZerothOrder, folder: Path, *, base: str) -> None:
             )
         left, right = leaf.factors(optimizer.settings.lift, optimizer.position)
         name = names[places[0][0]]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = right.mT.to(left.dtype).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = left.contiguous()
+        tensors[f"{ADAPTER_PREFIX}{name}.lora_A.weight"] = right.mT.to(left.dtype).contiguous()
+        tensors[f"{ADAPTER_PREFIX}{name}.lora_B.weight"] = left.contiguous()
         ranks[name] = leaf.rank
     top = max(ranks.values())
     config = LoraConfig(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from modicum.errors import UnsupportedError
+from modicum.layout import unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -48,7 +49,7 @@ def named_tensors(params: Iterable[Any]) -> dict[str, Tensor]:
         if id(tensor) in seen:
             continue
         # torch.compile and data-parallel wrappers prefix the names; the state must not depend on them.
-        name = str(name).replace("_orig_mod.", "").removeprefix("module.")
+        name = unwrapped(str(name))
         if name in found:
             raise UnsupportedError(f"Two different parameters are called {name!r}. Give each its own name.")
         seen.add(id(tensor))

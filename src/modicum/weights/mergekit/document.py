@@ -1,29 +1,19 @@
-"""mergekit configurations, read as they are: which tensors meet, with which knobs, under which names.
+"""mergekit files as data: their models, slices and parameters, read as they are.
 
-A document is turned into the steps that our own merges are made of. Parameters may stand on a source, a slice, a module
-or the document; they may be numbers, gradients over depth, or filtered by tensor name. What we do otherwise than
-mergekit on purpose is said in the plan's notes.
+Parameters may stand on a source, a slice, a module or the document; they may be numbers, gradients over depth, or
+filtered by tensor name. :mod:`.planning` turns what stands here into the steps of a merge.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.registry import merge_method
-from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.files import Spec
-from modicum.weights.mergekit.methods import METHODS, Getter, Made, method_of, parameters_of
-from modicum.weights.mergekit.vocabulary import Vocabulary, with_vocabulary
-from modicum.weights.plan import Plan, Source, Step, check_count, companion_files, parse_dtype
+from modicum.weights.mergekit.methods import METHODS
 
-Opener = Callable[[str, str | None], Checkpoint]
-LAYER = re.compile(r"^(?P<stem>.*?\b(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
-BEFORE = re.compile(r"(embed|wte|wpe|word_embeddings)")  # of the tensors outside the layers, those that come first
 KEYS = {
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer", "tokenizer_source", "chat_template", "name",
@@ -77,6 +67,21 @@ class Slice:
     parts: tuple[Part, ...]
     base: Reference | None
     scopes: tuple[Data, ...]
+
+    @property
+    def references(self) -> list[Reference]:
+        """The base, when there is one, and the models of the parts."""
+        return [*([self.base] if self.base else []), *(part.reference for part in self.parts)]
+
+    @property
+    def base_part(self) -> Part | None:
+        """The base as a part: the first part of its model, else its layers of the range that all parts have.
+
+        ``None`` where there is no base, or its layers are not known because the ranges of the parts differ.
+        """
+        own = next((part for part in self.parts if part.reference == self.base), None)
+        ranges = {part.layers for part in self.parts}
+        return Part(self.base, ranges.pop(), {}) if own is None and self.base and len(ranges) == 1 else own
 
 
 def models_of(document: Data) -> list[str]:
@@ -192,209 +197,9 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
     return setting[index] * (1 - share) + setting[index + 1] * share
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    """The parameters of one tensor of a slice; remembers which names were asked for."""
+def has_gradient(scope: Data) -> bool:
+    """Whether a parameter changes with depth."""
 
-    piece: Slice
-    tensor: str
-    t: float
-
-    def shared(self, name: str, default: object) -> Any:
-        """Return a parameter of the whole merge."""
-        return self._first(name, self.piece.scopes, default)
-
-    def each(self, name: str, parts: Sequence[Part], default: object) -> list[Any]:
-        """Return a parameter of each model."""
-        values = [self._first(name, (part.parameters, *self.piece.scopes), default) for part in parts]
-        for part, value in zip(parts, values):
-            if value is REQUIRED:
-                raise RecipeError(f"{part.reference}: parameter {name!r} is missing for {self.tensor}. Set it.")
-        return values
-
-    def _first(self, name: str, scopes: Sequence[Data], default: object) -> object:
-        for scope in scopes:
-            if name in scope:
-                value = evaluate(scope[name], self.tensor, self.t, f"parameter {name!r}")
-                if value is not None:
-                    return value
-        return default
-
-
-REQUIRED = object()
-
-
-def plan_mergekit(document: Data, open_model: Opener) -> Plan:
-    """Return the plan of a mergekit document.
-
-    Args:
-        document: The parsed file.
-        open_model: Opens a model, folding an adapter into it when one is given.
-
-    Raises:
-        RecipeError: The document is malformed.
-        CheckpointError: The models do not fit together.
-    """
-    slices = read_slices(document)
-    opened: dict[Reference, Checkpoint] = {}
-    for piece in slices:
-        for reference in [*([piece.base] if piece.base else []), *(part.reference for part in piece.parts)]:
-            if reference not in opened:
-                opened[reference] = open_model(reference.model, reference.adapter)
-    dtype = parse_dtype(document.get("out_dtype") or document.get("dtype"))
-    first = slices[0].base or slices[0].parts[0].reference
-    named = {str(reference): checkpoint for reference, checkpoint in opened.items()}
-    vocabulary = with_vocabulary(document, named, str(first))
-    tables = {reference: vocabulary.tables.get(str(reference), opened[reference]) for reference in opened}
-    steps, depth = _steps(document, slices, tables)
-    steps = [replace(step, spec=Spec(step.spec.shape, dtype)) if dtype and step.spec.dtype.is_floating_point else step
-             for step in steps]  # fmt: skip
-    changes: dict[str, Any] = dict(vocabulary.config)
-    if any(part.layers for piece in slices for part in piece.parts):
-        changes["num_hidden_layers"] = depth
-    companions = companion_files(opened[first], dtype, **changes)
-    companions = {name: text for name, text in companions.items() if name not in vocabulary.removed}
-    companions |= vocabulary.files
-    return Plan(steps, list(opened.values()), companions, _notes(document, slices, steps) + vocabulary.notes)
-
-
-def _steps(
-    document: Data, slices: Sequence[Slice], tables: Mapping[Reference, Checkpoint | Vocabulary]
-) -> tuple[list[Step], int]:
-    """Return the steps, and how many layers the result has."""
-    make = method_of(str(document["merge_method"]))
-    steps: list[Step] = []
-    depth = 0
-    for position, piece in enumerate(slices):
-        references = [part.reference for part in piece.parts]
-        reference = tables[piece.base or references[0]]
-        ranges = {part.reference: part.layers for part in piece.parts}
-        own = ranges.get(piece.base or references[0]) or (0, _depth(reference))
-        length = own[1] - own[0]
-        for part in piece.parts:
-            if part.layers and part.layers[1] > _depth(tables[part.reference]):
-                have = _depth(tables[part.reference])
-                raise RecipeError(f"{part.reference} has {have} layers, layer_range asks for {list(part.layers)}.")
-        for name in reference:
-            match = LAYER.match(name)
-            if match:
-                offset = int(match["index"]) - own[0]
-                if not 0 <= offset < length:
-                    continue
-                t = offset / (length - 1) if length > 1 else 1.0
-                out = f"{match['stem']}.{depth + offset}.{match['rest']}"
-            else:
-                if position != (0 if BEFORE.search(name) else len(slices) - 1):
-                    continue
-                offset, out, t = None, name, 0.0 if BEFORE.search(name) else 1.0
-
-            begins = {part.reference: (part.layers or own)[0] for part in piece.parts}
-            locate = partial(_locate, tables=tables, begins=begins, default=own[0], name=name, offset=offset)
-            steps.append(_step(make, piece, out, name, t, locate))
-        depth += length
-    return steps, depth
-
-
-def _depth(tensors: Checkpoint | Vocabulary) -> int:
-    return max((int(match["index"]) + 1 for name in tensors if (match := LAYER.match(name))), default=0)
-
-
-def _locate(
-    who: Reference,
-    *,
-    tables: Mapping[Reference, Checkpoint | Vocabulary],
-    begins: Mapping[Reference, int],
-    default: int,
-    name: str,
-    offset: int | None,
-) -> Source:
-    """Return a model's tensor that takes part in the step for ``name``: in layers, the one as deep in its own range."""
-    match = LAYER.match(name)
-    if match and offset is not None:
-        name = f"{match['stem']}.{begins.get(who, default) + offset}.{match['rest']}"
-    if name not in tables[who]:
-        holder = next((str(other) for other, table in tables.items() if name in table), "another model")
-        raise RecipeError(f"{who} has no tensor {name!r} ({holder} has it). Merge models of one architecture.")
-    return Source(str(who), tables[who], name)
-
-
-def _step(
-    make: Callable[[Getter], Made],
-    piece: Slice,
-    out: str,
-    name: str,
-    t: float,
-    locate: Callable[[Reference], Source],
-) -> Step:
-    experts = [part for part in piece.parts if part.reference != piece.base]
-    lookup = _Lookup(piece, name, t)
-    getter = Getter(
-        shared=lookup.shared,
-        each=lambda key, default=REQUIRED, everyone=False: lookup.each(
-            key, piece.parts if everyone else experts, default
-        ),
-    )
-    method, knobs, based = make(getter)
-    if based is None:
-        based = piece.base is not None
-    if based and piece.base is None:
-        raise RecipeError(f"{method} merges differences from a base model. Set base_model.")
-    used = experts if based else list(piece.parts)
-    base = locate(piece.base) if based and piece.base else None
-    sources = tuple(locate(part.reference) for part in used)
-    check_count(merge_method[method], len(sources))
-    all_sources = [*([base] if base else []), *sources]
-    specs = [spec_of_source(source) for source in all_sources]
-    for source, spec in zip(all_sources[1:], specs[1:]):
-        if spec.shape != specs[0].shape:
-            vocabulary = BEFORE.search(name) or "lm_head" in name
-            hint = "Set tokenizer: {source: union}." if vocabulary else "Merge models of one size."
-            raise RecipeError(
-                f"{source.model}: tensor {source.name!r} has shape {list(spec.shape)}, "
-                f"expected {list(specs[0].shape)} as in {all_sources[0].model}. {hint}"
-            )
-    checked = merge_method[method].knobs(knobs)
-    return Step(out, specs[0], method, base, sources, checked)
-
-
-def spec_of_source(source: Source) -> Spec:
-    """Return shape and dtype of a source's tensor."""
-    tensors: Any = source.tensors
-    spec: Spec = tensors.spec(source.name)
-    return spec
-
-
-def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> list[str]:
-    """Say where the numbers differ from mergekit's on purpose, and what is easily overlooked."""
-    notes = []
-    name = str(document["merge_method"])
-    if document.get("dtype") in ("bfloat16", "float16") or not document.get("dtype"):
-        notes.append("arithmetic is in float32 with one cast at the end, where mergekit computes in the given dtype")
-    sparse = [step for step in steps if "density" in step.knobs]
-    if sparse and all(_all_kept(step.knobs["density"]) for step in sparse):
-        notes.append(f"density is 1 (mergekit's default), so {name} drops nothing and adds the deltas")
-    if any(step.method in ("dare", "della") and not _all_kept(step.knobs["density"]) for step in sparse):
-        notes.append("random masks come from the seed and the tensors' names: other entries than mergekit drops")
-    if any(r.adapter for piece in slices for r in (piece.base, *(part.reference for part in piece.parts)) if r):
-        notes.append("adapters are folded in while reading, in float32, where mergekit first writes a rounded model")
-    if any("gamma" in step.knobs for step in sparse):
-        notes.append("breadcrumbs keeps its share of small tensors too, which older mergekit set to zero")
-    if any(_has_gradient(scope) for piece in slices for scope in (*piece.scopes, *(p.parameters for p in piece.parts))):
-        notes.append("gradients: the final norm and lm_head get the last value, where mergekit gives them the first")
-    scopes = [scope for piece in slices for scope in (*piece.scopes, *(part.parameters for part in piece.parts))]
-    unread = {key for scope in scopes for key in scope} - parameters_of(name)
-    if "int8_mask" in unread:
-        notes.append("int8_mask only saves memory in mergekit and has no effect here")
-    if others := sorted(unread - {"int8_mask"}):
-        notes.append(f"{name} does not read {', '.join(map(repr, others))} under parameters: no effect")
-    return notes
-
-
-def _all_kept(density: object) -> bool:
-    return all(value == 1 for value in (density if isinstance(density, list) else [density]))
-
-
-def _has_gradient(scope: Data) -> bool:
     def gradient(value: object) -> bool:
         if not isinstance(value, list) or not value:
             return False

@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.layout import TOKENIZER_FILES, is_vocabulary
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.files import Spec, digest_tensor
 
-TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 MISSING, ZEROS = -1, -2  # in place of a model's own row
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-)  # fmt: skip
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
@@ -66,7 +62,7 @@ class Vocabulary(Mapping[str, Tensor]):
 
     def __init__(self, model: Checkpoint, size: int, rows: Tensor, donors: Sequence[tuple[Checkpoint, Tensor]]) -> None:
         self.model, self.size, self.rows, self.donors = model, size, rows, donors
-        self.name = model.name
+        self.name, self.config = model.name, model.config
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.model)
@@ -77,7 +73,7 @@ class Vocabulary(Mapping[str, Tensor]):
     def spec(self, name: str) -> Spec:
         """Return shape and dtype of a tensor."""
         spec = self.model.spec(name)
-        return Spec((self.size, *spec.shape[1:]), spec.dtype) if name.endswith(TABLES) else spec
+        return Spec((self.size, *spec.shape[1:]), spec.dtype) if is_vocabulary(name) else spec
 
     @property
     def identity(self) -> list[object]:
@@ -87,7 +83,7 @@ class Vocabulary(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         table = self.model[name]
-        if not name.endswith(TABLES):
+        if not is_vocabulary(name):
             return table
         out = table.index_select(0, self.rows.clamp_min(0))
         out[self.rows == ZEROS] = 0

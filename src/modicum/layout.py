@@ -1,0 +1,185 @@
+"""Names of tensors and of files: the one module that knows what the parts of a model are called.
+
+A tensor's name is a path of parts between dots, and every part counts whole: ``embed_out`` is an output layer although
+it begins like an embedding. For transformers' own classes the truth is ``get_input_embeddings()`` and
+``get_output_embeddings()``; the tests hold this module to both, for every architecture that they can build.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+Role = Literal["embedding", "positions", "head", "router"]
+
+ADAPTER_PREFIX = "base_model.model."  # PEFT writes it before every name of an adapter's file
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Names of modules, by their last parts. A name of the first table is unmistakable wherever it stands.
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(
+        (
+            "embed_tokens", "embed_tokens_per_layer", "wte", "word_embeddings", "word_embedding", "embed_in",
+            "tok_embeddings", "token_embd", "token_embedding",
+        ),
+        "embedding",
+    ),
+    **dict.fromkeys(
+        (
+            "wpe", "embed_positions", "position_embeddings", "position_embedding", "position_embd", "pos_embed",
+            "token_type_embeddings", "relative_attention_bias", "rel_embeddings",
+        ),
+        "positions",
+    ),
+    **dict.fromkeys(
+        (
+            "lm_head", "embed_out", "shared_head.head", "lm_head.decoder", "predictions.decoder", "generator_lm_head",
+            "vocab_projector", "lm_loss",
+        ),
+        "head",
+    ),
+    "router": "router",
+    "gate": "router",
+}  # fmt: skip
+# Short names that mean something else inside a layer or a vision tower, so they count as the whole path only.
+_WHOLE: dict[str, Role] = {
+    **dict.fromkeys(("shared", "model.shared", "backbone.embeddings", "backbone.embedding"), "embedding"),
+    **dict.fromkeys(("rwkv.embeddings", "embeddings", "embedding", "embed"), "embedding"),
+    **dict.fromkeys(("output", "language_model.output", "head", "decoder"), "head"),
+    **dict.fromkeys(("proj_out", "output_projection", "cls.predictions", "predictions"), "head"),
+}
+_LAYERS = frozenset({"layers", "layer", "h", "blocks", "block", "blk", "resblocks", "albert_layer_groups"})
+# Parts of names that stand before the layers besides the tables themselves.
+_FIRST = frozenset(
+    {
+        "embeddings", "word_embeddings_layernorm", "layernorm_embedding", "embed_layer_norm", "embeddings_project",
+        "embedding_hidden_mapping_in", "patch_embed", "patch_embedding", "pre_layrnorm",
+    }
+)  # fmt: skip
+_RECOMPUTED = frozenset({"inv_freq", "position_ids", "masked_bias"})
+_MASKS = ("attn.bias", "attention.bias")  # causal masks of GPT-2 and GPT-NeoX, of shape (1, 1, n, n)
+
+# Any one of the first group holds a vocabulary; the others only add to it.
+VOCABULARY_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "source.spm",
+)  # fmt: skip
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "target.spm", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+# What architectures call the number of their layers in config.json.
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Lists in config.json with an entry for each layer.
+LAYER_LISTS = frozenset({"layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers"})
+
+
+class Layer(NamedTuple):
+    """Where a tensor stands in a stack of layers: ``{stack}.{number}.{rest}``."""
+
+    stack: str
+    number: int
+    rest: str
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return f"{self.stack}.{self.number}.{self.rest}"
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without what ``torch.compile``, FSDP and DDP put into it.
+
+    Example:
+        >>> unwrapped("module._orig_mod.model.norm.weight")
+        'model.norm.weight'
+    """
+    return _WRAPPER.sub("", name.removeprefix("module."))
+
+
+def layer_of(name: str) -> Layer | None:
+    """Return the layer that a tensor belongs to: the outermost one, where layers are nested.
+
+    Example:
+        >>> layer_of("model.vision_tower.encoder.layers.3.mlp.fc1.weight")
+        Layer(stack='model.vision_tower.encoder.layers', number=3, rest='mlp.fc1.weight')
+        >>> layer_of("model.norm.weight") is None
+        True
+    """
+    parts = name.split(".")
+    for place in range(1, len(parts) - 1):
+        if parts[place].isdigit() and parts[place - 1] in _LAYERS:
+            return Layer(".".join(parts[:place]), int(parts[place]), ".".join(parts[place + 1 :]))
+    return None
+
+
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """Return the stacks of layers and how many layers each has.
+
+    Example:
+        >>> stacks(["encoder.block.0.w", "encoder.block.1.w", "decoder.block.0.w", "lm_head.weight"])
+        {'encoder.block': 2, 'decoder.block': 1}
+    """
+    found: dict[str, int] = {}
+    for name in names:
+        if layer := layer_of(name):
+            found[layer.stack] = max(found.get(layer.stack, 0), layer.number + 1)
+    return found
+
+
+def role(name: str) -> Role | None:
+    """Return what a tensor is where its rows belong to tokens, positions or experts, ``None`` for all others.
+
+    Example:
+        >>> role("model.embed_tokens.weight"), role("embed_out.weight"), role("model.layers.0.mlp.gate_proj.weight")
+        ('embedding', 'head', None)
+    """
+    module, _, kind = unwrapped(name).removeprefix(ADAPTER_PREFIX).rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    parts = module.split(".")
+    found = _WHOLE.get(module) or _ROLES.get(".".join(parts[-2:])) or _ROLES.get(parts[-1])
+    # Of the biases only a head's has a number for each token.
+    return found if kind == "weight" or found == "head" else None
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token: an embedding, or an output layer and its bias.
+
+    Example:
+        >>> [is_vocabulary(name) for name in ("lm_head.bias", "transformer.wte.weight", "transformer.wpe.weight")]
+        [True, True, False]
+    """
+    return role(name) in ("embedding", "head")
+
+
+def is_recomputed(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a buffer that transformers computes again, so that a file may hold it or not.
+
+    Example:
+        >>> is_recomputed("h.0.attn.bias", (1, 1, 8, 8)), is_recomputed("h.0.attn.c_attn.bias", (24,))
+        (True, False)
+    """
+    parts = name.split(".")
+    return parts[-1] in _RECOMPUTED or (len(shape) == 4 and ".".join(parts[-2:]) in _MASKS)
+
+
+def is_linear_map(name: str) -> bool:
+    """Whether a matrix maps inputs to outputs: its singular directions mean nothing where rows are looked up or scored.
+
+    Example:
+        >>> is_linear_map("model.layers.0.mlp.gate_proj.weight"), is_linear_map("model.layers.0.mlp.gate.weight")
+        (True, False)
+    """
+    return role(name) is None
+
+
+def comes_first(name: str) -> bool:
+    """Whether a tensor outside the layers stands before them: an embedding and what belongs to it.
+
+    Example:
+        >>> [comes_first(name) for name in ("model.embed_tokens.weight", "model.norm.weight", "embed_out.weight")]
+        [True, False, False]
+    """
+    return role(name) in ("embedding", "positions") or not _FIRST.isdisjoint(name.split("."))

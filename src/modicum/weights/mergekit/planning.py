@@ -1,0 +1,282 @@
+"""The plan of a mergekit file: which tensors meet, with which knobs, under which names.
+
+A file is turned into the steps that our own merges are made of. Each source of a slice is seen through a
+:class:`Window` of its layers, so the check of a plain merge decides about slices too. What we do otherwise than
+mergekit on purpose is said in the plan's notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from modicum.errors import RecipeError, UnsupportedError
+from modicum.layout import DEPTH_KEYS, LAYER_LISTS, Layer, comes_first, layer_of, stacks
+from modicum.registry import merge_method
+from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.compatibility import check_agreement
+from modicum.weights.files import Spec
+from modicum.weights.mergekit.document import Data, Part, Reference, Slice, evaluate, has_gradient, read_slices
+from modicum.weights.mergekit.methods import Getter, Translation, method_of, parameters_of
+from modicum.weights.mergekit.vocabulary import Vocabulary, with_vocabulary
+from modicum.weights.plan import Plan, Source, Step, check_count, companion_files, parse_dtype
+
+Opener = Callable[[str, str | None], Checkpoint]
+Table = Checkpoint | Vocabulary
+REQUIRED = object()
+
+
+class Window(Mapping[str, Tensor]):
+    """Some layers of a model, numbered from zero, and all its tensors outside the layers.
+
+    Args:
+        tensors: The model.
+        layers: The first layer and the one behind the last; all layers when not given.
+    """
+
+    def __init__(self, tensors: Table, layers: tuple[int, int] | None) -> None:
+        self.tensors, self.name, self.config = tensors, tensors.name, tensors.config
+        self.first, end = layers or (0, None)
+        self._names: dict[str, str] = {}
+        for name in tensors:
+            layer = layer_of(name)
+            if layer is None or (self.first <= layer.number and (end is None or layer.number < end)):
+                self._names[_renumbered(name, -self.first)] = name
+
+    def own(self, name: str) -> str:
+        """Return what the model itself calls a tensor, or would call it."""
+        return _renumbered(name, self.first)
+
+    def spec(self, name: str) -> Spec:
+        """Return shape and dtype of a tensor."""
+        return self.tensors.spec(self._names[name])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _renumbered(name: str, shift: int) -> str:
+    layer = layer_of(name)
+    return Layer(layer.stack, layer.number + shift, layer.rest).name if layer and shift else name
+
+
+def plan_mergekit(document: Data, open_model: Opener) -> Plan:
+    """Return the plan of a mergekit document.
+
+    Args:
+        document: The parsed file.
+        open_model: Opens a model, folding an adapter into it when one is given.
+
+    Raises:
+        RecipeError: The document is malformed.
+        CheckpointError: The models do not fit together.
+    """
+    slices = read_slices(document)
+    opened: dict[Reference, Checkpoint] = {}
+    for piece in slices:
+        for reference in piece.references:
+            if reference not in opened:
+                opened[reference] = open_model(reference.model, reference.adapter)
+    dtype = parse_dtype(document.get("out_dtype") or document.get("dtype"))
+    first = slices[0].references[0]
+    named = {str(reference): checkpoint for reference, checkpoint in opened.items()}
+    vocabulary = with_vocabulary(document, named, str(first))
+    tables: dict[Reference, Table] = {
+        reference: vocabulary.tables.get(str(reference), checkpoint) for reference, checkpoint in opened.items()
+    }
+    sliced = any(part.layers for piece in slices for part in piece.parts)
+    if sliced:
+        _check_slices(slices, tables)
+    steps, depth = _steps(document, slices, tables)
+    steps = [replace(step, spec=Spec(step.spec.shape, dtype)) if dtype and step.spec.dtype.is_floating_point else step
+             for step in steps]  # fmt: skip
+    changes: dict[str, Any] = dict(vocabulary.config)
+    if sliced:
+        changes |= _layers_in_config(slices, tables, depth)
+    companions = companion_files(opened[first], dtype, **changes)
+    companions = {name: text for name, text in companions.items() if name not in vocabulary.removed}
+    companions |= vocabulary.files
+    return Plan(steps, list(opened.values()), companions, _notes(document, slices, steps) + vocabulary.notes)
+
+
+def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table]) -> None:
+    """Refuse ranges that a model does not have, and models that differ where their layers are not sliced.
+
+    Tensors outside the layers come from the first or the last slice, and ``config.json`` from one model: all models
+    must agree in them, and in the layers that all of them have.
+    """
+    depths = {}
+    for reference, table in tables.items():
+        found = stacks(table)
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"{reference} has {len(found)} stacks of layers ({', '.join(found)}), and layer_range does not say "
+                "which one it means. Merge whole models: list them under models."
+            )
+        depths[reference] = next(iter(found.values()), 0)
+    for piece in slices:
+        for part in piece.parts:
+            if part.layers and part.layers[1] > (have := depths[part.reference]):
+                raise RecipeError(f"{part.reference} has {have} layers, layer_range asks for {list(part.layers)}.")
+    common = (0, min(depths.values()))
+    first, *others = (Window(table, common) for table in tables.values())
+    check_agreement(first, others, names=[str(reference) for reference in tables])
+
+
+def _steps(document: Data, slices: Sequence[Slice], tables: Mapping[Reference, Table]) -> tuple[list[Step], int]:
+    """Return the steps, and how many layers the result has."""
+    make = method_of(str(document["merge_method"]))
+    steps: list[Step] = []
+    depth = 0
+    for position, piece in enumerate(slices):
+        seen = [_Seen.of(part, tables) for part in piece.parts]
+        base = _Seen.of(piece.base_part, tables) if piece.base_part else None
+        members = [base, *(one for one in seen if one.part != base.part)] if base else seen
+        labels = [str(member.part.reference) for member in members]
+        names = check_agreement(members[0].window, [member.window for member in members[1:]], names=labels)
+        lengths = stacks(names)
+        for name in names:
+            layer = layer_of(name)
+            if layer:
+                last = lengths[layer.stack] - 1
+                t = layer.number / last if last else 1.0
+            else:
+                if position != (0 if comes_first(name) else len(slices) - 1):
+                    continue
+                t = 0.0 if comes_first(name) else 1.0
+            steps.append(_step(make, piece, base, seen, name, _renumbered(name, depth), t))
+        depth += max(lengths.values(), default=0)
+    return steps, depth
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A source of a slice, and its tensors by the names that all sources of the slice share."""
+
+    part: Part
+    table: Table
+    window: Window
+
+    @classmethod
+    def of(cls, part: Part, tables: Mapping[Reference, Table]) -> _Seen:
+        """Open the window of a source."""
+        table = tables[part.reference]
+        return cls(part, table, Window(table, part.layers))
+
+    def source(self, name: str) -> Source:
+        """Return the tensor that the slice calls ``name``."""
+        return Source(str(self.part.reference), self.table, self.window.own(name))
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """The parameters of one tensor of a slice, by name: of the whole merge, or of each model."""
+
+    piece: Slice
+    tensor: str
+    t: float
+
+    def shared(self, name: str, default: object) -> Any:
+        """Return a parameter of the whole merge."""
+        return self._first(name, self.piece.scopes, default)
+
+    def each(self, name: str, parts: Sequence[Part], default: object) -> list[Any]:
+        """Return a parameter of each model."""
+        values = [self._first(name, (part.parameters, *self.piece.scopes), default) for part in parts]
+        for part, value in zip(parts, values):
+            if value is REQUIRED:
+                raise RecipeError(f"{part.reference}: parameter {name!r} is missing for {self.tensor}. Set it.")
+        return values
+
+    def _first(self, name: str, scopes: Sequence[Data], default: object) -> object:
+        for scope in scopes:
+            if name in scope:
+                value = evaluate(scope[name], self.tensor, self.t, f"parameter {name!r}")
+                if value is not None:
+                    return value
+        return default
+
+
+def _step(
+    make: Callable[[Getter], Translation],
+    piece: Slice,
+    base: _Seen | None,
+    everyone: Sequence[_Seen],
+    name: str,
+    out: str,
+    t: float,
+) -> Step:
+    experts = [one for one in everyone if base is None or one.part != base.part]
+    lookup = _Lookup(piece, out, t)  # mergekit's filters see the names of the result
+
+    def each(key: str, default: object = REQUIRED, *, with_base: bool = False) -> list[Any]:
+        return lookup.each(key, [one.part for one in (everyone if with_base else experts)], default)
+
+    method, knobs, needs_base = make(Getter(lookup.shared, each))
+    based = piece.base is not None if needs_base is None else needs_base
+    if based and base is None:
+        raise RecipeError(
+            f"{piece.base} is the base of a slice whose sources have different layer ranges, and none of them. "
+            "List it among the sources with its layer_range."
+            if piece.base
+            else f"{method} merges differences from a base model. Set base_model."
+        )
+    used = experts if based else everyone
+    check_count(merge_method[method], len(used))
+    origin = base if based else None
+    spec = (origin or used[0]).window.spec(name)
+    sources = tuple(one.source(name) for one in used)
+    return Step(out, spec, method, origin.source(name) if origin else None, sources, merge_method[method].knobs(knobs))
+
+
+def _layers_in_config(slices: Sequence[Slice], tables: Mapping[Reference, Table], depth: int) -> dict[str, Any]:
+    """Return what ``config.json`` must say of the result's layers: their number, and lists with an entry for each."""
+    config = tables[slices[0].references[0]].config
+    key = next((key for key in DEPTH_KEYS if key in config), DEPTH_KEYS[0])
+    found: dict[str, Any] = {key: depth}
+    for name in LAYER_LISTS & config.keys():
+        found[name] = []
+        for piece in slices:
+            part = piece.base_part or piece.parts[0]
+            kinds = tables[part.reference].config.get(name, config[name])
+            found[name] += kinds[slice(*(part.layers or (None,)))]
+    return found
+
+
+def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> list[str]:
+    """Say where the numbers differ from mergekit's on purpose, and what is easily overlooked."""
+    notes = []
+    name = str(document["merge_method"])
+    if document.get("dtype") in ("bfloat16", "float16") or not document.get("dtype"):
+        notes.append("arithmetic is in float32 with one cast at the end, where mergekit computes in the given dtype")
+    sparse = [step for step in steps if "density" in step.knobs]
+    if sparse and all(_all_kept(step.knobs["density"]) for step in sparse):
+        notes.append(f"density is 1 (mergekit's default), so {name} drops nothing")
+    if any(step.draws and not _all_kept(step.knobs["density"]) for step in sparse):
+        notes.append("random masks come from the seed and the tensors' names: other entries than mergekit drops")
+    if any(reference.adapter for piece in slices for reference in piece.references):
+        notes.append("adapters are folded in while reading, in float32, where mergekit first writes a rounded model")
+    if any("gamma" in step.knobs for step in sparse):
+        notes.append("breadcrumbs keeps its share of small tensors too, which older mergekit set to zero")
+    scopes = [scope for piece in slices for scope in (*piece.scopes, *(part.parameters for part in piece.parts))]
+    if any(has_gradient(scope) for scope in scopes):
+        notes.append("gradients: the final norm and lm_head get the last value, where mergekit gives them the first")
+    unread = {key for scope in scopes for key in scope} - parameters_of(name)
+    if "int8_mask" in unread:
+        notes.append("int8_mask only saves memory in mergekit and has no effect here")
+    if others := sorted(unread - {"int8_mask"}):
+        notes.append(f"{name} does not read {', '.join(map(repr, others))} under parameters: no effect")
+    return notes
+
+
+def _all_kept(density: object) -> bool:
+    return all(value == 1 for value in (density if isinstance(density, list) else [density]))
