@@ -10,7 +10,7 @@ checker for every one of them, so what ``modicum show`` prints has been checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -228,3 +228,36 @@ class JobFacts(Facts):
     plan: Callable[..., list[str]] | None = None
     distributed: bool = False
     incremental: bool = False
+
+
+def _nothing(*_: Any) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts(Facts):
+    """Facts of a data source.
+
+    Attributes:
+        open_config: ``data.config`` goes to another library, which checks it; else its keys are the source's knobs.
+        inputs: ``(section, name) -> files``: what of this machine is read, which identifies a run.
+    """
+
+    supplied: Collection[str] = frozenset({"seed"})
+    open_config: bool = False
+    inputs: Callable[[Any, str], Iterable[str]] = _nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowKindFacts(Facts):
+    """Facts of a kind of rows.
+
+    Attributes:
+        fields: Fields that a row has; one that has them all is of this kind.
+        order: Where a row could be of two kinds, it is of that with the smaller number.
+        tokenize: ``(rows, tokenizer, section, note) -> data set`` of token ids and labels.
+    """
+
+    fields: tuple[str, ...]
+    order: int
+    tokenize: Callable[..., Any]

@@ -41,6 +41,8 @@ from modicum.facts import (
     ModelFacts,
     ObjectiveFacts,
     PolicyFacts,
+    RowKindFacts,
+    SourceFacts,
     ZerothOrderFacts,
 )
 from modicum.knobs import explained, parameters
@@ -203,6 +205,8 @@ policy = Registry("policies", "policy", "modicum.submodular", PolicyFacts)
 attack = Registry("attacks", "attack", "modicum.evaluate.attacks", AttackFacts)
 judge = Registry("judges", "judge", "modicum.evaluate.judges", JudgeFacts)
 model = Registry("models", "model", "modicum.models", ModelFacts)
+source = Registry("sources", "data source", "modicum.jobs.data.sources", SourceFacts)
+row_kind = Registry("row_kinds", "kind of rows", "modicum.jobs.data.kinds", RowKindFacts)
 job = Registry("jobs", "job", "modicum.jobs", JobFacts)
 
 REGISTRIES: Mapping[str, Registry[..., Facts]] = MappingProxyType(
@@ -219,10 +223,24 @@ REGISTRIES: Mapping[str, Registry[..., Facts]] = MappingProxyType(
             attack,
             judge,
             model,
+            source,
+            row_kind,
             job,
         )
     }
 )
+
+
+def wanted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``offered`` that ``function`` has keyword-only parameters for.
+
+    Example:
+        >>> def share(items, *, level): ...
+        >>> wanted(share, {"level": 0.95, "seed": 0})
+        {'level': 0.95}
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: offered[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in offered}
 
 
 def _modules(folder: Traversable, package: str) -> Iterator[tuple[str, Traversable]]:

@@ -13,3 +13,5 @@ Positive: TypeAlias = Annotated[float, Gt(0)]
 NonNegative: TypeAlias = Annotated[float, Ge(0)]
 PositiveInt: TypeAlias = Annotated[int, Gt(0)]
 NonNegativeInt: TypeAlias = Annotated[int, Ge(0)]
+
+IGNORED = -100  # the label that carries no loss, as everywhere in PyTorch and transformers

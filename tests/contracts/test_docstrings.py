@@ -5,16 +5,19 @@ import re
 
 import pytest
 
+from modicum import registry
 from modicum.registry import REGISTRIES, Entry, job
 
 METHODS = [entry for table in REGISTRIES.values() for entry in table.values() if entry.noun != job.noun]
 SECTIONS = ("Args", "Example", "Cost", "Deviates", "Reference")
+OWN = {registry.source.noun, registry.row_kind.noun}  # ways of ours to read data, which nobody published
 
 
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: f"{entry.noun}-{entry.name}")
 def test_a_method_says_what_it_takes_costs_changes_and_rests_on(entry: Entry):
     text = inspect.getdoc(entry.function) or ""
-    missing = [section for section in SECTIONS if f"\n{section}:" not in text]
+    needed = SECTIONS[:2] if entry.noun in OWN else SECTIONS
+    missing = [section for section in needed if f"\n{section}:" not in text]
     assert not missing, f"{entry.noun} {entry.name} has no {', '.join(missing)}"
     gathered = inspect.getdoc(entry.facts.gather) if entry.facts.gather else ""
     arguments = gathered + re.split(r"\n[A-Z]\w+:\n", text.partition("\nArgs:")[2])[0]

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modicum.jobs.data.tasks import Example, task_examples
+from modicum.jobs.data.sources.suite import Example, task_examples
 from modicum.jobs.loading.models import load_model, load_tokenizer
 from modicum.jobs.training.task_losses import TaskLoss
 from modicum.random import generator

@@ -30,7 +30,7 @@ from benchmarks.memory import Peak
 from torch import Tensor, nn
 
 from modicum.errors import ModicumError
-from modicum.jobs.data.tasks import Example, task_examples
+from modicum.jobs.data.sources.suite import Example, task_examples
 from modicum.jobs.loading.models import load_model, load_tokenizer
 from modicum.jobs.training.task_losses import TaskLoss
 from modicum.optim import LOZO, MeZO, TeZO

@@ -127,8 +127,10 @@ def _arguments(model: PreTrainedModel) -> Iterable[str]:
     return signature(base.forward).parameters
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Return the tokens that end an answer: the model's own and the tokenizer's."""
+def stop_tokens(model: PreTrainedModel, tokenizer: Any, *, line: bool = False) -> set[int]:
+    """Return the tokens that end an answer: the model's own and the tokenizer's, and for one line the line feed."""
     own = getattr(model.generation_config, "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return {int(token) for token in found if token is not None}
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"] if line else []
+    # A tokenizer that needs several tokens for a line feed has none that always ends a line.
+    return {int(token) for token in found if token is not None} | set(newline if len(newline) == 1 else ())

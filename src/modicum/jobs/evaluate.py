@@ -19,8 +19,9 @@ from annotated_types import Gt, Lt
 from pydantic import Field, field_validator, model_validator
 
 from modicum.errors import RecipeError, did_you_mean
+from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.rows import DataSection, Rows, load_rows
-from modicum.jobs.data.tokens import pad_id, prompt_ids
+from modicum.jobs.data.tokens import prompt_ids
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16, resolve_model
 from modicum.jobs.retrieval import RetrievalTask, retrieval_grid, retrieval_rows
 from modicum.recipe import Recipe, Section

@@ -13,9 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from modicum.objectives.batch import IGNORED
 from modicum.registry import objective
-from modicum.types import PositiveInt
+from modicum.types import IGNORED, PositiveInt
 
 Metric: TypeAlias = Literal["own", "exact_match", "f1"]
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from modicum.errors import ModicumError, RecipeError
 
 Batch: TypeAlias = Mapping[str, Any]
-IGNORED = -100  # the label that carries no loss, as everywhere in PyTorch and transformers
 
 
 @dataclass(frozen=True)

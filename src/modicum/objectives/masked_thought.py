@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from modicum.objectives.batch import IGNORED, Batch, documents, keys_of, require_labels, require_mask_token, with_ids
+from modicum.objectives.batch import Batch, documents, keys_of, require_labels, require_mask_token, with_ids
 from modicum.objectives.meap import mask_ratio_at
 from modicum.objectives.selection import select_positions
 from modicum.objectives.token_dropout import random_ids
 from modicum.registry import objective
-from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
+from modicum.types import IGNORED, NonNegativeInt, PositiveInt, UnitInterval
 
 Replacement: TypeAlias = Literal["mask", "random"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modicum.errors import UnsupportedError
-from modicum.objectives.batch import IGNORED, Batch, attended, keys_of, require_labels, require_mask_token
+from modicum.objectives.batch import Batch, attended, keys_of, require_labels, require_mask_token
 from modicum.objectives.selection import check_ratio
 from modicum.objectives.sft_rows import (
     CLEAN,
@@ -36,7 +36,7 @@ from modicum.objectives.sft_rows import (
     shared_prefix,
 )
 from modicum.registry import objective
-from modicum.types import NonNegative, NonNegativeInt, UnitInterval
+from modicum.types import IGNORED, NonNegative, NonNegativeInt, UnitInterval
 
 
 def meap_sft_loss(

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from modicum.errors import ModicumError, RecipeError
-from modicum.objectives.batch import IGNORED, keys_of
+from modicum.objectives.batch import keys_of
 from modicum.objectives.meap import mask_inputs
-from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
+from modicum.types import IGNORED, NonNegativeInt, PositiveInt, UnitInterval
 
 Layout: TypeAlias = Literal["separate", "concat"]
 Attend: TypeAlias = Literal["causal", "isolated"]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modicum.errors import RecipeError
-from modicum.evaluate import exact_match, extract
+from modicum.evaluate import exact_match, extract, normalize
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("Paris.", "paris"), (" a\n b ", "A b"), ('"42"', "42")])
@@ -28,3 +30,27 @@ def test_without_a_match_the_whole_text_is_the_answer():
 def test_a_pattern_needs_exactly_one_group(pattern):
     with pytest.raises(RecipeError, match="expected one around the answer|not a regular expression"):
         extract("x", pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "edges", "squad"),
+    [
+        (" The Cat's  tail. ", "the cat's tail", "cats tail"),
+        ("an *A-B*", "an *a-b", "ab"),
+        ("-4.5", "-4.5", "45"),
+        ("a an the", "a an the", ""),
+        ("STRASSE ß", "strasse ss", "strasse ß"),
+    ],
+)
+def test_the_two_definitions_of_what_counts(text, edges, squad):
+    assert (normalize(text), normalize(text, normalization="squad")) == (edges, squad)
+
+
+@given(st.text(alphabet="aAnthe .,-_\n4", max_size=12), st.sampled_from(["edges", "squad"]))
+def test_normalising_twice_is_normalising_once(text, normalization):
+    once = normalize(text, normalization=normalization)
+    assert normalize(once, normalization=normalization) == once
+
+
+def test_one_of_several_right_answers_is_enough():
+    assert exact_match("b", ["a", "B."]) and not exact_match("c", ["a", "b"]) and not exact_match("c", [])

@@ -13,7 +13,6 @@ from modicum.evaluate.measures.retrieval import (
     grids,
     make_items,
     name,
-    normalize,
     read_lost_in_the_middle,
     read_ruler,
     score,
@@ -92,7 +91,6 @@ def test_partial_answers_get_their_share_or_everything():
     answers = ("1", "2", "3", "4")
     assert score("1, 3", Item("t", "", answers, "", 0.0, 1)) == 0.5
     assert score("3", Item("t", "", answers, "", 0.0, 1, "any")) == 1.0
-    assert normalize(" The Cat's  tail. ") == "cats tail"
 
 
 def test_grids_hold_the_means_and_leave_gaps_open():

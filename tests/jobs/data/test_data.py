@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from modicum.errors import CheckpointError, MissingExtraError, RecipeError
 from modicum.jobs.data.rows import DataSection, Rows, collate, load_rows, tokenize
-from modicum.jobs.data.tokens import IGNORED, encode, prompt_ids
+from modicum.jobs.data.tokens import encode, prompt_ids
 from modicum.jobs.loading.models import load_tokenizer
+from modicum.types import IGNORED
 from support import byte_tokenizer, tiny_llama
 
 TASK = "reasoning-gym:chain_sum"

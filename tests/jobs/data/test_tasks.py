@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
-from modicum.jobs.data.tasks import TASKS, Example, exact_match, f1, k_shot, task_examples
+from modicum.evaluate.measures.exact_match import exact_match, f1
+from modicum.jobs.data.sources.suite import TASKS, Example, k_shot, task_examples
 from modicum.jobs.training.task_losses import Question, TaskLoss, answer_batch, answer_scores, reward_loss
 from modicum.objectives.answers import candidate_scores, label_words, multiple_choice
 from modicum.optim import MeZO, TeZO

@@ -5,8 +5,8 @@ import torch
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs import execute, plan
-from modicum.jobs.data import tasks
 from modicum.jobs.data.rows import DataSection, load_rows
+from modicum.jobs.data.sources import suite
 from modicum.recipe import parse
 from modicum.record import read_log
 from support import byte_tokenizer
@@ -17,8 +17,8 @@ TEZO = {"name": "tezo", "lr": 3e-3, "rank": 4}
 @pytest.fixture(autouse=True)
 def _letters(monkeypatch):
     """A task whose candidates are one byte each, which the test tokenizer takes for label words."""
-    render = tasks._choice("{sentence}", ("a", "b"))
-    monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "letters": tasks.Task("", None, render)})
+    render = suite._choice("{sentence}", ("a", "b"))
+    monkeypatch.setattr(suite, "TASKS", {**suite.TASKS, "letters": suite.Task("", None, render)})
 
 
 def recipe(model, objective=None, /, task="letters", **changes):
@@ -96,7 +96,9 @@ def test_the_paired_engine_sees_the_objective_at_both_points(tiny_model, tmp_pat
 
 def test_a_reward_without_a_gradient_is_raised_by_a_zeroth_order_optimizer(tiny_model, tmp_path, monkeypatch):
     # A reward that a few steps can move: the share of the answer's characters that lie early in the alphabet.
-    monkeypatch.setattr("modicum.jobs.data.tasks.exact_match", lambda answer, _: sum(map(ord, answer)) / 1000 % 1)
+    monkeypatch.setattr(
+        "modicum.jobs.data.sources.suite.exact_match", lambda answer, _, **__: sum(map(ord, answer)) / 1000 % 1
+    )
     objective = {"name": "reward", "max_new_tokens": 3}
     knobs = {"name": "mezo", "lr": 1e-3, "eps": 0.1}
     done = run(tmp_path / "r", tiny_model, objective, optimizer=knobs)
@@ -188,8 +190,8 @@ def test_a_trainer_of_one_s_own_is_told_where_to_go(tiny_model):
 
 
 def test_two_tasks_with_different_words_do_not_mix(tiny_model, tmp_path, monkeypatch):
-    render = tasks._choice("{sentence}", ("b", "a"))
-    monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "turned": tasks.Task("", None, render)})
+    render = suite._choice("{sentence}", ("b", "a"))
+    monkeypatch.setattr(suite, "TASKS", {**suite.TASKS, "turned": suite.Task("", None, render)})
     with pytest.raises(RecipeError, match="different label words"):
         run(tmp_path / "r", tiny_model, "label_words", eval_data="task:turned")
 

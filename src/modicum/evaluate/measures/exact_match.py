@@ -1,34 +1,114 @@
-"""Whether an answer is the expected one."""
+"""Whether an answer is the expected one: for evaluation and for rewards alike.
+
+Two texts are compared after :func:`normalize`, by one of two definitions. ``edges`` leaves the inside of an answer
+alone and suits data of any sort: "-4" is not "4" and "4.5" not "45". ``squad`` is the published definition of SQuAD,
+which the suite of large-model tasks (:mod:`modicum.jobs.data.sources.suite`) and lost-in-the-middle follow. The data
+says which one is its own; see :class:`modicum.evaluate.rows.Rows`.
+"""
 
 from __future__ import annotations
 
 import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 from modicum.errors import RecipeError
+from modicum.evaluate.rows import Normalization, Rows
+
+Score: TypeAlias = Literal["own", "exact_match", "f1"]
 
 _EDGES = " \t\n\"'`*.,:;!"
 
 
-def normalize(text: str) -> str:
-    """Return ``text`` without case, surrounding punctuation and repeated white space.
+def normalize(text: str, *, normalization: Normalization = "edges") -> str:
+    """Return ``text`` without what does not count when answers are compared.
+
+    Args:
+        text: An answer.
+        normalization: ``edges`` drops case, surrounding punctuation and repeated white space. ``squad`` drops case, all
+            ASCII punctuation, the English articles and repeated white space.
 
     Example:
         >>> normalize(' The  "Answer". ')
         'the "answer'
         >>> normalize("**42.**") == normalize("42")
         True
+        >>> normalize("The  answer: 1,204.", normalization="squad")
+        'answer 1204'
+
+    Reference:
+        P. Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", arXiv:1606.05250, the
+        evaluation script, for ``squad``. ``edges`` is our choice.
     """
-    return re.sub(r"\s+", " ", text).strip(_EDGES).casefold()
+    if normalization == "edges":
+        return re.sub(r"\s+", " ", text).strip(_EDGES).casefold()
+    # The published script removes punctuation before articles, so that "a-b" becomes the word "ab".
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
-def exact_match(answer: str, expected: str) -> bool:
-    """Whether two texts are the same after :func:`normalize`.
+def exact_match(answer: str, expected: str | Sequence[str], *, normalization: Normalization = "edges") -> bool:
+    """Whether an answer and an expected one are the same after :func:`normalize`.
+
+    Args:
+        answer: What the model answered.
+        expected: The right answer, or several of which one suffices.
+        normalization: See :func:`normalize`.
 
     Example:
-        >>> exact_match("Paris.", "paris")
+        >>> exact_match("Paris.", "paris"), exact_match("the cat", ["dog", "cat"])
+        (True, False)
+        >>> exact_match("the cat", ["dog", "cat"], normalization="squad")
         True
     """
-    return normalize(answer) == normalize(expected)
+    references = [expected] if isinstance(expected, str) else expected
+    said = normalize(answer, normalization=normalization)
+    return any(said == normalize(reference, normalization=normalization) for reference in references)
+
+
+def f1(answer: str, references: Sequence[str]) -> float:
+    """Return the best overlap of words with a reference, as harmonic mean of precision and recall.
+
+    Words are those of SQuAD's normalisation, as its definition has it.
+
+    Example:
+        >>> round(f1("a big cat", ["the cat"]), 3)
+        0.667
+    """
+
+    def overlap(reference: str) -> float:
+        said, right = (normalize(text, normalization="squad").split() for text in (answer, reference))
+        if not said or not right:
+            return float(said == right)
+        common = sum((Counter(said) & Counter(right)).values())
+        return 2 * common / (len(said) + len(right))
+
+    return max((overlap(reference) for reference in references), default=0.0)
+
+
+def score(rows: Rows, index: int, answer: str, *, metric: Score = "own") -> float:
+    """Return the score of an answer to one row, from 0 to 1. Evaluation and rewards both ask here.
+
+    Args:
+        rows: The data.
+        index: Which of its rows.
+        answer: What the model answered.
+        metric: ``own`` is the data's scorer where it has one, else exact match.
+
+    Example:
+        >>> rows = Rows("completion", [{"prompt": "?", "completion": "Paris"}])
+        >>> score(rows, 0, "paris.")
+        1.0
+    """
+    if metric == "own" and rows.score is not None:
+        return rows.score(index, answer)
+    row = rows.rows[index]
+    references = row.get("references") or [row["completion"]]
+    if metric == "f1":
+        return f1(answer, references)
+    return float(exact_match(answer, references, normalization=rows.normalization))
 
 
 def extract(text: str, pattern: str | None) -> str:

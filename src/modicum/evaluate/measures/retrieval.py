@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from modicum.errors import RecipeError, did_you_mean
+from modicum.evaluate.measures.exact_match import normalize
 from modicum.random import derive_seed
 from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
 
@@ -232,25 +233,16 @@ def make_items(
 def score(answer: str, item: Item) -> float:
     """Return the share of the item's answers that occur in ``answer`` as whole words, or 1 if any does.
 
+    Words are those of SQuAD's normalisation, as lost-in-the-middle defines its score.
+
     Example:
         >>> item = Item("multi_needle", "…", ("41", "Bravo"), "", 0.0, 100)
         >>> score("They are 41 and 410.", item)
         0.5
     """
-    given = f" {normalize(answer)} "
-    found = [f" {normalize(expected)} " in given for expected in item.answers]
+    given, *sought = (f" {normalize(text, normalization='squad')} " for text in (answer, *item.answers))
+    found = [expected in given for expected in sought]
     return float(any(found)) if item.match == "any" else sum(found) / len(found)
-
-
-def normalize(text: str) -> str:
-    """Lower the case, drop punctuation and English articles, and join by single spaces.
-
-    Example:
-        >>> normalize("The  answer: 1,204.")
-        'answer 1204'
-    """
-    words = re.sub(r"[^\w\s]", "", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 @dataclass(frozen=True)

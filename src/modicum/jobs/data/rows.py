@@ -6,12 +6,15 @@ Nothing is left in a cache: local files and generated tasks are read straight in
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.jobs.data import sources
-from modicum.jobs.data.section import DataSection, Fields, Kind, Row, Rows
-from modicum.jobs.data.tokens import LabelledLogits, PaddingCollator, collate, tokenize
+from modicum.evaluate.rows import Row, Rows
+from modicum.facts import RowKindFacts
+from modicum.jobs.data.collators import LabelledLogits, PaddingCollator, collate
+from modicum.jobs.data.section import DataSection, Fields
+from modicum.jobs.data.tokens import tokenize
+from modicum.registry import Entry, row_kind, wanted
 
 __all__ = ["DataSection", "Fields", "LabelledLogits", "PaddingCollator", "Rows", "collate", "load_rows", "tokenize"]
 
@@ -29,81 +32,45 @@ def load_rows(section: DataSection, *, seed: int = 0) -> Rows:
         MissingExtraError: The source needs a package that is not installed.
     """
     seed = seed if section.seed is None else section.seed
-    kind, colon, name = section.path.partition(":")
-    if colon and kind == "reasoning-gym":
-        answers, score = sources.task(section, name, seed)
-        return Rows("completion", [_prompted(section, *pair) for pair in answers], score)
-    if colon and kind == "task":
-        from modicum.jobs.data.tasks import task_rows
-
-        return Rows("completion", *task_rows(section, name, seed))
-    if colon and kind == "builtin":
-        raw = sources.builtin(section, name)
-    elif section.is_local:
-        raw = sources.local(section, Path(section.path).expanduser())
-    else:
-        raw = sources.hub(section)
-    if not raw:
+    entry, name = section.source
+    offered = {"seed": seed, **_config(section)}
+    found = entry.function(section, name, **wanted(entry.function, offered))
+    if isinstance(found, Rows):
+        return found
+    if not found:
         raise CheckpointError(f"{section.path} (split {section.split!r}) has no rows, expected at least one.")
     if section.shuffle:
         import torch
 
         from modicum.random import generator
 
-        order = torch.randperm(len(raw), generator=generator(seed, "data", section.split))
-        raw = [raw[i] for i in order.tolist()]
-    raw = raw[: section.size]
-    chosen = _kind(section, raw[0])
-    return Rows(chosen, [_row(section, chosen, row, index) for index, row in enumerate(raw)])
+        order = torch.randperm(len(found), generator=generator(seed, "data", section.split))
+        found = [found[i] for i in order.tolist()]
+    found = found[: section.size]
+    kind = _kind(section, found[0])
+    return Rows(kind.name, [kind.function(section, row, index) for index, row in enumerate(found)])
 
 
-def _kind(section: DataSection, row: Row) -> Kind:
+def _config(section: DataSection) -> dict[str, Any]:
+    """Return the knobs of the source, checked; one with an open config reads the section's itself."""
+    entry, _ = section.source
+    if entry.facts.open_config:
+        return {}
+    try:
+        return entry.knobs(section.config)
+    except RecipeError as error:
+        raise RecipeError(f"{section.path}: config: {error}") from None
+
+
+def _kind(section: DataSection, row: Row) -> Entry[RowKindFacts]:
     if section.format != "auto":
-        return section.format
-    fields = section.fields
-    if fields.messages in row:
-        return "chat"
-    if fields.prompt in row and fields.completion in row:
-        return "completion"
-    if fields.text in row:
-        return "text"
+        return row_kind[section.format]
+    kinds = sorted(row_kind.values(), key=lambda kind: kind.facts.order)
+    for kind in kinds:
+        if all(section.fields.of(field) in row for field in kind.facts.fields):
+            return kind
+    *most, last = (" and ".join(repr(section.fields.of(field)) for field in kind.facts.fields) for kind in kinds)
     raise RecipeError(
-        f"{section.path}: rows have the fields {', '.join(sorted(row)) or 'none'}; expected {fields.messages!r}, "
-        f"{fields.prompt!r} and {fields.completion!r}, or {fields.text!r}. Name yours: "
-        "fields: {prompt: …, completion: …}"
+        f"{section.path}: rows have the fields {', '.join(sorted(row)) or 'none'}; "
+        f"expected {', '.join(most)}, or {last}. Name yours: fields: {{prompt: …, completion: …}}"
     )
-
-
-def _row(section: DataSection, kind: Kind, row: Row, index: int) -> Row:
-    """Return ``row`` under our own field names, checked."""
-    fields = section.fields
-    if kind == "text":
-        return {"text": _text(section, row, fields.text, index)}
-    if kind == "completion":
-        return _prompted(section, *(_text(section, row, name, index) for name in (fields.prompt, fields.completion)))
-    messages = row.get(fields.messages)
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise RecipeError(
-            f"{section.path}, row {index}: field {fields.messages!r} is {messages!r:.80}, "
-            "expected a list of {role: …, content: …}."
-        )
-    if section.system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": section.system}, *messages]
-    return {"messages": messages}
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def _prompted(section: DataSection, prompt: str, completion: str) -> Row:
-    row: Row = {"prompt": section.template.replace("{prompt}", prompt), "completion": completion}
-    return {"system": section.system, **row} if section.system is not None else row
-
-
-def _text(section: DataSection, row: Row, name: str, index: int) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        found = f"is {type(value).__name__}" if name in row else f"is missing (it has {', '.join(sorted(row))})"
-        raise RecipeError(f"{section.path}, row {index}: field {name!r} {found}, expected text.")
-    return value

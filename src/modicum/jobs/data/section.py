@@ -1,35 +1,44 @@
-"""What data is for the jobs: the section of a recipe that names it, and rows of one of three kinds.
-
-==============  ====================================================
-``text``        ``{"text": str}``
-``chat``        ``{"messages": [{"role": …, "content": …}, …]}``
-``completion``  ``{"prompt": str, "completion": str}``
-==============  ====================================================
-"""
+"""The section of a recipe that names data: where rows come from, and how they become prompts and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from modicum.errors import RecipeError, did_you_mean
+from modicum.facts import SourceFacts
 from modicum.recipe import Section
+from modicum.registry import Entry, row_kind, source
 from modicum.types import NonNegativeInt, PositiveInt
-
-Row: TypeAlias = dict[str, Any]
-Kind: TypeAlias = Literal["text", "chat", "completion"]
 
 
 class Fields(Section):
-    """Names of the fields in the user's files."""
+    """Names of the fields in the user's files; a kind of rows with further fields has them here too."""
+
+    model_config = ConfigDict(extra="allow")
 
     text: str = "text"
     messages: str = "messages"
     prompt: str = "prompt"
     completion: str = "completion"
+
+    @model_validator(mode="after")
+    def _are_known(self) -> Fields:
+        for name, value in (self.model_extra or {}).items():
+            known = {field for kind in row_kind.values() for field in kind.facts.fields}
+            if name not in known:
+                raise ValueError(f"unknown field {name!r}. {did_you_mean(name, known)}")
+            if not isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}, expected the name of a field")
+        return self
+
+    def of(self, field: str) -> str:
+        """Return what the user's files call ``field``."""
+        return str(getattr(self, field, field))
 
 
 class DataSection(Section):
@@ -45,7 +54,7 @@ class DataSection(Section):
     config: dict[str, Any] = Field(
         default_factory=dict, description="knobs of a reasoning-gym task or a task, or arguments of load_dataset"
     )
-    format: Literal["auto", "text", "chat", "completion"] = "auto"
+    format: str = Field(default="auto", description="kind of the rows; auto: as their fields tell")
     fields: Fields = Fields()
     system: str | None = Field(default=None, description="system message put before every prompt or chat")
     template: str = Field(default="{prompt}", description="text around every prompt")
@@ -60,33 +69,30 @@ class DataSection(Section):
             raise ValueError("expected a text that holds {prompt}")
         return value
 
+    @field_validator("format")
+    @classmethod
+    def _is_a_kind_of_rows(cls, value: str) -> str:
+        if value != "auto" and value not in row_kind:
+            raise ValueError(f"{value!r} is no kind of rows. {did_you_mean(value, ['auto', *row_kind])}")
+        return value
+
     @property
-    def is_local(self) -> bool:
-        """Whether the path is a file or folder on this machine."""
-        return ":" not in self.path and Path(self.path).expanduser().exists()
+    def source(self) -> tuple[Entry[SourceFacts], str]:
+        """The source that ``path`` names, and what it is to give.
+
+        Raises:
+            RecipeError: The path begins with the key of a source that does not exist.
+        """
+        key, colon, name = self.path.partition(":")
+        if colon and key in source:
+            return source[key], name
+        if Path(self.path).expanduser().exists():
+            return source["file"], self.path
+        if colon and re.fullmatch(r"[a-z][a-z_-]+", key) and not name.startswith("//"):
+            raise RecipeError(f"{self.path}: there is no data source {key!r}. {did_you_mean(key, source)}")
+        return source["hub"], self.path
 
     def inputs(self) -> Iterator[str]:
-        """Yield the file or folder, whose content is part of a run's identity."""
-        if self.is_local:
-            yield self.path
-        elif self.path.startswith("task:") and "path" in self.config:
-            yield str(self.config["path"])
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one kind, and what can score an answer to one of them.
-
-    Args:
-        kind: What every row holds; see the module.
-        rows: The rows.
-        score: From the index of a row and an answer to a number in [0, 1]; ``None`` where only the expected
-            completion is known.
-    """
-
-    kind: Kind
-    rows: list[Row]
-    score: Callable[[int, str], float] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        """Yield the files and folders that are read, whose content is part of a run's identity."""
+        entry, name = self.source
+        yield from entry.facts.inputs(self, name)

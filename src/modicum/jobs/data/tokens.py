@@ -8,20 +8,21 @@ the whole.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from modicum.errors import CheckpointError, RecipeError
+from modicum.evaluate.rows import Row, Rows
+from modicum.registry import row_kind
+from modicum.types import IGNORED
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from modicum.jobs.data.section import DataSection, Row, Rows
+    from modicum.jobs.data.section import DataSection
 
-IGNORED = -100  # the label that the loss leaves out
 Example: TypeAlias = tuple[list[int], list[int]]  # ids and labels
 
 
@@ -47,21 +48,46 @@ def tokenize(
     Raises:
         CheckpointError: The tokenizer cannot express these rows, or nothing is left to learn from.
     """
-    if rows.kind == "text":
-        examples = [(ids, list(ids)) for ids in _documents(rows.rows, tokenizer)]
-    else:
-        examples = [
-            encode(row, tokenizer, completion_only=section.completion_only, where=f"{section.path}, row {index}")
-            for index, row in enumerate(rows.rows)
-        ]
-    if rows.kind == "text" and section.packing:
-        ids = list(chain.from_iterable(ids for ids, _ in examples))
-        blocks = [ids[start : start + section.max_length] for start in range(0, len(ids), section.max_length)]
-        return _dataset([(block, list(block)) for block in blocks], section)
-    examples = _cut(examples, section.max_length, note)
-    if section.packing:
-        return _packed(examples, section)
-    return _dataset(examples, section)
+    return row_kind[rows.kind].facts.tokenize(rows, tokenizer, section, note)
+
+
+def tokenize_answers(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, section: DataSection, note: Callable[[str], None] | None
+) -> datasets.Dataset:
+    """Learn from what the assistant says; see :func:`encode`."""
+    examples = [
+        encode(row, tokenizer, completion_only=section.completion_only, where=f"{section.path}, row {index}")
+        for index, row in enumerate(rows.rows)
+    ]
+    return dataset(examples, section, note)
+
+
+def dataset(
+    examples: list[Example], section: DataSection, note: Callable[[str], None] | None = None
+) -> datasets.Dataset:
+    """Return examples as a data set: cut to ``max_length``, packed where the section says so."""
+    short = _cut(examples, section.max_length, note)
+    return _packed(short, section) if section.packing else _padded(short, section)
+
+
+def blocks(ids: list[int], section: DataSection) -> datasets.Dataset:
+    """Return one stream of text as blocks of ``max_length``, all of it learned; the last block may be shorter."""
+    cut = [ids[start : start + section.max_length] for start in range(0, len(ids), section.max_length)]
+    return _padded([(block, list(block)) for block in cut], section)
+
+
+def text_of(section: DataSection, row: Row, field: str, index: int) -> str:
+    """Return the text of a source's row in ``field``, which the section may have renamed.
+
+    Raises:
+        RecipeError: The field is missing or no text.
+    """
+    name = section.fields.of(field)
+    value = row.get(name)
+    if not isinstance(value, str):
+        found = f"is {type(value).__name__}" if name in row else f"is missing (it has {', '.join(sorted(row))})"
+        raise RecipeError(f"{section.path}, row {index}: field {name!r} {found}, expected text.")
+    return value
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:
@@ -95,7 +121,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
     if "messages" not in row and (row.get("plain") or not tokenizer.chat_template):
         start = prompt_ids(row, tokenizer)
         answer = _ids(tokenizer, row["completion"])
-        answer = answer if row.get("plain") else _ended(answer, tokenizer)
+        answer = answer if row.get("plain") else ended(answer, tokenizer)
         return start + answer, (([IGNORED] * len(start)) if completion_only else list(start)) + answer
     if not tokenizer.chat_template:
         raise CheckpointError(
@@ -142,14 +168,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return ``ids`` with the token that ends a text, where the tokenizer has one."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def _documents(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
-    for ids in tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]:
-        yield _ended(ids, tokenizer)
 
 
 def _cut(examples: list[Example], max_length: int, note: Callable[[str], None] | None) -> list[Example]:
@@ -166,7 +188,7 @@ def _cut(examples: list[Example], max_length: int, note: Callable[[str], None] |
     return kept
 
 
-def _dataset(examples: list[Example], section: DataSection) -> datasets.Dataset:
+def _padded(examples: list[Example], section: DataSection) -> datasets.Dataset:
     import datasets
 
     examples = [example for example in examples if len(example[0]) > 1]
@@ -207,75 +229,3 @@ def _packed(examples: list[Example], section: DataSection) -> datasets.Dataset:
             "position_ids": [list(chain.from_iterable(range(len(ids)) for ids, _ in row)) for row in rows],
         }
     )
-
-
-@dataclass(frozen=True)
-class PaddingCollator:
-    """Pad examples on the right to the longest of the batch; padding has no label.
-
-    Args:
-        tokenizer: Gives the padding token, or failing that the end-of-text token.
-        multiple: Round the length up to a multiple of this, which some accelerators like.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    multiple: int = 1
-
-    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-        """Return the batch: tensors, and for packed rows the order not to make a cache."""
-        import torch
-
-        length = max(len(example["input_ids"]) for example in examples)
-        length = -(-length // self.multiple) * self.multiple
-        fill = {"input_ids": pad_id(self.tokenizer), "labels": IGNORED, "attention_mask": 0}
-        batch: dict[str, Any] = {}
-        for key in examples[0]:
-            padded = []
-            for example in examples:
-                missing = length - len(example[key])
-                # Padding of a packed row is one more sample, so that no real one sees it.
-                tail = list(range(missing)) if key == "position_ids" else [fill[key]] * missing
-                padded.append([*example[key], *tail])
-            batch[key] = torch.tensor(padded)
-        # With a cache, transformers takes the samples of a packed row for one, and they see each other.
-        return batch | {"use_cache": False} if "position_ids" in batch else batch
-
-
-def collate(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-    """Return the collator for what :func:`tokenize` gives.
-
-    Raises:
-        CheckpointError: The tokenizer has neither a padding nor an end-of-text token.
-    """
-    pad_id(tokenizer)
-    return PaddingCollator(tokenizer)
-
-
-@dataclass(frozen=True)
-class LabelledLogits:
-    """Ask the model for logits only where a label follows.
-
-    The output layer is the widest of a small model, and with labels on the completion only most of its work is thrown
-    away: a fifth of a training step for SmolLM2-135M, and most of its memory. ``logits_to_keep`` and ``shift_labels``
-    are arguments that transformers' causal models and their loss take.
-
-    Args:
-        inner: The collator that makes the batch.
-    """
-
-    inner: Callable[[Sequence[dict[str, list[int]]]], dict[str, Any]]
-
-    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-        """Return the batch with the positions to predict from and their labels."""
-        batch = self.inner(examples)
-        targets = batch["labels"][:, 1:]
-        positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
-        return {**batch, "logits_to_keep": positions, "shift_labels": targets[:, positions]}
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id to pad with."""
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
-    raise CheckpointError("The tokenizer has neither a padding nor an end-of-text token. Set pad_token in its config.")

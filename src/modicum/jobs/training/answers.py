@@ -16,8 +16,9 @@ from torch import Tensor
 
 from modicum import processes
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.jobs.data.tasks import exact_match, f1
-from modicum.jobs.data.tokens import pad_id, prompt_ids
+from modicum.evaluate.measures.exact_match import score
+from modicum.jobs.data.collators import pad_id
+from modicum.jobs.data.tokens import prompt_ids
 from modicum.jobs.training.task_losses import Question, answer_batch, answer_scores, common_words
 from modicum.registry import objective
 
@@ -105,7 +106,7 @@ def answer_rows(
         cut += len(prompt) > room
         asked.append(Question(prompt[-room:], candidates, answer))
         if name == "reward":
-            scorers[answer] = _scorer(rows, index, knobs["metric"])
+            scorers[answer] = partial(score, rows, index, metric=knobs["metric"])
     if cut:
         note(f"{cut} of {len(asked)} prompts exceed max_length {section.max_length}; they lost their beginning.")
     words = common_words(asked) if name == "label_words" else []
@@ -115,14 +116,6 @@ def answer_rows(
             "longer. Use objective: multiple_choice."
         )
     return AnswerRows(asked, words, scorers, one_line=any(row.get("plain") for row in rows.rows))
-
-
-def _scorer(rows: Rows, index: int, metric: str) -> Callable[[str], float]:
-    if metric == "own" and rows.score is not None:
-        return partial(rows.score, index)
-    row = rows.rows[index]
-    references = row.get("references") or [row["completion"]]
-    return partial(f1 if metric == "f1" else exact_match, references=references)
 
 
 @dataclass(frozen=True)
@@ -169,14 +162,12 @@ class AnswerLoss:
         from modicum.evaluate import generate, stop_tokens
 
         base = getattr(model, "module", model)
-        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        line_end = newline if self._one_line and len(newline) == 1 else []
         prompts = [row[real].tolist() for row, real in zip(inputs["input_ids"], inputs["attention_mask"].bool())]
         answers = generate(
             base,
             prompts,
             max_new_tokens=self._knobs["max_new_tokens"],
-            stop={*stop_tokens(base, self.tokenizer), *line_end},
+            stop=stop_tokens(base, self.tokenizer, line=self._one_line),
             pad=pad_id(self.tokenizer),
             batch_size=len(prompts),
         )

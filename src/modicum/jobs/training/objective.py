@@ -21,11 +21,12 @@ from torch.nn import functional
 
 from modicum.errors import UnsupportedError
 from modicum.facts import ObjectiveFacts
-from modicum.objectives.batch import IGNORED, Batch
+from modicum.objectives.batch import Batch
 from modicum.objectives.collator import ObjectiveCollator, check_mask_id, special_ids
 from modicum.objectives.mask_token import check_causal, drop_mask_token, ensure_mask_token, suppress_mask_token
 from modicum.objectives.philox import row_keys
 from modicum.registry import Entry, objective
+from modicum.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback

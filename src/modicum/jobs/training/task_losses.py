@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.objectives.answers import candidate_scores, label_words, multiple_choice
-from modicum.objectives.batch import IGNORED
 from modicum.optim.zeroth_order.engines import expand_batch
+from modicum.types import IGNORED
 
 if TYPE_CHECKING:
-    from modicum.jobs.data.tasks import Example
+    from modicum.jobs.data.sources.suite import Example
 
 
 @dataclass(frozen=True)

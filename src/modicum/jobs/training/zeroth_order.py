@@ -15,6 +15,7 @@ from modicum.errors import UnsupportedError
 from modicum.jobs.training.answers import AnswerLoss
 from modicum.layout import ADAPTER_PREFIX
 from modicum.registry import zeroth_order
+from modicum.types import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -183,4 +184,4 @@ def _targets(inputs: Mapping[str, Any]) -> float:
     if inputs.get("shift_labels", inputs["labels"]).dim() == 1:
         return float(len(inputs["labels"]))  # an answer for each example
     targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
-    return max(1.0, float((targets != -100).sum()))
+    return max(1.0, float((targets != IGNORED).sum()))

@@ -1,27 +1,27 @@
 """The tasks on which zeroth-order fine-tuning is compared: data, prompts, candidates, and how an answer is scored.
 
-Prompts follow the published large-model suite. Data comes from ``datasets``: a Hub id, or a folder of ``save_to_disk``.
+Prompts follow the published large-model suite, and answers are compared by SQuAD's normalisation, as there. Data comes
+from ``datasets``: a Hub id, or a folder of ``save_to_disk``.
 Three further tasks, ``polarity``, ``parity`` and ``order``, are made from a seed and need no download.
 """
 
 from __future__ import annotations
 
-import re
-import string
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
+from modicum.evaluate.measures.exact_match import exact_match, f1
+from modicum.evaluate.rows import Rows
+from modicum.jobs.data.section import DataSection
 from modicum.random import generator
-
-if TYPE_CHECKING:
-    from modicum.jobs.data.section import DataSection
+from modicum.registry import source
 
 MADE_SIZE = 500  # rows of a made task when the recipe does not say
 Row: TypeAlias = Mapping[str, Any]
@@ -193,47 +193,67 @@ def task_examples(
         ) from None
 
 
-def task_rows(section: DataSection, name: str, seed: int) -> tuple[list[dict[str, Any]], Callable[[int, str], float]]:
-    """Return a task's rows as the ``train`` and ``evaluate`` jobs read them, and what scores an answer to one.
+def _saved(section: DataSection, _name: str) -> Iterator[str]:
+    if "path" in section.config:
+        yield str(section.config["path"])
+
+
+@source("task", inputs=_saved)
+def task_rows(
+    section: DataSection, name: str, *, shots: int | None = None, path: str | None = None, seed: int = 0
+) -> Rows:
+    """Return a task of the large-model suite, with what scores an answer.
 
     Args:
-        section: ``split``, ``size`` and ``template`` are read, and of ``config`` these: ``shots`` keeps so many
-            examples of each answer, chosen by the seed; ``path`` is the folder of a saved data set.
+        section: ``split``, ``size`` and ``template`` are read.
         name: A key of :data:`TASKS`.
+        shots: Keep so many examples of each answer, chosen by the seed.
+        path: Folder of a saved data set, instead of the Hub.
         seed: Seed of the choice.
 
     Raises:
         RecipeError: There is no such task, or a setting that tasks do not have.
+
+    Example:
+        >>> from modicum.jobs.data.section import DataSection
+        >>> task_rows(DataSection(path="task:parity", size=1), "parity").rows[0]["candidates"]
+        (' even', ' odd')
+
+    Cost:
+        Rows of the Hub's data set are loaded whole once, through the cache of ``datasets``.
+
+    Deviates:
+        ``polarity``, ``parity`` and ``order`` are made from the seed and belong to no published suite.
+
+    Reference:
+        S. Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv:2305.17333.
     """
-    for key in section.config:
-        if key not in ("shots", "path"):
-            raise RecipeError(f"{section.path}: config has no {key!r}. {did_you_mean(key, ('shots', 'path'))}")
     if section.system is not None:
         raise RecipeError(f"{section.path}: a task's prompt is continued as it is, without a system message. Drop it.")
-    path, shots = section.config.get("path"), section.config.get("shots")
     every = MADE_SIZE if path is None and not (name in TASKS and TASKS[name].path) else sys.maxsize
     examples = task_examples(name, split=section.split, size=section.size or every, seed=seed, path=path)
     if shots is not None:
-        if not isinstance(shots, int) or shots < 1:
+        if shots < 1:
             raise RecipeError(f"{section.path}: config.shots is {shots!r}, expected a whole number of at least 1.")
         examples = k_shot(examples, shots, seed=seed)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "prompt": section.template.replace("{prompt}", example.prompt),
             "completion": example.candidates[example.answer] if example.candidates else f" {example.references[0]}\n",
             "candidates": example.candidates,
             "answer": example.answer,
+            "references": list(example.references or [example.candidates[example.answer]]),
             "plain": True,  # continued as it is: no chat template, no token of the end
         }
         for example in examples
     ]
-    metric = f1 if TASKS[name].metric == "f1" else exact_match
+    by_words = TASKS[name].metric == "f1"
 
     def score(index: int, answer: str) -> float:
-        example = examples[index]
-        return metric(answer, example.references or [example.candidates[example.answer]])
+        references = rows[index]["references"]
+        return f1(answer, references) if by_words else float(exact_match(answer, references, normalization="squad"))
 
-    return rows, score
+    return Rows("completion", rows, score, normalization="squad")
 
 
 def k_shot(examples: Iterable[Example], k: int, *, seed: int = 0) -> list[Example]:
@@ -258,45 +278,6 @@ def k_shot(examples: Iterable[Example], k: int, *, seed: int = 0) -> list[Exampl
             )
         chosen += [group[i] for i in torch.randperm(len(group), generator=rng)[:k].tolist()]
     return [chosen[i] for i in torch.randperm(len(chosen), generator=rng).tolist()]
-
-
-def normalized(text: str) -> str:
-    """Return the text in lower case without punctuation, articles and extra spaces, as SQuAD compares answers.
-
-    Example:
-        >>> normalized("The  Eiffel Tower!")
-        'eiffel tower'
-    """
-    plain = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
-
-
-def exact_match(answer: str, references: Sequence[str]) -> float:
-    """Return 1 when the answer is one of the references.
-
-    Example:
-        >>> exact_match("the cat", ["Cat."])
-        1.0
-    """
-    return float(any(normalized(answer) == normalized(r) for r in references))
-
-
-def f1(answer: str, references: Sequence[str]) -> float:
-    """Return the best overlap of words with a reference, as harmonic mean of precision and recall.
-
-    Example:
-        >>> round(f1("a big cat", ["the cat"]), 3)
-        0.667
-    """
-
-    def overlap(reference: str) -> float:
-        said, right = normalized(answer).split(), normalized(reference).split()
-        if not said or not right:
-            return float(said == right)
-        common = sum((Counter(said) & Counter(right)).values())
-        return 2 * common / (len(said) + len(right))
-
-    return max((overlap(r) for r in references), default=0.0)
 
 
 def _rows(path: str, config: str | None, split: str) -> Any:

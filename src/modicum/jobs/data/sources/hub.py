@@ -1,0 +1,41 @@
+"""Data sets of the Hub, and whatever else ``datasets.load_dataset`` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modicum.errors import CheckpointError
+from modicum.evaluate.rows import Row
+from modicum.jobs.data.section import DataSection
+from modicum.jobs.data.sources.local import SUFFIXES, rows_of
+from modicum.registry import source
+
+
+@source("hub", open_config=True)
+def hub(section: DataSection, name: str) -> list[Row]:
+    """Read a data set of the Hub through ``datasets``. ``config`` holds further arguments of ``load_dataset``.
+
+    Args:
+        section: ``split``, ``size`` and ``config`` are read.
+        name: Id of the data set.
+
+    Raises:
+        CheckpointError: There is no such data set, or it lacks the split.
+
+    Example:
+        >>> from modicum.jobs.data.section import DataSection
+        >>> rows = hub(DataSection(path="me/data", split="test"), "me/data")  # doctest: +SKIP
+
+    Cost:
+        A download, kept in the cache of ``datasets``.
+    """
+    if name.startswith((".", "/", "~")) or Path(name).suffix in SUFFIXES:
+        raise CheckpointError(f"There is no data file or folder {name}. Check the path.")
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split=section.split, **section.config)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"There is no file {name}, and the Hub gave no such data: {first}") from None
+    return rows_of(data, section)

@@ -1,0 +1,150 @@
+"""Files and folders of this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from modicum.errors import CheckpointError
+from modicum.evaluate.rows import Row
+from modicum.jobs.data.section import DataSection
+from modicum.registry import source
+
+SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "dev": "validation"}
+
+
+def _itself(section: DataSection, name: str) -> Iterator[str]:  # noqa: ARG001
+    """Yield the file or folder, whose content is part of a run's identity."""
+    yield name
+
+
+@source("file", inputs=_itself)
+def local(section: DataSection, name: str) -> list[Row]:
+    """Read a file, a folder of files, or what ``datasets`` wrote with ``save_to_disk``.
+
+    Tables are ``.jsonl``, ``.json`` and ``.parquet``; ``.txt``, ``.md`` and ``.py`` hold one document each.
+
+    Args:
+        section: ``split``, ``size`` and ``fields`` are read.
+        name: The file or folder.
+
+    Raises:
+        CheckpointError: There is no such file or split, or a file cannot be read.
+
+    Example:
+        >>> from modicum.jobs.data.section import DataSection
+        >>> rows = local(DataSection(path="data.jsonl"), "data.jsonl")  # doctest: +SKIP
+
+    Cost:
+        The files are held in memory whole.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if section.split != "train":
+            raise CheckpointError(f"{path} is one file and has only the split train, got {section.split!r}.")
+        return _read(path, section.fields.text)
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _saved(section, path)
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    # A README beside tables describes them; it is data only where there is nothing else.
+    files = [file for file in found if file.suffix in TABLES] or [file for file in found if file.suffix in TEXTS]
+    if not files:
+        raise CheckpointError(f"{path} holds no data files, expected {', '.join(SUFFIXES)}.")
+    # Files or folders named after splits, such as test.jsonl or train/0.parquet, are the splits; else all is train.
+    splits = {file: _split_of(file.relative_to(path)) for file in files}
+    chosen = [file for file in files if splits[file] == section.split]
+    if not chosen:
+        raise CheckpointError(
+            f"{path} has the splits {', '.join(sorted(set(splits.values())))}, got {section.split!r}."
+        )
+    return [row for file in chosen for row in _read(file, section.fields.text)]
+
+
+def _split_of(file: Path) -> str:
+    stem = file.stem.replace("_", "-").replace(".", "-").partition("-")[0]
+    return next((SPLITS[part] for part in (*file.parts[:-1], stem) if part in SPLITS), "train")
+
+
+def _read(file: Path, text_field: str) -> list[Row]:
+    try:
+        if file.suffix in TEXTS:
+            text = file.read_text(encoding="utf-8")
+            return [{text_field: text}] if text.strip() else []
+        if file.suffix in TABLES:
+            return TABLES[file.suffix](file)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8 text: {error}.") from None
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {file}: {error.strerror or error}.") from None
+    raise CheckpointError(f"{file} has the suffix {file.suffix!r}, expected {', '.join(SUFFIXES)}.")
+
+
+def _read_jsonl(file: Path) -> list[Row]:
+    rows = []
+    # Only a line feed ends a line of JSON; splitlines would also cut at separators inside strings.
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{file}, line {number} is not valid JSON: {error.msg}.") from None
+        if not isinstance(row, dict):
+            raise CheckpointError(f"{file}, line {number} is {type(row).__name__}, expected an object.")
+        rows.append(row)
+    return rows
+
+
+def _read_json(file: Path) -> list[Row]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return _read_jsonl(file)  # many call a file of JSON lines .json
+    rows = [rows] if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CheckpointError(f"{file} holds no list of objects.")
+    return rows
+
+
+def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise CheckpointError(f"{file} is not a sound Parquet file: {str(error).splitlines()[0]}") from None
+    return rows
+
+
+def _saved(section: DataSection, path: Path) -> list[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path), keep_in_memory=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return rows_of(data, section)
+
+
+def rows_of(data: Any, section: DataSection) -> list[Row]:
+    """Return the rows of what ``datasets`` loaded, of one split and no more than needed."""
+    import datasets
+
+    if isinstance(data, datasets.DatasetDict):
+        if section.split not in data:
+            raise CheckpointError(f"{section.path} has the splits {', '.join(data)}, got {section.split!r}.")
+        data = data[section.split]
+    if section.size is not None and not section.shuffle:
+        data = data.select(range(min(section.size, len(data))))
+    return list(data)
+
+
+TABLES: Mapping[str, Callable[[Path], list[Row]]] = MappingProxyType(
+    {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+)
+TEXTS = (".txt", ".md", ".py")  # one document each
+SUFFIXES = (*TABLES, *TEXTS)
