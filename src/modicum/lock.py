@@ -142,7 +142,7 @@ def wait(ready: Callable[[], bool], path: Path, what: str | Path, *, every: floa
         if seen and not held:
             if ready():
                 return
-            raise RuntimeError(f"The first process ended before it finished {what}; its own error tells why.")
+            raise RuntimeError(f"The first process ended before it finished {what}. Its own messages tell why.")
         seen = held
         if time.monotonic() > deadline:
             raise RuntimeError(f"The first process did not finish {what} within {patience:.0f} s.")

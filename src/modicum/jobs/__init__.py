@@ -29,17 +29,21 @@ def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_chang
         >>> from modicum.recipe import parse, read
         >>> run = execute(parse(read("quickstart")), "runs/quickstart")  # doctest: +SKIP
     """
-    entry = registry.job[recipe.job]
-    if entry.facts.incremental:
-        on_change = "keep"
-    inputs = fingerprints(recipe)
-    run = Run(folder, job=recipe.job, recipe=dump(recipe), inputs=inputs, quiet=quiet, on_change=on_change)
+    run = open_run(recipe, folder, quiet=quiet, on_change=on_change)
     if run.done:
         run.say(f"{run.folder} is finished already: nothing to do.")
         return run
     with run:
-        entry.function(recipe, run)
+        registry.job[recipe.job].function(recipe, run)
     return run
+
+
+def open_run(recipe: Recipe, folder: str | Path, *, quiet: bool, on_change: OnChange) -> Run:
+    """Return the run of ``recipe`` in ``folder``, without starting it."""
+    if registry.job[recipe.job].facts.incremental:
+        on_change = "keep"
+    inputs = fingerprints(recipe)
+    return Run(folder, job=recipe.job, recipe=dump(recipe), inputs=inputs, quiet=quiet, on_change=on_change)
 
 
 def plan(recipe: Recipe) -> list[str]:

@@ -7,17 +7,16 @@ recipe or inputs changed is redone, with everything that depends on it.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from modicum import registry
-from modicum.errors import RecipeError, did_you_mean
-from modicum.jobs import execute
+from modicum import lock, registry
+from modicum.errors import CheckpointError, RecipeError, did_you_mean
+from modicum.jobs import execute, open_run
 from modicum.jobs import plan as plan_job
 from modicum.recipe import Data, Recipe, parse
 from modicum.record import Run, read_record
@@ -90,7 +89,10 @@ def pipeline(recipe: PipelineRecipe, run: Run) -> None:
         if run.main or registry.job[inner.job].facts.distributed:
             execute(inner, folder, quiet=run.quiet, on_change="replace")
         if not run.main:
-            _wait_for(folder)
+            # A file is a barrier that needs no process group. The pipeline's lock, unlike the stage's, is held from the
+            # first stage to the last: once it is gone, nobody will finish this one.
+            hash_ = open_run(inner, folder, quiet=True, on_change="keep").hash
+            lock.wait(partial(_is_done, folder, hash_), run.folder / lock.NAME, folder)
         folders[name] = folder
         record = read_record(folder)
         summaries.append(
@@ -138,14 +140,10 @@ def _earlier(name: str, seen: list[str]) -> str:
     return did_you_mean(name, seen) if seen else "It is the first stage."
 
 
-def _wait_for(folder: Path) -> None:
-    """Wait until the first process finished the stage; a file is a barrier that needs no process group."""
-    patience = float(os.environ.get("MODICUM_STAGE_TIMEOUT", 24 * 3600))
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if (folder / "record.json").exists() and (status := read_record(folder)["status"]) in ("done", "failed"):
-            if status == "done":
-                return
-            raise RuntimeError(f"The first process failed in {folder}; its log tells why.")
-        time.sleep(0.2)
-    raise RuntimeError(f"The first process did not finish {folder} within {patience:.0f} s.")
+def _is_done(folder: Path, hash_: str) -> bool:
+    """Whether the very stage is finished: an old record may tell of another recipe, or of a failure since mended."""
+    try:
+        record = read_record(folder)
+    except CheckpointError:
+        return False
+    return bool(record["hash"] == hash_ and record["status"] == "done")
