@@ -196,7 +196,7 @@ class Registry(Mapping[str, Entry[T]], Generic[P, T]):
 
 
 merge_method = Registry("merge_methods", "merge method", "modicum.weights.methods", MergeFacts)
-averager = Registry("averagers", "averager", "modicum.weights", AveragerFacts)
+averager = Registry("averagers", "averager", "modicum.weights.averagers", AveragerFacts)
 gradient_rule = Registry("gradient_rules", "gradient rule", "modicum.optim.gradient", GradientFacts)
 objective = Registry("objectives", "objective", "modicum.objectives", ObjectiveFacts)
 adapter_init = Registry("adapter_inits", "adapter initialisation", "modicum.adapters", AdapterFacts)

@@ -12,7 +12,8 @@ from modicum.recipe import parse
 from modicum.record import read_record
 from modicum.registry import averager
 from modicum.weights import average
-from support import tiny_llama
+from support import byte_tokenizer, tiny_llama
+from weights.test_averagers import toys as toys
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,87 @@ def test_wrong_requests_are_refused(run_folder: Path, tmp_path: Path) -> None:
         average([], tmp_path / "out")
     with pytest.raises(ModicumError, match="decay"):
         average([checkpoint], tmp_path / "out", method="ema", decay=1.0)
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_plan_draws_the_coefficients_that_the_run_takes(run_folder: Path, tmp_path: Path) -> None:
+    """Whatever an averager draws comes from the recipe's seed, in ``check`` and in ``run``."""
+    data = {"job": "average", "checkpoints": [f"{run_folder}/checkpoint-*"]}
+    for name in (n for n in averager if not averager[n].facts.learns):
+        method = {"name": name, **({"last": 2} if name == "lawa" else {})}
+        for seed in (0, 3):
+            recipe = parse(data | {"method": method, "seed": seed})
+            told = plan(recipe)
+            execute(recipe, tmp_path / f"{name}-{seed}", quiet=True)
+            coefficients = read_record(tmp_path / f"{name}-{seed}")["metrics"]["coefficients"]
+            assert [f"{checkpoint}: {c:.4g}" for checkpoint, c in coefficients.items()] == told[-3:]
+    drawn = [read_record(tmp_path / f"toy_draw-{seed}")["metrics"]["coefficients"] for seed in (0, 3)]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints of a run, of which the last is spoilt, and text that the first two know."""
+    root = tmp_path_factory.mktemp("spoilt")
+    model = tiny_llama(seed=0)
+    ids = torch.tensor([[3 + ord(c) % 200 for c in "abababababababab"]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for step in (1, 2, 3):
+        for _ in range(8):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 3:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        model.save_pretrained(root / f"checkpoint-{step}")
+        byte_tokenizer().save_pretrained(root / f"checkpoint-{step}")
+    (root / "text.jsonl").write_text('{"text": "abababababababab"}\n' * 3)
+    return root
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_learning_averager_runs_from_a_recipe(spoilt: Path, tmp_path: Path) -> None:
+    section = {"path": str(spoilt / "text.jsonl")}
+    data = {"job": "average", "checkpoints": [f"{spoilt}/checkpoint-*"], "method": "toy_descent", "data": section,
+            "held_out": section, "batch_size": 2}  # fmt: skip
+    assert any("toy_descent learns the coefficients from 3 rows" in line for line in plan(parse(data)))
+    assert list(parse(data).inputs())[-2:] == [section["path"]] * 2
+    execute(parse(data), tmp_path / "run", quiet=True)
+    metrics = read_record(tmp_path / "run")["metrics"]
+    found = list(metrics["coefficients"].values())
+    assert found[2] < 0.05
+    assert metrics["loss"]["toy_descent"] < metrics["loss"]["mean of the last 3"]
+    tensors = [load_file(spoilt / f"checkpoint-{step}/model.safetensors") for step in (1, 2, 3)]
+    for name, tensor in load_file(tmp_path / "run/model/model.safetensors").items():
+        torch.testing.assert_close(tensor, sum(c * t[name] for c, t in zip(found, tensors)), rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "run/model/tokenizer.json").exists()
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "toy_descent"}, "learns its coefficients from a loss on data, and none is given"),
+        ({"data": {"path": "x"}}, "uniform looks at no data"),
+        ({"held_out": {"path": "x"}}, "data is not given"),
+    ],
+)
+def test_data_is_given_where_it_is_used(run_folder: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as error:
+        parse({"job": "average", "checkpoints": [f"{run_folder}/checkpoint-*"]} | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_checkpoints_are_averaged_when_allowed(tmp_path: Path) -> None:
+    for seed in range(2):
+        model = tiny_llama(seed=seed)
+        model.save_pretrained(tmp_path / str(seed))
+        (tmp_path / str(seed) / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / str(seed) / "pytorch_model.bin")
+    data = {"job": "average", "checkpoints": [str(tmp_path / "0"), str(tmp_path / "1")], "exclude": "norm"}
+    with pytest.raises(CheckpointError, match="allow_pickle: true"):
+        execute(parse(data), tmp_path / "run", quiet=True)
+    execute(parse(data | {"allow_pickle": True}), tmp_path / "run", quiet=True)
+    assert read_record(tmp_path / "run")["status"] == "done"

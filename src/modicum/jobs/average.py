@@ -5,20 +5,23 @@ from __future__ import annotations
 import glob
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from modicum.errors import CheckpointError
+from modicum.jobs.data.section import DataSection
 from modicum.jobs.loading.models import resolve_model
 from modicum.recipe import Recipe, choice
 from modicum.record import Run
 from modicum.registry import averager, job
+from modicum.types import PositiveInt
 
 if TYPE_CHECKING:
     from modicum.weights.checkpoint import Checkpoint
+    from modicum.weights.search import Landscape
 
 
 class AverageRecipe(Recipe):
@@ -28,10 +31,33 @@ class AverageRecipe(Recipe):
     checkpoints: list[str] = Field(min_length=1, description="folders, oldest first; * stands for anything")
     method: choice(averager) = Field(default="uniform", validate_default=True)  # type: ignore[valid-type]
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
+    exclude: str | None = Field(
+        default=None, description="regular expression of tensor names that stay as they are in the last checkpoint"
+    )
+    data: DataSection | None = Field(default=None, description="for averagers that learn: what their loss is of")
+    held_out: DataSection | None = Field(default=None, description="what a learnt choice is judged by; else data is")
+    batch_size: PositiveInt = 8
+    fallback: bool = Field(
+        default=True, description="take the plain mean of as many of the latest where a learnt choice is no better"
+    )
+    device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
+    allow_pickle: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
+
+    @model_validator(mode="after")
+    def _data_is_given_where_it_is_used(self) -> AverageRecipe:
+        from modicum.weights.average import check_request
+
+        method: Any = self.method
+        check_request(len(self.checkpoints), method.name, learning=self.data is not None)
+        if self.held_out is not None and self.data is None:
+            raise ValueError("held_out judges what was learnt from data, and data is not given")
+        return self
 
     def inputs(self) -> Iterator[str]:
-        """Yield the checkpoints."""
+        """Yield the checkpoints and the data."""
         yield from find_checkpoints(self.checkpoints)
+        for section in filter(None, (self.data, self.held_out)):
+            yield from section.inputs()
 
 
 def find_checkpoints(patterns: list[str]) -> list[str]:
@@ -56,17 +82,27 @@ def open_checkpoints(recipe: AverageRecipe) -> list[Checkpoint]:
     """Open the checkpoints; reads headers only."""
     from modicum.weights.checkpoint import Checkpoint
 
-    return [Checkpoint(path, resolve=resolve_model) for path in find_checkpoints(recipe.checkpoints)]
+    found = find_checkpoints(recipe.checkpoints)
+    return [Checkpoint(path, resolve=resolve_model, allow_pickle=recipe.allow_pickle) for path in found]
 
 
 def plan(recipe: AverageRecipe) -> list[str]:
-    """Describe what would be read and written."""
-    from modicum.weights.average import choose_coefficients, plan_average
+    """Describe what would be read and written; an averager that learns is not asked, as that is the job's work."""
+    from modicum.jobs.data.rows import load_rows
+    from modicum.weights.average import choose, plan_average
 
     checkpoints = open_checkpoints(recipe)
-    coefficients = choose_coefficients(checkpoints, method=recipe.method.name, **recipe.method.knobs)
-    told = [f"{c.name}: {w:.4g}" for c, w in zip(checkpoints, coefficients)]
-    return [*plan_average(checkpoints, coefficients, dtype=recipe.dtype).describe(), *told]
+    if recipe.data is None:
+        coefficients = choose(
+            checkpoints, method=recipe.method.name, seed=recipe.seed, **recipe.method.knobs
+        ).coefficients
+        told = [f"{c.name}: {w:.4g}" for c, w in zip(checkpoints, coefficients)]
+    else:
+        coefficients = [1 / len(checkpoints)] * len(checkpoints)
+        rows = len(load_rows(recipe.data, seed=recipe.seed))
+        told = [f"{recipe.method.name} learns the coefficients from {rows} rows of {recipe.data.path}"]
+    shape = plan_average(checkpoints, coefficients, dtype=recipe.dtype, exclude=recipe.exclude, device=recipe.device)
+    return [*shape.describe(), *told]
 
 
 @job("average", plan=plan, distributed=True)
@@ -77,14 +113,55 @@ def average(recipe: AverageRecipe, run: Run) -> None:
         recipe: The checkpoints and the averager.
         run: Gets ``model/``, and each checkpoint's coefficient in its metrics.
     """
-    from modicum.weights.average import choose_coefficients, plan_average
+    from modicum.weights.average import choose, plan_average
     from modicum.weights.merge import run_plan
 
     checkpoints = open_checkpoints(recipe)
-    coefficients = choose_coefficients(checkpoints, method=recipe.method.name, seed=recipe.seed, **recipe.method.knobs)
+    landscape = None if recipe.data is None else make_landscape(recipe, checkpoints, run.note)
+    chosen = choose(
+        checkpoints,
+        method=recipe.method.name,
+        landscape=landscape,
+        fallback=recipe.fallback,
+        seed=recipe.seed,
+        **recipe.method.knobs,
+    )
+    if chosen.note:
+        run.note(chosen.note)
+    plan = plan_average(
+        checkpoints, chosen.coefficients, dtype=recipe.dtype, exclude=recipe.exclude, device=recipe.device
+    )
     out = run.folder / "model"
     if out.exists() and run.main:
         shutil.rmtree(out)  # whole, but the run was killed before its record said so
-    run_plan(plan_average(checkpoints, coefficients, dtype=recipe.dtype), out, progress=not run.quiet)
-    run.record["metrics"] = {"coefficients": {c.name: w for c, w in zip(checkpoints, coefficients)}}
+    run_plan(plan, out, progress=not run.quiet)
+    run.record["metrics"] = {"coefficients": {c.name: w for c, w in zip(checkpoints, chosen.coefficients)}}
+    if chosen.scores:
+        run.record["metrics"]["loss"] = chosen.scores
     run.output("model", out)
+
+
+def make_landscape(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], note: Callable[[str], None]) -> Landscape:
+    """Return the language modelling loss of a mean of the checkpoints on the recipe's data."""
+    import torch
+
+    from modicum.jobs.data.batches import load_batches
+    from modicum.jobs.loading.models import load_model, load_tokenizer
+    from modicum.weights.search import Landscape
+
+    reference = checkpoints[-1].name
+    tokenizer = load_tokenizer(reference)
+    batches, held_out = (
+        load_batches(section, tokenizer, batch_size=recipe.batch_size, seed=recipe.seed, note=note) if section else None
+        for section in (recipe.data, recipe.held_out)
+    )
+    model = load_model(reference, dtype="float32", device=recipe.device, allow_pickle=recipe.allow_pickle)
+    # Its weights are only a place to put means in: they need no gradients of their own.
+    model = getattr(model, "merge_and_unload", lambda: model)().requires_grad_(False)
+
+    def loss(weights: dict[str, torch.Tensor], batch: dict[str, Any]) -> torch.Tensor:
+        batch = {key: value.to(recipe.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        mean: torch.Tensor = torch.func.functional_call(model, weights, kwargs=batch).loss
+        return mean
+
+    return Landscape(loss, checkpoints, batches or (), held_out, recipe.exclude, recipe.device)

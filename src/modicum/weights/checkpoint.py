@@ -69,7 +69,8 @@ class Checkpoint(Mapping[str, Tensor]):
             its base.
         resolve: Turns a reference into a local path; also asked for an adapter's base.
         base: The adapter's base, when it is not where the adapter says.
-        pickled: Allow ``pytorch_model.bin``, loaded with ``weights_only=True``.
+        allow_pickle: Allow ``pytorch_model.bin``, loaded with ``weights_only=True``.
+        pickled: The same, by its name in version 0.1.
 
     Example:
         >>> import tempfile, pathlib
@@ -86,8 +87,10 @@ class Checkpoint(Mapping[str, Tensor]):
         *,
         resolve: Resolver = find_folder,
         base: str | Path | None = None,
+        allow_pickle: bool = False,
         pickled: bool = False,
     ) -> None:
+        allow_pickle = allow_pickle or pickled
         self.name = str(source)
         path = resolve(str(source))
         self.folder = path if path.is_dir() else path.parent
@@ -96,13 +99,13 @@ class Checkpoint(Mapping[str, Tensor]):
         self._slots: dict[str, Slot] = {}
         self._loaded: dict[str, Tensor] = {}
         if path.is_dir() and (path / ADAPTER_CONFIG).exists():
-            self._open_adapter(path, resolve, base, pickled)
+            self._open_adapter(path, resolve, base, allow_pickle)
         else:
-            self._open_weights(path, pickled)
+            self._open_weights(path, allow_pickle)
             self._refuse_packed()
             self._drop_tied()
 
-    def _open_weights(self, path: Path, pickled: bool) -> None:
+    def _open_weights(self, path: Path, allow_pickle: bool) -> None:
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise CheckpointError(f"{self.name} is a {path.suffix or 'file'}, expected .safetensors or a folder.")
@@ -119,7 +122,7 @@ class Checkpoint(Mapping[str, Tensor]):
                     f"{self.name} has {len(files)} safetensors files but no {INDEX}. Download it again."
                 )
             else:
-                self._open_pickled(path, pickled)
+                self._open_pickled(path, allow_pickle)
 
     def _read_index(self, folder: Path) -> dict[str, Slot]:
         listed = read_json(folder / INDEX, self.name).get("weight_map")
@@ -140,14 +143,14 @@ class Checkpoint(Mapping[str, Tensor]):
             slots.update(found)
         return slots
 
-    def _open_pickled(self, folder: Path, allowed: bool) -> None:
+    def _open_pickled(self, folder: Path, allow_pickle: bool) -> None:
         files = sorted(folder.glob(PICKLES))
         if not files:
             raise CheckpointError(f"{self.name} holds no weights: expected model.safetensors or {INDEX} in {folder}.")
-        if not allowed:
+        if not allow_pickle:
             raise CheckpointError(
                 f"{self.name} has pickled weights only ({files[0].name}), which can run code when they are read. "
-                "Convert them to safetensors, or allow them with pickled: true."
+                "Convert them to safetensors, or set allow_pickle: true if you trust their source."
             )
         for file in files:
             try:
@@ -156,12 +159,12 @@ class Checkpoint(Mapping[str, Tensor]):
                 reason = str(error).partition("\n")[0]
                 raise CheckpointError(f"{self.name}: {file.name} cannot be read safely: {reason}") from None
 
-    def _open_adapter(self, folder: Path, resolve: Resolver, base: str | Path | None, pickled: bool) -> None:
+    def _open_adapter(self, folder: Path, resolve: Resolver, base: str | Path | None, allow_pickle: bool) -> None:
         self.adapter = adapter = Adapter(folder, owner=self.name)
         reference = str(base or adapter.base)
         if not reference:
             raise CheckpointError(f"{self.name}: {ADAPTER_CONFIG} names no base model. Give the base.")
-        self._beneath = beneath = Checkpoint(reference, resolve=resolve, pickled=pickled)
+        self._beneath = beneath = Checkpoint(reference, resolve=resolve, allow_pickle=allow_pickle)
         for name, change in adapter.factors.items():
             self._check_change(beneath, name, change.shape)
         for name, tensor in adapter.replaced.items():

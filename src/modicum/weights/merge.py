@@ -260,6 +260,6 @@ def run_plan(
     )
 
 
-def open_checkpoint(model: str | Path | Checkpoint) -> Checkpoint:
+def open_checkpoint(model: str | Path | Checkpoint, *, allow_pickle: bool = False) -> Checkpoint:
     """Open a model, unless it is open already."""
-    return model if isinstance(model, Checkpoint) else Checkpoint(model)
+    return model if isinstance(model, Checkpoint) else Checkpoint(model, allow_pickle=allow_pickle)

@@ -241,7 +241,7 @@ def plan_merge(
         sources = [Source(model, tensors, name) for model, tensors in zip(names, models)]
         out = Spec(spec.shape, wanted if wanted and spec.dtype.is_floating_point else spec.dtype)
         if name in untouched:
-            steps.append(Step(name, out, "passthrough", None, (sources[0],), {"scale": 1.0}))
+            steps.append(kept(out, sources[0]))
             continue
         head = sources[0] if base is not None else None
         tail = tuple(sources[1:] if base is not None else sources)
@@ -294,6 +294,11 @@ def identity_of(tensors: Tensors) -> object:
     """Return what a model's tensors depend on: its files, or where it lies in memory its very bytes."""
     known: object = getattr(tensors, "identity", None)
     return {name: digest_tensor(tensor) for name, tensor in tensors.items()} if known is None else known
+
+
+def kept(out: Spec, source: Source) -> Step:
+    """Return the step of a tensor that stays as it is."""
+    return Step(source.name, out, "passthrough", None, (source,), {"scale": 1.0})
 
 
 def excluded(names: Iterable[str], pattern: str | None) -> set[str]:

@@ -1,0 +1,40 @@
+"""Data as the batches that a model is measured on: rows, tokens, padding, in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from modicum.jobs.data.collators import collate
+from modicum.jobs.data.rows import load_rows
+from modicum.jobs.data.tokens import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from modicum.jobs.data.section import DataSection
+
+
+def load_batches(
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    seed: int,
+    note: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the data as batches of token ids and labels, which fit in memory as text does.
+
+    Args:
+        section: What to read.
+        tokenizer: The model's own.
+        batch_size: Rows of a batch; the last one may have fewer.
+        seed: Used when the section has no seed of its own.
+        note: Told when rows were cut or dropped.
+
+    Raises:
+        ModicumError: The data cannot be read, or nothing is left to learn from.
+    """
+    rows = tokenize(load_rows(section, seed=seed), tokenizer, section, note=note)
+    pad, examples = collate(tokenizer), [rows[index] for index in range(len(rows))]
+    return [pad(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]

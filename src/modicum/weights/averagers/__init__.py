@@ -1,0 +1,6 @@
+"""Averagers: one file each, each a plain function from checkpoints to coefficients that sum to 1.
+
+A rule, ``(checkpoints, *, knobs) -> coefficients``, looks only at how many checkpoints there are. One that learns
+states ``learns`` and is ``(landscape, checkpoints, *, knobs) -> coefficients``, where the
+:class:`~modicum.weights.search.Landscape` tells the loss of a mean and its slope. Either may ask for ``rng``.
+"""

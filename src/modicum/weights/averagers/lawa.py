@@ -1,0 +1,46 @@
+"""The plain mean of the latest checkpoints, so that early ones no longer count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modicum.errors import RecipeError
+from modicum.registry import averager
+from modicum.types import PositiveInt
+
+
+@averager("lawa", paper="arXiv:2209.14981")
+def lawa(checkpoints: Sequence[object], *, last: PositiveInt = 5) -> list[float]:
+    r"""Average the latest checkpoints equally.
+
+    .. math::
+        c_i = \frac{1}{k}\,[i > n - k]
+
+    Args:
+        checkpoints: Oldest first.
+        last: How many of the latest (k).
+
+    Returns:
+        The coefficients.
+
+    Raises:
+        RecipeError: There are fewer checkpoints than ``last``.
+
+    Example:
+        >>> lawa(["a", "b", "c", "d"], last=2)
+        [0.0, 0.0, 0.5, 0.5]
+
+    Cost:
+        One pass over ``last`` checkpoints.
+
+    Deviates:
+        None known. How far apart the checkpoints lie is decided when they are saved.
+
+    Reference:
+        Kaddour, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging", 2022,
+        arXiv:2209.14981, Section 2.
+    """
+    n = len(checkpoints)
+    if last > n:
+        raise RecipeError(f"lawa: last is {last}, but there are {n} checkpoints. Lower it, or save more often.")
+    return [0.0] * (n - last) + [1 / last] * last

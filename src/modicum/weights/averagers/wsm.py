@@ -1,0 +1,55 @@
+"""A decay of the learning rate, imitated by weights on the checkpoints of a run at constant rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Literal
+
+from modicum.registry import averager
+
+SHAPES: Mapping[str, Callable[[float], float]] = MappingProxyType(  # of a decay from 1 to 0
+    {
+        "linear": lambda t: 1 - t,
+        "sqrt": lambda t: 1 - math.sqrt(t),
+        "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    }
+)
+
+
+@averager("wsm", paper="arXiv:2507.17634")
+def wsm(checkpoints: Sequence[object], *, decay: Literal["linear", "sqrt", "cosine"] = "sqrt") -> list[float]:
+    r"""Average constant-rate checkpoints as if the learning rate had decayed over them.
+
+    .. math::
+        c_1 = 1 - w_1, \quad c_j = w_{j-1} - w_j, \quad c_n = w_{n-1}
+
+    where :math:`w_1 \ge \dots \ge w_{n-1}` is the decay of the learning rate over the steps between the checkpoints.
+
+    Args:
+        checkpoints: Oldest first, of a run at constant learning rate.
+        decay: Shape of the imitated decay from 1 to 0 at :math:`t = j / n`: ``linear`` is :math:`1 - t` and gives the
+            uniform mean, ``sqrt`` :math:`1 - \sqrt{t}`, ``cosine`` :math:`(1 + \cos \pi t) / 2`.
+
+    Returns:
+        The coefficients.
+
+    Example:
+        >>> [round(c, 3) for c in wsm(["a", "b", "c", "d"], decay="linear")]
+        [0.25, 0.25, 0.25, 0.25]
+
+    Cost:
+        One pass over the checkpoints.
+
+    Deviates:
+        The window is what is given; the paper's finding is that its length matters most.
+
+    Reference:
+        Tian et al., "WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for LLM Pre-training", 2025,
+        arXiv:2507.17634, Theorem 3.1.
+    """
+    n = len(checkpoints)
+    w = [1.0, *(SHAPES[decay](j / n) for j in range(1, n)), 0.0]
+    return [before - after for before, after in pairwise(w)]
