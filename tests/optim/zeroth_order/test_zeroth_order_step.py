@@ -399,7 +399,7 @@ def test_state_of_another_run_is_refused():
     state = TeZO(weights((4, 4)), lr=1e-3, rank=2).state_dict()
     with pytest.raises(CheckpointError, match="has seed 0, this optimizer has 1"):
         TeZO(weights((4, 4)), lr=1e-3, rank=2, seed=1).load_state_dict(state)
-    with pytest.raises(CheckpointError, match="has size 2, this optimizer has 3"):
+    with pytest.raises(CheckpointError, match="has ranks 2 for 0, this optimizer has 3"):
         TeZO(weights((4, 4)), lr=1e-3, rank=3).load_state_dict(state)
     with pytest.raises(CheckpointError, match="was not written by a zeroth-order optimizer"):
         MeZO(weights((4, 4)), lr=1e-3).load_state_dict(torch.optim.SGD(weights((4, 4)), lr=1e-3).state_dict())

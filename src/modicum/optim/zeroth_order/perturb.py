@@ -38,7 +38,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         self.leaves = collect(
             self.param_groups, include=settings.include, exclude=settings.exclude, vectors=settings.vectors
         )
-        self.steps = self.updates = self.age = self.passes = 0
+        self.steps = self.updates = self.age = self.epoch = self.passes = 0
         self.memory: list[Tensor] = []
         self.dense_memory: dict[str, list[Tensor]] = {}
         self.position: Tensor | None = None
@@ -91,7 +91,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
             old = leaf.basis
             leaf.prepare(lift, seed=self.settings.seed, epoch=epoch)
             self._carry(leaf, old)
-        self.age = 0
+        self.age, self.epoch = 0, epoch
 
     def _carry(self, leaf: Leaf, _old: tuple[Tensor, ...]) -> None:
         """Bring what is remembered about a leaf to its new factors; forgotten unless a method knows better."""
@@ -212,9 +212,11 @@ class PerturbedOptimizer(torch.optim.Optimizer):
 
     def _dense_memory_of(self, leaf: Leaf) -> list[Tensor]:
         if leaf.name not in self.dense_memory:
-            like = leaf.local().view(1) if leaf.param.dim() == 0 else leaf.local()
-            self.dense_memory[leaf.name] = self._new_dense_memory(leaf, like)
+            self.dense_memory[leaf.name] = self._fresh_dense_memory(leaf)
         return self.dense_memory[leaf.name]
+
+    def _fresh_dense_memory(self, leaf: Leaf) -> list[Tensor]:
+        return self._new_dense_memory(leaf, leaf.local().view(1) if leaf.param.dim() == 0 else leaf.local())
 
     def _new_dense_memory(self, leaf: Leaf, like: Tensor) -> list[Tensor]:
         return [torch.zeros_like(like, dtype=leaf.compute_dtype) for _ in range(self._remembers)]

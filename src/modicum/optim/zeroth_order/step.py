@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from modicum import processes
-from modicum.errors import CheckpointError, ModicumError, UnsupportedError
+from modicum.errors import ModicumError, UnsupportedError
+from modicum.optim.zeroth_order import state
 from modicum.optim.zeroth_order.engines import Branch, ProbeHooks, require_deterministic
 from modicum.optim.zeroth_order.forward_mode import derivative
 from modicum.optim.zeroth_order.moments import spsa_coefficient
@@ -188,7 +189,8 @@ class ZerothOrder(PerturbedOptimizer):
 
     def _begin(self) -> None:
         every = self.settings.refresh_every
-        if every and self.steps and self.steps % every == 0 and self.settings.lift is not None:
+        # A step that failed before may have refreshed already.
+        if every and self.steps // every != self.epoch and self.settings.lift is not None:
             self._refresh(self.settings.lift, self.steps // every)
         self._forget()
 
@@ -298,9 +300,10 @@ class ZerothOrder(PerturbedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the weights; settles the weights first."""
         self.settle_()
-        mine: dict[str, Any] = {"method": type(self).__name__, "seed": self.settings.seed, "size": self._size}
+        mine = state.identity(self)
         mine |= {name: getattr(self, name) for name in COUNTS}
-        mine |= {"memory": self.memory, "position": self.position, "dense_memory": self.dense_memory}
+        mine |= {"epoch": self.epoch, "memory": self.memory, "position": self.position}
+        mine |= {"dense_memory": self.dense_memory}
         return {**super().state_dict(), "zeroth_order": mine | self._more_state()}
 
     def _more_state(self) -> dict[str, Any]:
@@ -311,14 +314,11 @@ class ZerothOrder(PerturbedOptimizer):
         """Continue a run.
 
         Raises:
-            CheckpointError: The state belongs to another method, seed or set of parameters.
+            CheckpointError: The state belongs to another method, variant, engine, seed or set of parameters. The
+                optimizer is then as it was.
         """
-        mine = state_dict.get("zeroth_order")
-        if mine is None:
-            raise CheckpointError("This optimizer state was not written by a zeroth-order optimizer.")
-        for name, here in (("method", type(self).__name__), ("seed", self.settings.seed), ("size", self._size)):
-            if mine[name] != here:
-                raise CheckpointError(f"The optimizer state has {name} {mine[name]}, this optimizer has {here}.")
+        state.check(self, state_dict, counts=COUNTS)
+        mine = state_dict["zeroth_order"]
         self.settle_()
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         for leaf in self.leaves:  # loading replaces the groups, and with them the learning rates that leaves follow
@@ -334,9 +334,10 @@ class ZerothOrder(PerturbedOptimizer):
             if leaf.name in mine["dense_memory"]
         }
         every, lift = self.settings.refresh_every, self.settings.lift
-        if every and lift is not None and self.steps:
-            for leaf in self.factored:  # the factors of the last step; the next one refreshes them if it is time
-                leaf.prepare(lift, seed=self.settings.seed, epoch=(self.steps - 1) // every)
+        if every and lift is not None:  # the factors of the last step; the next one refreshes them if it is time
+            self.epoch = mine.get("epoch", max(0, self.steps - 1) // every)
+            for leaf in self.factored:
+                leaf.prepare(lift, seed=self.settings.seed, epoch=self.epoch)
         self._load_more_state(mine)
         self._drawn.clear()
         self._show_current_point()
