@@ -69,6 +69,10 @@ class Owner:
         return _exists(self.pid) and (started is None or not self.started or started == self.started)
 
 
+class HeldError(CheckpointError):
+    """Another process, or another part of this one, holds the lock."""
+
+
 @contextmanager
 def hold(path: Path, what: str | Path) -> Iterator[None]:
     """Hold the lock file ``path`` while the block runs.
@@ -78,7 +82,7 @@ def hold(path: Path, what: str | Path) -> Iterator[None]:
         what: Whatever the lock protects, for the error.
 
     Raises:
-        CheckpointError: Another process, or another part of this one, writes there.
+        HeldError: Another process, or another part of this one, writes there.
     """
     me = _me()
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -89,7 +93,7 @@ def hold(path: Path, what: str | Path) -> Iterator[None]:
             if owner is None:
                 continue  # released in the meantime
             if owner.alive() is not False:
-                raise CheckpointError(_refusal(owner, path, what))
+                raise HeldError(_refusal(owner, path, what))
             if _take_over(beside, path, owner):
                 break
     finally:
