@@ -61,9 +61,9 @@ class MergeFacts(Facts):
 
     known_laws = MappingProxyType(
         {
-            "copies": "experts that are all equal are returned as they are",
-            "permutation": "the order of the experts does not matter",
-            "scale": "the merged delta is proportional to `scale`",
+            "copies": "with default knobs, and nothing dropped, experts that are all equal are returned as they are",
+            "permutation": "the order of the experts, and of their weights, does not matter",
+            "scale": "multiplying every delta, or `scale` where it applies, multiplies the merged delta",
             "shift": "adding one tensor to base and experts adds it to the result",
             "transpose": "merging transposed matrices gives the transposed result",
             "zero_delta": "experts that equal the base return the base",
@@ -108,9 +108,9 @@ class GradientFacts(Facts):
     known_laws = MappingProxyType(
         {
             "factor_at_most_one": "no gradient or update gets longer",
-            "local": "what happens to a tensor depends on that tensor alone",
+            "local": "after any warm-up, what happens to a tensor depends on that tensor alone",
             "permutation": "the order of the tensors does not matter",
-            "scale": "multiplying all gradients of a run multiplies what comes out",
+            "scale": "multiplying all gradients of a run multiplies what comes out, but for `eps` and any warm-up",
         }
     )
 
@@ -169,9 +169,9 @@ class AdapterFacts(Facts):
 
     known_laws = MappingProxyType(
         {
-            "best_rank": "the product is the best approximation of its rank",
+            "best_rank": "with default knobs, the product is the best approximation of its rank",
             "orthogonal_rows": "the rows of A are orthogonal",
-            "zero_product": "the adapter changes nothing before it is trained",
+            "zero_product": "with default knobs, the adapter changes nothing before it is trained",
         }
     )
 

@@ -183,7 +183,7 @@ def product_svd(left: Float[Tensor, "*b m k"], right: Float[Tensor, "*b k n"]) -
 
     Args:
         left: Left factor, or a stack of them.
-        right: Right factor, or a stack of them; ``k`` may not exceed ``m`` or ``n``.
+        right: Right factor, or a stack of them.
 
     Example:
         >>> product_svd(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0]])).S
@@ -191,5 +191,5 @@ def product_svd(left: Float[Tensor, "*b m k"], right: Float[Tensor, "*b k n"]) -
     """
     base_left, core_left = torch.linalg.qr(left)
     base_right, core_right = torch.linalg.qr(right.mT)
-    U, S, Vh = torch.linalg.svd(core_left @ core_right.mT)
+    U, S, Vh = torch.linalg.svd(core_left @ core_right.mT, full_matrices=False)
     return SVD(base_left @ U, S, base_right @ Vh.mT)

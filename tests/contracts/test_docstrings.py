@@ -6,7 +6,7 @@ import re
 import pytest
 
 from modicum import registry
-from modicum.registry import REGISTRIES, Entry, job
+from modicum.registry import REGISTRIES, Entry, job, merge_method
 
 METHODS = [entry for table in REGISTRIES.values() for entry in table.values() if entry.noun != job.noun]
 SECTIONS = ("Args", "Example", "Cost", "Deviates", "Reference")
@@ -25,3 +25,10 @@ def test_a_method_says_what_it_takes_costs_changes_and_rests_on(entry: Entry):
     fields = entry.schema.model_fields
     undocumented = [k for k in fields if not fields[k].description and not re.search(rf"\b{k}\b", arguments)]
     assert not undocumented, f"{entry.noun} {entry.name} does not explain {', '.join(undocumented)}"
+
+
+@pytest.mark.parametrize("entry", merge_method.values(), ids=lambda entry: entry.name)
+def test_a_merge_method_shows_its_mathematics_and_its_file_says_when_to_take_it(entry: Entry):
+    text = inspect.getdoc(entry.function) or ""
+    assert ".. math::" in text and "\nReturns:" in text
+    assert len(inspect.getdoc(inspect.getmodule(entry.function)) or "") > 60

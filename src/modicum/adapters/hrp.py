@@ -117,7 +117,9 @@ def factor_svd(A: Float[Tensor, "*b R in"], B: Float[Tensor, "*b out R"], *, ran
         tensor([6.], dtype=torch.float64)
     """
     A, B = A.double(), B.double()
-    U, S, V = product_svd(B, A) if rank is None else _leading(A, B, rank)
+    # Factors with more rank than their product can have: Gram matrices of R × R would hold nothing but rounding there.
+    spare = A.shape[-2] > min(A.shape[-1], B.shape[-2])
+    U, S, V = product_svd(B, A) if rank is None or spare else _leading(A, B, rank)
     top = U.gather(-2, U.abs().argmax(-2, keepdim=True))
     sign = torch.where(top < 0, -1.0, 1.0).to(U.dtype)
     return SVD(U * sign, S, V * sign)

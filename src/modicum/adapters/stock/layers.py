@@ -104,7 +104,6 @@ def dora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Gener
 @adapter_init(
     "loftq",
     paper="arXiv:2310.08659",
-    laws={"zero_product"},
     supplied={"rank"},
     shape_only=True,
     stock=True,

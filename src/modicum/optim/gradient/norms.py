@@ -20,7 +20,7 @@ Norms = Float[Tensor, " n"]
 EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to a norm before it divides
 
 
-@gradient_rule("global_norm", laws={"factor_at_most_one", "scale", "permutation"})
+@gradient_rule("global_norm", laws={"factor_at_most_one", "permutation"})
 def global_norm(norms: Norms, state: None, *, limit: Positive = 1.0) -> tuple[Norms, None]:
     r"""Clip all gradients together to a fixed global norm: what every trainer does.
 
@@ -87,7 +87,7 @@ class History:
     norms: Float[Tensor, " t"]
 
 
-@gradient_rule("autoclip", paper="arXiv:2007.14469", laws={"factor_at_most_one", "permutation"}, state=History)
+@gradient_rule("autoclip", paper="arXiv:2007.14469", laws={"factor_at_most_one", "permutation", "scale"}, state=History)
 def autoclip(
     norms: Norms, state: History | None, *, percentile: Annotated[float, Ge(0), Le(100)] = 10.0
 ) -> tuple[Norms, History]:
@@ -199,7 +199,7 @@ def zclip(
     return _common(norms, factor), Moments(mean, variance, step)
 
 
-@gradient_rule("skip_step", laws={"factor_at_most_one", "permutation"}, state=History)
+@gradient_rule("skip_step", laws={"factor_at_most_one", "permutation", "scale"}, state=History)
 def skip_step(
     norms: Norms,
     state: History | None,
