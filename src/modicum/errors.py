@@ -29,6 +29,17 @@ class MissingExtraError(ModicumError, ImportError):
         super().__init__(f"{what} is not installed. Install it with: pip install 'modicum[{extra}]'")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library's error says, or its kind when it says nothing.
+
+    Example:
+        >>> first_line(OSError("No space.\\nTry again."))
+        'No space.'
+    """
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".") + "."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that names the closest known name, or all of them when none is close.
 

@@ -63,7 +63,7 @@ def test_a_pickle_that_runs_code_is_refused_even_then(tmp_path: Path) -> None:
 
 
 def test_a_missing_model_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="There is no model at"):
+    with pytest.raises(CheckpointError, match="There is no model folder"):
         Checkpoint(tmp_path / "nowhere" / "at" / "all")
     with pytest.raises(CheckpointError, match="holds no weights"):
         Checkpoint(tmp_path)

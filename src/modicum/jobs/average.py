@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from modicum.errors import CheckpointError
 from modicum.jobs.data.section import DataSection
-from modicum.jobs.loading.models import resolve_model
+from modicum.jobs.loading.folders import note_code
 from modicum.recipe import Recipe, choice
 from modicum.record import Run
 from modicum.registry import averager, job
@@ -42,6 +42,7 @@ class AverageRecipe(Recipe):
     )
     device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
     allow_pickle: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
+    remote_code: bool = Field(default=False, description="fetch and carry the code that comes with a model")
 
     @model_validator(mode="after")
     def _data_is_given_where_it_is_used(self) -> AverageRecipe:
@@ -83,7 +84,7 @@ def open_checkpoints(recipe: AverageRecipe) -> list[Checkpoint]:
     from modicum.weights.checkpoint import Checkpoint
 
     found = find_checkpoints(recipe.checkpoints)
-    return [Checkpoint(path, resolve=resolve_model, allow_pickle=recipe.allow_pickle) for path in found]
+    return [Checkpoint(path, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code) for path in found]
 
 
 def plan(recipe: AverageRecipe) -> list[str]:
@@ -117,6 +118,7 @@ def average(recipe: AverageRecipe, run: Run) -> None:
     from modicum.weights.merge import run_plan
 
     checkpoints = open_checkpoints(recipe)
+    note_code(checkpoints, run)
     landscape = None if recipe.data is None else make_landscape(recipe, checkpoints, run.note)
     chosen = choose(
         checkpoints,

@@ -22,7 +22,8 @@ from modicum.errors import RecipeError, did_you_mean
 from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.rows import DataSection, Rows, load_rows
 from modicum.jobs.data.tokens import prompt_ids
-from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16, resolve_model
+from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
+from modicum.jobs.loading.references import resolve_model
 from modicum.jobs.retrieval import RetrievalTask, retrieval_grid, retrieval_rows
 from modicum.recipe import Recipe, Section
 from modicum.record import Run, read_log, write_atomic

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from modicum.errors import RecipeError
-from modicum.jobs.loading.models import resolve_model
+from modicum.jobs.loading.folders import note_code
 from modicum.recipe import Recipe, choice
 from modicum.record import Run
 from modicum.registry import job, merge_method
@@ -53,6 +53,7 @@ class MergeRecipe(Recipe):
         default=False, description="also measure spectra, interference, outliers and what the cast loses; slower"
     )
     pickled: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
+    remote_code: bool = Field(default=False, description="fetch and carry the code that comes with a model")
 
     mergekit: dict[str, Any] | None = Field(default=None, description="a mergekit file's content, in place of the rest")
 
@@ -100,9 +101,8 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
     from modicum.weights.plan import check_fingerprint, plan_merge
 
     def opened(reference: str, adapter: str | None = None) -> Checkpoint:
-        if adapter is not None:
-            return Checkpoint(adapter, base=reference, resolve=resolve_model, pickled=recipe.pickled)
-        return Checkpoint(reference, resolve=resolve_model, pickled=recipe.pickled)
+        source, base = (reference, None) if adapter is None else (adapter, reference)
+        return Checkpoint(source, base=base, allow_pickle=recipe.pickled, remote_code=recipe.remote_code)
 
     if recipe.mergekit is not None:
         from modicum.weights.mergekit.planning import plan_mergekit
@@ -142,6 +142,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     from modicum.weights.merge import run_plan
 
     plan = make_plan(recipe)
+    note_code(plan.models, run)
     kind = "adapter" if isinstance(plan, LoraPlan) else "model"
     out = run.folder / kind
     if out.exists() and run.main:

@@ -26,8 +26,8 @@ from modicum.jobs.loading.models import (
     load_tokenizer,
     model_shape,
     native_bfloat16,
-    resolve_model,
 )
+from modicum.jobs.loading.references import resolve_model
 from modicum.jobs.training.adapter import Started, initialize, make_optimizer, peft_config, step_callback
 from modicum.jobs.training.adapter_geometry import change_between
 from modicum.jobs.training.answers import answer_rows, judges_answers, use_answers
@@ -304,8 +304,7 @@ def _full_change(recipe: TrainRecipe, model: Any, started: Started | None) -> Ch
     if not started.start:
         raise RecipeError(f"adapter.compare: the start of {started.origin['name']} is PEFT's own. Take another init.")
     base, full = (
-        Checkpoint(name, resolve=resolve_model, pickled=recipe.model.allow_pickle)
-        for name in (recipe.model.path, recipe.adapter.compare)
+        Checkpoint(name, allow_pickle=recipe.model.allow_pickle) for name in (recipe.model.path, recipe.adapter.compare)
     )
     return change_between(base, full, started.start, transposed=bool(model.peft_config["default"].fan_in_fan_out))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.layout import role
 from modicum.record import fingerprint
+from modicum.references import beside, find_model
 from modicum.weights.adapter import CONFIG as ADAPTER_CONFIG
 from modicum.weights.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from modicum.weights.adapter import Adapter, fold_delta, read_json
@@ -25,12 +26,10 @@ from modicum.weights.files import MappedFile, Slot, Spec, read_header
 
 INDEX = "model.safetensors.index.json"
 PICKLES = "pytorch_model*.bin"
-CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
+CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 NOT_CARRIED = re.compile(
     r"\.index\.json$|^adapter_config\.json$|^trainer_state\.json$|^all_results\.json$|^record\.json$"
 )
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 PACKED = re.compile(
     r"\.(qweight|qzeros|scales|absmax|quant_map|quant_state\..*|SCB|weight_packed|weight_scale(_inv)?)$"
 )
@@ -38,39 +37,18 @@ PACKED = re.compile(
 Resolver = Callable[[str], Path]
 
 
-def find_folder(reference: str) -> Path:
-    """Return the local folder for a path, or download a Hub id (``owner/name`` or ``owner/name@revision``).
-
-    Raises:
-        CheckpointError: It is neither, or the download fails.
-    """
-    path = Path(reference).expanduser()
-    if path.exists():
-        return path
-    if not HUB_ID.match(reference) or reference.startswith("."):
-        raise CheckpointError(f"There is no model at {reference}. Give a folder, a .safetensors file or a Hub id.")
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = reference.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
-    except Exception as error:  # the Hub's client raises many kinds, all meaning that the model did not come
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"There is no folder {reference}, and it could not be fetched from the Hub: {reason}"
-        ) from None
-
-
 class Checkpoint(Mapping[str, Tensor]):
     """A model on disk as a lazy mapping of tensors; treat the tensors as read-only.
 
     Args:
-        source: A folder, a ``.safetensors`` file, or a Hub id; a folder with ``adapter_config.json`` is folded into
-            its base.
-        resolve: Turns a reference into a local path; also asked for an adapter's base.
+        source: A folder, a ``.safetensors`` file, a Hub id or ``builtin:NAME``; a folder with ``adapter_config.json``
+            is folded into its base.
+        resolve: Turns a reference into a local path, that of an adapter's base too; the resolver of recipes,
+            :func:`modicum.references.find_model`, when not given.
         base: The adapter's base, when it is not where the adapter says.
         allow_pickle: Allow ``pytorch_model.bin``, loaded with ``weights_only=True``.
         pickled: The same, by its name in version 0.1.
+        remote_code: Also fetch the code that comes with the model, and carry it to what is made from it.
 
     Example:
         >>> import tempfile, pathlib
@@ -85,13 +63,15 @@ class Checkpoint(Mapping[str, Tensor]):
         self,
         source: str | Path,
         *,
-        resolve: Resolver = find_folder,
+        resolve: Resolver | None = None,
         base: str | Path | None = None,
         allow_pickle: bool = False,
         pickled: bool = False,
+        remote_code: bool = False,
     ) -> None:
         allow_pickle = allow_pickle or pickled
-        self.name = str(source)
+        self.name, self.remote_code = str(source), remote_code
+        resolve = resolve or partial(find_model, allow_pickle=allow_pickle, remote_code=remote_code)
         path = resolve(str(source))
         self.folder = path if path.is_dir() else path.parent
         self.adapter: Adapter | None = None
@@ -161,10 +141,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _open_adapter(self, folder: Path, resolve: Resolver, base: str | Path | None, allow_pickle: bool) -> None:
         self.adapter = adapter = Adapter(folder, owner=self.name)
-        reference = str(base or adapter.base)
+        reference = str(base or beside(folder, adapter.base))
         if not reference:
             raise CheckpointError(f"{self.name}: {ADAPTER_CONFIG} names no base model. Give the base.")
-        self._beneath = beneath = Checkpoint(reference, resolve=resolve, allow_pickle=allow_pickle)
+        self._beneath = beneath = Checkpoint(
+            reference, resolve=resolve, allow_pickle=allow_pickle, remote_code=self.remote_code
+        )
         for name, change in adapter.factors.items():
             self._check_change(beneath, name, change.shape)
         for name, tensor in adapter.replaced.items():
@@ -303,6 +285,7 @@ class Checkpoint(Mapping[str, Tensor]):
             path
             for path in files
             if (path.suffix in CARRIED and not NOT_CARRIED.search(path.name))
+            or (path.suffix == ".py" and self.remote_code)
             or path.stem.upper() in ("LICENSE", "NOTICE")
         ]
 

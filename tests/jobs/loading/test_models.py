@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modicum.errors import CheckpointError, MissingExtraError
-from modicum.jobs.loading import models
-from modicum.jobs.loading.models import load_model, load_tokenizer, resolve_model
+from modicum.jobs.loading import references
+from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.loading.references import resolve_model
 from support import tiny_llama
 
 BUILTIN = "builtin:smollm2-135m-instruct"
@@ -63,7 +64,7 @@ def test_dtype_is_what_was_asked_for(tiny_model):
 
 def test_resolving_a_folder_imports_no_framework(tiny_model):
     code = (
-        "import sys; from modicum.jobs.loading.models import resolve_model; resolve_model(sys.argv[1]);"
+        "import sys; from modicum.jobs.loading.references import resolve_model; resolve_model(sys.argv[1]);"
         "print([m for m in ('torch', 'transformers', 'huggingface_hub', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tiny_model)], capture_output=True, text=True, check=True)
@@ -228,7 +229,7 @@ def test_an_adapter_without_a_base_says_so(adapter):
 
 def fake_builtin(monkeypatch, tmp_path, build):
     monkeypatch.setenv("MODICUM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "BUILTINS", {"toy": ("r1", build)})
+    monkeypatch.setattr(references, "BUILTINS", {"toy": ("r1", build)})
     return tmp_path / "cache" / "models" / "toy-r1"
 
 

@@ -1,0 +1,144 @@
+"""Find a model by reference: a local folder, a Hub id, or a ``builtin:`` one that is built in the user's cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+from modicum.errors import CheckpointError, did_you_mean, first_line
+from modicum.jobs.loading.builtins import byte_llama, smollm2
+
+PICKLES = ("*.bin", "*.pt", "*.pth")
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+# Raise the revision whenever the builder makes other bytes, so that an old cache is not taken for the new one.
+BUILTINS: Mapping[str, tuple[str, Callable[[Path], None]]] = MappingProxyType(
+    {"byte-llama": ("r1", byte_llama.build), "smollm2-135m-instruct": ("r1", smollm2.build)}
+)
+
+
+def cache_folder() -> Path:
+    """Return where modicum keeps what it makes once: ``MODICUM_CACHE``, else the user's cache folder."""
+    chosen = os.environ.get("MODICUM_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modicum"
+
+
+def resolve_model(ref: str | Path, *, allow_pickle: bool = False, remote_code: bool = False) -> Path:
+    """Return the local folder of a model, fetching or building it when needed.
+
+    Args:
+        ref: A folder, ``builtin:NAME``, or a Hub id (``org/name``, ``org/name@revision``).
+        allow_pickle: Also download pickled weights from the Hub.
+        remote_code: Also download the model's own code from the Hub.
+
+    Raises:
+        CheckpointError: There is no such folder, builtin or Hub repository.
+        MissingExtraError: The builtin needs a package that is not installed.
+    """
+    text = str(ref)
+    kind, colon, name = text.partition(":")
+    if colon and kind == "builtin":
+        if name not in BUILTINS:
+            raise CheckpointError(f"There is no builtin model {name!r}. {did_you_mean(name, BUILTINS)}")
+        return _built(name)
+    if colon and kind == "stage":
+        raise CheckpointError(f"{text} names a stage, which only a later stage of the same pipeline can read.")
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{text} is a file, expected the folder of a model.")
+    # A Hub id is `name` or `org/name`; anything else is a path, and so is what lies in a folder that exists.
+    inside = folder.parent != Path() and folder.parent.is_dir()
+    if inside or folder.is_absolute() or text.startswith((".", "~")) or len(folder.parts) > 2:
+        raise CheckpointError(f"There is no model folder {text}. Check the path.")
+    return _download(text, allow_pickle=allow_pickle, remote_code=remote_code)
+
+
+def _download(ref: str, *, allow_pickle: bool, remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = ref.partition("@")
+    patterns = [*HUB_FILES, *(PICKLES if allow_pickle else ()), *(["*.py"] if remote_code else ())]
+    try:
+        with no_progress_bars():
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision or None,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
+                )
+            )
+    except HFValidationError:
+        raise CheckpointError(f"There is no model folder {ref}, and it is not a Hub id (org/name).") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"There is no folder {ref}, and the Hub gave no model of that name: {first_line(error)}"
+        ) from None
+
+
+def _built(name: str) -> Path:
+    """Return the cached folder of a builtin model, building it beside and renaming it when it is whole."""
+    revision, build = BUILTINS[name]
+    folder = cache_folder() / "models" / f"{name}-{revision}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent, f".{name}-*")
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    except OSError as error:
+        raise _cannot_cache(folder.parent, error) from None
+    try:
+        with no_progress_bars():
+            build(partial)
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process was faster; its folder is the same as ours.
+            if not (folder / "config.json").is_file():
+                raise
+    except OSError as error:
+        raise _cannot_cache(folder.parent, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove what a killed build left; one that is under way is younger than an hour."""
+    for path in folder.glob(pattern):
+        if time.time() - path.stat().st_mtime > 3600:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _cannot_cache(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot write the model cache {folder}: {error.strerror or error}. "
+        "Set MODICUM_CACHE to a folder with about 300 MB of space."
+    )
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep the libraries' own bars off the terminal: modicum draws one per job."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
