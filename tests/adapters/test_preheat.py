@@ -1,6 +1,7 @@
 """Preheating on a real PEFT model: what it learns, and that nothing else is touched."""
 
 import hashlib
+from typing import ClassVar
 
 import pytest
 import torch
@@ -247,20 +248,116 @@ def test_one_sgd_step_of_b_is_the_gradient_seen_through_a():
     torch.testing.assert_close(left @ left.T, state["0.U"] @ state["0.U"].T, atol=1e-5, rtol=0)
 
 
-def test_the_stage_learns_with_any_optimizer_and_over_several_micro_batches():
+class Rates(torch.optim.SGD):
+    """Plain gradient descent that remembers the learning rate of every step."""
+
+    made: ClassVar[list["Rates"]] = []
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr)
+        self.rates = []
+        Rates.made.append(self)
+
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        super().step(closure)
+
+
+def linear_stage():
+    """A linear layer under an adapter, its loss, and endless batches."""
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randn(5, 6, generator=generator(0, "net")))
+    rng = generator(0, "rows")
+    data = [{"input": torch.randn(8, 6, generator=rng), "target": torch.randn(8, 5, generator=rng)} for _ in range(130)]
+    model = get_peft_model(net, LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
+    return model, data, lambda made, batch: (made(batch["input"]) - batch["target"]).square().mean()
+
+
+@pytest.mark.parametrize(("steps", "accumulation"), [(1, 1), (4, 3), (12, 2), (26, 1), (60, 2)])
+def test_preheating_equals_gradient_descent_by_hand(steps, accumulation):
+    """The rate warms up over a fifth of the steps, at most ten; a step takes the mean gradient of its micro-batches."""
+    model, data, loss = linear_stage()
+    config = Preheat(preheat_rank=4, preheat_steps=steps)
+    state = get_hrp_state_dict(
+        model, data, lr=0.05, config=config, accumulation=accumulation, loss=loss, optimizer=Rates, seed=3
+    )
+    warmup = {1: 1, 4: 1, 12: 2, 26: 5, 60: 10}[steps]
+    expected = [0.05 * min(1.0, (step + 1) / warmup) for step in range(steps)]
+    assert Rates.made[-1].rates == pytest.approx(expected)
+    with preheating(model, config=config, seed=3) as stage:
+        for step, lr in enumerate(expected):
+            micro = data[step * accumulation : (step + 1) * accumulation]
+            total = sum(loss(model, batch) for batch in micro) / accumulation
+            gradients = torch.autograd.grad(total, stage.parameters())
+            with torch.no_grad():
+                for parameter, gradient in zip(stage.parameters(), gradients):
+                    parameter.sub_(lr * gradient)
+        by_hand = stage.state()
+    for key, value in by_hand.items():
+        torch.testing.assert_close(state[key], value, atol=1e-4, rtol=1e-4)
+
+
+def test_the_rate_of_preheating_is_its_own_or_that_of_the_run():
+    for own, expected in ((None, 0.25), (0.5, 0.5)):
+        model, data, loss = linear_stage()
+        config = Preheat(preheat_rank=4, preheat_steps=1, preheat_lr=own)
+        get_hrp_state_dict(model, data, lr=0.25, config=config, loss=loss, optimizer=Rates)
+        assert Rates.made[-1].rates == [expected]
+
+
+def test_without_an_optimizer_adamw_without_decay_preheats():
+    states = []
+    for optimizer in (None, lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)):
+        model, data, loss = linear_stage()
+        for kind in ("same", "adamw"):
+            config = Preheat(preheat_rank=4, preheat_steps=3, preheat_optimizer=kind)
+            states.append(get_hrp_state_dict(model, data, lr=0.1, config=config, loss=loss, optimizer=optimizer))
+    assert all(torch.equal(states[0][key], other[key]) for other in states[1:] for key in states[0])
+
+
+def test_preheating_draws_dropout_as_training_does():
+    seen = []
+    model = wrapped(lora_dropout=0.5).eval()
+    get_hrp_state_dict(model, batches(), lr=LR, config=SHORT, loss=lambda m, b: seen.append(m.training) or m(**b).loss)
+    assert seen == [True] * 4 and not model.training
+
+
+def test_the_random_start_is_named_by_its_module_and_as_wide_as_the_usual_one():
     model = wrapped()
-    made = []
+    with preheating(model, config=Preheat(preheat_rank=12)) as stage:
+        starts = {name: factors_of(layer, "_hrp")[0].detach() for name, layer in stage.layers.items()}
+    for name, A in starts.items():
+        bound = A.shape[1] ** -0.5
+        assert 0.9 * bound < float(A.max()) <= bound and -bound <= float(A.min()) < -0.9 * bound
+        twin = name.replace("layers.0", "layers.1")
+        assert twin == name or not torch.equal(A, starts[twin])
 
-    def optimizer(parameters, lr):
-        made.append((len(parameters), lr))
-        return torch.optim.SGD(parameters, lr=lr)
 
-    config = Preheat(preheat_rank=12, preheat_steps=2, preheat_lr=0.5)
-    state = get_hrp_state_dict(model, batches(), lr=LR, config=config, accumulation=2, optimizer=optimizer)
-    assert made == [(28, 0.5)] and all(state[key][0] > 0 for key in state if key.endswith(".S"))
-    plain = Preheat(preheat_rank=12, preheat_steps=2, preheat_lr=0.5, preheat_optimizer="sgd")
-    same = get_hrp_state_dict(model, batches(), lr=LR, config=plain, accumulation=2)
-    assert all(torch.equal(state[key], same[key]) for key in state)
+def test_directions_that_complete_a_module_are_named_by_it():
+    model = wrapped()
+    state = get_hrp_state_dict(model, batches(), lr=LR, config=SHORT)
+    q, o = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
+    for key in "USV":
+        state[f"{o}.{key}"] = state[f"{q}.{key}"].clone()
+    for name in (q, o):
+        state[f"{name}.S"][1:] = 0
+    layers = lora_layers(model)
+    rows = []
+    for seed in (0, 0, 1):
+        initialize_lora_hrp_weights(model, state, seed=seed)
+        rows.append([layers[name].lora_A["default"].weight.detach().clone() for name in (q, o)])
+    assert torch.equal(rows[0][0][0], rows[0][1][0]) and not torch.allclose(rows[0][0][1], rows[0][1][1])
+    assert torch.equal(rows[0][0], rows[1][0]) and not torch.allclose(rows[0][0][1], rows[2][0][1])
+
+
+def test_the_main_adapters_extras_do_not_enter_the_stage():
+    base = tiny_llama(tie_word_embeddings=False, attention_bias=True)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], bias="lora_only")
+    model = get_peft_model(base, config)
+    with preheating(model, config=SHORT):
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("_hrp" in name and ".lora_" in name for name in trained)
 
 
 def test_a_bfloat16_base_stays_bfloat16_and_untouched():

@@ -112,6 +112,8 @@ def preheating(
     with _restored(peft_model):
         peft_model.add_adapter(TEMPORARY, settings)
         peft_model.set_adapter(TEMPORARY)
+        # PEFT leaves the main adapter's biases trainable, and their gradients would wait for the first step of the run.
+        peft_model.requires_grad_(False)
         layers = lora_layers(peft_model, TEMPORARY)
         for name, layer in layers.items():
             _start(layer, name, adapter=adapter, config=config, seed=seed)
