@@ -1,7 +1,9 @@
 """Every registered method is documented as far as a user needs to judge it."""
 
+import ast
 import inspect
 import re
+import textwrap
 
 import pytest
 
@@ -9,7 +11,7 @@ from modicum import registry
 from modicum.registry import REGISTRIES, Entry, job, merge_method
 
 METHODS = [entry for table in REGISTRIES.values() for entry in table.values() if entry.noun != job.noun]
-SECTIONS = ("Args", "Example", "Cost", "Deviates", "Reference")
+SECTIONS = ("Args", "Example", "Cost", "Reference")  # others stand where they have something to say
 OWN = {registry.source.noun, registry.row_kind.noun}  # ways of ours to read data, which nobody published
 
 
@@ -25,6 +27,39 @@ def test_a_method_says_what_it_takes_costs_changes_and_rests_on(entry: Entry):
     fields = entry.schema.model_fields
     undocumented = [k for k in fields if not fields[k].description and not re.search(rf"\b{k}\b", arguments)]
     assert not undocumented, f"{entry.noun} {entry.name} does not explain {', '.join(undocumented)}"
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: f"{entry.noun}-{entry.name}")
+def test_what_is_raised_is_said(entry: Entry):
+    text = inspect.getdoc(entry.function) or ""
+    assert "\nRaises:" in text or not raises(inspect.getsource(entry.function))
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: f"{entry.noun}-{entry.name}")
+def test_a_section_with_nothing_to_say_is_left_out(entry: Entry):
+    assert not idle_sections(inspect.getdoc(entry.function) or "")
+
+
+def raises(source: str) -> bool:
+    """Whether there is a ``raise`` in a function's own body, or in a class' constructor."""
+    (node,) = ast.parse(textwrap.dedent(source)).body
+    if isinstance(node, ast.ClassDef):
+        node = next((part for part in node.body if getattr(part, "name", None) == "__init__"), ast.Pass())
+    return any(isinstance(part, ast.Raise) for part in ast.walk(node))
+
+
+def idle_sections(text: str) -> list[str]:
+    return re.findall(r"\n([A-Z]\w+):\n\s*(?:None known|None of its own|Nothing)\b", text, re.IGNORECASE)
+
+
+def test_the_two_checks_above_can_fail():
+    assert raises("def f():\n    if True:\n        raise ValueError") and not raises("def f():\n    return 'raise'")
+    assert raises("class A:\n    def __init__(self):\n        raise ValueError") and not raises("class A: pass")
+    assert idle_sections("A.\n\nDeviates:\n    None known.\n\nRaises:\n    Nothing of its own.") == [
+        "Deviates",
+        "Raises",
+    ]
+    assert not idle_sections("A.\n\nDeviates:\n    Rounds up.\n\nReference:\n    None: folklore.")
 
 
 @pytest.mark.parametrize("entry", merge_method.values(), ids=lambda entry: entry.name)

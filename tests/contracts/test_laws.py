@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from laws import Law, beyond, every_law, planted
+from objective_laws import zeroes_labels
+from zeroth_order_laws import NeverMoves
 
 from modicum.errors import RecipeError
-from modicum.registry import REGISTRIES, Entry
+from modicum.registry import REGISTRIES, Entry, objective, zeroth_order
 from modicum.types import Fraction, PositiveInt
 
 LAWS = every_law()
@@ -30,6 +32,27 @@ def test_every_law_that_may_be_stated_has_a_checker() -> None:
 def test_a_checker_fails_for_a_method_that_breaks_its_law(law: Law) -> None:
     with planted(law.table, law.broken, **law.facts) as entry, pytest.raises(AssertionError):
         law.run(entry, shrink=False)
+
+
+def test_an_optimiser_that_never_moves_does_not_pass() -> None:
+    with planted(zeroth_order, NeverMoves) as toy:
+        assert "with a learning rate every tensor moves, and the loss falls" in broken_laws(toy, zeroth_order.kind)
+
+
+def test_an_objective_that_zeroes_labels_does_not_pass() -> None:
+    with planted(objective, zeroes_labels, laws={"labels_untouched"}) as toy:
+        assert "labels_untouched" in broken_laws(toy, objective.kind)
+
+
+def broken_laws(entry: Entry, kind: str) -> list[str]:
+    broken = []
+    for (table, name), law in LAWS.items():
+        if table == kind and law.binds(entry):
+            try:
+                law.run(entry, shrink=False)
+            except Exception:
+                broken.append(name)
+    return broken
 
 
 @pytest.mark.parametrize(("law", "entry"), BOUND)

@@ -57,7 +57,7 @@ def pissa(
         A singular value decomposition of the weight.
 
     Deviates:
-        None known.
+        The paper's scaling is 1; another is divided out, so that base and adapter still add up to the weight.
 
     Reference:
         Meng, Wang, Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
@@ -97,7 +97,7 @@ def milora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, scaling: Posit
         A full singular value decomposition of the weight.
 
     Deviates:
-        None known.
+        The paper's scaling is 1; another is divided out, so that base and adapter still add up to the weight.
 
     Reference:
         Wang et al., "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning", NAACL 2025,
@@ -132,9 +132,6 @@ def olora(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     Cost:
         A QR decomposition of the weight.
 
-    Deviates:
-        None known.
-
     Reference:
         Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024, arXiv:2406.01775.
     """
@@ -168,9 +165,6 @@ def mica(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
 
     Cost:
         A full singular value decomposition of the weight.
-
-    Deviates:
-        None known.
 
     Reference:
         "MiCA: Minor Component Adaptation", 2026, arXiv:2604.01694; formula as in Hugging Face PEFT.

@@ -141,9 +141,6 @@ def lora_one(gradient: Float[Tensor, "out in"], *, rank: PositiveInt, gamma: Pos
     Cost:
         A truncated decomposition of the gradient.
 
-    Deviates:
-        None known.
-
     Reference:
         Zhang, Liu, Chen, "LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models,
         Provably and Efficiently", ICML 2025, arXiv:2502.01235, algorithm 1.
@@ -279,7 +276,7 @@ def corda(
         An inverse of in × in and a decomposition of out × in, in float64.
 
     Deviates:
-        None known.
+        The paper's scaling is 1; another is divided out, so that base and adapter still add up to the weight.
 
     Reference:
         Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware

@@ -43,9 +43,6 @@ def label_words(scores: Float[Tensor, "b c"], answers: Int[Tensor, " b"]) -> Flo
     Cost:
         One forward pass over the prompts, with logits at their last position only.
 
-    Deviates:
-        None known.
-
     Reference:
         Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333,
         appendix E.
@@ -83,7 +80,8 @@ def multiple_choice(
         candidate's tokens are predicted.
 
     Deviates:
-        None known.
+        The published suite trains on the right candidate alone, which is ``likelihood``; ``choice``, the default, also
+        trains against the others, as the suite compares them in evaluation.
 
     Reference:
         Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333,

@@ -41,7 +41,7 @@ def dropout(batch: Batch, *, ratio: UnitInterval = 0.1, rng: torch.Generator | I
         One draw per entry.
 
     Deviates:
-        None known.
+        What is kept is scaled up in training; the paper scales weights down when the trained model is used.
 
     Reference:
         Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014.

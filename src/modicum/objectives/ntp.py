@@ -33,9 +33,6 @@ def ntp(batch: Batch, *, rng: Any = None) -> Batch:
     Cost:
         None.
 
-    Deviates:
-        None known.
-
     Reference:
         Bengio et al., "A Neural Probabilistic Language Model", JMLR 2003.
     """

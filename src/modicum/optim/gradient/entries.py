@@ -37,9 +37,6 @@ def clip_value(gradient: Gradient, *, limit: Positive) -> Gradient:
     Cost:
         One read and write of the gradients.
 
-    Deviates:
-        None known.
-
     Reference:
         Mikolov, "Statistical Language Models Based on Neural Networks", PhD thesis, Brno 2012.
     """

@@ -30,7 +30,8 @@ def ema(checkpoints: Sequence[object], *, decay: Decay = 0.8) -> list[float]:
         One pass over the checkpoints.
 
     Deviates:
-        None known: this is the moving average that starts at the first checkpoint and is updated with each further one.
+        The reference averages all iterates alike. This moving average starts at the first checkpoint and is updated
+        with each further one.
 
     Reference:
         Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal on Control and

@@ -27,9 +27,6 @@ def last(checkpoints: Sequence[object]) -> list[float]:
     Cost:
         One copy.
 
-    Deviates:
-        None known.
-
     Reference:
         None: the baseline of every other averager.
     """

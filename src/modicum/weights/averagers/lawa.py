@@ -34,7 +34,7 @@ def lawa(checkpoints: Sequence[object], *, last: PositiveInt = 5) -> list[float]
         One pass over ``last`` checkpoints.
 
     Deviates:
-        None known. How far apart the checkpoints lie is decided when they are saved.
+        The paper averages the ends of epochs; how far apart checkpoints lie is decided here when they are saved.
 
     Reference:
         Kaddour, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging", 2022,

@@ -28,7 +28,7 @@ def uniform(checkpoints: Sequence[object]) -> list[float]:
         One pass over the checkpoints.
 
     Deviates:
-        None known.
+        The paper recomputes the statistics of batch normalisation afterwards, which language models do not have.
 
     Reference:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018,

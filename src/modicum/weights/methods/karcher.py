@@ -52,7 +52,8 @@ def karcher(
         Two passes.
 
     Deviates:
-        None known. Directions that cancel start from the first expert's.
+        The paper's mean is one of directions; the length, the mean of the experts' lengths, is our choice. Directions
+        that cancel start from the first expert's.
 
     Reference:
         Karcher, "Riemannian center of mass and mollifier smoothing", Communications on Pure and Applied Mathematics

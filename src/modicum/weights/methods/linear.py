@@ -49,7 +49,8 @@ def linear(
         One pass.
 
     Deviates:
-        None known. Computed as the first expert plus weighted differences, so that equal experts come out exactly.
+        The paper's soups weigh their members alike; weights are an addition. Computed as the first expert plus weighted
+        differences, so that equal experts come out exactly.
 
     Reference:
         Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without

@@ -38,7 +38,7 @@ def magmax(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0) -> Te
         One pass.
 
     Deviates:
-        None known. Of equal magnitudes the later expert's is taken.
+        Of equal magnitudes the later expert's is taken. The paper trains experts one after another; any will do here.
 
     Reference:
         Marczak et al., "MagMax: Leveraging Model Merging for Seamless Continual Learning", ECCV 2024,

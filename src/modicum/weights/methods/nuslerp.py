@@ -51,7 +51,8 @@ def nuslerp(
         Two passes; without ``flatten``, five copies of the tensor in float32.
 
     Deviates:
-        None known.
+        The paper's vectors have length one; here each tensor, row or column brings its own length. Vectors that are
+        parallel or opposite are interpolated on the straight line.
 
     Reference:
         Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985, Section 3.3.

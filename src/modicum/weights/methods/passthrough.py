@@ -35,9 +35,6 @@ def passthrough(base: Tensor | None, experts: Sequence[Tensor], *, scale: float 
     Cost:
         One copy.
 
-    Deviates:
-        None known.
-
     Reference:
         None: stacking layers of several models is folklore.
     """

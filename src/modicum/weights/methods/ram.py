@@ -47,9 +47,6 @@ def ram(
     Cost:
         One pass, two with ``r``.
 
-    Deviates:
-        None known.
-
     Reference:
         Yuan et al., "Behavior Knowledge Merge in Reinforced Agentic Models", 2026, arXiv:2601.13572.
     """

@@ -43,7 +43,7 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
         Two passes; with ``select``, five and a bit for each entry.
 
     Deviates:
-        None known. Of entries that vary equally the first are kept.
+        Of entries that vary equally the first are kept.
 
     Reference:
         Wan et al., "FuseChat: Knowledge Fusion of Chat Models", 2024, arXiv:2408.07990, Section 3.3.

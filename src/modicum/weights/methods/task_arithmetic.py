@@ -47,7 +47,7 @@ def task_arithmetic(
         One pass.
 
     Deviates:
-        None known.
+        Weights of single experts are an addition; the paper has one factor for all.
 
     Reference:
         Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv:2212.04089, Section 2.
