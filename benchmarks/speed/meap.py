@@ -145,7 +145,7 @@ def head(gathered: bool) -> dict[str, float]:
     before = status("RssAnon")
     with Peak() as peak:
         started = time.perf_counter()
-        form.loss(model(hidden, **extra), labels).backward()
+        form(model(hidden, **extra), labels).backward()
         took = time.perf_counter() - started
     return {
         "peak_mb": (peak.bytes - before) / 1e6,

@@ -125,8 +125,14 @@ class ObjectiveFacts(Facts):
     """Facts of an objective.
 
     Attributes:
-        acts_on: What it changes or judges.
+        acts_on: What it changes or judges. The training part that serves it is found by this.
         differentiable: Its loss has a gradient.
+        loss_head: It labels a small share of its tokens, or weighs them, so that its loss is taken at these positions
+            alone.
+        whole_rows: It copies whole rows, so a row must not pack several documents.
+        answers: How an objective over answers gets them: the logits of label words that all rows share, the
+            likelihoods of each row's own candidates, or a text that the model generates and a scorer judges.
+        right_alone: Knobs under which training reads the right candidate alone.
     """
 
     known_laws = MappingProxyType(
@@ -140,6 +146,10 @@ class ObjectiveFacts(Facts):
 
     acts_on: Literal["input_ids", "inputs_embeds", "hidden_states", "answers"] = "input_ids"
     differentiable: bool = True
+    loss_head: bool = False
+    whole_rows: bool = False
+    answers: Literal["words", "candidates", "generated"] = "candidates"
+    right_alone: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +218,22 @@ class AttackFacts(Facts):
 @dataclass(frozen=True, kw_only=True)
 class JudgeFacts(Facts):
     """Facts of a judge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFacts(Facts):
+    """Facts of a training part.
+
+    Attributes:
+        section: Type of the recipe's key that asks for the part and has its name; ``None`` for a part that looks at
+            other keys.
+        description: What ``modicum show train`` says of the key.
+        order: Parts are called, and keys are shown, from the smallest number to the largest.
+    """
+
+    section: Any = None
+    description: str | None = None
+    order: int = 50
 
 
 @dataclass(frozen=True, kw_only=True)

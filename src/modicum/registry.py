@@ -40,6 +40,7 @@ from modicum.facts import (
     MergeFacts,
     ModelFacts,
     ObjectiveFacts,
+    PartFacts,
     PolicyFacts,
     RowKindFacts,
     SourceFacts,
@@ -208,6 +209,8 @@ model = Registry("models", "model", "modicum.models", ModelFacts)
 source = Registry("sources", "data source", "modicum.jobs.data.sources", SourceFacts)
 row_kind = Registry("row_kinds", "kind of rows", "modicum.jobs.data.kinds", RowKindFacts)
 job = Registry("jobs", "job", "modicum.jobs", JobFacts)
+# No methods, but the mechanisms of one job, so it is not listed among the tables below.
+training_part = Registry("training_parts", "training part", "modicum.jobs.training.parts", PartFacts)
 
 REGISTRIES: Mapping[str, Registry[..., Facts]] = MappingProxyType(
     {

@@ -8,7 +8,7 @@ import torch
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.jobs import execute, plan
 from modicum.jobs.loading.models import load_model
-from modicum.jobs.training.extra_modules import additions, spare_additions
+from modicum.jobs.training.extra_modules import additions
 from modicum.models import convert_to_zero_token
 from modicum.recipe import parse, read
 from modicum.record import read_log, read_record
@@ -101,13 +101,15 @@ def test_weight_decay_leaves_the_zero_tokens_alone(wrapped, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
 
+    from modicum.jobs.training.trainer import PartsTrainer
+
     model = convert_to_zero_token(tiny_llama(), n_head=0, cycle_gate="rezero", cycle_embedding="add")
     if wrapped:
         config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=list(additions(model)))
         model = get_peft_model(model, config)
-    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, use_cpu=True))
-    before = set(trainer.get_decay_parameter_names(model))
-    spare_additions(trainer)
+    arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, use_cpu=True)
+    before = set(Trainer(model, arguments).get_decay_parameter_names(model))
+    trainer = PartsTrainer(model=model, args=arguments)
     decayed = set(trainer.get_decay_parameter_names(model))
     assert {name.rpartition(".")[2] for name in before - decayed} == {"zero_key", "cycle_gate", "cycle_embedding"}
     groups = trainer.create_optimizer().param_groups

@@ -71,7 +71,7 @@ def _train(model: Any, tokenizer: Any, arm: str, seed: int, text: Haystack) -> l
     for item in items[:STEPS]:
         batch = collator([_encode(tokenizer, item)])
         labels = batch.pop("labels")
-        loss = head.loss(model(**batch), labels)
+        loss = head(model(**batch), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

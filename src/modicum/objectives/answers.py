@@ -19,7 +19,7 @@ from modicum.types import IGNORED, PositiveInt
 Metric: TypeAlias = Literal["own", "exact_match", "f1"]
 
 
-@objective("label_words", paper="arXiv:2305.17333", acts_on="answers")
+@objective("label_words", paper="arXiv:2305.17333", acts_on="answers", answers="words")
 def label_words(scores: Float[Tensor, "b c"], answers: Int[Tensor, " b"]) -> Float[Tensor, ""]:
     r"""Return the cross-entropy over the label words' logits alone, for candidates of one token.
 
@@ -50,7 +50,7 @@ def label_words(scores: Float[Tensor, "b c"], answers: Int[Tensor, " b"]) -> Flo
     return functional.cross_entropy(scores.float(), answers)
 
 
-@objective("multiple_choice", paper="arXiv:2305.17333", acts_on="answers")
+@objective("multiple_choice", paper="arXiv:2305.17333", acts_on="answers", right_alone={"learn": "likelihood"})
 def multiple_choice(
     scores: Float[Tensor, "b c"], answers: Int[Tensor, " b"], *, learn: Literal["choice", "likelihood"] = "choice"
 ) -> Float[Tensor, ""]:
@@ -106,7 +106,9 @@ class Answering:
     max_new_tokens: PositiveInt = 32
 
 
-@objective("reward", paper="arXiv:2305.17333", acts_on="answers", gather=Answering, differentiable=False)
+@objective(
+    "reward", paper="arXiv:2305.17333", acts_on="answers", answers="generated", gather=Answering, differentiable=False
+)
 def reward(rewards: Float[Tensor, " b"]) -> Float[Tensor, ""]:
     r"""Return minus the mean reward of generated answers, for zeroth-order optimizers only.
 

@@ -78,7 +78,7 @@ def meap_sft_loss(
     return total / (weights.sum() if num_items is None else num_items)
 
 
-@objective("meap_sft", paper="arXiv:2502.07490", laws={"clean_rows_kept"})
+@objective("meap_sft", paper="arXiv:2502.07490", laws={"clean_rows_kept"}, loss_head=True, whole_rows=True)
 def meap_sft(
     batch: Batch,
     *,

@@ -118,7 +118,7 @@ def test_rewards_score_what_the_model_wrote(tiny_model, metric, answer, expected
     found = answer_rows(rows, byte_tokenizer(), section, "reward", knobs, training=False, note=print)
     loss = AnswerLoss("reward", knobs, sets=[found], tokenizer=byte_tokenizer())
     right = next(i for i, row in enumerate(rows.rows) if row["answer"] == 1)
-    key = AnswerCollator(0, "reward")([found[right]])["labels"].tolist()[0]
+    key = AnswerCollator(0, alone=True)([found[right]])["labels"].tolist()[0]
     assert loss._scorers[key](answer) == expected
 
 

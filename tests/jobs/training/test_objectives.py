@@ -158,7 +158,7 @@ def test_the_head_sees_labelled_positions_alone_and_the_loss_is_the_same(tmp_pat
         labels = batch.pop("labels")
         head = LabelHead(model)
         model.get_output_embeddings().register_forward_hook(lambda m, a, out: sizes.append(out.shape[1]))
-        loss = head.loss(model(**batch), labels)
+        loss = head(model(**batch), labels)
         loss.backward()
         losses.append((loss.detach(), model.get_input_embeddings().weight.grad.clone()))
         head.detach()
@@ -223,7 +223,7 @@ def test_the_gathered_loss_equals_the_plain_function(tmp_path):
     batch = collator(list(chats(2)))
     labels = batch.pop("labels")
     head = LabelHead(model)
-    gathered = head.loss(model(**batch), labels, num_items_in_batch=100)
+    gathered = head(model(**batch), labels, num_items_in_batch=100)
     plain = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     masked = torch.tensor([False, True, False, True])
     expected = meap_sft_loss(plain, labels, masked, masked_weight=0.3, num_items=100)

@@ -50,14 +50,6 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_only_training_step_is_overridden(tmp_path):
-    from transformers import Trainer
-
-    made = trainer(tmp_path, tiny_llama())
-    assert [name for name in vars(type(made)) if not name.startswith("__")] == ["training_step"]
-    assert isinstance(made, Trainer)
-
-
 @pytest.mark.parametrize("optimizer", [{}, {"engine": "adapter"}, {"engine": "paired"}, {"passes": 2}])
 def test_engines_agree_and_learn_inside_the_trainer(tmp_path, optimizer):
     model = tiny_llama().double()

@@ -1,21 +1,21 @@
 """The seam of objectives over answers: from a task's rows to a Trainer's batches, loss and accuracy.
 
 Such an objective judges what the model answers rather than each token, so it needs rows with candidates or references
-(``data: task:NAME``), a collator that lays the candidates out, and a loss of its own; the Trainer's is replaced.
+(``data: task:NAME``), a collator that lays the candidates out, and a loss of its own. The facts ``answers`` and
+``right_alone`` say how it gets the answers, so a new one is one file with a function of scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modicum import processes
-from modicum.errors import RecipeError, UnsupportedError
+from modicum.errors import RecipeError
 from modicum.evaluate.measures.exact_match import score
 from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.tokens import prompt_ids
@@ -25,14 +25,10 @@ from modicum.registry import objective
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import PreTrainedTokenizerBase
 
     from modicum.jobs.data.rows import DataSection, Rows
-
-
-def judges_answers(name: str) -> bool:
-    """Whether the objective called ``name`` is one over answers."""
-    return objective[name].facts.acts_on == "answers"
+    from modicum.jobs.training.parts import Build
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,25 @@ class AnswerRows(Sequence[Any]):
         return self.questions[index]
 
 
+def check_rows(rows: Rows, section: DataSection, name: str) -> None:
+    """Refuse rows that do not have what an objective over answers needs.
+
+    Raises:
+        RecipeError: Rows are packed, or have no candidates or no prompt.
+    """
+    if section.packing:
+        raise RecipeError(f"{name} asks each row by itself: data.packing must be false.")
+    generated = objective[name].facts.answers == "generated"
+    for row in rows.rows:
+        if not generated and not row.get("candidates"):
+            raise RecipeError(
+                f"{name} needs rows with candidates, which {section.path} has not. Use a task with candidates "
+                "(data.path: task:NAME), or objective: reward."
+            )
+        if "prompt" not in row:
+            raise RecipeError(f"{name} needs prompts and completions, {section.path} holds {rows.kind} rows.")
+
+
 def answer_rows(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,87 +91,92 @@ def answer_rows(
         section: ``max_length`` is read: longer prompts lose their beginning.
         name: The objective.
         knobs: Its knobs, complete.
-        training: Whether these rows are learned from: ``learn: likelihood`` then reads the right candidate alone.
+        training: Whether these rows are learned from: a knob may then have the right candidate read alone.
         note: Told when prompts were cut.
 
     Raises:
         RecipeError: The rows do not have what the objective needs.
     """
-    if section.packing:
-        raise RecipeError(f"{name} asks each row by itself: data.packing must be false.")
+    check_rows(rows, section, name)
+    facts = objective[name].facts
+    generated, words = facts.answers == "generated", facts.answers == "words"
+    right_alone = training and facts.right_alone and facts.right_alone.items() <= knobs.items()
     asked: list[Question] = []
     scorers, cut = {}, 0
     for index, row in enumerate(rows.rows):
-        if name != "reward" and not row.get("candidates"):
-            raise RecipeError(
-                f"{name} needs rows with candidates, which {section.path} has not. Use a task with candidates "
-                "(data.path: task:NAME), or objective: reward."
-            )
-        if "prompt" not in row:
-            raise RecipeError(f"reward needs prompts and completions, {section.path} holds {rows.kind} rows.")
         # Batches carry numbers only; the key also tells the scorers of the two data sets apart.
-        texts, answer = (row["candidates"], row["answer"]) if name != "reward" else ([], index if training else ~index)
-        if training and knobs.get("learn") == "likelihood":
+        texts, answer = ([], index if training else ~index) if generated else (row["candidates"], row["answer"])
+        if right_alone:
             texts, answer = [texts[answer]], 0
         candidates = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        room = section.max_length - (knobs["max_new_tokens"] if name == "reward" else max(map(len, candidates)))
+        room = section.max_length - (knobs["max_new_tokens"] if generated else max(map(len, candidates)))
         if room < 1:
             raise RecipeError(f"{section.path}, row {index}: an answer alone fills max_length. Raise it.")
         prompt = prompt_ids(row, tokenizer)
         cut += len(prompt) > room
         asked.append(Question(prompt[-room:], candidates, answer))
-        if name == "reward":
+        if generated:
             scorers[answer] = partial(score, rows, index, metric=knobs["metric"])
     if cut:
         note(f"{cut} of {len(asked)} prompts exceed max_length {section.max_length}; they lost their beginning.")
-    words = common_words(asked) if name == "label_words" else []
-    if name == "label_words" and not words:
+    shared = common_words(asked) if words else []
+    if words and not shared:
         raise RecipeError(
-            f"label_words needs the same candidates of one token in every row; those of {section.path} differ or are "
+            f"{name} needs the same candidates of one token in every row; those of {section.path} differ or are "
             "longer. Use objective: multiple_choice."
         )
-    return AnswerRows(asked, words, scorers, one_line=any(row.get("plain") for row in rows.rows))
+    return AnswerRows(asked, shared, scorers, one_line=any(row.get("plain") for row in rows.rows))
 
 
 @dataclass(frozen=True)
 class AnswerCollator:
-    """Lay questions out as a batch; see :func:`~modicum.jobs.training.task_losses.answer_batch`."""
+    """Lay questions out as a batch; see :func:`~modicum.jobs.training.task_losses.answer_batch`.
+
+    Args:
+        pad: Token to fill rows with.
+        alone: Whether one row of a prompt is enough: its candidates are label words, or it has none.
+    """
 
     pad: int
-    name: str
+    alone: bool
 
     def __call__(self, features: Sequence[Question]) -> dict[str, Any]:
         """Return the batch."""
-        return answer_batch(features, pad=self.pad, words=self.name != "multiple_choice")
+        return answer_batch(features, pad=self.pad, words=self.alone)
 
 
 class AnswerLoss:
-    """What a Trainer calls instead of its own ``compute_loss``.
+    """The loss of a batch of questions: a :class:`~modicum.jobs.training.trainer.Loss`.
 
-    Attributes:
-        last: Sum of the scores of the last batch (right answers, or rewards) and how many there were.
+    Args:
+        name: The objective.
+        knobs: Its knobs, complete.
+        sets: The data sets of the training.
+        tokenizer: The model's own.
     """
 
     def __init__(self, name: str, knobs: Mapping[str, Any], *, sets: Sequence[AnswerRows], tokenizer: Any) -> None:
-        self.name, self.words, self.tokenizer = name, sets[0].words, tokenizer
-        self._loss, self._knobs = objective[name].function, knobs
+        entry = objective[name]
+        # Knobs of generating and scoring answers are not the loss function's.
+        gathering = {item.name for item in fields(entry.facts.gather)} if entry.facts.gather else set()
+        self._loss = partial(entry.function, **{key: knobs[key] for key in knobs.keys() - gathering})
+        self._generated, self._knobs = entry.facts.answers == "generated", knobs
+        self.words, self.tokenizer = sets[0].words, tokenizer
         self._scorers = {key: scorer for each in sets for key, scorer in each.scorers.items()}
         self._one_line = sets[0].one_line
-        self.last: tuple[Tensor, int] = (torch.zeros(()), 0)
 
     def __call__(
-        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, *, branches: int = 1, **_: Any
-    ) -> Any:
-        """Return the mean loss of a batch, and for several branches one for each."""
-        if self.name == "reward":
-            found = [self._loss(self._rewards(model, inputs))]
-        else:
-            answers = inputs["labels"]
-            scores = answer_scores(model, inputs, words=self.words, branches=branches)
-            self.last = ((scores[0].detach().argmax(-1) == answers).sum(), len(answers))
-            found = [self._loss(part, answers, **self._knobs) for part in scores]
-        loss = torch.stack(found) if branches > 1 else found[0]
-        return (loss, {}) if return_outputs else loss
+        self, model: Any, inputs: Mapping[str, Any], *, branches: int = 1
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the mean loss of a batch, for several branches one for each, and the score of each answer."""
+        if self._generated:
+            rewards = self._rewards(model, inputs)
+            return self._loss(rewards), {"scores": rewards}
+        answers = inputs["labels"]
+        points = answer_scores(model, inputs, words=self.words, branches=branches)
+        found = [self._loss(scores, answers) for scores in points]
+        right = (points[0].detach().argmax(-1) == answers).float()
+        return (torch.stack(found) if branches > 1 else found[0]), {"scores": right}
 
     def _rewards(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         from modicum.evaluate import generate, stop_tokens
@@ -173,61 +193,51 @@ class AnswerLoss:
         )
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
         scored = [self._scorers[key](text) for key, text in zip(inputs["labels"].tolist(), texts, strict=True)]
-        self.last = (torch.tensor(scored).sum(), len(scored))
         return torch.tensor(scored, dtype=torch.float32, device=inputs["labels"].device)
 
 
-def use_answers(trainer: Trainer, name: str, knobs: Mapping[str, Any]) -> AnswerLoss:
-    """Give a Trainer whose data sets are :class:`AnswerRows` an objective over answers: collator, loss, accuracy.
+@dataclass(frozen=True)
+class MeanScore:
+    """The metric of an evaluation: the mean score of the rows; a ``compute_metrics`` of a Trainer.
+
+    Args:
+        name: The objective.
+    """
+
+    name: str
+
+    @property
+    def metric(self) -> str:
+        """What the mean is called."""
+        return "reward" if objective[self.name].facts.answers == "generated" else "accuracy"
+
+    def __call__(self, evaluation: Any) -> dict[str, float]:
+        """Return the mean."""
+        return {self.metric: float(evaluation.predictions.mean(dtype="float64"))}
+
+
+def use_answers(build: Build, name: str, knobs: Mapping[str, Any]) -> AnswerLoss:
+    """Give a Trainer that is going to be made an objective over answers: collator, loss and accuracy.
+
+    Args:
+        build: What the Trainer is made of; its data sets are :class:`AnswerRows`.
+        name: The objective.
+        knobs: Its knobs, complete.
 
     Raises:
-        UnsupportedError: The objective has no gradient and the optimizer needs one, or the engine cannot generate.
         RecipeError: Training and evaluation rows have different label words.
     """
-    from modicum.optim.zeroth_order.step import ZerothOrder
-
-    optimizer: Any = trainer.optimizer
-    if not objective[name].facts.differentiable:
-        if not isinstance(optimizer, ZerothOrder):
-            raise UnsupportedError(f"{name} has no gradient. Use a zeroth-order optimizer, such as optimizer: tezo.")
-        if optimizer.settings.engine in ("paired", "jvp"):
-            raise UnsupportedError(
-                f"{name} generates its answers, which engine={optimizer.settings.engine!r} cannot. Use 'adapter'."
-            )
-    sets = [s for s in (trainer.train_dataset, trainer.eval_dataset) if s is not None]
-    if len({tuple(s.words) for s in sets}) > 1:
+    sets = [rows for rows in (build.train_dataset, build.eval_dataset) if rows is not None]
+    if len({tuple(rows.words) for rows in sets}) > 1:
         raise RecipeError("data and eval_data have different label words. Use two splits of one task.")
-    loss = AnswerLoss(name, knobs, sets=sets, tokenizer=trainer.processing_class)
-    trainer.compute_loss = loss
-    trainer.data_collator = AnswerCollator(pad_id(trainer.processing_class), name)
-    # The loss is a mean over answers, not tokens: the Trainer is to divide by the micro-batches, not by labels.
-    trainer.model_accepts_loss_kwargs = False
-    # First of all, so that the run's log tells the scores too.
-    trainer.callback_handler.callbacks.insert(0, _score_callback(loss))
+    loss = AnswerLoss(name, knobs, sets=sets, tokenizer=build.processing_class)
+    alone = objective[name].facts.answers != "candidates"
+    build.own_loss, build.compute_metrics = loss, MeanScore(name)
+    build.data_collator = AnswerCollator(pad_id(build.processing_class), alone)
     return loss
 
 
-def _score_callback(loss: AnswerLoss) -> TrainerCallback:
-    from transformers import TrainerCallback
-
-    key = "eval_reward" if loss.name == "reward" else "eval_accuracy"
-
-    class ScoreCallback(TrainerCallback):
-        """Add up the scores of an evaluation and put their mean into its log."""
-
-        def __init__(self) -> None:
-            self.total, self.count = 0.0, 0
-
-        def on_prediction_step(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-            self.total += float(loss.last[0])
-            self.count += loss.last[1]
-
-        def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "eval_loss" not in logs or not self.count:
-                return
-            mean = processes.mean(torch.tensor([self.total], device=args.device), self.count)
-            # The history has its copy already; the callbacks after this one read `logs`.
-            logs[key] = state.log_history[-1][key] = float(mean)
-            self.total, self.count = 0.0, 0
-
-    return ScoreCallback()
+def measured(metrics: Mapping[str, float], name: str) -> dict[str, float]:
+    """Return what the record keeps of an evaluation."""
+    kept = ("eval_loss", f"eval_{MeanScore(name).metric}")
+    return {key: metrics[key] for key in kept if key in metrics}

@@ -20,16 +20,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from modicum.errors import UnsupportedError
-from modicum.facts import ObjectiveFacts
 from modicum.objectives.batch import Batch
 from modicum.objectives.collator import ObjectiveCollator, check_mask_id, special_ids
 from modicum.objectives.mask_token import check_causal, drop_mask_token, ensure_mask_token, suppress_mask_token
 from modicum.objectives.philox import row_keys
-from modicum.registry import Entry, objective
+from modicum.registry import objective
 from modicum.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
+
+    from modicum.jobs.training.parts import Build
 
 BLOCKS = ("self_attn", "attn", "attention", "mlp", "feed_forward")  # what adds to the residual stream, by usual names
 
@@ -46,7 +47,7 @@ def complete_knobs(name: str, knobs: Mapping[str, Any], *, tokenizer: Any, model
     entry = objective[name]
     completed = entry.knobs(knobs)
     wanted = entry.parameters[1]
-    if _acts_on(entry) != "input_ids":
+    if entry.facts.acts_on != "input_ids":
         return completed
     base = _base(model)
     check_causal(base)
@@ -81,7 +82,7 @@ def build_collator(
     return ObjectiveCollator(
         collator,
         # Objectives of the model's insides leave the batch alone: hooks on the model apply them.
-        partial(_apply, name, completed if _acts_on(entry) == "input_ids" else None),
+        partial(_apply, name, completed if entry.facts.acts_on == "input_ids" else None),
         method=name,
         seed=seed,
         redraw=completed.get("redraw_each_epoch", True),
@@ -89,11 +90,11 @@ def build_collator(
     )
 
 
-def use_objective(trainer: Trainer, name: str, *, seed: int | None = None, **knobs: Any) -> ObjectiveCollator:
+def use_objective(trainer: Trainer | Build, name: str, *, seed: int | None = None, **knobs: Any) -> ObjectiveCollator:
     """Give a Trainer an objective: collator, callback, and hooks or a loss where the objective has them.
 
     Args:
-        trainer: Any ``transformers.Trainer``, or TRL's ``SFTTrainer``, before training.
+        trainer: Any ``transformers.Trainer``, or TRL's ``SFTTrainer``, before training; or what one is made of.
         name: Of the registered objective.
         seed: Of the draws; the trainer's own when not given.
         knobs: Of the objective.
@@ -103,13 +104,12 @@ def use_objective(trainer: Trainer, name: str, *, seed: int | None = None, **kno
     """
     seed = trainer.args.seed if seed is None else seed
     entry = objective[name]
-    if _acts_on(entry) == "answers":
+    if entry.facts.acts_on == "answers":
         raise UnsupportedError(
             f"{name} judges answers and needs rows with candidates. Use job: train with data.path: task:NAME, or "
-            "modicum.jobs.training.answers.use_answers."
+            "modicum.jobs.training.answers.use_answers before a PartsTrainer is made."
         )
-    # TRL has its own loss, which gathers labelled positions itself; Trainer's takes any function.
-    gather = name == "meap_sft" and type(trainer).compute_loss is _trainer_class().compute_loss
+    gather = entry.facts.loss_head and _takes_a_loss(trainer)
     collator = build_collator(
         trainer.data_collator,
         name,
@@ -123,8 +123,8 @@ def use_objective(trainer: Trainer, name: str, *, seed: int | None = None, **kno
     trainer.add_callback(objective_callback(collator))
     collator.eval()  # until training begins
     if gather:
-        trainer.compute_loss_func = LabelHead(trainer.model).loss
-    if _acts_on(entry) != "input_ids":
+        trainer.compute_loss_func = LabelHead(trainer.model)
+    if entry.facts.acts_on != "input_ids":
         hook_model(_base(trainer.model), name, entry.knobs(knobs), seed=seed)
     return collator
 
@@ -225,7 +225,7 @@ class LabelHead:
             return None
         return (args[0].flatten(0, 1).index_select(0, self._positions)[None],)
 
-    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the weighted sum of the token losses over the tokens of the whole step: a ``compute_loss_func``."""
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if self._positions is None or self._weights is None:
@@ -248,7 +248,7 @@ def hook_model(model: Any, name: str, knobs: Mapping[str, Any], *, seed: int) ->
     The draws are named by the count of training forwards, which a resumed run begins anew.
     """
     entry = objective[name]
-    key = _acts_on(entry)
+    key = entry.facts.acts_on
     modules = {"": model.get_input_embeddings()}
     if key == "hidden_states":
         modules = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in BLOCKS}
@@ -283,10 +283,6 @@ def _apply(
     return changed
 
 
-def _acts_on(entry: Entry[ObjectiveFacts]) -> str:
-    return entry.facts.acts_on
-
-
 def _writes_mask(knobs: Mapping[str, Any]) -> bool:
     uses = knobs.get("mask_share", 1) and knobs.get("replacement", "mask") == "mask"
     return "mask_token_id" in knobs and bool(uses)
@@ -305,10 +301,14 @@ def _require_sdpa(model: Any) -> None:
         )
 
 
-def _trainer_class() -> Any:
+def _takes_a_loss(trainer: Trainer | Build) -> bool:
+    """Whether ``compute_loss_func`` is called on logits. TRL has a loss of its own, which gathers positions itself."""
     from transformers import Trainer
 
-    return Trainer
+    from modicum.jobs.training.parts import Build
+    from modicum.jobs.training.trainer import PartsTrainer
+
+    return isinstance(trainer, Build | PartsTrainer) or type(trainer).compute_loss is Trainer.compute_loss
 
 
 def _remove_token_adapters(model: Any, base: Any) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from modicum import registry
-from modicum.errors import RecipeError
 from modicum.jobs.data.rows import DataSection
+from modicum.jobs.training.parts import check_fit, in_order, parts_of
 from modicum.recipe import Recipe, Section, choice
-from modicum.types import PositiveInt
 
 # What the run itself decides; each has another place in the recipe or none.
 OWNED = {
@@ -39,36 +38,25 @@ class ModelSection(Section):
     remote_code: bool = False
 
 
-class AdapterSection(Section):
-    """A LoRA adapter; what stands under ``config`` goes to ``peft.LoraConfig`` verbatim."""
-
-    rank: PositiveInt = 8
-    init: choice(registry.adapter_init) | None = None  # type: ignore[valid-type]
-    config: dict[str, Any] = Field(default_factory=dict, description="further fields of peft.LoraConfig")
-    compare: str | None = Field(
-        default=None, description="a full fine-tune of the same base, to whose change the report measures the angles"
-    )
-
-
 class TrainRecipe(Recipe):
-    """What to train, on what, and how."""
+    """What to train, on what, and how.
+
+    Every training part with a section adds a key of its name; see :mod:`modicum.jobs.training.parts`.
+    """
 
     job: Literal["train"] = "train"
     model: ModelSection
     data: DataSection
     eval_data: DataSection | None = None
-    adapter: AdapterSection | None = Field(default=None, description="train a LoRA adapter instead of all weights")
-    objective: choice(registry.objective) | None = None  # type: ignore[valid-type]
-    gradient: choice(registry.gradient_rule) | None = None  # type: ignore[valid-type]
-    optimizer: choice(registry.zeroth_order) | None = Field(default=None, description="a zeroth-order optimiser")  # type: ignore[valid-type]
-    trainer: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.TrainingArguments")
+    if TYPE_CHECKING:  # added below, after the keys of the parts
+        trainer: dict[str, Any]
 
     @field_validator("model", "data", "eval_data", mode="before")
     @classmethod
     def _path_alone(cls, value: object) -> object:
         return {"path": value} if isinstance(value, str) else value
 
-    @field_validator("trainer")
+    @field_validator("trainer", check_fields=False)
     @classmethod
     def _leave_to_the_run(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key in OWNED.keys() & value.keys():
@@ -77,27 +65,38 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainRecipe:
-        if self.optimizer is not None and self.gradient is not None:
-            raise RecipeError("optimizer is zeroth-order: it has no gradients for `gradient` to act on. Drop one.")
-        if self.adapter is not None and self.model.scratch is not None:
-            raise RecipeError("adapter and model.scratch came together: random weights are no base. Drop one.")
-        init = self.adapter.init if self.adapter else None
-        if init is not None and init.knobs.get("reuse_data") == "continue":
-            raise RecipeError(
-                "adapter.init.reuse_data: continue is for loops of your own; the trainer draws its rows anew."
-            )
-        if self.adapter is not None and self.adapter.compare is not None:
-            if init is None:
-                raise RecipeError("adapter.compare needs a start that is known. Set adapter.init, such as `default`.")
-            if self.model.convert is not None:
-                raise RecipeError("adapter.compare and model.convert came together: their weights differ. Drop one.")
+        check_fit(parts_of(self))
         return self
+
+    def section(self, part: str) -> Any:
+        """Return what the recipe says to a training part; ``None`` where it does not ask for it."""
+        return getattr(self, part, None)
 
     def inputs(self) -> Iterator[str]:
         """Yield the models and the data."""
         yield self.model.path
-        if self.adapter is not None and self.adapter.compare is not None:
-            yield self.adapter.compare
+        for part in parts_of(self):
+            yield from part.inputs()
         for data in (self.data, self.eval_data):
             if data is not None:
                 yield from data.inputs()
+
+
+def _with_parts(base: type[TrainRecipe]) -> type[TrainRecipe]:
+    """Return the schema with the keys of the training parts, in their order, before ``trainer``."""
+    keys: dict[str, Any] = {
+        entry.name: (entry.facts.section | None, Field(default=None, description=entry.facts.description))
+        for entry in in_order()
+        if entry.facts.section is not None
+    }
+    if taken := keys.keys() & {"trainer", *base.model_fields}:
+        raise TypeError(f"The recipe has a key {min(taken)!r} already. Give the training part another name.")
+    keys["trainer"] = (
+        dict[str, Any],
+        Field(default_factory=dict, description="fields of transformers.TrainingArguments"),
+    )
+    return create_model(base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **keys)
+
+
+if not TYPE_CHECKING:  # mypy knows the keys that every recipe has; parts read their own from `section`
+    TrainRecipe = _with_parts(TrainRecipe)

@@ -1,4 +1,4 @@
-"""Zeroth-order training inside ``transformers.Trainer``: one method of it is overridden, ``training_step``.
+"""Zeroth-order training inside ``transformers.Trainer``: the training step alone is another one.
 
 Everything else is the Trainer's: accumulation (micro-batches of a step see one direction), evaluation, schedules,
 checkpoints, resuming, and several processes, which tell each other a few numbers a step.
@@ -8,23 +8,55 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import UnsupportedError
-from modicum.jobs.training.answers import AnswerLoss
 from modicum.layout import ADAPTER_PREFIX
 from modicum.registry import zeroth_order
 from modicum.types import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import Trainer
+    from transformers import TrainerCallback
 
+    from modicum.jobs.training.trainer import PartsTrainer
     from modicum.optim.zeroth_order.step import ZerothOrder
 
 
-def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, **arguments: Any) -> Trainer:
+def check_arguments(args: Any) -> None:
+    """Refuse sharded training.
+
+    Raises:
+        UnsupportedError: The Trainer is set up for DeepSpeed or FSDP.
+    """
+    if args.deepspeed or args.fsdp:
+        raise UnsupportedError(
+            "Zeroth-order training in the Trainer runs on one process or with DDP. Remove trainer.fsdp and "
+            "trainer.deepspeed; there are no gradients or optimizer copies to shard."
+        )
+
+
+def attach_optimizer(name: str, knobs: Mapping[str, Any], model: Any, *, seed: int = 0) -> ZerothOrder:
+    """Return a zeroth-order optimizer of all trainable parameters, and put its hooks on the model.
+
+    Args:
+        name: Of the optimizer.
+        knobs: Its knobs.
+        model: Goes into evaluation mode, in which it stays: both points of a probe must see the same function.
+        seed: Seed of the draws, where the knobs leave it at 0.
+    """
+    given = dict(knobs)
+    if "seed" in given and not given["seed"]:
+        given["seed"] = seed
+    optimizer: ZerothOrder = zeroth_order[name].function(model.named_parameters(), **given)
+    model.eval()
+    optimizer.attach(model)
+    return optimizer
+
+
+def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, **arguments: Any) -> PartsTrainer:
     """Return a Trainer that fine-tunes with forward passes only.
 
     Args:
@@ -37,50 +69,52 @@ def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, 
     Raises:
         UnsupportedError: The Trainer is set up for DeepSpeed or FSDP, or the model draws at random in evaluation mode.
     """
-    from transformers import Trainer, TrainerCallback
+    from modicum.jobs.training.trainer import PartsTrainer
 
-    args, model = arguments["args"], arguments["model"]
-    if args.deepspeed or args.fsdp:
-        raise UnsupportedError(
-            "Zeroth-order training in the Trainer runs on one process or with DDP. Remove trainer.fsdp and "
-            "trainer.deepspeed; there are no gradients or optimizer copies to shard."
-        )
-    given = dict(knobs)
-    if "seed" in given and not given["seed"]:
-        given["seed"] = seed
-    optimizer: ZerothOrder = zeroth_order[name].function(model.named_parameters(), **given)
+    check_arguments(arguments["args"])
+    optimizer = attach_optimizer(name, knobs, arguments["model"], seed=seed)
+    callbacks = [zeroth_order_callback(optimizer), *(arguments.pop("callbacks", None) or ())]
+    step = ZerothOrderStep(optimizer)
+    return PartsTrainer(own_step=step, optimizers=(optimizer, None), callbacks=callbacks, **arguments)
 
-    class ZerothOrderTrainer(Trainer):
-        """A Trainer whose steps are probes."""
 
-        def training_step(
-            self, model: nn.Module, inputs: dict[str, Any], _num_items_in_batch: Tensor | int | None = None
-        ) -> Tensor:
-            """Evaluate a micro-batch at the step's points; ``optimizer.step()`` of the loop then moves the weights."""
-            model.eval()
-            inputs = self._prepare_inputs(inputs)
+@dataclass(frozen=True)
+class ZerothOrderStep:
+    """Evaluate a micro-batch at the step's points; ``optimizer.step()`` of the training loop then moves the weights.
 
-            def loss() -> Tensor:
-                with self.compute_loss_context_manager():
-                    return self.compute_loss(model, dict(inputs))
+    Args:
+        optimizer: The one that probes. Accelerate wraps the one that the Trainer knows.
+    """
 
-            def losses() -> Tensor:
-                with self.compute_loss_context_manager():
-                    if isinstance(self.compute_loss, AnswerLoss):
-                        return self.compute_loss(model, inputs, branches=optimizer.branches)
-                    return paired_losses(model, inputs, optimizer.branches)
+    optimizer: ZerothOrder
 
-            paired = optimizer.settings.engine == "paired"
-            if paired and self.compute_loss_func is not None:
-                raise UnsupportedError(
-                    "engine='paired' computes the model's own loss. Use engine='adapter' for this one."
-                )
-            value = optimizer.probe(losses if paired else loss, weight=_targets(inputs))
-            return value.float() / self.current_gradient_accumulation_steps
+    def __call__(self, trainer: PartsTrainer, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean loss of the points, as its share of the step."""
+        model.eval()
+        branches = self.optimizer.branches
+
+        def loss() -> Tensor:
+            with trainer.compute_loss_context_manager():
+                return trainer.compute_loss(model, dict(inputs))
+
+        def losses() -> Tensor:
+            with trainer.compute_loss_context_manager():
+                if trainer.own_loss is not None:
+                    return trainer.own_loss(model, inputs, branches=branches)[0]
+                return paired_losses(model, inputs, branches)
+
+        paired = self.optimizer.settings.engine == "paired"
+        if paired and trainer.compute_loss_func is not None:
+            raise UnsupportedError("engine='paired' computes the model's own loss. Use engine='adapter' for this one.")
+        value = self.optimizer.probe(losses if paired else loss, weight=_targets(inputs))
+        return value.float() / trainer.current_gradient_accumulation_steps
+
+
+def zeroth_order_callback(optimizer: ZerothOrder) -> TrainerCallback:
+    """Return what gives evaluation, checkpoints and the end their weights, and the log what the steps cost."""
+    from transformers import TrainerCallback
 
     class ZerothOrderCallback(TrainerCallback):
-        """Give evaluation, checkpoints and the end the weights that they expect, and the log what the steps cost."""
-
         def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             spent = max((line["seconds"] for line in state.log_history if "seconds" in line), default=0.0)
             self.begun = time.monotonic() - spent  # a resumed run goes on counting
@@ -104,12 +138,7 @@ def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, 
             optimizer.settle_()
             optimizer.detach()
 
-    model.eval()
-    optimizer.attach(model)
-    callbacks = [ZerothOrderCallback(), *(arguments.pop("callbacks", None) or ())]
-    trainer = ZerothOrderTrainer(optimizers=(optimizer, None), callbacks=callbacks, **arguments)
-    trainer.zeroth_order = optimizer  # Accelerate wraps the one that the Trainer knows
-    return trainer
+    return ZerothOrderCallback()
 
 
 def paired_losses(model: nn.Module, inputs: Mapping[str, Any], branches: int) -> Tensor:

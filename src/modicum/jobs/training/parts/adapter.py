@@ -1,0 +1,198 @@
+"""Train a LoRA adapter instead of all weights: the recipe's ``adapter``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from modicum import registry
+from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.jobs.training.parts import Build, Part
+from modicum.recipe import Choice, Section, choice
+from modicum.record import whole_folder, write_atomic
+from modicum.registry import training_part
+from modicum.types import PositiveInt
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from modicum.jobs.training.adapter import Started
+    from modicum.jobs.training.adapter_geometry import Change
+    from modicum.jobs.training.batches import Batches
+    from modicum.jobs.training.recipe import TrainRecipe
+    from modicum.jobs.training.trainer import PartsTrainer
+
+BASE = "base"  # the converted model under an adapter
+
+
+class AdapterSection(Section):
+    """A LoRA adapter; what stands under ``config`` goes to ``peft.LoraConfig`` verbatim."""
+
+    rank: PositiveInt = 8
+    init: choice(registry.adapter_init) | None = None  # type: ignore[valid-type]
+    config: dict[str, Any] = Field(default_factory=dict, description="further fields of peft.LoraConfig")
+    compare: str | None = Field(
+        default=None, description="a full fine-tune of the same base, to whose change the report measures the angles"
+    )
+
+
+@training_part("adapter", section=AdapterSection, description="train a LoRA adapter instead of all weights", order=10)
+class Adapter(Part):
+    """Surround the model with a LoRA adapter, started by a method of ``modicum list adapter_inits``."""
+
+    section: AdapterSection
+    keeps_dtype = True
+    output = "adapter"
+    started: Started | None = None
+    change: Change | None = None
+
+    def __init__(self, name: str, recipe: TrainRecipe, section: AdapterSection) -> None:
+        super().__init__(name, recipe, section)
+        self.trains = f"a LoRA adapter of rank {section.rank}"
+        self.init: Choice = section.init or Choice(name="default")
+        if recipe.model.scratch is not None:
+            raise RecipeError("adapter and model.scratch came together: random weights are no base. Drop one.")
+        if self.init.knobs.get("reuse_data") == "continue":
+            raise RecipeError(
+                "adapter.init.reuse_data: continue is for loops of your own; the trainer draws its rows anew."
+            )
+        if section.compare is not None:
+            if section.init is None:
+                raise RecipeError("adapter.compare needs a start that is known. Set adapter.init, such as `default`.")
+            if recipe.model.convert is not None:
+                raise RecipeError("adapter.compare and model.convert came together: their weights differ. Drop one.")
+        if registry.adapter_init[self.init.name].facts.optimizer:
+            self.brings = ("optimizer",)
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the full fine-tune that the adapter is compared to."""
+        if self.section.compare is not None:
+            yield self.section.compare
+
+    def check(self, _arguments: TrainingArguments) -> None:
+        """Refuse a configuration that PEFT does not take."""
+        self._config(self.adapter({}, None))
+
+    def adapter(self, fields: dict[str, Any], _model: Any) -> dict[str, Any]:
+        """Return the recipe's fields over a few defaults."""
+        from peft import LoraConfig
+
+        known = LoraConfig.__dataclass_fields__
+        for key in self.section.config:
+            if key not in known or key == "r":
+                hint = "Use adapter.rank." if key == "r" else did_you_mean(key, known)
+                raise RecipeError(f"adapter.config: peft.LoraConfig has no {key!r} here. {hint}")
+        defaults = {
+            "target_modules": "all-linear",
+            "lora_alpha": 2 * self.section.rank,
+            "task_type": "CAUSAL_LM",
+        }
+        return defaults | fields | self.section.config
+
+    def wrap(self, model: Any, fields: Mapping[str, Any]) -> Any:
+        """Return the model inside a new adapter."""
+        import torch
+        from peft import get_peft_model
+
+        from modicum.random import derive_seed
+
+        base = self._base(model)
+        if hasattr(model, "peft_config"):
+            raise UnsupportedError(f"{base} is an adapter already. Merge it into its base first (job: merge).")
+        config = self._config(fields)
+        try:
+            # PEFT draws the first factors from the global generator; the fork keeps that to these lines.
+            with torch.random.fork_rng():
+                torch.manual_seed(derive_seed(self.recipe.seed, "adapter"))
+                wrapped = get_peft_model(model, config)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"adapter.config: {error}") from None
+        wrapped.peft_config["default"].base_model_name_or_path = base
+        return wrapped
+
+    def start(self, model: Any, batches: Batches) -> None:
+        """Initialise the adapter by the recipe's method, from the first batches of the training data."""
+        if self.section.init is None:
+            return
+        from modicum.jobs.training.adapter import initialize
+        from modicum.jobs.training.comparison import full_change
+
+        self.started = initialize(
+            model,
+            self.init.name,
+            self.init.knobs,
+            batches=batches,
+            lr=batches.arguments.learning_rate,
+            seed=self.recipe.seed,
+            total_steps=batches.steps,
+            accumulation=batches.arguments.gradient_accumulation_steps,
+            cache=self.run.folder / "adapter_start.safetensors",
+        )
+        for note in self.started.notes:
+            self.run.note(note)
+        if self.section.compare is not None:
+            self.change = full_change(self.recipe.model, self.section.compare, model, self.started)
+
+    def trainer(self, build: Build) -> None:
+        """Add the optimiser and the callback that the method brings along."""
+        if self.section.init is None:
+            return
+        from modicum.jobs.training.adapter import make_optimizer, step_callback
+
+        lr, decay = build.args.learning_rate, build.args.weight_decay
+        own = make_optimizer(build.model, self.init.name, self.init.knobs, lr=lr, weight_decay=decay)
+        if own is not None:
+            build.optimizer = own
+        if (callback := step_callback(self.init.name)) is not None:
+            build.add_callback(callback)
+
+    def finish(self, trainer: PartsTrainer) -> dict[str, Any]:
+        """Make the trained parts plain weights again."""
+        if self.started is not None:
+            self.started.prepare(trainer.model)
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Make the saved adapter one for the base that the user knows."""
+        base = self.recipe.model.path if self.recipe.model.convert is None else f"../{BASE}"
+        _tidy_config(folder / "adapter_config.json", base=base)
+        if self.started is not None:
+            self.started.finish(folder, change=self.change)
+
+    def _config(self, fields: Mapping[str, Any]) -> Any:
+        from modicum.jobs.training.adapter import peft_config
+
+        try:
+            return peft_config(self.init.name, self.init.knobs, rank=self.section.rank, **fields)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"adapter.config: {error}") from None
+
+    def _base(self, model: Any) -> str:
+        """Return the folder of the base; a converted one is written, or nobody could load the adapter again."""
+        from modicum.jobs.loading.models import load_tokenizer
+        from modicum.jobs.loading.references import resolve_model
+
+        section = self.recipe.model
+        if section.convert is None:
+            # While it trains a folder: PEFT looks there whether the vocabulary changed, and knows no builtin models.
+            return str(resolve_model(section.path, allow_pickle=section.allow_pickle, remote_code=section.remote_code))
+        target = self.run.folder / BASE
+        if self.run.main and not target.is_dir():
+            with whole_folder(target) as folder:
+                model.save_pretrained(folder)
+                load_tokenizer(section.path, remote_code=section.remote_code).save_pretrained(folder)
+        return str(target.absolute())
+
+
+def _tidy_config(path: Path, *, base: str) -> None:
+    """Put the module names in order, since PEFT writes a set, and name the base as whoever loads the adapter will."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,61 @@
+"""Train by forward passes alone: the recipe's ``optimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from modicum import registry
+from modicum.errors import RecipeError
+from modicum.jobs.training.parts import Build, Part
+from modicum.recipe import Choice, choice
+from modicum.registry import training_part
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from modicum.jobs.training.batches import Batches
+    from modicum.jobs.training.trainer import PartsTrainer
+    from modicum.optim.zeroth_order.step import ZerothOrder
+
+
+@training_part("optimizer", section=choice(registry.zeroth_order), description="a zeroth-order optimiser", order=40)
+class Optimizer(Part):
+    """Train by a method of ``modicum list zeroth_order`` in place of the backward pass."""
+
+    section: Choice
+    keeps_dtype = True
+    brings = ("optimizer", "training step")
+    optimizer: ZerothOrder
+
+    def fit(self, parts: Sequence[Part]) -> None:
+        """Refuse parts that work on gradients."""
+        for part in parts:
+            if part.needs_gradients:
+                raise RecipeError(
+                    f"optimizer is zeroth-order: it has no gradients for `{part.name}` to act on. Drop one."
+                )
+
+    def check(self, arguments: TrainingArguments) -> None:
+        """Refuse sharded training."""
+        from modicum.jobs.training.zeroth_order import check_arguments
+
+        check_arguments(arguments)
+
+    def start(self, model: Any, _batches: Batches) -> None:
+        """Attach the optimiser to the model, before other parts put their hooks there."""
+        from modicum.jobs.training.zeroth_order import attach_optimizer
+
+        self.optimizer = attach_optimizer(self.section.name, self.section.knobs, model, seed=self.recipe.seed)
+
+    def trainer(self, build: Build) -> None:
+        """Replace optimiser and training step."""
+        from modicum.jobs.training.zeroth_order import ZerothOrderStep, zeroth_order_callback
+
+        build.optimizer, build.own_step = self.optimizer, ZerothOrderStep(self.optimizer)
+        build.add_callback(zeroth_order_callback(self.optimizer))
+
+    def finish(self, trainer: PartsTrainer) -> dict[str, Any]:
+        """Return what the steps cost."""
+        kept = sum(p.nbytes for p in trainer.model.parameters())
+        return {"zeroth_order": {"model_bytes": kept, **self.optimizer.report()}}
