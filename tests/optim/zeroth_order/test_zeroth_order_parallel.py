@@ -44,7 +44,8 @@ def query_parallel(rank, world, method, knobs):
 
 
 def sharded(rank, world, method, knobs):
-    model = tied()
+    knobs = dict(knobs)
+    model = tied().to(knobs.pop("dtype", torch.float64))
     if world > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -71,6 +72,9 @@ CASES = [
     (sharded, TeZO, {"rank": 3}),
     (sharded, TeZO, {"rank": 3, "variant": "adam"}),
     (sharded, MeZO, {}),
+    (sharded, MeZO, {"dtype": torch.bfloat16}),
+    (sharded, TeZO, {"dtype": torch.bfloat16, "rank": 3}),
+    (sharded, TeZO, {"dtype": torch.bfloat16, "rank": 3, "variant": "adam"}),
 ]
 
 

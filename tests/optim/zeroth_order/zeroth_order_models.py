@@ -6,6 +6,28 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from modicum.optim import FZOO, LOZO, ConMeZO, HiZOO, MeZO, SparseMeZO, SubZero, TeZO, ZOAdaMU
+
+METHODS = {
+    "mezo": (MeZO, {}),
+    "mezo-adam": (MeZO, {"variant": "adam"}),
+    "mezo-scalar": (MeZO, {"variant": "scalar"}),
+    "n-spsa": (MeZO, {"queries": 3}),
+    "tezo": (TeZO, {"rank": 3}),
+    "tezo-momentum": (TeZO, {"rank": 3, "variant": "momentum"}),
+    "tezo-adam": (TeZO, {"rank": 3, "variant": "adam"}),
+    "tezo-lion": (TeZO, {"rank": 3, "variant": "lion"}),
+    "tezo-refresh": (TeZO, {"rank": 3, "variant": "factor_adam", "refresh_every": 4}),
+    "lozo-momentum": (LOZO, {"variant": "momentum", "refresh_every": 4}),
+    "subzero": (SubZero, {"rank": 3, "refresh_every": 4}),
+    "subzero-plus": (SubZero, {"rank": 3, "variant": "adam", "queries": 3, "sides": 1}),
+    "sparse-mezo": (SparseMeZO, {"density": 0.5}),
+    "hizoo": (HiZOO, {"smooth": 1e-3}),
+    "fzoo": (FZOO, {"queries": 3, "lr": 1e-3}),
+    "conmezo": (ConMeZO, {}),
+    "zo-adamu": (ZOAdaMU, {"hold": 2, "fall": 4}),
+}
+
 
 class Tied(nn.Module):
     """Embedding tied to the head, a norm, biases, two matrices."""

@@ -6,19 +6,20 @@ another and may update the weights on the way, so that restoring and updating is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.optim.zeroth_order.leaves import Chunk, Leaf, Ranks, assign_ranks, collect
 from modicum.optim.zeroth_order.lifts import Lift
 from modicum.optim.zeroth_order.moments import ENTRYWISE, UPDATES, Knobs
-from modicum.optim.zeroth_order.rounding import add_, is_low_precision
+from modicum.optim.zeroth_order.rounding import add_, is_low_precision, place_noise
 from modicum.optim.zeroth_order.settings import Settings
-from modicum.random import generator
+from modicum.random import derive_seed, generator
 
 Key: TypeAlias = tuple[int, int]  # (step, query) names a direction
 Offset: TypeAlias = dict[Key, float]  # the directions in the weights, in units of eps
@@ -158,9 +159,9 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         left, right = leaf.factors(_known(self.settings.lift), coordinates)
         matrix = leaf.matrix()
         if updating and is_low_precision(matrix.dtype):
-            for index, rows in enumerate(_blocks(matrix)):
+            for rows in _blocks(matrix):
                 delta = left[rows] @ (right if matrix.dim() == 2 else right[rows]).to(left.dtype).mT
-                add_(matrix[rows], delta, rng=self._rounding(leaf, index))
+                add_(matrix[rows], delta, noise=self._noise(leaf, rows))
         elif matrix.dim() == 2:
             matrix.addmm_(left.to(matrix.dtype), right.mT)
         else:
@@ -176,19 +177,23 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         stacked = matrix.dim() == 3
         shape = (*leaf.shape[:-2], 1, leaf.rank)
         local = [part[leaf.coordinates].view(shape)[leaf.rows() if stacked else ...] for part in parts]
-        for index, rows in enumerate(_blocks(matrix)):
+        for rows in _blocks(matrix):
             there = (right[rows] if stacked else right).to(dtype)
             values = [part[rows] if stacked else part for part in local]
             delta = entry(left[rows].to(dtype), there, *values).mul_(-leaf.group["lr"])
             if shift is not None:
                 delta += shift[rows] @ there.mT
-            add_(matrix[rows], delta, rng=self._rounding(leaf, index))
+            add_(matrix[rows], delta, noise=self._noise(leaf, rows))
 
-    def _rounding(self, leaf: Leaf, index: int) -> Generator | None:
-        if not is_low_precision(leaf.param.dtype):
+    def _noise(self, leaf: Leaf, rows: slice) -> Tensor | None:
+        """Draw what rounds some local rows by chance: fresh in each step, and the same however the tensor is cut."""
+        local = leaf.local()
+        if not is_low_precision(local.dtype):
             return None
-        names = (self.settings.seed, "rounding", self.steps, leaf.name, leaf.rows().start, index)
-        return generator(*names, device=leaf.local().device)
+        start, stop, _ = rows.indices(len(local) if local.dim() else 1)
+        key = derive_seed(self.settings.seed, "rounding", self.steps, leaf.name)
+        width = math.prod(local.shape[1:])
+        return place_noise(key, leaf.rows().start + start, stop - start, width, device=local.device)
 
     def _transition_dense(self, leaf: Leaf, shift: Offset, kappas: Tensor | None) -> None:
         target = leaf.local()
@@ -208,7 +213,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
             for part, value in zip(old, new, strict=True):
                 part.copy_(value)
             delta.sub_(step, alpha=leaf.group["lr"])
-            add_(target[chunk.rows], delta, rng=self._rounding(leaf, chunk.number))
+            add_(target[chunk.rows], delta, noise=self._noise(leaf, chunk.rows))
 
     def _dense_memory_of(self, leaf: Leaf) -> list[Tensor]:
         if leaf.name not in self.dense_memory:
