@@ -60,14 +60,15 @@ _FIRST = frozenset(
 _RECOMPUTED = frozenset({"inv_freq", "position_ids", "masked_bias"})
 _MASKS = ("attn.bias", "attention.bias")  # causal masks of GPT-2 and GPT-NeoX, of shape (1, 1, n, n)
 
-# Any one of the first group holds a vocabulary; the others only add to it.
+# Any one of the first group holds a vocabulary; those of the second add to it.
 VOCABULARY_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "source.spm",
 )  # fmt: skip
+VOCABULARY_PARTS = ("merges.txt", "added_tokens.json", "target.spm")
 TOKENIZER_FILES = (
-    *VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "target.spm", "chat_template.jinja", "chat_template.json",
+    *VOCABULARY_FILES, *VOCABULARY_PARTS, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "chat_template.json",
 )  # fmt: skip
 # What architectures call the number of their layers in config.json.
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -23,6 +23,7 @@ from modicum.weights.mergekit.document import Data, Part, Reference, Slice, eval
 from modicum.weights.mergekit.methods import Getter, Translation, method_of, parameters_of
 from modicum.weights.mergekit.vocabulary import Vocabulary, with_vocabulary
 from modicum.weights.plan import Plan, Source, Step, check_count, companion_files, parse_dtype
+from modicum.weights.statistics import check_statistics
 
 Opener = Callable[[str, str | None], Checkpoint]
 Table = Checkpoint | Vocabulary
@@ -232,6 +233,7 @@ def _step(
         )
     used = experts if based else everyone
     check_count(merge_method[method], len(used))
+    check_statistics(method, len(used), 0)
     origin = base if based else None
     spec = (origin or used[0]).window.spec(name)
     sources = tuple(one.source(name) for one in used)

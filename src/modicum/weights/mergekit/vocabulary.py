@@ -9,6 +9,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,13 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
-from modicum.layout import TOKENIZER_FILES, is_vocabulary
+from modicum.layout import TOKENIZER_FILES, VOCABULARY_FILES, VOCABULARY_PARTS, is_vocabulary
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.files import Spec, digest_tensor
 
 MISSING, ZEROS = -1, -2  # in place of a model's own row
-TEMPLATES = {
-    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-    "mistral": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
-    "alpaca": "{% for m in messages %}### {% if m['role'] == 'user' %}Instruction"
-    "{% elif m['role'] == 'assistant' %}Response{% else %}System{% endif %}:\n{{ m['content'] }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}### Response:\n{% endif %}",
-    "exaone": "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}[|system|][|endofturn|]\n{% endif %}"
-    "[|{{ m['role'] }}|]{{ m['content'] }}{{ '\n' if m['role'] == 'user' else '[|endofturn|]\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}[|assistant|]{% endif %}",
-}  # fmt: skip
+TEMPLATES = resources.files("modicum.weights.mergekit") / "templates"
 
 
 @dataclass(frozen=True)
@@ -93,14 +81,16 @@ class Vocabulary(Mapping[str, Tensor]):
         return out
 
     def _donated(self, name: str, missing: Tensor) -> Tensor:
-        width = self.model.spec(name).shape[1]
-        total, count = torch.zeros(len(missing), width), torch.zeros(len(missing), 1)
+        """Return the rows of ``missing``: of each the mean over the donors that have it."""
+        shape = (len(missing), *self.model.spec(name).shape[1:])
+        total, count = torch.zeros(shape), torch.zeros(len(missing))
         for donor, rows in self.donors:
             if name in donor:
                 wanted = rows[missing]
                 have = wanted >= 0
                 total[have] += donor[name].index_select(0, wanted[have]).float()
                 count[have] += 1
+        count = count.view(-1, *(1 for _ in shape[1:]))
         # A row that nobody has, such as padding, gets the mean of the model's own.
         mean = self.model[name].mean(0, dtype=torch.float32)
         return torch.where(count > 0, total / count.clamp_min(1), mean)
@@ -138,73 +128,93 @@ def _unify(setting: Mapping[str, Any], models: Mapping[str, Checkpoint], base: s
     source = str(setting.get("source") or "union")
     if source not in ("union", "base", *models):
         raise RecipeError(f"tokenizer.source is {source!r}, expected union, base or a model of the file.")
-    owner = models[base if source in ("union", "base") else source]
-    known = {name: _token_ids(model) for name, model in models.items()}
-    tokens = dict(known[next(name for name, model in models.items() if model is owner)])
-    added = sorted({token for ids in known.values() for token in ids} - set(tokens)) if source == "union" else []
-    for token in added:
-        tokens[token] = max(tokens.values()) + 1
-    forced = dict(setting.get("tokens") or {})
-    for token in forced:
-        if token not in tokens:
-            tokens[token] = max(tokens.values()) + 1
-            added.append(token)
-    size = max(tokens.values()) + 1
+    owner = base if source in ("union", "base") else source
+    tokenizers = {name: read_json(_tokenizer_path(model), model.name) for name, model in models.items()}
+    known = {name: _token_ids(tokenizer, models[name].name) for name, tokenizer in tokenizers.items()}
+    forced: dict[str, Mapping[str, Any]] = dict(setting.get("tokens") or {})
+    for token, choice in forced.items():
+        if not isinstance(choice, Mapping):
+            raise RecipeError(f"tokenizer.tokens[{token!r}] is {choice!r}, expected {{source: …}}, perhaps with force.")
+    tokens = dict(known[owner])
+    others = sorted({token for ids in known.values() for token in ids} - tokens.keys()) if source == "union" else []
+    wanted = dict.fromkeys([*others, *forced])
+    added = dict(zip((token for token in wanted if token not in tokens), count(max(tokens.values(), default=-1) + 1)))
+    tokens |= added
     multiple = int(setting.get("pad_to_multiple_of") or 1)
-    size = -(-size // multiple) * multiple
-    rows = {name: _rows(tokens, known[name], size) for name in models}
-    donors = {name: (model, rows[name]) for name, model in models.items()}
-    tables = {}
-    for name, model in models.items():
-        mine, gifts = rows[name].clone(), _donors(donors, base, rows)
-        for token, choice in forced.items():
-            gifts = _redirect(token, choice, tokens[token], mine, gifts, models, known)
-        tables[name] = Vocabulary(model, size, mine, gifts)
-    files = {path.name: path.read_bytes() for path in owner.companions() if path.name in TOKENIZER_FILES}
+    size = -(-(max(tokens.values()) + 1) // multiple) * multiple
+    rows = {name: _rows(tokens, known[name], size, _table_rows(model)) for name, model in models.items()}
+    chosen = {tokens[token]: _choice(token, choice, models, known) for token, choice in forced.items()}
+    always = [tokens[token] for token, choice in forced.items() if choice.get("force")]
+    tables = {name: _vocabulary(name, models, rows, base, chosen, always) for name in models}
+    notes = [f"vocabulary: {size} rows, {len(added)} tokens added to {models[owner].name}'s"]
+    files = {path.name: path.read_bytes() for path in models[owner].companions() if path.name in TOKENIZER_FILES}
     if added:
-        files["tokenizer.json"] = _extended(owner, {token: tokens[token] for token in added}, models)
-    notes = [f"vocabulary: {size} rows, {len(added)} tokens added to {owner.name}'s"]
+        # Only tokenizer.json learns of the new tokens, so that no older form of the vocabulary may stay beside it.
+        files = {name: text for name, text in files.items() if name not in (*VOCABULARY_FILES, *VOCABULARY_PARTS)}
+        files["tokenizer.json"] = _extended(tokenizers[owner], added, tokenizers)
     return Result(tables, files, [name for name in TOKENIZER_FILES if name not in files], {"vocab_size": size}, notes)
 
 
-def _rows(tokens: Mapping[str, int], ids: Mapping[str, int], size: int) -> Tensor:
+def _rows(tokens: Mapping[str, int], ids: Mapping[str, int], size: int, limit: int) -> Tensor:
+    """Return a model's own row for each row of the result; −1 where its tokenizer or its tables do not have it."""
     rows = torch.full((size,), MISSING)
-    shared = [(place, ids[token]) for token, place in tokens.items() if token in ids]
+    shared = [(place, ids[token]) for token, place in tokens.items() if ids.get(token, limit) < limit]
     if shared:
         places, own = torch.tensor(shared).T
         rows[places] = own
     return rows
 
 
-def _donors(
-    donors: Mapping[str, tuple[Checkpoint, Tensor]], base: str, rows: Mapping[str, Tensor]
-) -> list[tuple[Checkpoint, Tensor]]:
-    """Give the base's row where it has one, else those of all owners."""
-    base_rows = rows[base]
-    others = [
-        (model, torch.where(base_rows >= 0, torch.full_like(own, MISSING), own))
-        for name, (model, own) in donors.items()
-        if name != base
-    ]
-    return [donors[base], *others]
+def _table_rows(model: Checkpoint) -> int:
+    """Return how many rows all vocabulary tables of a model have; its tokenizer may know more tokens."""
+    return min((model.spec(name).shape[0] for name in model if is_vocabulary(name)), default=0)
 
 
-def _redirect(
-    token: str,
-    choice: Mapping[str, Any],
-    place: int,
-    mine: Tensor,
-    gifts: list[tuple[Checkpoint, Tensor]],
+def _vocabulary(
+    name: str,
     models: Mapping[str, Checkpoint],
-    known: Mapping[str, Mapping[str, int]],
-) -> list[tuple[Checkpoint, Tensor]]:
-    """Make ``token``'s row come from where the file says, for models that lack it or, if forced, for all."""
+    rows: Mapping[str, Tensor],
+    base: str,
+    chosen: Mapping[int, tuple[str, int] | None],
+    always: Sequence[int],
+) -> Vocabulary:
+    """Give one model the unified rows: its own, else the base's, else the mean of the others'.
+
+    Args:
+        name: Of the model.
+        models: All models.
+        rows: Of each model, its own row for each row of the result.
+        base: The model whose row goes before those of the others.
+        chosen: Rows for which the file names a donor and its row, or ``None`` for zeros.
+        always: Of these, the rows that replace even the model's own.
+    """
+    mine = rows[name].clone()
+    mine[torch.tensor(always, dtype=torch.long)] = MISSING
+    named = {place: gift for place, gift in chosen.items() if mine[place] == MISSING}
+    mine[torch.tensor([place for place, gift in named.items() if gift is None], dtype=torch.long)] = ZEROS
+    # Each row of the result is kept for one tier of donors: those that the file names, the base, all others.
+    taken = torch.zeros(len(mine), dtype=torch.bool)
+    taken[torch.tensor(list(named), dtype=torch.long)] = True
+    donors = [(models[base], rows[base].masked_fill(taken, MISSING))]
+    taken |= rows[base] >= 0
+    donors += [(models[other], own.masked_fill(taken, MISSING)) for other, own in rows.items() if other != base]
+    for donor in models:
+        gifts = [(place, gift[1]) for place, gift in named.items() if gift and gift[0] == donor]
+        if gifts:
+            only = torch.full_like(mine, MISSING)
+            places, own = torch.tensor(gifts).T
+            only[places] = own
+            donors.append((models[donor], only))
+    return Vocabulary(models[name], len(mine), mine, donors)
+
+
+def _choice(
+    token: str, choice: Mapping[str, Any], models: Mapping[str, Checkpoint], known: Mapping[str, Mapping[str, int]]
+) -> tuple[str, int] | None:
+    """Return whose row, and which, the file gives to a token; ``None`` for zeros."""
     source = choice.get("source")
-    if mine[place] >= 0 and not choice.get("force"):
-        return gifts
     if isinstance(source, Mapping) and source.get("kind") == "zero":
-        mine[place] = ZEROS
-        return gifts
+        return None
     if isinstance(source, Mapping) and source.get("kind") == "model_token":
         model, other = str(source.get("model")), source.get("token", token)
         row = source.get("token_id", known.get(model, {}).get(str(other)))
@@ -213,29 +223,21 @@ def _redirect(
         row = known.get(model, {}).get(token)
     if model not in models or row is None:
         raise RecipeError(f"tokenizer.tokens[{token!r}]: {source!r} names no token of a model of the file.")
-    mine[place] = MISSING
-    only = torch.full_like(mine, MISSING)
-    only[place] = int(row)
-    silenced = []
-    for donor, rows in gifts:
-        rest = rows.clone()
-        rest[place] = MISSING
-        silenced.append((donor, rest))
-    return [*silenced, (models[model], only)]
+    if not 0 <= int(row) < (limit := _table_rows(models[model])):
+        raise RecipeError(f"tokenizer.tokens[{token!r}]: {model} has {limit} rows, so there is no row {row}.")
+    return model, int(row)
 
 
-def _token_ids(model: Checkpoint) -> dict[str, int]:
+def _token_ids(tokenizer: Mapping[str, Any], owner: str) -> dict[str, int]:
     """Return the vocabulary in a model's ``tokenizer.json``."""
-    path = _tokenizer_path(model)
-    data = read_json(path, model.name)
-    vocabulary = data.get("model", {}).get("vocab")
+    vocabulary = tokenizer.get("model", {}).get("vocab")
     if isinstance(vocabulary, list):
         ids = {str(item[0]): position for position, item in enumerate(vocabulary)}
     elif isinstance(vocabulary, dict):
         ids = {str(token): int(position) for token, position in vocabulary.items()}
     else:
-        raise UnsupportedError(f"{model.name}: its tokenizer.json holds no vocabulary that can be read.")
-    return ids | {str(item["content"]): int(item["id"]) for item in data.get("added_tokens") or []}
+        raise UnsupportedError(f"{owner}: its tokenizer.json holds no vocabulary that can be read.")
+    return ids | {str(item["content"]): int(item["id"]) for item in tokenizer.get("added_tokens") or []}
 
 
 def _tokenizer_path(model: Checkpoint) -> Path:
@@ -245,27 +247,24 @@ def _tokenizer_path(model: Checkpoint) -> Path:
     return found
 
 
-def _extended(owner: Checkpoint, added: Mapping[str, int], models: Mapping[str, Checkpoint]) -> bytes:
-    """Return the owner's tokenizer with tokens appended, special where they were special."""
-    data = read_json(_tokenizer_path(owner), owner.name)
-    special = {
-        str(item["content"])
-        for model in models.values()
-        for item in read_json(_tokenizer_path(model), model.name).get("added_tokens") or []
-        if item.get("special")
-    }
+def _extended(tokenizer: Mapping[str, Any], added: Mapping[str, int], others: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Return a tokenizer with tokens appended, which keep the settings that they had in their own."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    settings: dict[str, Mapping[str, Any]] = {}
+    for other in others.values():
+        for item in other.get("added_tokens") or []:
+            settings.setdefault(str(item["content"]), item)
     entries = [
-        {"id": position, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": token in special}
-        for token, position in added.items()
-    ]  # fmt: skip
-    data["added_tokens"] = [*(data.get("added_tokens") or []), *entries]
+        {**plain, **settings.get(token, {}), "id": position, "content": token} for token, position in added.items()
+    ]
+    data = {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or []), *entries]}
     return (json.dumps(data, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def _template(setting: str, models: Mapping[str, Checkpoint]) -> str:
-    if setting in TEMPLATES:
-        return TEMPLATES[setting]
+    shipped = {path.name.removesuffix(".jinja"): path for path in TEMPLATES.iterdir()}
+    if setting in shipped:
+        return shipped[setting].read_text(encoding="utf-8").removesuffix("\n")
     if setting == "auto":
         texts = [
             path.read_text() for m in models.values() for path in m.companions() if path.name == "chat_template.jinja"
@@ -277,4 +276,4 @@ def _template(setting: str, models: Mapping[str, Checkpoint]) -> str:
         return Counter(texts).most_common(1)[0][0]
     if "{" in setting:
         return setting
-    raise RecipeError(f"chat_template {setting!r} is not known. {did_you_mean(setting, [*TEMPLATES, 'auto'])}")
+    raise RecipeError(f"chat_template {setting!r} is not known. {did_you_mean(setting, [*sorted(shipped), 'auto'])}")
