@@ -213,13 +213,14 @@ def _index(items: list[Any], part: str, assignment: str) -> int:
 def parse(data: Data, where: str = "recipe") -> Recipe:
     """Check ``data`` against the schema of its job.
 
-    A mapping with a top-level ``merge_method`` is a mergekit file, and runs as a merge job.
+    A mapping with a top-level ``merge_method`` is a mergekit file, and runs as a merge job, which tells its own keys
+    from those of the file.
 
     Raises:
         RecipeError: A key is unknown or missing, or a value is out of range; one line for each.
     """
     if "merge_method" in data:
-        data = {"job": "merge", "mergekit": data}
+        data = {"job": "merge", **data}
     name = data.get("job")
     if not isinstance(name, str):
         raise RecipeError(f"{where}: 'job' is missing. Set job to one of: {', '.join(registry.job)}.")

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
-from modicum.recipe import parse
+from modicum.jobs.merge import MergeRecipe
+from modicum.recipe import dump, override, parse
 from modicum.weights import Checkpoint
-from modicum.weights.mergekit.document import evaluate, models_of
+from modicum.weights.mergekit.document import KEYS, evaluate, models_of
 from modicum.weights.mergekit.vocabulary import Vocabulary
 from oracles import merge as oracle
 from support import tiny_llama
@@ -145,6 +146,55 @@ def test_the_plan_names_random_masks(root: Path) -> None:
     lines = "\n".join(plan(parse(json.loads(json.dumps(document).replace("$R", str(root))))))
     assert "random masks" in lines
     assert "density is 1" not in lines
+
+
+# Of the job's keys, those that a mergekit file neither says itself nor makes meaningless.
+SETTINGS = [("seed", 3), ("device", "meta"), ("diagnostics", True), ("allow_pickle", True), ("shard_size", 1000)]
+
+
+@pytest.mark.parametrize(("key", "value"), [*SETTINGS, ("out", "elsewhere")])
+def test_a_mergekit_file_takes_the_job_s_settings(key: str, value: object, root: Path) -> None:
+    file = {"merge_method": "linear", "models": [{"model": "m", "parameters": {"weight": 1.0}}]}
+    recipe = parse(override(file, [f"{key}={json.dumps(value)}", "models.0.parameters.weight=0.5", "dtype=float16"]))
+    assert getattr(recipe, key) == value
+    assert recipe.mergekit == {
+        "merge_method": "linear",
+        "models": [{"model": "m", "parameters": {"weight": 0.5}}],
+        "dtype": "float16",
+    }
+    assert parse(dump(recipe)) == recipe
+
+
+def test_a_key_is_the_job_s_or_the_file_s_never_lost() -> None:
+    """Every key of the job and of a file arrives in one of them, or is refused by name."""
+    file = {"merge_method": "linear", "models": [{"model": "m", "parameters": {"weight": 1.0}}]}
+    for key in sorted({*MergeRecipe.model_fields, *KEYS, "pickled", "nonsense"} - {"merge_method", "models"}):
+        value = {"seed": 1, "shard_size": 7, "out": "x", "device": "cuda", "name": "x", "job": "merge"}.get(key, True)
+        try:
+            recipe = parse(file | {key: value})
+        except ModicumError as error:
+            assert key in str(error), key
+        else:
+            told = {"pickled": "allow_pickle"}.get(key, key)
+            assert recipe.mergekit is not None
+            assert value in (recipe.mergekit.get(key), getattr(recipe, told, None)), key
+
+
+def test_seed_and_pickle_reach_the_merge(root: Path, tmp_path: Path) -> None:
+    document = {"merge_method": "dare_ties", "base_model": f"{root}/base", "dtype": "float32", "models": [
+        {"model": f"{root}/a", "parameters": {"weight": 1.0, "density": 0.5}}]}  # fmt: skip
+    found = [run(override(document, [f"seed={seed}"]), tmp_path / str(i)) for i, seed in enumerate([0, 1, 1])]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(found[1][name], found[2][name])
+    assert not torch.equal(found[0][name], found[1][name])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.json").write_bytes((root / "a/config.json").read_bytes())
+    torch.save(load_file(root / "a/model.safetensors"), tmp_path / "old/pytorch_model.bin")
+    document["models"][0]["model"] = str(tmp_path / "old")
+    with pytest.raises(ModicumError, match="pickled"):
+        plan(parse(document))
+    for key in ("allow_pickle", "pickled"):
+        assert plan(parse(override(document, [f"{key}=true"])))
 
 
 def test_models_and_adapters_are_named() -> None:

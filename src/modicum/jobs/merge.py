@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from modicum.errors import RecipeError
 from modicum.jobs.loading.folders import note_code
@@ -52,10 +52,26 @@ class MergeRecipe(Recipe):
     diagnostics: bool = Field(
         default=False, description="also measure spectra, interference, outliers and what the cast loses; slower"
     )
-    pickled: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
+    allow_pickle: bool = Field(
+        default=False,
+        description="allow pytorch_model.bin, read with weights_only=True",
+        validation_alias=AliasChoices("allow_pickle", "pickled"),  # its name in version 0.1
+    )
     remote_code: bool = Field(default=False, description="fetch and carry the code that comes with a model")
 
     mergekit: dict[str, Any] | None = Field(default=None, description="a mergekit file's content, in place of the rest")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, data: object) -> object:
+        """Take a mergekit file's content apart: our keys beside it, as ``--set seed=1`` puts them, go to the job."""
+        if not isinstance(data, Mapping) or "merge_method" not in data:
+            return data
+        from modicum.weights.mergekit.document import KEYS
+
+        ours = {*cls.model_fields, "pickled"} - KEYS - {"mergekit"}
+        job = {key: value for key, value in data.items() if key in ours}
+        return job | {"mergekit": {key: value for key, value in data.items() if key not in ours}}
 
     @model_validator(mode="after")
     def _complete(self) -> MergeRecipe:
@@ -102,7 +118,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
 
     def opened(reference: str, adapter: str | None = None) -> Checkpoint:
         source, base = (reference, None) if adapter is None else (adapter, reference)
-        return Checkpoint(source, base=base, allow_pickle=recipe.pickled, remote_code=recipe.remote_code)
+        return Checkpoint(source, base=base, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
 
     if recipe.mergekit is not None:
         from modicum.weights.mergekit.planning import plan_mergekit
