@@ -1,4 +1,4 @@
-"""The rivals: against NumPy, against PEFT's own code, and the laws of their kind."""
+"""Baselines of HRP: against NumPy, against PEFT's own code, and the laws of their kind."""
 
 import numpy as np
 import pytest

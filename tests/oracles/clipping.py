@@ -1,4 +1,4 @@
-"""AdaGC's rivals in NumPy float64: each takes the whole series of inputs and returns the whole series of outputs."""
+"""Baselines of AdaGC in NumPy float64: each takes a whole series of inputs and returns that of outputs."""
 
 from __future__ import annotations
 

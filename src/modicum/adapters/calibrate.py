@@ -1,4 +1,4 @@
-"""What data-driven initialisations need to see of a model: gradients at its frozen weights, moments of its inputs.
+"""Data for initialisations: gradients at the frozen weights, and second moments of the layers' inputs.
 
 Both are averaged over the batches and over the processes, each of which brings its own share of the data.
 """
@@ -113,6 +113,7 @@ def input_moments(peft_model: Any, batches: Iterable[Batch], *, adapter: str = "
 
 @contextmanager
 def _quiet(model: nn.Module, *, train: bool) -> Iterator[None]:
+    """Put flags, modes and the global generator back afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     model.train(train)

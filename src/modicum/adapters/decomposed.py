@@ -57,7 +57,8 @@ def pissa(
         A singular value decomposition of the weight.
 
     Deviates:
-        The paper's scaling is 1; another is divided out, so that base and adapter still add up to the weight.
+        The paper's scaling is 1; another is divided out, so that base and adapter still add up to the weight. The
+        decomposition is exact unless ``fast`` is set.
 
     Reference:
         Meng, Wang, Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
@@ -132,6 +133,9 @@ def olora(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     Cost:
         A QR decomposition of the weight.
 
+    Deviates:
+        The product leaves the base times PEFT's alpha / r, which the paper's layer does not have.
+
     Reference:
         Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024, arXiv:2406.01775.
     """
@@ -202,7 +206,7 @@ def lora_xs(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
         A singular value decomposition of the weight.
 
     Deviates:
-        R starts at zero; the authors draw it with deviation 1e-5.
+        R starts at zero, so that the model starts unchanged; the authors draw it with deviation 1e-5.
 
     Reference:
         Bałazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024,

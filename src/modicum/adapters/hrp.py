@@ -68,7 +68,7 @@ class Preheat:
     rank_redistribution: Redistribution = "none"
 
     def __post_init__(self) -> None:
-        """Refuse what no stage can do."""
+        """Refuse choices that do not exist."""
         _check_choice("preheat_optimizer", self.preheat_optimizer, PreheatOptimizer)
         _check_choice("train_factors", self.train_factors, Trained)
         _check_choice("reuse_data", self.reuse_data, Reuse)

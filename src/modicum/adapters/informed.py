@@ -141,6 +141,9 @@ def lora_one(gradient: Float[Tensor, "out in"], *, rank: PositiveInt, gamma: Pos
     Cost:
         A truncated decomposition of the gradient.
 
+    Deviates:
+        The authors go on with preconditioned gradients; here the run's own optimiser takes the steps.
+
     Reference:
         Zhang, Liu, Chen, "LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models,
         Provably and Efficiently", ICML 2025, arXiv:2502.01235, algorithm 1.
@@ -277,6 +280,7 @@ def corda(
 
     Deviates:
         The paper's scaling is 1; another is divided out, so that base and adapter still add up to the weight.
+        The moment averages the tokens that are not padding as they are; PEFT divides each sample by its largest entry.
 
     Reference:
         Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware

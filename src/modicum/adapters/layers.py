@@ -1,4 +1,4 @@
-"""The LoRA layers inside a PEFT model, found by what they have: this file imports no PEFT.
+"""The LoRA layers inside a PEFT model, found by their attributes, because this file imports no PEFT.
 
 A LoRA layer on a linear module holds ``lora_A[name].weight`` (rank, in) and ``lora_B[name].weight`` (out, rank). Layers
 on embeddings and convolutions are left at PEFT's own start.
@@ -16,7 +16,7 @@ from modicum import processes
 from modicum.errors import ModicumError, UnsupportedError
 from modicum.layout import ADAPTER_PREFIX
 
-TRUNCATING = ("use_dora", "lora_bias")  # what an adapter may hold beside its two factors
+EXTRAS = ("use_dora", "lora_bias")  # parts that PEFT may add to the two factors
 
 
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
@@ -98,7 +98,7 @@ def store_factors(layer: Any, adapter: str, factors: tuple[Tensor, Tensor], name
 def _refuse_variants(name: str, layer: Any, adapter: str) -> None:
     if layer.merged_adapters:
         raise UnsupportedError(f"{name}: an adapter is merged into the base. Call unmerge_adapter() first.")
-    variant = next((option for option in TRUNCATING if getattr(layer, option, {}).get(adapter)), None)
+    variant = next((option for option in EXTRAS if getattr(layer, option, {}).get(adapter)), None)
     if adapter in getattr(layer, "lora_E", ()):
         variant = "AdaLoRA"
     if variant is None and adapter in getattr(layer, "lora_variant", {}):

@@ -62,12 +62,12 @@ class Stage:
     layers: Mapping[str, Any]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what the stage trains."""
+        """Return the factors that are trained."""
         pairs = (factors_of(layer, self.adapter) for layer in self.layers.values())
         return [factor for pair in pairs for factor in pair if factor.requires_grad]
 
     def state(self, *, keep: int | None = None) -> State:
-        """Decompose what the stage has learned so far; see :func:`hrp_state`."""
+        """Decompose the products that the factors have by now; see :func:`hrp_state`."""
         learned = {}
         for name, layer in self.layers.items():
             A, B = factors_of(layer, self.adapter)

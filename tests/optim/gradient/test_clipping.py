@@ -1,4 +1,4 @@
-"""The rivals: each against its oracle, and all of them through the same loop."""
+"""Baselines of AdaGC: each against its oracle, and all of them through the same loop."""
 
 import math
 from copy import deepcopy

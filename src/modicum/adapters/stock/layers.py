@@ -38,6 +38,8 @@ def rslora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Gen
     .. math::
         s = \alpha / \sqrt{r}
 
+    The scaling is PEFT's ``use_rslora``.
+
     Args:
         weight: Frozen weight; only its shape matters.
         rank: Rank r of the adapter.
@@ -52,9 +54,6 @@ def rslora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Gen
 
     Cost:
         None.
-
-    Deviates:
-        The scaling is PEFT's ``use_rslora``.
 
     Reference:
         Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023, arXiv:2312.03732.
@@ -77,6 +76,8 @@ def dora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Gener
     .. math::
         W' = m \odot \frac{W + s B A}{\lVert W + s B A \rVert_{row}}
 
+    The layer is PEFT's ``use_dora``, for whose gradient the norm is a constant, as section 4.3 of the paper proposes.
+
     Args:
         weight: Frozen weight; only its shape matters.
         rank: Rank of the adapter.
@@ -91,9 +92,6 @@ def dora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch.Gener
 
     Cost:
         The norm of W + sBA at every step. Servers that read plain LoRA refuse it; merge it first.
-
-    Deviates:
-        The layer is PEFT's ``use_dora``, which takes the norm for a constant of the gradient, as section 4.3 proposes.
 
     Reference:
         Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, arXiv:2402.09353, equation 5.

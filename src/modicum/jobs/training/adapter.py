@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Started:
-    """What an initialisation did, to be finished when the trained adapter has been saved.
+    """The result of an initialisation, to be finished when the trained adapter has been saved.
 
     Attributes:
         origin: Name and knobs of the initialisation, for the record.

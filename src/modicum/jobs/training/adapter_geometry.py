@@ -19,10 +19,10 @@ SIDES = "AB"
 
 
 def change_between(base: Checkpoint, full: Checkpoint, modules: Pairs, *, transposed: bool = False) -> Change:
-    """Return what gives the change of a module's weight between two models, (out, in) and in float32.
+    """Return a function that gives the change of a module's weight between two models, (out, in) and in float32.
 
     Args:
-        base: What was fine-tuned.
+        base: The model before the fine-tune.
         full: The fine-tuned model.
         modules: The factors of an adapter on the same base, by the modules that will be asked for.
         transposed: The models store their weights as (in, out), as GPT-2 does.

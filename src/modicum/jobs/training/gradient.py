@@ -138,13 +138,13 @@ def check_arguments(args: Any, name: str, knobs: Mapping[str, Any]) -> None:
 
 
 class ClippingLog:
-    """Write what a clipper does to a file of JSON lines, reading the device only when it is flushed.
+    """Write norms, thresholds and clip rates to a file of JSON lines, reading the device only when it is flushed.
 
     The first line names the tensors. A line with ``norm`` holds norms, thresholds and factors of one step; a line with
     ``clip_rate`` the share of steps, since the last such line, in which each tensor was clipped.
 
     Args:
-        path: The file. What it says of steps after ``after`` is dropped: they are going to be done again.
+        path: The file. Its lines about steps beyond ``after`` are dropped, because these steps are done again.
         clipper: The clipper to watch.
         every: Steps between two lines with norms.
         after: Steps done already.
@@ -174,7 +174,7 @@ class ClippingLog:
             self._rows.append((self.step, torch.stack([clipped.norms, limits, clipped.factors])))
 
     def flush(self) -> None:
-        """Write what was remembered."""
+        """Write the remembered steps."""
         if self._clipped is None:
             return
         lines: list[dict[str, Any]] = []
@@ -282,7 +282,7 @@ def _unpacked(saved: str | None, step: int) -> dict[str, torch.Tensor]:
 
 
 def _saved_state(state: Any, callback: Any) -> str | None:
-    """Return what the checkpoint holds for this callback; the trainer keeps it in its own state."""
+    """Return the rule's packed state from the checkpoint, where the trainer keeps it in its own state."""
     found = state.stateful_callbacks.get(type(callback).__name__)
     if isinstance(found, list):
         found = found[0] if found else None

@@ -34,7 +34,7 @@ PER_UNIT = MappingProxyType({"per_unit": True})
 
 
 class Clipped(NamedTuple):
-    """What one call of ``clip_`` did: tensors on the gradients' device, one entry for each unit of the clipper."""
+    """The result of one call of ``clip_``: tensors on the gradients' device, one entry for each unit of the clipper."""
 
     norms: Float[Tensor, " u"]  # not finite where there was no gradient
     factors: Float[Tensor, " u"]

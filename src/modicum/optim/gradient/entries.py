@@ -1,4 +1,4 @@
-"""The rivals that look at single entries or rows of a gradient: by value, AGC, SPAM and Stable-SPAM."""
+"""Baselines that look at single entries or rows of a gradient: by value, AGC, SPAM and Stable-SPAM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every gradient rule needs: which gradients there are, how long they are, and scaling them in place.
+"""Gradients for every rule: which there are, their norms, and scaling them in place.
 
 Nothing here reads a number back from an accelerator. On the CPU, where a gradient's factor lies in the same memory as
 the program, tensors whose factor is one are not touched at all.
@@ -60,7 +60,7 @@ def named_tensors(params: Iterable[Any]) -> dict[str, Tensor]:
 
 
 def gradients(params: Iterable[tuple[str, Tensor]]) -> list[Tensor | None]:
-    """Return each parameter's gradient, or ``None``; refuse those that have no length in the usual sense.
+    """Return each parameter's gradient, or ``None``; refuse sparse and complex ones.
 
     Raises:
         UnsupportedError: A gradient is sparse or complex.

@@ -1,6 +1,7 @@
-"""The rivals that look at norms: fixed thresholds, percentiles, z-scores and skipping.
+"""Baselines that look at norms: fixed thresholds, percentiles, z-scores and skipping.
 
-They share AdaGC's adapter, so a comparison changes one name. All but ``fixed_norm`` scale every tensor by one factor.
+They share ``NormClipper`` with AdaGC, so a comparison changes one name. All but ``fixed_norm`` give every tensor the
+same factor.
 """
 
 from __future__ import annotations

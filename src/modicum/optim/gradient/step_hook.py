@@ -11,10 +11,10 @@ from modicum.errors import UnsupportedError
 
 
 class StepHook:
-    """A thing that works on an optimiser's steps: subclasses say what happens before and after each.
+    """Base of ``NormClipper`` and ``TensorHook``: hooks before and after every step of an optimiser.
 
     Args:
-        params: The tensors it looks after, by name.
+        params: The tensors that the hooks work on, by name.
     """
 
     def __init__(self, params: dict[str, Tensor]) -> None:
@@ -22,13 +22,13 @@ class StepHook:
         self._handles: list[Any] = []
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Work on the gradients, before the optimiser reads them."""
+        """Change the gradients before the optimiser reads them."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Work on what the optimiser did."""
+        """Change the weights that the optimiser wrote."""
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
-        """Do this at every ``optimizer.step()`` from now on.
+        """Run both hooks at every ``optimizer.step()`` from now on.
 
         It works with any optimiser of ``torch.optim`` or derived from it, fused or not, wrapped by Accelerate or not.
         With ``GradScaler``, a step that overflowed is not seen, because the scaler does not call the optimiser.

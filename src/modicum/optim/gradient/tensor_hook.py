@@ -1,6 +1,6 @@
-"""The adapter for rules that look into one tensor at a time, or at what the optimiser did to it.
+"""The adapter for rules that look into one gradient at a time, or at one tensor's update.
 
-Such a rule is a pure function whose positional parameters say by name what it wants to know of each tensor:
+Such a rule is a pure function. Its positional parameters name what it is given of each tensor:
 ``gradient``, ``weight`` (before the step), ``update`` (what the step added to the weight), ``lr``, ``second_moment``
 (Adam's, as it is stored), ``debiased_second_moment``, ``age`` (steps since the moments were last reset) and ``state``,
 its own memory.

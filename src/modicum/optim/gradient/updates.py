@@ -1,7 +1,7 @@
-"""The rivals that act after the optimiser: they measure what a step did to each tensor, and shorten it.
+"""Baselines that act after the optimiser: they measure each tensor's update, and shorten it.
 
-The update is the difference between the weights after and before the step, so any optimiser will do; its price is a
-copy of the weights. Weight decay is part of the update here, as it is where these rules scale the learning rate.
+The update is the difference between the weights after and before the step, so any optimiser will do, at the price of a
+copy of the weights. Weight decay is part of the update here, as it is in programs that scale the learning rate.
 """
 
 from __future__ import annotations
