@@ -36,6 +36,11 @@ class Facts:
     supplied: Collection[str] = frozenset()
     gather: type | None = None
 
+    @property
+    def further(self) -> tuple[Callable[..., Any], ...]:
+        """Whose parameters are knobs too, beside those of the method itself."""
+        return (self.gather,) if self.gather else ()
+
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.laws) - self.known_laws.keys()):
             raise TypeError(f"{type(self).__name__} knows no law {', '.join(unknown)}; add it to known_laws.")
@@ -234,6 +239,51 @@ class PartFacts(Facts):
     section: Any = None
     description: str | None = None
     order: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureFacts(Facts):
+    """Facts of a measure of models.
+
+    Its functions are given by keyword what their signatures ask for: the knobs, and what the job supplies, which is the
+    confidence ``level``, the ``seed``, the data section's ``max_length``, ``tokens_of(model)`` to count tokens, and
+    ``read_lines(file)`` to read lines of JSON. Keyword-only parameters of ``estimate`` and ``prepare`` are knobs too.
+
+    Attributes:
+        rows: Kind of the rows of data that it needs.
+        better: Which values are the better ones.
+        estimate: ``(items, …) -> Estimate``: what the items sum up to.
+        difference: ``(items of a, items of b, …) -> Estimate`` of a − b on the same items.
+        unit: ``share`` for shares of one, which read better as percentages.
+        metric: Name of its values; the measure's own when not given. A knob called ``metric`` chooses another.
+        compares: Metric of the differences, where it is not that of the values.
+        data: The data section where a recipe has none.
+        prepare: ``(load, …) -> rows``: makes what is asked out of the data, which ``load()`` reads.
+        details: ``(items, …) -> mapping``: what else of a cell is kept in the record, for a section of the report.
+        work: ``(count, …) -> text``: what is done with so many rows, for the plan.
+        check: ``(…)``: refuses knobs that do not fit together.
+        reads: Knobs that name files, whose content identifies a run.
+    """
+
+    rows: str
+    better: Literal["higher", "lower"]
+    estimate: Callable[..., Any]
+    difference: Callable[..., Any]
+    unit: Literal["share", "number"] = "number"
+    metric: str | None = None
+    compares: str | None = None
+    data: Mapping[str, Any] | None = None
+    prepare: Callable[..., Any] | None = None
+    details: Callable[..., Mapping[str, Any]] | None = None
+    work: Callable[..., str] | None = None
+    check: Callable[..., None] | None = None
+    reads: tuple[str, ...] = ()
+    supplied: Collection[str] = frozenset({"level", "seed", "max_length", "tokens_of", "read_lines"})
+
+    @property
+    def further(self) -> tuple[Callable[..., Any], ...]:
+        """Whose parameters are knobs too, beside those of the method itself."""
+        return (*super().further, self.estimate, *([self.prepare] if self.prepare else []))
 
 
 @dataclass(frozen=True, kw_only=True)

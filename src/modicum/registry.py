@@ -8,9 +8,10 @@ A method registers itself with a decorator in its own file; nothing else is edit
 Positional parameters are data. Keyword-only parameters are knobs: they must be annotated, their ranges stand in
 ``Annotated``, and they are what a recipe may set. ``rng`` is never a knob: the caller supplies it, and so is what the
 fact ``supplied`` lists. The fact ``gather`` names a dataclass of further knobs, those of collecting the method's
-data. A class (an optimiser, a gradient rule) follows the convention of ``torch.optim``: everything after its first
-parameter is a knob. Knobs that several methods share are unpacked from a ``TypedDict``, see :mod:`modicum.knobs`. The
-decorator's keywords are facts: the fields of the table's dataclass in :mod:`modicum.facts`.
+data; the further functions of a measure have knobs too. A class (an optimiser, a gradient rule) follows the convention
+of ``torch.optim``: everything after its first parameter is a knob. Knobs that several methods share are unpacked from a
+``TypedDict``, see :mod:`modicum.knobs`. The decorator's keywords are facts: the fields of the table's dataclass in
+:mod:`modicum.facts`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from modicum.facts import (
     GradientFacts,
     JobFacts,
     JudgeFacts,
+    MeasureFacts,
     MergeFacts,
     ModelFacts,
     ObjectiveFacts,
@@ -87,8 +89,11 @@ class Entry(Generic[T]):
             return dict(items[:1]), {name: p for name, p in items[1:] if name not in supplied}
         data = {name: p for name, p in items if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
         knobs = {name: p for name, p in items if p.kind is p.KEYWORD_ONLY and name not in supplied}
-        if self.facts.gather:
-            knobs |= parameters(self.facts.gather)
+        for source in self.facts.further:
+            # A dataclass is all knobs; a function has data too.
+            for name, p in parameters(source).items():
+                if name not in supplied and (inspect.isclass(source) or p.kind is p.KEYWORD_ONLY):
+                    knobs[name] = p
         return data, knobs
 
     @property
@@ -205,6 +210,7 @@ zeroth_order = Registry("zeroth_order", "zeroth-order optimiser", "modicum.optim
 policy = Registry("policies", "policy", "modicum.submodular", PolicyFacts)
 attack = Registry("attacks", "attack", "modicum.evaluate.attacks", AttackFacts)
 judge = Registry("judges", "judge", "modicum.evaluate.judges", JudgeFacts)
+measure = Registry("measures", "measure", "modicum.evaluate.measures", MeasureFacts)
 model = Registry("models", "model", "modicum.models", ModelFacts)
 source = Registry("sources", "data source", "modicum.jobs.data.sources", SourceFacts)
 row_kind = Registry("row_kinds", "kind of rows", "modicum.jobs.data.kinds", RowKindFacts)
@@ -225,6 +231,7 @@ REGISTRIES: Mapping[str, Registry[..., Facts]] = MappingProxyType(
             policy,
             attack,
             judge,
+            measure,
             model,
             source,
             row_kind,

@@ -21,7 +21,7 @@ def test_a_method_says_what_it_takes_costs_changes_and_rests_on(entry: Entry):
     needed = SECTIONS[:2] if entry.noun in OWN else SECTIONS
     missing = [section for section in needed if f"\n{section}:" not in text]
     assert not missing, f"{entry.noun} {entry.name} has no {', '.join(missing)}"
-    gathered = inspect.getdoc(entry.facts.gather) if entry.facts.gather else ""
+    gathered = inspect.getdoc(entry.facts.gather) or "" if entry.facts.gather else ""
     arguments = gathered + re.split(r"\n[A-Z]\w+:\n", text.partition("\nArgs:")[2])[0]
     # Unpacked knobs are explained once, where they are fields, and `show` and the docs take it from there.
     fields = entry.schema.model_fields

@@ -109,7 +109,7 @@ def test_right_answers_are_counted_with_wilsons_interval_and_compared_in_pairs(d
     expected = paired_proportions(solved, [True] * 11)
     assert metrics["pairs"] == [
         {
-            "a": "two", "b": "one", "task": "qa", "metric": "exact_match",
+            "a": "two", "b": "one", "task": "qa", "metric": "exact_match", "better": "higher", "unit": "share",
             "difference": expected.value, "low": expected.low, "high": expected.high, "n": 11,
         }
     ]  # fmt: skip

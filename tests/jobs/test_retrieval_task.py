@@ -4,8 +4,7 @@ import json
 import pytest
 
 from modicum.errors import ModicumError
-from modicum.jobs.data.rows import DataSection
-from modicum.jobs.retrieval import RetrievalTask, retrieval_grid, retrieval_rows
+from modicum.jobs.task import Task
 from modicum.report.runs import load
 from modicum.report.sections.retrieval import retrieval
 
@@ -14,22 +13,26 @@ from modicum.report.sections.retrieval import retrieval
 def prose(tmp_path):
     path = tmp_path / "prose.txt"
     path.write_text(" ".join(f"Sentence {i} tells of a quiet day in the town by the river." for i in range(200)))
-    return DataSection(path=str(path))
+    return {"path": str(path)}
+
+
+def retrieval_task(**knobs):
+    return Task.model_validate({"kind": "retrieval", **knobs})
 
 
 def test_rows_carry_prompts_places_and_a_scorer(prose):
-    task = RetrievalTask(suite="needle", data=prose, lengths=(200, 400), depths=(0.0, 1.0), per_cell=2)
-    rows = retrieval_rows(task, seed=0)
+    task = retrieval_task(suite="needle", data=prose, lengths=(200, 400), depths=(0.0, 1.0), per_cell=2)
+    rows = task.rows(0)
     assert rows.kind == "completion" and len(rows) == 8
     assert all(len(row["prompt"]) <= 4 * row["length"] for row in rows.rows)
     assert rows.score(0, f"It is {rows.rows[0]['completion']}.") == 1.0 and rows.score(0, "no") == 0.0
 
 
 def test_lengths_count_the_tokens_of_a_model_when_told(prose, tiny_model):
-    task = RetrievalTask(
+    task = retrieval_task(
         suite="needle", data=prose, lengths=(300,), depths=(0.5,), per_cell=1, tokenizer=str(tiny_model)
     )
-    [row] = retrieval_rows(task, seed=0).rows
+    [row] = task.rows(0).rows
     assert 200 < len(row["prompt"].encode()) <= 300  # a byte is a token
 
 
@@ -40,26 +43,26 @@ def test_the_public_files_are_read_packed_or_plain(tmp_path):
     with gzip.open(packed, "wt") as file:
         file.write(json.dumps(row) + "\n")
     for path in (plain, packed):
-        assert len(retrieval_rows(RetrievalTask(suite="lost_in_the_middle", file=str(path)), seed=0)) == 1
+        assert len(retrieval_task(suite="lost_in_the_middle", file=str(path)).rows(0)) == 1
     plain.write_text("{")
     with pytest.raises(ModicumError, match="line 1: not valid JSON"):
-        retrieval_rows(RetrievalTask(suite="ruler", file=str(plain)), seed=0)
+        retrieval_task(suite="ruler", file=str(plain)).rows(0)
     with pytest.raises(ModicumError, match="Cannot read"):
-        retrieval_rows(RetrievalTask(suite="ruler", file=str(tmp_path / "none")), seed=0)
+        retrieval_task(suite="ruler", file=str(tmp_path / "none")).rows(0)
 
 
 def test_a_file_belongs_to_the_public_suites_alone():
     with pytest.raises(ValueError, match="set file for"):
-        RetrievalTask(suite="needle", file="x.jsonl")
+        retrieval_task(suite="needle", file="x.jsonl")
     with pytest.raises(ValueError, match="set file for"):
-        RetrievalTask(suite="ruler")
+        retrieval_task(suite="ruler")
 
 
 def test_the_report_draws_a_heat_map_of_depth_by_length(prose, tmp_path):
-    rows = retrieval_rows(
-        RetrievalTask(suite="needle", data=prose, lengths=(200, 400), depths=(0.0, 1.0), per_cell=1), seed=0
-    )
-    grid = retrieval_grid(rows, [1.0, 0.0, 0.5, 0.25])
+    task = retrieval_task(suite="needle", data=prose, lengths=(200, 400), depths=(0.0, 1.0), per_cell=1)
+    scores = zip(task.rows(0).rows, [1.0, 0.0, 0.5, 0.25], strict=True)
+    items = [{"depth": row["depth"], "length": row["length"], "score": score} for row, score in scores]
+    grid = task.ask(task.measure.facts.details, items)["grid"]
     assert grid["values"] == ((1.0, 0.5), (0.0, 0.25)) and grid["lengths"] == (200, 400)
     run = tmp_path / "run"
     run.mkdir()
@@ -87,7 +90,7 @@ def test_the_evaluate_job_scores_retrieval_by_place_and_compares_models(prose, t
     task = {
         "kind": "retrieval",
         "suite": "needle",
-        "data": {"path": prose.path},
+        "data": prose,
         "lengths": [52],
         "depths": [0.0, 1.0],
         "per_cell": 1,

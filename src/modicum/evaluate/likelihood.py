@@ -27,7 +27,7 @@ class Window(NamedTuple):
     end: int
 
 
-def windows(length: int, *, size: int, stride: int) -> list[Window]:
+def windows(length: int, *, size: int, stride: int, context: int = 1) -> list[Window]:
     """Cut a document so that each token but the first, which has nothing before it, is scored exactly once.
 
     Args:
@@ -35,6 +35,7 @@ def windows(length: int, *, size: int, stride: int) -> list[Window]:
         size: Tokens of a window, at least 2.
         stride: Tokens by which a window moves on, from 1 to ``size - 1``. The larger it is, the faster the pass and the
             less context the tokens have.
+        context: First tokens that are not scored, at least 1.
 
     Example:
         >>> windows(6, size=4, stride=2)
@@ -43,9 +44,10 @@ def windows(length: int, *, size: int, stride: int) -> list[Window]:
     if not 1 <= stride < size:
         raise RecipeError(f"stride is {stride} and the window {size} tokens, expected 1 ≤ stride < window.")
     found: list[Window] = []
-    scored = 1
+    scored = max(context, 1)
     while scored < length:
-        end = min(scored + stride, length) if found else min(size, length)
+        # The first window is read whole; behind a context that fills it, it begins where a later one would.
+        end = min(scored + stride if found else max(size, scored + stride), length)
         found.append(Window(max(end - size, 0), scored, end))
         scored = end
     return found
@@ -60,9 +62,10 @@ def log_likelihoods(
     stride: int,
     pad: int = 0,
     batch_size: int = 4,
+    contexts: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
-    """Return the negative log-likelihood of each document in nats, given its first token.
+    """Return the negative log-likelihood of each document in nats, given its first token or its whole context.
 
     Args:
         model: A causal language model.
@@ -71,6 +74,7 @@ def log_likelihoods(
         stride: Tokens by which a window moves on.
         pad: Token to fill shorter windows with; it is masked.
         batch_size: Windows at a time.
+        contexts: First tokens of each document that are context only; one when not given.
         progress: Called with the number of windows just finished.
 
     Raises:
@@ -81,8 +85,8 @@ def log_likelihoods(
         raise UnsupportedError(f"A window of {size} tokens exceeds the model's {limit} positions. Lower max_length.")
     found = [
         (index, window)
-        for index, document in enumerate(documents)
-        for window in windows(len(document), size=size, stride=stride)
+        for index, (document, context) in enumerate(zip(documents, contexts or [1] * len(documents), strict=True))
+        for window in windows(len(document), size=size, stride=stride, context=context)
     ]
     order = sorted(range(len(found)), key=lambda i: (found[i][1].start - found[i][1].end, i))
     losses = [0.0] * len(found)

@@ -6,17 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modicum.errors import ModicumError
-from modicum.evaluate.measures.retrieval import (
+from modicum.evaluate.hidden_facts import (
     SUITES,
     Haystack,
     Item,
-    grids,
     make_items,
     name,
     read_lost_in_the_middle,
     read_ruler,
     score,
 )
+from modicum.evaluate.measures.retrieval import grids
 
 PROSE = " ".join(f"Sentence number {i} says that the weather in town {i % 7} was mild and quiet." for i in range(300))
 

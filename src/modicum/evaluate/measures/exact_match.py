@@ -15,7 +15,11 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from modicum.errors import RecipeError
+from modicum.evaluate.intervals import Estimate, paired_proportions, wilson
 from modicum.evaluate.rows import Normalization, Rows
+from modicum.evaluate.subject import Result, Subject
+from modicum.registry import measure
+from modicum.types import PositiveInt
 
 Score: TypeAlias = Literal["own", "exact_match", "f1"]
 
@@ -140,3 +144,90 @@ def compiled(pattern: str) -> re.Pattern[str]:
     if expression.groups != 1:
         raise RecipeError(f"{pattern!r} has {expression.groups} groups, expected one around the answer.")
     return expression
+
+
+def check_pattern(*, answer: str | None) -> None:
+    """Refuse a pattern that takes no answer out of a text."""
+    if answer is not None:
+        compiled(answer)
+
+
+def answer_work(count: int, *, max_new_tokens: int) -> str:
+    """Say what is done with so many questions."""
+    return f"{count} answers of at most {max_new_tokens} tokens"
+
+
+def _share(items: Sequence[Result], *, level: float) -> Estimate:
+    return wilson(sum(item["correct"] for item in items), len(items), level=level)
+
+
+def _difference(a: Sequence[Result], b: Sequence[Result], *, level: float) -> Estimate:
+    return paired_proportions(*([bool(item["correct"]) for item in items] for items in (a, b)), level=level)
+
+
+@measure(
+    "exact_match",
+    rows="completion",
+    better="higher",
+    unit="share",
+    estimate=_share,
+    difference=_difference,
+    work=answer_work,
+    check=check_pattern,
+)
+def exact_match_measure(
+    rows: Rows,
+    subject: Subject,
+    *,
+    max_new_tokens: PositiveInt = 32,
+    batch_size: PositiveInt = 32,
+    answer: str | None = None,
+) -> list[Result]:
+    """Generate an answer to each prompt; the share of those that are right, with Wilson's interval.
+
+    Data that can score answers, such as a task of reasoning-gym, judges by its own rules. Elsewhere an answer is right
+    when :func:`exact_match` says so. Some data gives part of a point; a right answer has a full one.
+
+    Args:
+        rows: Prompts and completions.
+        subject: The model.
+        max_new_tokens: Limit on an answer.
+        batch_size: Prompts at a time.
+        answer: Regular expression whose group is the answer; the last match counts.
+
+    Returns:
+        Prompt, text, answer, expected answer and score of each row.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> rows = Rows("completion", [{"prompt": "2 + 2 =", "completion": "4"}])
+        >>> parrot = SimpleNamespace(generate=lambda rows, **_: ["I say 4."])
+        >>> [item["correct"] for item in exact_match_measure(rows, parrot, answer="say (.*)")]
+        [True]
+
+    Cost:
+        One generation a row.
+
+    Deviates:
+        What does not count when texts are compared is our choice where the data follows no published suite.
+
+    Reference:
+        P. Rajpurkar et al., "SQuAD", arXiv:1606.05250; E. B. Wilson, JASA 1927, for the interval.
+    """
+    texts = subject.generate(rows.rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    items: list[Result] = []
+    for index, (row, text) in enumerate(zip(rows.rows, texts, strict=True)):
+        given = extract(text, answer)
+        points = score(rows, index, given)
+        items.append(
+            {
+                "index": index,
+                "prompt": row["prompt"],
+                "text": text,
+                "answer": given,
+                "expected": row["completion"],
+                "score": points,
+                "correct": points >= 1.0,
+            }
+        )
+    return items

@@ -1,0 +1,53 @@
+"""The model that is measured, as measures see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+from modicum.evaluate.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Result: TypeAlias = dict[str, Any]  # what was measured on one row
+
+
+class Likelihood(NamedTuple):
+    """How probable a model finds a text.
+
+    Attributes:
+        nats: Negative log-likelihood.
+        tokens: Over how many tokens.
+    """
+
+    nats: float
+    tokens: int
+
+
+class Subject(Protocol):
+    """A model and its tokenizer, and what most measures ask of them. The job that measures makes it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    def generate(self, rows: Sequence[Row], *, max_new_tokens: int, batch_size: int) -> list[str]:
+        """Return the model's greedy answer to the prompt of each row."""
+        ...
+
+    def likelihoods(
+        self, rows: Sequence[Row], *, size: int | None = None, stride: int | None = None, batch_size: int = 4
+    ) -> list[Likelihood]:
+        """Return how probable the model finds each row's ``text``, or its ``completion`` after its ``prompt``.
+
+        Args:
+            rows: Documents, or prompts with completions.
+            size: Tokens of a window; each row is read in one when not given.
+            stride: Tokens by which a window moves on; windows of documents do not overlap when not given.
+            batch_size: Windows at a time.
+        """
+        ...
