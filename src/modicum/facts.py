@@ -130,7 +130,8 @@ class ObjectiveFacts(Facts):
     """Facts of an objective.
 
     Attributes:
-        acts_on: What it changes or judges. The training part that serves it is found by this.
+        acts_on: What it changes (``input_ids``, ``inputs_embeds``, ``hidden_states``) or judges (``answers``). The
+            training part that serves the objective goes by this; a recipe that no part serves is refused.
         differentiable: Its loss has a gradient.
         loss_head: It labels a small share of its tokens, or weighs them, so that its loss is taken at these positions
             alone.
@@ -149,7 +150,7 @@ class ObjectiveFacts(Facts):
         }
     )
 
-    acts_on: Literal["input_ids", "inputs_embeds", "hidden_states", "answers"] = "input_ids"
+    acts_on: str = "input_ids"
     differentiable: bool = True
     loss_head: bool = False
     whole_rows: bool = False

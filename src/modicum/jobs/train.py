@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import RecipeError, did_you_mean
+from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.data.rows import DataSection, collate, load_rows, tokenize
 from modicum.jobs.loading.models import (
     fresh_model,
@@ -125,6 +125,11 @@ def training_arguments(recipe: TrainRecipe, parts: Sequence[Part], folder: Path)
         raise RecipeError("trainer.eval_strategy asks for evaluations on the way, but there is no eval_data. Set it.")
     for part in parts:
         part.check(arguments)
+        if "loss" in part.brings and arguments.label_smoothing_factor:
+            raise UnsupportedError(
+                f"trainer.label_smoothing_factor smooths the model's own loss, and {part.section.name} brings another. "
+                "Drop one."
+            )
     return arguments
 
 

@@ -65,7 +65,7 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainRecipe:
-        check_fit(parts_of(self))
+        check_fit(self, parts_of(self))
         return self
 
     def section(self, part: str) -> Any:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from modicum.jobs.training.trainer import PartsTrainer
     from modicum.optim.zeroth_order.step import ZerothOrder
 
+PAIRED = "engine='paired' computes the model's own loss. Use engine='adapter' for this one."
+
 
 def check_arguments(args: Any) -> None:
     """Refuse sharded training.
@@ -104,8 +106,8 @@ class ZerothOrderStep:
                 return paired_losses(model, inputs, branches)
 
         paired = self.optimizer.settings.engine == "paired"
-        if paired and trainer.compute_loss_func is not None:
-            raise UnsupportedError("engine='paired' computes the model's own loss. Use engine='adapter' for this one.")
+        if paired and (trainer.compute_loss_func is not None or trainer.label_smoother is not None):
+            raise UnsupportedError(PAIRED)
         value = self.optimizer.probe(losses if paired else loss, weight=_targets(inputs))
         return value.float() / trainer.current_gradient_accumulation_steps
 

@@ -96,7 +96,7 @@ class Part:
         keeps_dtype: Weights may be trained as they were stored: they are frozen, or move by more than rounding hides.
         needs_gradients: It reads or changes gradients.
         brings: What of the Trainer it replaces (``optimizer``, ``loss``, ``training step``); two parts cannot replace
-            the same.
+            the same. What belongs to the model's own loss, such as label smoothing, is refused beside a ``loss``.
         trains: What is trained, where that is not all weights.
         output: Name of the result where that is not a ``model``.
     """
@@ -181,12 +181,16 @@ def parts_of(recipe: TrainRecipe) -> list[Part]:
     return made
 
 
-def check_fit(parts: Sequence[Part]) -> None:
-    """Refuse parts that replace the same thing of the Trainer, or that refuse each other.
+def check_fit(recipe: TrainRecipe, parts: Sequence[Part]) -> None:
+    """Refuse parts that replace the same thing of the Trainer or refuse each other, and keys that no part serves.
 
     Raises:
-        RecipeError: Two parts do not fit together.
+        RecipeError: Two parts do not fit together, or a part is missing.
     """
+    for entry in in_order():
+        section = recipe.section(entry.name)
+        if section is not None and not any(part.section is section for part in parts):
+            raise RecipeError(f"{entry.name}: no training part serves {getattr(section, 'name', section)}.")
     for part in parts:
         part.fit(parts)
     owners: dict[str, str] = {}

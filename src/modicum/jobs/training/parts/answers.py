@@ -34,8 +34,13 @@ class Answers(Part):
     def __init__(self, name: str, recipe: TrainRecipe, _section: None = None) -> None:
         super().__init__(name, recipe, recipe.section("objective"))
 
-    def check(self, _arguments: TrainingArguments) -> None:
-        """Refuse an optimiser that cannot learn from these answers."""
+    def check(self, arguments: TrainingArguments) -> None:
+        """Refuse an optimiser that cannot learn from these answers, and evaluations in another form."""
+        if arguments.batch_eval_metrics or not arguments.eval_do_concat_batches:
+            raise UnsupportedError(
+                f"{self.section.name} takes the scores of an evaluation as one list. Leave out "
+                "trainer.batch_eval_metrics and trainer.eval_do_concat_batches."
+            )
         optimizer: Choice | None = self.recipe.section("optimizer")
         facts = registry.objective[self.section.name].facts
         if not facts.differentiable and optimizer is None:

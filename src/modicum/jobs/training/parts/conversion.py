@@ -1,4 +1,4 @@
-"""Turn the model into another architecture before it is trained: the recipe's ``model.convert``."""
+"""Turn the model into another architecture before it is trained, and train what that added to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @training_part("conversion", order=0)
 class Conversion(Part):
-    """Convert the model by a method of ``modicum list models``."""
+    """Convert the model by a method of ``modicum list models``: the recipe's ``model.convert``."""
 
     @classmethod
     def wanted(cls, recipe: TrainRecipe) -> bool:
@@ -54,3 +54,16 @@ class ModelStep(Part):
                     model.set_training_step(state.global_step, state.max_steps)
 
         build.add_callback(StepCallback())
+
+
+@training_part("extra_modules")
+class ExtraModules(Part):
+    """Put the modules that a conversion added into the adapter; the Trainer spares them weight decay."""
+
+    def adapter(self, fields: dict[str, Any], model: Any) -> dict[str, Any]:
+        """Return the fields of ``LoraConfig`` with these modules in ``modules_to_save``."""
+        from modicum.jobs.training.extra_modules import additions
+
+        added = additions(model)
+        saved = sorted({*(fields.get("modules_to_save") or ()), *added})
+        return fields | {"modules_to_save": saved} if added else fields

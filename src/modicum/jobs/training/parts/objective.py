@@ -30,6 +30,11 @@ class Objective(Part):
         acts_on = registry.objective[recipe.section("objective").name].facts.acts_on
         return acts_on in ("input_ids", "inputs_embeds", "hidden_states")
 
+    def __init__(self, name: str, recipe: TrainRecipe, section: Choice) -> None:
+        super().__init__(name, recipe, section)
+        if registry.objective[section.name].facts.loss_head:
+            self.brings = ("loss",)
+
     def check(self, _arguments: TrainingArguments) -> None:
         """Refuse packed rows where the objective copies whole ones."""
         if self.recipe.data.packing and registry.objective[self.section.name].facts.whole_rows:

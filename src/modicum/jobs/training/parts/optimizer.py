@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from modicum import registry
-from modicum.errors import RecipeError
+from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.training.parts import Build, Part
 from modicum.recipe import Choice, choice
 from modicum.registry import training_part
@@ -37,10 +37,14 @@ class Optimizer(Part):
                 )
 
     def check(self, arguments: TrainingArguments) -> None:
-        """Refuse sharded training."""
-        from modicum.jobs.training.zeroth_order import check_arguments
+        """Refuse sharded training, and losses that the engine does not compute."""
+        from modicum.jobs.training.zeroth_order import PAIRED, check_arguments
 
         check_arguments(arguments)
+        objective: Choice | None = self.recipe.section("objective")
+        gathered = objective is not None and registry.objective[objective.name].facts.loss_head
+        if self.section.knobs.get("engine") == "paired" and (gathered or arguments.label_smoothing_factor):
+            raise UnsupportedError(PAIRED)
 
     def start(self, model: Any, _batches: Batches) -> None:
         """Attach the optimiser to the model, before other parts put their hooks there."""
