@@ -57,6 +57,21 @@ def test_the_decomposition_reproduces_the_product_with_orthonormal_vectors(shape
     np.testing.assert_allclose(S.numpy(), np.linalg.svd((B @ A).numpy())[1][:R], atol=1e-10)
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_each_left_vectors_largest_entry_is_positive(rank):
+    for seed in range(4):
+        U, _, _ = factor_svd(*preheated(6, 11, 9, seed), rank=rank)
+        assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_a_direction_counts_as_missing_by_its_share_of_the_largest():
+    for scale in (1e-4, 1.0, 1e4):
+        A, B = factors_of_spectrum([scale, 0.1 * scale, 1e-3 * scale])
+        hrp_factors(A, B, rank=2, rtol=1e-2, on_deficient="error")
+        with pytest.raises(ModicumError, match=r"2 directions above rtol=0.01, expected rank=3"):
+            hrp_factors(A, B, rank=3, rtol=1e-2, on_deficient="error")
+
+
 def factors_of_spectrum(values, width=30, out=24, seed=0):
     """Factors whose product has these singular values."""
     rng = generator(seed, "spectrum", len(values))

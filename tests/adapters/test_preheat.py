@@ -128,6 +128,14 @@ def test_scaling_is_kept_unless_told_otherwise_and_short_sides_clip_the_rank():
         assert {layer.scaling["_hrp"] for layer in stage.layers.values()} == {8 / 16**0.5}
 
 
+def test_a_name_with_dots_clips_no_other_module():
+    parts = torch.nn.ModuleDict({"b": torch.nn.Linear(20, 3)})
+    net = torch.nn.ModuleDict({"a": parts, "a_b": torch.nn.Linear(20, 20)})
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["b", "a_b"]))
+    with preheating(model, config=Preheat(preheat_rank=12)) as stage:
+        assert {name: layer.r["_hrp"] for name, layer in stage.layers.items()} == {"a.b": 3, "a_b": 12}
+
+
 def test_equal_seeds_give_equal_bits_whatever_the_global_generator_says():
     states = []
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
@@ -183,8 +191,9 @@ def test_the_saved_adapter_is_plain_lora_to_stock_peft(tmp_path):
     assert torch.equal(loaded(ids).logits, expected)
 
 
-def test_ranks_follow_the_spectrum_at_an_unchanged_sum_and_load_in_stock_peft(tmp_path):
-    model = wrapped()
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_follow_the_spectrum_at_an_unchanged_sum_and_load_in_stock_peft(rslora, tmp_path):
+    model = wrapped(use_rslora=rslora)
     state = get_hrp_state_dict(model, batches(), lr=LR, config=SHORT)
     scaling = {layer.scaling["default"] for layer in lora_layers(model).values()}
     initialize_lora_hrp_weights(model, state, rank_redistribution="eva")
