@@ -26,7 +26,7 @@ from torch import Tensor
 from modicum.random import generator
 from modicum.record import environment, write_atomic
 from modicum.weights import merge_state_dicts
-from modicum.weights.adapter import Factors
+from modicum.weights.adapter import LowRank
 from modicum.weights.lora import merge_factors
 from modicum.weights.methods.resm import resm
 from modicum.weights.methods.tsv import tsv
@@ -66,7 +66,7 @@ def adapters() -> dict[str, object]:
     """Merge the factors of every layer; all layers hold the same numbers, which no arithmetic profits from."""
     rng = generator(0, "merging-svd", "lora")
     experts = [
-        [Factors(torch.randn(LORA_RANK, n, generator=rng), torch.randn(m, LORA_RANK, generator=rng), 0.1)
+        [LowRank(torch.randn(LORA_RANK, n, generator=rng), torch.randn(m, LORA_RANK, generator=rng), 0.1)
          for _ in range(3)]
         for m, n in MODULES
     ]  # fmt: skip

@@ -10,7 +10,7 @@ import transformers
 from modicum.errors import CheckpointError, RecipeError
 from modicum.registry import merge_method
 from modicum.weights import Checkpoint, extract_lora, merge, merge_loras
-from modicum.weights.adapter import Factors
+from modicum.weights.adapter import LowRank
 from modicum.weights.lora import merge_factors
 from modicum.weights.methods import tsv
 from support import tiny_llama
@@ -65,9 +65,9 @@ IN_FACTORS = {
 }
 
 
-def random_factors(out: int, width: int, ranks: list[int]) -> list[Factors]:
+def random_factors(out: int, width: int, ranks: list[int]) -> list[LowRank]:
     rng = torch.Generator().manual_seed(0)
-    return [Factors(torch.randn(r, width, generator=rng), torch.randn(out, r, generator=rng), 0.5) for r in ranks]
+    return [LowRank(torch.randn(r, width, generator=rng), torch.randn(out, r, generator=rng), 0.5) for r in ranks]
 
 
 def test_the_methods_for_factors_are_tested() -> None:
@@ -93,7 +93,7 @@ def test_an_expert_that_does_not_change_a_weight_counts_as_zero() -> None:
     expected = tsv(torch.zeros(16, 20), [experts[0].delta(), torch.zeros(16, 20), experts[1].delta()])
     torch.testing.assert_close(B @ A, expected, rtol=1e-4, atol=1e-4)
     assert measured["norms"][1] == 0
-    empty = Factors(torch.zeros(2, 20), torch.zeros(16, 2), 1.0)
+    empty = LowRank(torch.zeros(2, 20), torch.zeros(16, 2), 1.0)
     A, B, _ = merge_factors([empty, empty])
     assert not (B @ A).any()
 

@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_PREFIX
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from modicum.weights.files import MappedFile, read_header
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRank:
     """A low-rank change ``scale * B @ A`` of one weight; ``transposed`` when the weight is stored ``(in, out)``."""
 
     A: Tensor
@@ -48,9 +46,9 @@ class Adapter:
 
     def __init__(self, folder: Path, *, owner: str) -> None:
         self.owner = owner
-        self.config = read_json(folder / CONFIG, owner)
+        self.config = read_json(folder / ADAPTER_CONFIG, owner)
         self._refuse_unknown()
-        path = folder / WEIGHTS
+        path = folder / ADAPTER_WEIGHTS
         if not path.exists() and (folder / "adapter_model.bin").exists():
             raise CheckpointError(
                 f"{owner}: the adapter is pickled (adapter_model.bin). Save it again as safetensors with PEFT."
@@ -83,7 +81,7 @@ class Adapter:
                     "Merge it into its base with PEFT first."
                 )
 
-    def _sort(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    def _sort(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
         pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
@@ -103,7 +101,7 @@ class Adapter:
         }
         return factors, replaced
 
-    def _factors(self, module: str, embedding: bool, pair: Mapping[str, Tensor]) -> Factors:
+    def _factors(self, module: str, embedding: bool, pair: Mapping[str, Tensor]) -> LowRank:
         if set(pair) != {"A", "B"}:
             missing = "lora_B" if "A" in pair else "lora_A"
             raise CheckpointError(f"{self.owner}: {module} has no {missing}. Save the adapter again.")
@@ -117,7 +115,7 @@ class Adapter:
         alpha = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         # An embedding's table is (vocabulary, width), while its factors multiply the other way round.
-        return Factors(A, B, scale, transposed=embedding or bool(self.config.get("fan_in_fan_out")))
+        return LowRank(A, B, scale, transposed=embedding or bool(self.config.get("fan_in_fan_out")))
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
@@ -140,6 +138,6 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
     return value
 
 
-def fold_delta(weight: Tensor, change: Factors) -> Tensor:
+def fold_delta(weight: Tensor, change: LowRank) -> Tensor:
     """Return ``weight`` with the adapter's change added, in float32 so that nothing of a small change is lost."""
     return weight.to(torch.float32).add_(change.delta()) if weight.dtype != torch.float32 else weight + change.delta()

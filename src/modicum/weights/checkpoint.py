@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import role
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, role
 from modicum.record import fingerprint
 from modicum.references import beside, find_model
-from modicum.weights.adapter import CONFIG as ADAPTER_CONFIG
-from modicum.weights.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from modicum.weights.adapter import Adapter, fold_delta, read_json
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.layout import ADAPTER_PREFIX, is_linear_map
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, is_linear_map
 from modicum.linalg import SVD, truncated_svd
 from modicum.registry import merge_method
-from modicum.weights.adapter import Factors
+from modicum.weights.adapter import LowRank
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import check_agreement
 from modicum.weights.files import Spec
@@ -139,7 +139,7 @@ def _write_adapter(
         {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
         out,
         identity=[config, identity_of(tensors)],  # they are in memory: their very bytes tell what they depend on
-        companions={"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()},
+        companions={ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()},
         shard_bytes=1 << 62,
         stem="adapter_model",
         progress=progress,
@@ -147,7 +147,7 @@ def _write_adapter(
 
 
 def merge_factors(
-    experts: Sequence[Factors | None], *, method: str = "tsv", device: str = "cpu", **knobs: Any
+    experts: Sequence[LowRank | None], *, method: str = "tsv", device: str = "cpu", **knobs: Any
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     r"""Merge low-rank deltas without forming a matrix of the weight's size.
 
@@ -208,7 +208,7 @@ class LoraPlan:
 
     base: Checkpoint
     models: Sequence[Checkpoint]
-    modules: Mapping[str, Sequence[Factors | None]]
+    modules: Mapping[str, Sequence[LowRank | None]]
     method: str
     knobs: Mapping[str, Any]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, first_line
 from modicum.jobs.loading.references import PICKLES
+from modicum.layout import ADAPTER_CONFIG
 from modicum.references import beside
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 def is_adapter(folder: Path) -> bool:
     """Whether ``folder`` is a PEFT adapter rather than a whole model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def adapter_base(folder: Path) -> str:
     """Return the reference of the base model that the adapter in ``folder`` was trained on."""
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder}/adapter_config.json does not say base_model_name_or_path. Set it there.")
     return beside(folder, base)

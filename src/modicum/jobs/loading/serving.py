@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.jobs.training.adapter_files import CONFIG, WEIGHTS
-from modicum.layout import ADAPTER_PREFIX
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from modicum.record import whole_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -62,6 +61,6 @@ def export_adapter(source: str | Path, out: str | Path) -> dict[str, Any]:
         module = ADAPTER_PREFIX + name.removesuffix(".weight")
         tensors |= {f"{module}.lora_A.weight": A.contiguous(), f"{module}.lora_B.weight": B.contiguous()}
     with whole_folder(out) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        write_atomic(folder / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return {"rank": rank, "alpha": alpha, "modules": len(made)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum import processes
 from modicum.errors import CheckpointError
-from modicum.layout import ADAPTER_PREFIX
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from modicum.record import write_atomic
 
 if TYPE_CHECKING:
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
     Pairs: TypeAlias = dict[str, tuple[Tensor, Tensor]]  # lora_A and lora_B by module
 
-WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "adapter_init.json"
-GEOMETRY = "adapter_geometry.json"
+ORIGIN, GEOMETRY = "adapter_init.json", "adapter_geometry.json"
 
 
 def factors_in(folder: Path) -> Pairs:
     """Return the factors of a saved adapter by module."""
     from safetensors.torch import load_file
 
-    saved, ends = load_file(folder / WEIGHTS), [f".lora_{side}.weight" for side in "AB"]
+    saved, ends = load_file(folder / ADAPTER_WEIGHTS), [f".lora_{side}.weight" for side in "AB"]
     names = [key.removesuffix(ends[0]) for key in saved if key.endswith(ends[0])]
     return {name.removeprefix(ADAPTER_PREFIX): (saved[name + ends[0]], saved[name + ends[1]]) for name in names}
 
@@ -78,11 +77,13 @@ def rewrite(
     """
     from safetensors.torch import load_file, save_file
 
-    tensors, config = change(load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    beside = folder / f".{WEIGHTS}"
+    tensors, config = change(
+        load_file(folder / ADAPTER_WEIGHTS), json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    )
+    beside = folder / f".{ADAPTER_WEIGHTS}"
     save_file(dict(tensors), beside, metadata={"format": "pt"})
-    beside.replace(folder / WEIGHTS)
-    write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    beside.replace(folder / ADAPTER_WEIGHTS)
+    write_atomic(folder / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def remove_shift(folder: Path, initial: Pairs) -> None:

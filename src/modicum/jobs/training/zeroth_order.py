@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import UnsupportedError
-from modicum.layout import ADAPTER_PREFIX
+from modicum.layout import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from modicum.registry import zeroth_order
 from modicum.types import IGNORED
 
@@ -204,7 +204,7 @@ def export_lora(optimizer: ZerothOrder, folder: Path, *, base: str) -> None:
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     config.save_pretrained(str(folder))
 
 

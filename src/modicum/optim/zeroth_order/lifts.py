@@ -29,7 +29,7 @@ from torch import Tensor
 from modicum.random import generator
 
 Scale: TypeAlias = Literal["unit", "none", "unbiased"]
-Factors: TypeAlias = tuple[Tensor, Tensor]  # (left, right), so that the direction is left @ right.mT
+LeftRight: TypeAlias = tuple[Tensor, Tensor]  # (left, right), so that the direction is left @ right.mT
 
 
 class Lift(Protocol):
@@ -43,7 +43,7 @@ class Lift(Protocol):
     def basis(self, shape: Sequence[int], *, rank: int, seed: int, name: str, epoch: int) -> tuple[Tensor, ...]:
         """Return the factors kept between steps, the one along the rows first when there are two."""
 
-    def factors(self, basis: tuple[Tensor, ...], coordinates: Tensor) -> Factors:
+    def factors(self, basis: tuple[Tensor, ...], coordinates: Tensor) -> LeftRight:
         """Return ``(left, right)`` of the direction with these coordinates, given as rows of ``rank`` numbers."""
 
     def energy(self, shape: Sequence[int], *, rank: int) -> float:
@@ -65,7 +65,7 @@ class Diagonal:
             gaussian([*stack, columns, rank], seed, name, "right", epoch),
         )
 
-    def factors(self, basis: tuple[Tensor, ...], coordinates: Tensor) -> Factors:
+    def factors(self, basis: tuple[Tensor, ...], coordinates: Tensor) -> LeftRight:
         left, right = basis
         return left * coordinates, right
 
@@ -85,7 +85,7 @@ class Left:
         *stack, _, columns = shape
         return (gaussian([*stack, columns, rank], seed, name, "right", epoch),)
 
-    def factors(self, basis: tuple[Tensor, ...], coordinates: Tensor) -> Factors:
+    def factors(self, basis: tuple[Tensor, ...], coordinates: Tensor) -> LeftRight:
         (right,) = basis
         return coordinates, right
 
@@ -107,7 +107,7 @@ class Core:
         right = gaussian([*stack, columns, rank], seed, name, "right", epoch)
         return orthonormal(left), orthonormal(right)
 
-    def factors(self, basis: tuple[Tensor, ...], coordinates: Tensor) -> Factors:
+    def factors(self, basis: tuple[Tensor, ...], coordinates: Tensor) -> LeftRight:
         left, right = basis
         return left.to(coordinates.dtype) @ coordinates, right
 

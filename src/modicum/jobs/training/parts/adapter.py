@@ -12,6 +12,7 @@ from pydantic import Field
 from modicum import registry
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.training.parts import Build, Part
+from modicum.layout import ADAPTER_CONFIG
 from modicum.recipe import Choice, Section, choice
 from modicum.record import whole_folder, write_atomic
 from modicum.registry import training_part
@@ -159,7 +160,7 @@ class Adapter(Part):
     def save(self, folder: Path) -> None:
         """Make the saved adapter one for the base that the user knows."""
         base = self.recipe.model.path if self.recipe.model.convert is None else f"../{BASE}"
-        _tidy_config(folder / "adapter_config.json", base=base)
+        _tidy_config(folder / ADAPTER_CONFIG, base=base)
         if self.started is not None:
             self.started.finish(folder, change=self.change)
 
