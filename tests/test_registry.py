@@ -10,7 +10,7 @@ from beartype.door import is_bearable
 from modicum import registry
 from modicum.errors import RecipeError
 from modicum.facts import Facts
-from modicum.knobs import fields_of, known, unpacked
+from modicum.knobs import documentation, fields_of, known, unpacked
 from modicum.registry import Entry, Registry
 from modicum.types import Fraction, PositiveInt
 
@@ -186,6 +186,19 @@ class Common:
     hidden: str = ""
 
 
+WALK = """Walk.
+
+Args:
+    x: From here.
+    scale: Of the step.
+    seed: Seed of all draws.
+    step: How far,
+        see :func:`~there.walk`.
+
+Returns:
+    What was given."""
+
+
 @fields_of(Common)
 class Seeded(TypedDict, total=False):
     seed: PositiveInt
@@ -201,6 +214,17 @@ def test_unpacked_knobs_are_knobs_with_the_types_of_the_keys_and_the_defaults_of
 
     @things("walk")
     def walk(x: float, *, scale: float = 1.0, **shared: Unpack[Stepped]) -> Common:
+        """Walk.
+
+        Args:
+            x: From here.
+            scale: Of the step.
+            **shared: Fields
+                of Common.
+
+        Returns:
+            What was given.
+        """
         return Common(**known(walk, shared))
 
     entry = things["walk"]
@@ -214,7 +238,7 @@ def test_unpacked_knobs_are_knobs_with_the_types_of_the_keys_and_the_defaults_of
         with pytest.raises(RecipeError) as caught:
             entry.knobs(wrong)
         assert str(caught.value).startswith(f"thing 'walk': {message}")
-    assert entry.schema.model_fields["step"].description == "How far, see `walk`."
+    assert documentation(walk) == WALK
     with pytest.raises(TypeError, match=r"walk\(\) got an unexpected keyword argument 'hidden'"):
         walk(1.0, step=0.5, hidden="x")
 

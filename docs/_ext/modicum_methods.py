@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from sphinx.application import Sphinx
 
 from modicum import recipe
+from modicum.knobs import documentation, unpacked
 from modicum.registry import REGISTRIES, Entry, Registry, describe_type
 
 TITLES = {
@@ -106,6 +107,12 @@ def _cell(text: Any) -> str:
     return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
+def explain_shared_knobs(_app: Sphinx, _kind: str, _name: str, target: Any, _options: Any, lines: list[str]) -> None:
+    """Explain unpacked keywords in the docstring of a function or class that takes them."""
+    if (inspect.isfunction(target) or inspect.isclass(target)) and unpacked(target):
+        lines[:] = documentation(target).splitlines()
+
+
 class JobFields(Directive):
     """``{job} NAME`` shows the fields of the recipe of a job."""
 
@@ -142,6 +149,7 @@ class Available(Directive):
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.connect("builder-inited", write_pages)
+    app.connect("autodoc-process-docstring", explain_shared_knobs, priority=400)  # before sections become fields
     app.add_directive("job", JobFields)
     app.add_directive("available", Available)
     return {"version": "1", "parallel_read_safe": True}

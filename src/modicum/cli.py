@@ -140,12 +140,11 @@ def _tables() -> dict[str, dict[str, str]]:
 
 
 def _show_entry(entry: Any) -> None:
-    import inspect
-
     from rich.console import Console
     from rich.table import Table
 
     from modicum import recipe, registry
+    from modicum.knobs import documentation
     from modicum.schema import describe_type
 
     console = Console(highlight=False)
@@ -163,7 +162,7 @@ def _show_entry(entry: Any) -> None:
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         table.add_row(knob, describe_type(field), default, field.description or "")
     console.print(table)
-    console.print(inspect.getdoc(entry.function) or "", markup=False)
+    console.print(documentation(entry.function), markup=False)
 
 
 def main() -> None:

@@ -89,23 +89,21 @@ def known(function: Callable[..., Any], given: T) -> T:
     return given
 
 
-def explained(function: Callable[..., Any]) -> dict[str, str]:
-    """Return the explanation of each unpacked keyword: that of the field which it becomes."""
-    keys = unpacked(function)
-    if keys is None:
-        return {}
-    said = arguments(inspect.getdoc(keys.__fields_of__) or "")
-    return {name: said[name] for name in get_type_hints(keys) if name in said}
+def documentation(function: Callable[..., Any]) -> str:
+    """Return a docstring with each unpacked keyword explained as where it is a field.
 
-
-def arguments(docstring: str) -> dict[str, str]:
-    """Return what a docstring in Google's style says of each argument or attribute, without markup for links.
-
-    Example:
-        >>> arguments("Train.\\n\\nArgs:\\n    lr: Step, see\\n        :func:`~a.b.step`.\\n    seed: Of all draws.")
-        {'lr': 'Step, see `step`.', 'seed': 'Of all draws.'}
+    The explanations take the place of the argument that stands for all of them, ``**knobs``.
     """
+    text, keys = inspect.getdoc(function) or "", unpacked(function)
+    if keys is None:
+        return text
+    said = _arguments(inspect.getdoc(keys.__fields_of__) or "")
+    lines = "\n".join(f"    {name}:{said[name]}" for name in get_type_hints(keys) if name in said)
+    return re.sub(r"^    \*\*\w+:.*(?:\n {8}.*)*", lambda _: lines, text, count=1, flags=re.MULTILINE)
+
+
+def _arguments(docstring: str) -> dict[str, str]:
+    """Return what a docstring in Google's style says of each argument or attribute, as it stands there."""
     section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n|\n)+)", docstring + "\n", re.MULTILINE)
     items = re.split(r"^    (?=\w+:)", section.group(1), flags=re.MULTILINE)[1:] if section else []
-    said = {name: " ".join(text.split()) for name, _, text in (item.partition(":") for item in items)}
-    return {name: re.sub(r":\w+:`~?(?:[\w.]+\.)?([^`]+)`", r"`\1`", text) for name, text in said.items()}
+    return {name: said.rstrip() for name, _, said in (item.partition(":") for item in items)}

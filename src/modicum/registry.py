@@ -48,7 +48,7 @@ from modicum.facts import (
     SourceFacts,
     ZerothOrderFacts,
 )
-from modicum.knobs import explained, parameters
+from modicum.knobs import parameters
 from modicum.schema import explain
 
 if TYPE_CHECKING:
@@ -104,15 +104,14 @@ class Entry(Generic[T]):
     @cached_property
     def schema(self) -> type[BaseModel]:
         """A pydantic model of the knobs, which refuses unknown ones."""
-        from pydantic import ConfigDict, Field, create_model
+        from pydantic import ConfigDict, create_model
 
-        knobs, said = self.parameters[1], explained(self.function)
         fields: dict[str, Any] = {}
-        for name, parameter in knobs.items():
+        for name, parameter in self.parameters[1].items():
             if parameter.kind is parameter.VAR_KEYWORD or parameter.annotation is parameter.empty:
                 raise TypeError(f"{self.noun} {self.name!r}: knob {name!r} needs a name and an annotation")
             default = ... if parameter.default is parameter.empty else parameter.default
-            fields[name] = (parameter.annotation, Field(default, description=said.get(name)))
+            fields[name] = (parameter.annotation, default)
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=False)
         return create_model(self.name, __config__=config, **fields)
 

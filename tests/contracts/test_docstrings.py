@@ -8,6 +8,7 @@ import textwrap
 import pytest
 
 from modicum import registry
+from modicum.knobs import documentation
 from modicum.registry import REGISTRIES, Entry, job, merge_method
 
 METHODS = [entry for table in REGISTRIES.values() for entry in table.values() if entry.noun != job.noun]
@@ -17,21 +18,19 @@ OWN = {registry.source.noun, registry.row_kind.noun}  # ways of ours to read dat
 
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: f"{entry.noun}-{entry.name}")
 def test_a_method_says_what_it_takes_costs_changes_and_rests_on(entry: Entry):
-    text = inspect.getdoc(entry.function) or ""
+    text = documentation(entry.function)
     needed = SECTIONS[:2] if entry.noun in OWN else SECTIONS
     missing = [section for section in needed if f"\n{section}:" not in text]
     assert not missing, f"{entry.noun} {entry.name} has no {', '.join(missing)}"
     gathered = inspect.getdoc(entry.facts.gather) or "" if entry.facts.gather else ""
     arguments = gathered + re.split(r"\n[A-Z]\w+:\n", text.partition("\nArgs:")[2])[0]
-    # Unpacked knobs are explained once, where they are fields, and `show` and the docs take it from there.
-    fields = entry.schema.model_fields
-    undocumented = [k for k in fields if not fields[k].description and not re.search(rf"\b{k}\b", arguments)]
+    undocumented = [knob for knob in entry.parameters[1] if not re.search(rf"\b{knob}\b", arguments)]
     assert not undocumented, f"{entry.noun} {entry.name} does not explain {', '.join(undocumented)}"
 
 
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: f"{entry.noun}-{entry.name}")
 def test_what_is_raised_is_said(entry: Entry):
-    text = inspect.getdoc(entry.function) or ""
+    text = documentation(entry.function)
     assert "\nRaises:" in text or not raises(inspect.getsource(entry.function))
 
 
@@ -64,6 +63,6 @@ def test_the_two_checks_above_can_fail():
 
 @pytest.mark.parametrize("entry", merge_method.values(), ids=lambda entry: entry.name)
 def test_a_merge_method_shows_its_mathematics_and_its_file_says_when_to_take_it(entry: Entry):
-    text = inspect.getdoc(entry.function) or ""
+    text = documentation(entry.function)
     assert ".. math::" in text and "\nReturns:" in text
     assert len(inspect.getdoc(inspect.getmodule(entry.function)) or "") > 60

@@ -5,12 +5,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from functools import cache
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeAlias,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+from annotated_types import Ge, Lt
 from transformers import AutoConfig, PreTrainedConfig
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
-from modicum.models.zero_token.schedule import Stages, Visit, cycle_schedule, stages
+from modicum.knobs import fields_of
+from modicum.models.zero_token.schedule import Order, Stages, Visit, cycle_schedule, stages
+from modicum.types import NonNegativeInt, Positive, PositiveInt
 
 HOSTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
@@ -21,25 +37,6 @@ ExitScore: TypeAlias = Literal["cycle_mean", "first_layer", "last_layer", "cycle
 ExitScope: TypeAlias = Literal["sequence", "token", "last_token", "prefix", "batch"]
 TrainCycles: TypeAlias = Literal["fixed", "random", "grow"]
 CachePolicy: TypeAlias = Literal["latest", "propagate", "share_first", "select"]
-
-_CHOICES: dict[str, Any] = {
-    "zero_kind": ZeroKind,
-    "zero_layers": Literal["middle", "all"],
-    "pool": Pool,
-    "zero_key_rope": Literal["none", "relative"],
-    "exit_criterion": ExitCriterion,
-    "exit_score": ExitScore,
-    "exit_scope": ExitScope,
-    "cache_policy": CachePolicy,
-    "train_cycles": TrainCycles,
-    "route": Literal["auto", "concat", "lse", "eager"],
-}
-_OPTIONAL_CHOICES: dict[str, Any] = {
-    "ffn_gate": Literal["zero_attention"],
-    "cycle_embedding": Literal["add", "multiply"],
-    "cycle_gate": Literal["rezero"],
-    "loop_connection": Literal["anchor", "residual"],
-}
 
 
 class ZeroTokenConfig(PreTrainedConfig):
@@ -154,10 +151,10 @@ class ZeroTokenConfig(PreTrainedConfig):
         Raises:
             RecipeError: A value is unknown or out of range.
         """
-        for name, choices in (_CHOICES | _OPTIONAL_CHOICES).items():
+        for name, choices in _choices().items():
             value = getattr(self, name)
-            if value not in get_args(choices) and not (value is None and name in _OPTIONAL_CHOICES):
-                raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), get_args(choices))}")
+            if value not in choices:
+                raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), filter(None, choices))}")
         schedule = self.schedule
         if self.exit_threshold is not None and math.isnan(self.exit_threshold):
             raise RecipeError("exit_threshold is NaN, expected a number, or null to never exit.")
@@ -237,6 +234,50 @@ class ZeroTokenConfig(PreTrainedConfig):
             "layer": lambda v: v[0],
         }
         return {visit: found.setdefault(part[self.pool](visit), len(found)) for visit in visits}
+
+
+@fields_of(ZeroTokenConfig)
+class ZeroTokenKnobs(TypedDict, total=False):
+    """Fields of :class:`ZeroTokenConfig` that a conversion takes as they are, with their types and ranges."""
+
+    n_cycles: PositiveInt
+    order: Order | list[int]
+    zero_token: bool
+    lora_rank: NonNegativeInt
+    zero_kind: ZeroKind
+    zero_layers: Literal["middle", "all"]
+    pool: Pool
+    zero_key_rope: Literal["none", "relative"]
+    zero_key_norm: bool
+    zero_key_init_std: Positive
+    zero_bias: bool
+    ffn_gate: Literal["zero_attention"] | None
+    cycle_embedding: Literal["add", "multiply"] | None
+    cycle_gate: Literal["rezero"] | None
+    loop_connection: Literal["anchor", "residual"] | None
+    exit_threshold: float | None
+    exit_criterion: ExitCriterion
+    exit_score: ExitScore
+    exit_scope: ExitScope
+    min_cycles: PositiveInt
+    cache_policy: CachePolicy
+    train_cycles: TrainCycles
+    cycle_onset: Annotated[float, Ge(0), Lt(1)]
+    cycle_loss_weights: list[float] | None
+    route: Literal["auto", "concat", "lse", "eager"]
+    seed: int
+
+
+@cache
+def _choices() -> dict[str, tuple[str | None, ...]]:
+    """Return the values of each knob that has a few, ``None`` among them where it may be left out."""
+    found = {}
+    for name, hint in get_type_hints(ZeroTokenKnobs).items():
+        parts = get_args(hint) if get_origin(hint) is UnionType or get_origin(hint) is Union else (hint,)
+        values = [value for part in parts for value in (get_args(part) or (part,))]
+        if all(isinstance(value, str) or value is NoneType for value in values):
+            found[name] = tuple(None if value is NoneType else value for value in values)
+    return found
 
 
 class PlainConfig:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, Unpack
 
 import torch
-from annotated_types import Ge, Lt
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,23 +15,13 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.knobs import known
 from modicum.models.zero_token import hosts
-from modicum.models.zero_token.config import (
-    HOSTS,
-    CachePolicy,
-    ExitCriterion,
-    ExitScope,
-    ExitScore,
-    Pool,
-    TrainCycles,
-    ZeroKind,
-    ZeroTokenConfig,
-)
+from modicum.models.zero_token.config import HOSTS, ZeroTokenConfig, ZeroTokenKnobs
 from modicum.models.zero_token.model import ZeroTokenForCausalLM
-from modicum.models.zero_token.schedule import Order
 from modicum.random import generator
 from modicum.registry import model as model_registry
-from modicum.types import NonNegativeInt, Positive, PositiveInt
+from modicum.types import NonNegativeInt, PositiveInt
 
 Ends: TypeAlias = NonNegativeInt | Literal["auto"]
 TieInit: TypeAlias = Literal["stepwise", "average", "lower", "upper", "random"]
@@ -42,36 +31,11 @@ TieInit: TypeAlias = Literal["stepwise", "average", "lower", "upper", "random"]
 def convert_to_zero_token(
     model: PreTrainedModel,
     *,
-    n_cycles: PositiveInt = 2,
     n_head: Ends = 1,
     n_tail: Ends = 1,
-    order: Order | list[int] = "cycle",
-    zero_token: bool = True,
     mode: Literal["loop", "tie"] = "loop",
     tie_init: TieInit = "stepwise",
-    lora_rank: NonNegativeInt = 0,
-    zero_kind: ZeroKind = "key",
-    zero_layers: Literal["middle", "all"] = "middle",
-    pool: Pool = "layer_cycle",
-    zero_key_rope: Literal["none", "relative"] = "none",
-    zero_key_norm: bool = True,
-    zero_key_init_std: Positive = 0.02,
-    zero_bias: bool = False,
-    ffn_gate: Literal["zero_attention"] | None = None,
-    cycle_embedding: Literal["add", "multiply"] | None = None,
-    cycle_gate: Literal["rezero"] | None = None,
-    loop_connection: Literal["anchor", "residual"] | None = None,
-    exit_threshold: float | None = None,
-    exit_criterion: ExitCriterion = "zero_attention",
-    exit_score: ExitScore = "cycle_mean",
-    exit_scope: ExitScope = "sequence",
-    min_cycles: PositiveInt = 1,
-    cache_policy: CachePolicy = "latest",
-    train_cycles: TrainCycles = "fixed",
-    cycle_onset: Annotated[float, Ge(0), Lt(1)] = 0.0,
-    cycle_loss_weights: list[float] | None = None,
-    route: Literal["auto", "concat", "lse", "eager"] = "auto",
-    seed: int = 0,
+    **knobs: Unpack[ZeroTokenKnobs],
 ) -> ZeroTokenForCausalLM:
     r"""Loop the middle layers of a pre-trained model, with a zero token in each visit.
 
@@ -81,37 +45,13 @@ def convert_to_zero_token(
 
     Args:
         model: A causal language model of one of the known architectures; it is left as it is.
-        n_cycles: How often the middle layers run.
         n_head: First layers that run once; ``"auto"`` is a third of all layers, which a deep pre-trained model needs.
         n_tail: Last layers that run once; ``"auto"`` as above.
-        order: Order of the visits; see :func:`~modicum.models.zero_token.schedule.cycle_schedule`.
-        zero_token: Add zero tokens; without, it is head-tail cycling.
-        mode: ``"loop"`` keeps all layers and makes the model deeper; ``"tie"`` keeps the depth and drops layers.
+        mode: ``"loop"`` keeps all layers and makes the model deeper; ``"tie"`` keeps the depth and drops layers; the
+            low-rank terms of ``lora_rank`` then start at the truncated singular value decomposition of what is lost.
         tie_init: Which of the tied layers gives the weights, or their average.
-        lora_rank: Rank of the low-rank terms that untie the cycles; in mode ``"tie"`` they start at the truncated
-            singular value decomposition of what tying took away.
-        zero_kind: Trainable key, key fixed at zero, or trainable logit.
-        zero_layers: Middle layers or all.
-        pool: What has a zero key of its own.
-        zero_key_rope: Whether the zero key turns with the query.
-        zero_key_norm: Apply the host's key norm to the zero key.
-        zero_key_init_std: Standard deviation of a new zero key.
-        zero_bias: Add a trainable bias per head.
-        ffn_gate: Gate the feed-forward branch too.
-        cycle_embedding: A vector for each cycle.
-        cycle_gate: ``"rezero"`` starts as the base model, exactly when there is no zero token in cycle 0.
-        loop_connection: Anchor or residual connection of the cycles.
-        exit_threshold: Leave the loop by it; ``None`` never.
-        exit_criterion: What is compared with it.
-        exit_score: How layers become one score.
-        exit_scope: Who leaves together.
-        min_cycles: Cycles that always run.
-        cache_policy: What is seen of a token that left.
-        train_cycles: How many cycles a training step runs: all, a drawn number, or more and more.
-        cycle_onset: Share of the training that runs one cycle only.
-        cycle_loss_weights: Weights of the losses after each cycle.
-        route: How zero attention is computed.
-        seed: Seed of new parameters and of random cycles.
+        **knobs: Fields of :class:`~modicum.models.ZeroTokenConfig`, which explains them: ``n_cycles``, ``order``,
+            ``zero_token``, …
 
     Returns:
         A new model, in evaluation mode and with the base model's dtype. One cycle without zero token gives the base
@@ -143,21 +83,19 @@ def convert_to_zero_token(
         Parameters via Cyclic Refinement", 2025, arXiv:2502.12214. Mode ``"tie"``: Bae et al., "Relaxed Recursive
         Transformers", 2024, arXiv:2410.20672.
     """
-    knobs = dict(locals())
-    for name in ("model", "n_head", "n_tail", "mode", "tie_init"):
-        del knobs[name]
+    knobs = known(convert_to_zero_token, knobs)
     if isinstance(model, ZeroTokenForCausalLM):
         raise UnsupportedError("The model is looped already. Use resize_pool(model, n_cycles) for other cycles.")
     if model.config.model_type not in HOSTS:
         raise UnsupportedError(f"A {model.config.model_type!r} model cannot be looped. Known: {', '.join(HOSTS)}.")
     depth = model.config.num_hidden_layers
-    head, tail = ends(depth, n_head), ends(depth, n_tail)
+    config = ZeroTokenConfig(host=model.config, n_head=ends(depth, n_head), n_tail=ends(depth, n_tail), **knobs)
     if mode == "loop":
-        return _loop(model, ZeroTokenConfig(host=model.config, n_head=head, n_tail=tail, **knobs))
+        return _loop(model, config)
     if mode == "tie":
-        if not isinstance(order, str) or order != "cycle":
+        if config.order != "cycle":
             raise UnsupportedError("mode 'tie' needs order 'cycle'.")
-        return _tie(model, head, tail, tie_init, knobs)
+        return _tie(model, config, tie_init)
     raise RecipeError(f"There is no mode {mode!r}. {did_you_mean(mode, ['loop', 'tie'])}")
 
 
@@ -194,18 +132,16 @@ def _complete(report: Any) -> None:
         )
 
 
-def _tie(
-    model: PreTrainedModel, head: int, tail: int, tie_init: TieInit, knobs: dict[str, Any]
-) -> ZeroTokenForCausalLM:
-    depth, n_cycles = model.config.num_hidden_layers, knobs["n_cycles"]
+def _tie(model: PreTrainedModel, config: ZeroTokenConfig, tie_init: TieInit) -> ZeroTokenForCausalLM:
+    depth, n_cycles, head, tail = model.config.num_hidden_layers, config.n_cycles, config.n_head, config.n_tail
     width = (depth - head - tail) // n_cycles  # physical layers in the middle
     if width < 1:
         raise RecipeError(f"{depth} layers less {head} and {tail} are too few to tie {n_cycles} times.")
-    host = copy.deepcopy(model.config)
+    host = config.host
     host.num_hidden_layers = head + width + tail
     if getattr(host, "layer_types", None) is not None:
         host.layer_types = host.layer_types[: host.num_hidden_layers]
-    looped = _fresh(ZeroTokenConfig(host=host, n_head=head, n_tail=tail, **knobs), model)
+    looped = _fresh(config, model)
     source = hosts.host_of(host)
     layers = getattr(getattr(model, source.prefix), source.layers)
     # The visit (k, c) stands for this layer; where the cycles do not divide the layers, some are passed over.
@@ -215,10 +151,10 @@ def _tie(
         state |= _named(layers[old].state_dict(), source, new)
     for k in range(width):
         chosen = tied_layer(
-            [layers[i].state_dict() for i in stands[:, k]], k, width, tie_init, layers, head, tail, knobs["seed"]
+            [layers[i].state_dict() for i in stands[:, k]], k, width, tie_init, layers, head, tail, config.seed
         )
         state |= _named(chosen, source, head + k)
-        if knobs["lora_rank"]:
+        if config.lora_rank:
             _fit_lora(looped, head + k, chosen, [layers[i] for i in stands[:, k]])
     _complete(looped.load_state_dict(state, strict=False))
     looped.tie_weights()
