@@ -180,3 +180,57 @@ def test_buffers_that_some_models_lack_are_left_out(tmp_path: Path) -> None:
             execute(parse(document), tmp_path / f"{kind}{i}", quiet=True)
             merged = load_file(tmp_path / f"{kind}{i}/model/model.safetensors")
             assert merged.keys() == (whole if i == 2 else bare).keys()
+
+
+SAME = {"hidden_size": 4, "rms_norm_eps": 1e-5, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "hidden_act": "silu",
+        "rope_theta": 1e4, "rope_scaling": None, "use_cache": True, "text_config": {"n_head": 4, "eps": 1}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps (1e-06, 1e-05)"),
+        ({"hidden_act": "gelu"}, "hidden_act (gelu, silu)"),
+        ({"rope_theta": 5e5}, "rope_parameters.rope_theta (500000.0, 10000.0)"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters.rope_type (linear, default)"),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 2e4, "rope_type": "default"}}, "rope_theta (20000.0"),
+        ({"text_config": {"n_head": 4, "eps": 2}}, "text_config.eps (2, 1)"),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, None),
+        ({"use_cache": False, "torch_dtype": "bfloat16", "transformers_version": "4"}, None),
+    ],
+)
+def test_settings_that_change_what_weights_compute_are_said(changed: Any, told: str | None, tmp_path: Path) -> None:
+    paths = [write(tmp_path / "a", model(), **SAME), write(tmp_path / "b", model(), **SAME | changed)]
+    found = []
+    for document in (ours(paths), listed(paths), sliced(paths, (0, 3)), stacked(paths)):
+        found.append([line for line in plan(parse(document)) if "differs from" in line])
+    assert found.count(found[0]) == len(found)
+    assert bool(found[0]) == (told is not None)
+    if told:
+        assert found[0][0].startswith(f"{paths[1]} differs from {paths[0]} in")
+        assert told in found[0][0]
+
+
+@pytest.mark.parametrize("document", PATHS)
+@pytest.mark.parametrize(
+    "changed", [{"num_attention_heads": 4}, {"num_key_value_heads": 2}, {"text_config": {"n_head": 2, "eps": 1}}]
+)
+def test_other_numbers_of_heads_are_refused(document: Any, changed: Any, tmp_path: Path) -> None:
+    paths = [write(tmp_path / "a", model(), **SAME), write(tmp_path / "b", model(), **SAME | changed)]
+    said = str(refusal(document(paths)))
+    assert said.startswith(
+        f"{paths[1]}: {'text_config.n_head' if 'text_config' in changed else next(iter(changed))} is"
+    )
+    assert f"as in {paths[0]}" in said
+
+
+@pytest.mark.parametrize("document", PATHS)
+def test_tokenizers_of_one_size_with_other_tokens_are_said(document: Any, tmp_path: Path) -> None:
+    paths = [write(tmp_path / name, model()) for name in "ab"]
+    for path, tokens in zip(paths, ("uvwxyz", "uvwzxy")):
+        vocabulary = {token: row for row, token in enumerate(tokens)}
+        (Path(path) / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+    lines = [line for line in plan(parse(document(paths))) if "other tokens" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{paths[1]} has other tokens than {paths[0]} in 3 rows, such as 'z' for 'x'")

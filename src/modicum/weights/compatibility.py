@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError
 from modicum.layout import is_recomputed, is_vocabulary, layer_of, role, stacks
+from modicum.weights.configs import differences
 from modicum.weights.files import Spec
 
 Tensors = Mapping[str, Tensor]
@@ -56,10 +57,35 @@ def check_agreement(reference: Tensors, others: Sequence[Tensors], *, names: Seq
     return kept
 
 
+def notes_on_configs(models: Sequence[Tensors], names: Sequence[str]) -> list[str]:
+    """Say where the models' configurations differ in what the same weights compute; the result keeps the first one's.
+
+    Args:
+        models: The first one gives the result its ``config.json``.
+        names: What to call them.
+    """
+    notes = []
+    for model, name in zip(models[1:], names[1:]):
+        found = differences(_config(models[0]), _config(model))
+        told = ", ".join(f"{key} ({b}, {a})" for key, (a, b) in list(found.items())[:5])
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        if found:
+            notes.append(f"{name} differs from {names[0]} in {told}{more}: the result keeps {names[0]}'s")
+    return notes
+
+
 def _check_architecture(a: Tensors, b: Tensors, a_name: str, b_name: str) -> None:
-    one, other = _config(a).get("model_type"), _config(b).get("model_type")
-    if one and other and one != other:
-        raise CheckpointError(f"{b_name} is a {other} model, {a_name} a {one} model. Merge models of one architecture.")
+    one, other = _config(a), _config(b)
+    kind, another = one.get("model_type"), other.get("model_type")
+    if kind and another and kind != another:
+        raise CheckpointError(
+            f"{b_name} is a {another} model, {a_name} a {kind} model. Merge models of one architecture."
+        )
+    for key, (expected, found) in differences(one, other, heads=True).items():
+        raise CheckpointError(
+            f"{b_name}: {key} is {found} in its config.json, expected {expected} as in {a_name}. "
+            "Merge models of one architecture."
+        )
 
 
 def _config(tensors: Tensors) -> Mapping[str, Any]:

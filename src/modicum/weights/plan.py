@@ -19,9 +19,9 @@ from modicum.layout import is_linear_map, is_vocabulary
 from modicum.record import fingerprint
 from modicum.registry import Entry, merge_method
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import Tensors, check_agreement, label, spec_of
+from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
 from modicum.weights.files import Spec, digest_tensor
-from modicum.weights.mergekit.vocabulary import Vocabulary
+from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers
 from modicum.weights.statistics import check_statistics, shape_of
 from modicum.weights.stream import cores
 
@@ -250,6 +250,7 @@ def plan_merge(
     first = models[0]
     companions = companion_files(first, wanted) if isinstance(first, Checkpoint) else {}
     notes = [*_foreign_adapters(base, experts), *notes_on_statistics(method, steps)]
+    notes += [*notes_on_configs(models, names), *notes_on_tokenizers(dict(zip(names, models)))]
     return Plan(steps, models, companions, notes, seed, device)
 
 

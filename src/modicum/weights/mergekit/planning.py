@@ -17,11 +17,11 @@ from modicum.errors import RecipeError, UnsupportedError
 from modicum.layout import DEPTH_KEYS, LAYER_LISTS, Layer, comes_first, layer_of, stacks
 from modicum.registry import merge_method
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import check_agreement
+from modicum.weights.compatibility import check_agreement, notes_on_configs
 from modicum.weights.files import Spec
 from modicum.weights.mergekit.document import Data, Part, Reference, Slice, evaluate, has_gradient, read_slices
 from modicum.weights.mergekit.methods import Getter, Translation, method_of, parameters_of
-from modicum.weights.mergekit.vocabulary import Vocabulary, with_vocabulary
+from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers, with_vocabulary
 from modicum.weights.plan import Plan, Source, Step, check_count, companion_files, parse_dtype
 from modicum.weights.statistics import check_statistics
 
@@ -106,7 +106,10 @@ def plan_mergekit(document: Data, open_model: Opener) -> Plan:
     companions = companion_files(opened[first], dtype, **changes)
     companions = {name: text for name, text in companions.items() if name not in vocabulary.removed}
     companions |= vocabulary.files
-    return Plan(steps, list(opened.values()), companions, _notes(document, slices, steps) + vocabulary.notes)
+    notes = [*_notes(document, slices, steps), *vocabulary.notes, *notes_on_configs([*opened.values()], [*named])]
+    if not vocabulary.tables:
+        notes += notes_on_tokenizers(named)
+    return Plan(steps, list(opened.values()), companions, notes)
 
 
 def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table]) -> None:

@@ -124,6 +124,41 @@ def with_vocabulary(document: Mapping[str, Any], models: Mapping[str, Checkpoint
     return Result(result.tables, files, result.removed, result.config, result.notes)
 
 
+def notes_on_tokenizers(models: Mapping[str, object]) -> list[str]:
+    """Say where models give a row to different tokens, as tokenizers of one size may.
+
+    Args:
+        models: By what to call them; the first one gives the result its tokenizer.
+    """
+    found: dict[str, bytes] = {}
+    for name, model in models.items():
+        if isinstance(model, Checkpoint) and (path := _tokenizer_of(model)):
+            found[name] = path.read_bytes()
+    if len(set(found.values())) < 2:
+        return []
+    first, *others = found
+    mine = _tokens_by_row(found[first])
+    notes = []
+    for other in others:
+        theirs = _tokens_by_row(found[other])
+        rows = [row for row, token in mine.items() if theirs.get(row, token) != token]
+        if rows:
+            notes.append(
+                f"{other} has other tokens than {first} in {len(rows)} rows, such as {theirs[rows[0]]!r} for "
+                f"{mine[rows[0]]!r}, and they are merged all the same; tokenizer: {{source: union}} in a mergekit file "
+                "brings equal tokens together"
+            )
+    return notes
+
+
+def _tokens_by_row(text: bytes) -> dict[int, str]:
+    """Return the token of each row in a ``tokenizer.json``; nothing where it cannot be read."""
+    try:
+        return {row: token for token, row in _token_ids(json.loads(text), "").items()}
+    except (ValueError, UnsupportedError):
+        return {}
+
+
 def _unify(setting: Mapping[str, Any], models: Mapping[str, Checkpoint], base: str) -> Result:
     source = str(setting.get("source") or "union")
     if source not in ("union", "base", *models):
@@ -240,8 +275,12 @@ def _token_ids(tokenizer: Mapping[str, Any], owner: str) -> dict[str, int]:
     return ids | {str(item["content"]): int(item["id"]) for item in tokenizer.get("added_tokens") or []}
 
 
+def _tokenizer_of(model: Checkpoint) -> Path | None:
+    return next((path for path in model.companions() if path.name == "tokenizer.json"), None)
+
+
 def _tokenizer_path(model: Checkpoint) -> Path:
-    found = next((path for path in model.companions() if path.name == "tokenizer.json"), None)
+    found = _tokenizer_of(model)
     if found is None:
         raise UnsupportedError(f"{model.name} has no tokenizer.json. Save its tokenizer with transformers first.")
     return found
