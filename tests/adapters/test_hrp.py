@@ -12,6 +12,7 @@ from modicum.adapters import Preheat, hrp_factors
 from modicum.adapters import hrp as hrp_module
 from modicum.adapters.angles import captured, principal_angles
 from modicum.adapters.hrp import factor_svd
+from modicum.adapters.squeeze import lora_squeeze
 from modicum.errors import ModicumError
 from modicum.linalg import product_svd
 from modicum.random import generator
@@ -26,11 +27,14 @@ def preheated(R, width, out, seed=0, dtype=torch.float64):
 shapes = st.tuples(st.integers(1, 6), st.integers(6, 12), st.integers(6, 12), st.integers(0, 10**6))
 
 
+@pytest.mark.oracle("adapter_inits", "hrp", "lora_squeeze")
 @pytest.mark.parametrize("init_factor", ["A", "B", "balanced"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
 def test_factors_equal_those_of_a_dense_decomposition(init_factor, dtype, tolerance):
     A, B = (factor.to(dtype) for factor in preheated(8, 20, 15))
     made = hrp_factors(A, B, rank=3, init_factor=init_factor)
+    if init_factor == "balanced":
+        assert all(torch.equal(a, b) for a, b in zip(lora_squeeze(A, B, rank=3), made))
     expected = oracle.hrp(A.double().numpy(), B.double().numpy(), 3, init_factor)
     for ours, theirs in zip(made, expected):
         ours = ours.double().numpy()

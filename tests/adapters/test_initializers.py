@@ -13,7 +13,6 @@ from modicum.errors import ModicumError, UnsupportedError
 from modicum.random import generator
 from modicum.registry import adapter_init
 from oracles import hrp as oracle
-from support import checked
 
 
 def matrix(*shape, seed=0):
@@ -34,15 +33,51 @@ def same_product(made, expected, atol=1e-5):
         np.testing.assert_allclose(np.abs(ours.numpy()), np.abs(theirs), atol=atol)
 
 
+@pytest.mark.oracle(
+    "adapter_inits", "pissa", "milora", "lora_one", "corda", "lora_ga", "olora", "mica", "lora_xs", "lora_sb", "eva"
+)
 def test_decompositions_equal_their_numpy_transcriptions():
     same_product(pissa(W, rank=3, scaling=2.0), oracle.pissa(W.numpy(), 3, 2.0))
     same_product(milora(W, rank=3, scaling=2.0), oracle.milora(W.numpy(), 3, 2.0))
     same_product(lora_one(G, rank=3, gamma=64.0), oracle.lora_one(G.numpy(), 3, 64.0))
     same_product(corda(W, moment(10), rank=3, scaling=2.0), oracle.corda(W.numpy(), moment(10).numpy(), 3, 2.0))
+    same_product(olora(W, rank=3), oracle.olora(W.numpy(), 3))
+    same_product(mica(W, rank=3), oracle.mica(W.numpy(), 3))
+    same_product(lora_xs(W, rank=3), oracle.lora_xs(W.numpy(), 3))
+    same_product(lora_sb(G, rank=3), oracle.lora_sb(G.numpy(), 3))
+    same_product(eva(moment(10), W, rank=3), oracle.eva(moment(10).numpy(), 14, 3))
     for convention in ("peft", "authors"):
         made, expected = lora_ga(G, rank=3, convention=convention), oracle.lora_ga(G.numpy(), 3, convention)
         for ours, theirs in zip(made, expected):  # vectors of different triplets: each sign is free
             np.testing.assert_allclose(np.abs(ours.numpy()), np.abs(theirs), atol=1e-5)
+
+
+@pytest.mark.oracle("adapter_inits", "default", "gaussian", "orthogonal", "etf")
+@pytest.mark.parametrize(("out", "width", "rank"), [(14, 10, 4), (1, 2, 2), (3, 40, 6)])
+def test_drawn_starts_equal_their_transcriptions_given_the_draws(out, width, rank):
+    def source():
+        return generator(5, "drawn", out)
+
+    def draws(*shapes, dtype=torch.float32):
+        rng = source()
+        return [torch.randn(*shape, generator=rng, dtype=dtype).double().numpy() for shape in shapes]
+
+    shape = torch.empty(out, width, device="meta")
+    uniform = torch.rand(rank, width, generator=source()).double().numpy()
+    for made, expected in (
+        (default(shape, rank=rank, rng=source()), oracle.default(uniform, out)),
+        (gaussian(shape, rank=rank, rng=source()), oracle.gaussian(*draws((rank, width)), out)),
+        (
+            orthogonal(shape, rank=rank, rng=source()),
+            oracle.orthogonal(*draws((rank, rank), (width, rank // 2), (out, rank // 2))),
+        ),
+        (
+            etf(shape, rank=rank, rounds=7, rng=source()),
+            oracle.etf(*draws((rank, width), dtype=torch.float64), out, rounds=7),
+        ),
+    ):
+        for ours, theirs in zip(made, expected):
+            np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_pissa_takes_and_milora_leaves_the_best_approximation():
@@ -140,34 +175,6 @@ def test_kpm_takes_the_other_end_of_cordas_spectrum():
     torch.testing.assert_close(B @ A, W, atol=1e-4, rtol=1e-3)
     first, last = (corda(W, C, rank=5, mode=mode) for mode in ("ipm", "kpm"))
     torch.testing.assert_close(first[1] @ first[0] + last[1] @ last[0], W, atol=1e-4, rtol=1e-3)
-
-
-DATA = {"weight": W, "gradient": G, "moment": moment(10), "A": matrix(4, 10), "B": matrix(14, 4)}
-
-
-@pytest.mark.parametrize("name", list(adapter_init))
-@pytest.mark.parametrize("rank", [1, 2, 4])
-def test_every_start_has_its_shape_is_finite_and_leaves_its_data_alone(name, rank):
-    entry = adapter_init[name]
-    data = {key: DATA[key] for key in entry.parameters[0]}
-    copies = {key: value.clone() for key, value in data.items()}
-    if name == "orthogonal" and rank == 1:
-        pytest.skip("an even rank only")
-    state = torch.get_rng_state()
-    A, B = checked(entry.function)(*data.values(), rank=rank)
-    again = entry.function(*data.values(), rank=rank)
-    assert A.shape == (rank, 10) and B.shape == (14, rank)
-    assert A.isfinite().all() and B.isfinite().all()
-    assert A.dtype == B.dtype == torch.float32
-    assert torch.equal(A, again[0]) and torch.equal(B, again[1])
-    assert all(torch.equal(data[key], copies[key]) for key in data)
-    assert torch.equal(torch.get_rng_state(), state)
-    if "zero_product" in entry.laws:
-        product = torch.zeros(1) if entry.facts.core else B @ A
-        assert float(product.abs().max()) < 1e-6
-    if "orthogonal_rows" in entry.laws:
-        gram = A @ A.T
-        torch.testing.assert_close(gram, gram[0, 0] * torch.eye(rank), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("function", [pissa, milora, olora, mica, lora_xs])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from laws import Draw, default_knobs, knobs, law
 from torch import Tensor
+from torch.nn import functional
 
 from modicum.objectives.batch import Batch
 from modicum.objectives.philox import row_keys
@@ -88,6 +89,10 @@ def shuffles_rows(batch: Batch) -> Batch:
 
 def averages_rows(batch: Batch, *, rng: Any) -> Batch:
     return {**batch, "input_ids": batch["input_ids"] + batch["input_ids"].shape[0]}
+
+
+def averages_columns(batch: Batch, *, rng: Any) -> Batch:
+    return {**batch, "input_ids": batch["input_ids"] + torch.arange(batch["input_ids"].shape[1])}
 
 
 def rewards_errors(scores: Tensor, answers: Tensor) -> Tensor:
@@ -185,6 +190,23 @@ def rows_alone(entry: Entry[Any], draw: Draw) -> None:
     for name, value in alone.items():
         width = value.shape[1]
         assert torch.equal(together[name][: len(value), :width], value), name
+
+
+@law(objective, "padding does not move what is drawn", broken=averages_columns)
+def padding_moves_nothing(entry: Entry[Any], draw: Draw) -> None:
+    if entry.facts.acts_on != "input_ids" or "rng" not in inspect.signature(entry.function).parameters:
+        return
+    values = chosen(entry, draw, scope="row")
+    ids = torch.randint(10, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
+    keys = row_keys(["row"], seed=0, method="laws")
+    found = []
+    for left, right in ((0, 0), (3, 0), (0, 3)):
+        sides = {"input_ids": (ids, PAD), "labels": (ids, IGNORED), "attention_mask": (torch.ones_like(ids), 0)}
+        padded = {name: functional.pad(value, (left, right), value=fill) for name, (value, fill) in sides.items()}
+        made = apply(entry, padded, values, keys)
+        real = made["labels"] != IGNORED
+        found.append((made["input_ids"][real], made["labels"][real]))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
 @law(objective, "the better the answer the smaller the loss", broken=rewards_errors, acts_on="answers")

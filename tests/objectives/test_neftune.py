@@ -7,6 +7,7 @@ from modicum.objectives.neftune import neftune
 from modicum.objectives.philox import row_keys
 
 
+@pytest.mark.oracle("objectives", "neftune")
 def test_noise_equals_the_formula():
     keys = row_keys(["a"], seed=0, method="neftune")
     embeddings = torch.arange(12.0).reshape(1, 3, 4)

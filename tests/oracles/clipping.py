@@ -13,6 +13,14 @@ def global_norm(totals, limit=1.0):
     return [min(1.0, limit / (g + EPS)) for g in totals]
 
 
+def fixed_norm(norms, limit):
+    return [0.0 if math.isinf(n) else min(1.0, limit / (n + EPS)) for n in norms]
+
+
+def value(g, limit):
+    return np.sign(g) * np.minimum(np.abs(g), limit)
+
+
 def autoclip(totals, percentile=10.0):
     return [min(1.0, np.percentile(totals[: t + 1], percentile) / (g + EPS)) for t, g in enumerate(totals)]
 

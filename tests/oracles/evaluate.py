@@ -79,3 +79,22 @@ def document_nats(next_token_probabilities, tokens, size: int, stride: int) -> f
         start = max(window_end - size, 0)
         total -= math.log(next_token_probabilities(tokens[start:position])[tokens[position]])
     return total
+
+
+PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def squad(text: str) -> str:
+    """Normalise as SQuAD's script does: case, then punctuation, then articles, then white space."""
+    words = "".join(c for c in text.lower() if c not in PUNCTUATION).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def edges(text: str) -> str:
+    """Cut punctuation and space off both ends, one character after the other."""
+    text = " ".join(text.split()).lower()
+    while text and text[0] in " \"'`*.,:;!":
+        text = text[1:]
+    while text and text[-1] in " \"'`*.,:;!":
+        text = text[:-1]
+    return text

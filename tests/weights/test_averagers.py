@@ -32,6 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Sequence[oracle.Array]], oracle
 }
 
 
+@pytest.mark.oracle("averagers", CASES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("n", [2, 3, 6])
 def test_coefficients_make_the_mean_of_the_oracle(case: str, n: int) -> None:
@@ -40,11 +41,6 @@ def test_coefficients_make_the_mean_of_the_oracle(case: str, n: int) -> None:
     models = np.random.default_rng(n).normal(size=(n, 5))
     coefficients = entry.function(list(models), **entry.knobs(knobs))
     np.testing.assert_allclose(np.tensordot(coefficients, models, 1), expected(list(models)), rtol=1e-12)
-
-
-def test_every_rule_stands_beside_an_oracle() -> None:
-    rules = {name for name, entry in averager.items() if not entry.facts.learns}
-    assert {case.partition(",")[0] for case in CASES} == rules
 
 
 def test_defaults_are_those_of_the_documentation() -> None:

@@ -90,7 +90,7 @@ def masked_thought(
     if replacement == "mask":
         written = torch.full_like(rows, require_mask_token(mask_token_id))
     else:
-        written = random_ids(rows, keys, vocab_size=vocab_size)
+        written = random_ids(rows, keys, found.real, vocab_size=vocab_size)
     flat = ids.flatten().clone()
     flat[found.index[found.real]] = torch.where(selected, written, rows)[found.real]
     return with_ids(batch, flat.reshape(ids.shape))

@@ -7,7 +7,7 @@ random_share=0.1`` is the 80/10/10 corruption of BERT under a causal model.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from modicum.errors import RecipeError
@@ -76,22 +76,31 @@ def token_dropout(
             raise RecipeError("token_dropout needs rng.")
         protected = torch.isin(ids, torch.tensor(protect_ids or (), dtype=ids.dtype, device=ids.device))
         selected = select_positions(real & ~protected, keys, ratio=ratio, real=real)
-        lot = words(keys, ids.shape[1], stream=2).double() / 2**32
+        lot = _by_token(words(keys, ids.shape[1], stream=2), real).double() / 2**32
         out = ids
         if mask_share:
             out = torch.where(selected & (lot < mask_share), require_mask_token(mask_token_id), out)
         if random_share:
             chosen = selected & (lot >= mask_share) & (lot < mask_share + random_share)
-            out = torch.where(chosen, random_ids(ids, keys, vocab_size=vocab_size), out)
+            out = torch.where(chosen, random_ids(ids, keys, real, vocab_size=vocab_size), out)
         return out
 
     return with_ids(batch, by_document(batch, corrupt, rng=rng))
 
 
 def random_ids(
-    like: Int[Tensor, "b t"], keys: Int64[Tensor, " b"], *, vocab_size: PositiveInt | None
+    like: Int[Tensor, "b t"],
+    keys: Int64[Tensor, " b"],
+    real: Bool[Tensor, "b t"],
+    *,
+    vocab_size: PositiveInt | None,
 ) -> Int[Tensor, "b t"]:
     """Return ids drawn uniformly from the vocabulary, in the shape and type of ``like``."""
     if vocab_size is None:
         raise RecipeError("vocab_size is missing. Set it to the number of ids to draw random replacements from.")
-    return (words(keys, like.shape[1], stream=3) % vocab_size).to(like.dtype)
+    return (_by_token(words(keys, like.shape[1], stream=3), real) % vocab_size).to(like.dtype)
+
+
+def _by_token(drawn: Int64[Tensor, "b t"], real: Bool[Tensor, "b t"]) -> Int64[Tensor, "b t"]:
+    """Give each place the word of its token's number, so that padding does not move the draw."""
+    return drawn.gather(1, (real.cumsum(-1) - 1).clamp(min=0))

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modicum.errors import RecipeError
 from modicum.evaluate import exact_match, extract, normalize
+from modicum.evaluate.rows import Rows
+from modicum.registry import measure
+from oracles import evaluate as oracle
+
+TEXTS = st.text(alphabet="aAthe ne4.,-\"'!b\n", max_size=12)
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("Paris.", "paris"), (" a\n b ", "A b"), ('"42"', "42")])
@@ -54,3 +61,18 @@ def test_normalising_twice_is_normalising_once(text, normalization):
 
 def test_one_of_several_right_answers_is_enough():
     assert exact_match("b", ["a", "B."]) and not exact_match("c", ["a", "b"]) and not exact_match("c", [])
+
+
+@pytest.mark.oracle("measures", "exact_match")
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6), st.sampled_from(["edges", "squad"]), st.booleans())
+def test_the_share_of_exact_matches_equals_its_oracle(pairs, normalization, copied):
+    pairs = [(said, f"{said}." if copied else right) for said, right in pairs]
+    rows = Rows("completion", [{"prompt": "?", "completion": right} for _, right in pairs], normalization=normalization)
+    subject = SimpleNamespace(generate=lambda rows, **_: [said for said, _ in pairs])
+    entry = measure["exact_match"]
+    items = entry.function(rows, subject)
+    plain = oracle.edges if normalization == "edges" else oracle.squad
+    assert [item["correct"] for item in items] == [plain(said) == plain(right) for said, right in pairs]
+    found = entry.facts.estimate(items, level=0.9)
+    low, high = oracle.wilson(sum(item["correct"] for item in items), len(items), 0.9)
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))

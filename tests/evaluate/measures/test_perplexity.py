@@ -47,6 +47,7 @@ def documents():
     return [torch.randint(0, 264, (n,), generator=rng).tolist() for n in (1, 2, 7, 30, 0, 12)]
 
 
+@pytest.mark.oracle("measures", "perplexity")
 @pytest.mark.parametrize(("size", "stride"), [(8, 7), (8, 3), (2, 1), (64, 63)])
 def test_likelihood_equals_scoring_token_after_token(model, documents, size, stride):
     @torch.no_grad()

@@ -78,6 +78,7 @@ def test_the_warmup_can_observe_raw_norms():
 # Parity with the oracle
 
 
+@pytest.mark.oracle("gradient_rules", "adagc")
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("ignore_zero", [True, False])
 def test_kernel_equals_the_oracle_in_float64(init, ignore_zero):

@@ -35,6 +35,7 @@ def totals(n=200):
     return values
 
 
+@pytest.mark.oracle("gradient_rules", "global_norm", "autoclip", "zclip", "skip_step")
 @pytest.mark.parametrize(
     ("rule", "slow", "knobs"),
     [
@@ -57,6 +58,7 @@ def test_rules_of_the_global_norm_equal_their_oracles(rule, slow, knobs):
     assert min(found) < 1
 
 
+@pytest.mark.oracle("gradient_rules", "aggc")
 def test_aggc_equals_its_oracle():
     norms, state, found = rng(1).lognormal(0, 0.7, (60, 3)), None, []
     for row in norms:
@@ -67,6 +69,7 @@ def test_aggc_equals_its_oracle():
     assert np.stack(found).max() > 1 > np.stack(found).min()
 
 
+@pytest.mark.oracle("gradient_rules", "agc", "agc_update")
 @pytest.mark.parametrize("shape", [(4, 3), (5,), (1,), (2, 3, 2)])
 def test_agc_equals_its_oracle(shape):
     g, w = rng(2).normal(size=shape), rng(3).normal(size=shape)
@@ -75,11 +78,22 @@ def test_agc_equals_its_oracle(shape):
     np.testing.assert_allclose(update_clipping.agc_update(t64(g), t64(w), ratio=0.5).numpy(), factor, rtol=1e-6)
 
 
+@pytest.mark.oracle("gradient_rules", "value", "fixed_norm")
+@pytest.mark.parametrize("limit", [0.1, 1.0, 30.0])
+def test_fixed_limits_equal_their_oracles(limit):
+    g, norms = rng(10).normal(size=(4, 3)), rng(11).lognormal(size=6)
+    found = elementwise.clip_value(t64(g), limit=limit).numpy()
+    np.testing.assert_allclose(found, oracle.value(g, limit), rtol=1e-12)
+    factors, _ = clipping.fixed_norm(t64([*norms, 0.0, math.inf]), None, limit=limit)
+    np.testing.assert_allclose(factors.numpy(), oracle.fixed_norm([*norms, 0.0, math.inf], limit), rtol=1e-12)
+
+
 def test_agc_lets_weights_at_zero_move():
     assert elementwise.agc(torch.ones(3, 2), torch.zeros(3, 2)).abs().min() > 0
     assert (elementwise.agc(torch.zeros(3, 2), torch.zeros(3, 2)) == 0).all()
 
 
+@pytest.mark.oracle("gradient_rules", "spam")
 def test_spam_equals_its_oracle_and_rests_after_a_reset():
     g, v = rng(4).normal(size=(6, 5)), rng(5).uniform(0, 1e-4, size=(6, 5))
     v[0, 0] = 0
@@ -88,6 +102,7 @@ def test_spam_equals_its_oracle_and_rests_after_a_reset():
     assert elementwise.spam_clip(t64(g), None, 50).equal(t64(g))
 
 
+@pytest.mark.oracle("gradient_rules", "stable_spam")
 def test_stable_spam_equals_its_oracle():
     series, state = [rng(i).normal(size=7) * 10 ** (i % 3) for i in range(12)], None
     for g, want in zip(series, oracle.stable_spam(series)):
@@ -97,6 +112,7 @@ def test_stable_spam_equals_its_oracle():
     assert zeros.equal(torch.zeros(3))
 
 
+@pytest.mark.oracle("gradient_rules", "clippy", "stable_adamw", "adafactor", "trust_ratio")
 def test_rules_of_updates_equal_their_oracles():
     u, w, g = rng(6).normal(size=(4, 5)), rng(7).normal(size=(4, 5)), rng(8).normal(size=(4, 5))
     v = rng(9).uniform(1e-3, 1, size=(4, 5))

@@ -9,6 +9,7 @@ from modicum.optim.zeroth_order.lifts import Left
 from oracles import zeroth_order as oracle
 
 
+@pytest.mark.oracle("zeroth_order", "lozo")
 @pytest.mark.parametrize("every", [1, 3, 50])
 @pytest.mark.parametrize("variant", ["sgd", "momentum"])
 def test_lozo_equals_its_formulas_through_refreshes(variant, every):

@@ -18,6 +18,7 @@ def directions(optimizer, steps, query=0):
     ]
 
 
+@pytest.mark.oracle("zeroth_order", "mezo")
 @pytest.mark.parametrize("variant", ["sgd", "momentum", "adam", "lion", "scalar"])
 def test_every_variant_equals_its_formulas(variant):
     weight, loss = matrix(5, 4)

@@ -15,6 +15,7 @@ def cores(optimizer, steps, query=0):
     return [basis[0] @ s @ basis[1].T for s in draws]
 
 
+@pytest.mark.oracle("zeroth_order", "subzero")
 @pytest.mark.parametrize(("scale", "factor"), [("unit", 30**0.5 / 2), ("none", 1.0)])
 def test_subzero_equals_its_formula(scale, factor):
     weight, loss = matrix(6, 5)

@@ -16,6 +16,7 @@ from oracles import zeroth_order as oracle
 VARIANTS = ["sgd", "momentum", "adam", "lion", "factor_adam"]
 
 
+@pytest.mark.oracle("zeroth_order", "tezo")
 @pytest.mark.parametrize("scale", ["unit", "none", "unbiased"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_equals_its_formulas(variant, scale):

@@ -27,6 +27,7 @@ def draws(optimizer, steps, queries=1):
     ]
 
 
+@pytest.mark.oracle("zeroth_order", "hizoo")
 def test_hizoo_equals_its_formulas():
     weight, loss = matrix(5, 4)
     start = weight.detach().numpy().copy()
@@ -38,6 +39,7 @@ def test_hizoo_equals_its_formulas():
     np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.oracle("zeroth_order", "fzoo")
 def test_fzoo_equals_its_formulas():
     weight, loss = matrix(5, 4)
     start = weight.detach().numpy().copy()
@@ -61,6 +63,7 @@ def test_fzoo_stands_still_on_a_flat_loss():
         FZOO([("w", weight)], lr=1e-3, queries=1)
 
 
+@pytest.mark.oracle("zeroth_order", "conmezo")
 def test_conmezo_equals_its_formulas():
     weight, loss = matrix(5, 4)
     start = weight.detach().numpy().copy()
@@ -86,6 +89,7 @@ def test_sparse_mezo_moves_the_small_weights_only():
     assert all(torch.equal(values[0, 2:], before[0, 2:]) for values in seen)
 
 
+@pytest.mark.oracle("zeroth_order", "sparse_mezo")
 def test_sparse_mezo_with_everything_kept_is_mezo():
     weight, loss = matrix(5, 4)
     start = weight.detach().numpy().copy()
@@ -97,6 +101,7 @@ def test_sparse_mezo_with_everything_kept_is_mezo():
     np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-9)
 
 
+@pytest.mark.oracle("zeroth_order", "zo_adamu")
 def test_adamu_equals_its_formulas():
     weight, loss = matrix(5, 4)
     expected = weight.detach().numpy().copy()
