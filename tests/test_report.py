@@ -312,6 +312,7 @@ def test_a_lead_within_the_interval_is_not_called_a_win(tmp_path: Path) -> None:
 def test_a_difference_is_colored_only_when_its_interval_leaves_out_zero(tmp_path: Path) -> None:
     found = [
         {"a": "x", "b": y, "task": "t", "metric": "accuracy", "difference": 0.1, "low": low, "high": 0.3}
+        | {"better": "higher", "unit": "share"}
         for y, low in (("sure", 0.01), ("unsure", -0.01))
     ]
     page = write([write_run(tmp_path / "run", "evaluate", metrics={"pairs": found})]).read_text()
@@ -496,7 +497,8 @@ JSON = st.recursive(
     max_leaves=8,
 )
 ROW = st.dictionaries(
-    st.sampled_from(["model", "task", "metric", "value", "low", "high", "n", "a", "b", "difference"]), JSON
+    st.sampled_from(["model", "task", "metric", "value", "low", "high", "n", "a", "b", "difference", "better", "unit"]),
+    JSON | st.sampled_from(["higher", "lower", "share", "number"]),
 )
 LAYERS = st.fixed_dictionaries(
     {"names": st.lists(st.sampled_from(["model.layers.0.a", "h.3.b.weight", "x", "blocks.1."]), max_size=4)},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -27,4 +29,6 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
         >>> torch.equal(a, torch.rand(3, generator=generator(0, "dare", 1, "lm_head")))
         True
     """
+    import torch  # seeds alone, of a retrieval suite for one, need no torch
+
     return torch.Generator(device).manual_seed(derive_seed(seed, *names))

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
-from scipy.special import stdtrit
-
 from modicum.errors import RecipeError
 
 
@@ -144,4 +142,6 @@ def _normal(level: float) -> float:
 
 
 def _student(level: float, freedom: int) -> float:
+    from scipy.special import stdtrit  # a report reads facts of measures, and computes no interval
+
     return float(stdtrit(freedom, _level(level)))

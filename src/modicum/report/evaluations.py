@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
-from modicum.report.text import is_number, lower_is_better
+from modicum.report.metrics import Better, Metric, Unit, metric_of
+from modicum.report.text import is_number
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Cell:
 
     model: str
     task: str
-    metric: str
+    metric: Metric
     value: float
     low: float | None
     high: float | None
@@ -29,6 +31,8 @@ class Board:
     """All results under one metric; models and tasks keep the order in which they were evaluated."""
 
     metric: str
+    better: Better | None
+    unit: Unit
     cells: Mapping[tuple[str, str], Cell]
 
     @cached_property
@@ -40,11 +44,6 @@ class Board:
     def tasks(self) -> list[str]:
         """Names of the tasks."""
         return list(dict.fromkeys(task for _, task in self.cells))
-
-    @property
-    def lower(self) -> bool:
-        """Whether a smaller value is the better one."""
-        return lower_is_better(self.metric)
 
     def value(self, model: str, task: str) -> float | None:
         """Return one value, or nothing while it is not there."""
@@ -63,15 +62,16 @@ class Board:
     @cached_property
     def worst_tasks(self) -> dict[str, float]:
         """Value on the task where the model does worst, of those models that were evaluated on all of them."""
-        return {model: (max if self.lower else min)(values) for model, values in self._complete()}
+        pick = _WORST.get(self.better)
+        return {model: pick(values) for model, values in self._complete()} if pick else {}
 
     def best(self, values: Mapping[str, float]) -> set[str]:
-        """Return the models with the best value; none when all are equal."""
-        return _at(values, (min if self.lower else max)(values.values(), default=None))
+        """Return the models with the best value; none when all are equal or nothing says which values are better."""
+        return _at(values, _BEST.get(self.better))
 
     def worst(self, values: Mapping[str, float]) -> set[str]:
-        """Return the models with the worst value; none when all are equal."""
-        return _at(values, (max if self.lower else min)(values.values(), default=None))
+        """Return the models with the worst value; none when all are equal or nothing says which values are better."""
+        return _at(values, _WORST.get(self.better))
 
     def _complete(self) -> Iterable[tuple[str, list[float]]]:
         for model in self.models:
@@ -81,6 +81,10 @@ class Board:
                 yield model, known
 
 
+_BEST: Mapping[Better | None, Callable[[Iterable[float]], float]] = MappingProxyType({"higher": max, "lower": min})
+_WORST: Mapping[Better | None, Callable[[Iterable[float]], float]] = MappingProxyType({"higher": min, "lower": max})
+
+
 def boards(evaluations: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Board]:
     """Sort the cells of one or several evaluations by metric.
 
@@ -88,15 +92,15 @@ def boards(evaluations: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Board]:
         evaluations: Name and metrics of each run. A model that two of them measured on one task carries the run's name.
     """
     cells = [(run, _cell(raw)) for run, metrics in evaluations for raw in _raw(metrics)]
-    sources: dict[tuple[str, str, str], set[str]] = {}
+    sources: dict[tuple[Metric, str, str], set[str]] = {}
     for run, cell in cells:
         sources.setdefault((cell.metric, cell.model, cell.task), set()).add(run)
     twice = {model for (_, model, _), runs in sources.items() if len(runs) > 1}
-    sorted_cells: dict[str, dict[tuple[str, str], Cell]] = {}
+    sorted_cells: dict[Metric, dict[tuple[str, str], Cell]] = {}
     for run, cell in cells:
         named = replace(cell, model=f"{cell.model} · {run}") if cell.model in twice else cell
         sorted_cells.setdefault(named.metric, {})[named.model, named.task] = named
-    return [Board(metric, found) for metric, found in sorted_cells.items()]
+    return [Board(*metric, found) for metric, found in sorted_cells.items()]
 
 
 def _raw(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -110,7 +114,7 @@ def _cell(raw: Mapping[str, Any]) -> Cell:
     return Cell(
         model=str(raw.get("model", "?")),
         task=str(raw.get("task", "?")),
-        metric=str(raw.get("metric", "value")),
+        metric=metric_of(raw),
         value=float(raw["value"]),
         low=low,
         high=high,
@@ -119,6 +123,9 @@ def _cell(raw: Mapping[str, Any]) -> Cell:
     )
 
 
-def _at(values: Mapping[str, float], wanted: float | None) -> set[str]:
+def _at(values: Mapping[str, float], pick: Callable[[Iterable[float]], float] | None) -> set[str]:
+    if pick is None or not values:
+        return set()
+    wanted = pick(values.values())
     found = {model for model, value in values.items() if value == wanted}
     return found if len(found) < len(values) else set()

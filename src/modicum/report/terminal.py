@@ -61,7 +61,7 @@ def _table(found: list[Board]) -> Table:
     result.add_column("model")
     columns: list[tuple[Board, Mapping[str, float], str | None]] = []
     for board in found:
-        label = f"{plain(board.metric)}{' ↓' if board.lower else ''}"
+        label = f"{plain(board.metric)}{' ↓' if board.better == 'lower' else ''}"
         columns += [(board, board.column(task), task) for task in board.tasks]
         headers = [f"{task}\n{label}" for task in board.tasks]
         if len(board.tasks) > 1:
@@ -77,9 +77,9 @@ def _table(found: list[Board]) -> Table:
 def _cell(board: Board, model: str, values: Mapping[str, float], task: str | None) -> Text:
     if model not in values:
         return Text("–", style="dim")
-    text = Text(measure(values[model], board.metric), style="bold" if model in board.best(values) else "")
+    text = Text(measure(values[model], board.unit), style="bold" if model in board.best(values) else "")
     cell = board.cells.get((model, task)) if task is not None else None
     if cell and cell.low is not None and cell.high is not None:
         # Intervals of shares are not symmetric, so ± stands for half their width.
-        text.append(f" ± {measure((cell.high - cell.low) / 2, board.metric)}", style="not bold dim")
+        text.append(f" ± {measure((cell.high - cell.low) / 2, board.unit)}", style="not bold dim")
     return text

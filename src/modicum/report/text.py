@@ -11,10 +11,6 @@ from typing import Any, TypeGuard
 MISSING = "–"
 MINUS = "\N{MINUS SIGN}"
 
-# Metrics that are shares of one; they read better as percentages and belong on a scale from 0 to 100 %.
-SHARES = re.compile(r"(^|_)(exact_match|accuracy|acc|asr|rate|share|recall|precision|f1|refusal|refusals)($|_)")
-LOWER_IS_BETTER = re.compile(r"(^|_)(perplexity|ppl|loss|nll|bits|bpb|error|asr|regret|wer)($|_)")
-
 # A value under such a key, or text of such a shape, never reaches the page.
 _SECRET_KEY = re.compile(
     r"(?i)(password|passwd|secret|authorization|api_?key|credential)$|(^|_)(?:hub_|auth_|access_)?token$"
@@ -70,43 +66,28 @@ def axis(marks: Sequence[float]) -> list[str]:
     return [f"{mark:,.{decimals}f}".replace("-", MINUS) for mark in marks]
 
 
-def is_share(metric: str) -> bool:
-    """Whether values of ``metric`` are shares of one."""
-    return SHARES.search(metric) is not None
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of ``metric`` is the better one.
+def measure(value: object, unit: str) -> str:
+    """Write a value in its unit: shares as percentages, everything else with three digits.
 
     Example:
-        >>> lower_is_better("bits_per_byte"), lower_is_better("exact_match")
-        (True, False)
-    """
-    return LOWER_IS_BETTER.search(metric) is not None
-
-
-def measure(value: object, metric: str) -> str:
-    """Write a value of ``metric``: shares as percentages, everything else with three digits.
-
-    Example:
-        >>> measure(0.7125, "exact_match"), measure(12.345, "perplexity")
+        >>> measure(0.7125, "share"), measure(12.345, "number")
         ('71.2%', '12.3')
     """
-    if not is_number(value) or not is_share(metric):
+    if not is_number(value) or unit != "share":
         return number(value)
     return f"{MINUS if value < 0 else ''}{100 * abs(value):.1f}%"
 
 
-def change(value: object, metric: str) -> str:
-    """Write a difference of two values of ``metric``, with its sign; shares differ by percentage points.
+def change(value: object, unit: str) -> str:
+    """Write a difference of two values, with its sign; shares differ by percentage points.
 
     Example:
-        >>> change(0.1, "accuracy"), change(-0.25, "loss")
+        >>> change(0.1, "share"), change(-0.25, "number")
         ('+10.0 pp', '−0.250')
     """
     if not is_number(value):
         return number(value)
-    text = f"{100 * abs(value):.1f} pp" if is_share(metric) else number(abs(value))
+    text = f"{100 * abs(value):.1f} pp" if unit == "share" else number(abs(value))
     return f"{MINUS if value < 0 else '+'}{text}"
 
 

@@ -11,7 +11,7 @@ from modicum.report.evaluations import Board, Cell, boards
 from modicum.report.html import figure, grid, table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, Stat, section
-from modicum.report.text import MISSING, duration, is_share, measure, number, phrase, plain, plural
+from modicum.report.text import MISSING, duration, measure, number, phrase, plain, plural
 
 LONG_NAME = 16  # characters; longer ones need wider panels
 READ_BARS = "Bars show the value, the thin line its confidence interval. The best model of a task is colored."
@@ -25,7 +25,7 @@ def results(run: RunView) -> Section | None:
         return None
     body = Markup("").join(
         Markup("<h3>{}</h3>{}{}").format(
-            f"{plain(board.metric).capitalize()}{', lower is better' if board.lower else ''}",
+            f"{plain(board.metric).capitalize()}{', lower is better' if board.better == 'lower' else ''}",
             heat_table(board),
             figure(
                 grid((_panel(board, task) for task in board.tasks), wide=max(map(len, board.models)) > LONG_NAME),
@@ -72,14 +72,14 @@ def _heat_cell(board: Board, model: str, values: Mapping[str, float], *, total: 
         return Markup('<td class="number">{}</td>').format(MISSING)
     low, high = min(values.values()), max(values.values())
     rank = (value - low) / (high - low) if high > low else 0.5
-    rank = 1 - rank if board.lower else rank
+    rank = {"higher": rank, "lower": 1 - rank}.get(board.better or "", 0.5)
     mark = "best" if model in board.best(values) else "worst" if model in board.worst(values) else ""
     return Markup('<td class="number heat{}{}" style="--t:{:.2f}"><span class="{}">{}{}</span></td>').format(
         " strong" if rank > 0.75 else "",
         " total" if total else "",
         rank,
         f"{mark}-mark" if mark else "",
-        measure(value, board.metric),
+        measure(value, board.unit),
         Markup('<span class="unseen"> ({} of the column)</span>').format(mark) if mark else "",
     )
 
@@ -89,7 +89,7 @@ def _panel(board: Board, task: str) -> Markup:
     best = board.best({cell.model: cell.value for cell in cells})
     reach = max(max(cell.value, cell.high or cell.value) for cell in cells)
     # Shares are drawn on the whole scale unless all are small, so that panels can be compared at a glance.
-    top = 1.0 if is_share(board.metric) and reach > 0.4 else ticks(0.0, max(reach, 0.0), 4)[-1]
+    top = 1.0 if board.unit == "share" and reach > 0.4 else ticks(0.0, max(reach, 0.0), 4)[-1]
     sizes = sorted({cell.n for cell in cells if cell.n is not None})
     rows = Markup("").join(_bar(board, cell, top, best=cell.model in best) for cell in cells)
     return Markup('<table class="bars"><caption>{}<span>{}</span></caption><tbody>{}</tbody></table>').format(
@@ -106,7 +106,7 @@ def _bar(board: Board, cell: Cell, top: float, *, best: bool) -> Markup:
     if cell.low is not None and cell.high is not None:
         left, right = place(cell.low), place(cell.high)
         whisker = Markup('<b style="left:{:.2f}%;width:{:.2f}%"></b>').format(left, right - left)
-        interval = f"{measure(cell.low, cell.metric)} to {measure(cell.high, cell.metric)}"
+        interval = f"{measure(cell.low, cell.metric.unit)} to {measure(cell.high, cell.metric.unit)}"
     return Markup(
         '<tr{}><th scope="row" title="{}">{}</th><td class="bar"><div><i style="width:{:.2f}%"></i>{}</div></td>'
         '<td class="number" title="{}">{}</td></tr>'
@@ -117,7 +117,7 @@ def _bar(board: Board, cell: Cell, top: float, *, best: bool) -> Markup:
         place(cell.value),
         whisker,
         interval,
-        measure(cell.value, board.metric),
+        measure(cell.value, board.unit),
     )
 
 
@@ -128,7 +128,7 @@ def _numbers(board: Board) -> Markup:
             [
                 cell.model,
                 cell.task,
-                *(measure(value, cell.metric) for value in (cell.value, cell.low, cell.high)),
+                *(measure(value, cell.metric.unit) for value in (cell.value, cell.low, cell.high)),
                 number(cell.n),
                 duration(cell.seconds),
             ]
@@ -156,13 +156,13 @@ def _finding(board: Board) -> Markup:
         "does" if len(best) == 1 else "do",
         where,
         plain(board.metric),
-        measure(overall[best[0]], board.metric),
-        f", {base} {measure(overall[base], board.metric)}" if base and base not in best else "",
+        measure(overall[best[0]], board.unit),
+        f", {base} {measure(overall[base], board.unit)}" if base and base not in best else "",
     )
-    rivals = _rivals(board, best[0]) if len(best) == 1 else []
-    if rivals:
+    close = _overlapping(board, best[0]) if len(best) == 1 else []
+    if close:
         sentence += Markup(" On every task its interval overlaps that of {}, so the lead may be chance.").format(
-            phrase(rivals)
+            phrase(close)
         )
     return sentence
 
@@ -172,7 +172,7 @@ def _baseline(board: Board, overall: Mapping[str, float]) -> str | None:
     return next((model for model in board.models if model.lower().startswith("base") and model in overall), None)
 
 
-def _rivals(board: Board, best: str) -> list[str]:
+def _overlapping(board: Board, best: str) -> list[str]:
     """Return the models whose interval overlaps that of the best one on every task."""
 
     def overlap(model: str, task: str) -> bool:
@@ -186,17 +186,17 @@ def _rivals(board: Board, best: str) -> list[str]:
 
 def _stats(board: Board) -> tuple[Stat, ...]:
     overall = _overall(board)
-    if not overall:
+    if not overall or board.better is None:
         return ()
-    pick = min if board.lower else max
+    pick = min if board.better == "lower" else max
     best = pick(overall, key=lambda model: overall[model])
     what = plain(board.metric)
     label = "Best on average" if len(board.tasks) > 1 else f"Best on {board.tasks[0]}"
-    stats = [Stat(label, measure(overall[best], board.metric), f"{best}, {what}")]
+    stats = [Stat(label, measure(overall[best], board.unit), f"{best}, {what}")]
     if len(board.tasks) > 1:
         safest = pick(board.worst_tasks, key=lambda model: board.worst_tasks[model])
-        stats.append(Stat("Best worst task", measure(board.worst_tasks[safest], board.metric), safest))
+        stats.append(Stat("Best worst task", measure(board.worst_tasks[safest], board.unit), safest))
     base = _baseline(board, overall)
     if base and base != best:
-        stats.append(Stat("Before", measure(overall[base], board.metric), base))
+        stats.append(Stat("Before", measure(overall[base], board.unit), base))
     return tuple(stats)

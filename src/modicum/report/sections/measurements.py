@@ -10,7 +10,7 @@ from markupsafe import Markup
 from modicum.report.html import table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, section
-from modicum.report.text import duration, is_number, measure, plain
+from modicum.report.text import duration, is_number, number, plain
 
 DRAWN = ("layers", "zeroth_order")  # sections of their own show these
 
@@ -45,7 +45,7 @@ def _written(key: str, value: float) -> str:
         return duration(value)
     if key.endswith("bytes") or key.startswith("memory"):
         return size(value)
-    return measure(value, key)
+    return number(value)
 
 
 def size(count: float) -> str:

@@ -9,9 +9,10 @@ from markupsafe import Markup
 
 from modicum.report.axes import ticks
 from modicum.report.html import figure, grid, table
+from modicum.report.metrics import Metric, metric_of
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, section
-from modicum.report.text import change, is_number, lower_is_better, number
+from modicum.report.text import change, is_number, number, plain
 
 
 @section(order=12)
@@ -20,9 +21,9 @@ def differences(run: RunView) -> Section | None:
     found = [pair for part in run.walk() for pair in _pairs(part.metrics)]
     if not found:
         return None
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, Metric], list[Mapping[str, Any]]] = {}
     for pair in found:
-        groups.setdefault((str(pair.get("task", "all tasks")), str(pair.get("metric", "value"))), []).append(pair)
+        groups.setdefault((str(pair.get("task", "all tasks")), metric_of(pair)), []).append(pair)
     panels = [_panel(task, metric, pairs) for (task, metric), pairs in groups.items()]
     numbers = table(
         ["Models", "Task", "Difference", "Low", "High", "n"],
@@ -50,11 +51,11 @@ def _pairs(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
-def _panel(task: str, metric: str, pairs: list[Mapping[str, Any]]) -> Markup:
+def _panel(task: str, metric: Metric, pairs: list[Mapping[str, Any]]) -> Markup:
     ends = [pair[key] for pair in pairs for key in ("difference", "low", "high") if is_number(pair.get(key))]
     reach = ticks(0.0, max(map(abs, ends)), 4)[-1]
     rows = Markup("").join(_row(pair, reach) for pair in pairs)
-    better = "left is better" if lower_is_better(metric) else "right is better"
+    better = {"higher": "right is better", "lower": "left is better"}.get(metric.better or "", plain(metric.name))
     return Markup(
         '<table class="bars differences"><caption>{}<span>{}</span></caption><tbody>{}</tbody></table>'
     ).format(task, better, rows)
@@ -83,4 +84,4 @@ def _row(pair: Mapping[str, Any], reach: float) -> Markup:
 
 
 def _signed(value: object, pair: Mapping[str, Any]) -> str:
-    return change(value, str(pair.get("metric", "value")))
+    return change(value, metric_of(pair).unit)
