@@ -17,7 +17,8 @@ from sphinx.application import Sphinx
 
 from modicum import recipe
 from modicum.knobs import documentation, unpacked
-from modicum.registry import REGISTRIES, Entry, Registry, describe_type
+from modicum.registry import REGISTRIES, Entry, Registry
+from modicum.schema import describe_type
 
 TITLES = {
     "merge_methods": "Merge methods",
@@ -30,6 +31,9 @@ TITLES = {
     "policies": "Policies for several agents",
     "attacks": "Attacks",
     "judges": "Judges",
+    "measures": "Measures of models",
+    "sources": "Data sources",
+    "row_kinds": "Kinds of rows",
 }
 
 

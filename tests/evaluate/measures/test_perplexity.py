@@ -19,11 +19,12 @@ def cuts(draw):
     return draw(st.integers(0, 70)), size, draw(st.integers(1, size - 1))
 
 
-@given(cuts())
-def test_every_token_but_the_first_is_scored_once_with_enough_context(cut):
+@given(cuts(), st.integers(1, 40))
+def test_every_token_behind_the_context_is_scored_once_with_enough_before_it(cut, context):
     length, size, stride = cut
-    found = windows(length, size=size, stride=stride)
-    assert [i for w in found for i in range(w.first, w.end)] == list(range(1, length))
+    found = windows(length, size=size, stride=stride, context=context)
+    assert [i for w in found for i in range(w.first, w.end)] == list(range(context, length))
+    assert context > 1 or found == windows(length, size=size, stride=stride)
     for window in found:
         assert 0 <= window.start < window.first
         assert window.end - window.start <= size

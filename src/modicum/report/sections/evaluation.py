@@ -59,11 +59,13 @@ def heat_table(board: Board) -> Markup:
         )
         for model in board.models
     )
+    key = Markup(
+        '<p class="key"><span class="best-mark">best</span><span class="worst-mark">worst</span> of the column</p>'
+    )
     return Markup(
         '<div class="scroll"><table class="heat-table"><thead><tr><th scope="col">Model</th>{}</tr></thead>'
-        '<tbody>{}</tbody></table></div><p class="key"><span class="best-mark">best</span>'
-        '<span class="worst-mark">worst</span> of the column</p>'
-    ).format(head, rows)
+        "<tbody>{}</tbody></table></div>{}"
+    ).format(head, rows, key if board.better else "")
 
 
 def _heat_cell(board: Board, model: str, values: Mapping[str, float], *, total: bool) -> Markup:
