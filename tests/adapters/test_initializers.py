@@ -126,6 +126,29 @@ def test_lora_ga_equals_that_of_peft():
         torch.testing.assert_close(ours.abs(), theirs.abs(), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("direction", "for_A", "for_B"),
+    [("ArB2r", [0, 1], [2, 3]), ("A2rBr", [2, 3], [0, 1]), ("ArBr", [1, 3], [0, 2])],
+)
+def test_lora_ga_gives_each_factor_its_directions(direction, for_A, for_B):
+    values = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    for scale, size in (("unit", 1.0), ("stable", 5**0.25 / 4)):
+        A, B = lora_ga(torch.diag(values), rank=2, direction=direction, scale=scale)
+        torch.testing.assert_close(A.abs(), torch.eye(5)[for_A])
+        torch.testing.assert_close(B.abs(), size * values[for_B] * torch.eye(5)[:, for_B])
+        A, B = lora_ga(torch.diag(values), rank=2, direction=direction, scale=scale, convention="authors")
+        torch.testing.assert_close(A.abs(), size * torch.eye(5)[for_A])
+        torch.testing.assert_close(B.abs(), size * torch.eye(5)[:, for_B])
+
+
+def test_corda_raises_its_damping_until_the_moment_can_be_inverted():
+    # A moment of rank one, and a damping that float64 cannot see beside it.
+    A, B = corda(W, torch.ones(10, 10), rank=10, damping=1e-19)
+    assert float((B @ A - W).norm() / W.norm()) < 0.1
+    with pytest.raises(ModicumError, match="cannot invert .* with damping 1e-99. Use 0.01"):
+        corda(W, torch.ones(10, 10), rank=10, damping=1e-99)
+
+
 @pytest.mark.parametrize("init", ["default", "gaussian"])
 def test_draws_have_the_distribution_of_peft(init):
     model = torch.nn.Sequential(torch.nn.Linear(400, 30))
@@ -142,6 +165,15 @@ def test_orthogonal_starts_with_both_factors_and_no_product():
     assert float((B @ A).abs().max()) < 1e-6 and A.any() and B.any()
     with pytest.raises(UnsupportedError, match="even rank, got 3"):
         orthogonal(W, rank=3)
+
+
+def test_orthogonal_draws_have_the_size_of_pefts():
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200))
+    config = LoraConfig(r=16, target_modules=["0"], init_lora_weights="orthogonal")
+    layer = get_peft_model(model, config).base_model.model[0]
+    ours = orthogonal(torch.empty(200, 300, device="meta"), rank=16, rng=generator(0, "x"))
+    for made, theirs in zip(ours, (layer.lora_A["default"].weight, layer.lora_B["default"].weight)):
+        assert float(made.std()) == pytest.approx(float(theirs.detach().std()), rel=0.1)
 
 
 def test_etf_is_tight_with_equal_columns():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from modicum.adapters.angles import captured, principal_angles
-from modicum.adapters.core import fold, train_core
+from modicum.adapters.core import Framed, fold, train_core
 from modicum.adapters.layers import factors_of, lora_layers
 from modicum.adapters.ranks import redistribute
 from modicum.adapters.serving import alpha_for, uniform, without_shift
@@ -44,8 +44,9 @@ def test_a_budget_that_cannot_be_shared_out_is_refused():
         redistribute({"a": torch.ones(2), "b": torch.ones(2)}, budget=5)
 
 
-def trained(rank=8, seed=0):
-    model = get_peft_model(tiny_llama(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
+def trained(rank=8, seed=0, **fields):
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", **fields)
+    model = get_peft_model(tiny_llama(), config).eval()
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             for factor in factors_of(layer, "default"):
@@ -56,8 +57,9 @@ def trained(rank=8, seed=0):
 IDS = torch.arange(3, 23)[None]
 
 
-def test_squeezing_keeps_the_best_part_and_a_low_rank_change_whole(tmp_path):
-    model = trained()
+@pytest.mark.parametrize("rslora", [False, True])
+def test_squeezing_keeps_the_best_part_and_a_low_rank_change_whole(rslora, tmp_path):
+    model = trained(use_rslora=rslora)
     with torch.no_grad():
         for layer in lora_layers(model).values():
             layer.lora_B["default"].weight[:, 3:] = 0
@@ -66,9 +68,11 @@ def test_squeezing_keeps_the_best_part_and_a_low_rank_change_whole(tmp_path):
     torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path)
     config = LoraConfig.from_pretrained(tmp_path)
-    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (3, 6, {}, {})
+    alpha = 16 / 8**0.5 * 3**0.5 if rslora else 6
+    assert (config.r, config.rank_pattern, config.alpha_pattern) == (3, {}, {})
+    assert config.lora_alpha == pytest.approx(alpha)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-6 if rslora else 0, rtol=0)
     assert {layer.r["default"] for layer in lora_layers(loaded).values()} == {3}
     with pytest.raises(ModicumError, match="cannot squeeze it to 5"):
         squeeze(model, 5)
@@ -135,6 +139,14 @@ def test_a_core_trains_alone_and_folds_into_plain_lora(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     assert torch.equal(loaded(IDS).logits, expected)
+
+
+def test_the_core_of_a_weight_is_found_again():
+    frame = torch.randn(7, 3, generator=generator(0, "frame"))
+    core = torch.randn(3, 3, generator=generator(0, "core"))
+    framed = Framed(frame)
+    torch.testing.assert_close(framed(core), frame @ core)
+    torch.testing.assert_close(framed.right_inverse(framed(core)), core, atol=1e-4, rtol=1e-4)
 
 
 def test_angles_are_those_of_the_planes():

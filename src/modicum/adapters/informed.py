@@ -302,10 +302,10 @@ def _invertible(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         raise ModicumError("The inputs' second moment is zero or not finite. Check the calibration batches.")
     for doubling in range(40):
         damped = C + damping * 2**doubling * mean * identity
-        inverse = torch.linalg.inv(damped)
-        if torch.dist(damped @ inverse, identity) < 0.05:
-            break
-    return damped, inverse
+        inverse, failed = torch.linalg.inv_ex(damped)
+        if not failed and torch.dist(damped @ inverse, identity) < 0.05:
+            return damped, inverse
+    raise ModicumError(f"corda cannot invert the inputs' second moment with damping {damping:g}. Use 0.01 or more.")
 
 
 def _leading(matrix: Tensor, count: int, name: str) -> SVD:
