@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,9 +92,17 @@ def test_a_run_interrupted_at_any_step_ends_with_the_same_bytes(tiny_model, rows
     # A checkpoint cut short by the interruption is passed over.
     half = tmp_path / "broken" / "checkpoints" / "checkpoint-5"
     half.mkdir()
+    # A user's copies stay, whatever they are called.
+    kept = [half.with_name(name) for name in ("checkpoint-1-backup", "checkpoint-99-old")]
+    for copy in kept:
+        shutil.copytree(half.with_name("checkpoint-2"), copy)
     (half / "trainer_state.json").write_text("{")
     resumed = execute(broken, tmp_path / "broken", quiet=True)
-    assert weights(resumed) == weights(whole) and not half.exists()
+    assert weights(resumed) == weights(whole) and not half.exists() and all(copy.is_dir() for copy in kept)
+    assert {path.name for path in half.parent.iterdir()} - {copy.name for copy in kept} == {
+        "checkpoint-4",
+        "checkpoint-6",
+    }
 
 
 @pytest.mark.parametrize("init", [{"name": "hrp", "preheat_steps": 2}, "pissa", {"name": "lora_plus", "ratio": 4.0}])

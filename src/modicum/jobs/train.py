@@ -77,8 +77,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     for part in parts:
         model = part.wrap(model, fields)
     collator = collate(tokenizer)
-    plain = partial(tokenize, section=recipe.data, tokenizer=tokenizer, note=run.note)
-    batches = Batches(lambda: plain(load_rows(recipe.data, seed=recipe.seed)), collator, arguments, recipe.seed)
+    batches = Batches(partial(_plain, recipe, parts, tokenizer, run), collator, arguments, recipe.seed)
     for part in parts:
         part.start(model, batches)
     build = Build(model, arguments, tokenizer, collator, **datasets)
@@ -106,7 +105,6 @@ def training_arguments(recipe: TrainRecipe, parts: Sequence[Part], folder: Path)
     defaults: dict[str, Any] = {
         "report_to": "none",
         "logging_steps": 10,
-        "save_total_limit": 2,
         "disable_tqdm": not sys.stderr.isatty(),
         "remove_unused_columns": False,
         "prediction_loss_only": True,
@@ -149,6 +147,11 @@ def _data(recipe: TrainRecipe, section: DataSection, parts: Sequence[Part]) -> D
 def _dataset(recipe: TrainRecipe, section: DataSection, parts: Sequence[Part], tokenizer: Any, run: Run) -> Any:
     data = _data(recipe, section, parts)
     return data.encode(data.rows, tokenizer, data.section, note=run.note)
+
+
+def _plain(recipe: TrainRecipe, parts: Sequence[Part], tokenizer: Any, run: Run) -> Any:
+    """Return the training rows as plain tokens, whatever the parts make of them in training."""
+    return tokenize(_data(recipe, recipe.data, parts).rows, tokenizer, recipe.data, note=run.note)
 
 
 def _model(recipe: TrainRecipe, parts: Sequence[Part], run: Run, device: torch.device) -> PreTrainedModel:

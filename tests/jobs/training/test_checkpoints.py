@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from modicum.jobs.training.checkpoints import checkpoints, last_checkpoint
+from modicum.jobs.training.checkpoints import checkpoints, last_checkpoint, rotate
 
 
 def checkpoint(folder, name):
@@ -40,9 +40,10 @@ def test_names_that_are_no_checkpoints_are_passed_over_and_left_alone(tmp_path_f
     assert len(list(folder.iterdir())) == 2 + len(names)
 
 
-@pytest.mark.parametrize(
-    "name", ["checkpoint-10-backup", "checkpoint-", "checkpoint-best", "checkpoint-010", "checkpoint--3"]
-)
+STRAY = ["checkpoint-10-backup", "checkpoint-", "checkpoint-best", "checkpoint-010", "checkpoint--3"]
+
+
+@pytest.mark.parametrize("name", STRAY)
 def test_a_stray_name_alone_is_no_checkpoint(tmp_path, name):
     checkpoint(tmp_path, name)
     assert last_checkpoint(tmp_path, delete_broken=True) is None and (tmp_path / name).is_dir()
@@ -96,3 +97,15 @@ def test_a_broken_link_target_is_not_deleted(tmp_path):
 
 def test_no_folder_is_no_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path / "none", delete_broken=True) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(2, None, [6, 8]), (1, None, [8]), (1, 2, [2, 8]), (3, 2, [2, 6, 8]), (9, None, [2, 4, 6, 8])],
+)
+def test_old_checkpoints_go_and_everything_else_stays(tmp_path, limit, best, left):
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8", *STRAY, "checkpoint-99-old"):
+        checkpoint(tmp_path, name)
+    rotate(tmp_path, limit, best=best and str(tmp_path / f"checkpoint-{best}"))
+    assert [int(path.name.partition("-")[2]) for path in checkpoints(tmp_path)] == left
+    assert len(list(tmp_path.iterdir())) == len(left) + len(STRAY) + 1

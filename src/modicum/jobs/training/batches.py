@@ -21,7 +21,7 @@ def optimizer_steps(arguments: TrainingArguments, rows: int) -> int:
 
 @dataclass
 class Batches:
-    """Calling it gives the first batches of a run, as the data is before any part changes it.
+    """Calling it gives the first batches of a run as plain tokens: no part encodes the rows or changes the batch.
 
     Args:
         load: Reads and encodes the rows; called when the batches are first asked for.

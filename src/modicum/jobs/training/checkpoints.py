@@ -41,6 +41,15 @@ def last_checkpoint(folder: Path, *, delete_broken: bool) -> Path | None:
     return None
 
 
+def rotate(folder: str | Path, limit: int, *, best: str | None = None) -> None:
+    """Delete the oldest checkpoints until ``limit`` are left; the newest and the best one always stay."""
+    found = checkpoints(Path(folder))
+    kept = {found[-1], Path(best)} if found and best else set(found[-1:])
+    spare = [path for path in found if path not in kept]
+    for path in spare[: max(0, len(found) - max(limit, len(kept)))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _is_whole(path: Path) -> bool:
     """Whether a checkpoint can be read: its state, which the trainer writes last, and the ends of its files."""
     try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import RecipeError
-
 if TYPE_CHECKING:
     from modicum.jobs.training.adapter import Started
     from modicum.jobs.training.adapter_geometry import Change
@@ -19,15 +17,10 @@ def full_change(section: ModelSection, full: str, model: Any, started: Started) 
         section: The base.
         full: Path of the full fine-tune.
         model: The model with its adapter.
-        started: The start of the adapter.
-
-    Raises:
-        RecipeError: The start is PEFT's own, so nobody knows it.
+        started: The start of the adapter, which is known.
     """
     from modicum.jobs.training.adapter_geometry import change_between
     from modicum.weights.checkpoint import Checkpoint
 
-    if not started.start:
-        raise RecipeError(f"adapter.compare: the start of {started.origin['name']} is PEFT's own. Take another init.")
     base, other = (Checkpoint(name, allow_pickle=section.allow_pickle) for name in (section.path, full))
     return change_between(base, other, started.start, transposed=bool(model.peft_config["default"].fan_in_fan_out))

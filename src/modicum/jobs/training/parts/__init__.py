@@ -94,7 +94,7 @@ class Part:
         section: The value of its key; ``None`` for a part without a key.
         run: The open run; set by :meth:`begin`.
         keeps_dtype: Weights may be trained as they were stored: they are frozen, or move by more than rounding hides.
-        needs_gradients: It reads or changes gradients.
+        needs_gradients: The key of the recipe that reads or changes gradients.
         brings: What of the Trainer it replaces (``optimizer``, ``loss``, ``training step``); two parts cannot replace
             the same. What belongs to the model's own loss, such as label smoothing, is refused beside a ``loss``.
         trains: What is trained, where that is not all weights.
@@ -103,7 +103,7 @@ class Part:
 
     run: Run
     keeps_dtype: bool = False
-    needs_gradients: bool = False
+    needs_gradients: str | None = None
     brings: Collection[str] = ()
     trains: str | None = None
     output: str | None = None

@@ -61,22 +61,29 @@ class Adapter(Part):
             raise RecipeError(
                 "adapter.init.reuse_data: continue is for loops of your own; the trainer draws its rows anew."
             )
+        self.facts = registry.adapter_init[self.init.name].facts
         if section.compare is not None:
             if section.init is None:
                 raise RecipeError("adapter.compare needs a start that is known. Set adapter.init, such as `default`.")
+            if self.facts.stock:
+                raise RecipeError(f"adapter.compare: the start of {self.init.name} is PEFT's own. Take another init.")
             if recipe.model.convert is not None:
                 raise RecipeError("adapter.compare and model.convert came together: their weights differ. Drop one.")
-        if registry.adapter_init[self.init.name].facts.optimizer:
+        if self.facts.optimizer is not None:
             self.brings = ("optimizer",)
+        if self.facts.after_backward is not None:
+            self.needs_gradients = "adapter.init"
 
     def inputs(self) -> Iterator[str]:
         """Yield the full fine-tune that the adapter is compared to."""
         if self.section.compare is not None:
             yield self.section.compare
 
-    def check(self, _arguments: TrainingArguments) -> None:
-        """Refuse a configuration that PEFT does not take."""
-        self._config(self.adapter({}, None))
+    def check(self, arguments: TrainingArguments) -> None:
+        """Refuse a configuration that PEFT does not take, or that does not fit the length of the run."""
+        config = self._config(self.adapter({}, None))
+        if self.facts.schedule is not None and arguments.max_steps > 0:
+            self.facts.schedule(config, self.init.knobs, total_steps=arguments.max_steps)
 
     def adapter(self, fields: dict[str, Any], _model: Any) -> dict[str, Any]:
         """Return the recipe's fields over a few defaults."""

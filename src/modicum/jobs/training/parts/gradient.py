@@ -18,7 +18,7 @@ class Gradient(Part):
     """Apply a method of ``modicum list gradient_rules`` at every optimiser step."""
 
     section: Choice
-    needs_gradients = True
+    needs_gradients = "gradient"
 
     def arguments(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Turn the Trainer's own clipping off."""

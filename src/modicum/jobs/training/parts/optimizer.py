@@ -31,9 +31,9 @@ class Optimizer(Part):
     def fit(self, parts: Sequence[Part]) -> None:
         """Refuse parts that work on gradients."""
         for part in parts:
-            if part.needs_gradients:
+            if part.needs_gradients is not None:
                 raise RecipeError(
-                    f"optimizer is zeroth-order: it has no gradients for `{part.name}` to act on. Drop one."
+                    f"optimizer is zeroth-order: it has no gradients for `{part.needs_gradients}` to act on. Drop one."
                 )
 
     def check(self, arguments: TrainingArguments) -> None:
