@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif("MERGEKIT" not in os.environ, reason="MERGEKIT does not name a mergekit-yaml"),
 ]
 # Where docs/guide/mergekit-differences.md says that we differ: the depth at which the last tensors see a gradient.
-GRADIENT_AT_THE_END = {"ties_gradient", "linear_filters", "slerp"}
+GRADIENT_AT_THE_END = {"ties_gradient", "linear_filters", "slerp", "density_to_zero", "switch_by_depth"}
 
 
 # One process for all files: starting mergekit takes longer than all these merges.

@@ -99,6 +99,26 @@ def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
         Checkpoint(broken)
 
 
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("transformer.wte.weight", "lm_head.weight"),
+        ("gpt_neox.embed_in.weight", "embed_out.weight"),
+        ("transformer.word_embeddings.weight", "lm_head.weight"),
+        ("shared.weight", "lm_head.weight"),
+        ("model.tok_embeddings.weight", "output.weight"),
+        ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+    ],
+)
+def test_tied_heads_of_every_name_are_one_tensor(embedding: str, head: str, tmp_path: Path) -> None:
+    table = torch.ones(6, 4)
+    folder = write_model(tmp_path / "m", {embedding: table, head: table.clone()}, tie_word_embeddings=True)
+    assert list(Checkpoint(folder)) == [embedding]
+    broken = write_model(tmp_path / "broken", {embedding: table, head: 2 * table}, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=head):
+        Checkpoint(broken)
+
+
 def test_companions_are_the_model_s_files_and_not_its_weights(family: Family) -> None:
     base, _ = family
     (base / "model.safetensors.index.json.bak").write_text("")

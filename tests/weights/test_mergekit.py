@@ -82,6 +82,10 @@ def test_slices_stack_layers(root: Path, tmp_path: Path) -> None:
         ([{"filter": "mlp", "value": [0, 2]}, {"value": 9}], 0.5, 1.0),
         ([{"filter": "attn", "value": 1}, {"filter": "*", "value": 9}], 0.5, 9),
         ([{"filter": "attn", "value": 1}], 0.5, None),
+        ({"filter": "mlp", "value": [0, 2]}, 0.5, 1.0),
+        ({"filter": "attn", "value": 1}, 0.5, None),
+        ([True, False, True], 0.6, False),
+        (["l1", "none"], 0.9, "l1"),
     ],
 )
 def test_parameters_are_values_gradients_or_filters(setting: object, t: float, expected: object) -> None:
@@ -139,6 +143,16 @@ def test_the_plan_says_what_differs_and_what_is_overlooked(root: Path) -> None:
     for words in ("float32 with one cast", "density is 1", "the last value", "int8_mask", "does not read 'densty'"):
         assert words in lines
     assert "random masks" not in lines
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [([0, 1], True), ({"filter": "mlp", "value": [0, 1]}, True), ([{"filter": "mlp", "value": 1}, {"value": 2}], False),
+     ([{"value": [1, 2]}], True), ([1], False), (1, False)],
+)  # fmt: skip
+def test_the_plan_says_when_a_gradient_ends_otherwise(weight: object, expected: bool, root: Path) -> None:
+    document = json.loads(json.dumps(ties(parameters={"lambda": weight})).replace("$R", str(root)))
+    assert any("the last value" in line for line in plan(parse(document))) == expected
 
 
 def test_the_plan_names_random_masks(root: Path) -> None:

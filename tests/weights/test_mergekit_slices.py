@@ -79,11 +79,20 @@ def test_a_base_without_known_layers_is_refused(root: Path) -> None:
     assert plan(parse(document | {"merge_method": "linear"}))  # which needs no base
 
 
-def test_filters_see_the_names_of_the_result(root: Path, tmp_path: Path) -> None:
+def test_filters_see_the_model_s_name_of_its_parameters_and_the_result_s_of_all_others(
+    root: Path, tmp_path: Path
+) -> None:
     scale = [{"filter": "layers.2.", "value": 0.0}, {"value": 1.0}]
     slices = [{"sources": [source(root / "a", first, first + 2, scale=scale)]} for first in (0, 1)]
-    merged = run({"merge_method": "passthrough", "slices": slices}, tmp_path / "run")
-    assert [bool(merged[UP.format(i)].any()) for i in range(4)] == [True, True, False, True]
+    merged = run({"merge_method": "passthrough", "slices": slices}, tmp_path / "each")
+    assert [bool(merged[UP.format(i)].any()) for i in range(4)] == [True, True, True, False]
+    both = [{"sources": [source(root / n, first, first + 2) for n in ("base", "a")]} for first in (0, 1)]
+    t = [{"filter": "layers.2.", "value": 0.0}, {"value": 1.0}]
+    document = {"merge_method": "slerp", "base_model": str(root / "base"), "slices": both, "parameters": {"t": t}}
+    merged = run(document, tmp_path / "shared")
+    base, a = (load_file(root / n / "model.safetensors") for n in ("base", "a"))
+    for i, (model, own) in enumerate([(a, 0), (a, 1), (base, 1), (a, 2)]):
+        torch.testing.assert_close(merged[UP.format(i)], model[UP.format(own)], rtol=1e-4, atol=1e-5)
 
 
 def config_of(kind: str) -> Any:

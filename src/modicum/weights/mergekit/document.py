@@ -165,7 +165,8 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
     """Return what a parameter is for a tensor at depth ``t``, or ``None`` when its filters do not speak of it.
 
     Args:
-        setting: A value, a gradient (list of numbers over depth), or a list of ``{filter, value}``, first hit wins.
+        setting: A value, a gradient (list of numbers over depth), or one or a list of ``{filter, value}``, first hit
+            wins. In a list that holds other things than numbers, such as true and false, depth picks one of them.
         tensor: Name of the tensor; a filter is a part of it.
         t: Depth within the slice, from 0 to 1.
         where: For messages.
@@ -176,6 +177,8 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
         >>> evaluate([{"filter": "mlp", "value": 1}, {"value": 2}], "layers.0.self_attn.q_proj.weight", 0, "weight")
         2
     """
+    if isinstance(setting, Mapping):
+        setting = [setting]
     if not isinstance(setting, list):
         return setting
     if not setting:
@@ -187,9 +190,11 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
             if wanted in (None, "*") or str(wanted) in tensor:
                 return evaluate(choice.get("value"), tensor, t, where)
         return None
-    if not all(isinstance(value, int | float) for value in setting):
+    if not all(isinstance(value, bool | int | float | str) for value in setting):
         raise RecipeError(f"{where}: a gradient is a list of numbers, got {setting!r}.")
     position = t * (len(setting) - 1)
+    if any(isinstance(value, bool | str) for value in setting):
+        return setting[int(position)]
     index = min(int(position), max(0, len(setting) - 2))
     if len(setting) == 1:
         return setting[0]
@@ -201,10 +206,10 @@ def has_gradient(scope: Data) -> bool:
     """Whether a parameter changes with depth."""
 
     def gradient(value: object) -> bool:
+        if isinstance(value, Mapping):
+            return gradient(value.get("value"))
         if not isinstance(value, list) or not value:
             return False
-        if isinstance(value[0], Mapping):
-            return any(gradient(choice.get("value")) for choice in value)
-        return len(value) > 1
+        return any(gradient(choice) for choice in value) if isinstance(value[0], Mapping) else len(value) > 1
 
     return any(gradient(value) for value in scope.values())

@@ -50,12 +50,15 @@ def _sparse(
     """Make the reader of a method that sparsifies deltas and adds them up; ``more`` reads knobs of its own."""
 
     def read(get: Getter) -> Translation:
-        knobs = {
-            "weights": get.each("weight"),
-            "scale": get.shared("lambda", 1.0),
-            "density": get.each("density", 1.0),
-            "normalize": bool(get.shared("normalize", normalize)),
-        }
+        weights, density, scale = get.each("weight"), get.each("density", 1.0), get.shared("lambda", 1.0)
+        normalized = bool(get.shared("normalize", normalize))
+        if 0 in density:
+            # mergekit drops the whole delta of an expert of density 0; without election its weight still divides.
+            if normalized and elect == "none":
+                scale, normalized = scale / sum(weights), False
+            weights = [weight if share else 0.0 for weight, share in zip(weights, density)]
+            density = [share or 1.0 for share in density]
+        knobs = {"weights": weights, "scale": scale, "density": density, "normalize": normalized}
         return Translation(ours, knobs | ({"elect": elect} if elect else {}) | more(get), True)
 
     return read

@@ -183,28 +183,38 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Lookup:
-    """The parameters of one tensor of a slice, by name: of the whole merge, or of each model."""
+    """The parameters of one tensor of a slice.
+
+    As in mergekit, the filters of a parameter of the whole merge see the tensor's name in the result, those of a
+    model's parameter see its name in that model.
+    """
 
     piece: Slice
-    tensor: str
+    everyone: Sequence[_Seen]
+    experts: Sequence[_Seen]
+    name: str
+    out: str
     t: float
 
-    def shared(self, name: str, default: object) -> Any:
+    def shared(self, key: str, default: object) -> Any:
         """Return a parameter of the whole merge."""
-        return self._first(name, self.piece.scopes, default)
+        return self._first(key, self.piece.scopes, self.out, default)
 
-    def each(self, name: str, parts: Sequence[Part], default: object) -> list[Any]:
-        """Return a parameter of each model."""
-        values = [self._first(name, (part.parameters, *self.piece.scopes), default) for part in parts]
-        for part, value in zip(parts, values):
+    def each(self, key: str, default: object = REQUIRED, *, with_base: bool = False) -> list[Any]:
+        """Return a parameter of each expert, or of each source."""
+        values = []
+        for one in self.everyone if with_base else self.experts:
+            own = one.window.own(self.name)
+            value = self._first(key, (one.part.parameters, *self.piece.scopes), own, default)
             if value is REQUIRED:
-                raise RecipeError(f"{part.reference}: parameter {name!r} is missing for {self.tensor}. Set it.")
+                raise RecipeError(f"{one.part.reference}: parameter {key!r} is missing for {own}. Set it.")
+            values.append(value)
         return values
 
-    def _first(self, name: str, scopes: Sequence[Data], default: object) -> object:
+    def _first(self, key: str, scopes: Sequence[Data], tensor: str, default: object) -> object:
         for scope in scopes:
-            if name in scope:
-                value = evaluate(scope[name], self.tensor, self.t, f"parameter {name!r}")
+            if key in scope:
+                value = evaluate(scope[key], tensor, self.t, f"parameter {key!r}")
                 if value is not None:
                     return value
         return default
@@ -220,12 +230,8 @@ def _step(
     t: float,
 ) -> Step:
     experts = [one for one in everyone if base is None or one.part != base.part]
-    lookup = _Lookup(piece, out, t)  # mergekit's filters see the names of the result
-
-    def each(key: str, default: object = REQUIRED, *, with_base: bool = False) -> list[Any]:
-        return lookup.each(key, [one.part for one in (everyone if with_base else experts)], default)
-
-    method, knobs, needs_base = make(Getter(lookup.shared, each))
+    lookup = _Lookup(piece, everyone, experts, name, out, t)
+    method, knobs, needs_base = make(Getter(lookup.shared, lookup.each))
     based = piece.base is not None if needs_base is None else needs_base
     if based and base is None:
         raise RecipeError(
