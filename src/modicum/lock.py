@@ -123,34 +123,38 @@ def read_owner(path: Path) -> Owner | None:
     raise CheckpointError(f"{path} is no lock file that can be read. If nothing writes there, delete it and run again.")
 
 
-def wait(ready: Callable[[], bool], path: Path, what: str | Path, *, every: float = 0.05) -> None:
+def wait(ready: Callable[[], bool], path: Path, what: str | Path, *, seen: bool = False, every: float = 0.05) -> bool:
     """Wait until ``ready``, as long as the first process of this launch holds the lock file ``path``.
 
     Args:
         ready: Looks at the folder that the processes share.
         path: The first process's lock.
         what: Whatever the first process should finish, for the error.
+        seen: The first process held the lock before: if it does not now, it has ended.
         every: Seconds between two looks.
+
+    Returns:
+        Whether the first process was seen to hold the lock, for the next wait.
 
     Raises:
         RuntimeError: The first process gave up its lock or died, or did not come to an end within
             ``MODICUM_STAGE_TIMEOUT`` seconds (a day, when not set).
     """
     patience = float(os.environ.get("MODICUM_STAGE_TIMEOUT", 24 * 3600))
-    deadline = time.monotonic() + patience
-    launch, seen = _me().launch, False
+    deadline, launch = time.monotonic() + patience, _me().launch
     while not ready():
         # A lock of an earlier launch means nothing: ours may not have come that far yet.
         owner = read_owner(path)
         held = owner is not None and owner.launch == launch and owner.alive() is not False
         if seen and not held:
             if ready():
-                return
+                break
             raise RuntimeError(f"The first process ended before it finished {what}. Its own messages tell why.")
         seen = held
         if time.monotonic() > deadline:
             raise RuntimeError(f"The first process did not finish {what} within {patience:.0f} s.")
         time.sleep(every)
+    return seen
 
 
 def _refusal(owner: Owner, path: Path, what: str | Path) -> str:

@@ -22,7 +22,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,6 +82,12 @@ def digest(value: object) -> str:
         True
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def identity(job: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hash what makes a run the run it is: its job, its resolved recipe but for the folder, and its inputs."""
+    kept = {key: value for key, value in recipe.items() if key != "out"}
+    return digest({"job": job, "recipe": kept, "inputs": dict(inputs)})
 
 
 def fingerprint(path: str | Path) -> str:
@@ -145,6 +151,8 @@ class Run:
         quiet: Print nothing.
         on_change: What to do when the folder holds the run of another recipe: refuse, start over in an empty folder,
             or keep what is there, for jobs that find out themselves what can be kept.
+        complete: Completes a recipe by today's defaults. A run of an earlier version, whose recipe lacks a key that
+            has been added since, is recognised by it.
 
     Raises:
         CheckpointError: The folder holds something else; or, when the run is entered, another process works in it.
@@ -159,11 +167,13 @@ class Run:
         inputs: Mapping[str, str] | None = None,
         quiet: bool = False,
         on_change: OnChange = "refuse",
+        complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
         self.folder = Path(folder)
         self.main = processes.main()
         self.quiet = quiet or not self.main
-        self.hash = digest({"job": job, "recipe": _without_out(recipe), "inputs": dict(inputs or {})})
+        self.hash = identity(job, recipe, inputs or {})
+        self._complete = complete
         self._recipe, self._inputs, self._job, self._on_change = dict(recipe), dict(inputs or {}), job, on_change
         self._held = ExitStack()
         self.record: dict[str, Any] = self._read()
@@ -187,14 +197,28 @@ class Run:
         if not (self.folder / "record.json").exists():
             raise CheckpointError(f"{self.folder} is not empty and not a run. Choose another --out.")
         previous = read_record(self.folder)
-        if previous.get("hash") == self.hash:
-            return previous
+        if self._is_same(previous):
+            return previous | {"hash": self.hash}
         if self._on_change == "refuse":
             raise CheckpointError(
                 f"{self.folder} holds the run of another recipe (or its inputs changed since). "
                 "Choose another --out, or delete the folder."
             )
         return None
+
+    def _is_same(self, previous: dict[str, Any]) -> bool:
+        """Whether a record is of this run; also one of an earlier version, once its recipe has today's defaults."""
+        if previous.get("hash") == self.hash:
+            return True
+        try:
+            recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8"))
+            job, inputs = previous["job"], previous["inputs"]
+            # A recipe that was edited afterwards tells nothing about what ran.
+            if identity(job, recipe, inputs) != previous["hash"]:
+                return False
+            return identity(job, self._complete(recipe), inputs) == self.hash
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+            return False
 
     def _files(self) -> set[str]:
         # Hidden names are what a killed process was still writing.
@@ -209,6 +233,13 @@ class Run:
     def done(self) -> bool:
         """Whether this very run finished before."""
         return bool(self.record["status"] == "done")
+
+    def finished(self) -> bool:
+        """Whether the folder holds this very run, done, by now: another process may have worked on it."""
+        try:
+            return bool(self._read()["status"] == "done")
+        except CheckpointError:
+            return False
 
     def __enter__(self) -> Self:
         try:
@@ -243,7 +274,7 @@ class Run:
     def _is_ours(self) -> bool:
         """Whether the folder holds nothing of another run, which the first process is about to remove."""
         try:
-            return bool(read_record(self.folder).get("hash") == self.hash)
+            return self._is_same(read_record(self.folder))
         except CheckpointError:
             return True  # the folder is empty, or of another machine that shares no disk with the first process
 
@@ -326,7 +357,3 @@ def read_log(folder: str | Path, event: str | None = None) -> list[dict[str, Any
         if event is None or line.get("event") == event:
             lines.append(line)
     return lines
-
-
-def _without_out(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in recipe.items() if key != "out"}

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from modicum import registry
+from modicum import lock, registry
 from modicum.facts import JobFacts
 from modicum.jobs import execute
 from modicum.recipe import Recipe, parse
@@ -39,8 +39,7 @@ def write(recipe: WriteRecipe, run: Run) -> None:
 
 @pytest.fixture(autouse=True)
 def job(monkeypatch):
-    entries = registry.job._entries | {"write": Entry("job", "write", write, JobFacts())}
-    monkeypatch.setattr(registry.job, "_entries", entries)
+    monkeypatch.setitem(registry.job._entries, "write", Entry("job", "write", write, JobFacts()))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
 
@@ -52,10 +51,22 @@ def pipeline(**stage):
 
 def process(rank, data, folder):
     """Start one of the pipeline's processes; what comes of it goes into the queue."""
-    queue = CONTEXT.Queue()
+    queue, wait = CONTEXT.Queue(), lock.wait
+
+    def spy(ready, *place, **settings):
+        looks = []
+
+        def look():
+            looks.append(1)
+            if len(looks) > 1:  # it has looked at the lock by now
+                (folder.parent / f"waiting for {Path(place[1]).name}").touch()
+            return ready()
+
+        return wait(look, *place, **settings)
 
     def work():
         os.environ["RANK"] = str(rank)
+        lock.wait = spy
         try:
             queue.put(execute(parse(data), folder, quiet=True).record["metrics"]["second"])
         except RuntimeError as error:
@@ -99,9 +110,8 @@ def test_nobody_waits_for_a_first_process_that_ended(tmp_path, end):
     data["stages"].append({"name": "third", "job": "write", "value": 2, "refuse": str(refuse)})
     first, _ = process(0, data, tmp_path / "r")
     follower, told = process(1, data, tmp_path / "r")
-    while not (tmp_path / "r" / "stages" / "second" / "record.json").exists():
+    while not (tmp_path / "waiting for second").exists():
         time.sleep(0.01)
-    time.sleep(0.3)
     if end == "killed":
         first.kill()
     else:

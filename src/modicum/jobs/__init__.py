@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modicum import registry
-from modicum.recipe import Recipe, dump, fingerprints
+from modicum.recipe import Recipe, dump, fingerprints, parse
 from modicum.record import OnChange, Run
 
 
@@ -42,8 +42,15 @@ def open_run(recipe: Recipe, folder: str | Path, *, quiet: bool, on_change: OnCh
     """Return the run of ``recipe`` in ``folder``, without starting it."""
     if registry.job[recipe.job].facts.incremental:
         on_change = "keep"
-    inputs = fingerprints(recipe)
-    return Run(folder, job=recipe.job, recipe=dump(recipe), inputs=inputs, quiet=quiet, on_change=on_change)
+    return Run(
+        folder,
+        job=recipe.job,
+        recipe=dump(recipe),
+        inputs=fingerprints(recipe),
+        quiet=quiet,
+        on_change=on_change,
+        complete=lambda data: dump(parse(data)),
+    )
 
 
 def plan(recipe: Recipe) -> list[str]:

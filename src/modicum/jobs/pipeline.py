@@ -8,14 +8,13 @@ recipe or inputs changed is redone, with everything that depends on it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from modicum import lock, registry
-from modicum.errors import CheckpointError, RecipeError, did_you_mean
+from modicum.errors import RecipeError, did_you_mean
 from modicum.jobs import execute, open_run
 from modicum.jobs import plan as plan_job
 from modicum.recipe import Data, Recipe, parse
@@ -80,6 +79,7 @@ def pipeline(recipe: PipelineRecipe, run: Run) -> None:
     """
     folders: dict[str, Path] = {}
     summaries: list[dict[str, Any]] = []
+    seen = False  # the first process at work
     for position, stage in enumerate(recipe.stages, 1):
         name = stage["name"]
         folder = run.folder / "stages" / name
@@ -91,8 +91,9 @@ def pipeline(recipe: PipelineRecipe, run: Run) -> None:
         if not run.main:
             # A file is a barrier that needs no process group. The pipeline's lock, unlike the stage's, is held from the
             # first stage to the last: once it is gone, nobody will finish this one.
-            hash_ = open_run(inner, folder, quiet=True, on_change="keep").hash
-            lock.wait(partial(_is_done, folder, hash_), run.folder / lock.NAME, folder)
+            # Neither another recipe's record counts, nor that of a failure: it may be an old one, mended since.
+            first = open_run(inner, folder, quiet=True, on_change="keep")
+            seen = lock.wait(first.finished, run.folder / lock.NAME, folder, seen=seen)
         folders[name] = folder
         record = read_record(folder)
         summaries.append(
@@ -138,12 +139,3 @@ def _resolve(value: Any, folders: dict[str, Path]) -> Any:
 
 def _earlier(name: str, seen: list[str]) -> str:
     return did_you_mean(name, seen) if seen else "It is the first stage."
-
-
-def _is_done(folder: Path, hash_: str) -> bool:
-    """Whether the very stage is finished: an old record may tell of another recipe, or of a failure since mended."""
-    try:
-        record = read_record(folder)
-    except CheckpointError:
-        return False
-    return bool(record["hash"] == hash_ and record["status"] == "done")
