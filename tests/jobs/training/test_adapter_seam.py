@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 import modicum
-from modicum.adapters import Preheat, get_hrp_state_dict
+from modicum.adapters import Preheat, get_hrp_state_dict, initialize_lora_hrp_weights
 from modicum.adapters.calibrate import base_weight, input_moments, weight_gradients
 from modicum.adapters.layers import factors_of, lora_layers
 from modicum.errors import UnsupportedError
@@ -103,15 +103,58 @@ def test_a_preheated_start_is_the_function_on_what_preheating_learned(name):
 
 
 def test_directions_that_complete_a_preheated_start_follow_the_seed():
+    # One batch of one token teaches few directions, and a high rtol counts most of these as missing.
+    ids = torch.tensor([[5, 5]])
+    data = [{"input_ids": ids, "labels": ids}] * 2
     rows = []
-    for seed in (0, 0, 1):
-        model = wrap(target_modules=["q_proj"])
-        # Without any step of A and with one batch of one token, few directions are learned.
-        data = [{"input_ids": torch.tensor([[5, 5]]), "labels": torch.tensor([[5, 5]])}] * 2
-        knobs = {"preheat_rank": 8, "preheat_steps": 1, "train_factors": "B", "init_factor": "B", "rtol": 0.5}
-        start(model, "hrp", knobs, batches=lambda data=data: data, seed=seed)
-        rows.append(torch.cat([factors_of(layer, "default")[1].detach() for layer in lora_layers(model).values()]))
-    assert torch.equal(rows[0], rows[1]) and not torch.allclose(rows[0], rows[2])
+    for seed in (1, 2):
+        model, other = wrap(target_modules=["q_proj"]), wrap(target_modules=["q_proj"])
+        start(model, "hrp", {"preheat_rank": 8, "preheat_steps": 1, "rtol": 0.5}, batches=lambda: data, seed=seed)
+        config = Preheat(preheat_rank=8, preheat_steps=1)
+        state = get_hrp_state_dict(other, data, lr=LR, config=config, keep=4, seed=seed)
+        initialize_lora_hrp_weights(other, state, rtol=0.5, seed=seed)
+        for ours, expected in zip(model.parameters(), other.parameters()):
+            assert torch.equal(ours, expected)
+        initialize_lora_hrp_weights(other, state, rtol=0.5, seed=seed + 1)
+        rows.append([factors_of(next(iter(lora_layers(m).values())), "default")[0].detach() for m in (model, other)])
+    assert all(torch.equal(a[0], b[0]) and not torch.allclose(a[1:], b[1:]) for a, b in rows)
+
+
+def test_the_loss_of_the_run_is_the_one_whose_gradient_starts_an_adapter():
+    def loss(model, batch):
+        return model(**batch).logits[..., 7].square().mean()
+
+    model, sample = wrap(), batches()[:3]
+    gradients = weight_gradients(model, sample, loss=loss)
+    started = start(model, "lora_ga", {"batches": 3}, loss=loss)
+    for name, (A, B) in started.start.items():
+        expected = adapter_init["lora_ga"].function(gradients[name], rank=4)
+        assert torch.equal(A, expected[0]) and torch.equal(B, expected[1])
+
+
+def test_rho_bounds_the_rank_of_a_module():
+    model = wrap()
+    start(model, "eva", {"rank_redistribution": "eva", "rho": 1.0})
+    assert {layer.r["default"] for layer in lora_layers(model).values()} == {4}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_shift_is_taken_out_of_adapters_of_uneven_ranks_and_alphas(rslora, tmp_path):
+    uneven = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 5, "up_proj": 7}, "use_rslora": rslora}
+    model, ids = wrap("pissa", **uneven), batches(1)[0]["input_ids"]
+    started = start(model, "pissa")
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            factor = factors_of(layer, "default")[1]
+            factor.add_(0.1 * torch.randn(factor.shape, generator=generator(0, name)))
+    expected = model(ids).logits
+    assert not torch.allclose(expected, tiny_llama()(ids).logits, atol=1e-3)
+    started.prepare(model)
+    model.save_pretrained(tmp_path)
+    started.finish(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, atol=2e-5, rtol=1e-4)
+    assert {layer.r["default"] for layer in lora_layers(loaded).values()} == {4, 8}
 
 
 @pytest.fixture
