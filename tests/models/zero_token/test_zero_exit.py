@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.zero_token.support_zero import decode, left_padded, looped, tokens
@@ -106,6 +106,49 @@ def test_padding_takes_no_part_in_the_decision(scope, policy):
         padded = model(**left_padded(tokens(), 3), exit_threshold=threshold)
     assert torch.equal(padded.cycles[:, 3:], plain.cycles)
     torch.testing.assert_close(padded.logits[:, 3:], plain.logits, atol=1e-4, rtol=0)
+
+
+def placed(input_ids, left, right, empty):
+    """Put each sequence between padding, and rows of nothing but padding below; return inputs and where tokens are."""
+    b, t = input_ids.shape
+    mask = torch.zeros(b + empty, left + t + right, dtype=torch.long)
+    ids = torch.full_like(mask, 5)
+    ids[:b, left : left + t], mask[:b, left : left + t] = input_ids, 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, mask.bool()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("criterion", ["zero_attention", "latent", "entropy", "kl", "random"])
+@given(left=st.integers(0, 3), right=st.integers(0, 3), empty=st.integers(0, 2), share=st.sampled_from([0.2, 0.5, 0.8]))
+@settings(max_examples=4)
+def test_padding_and_padded_rows_neither_vote_nor_hold_up_nor_run(scope, criterion, left, right, empty, share):
+    model = LOOPED[scope, criterion]
+    seen = run(model, tokens(), exit_threshold={"zero_attention": 1.0}.get(criterion, 0.0)).exit_scores
+    scores = torch.cat([score.flatten() for score in seen])
+    scores = scores[scores.isfinite()].sort().values
+    cut = int(share * (len(scores) - 1))
+    # Halfway between two scores, so that rounding decides nothing.
+    gap = next((i for i in range(cut, len(scores) - 1) if scores[i + 1] - scores[i] > 1e-4), None)
+    threshold = 0.5 if gap is None else (scores[gap] + scores[gap + 1]).item() / 2
+    threshold = {"zero_attention": threshold, "random": 1 - threshold}.get(criterion, -threshold)
+    plain = run(model, tokens(), exit_threshold=threshold)
+    inputs, real = placed(tokens(), left, right, empty)
+    with torch.no_grad():
+        padded = model(**inputs, exit_threshold=threshold, use_cache=False)
+    assert torch.equal(padded.cycles[real].view_as(plain.cycles), plain.cycles)
+    torch.testing.assert_close(padded.logits[real].view_as(plain.logits), plain.logits, atol=1e-4, rtol=0)
+    # Padding leaves at the first decision: it is counted with one cycle, and the last real token ends the loop.
+    assert (padded.cycles[~real] == 1).all() and padded.layer_calls == plain.layer_calls
+    if scope == "token":
+        assert all(score[~real].isnan().all() for score in padded.exit_scores)
+
+
+LOOPED = {
+    (scope, criterion): looped(exit_scope=scope, exit_criterion=criterion)
+    for scope in SCOPES
+    for criterion in ("zero_attention", "latent", "entropy", "kl", "random")
+}
 
 
 @pytest.mark.parametrize("scope", ["token", "prefix"])

@@ -34,8 +34,29 @@ Entry = tuple[int, int, int]  # layer, cycle, slot
 
 
 @dataclass(eq=False)
-class Pass:
-    """One forward pass: what all its visits share, and what it leaves behind.
+class Trace:
+    """What a pass leaves behind.
+
+    Attributes:
+        states: The state after each visit.
+        visits: The visits made.
+        cycle_states: The state after each cycle.
+        cycles: Cycles that each token ran (b, t); padding leaves at the first decision.
+        calls: Number of layer visits made.
+        scores: What was compared with the threshold at each decision (b, t); NaN for tokens that had left.
+    """
+
+    states: list[Tensor] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
+    cycle_states: list[Tensor] = field(default_factory=list)
+    cycles: Tensor | None = None
+    calls: int = 0
+    scores: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class LoopRun:
+    """One forward pass: the inputs that all its visits share, and the trace that they write.
 
     Attributes:
         config: The model's configuration.
@@ -51,14 +72,9 @@ class Pass:
         positions: Position of each token.
         predict: State to logits, for exit criteria that read the prediction.
         n_cycles: Cycles to run.
+        trace: What the visits leave behind.
         depths: Cycles of each token (b, t), when they are imposed.
         threshold: Exit threshold, or None.
-        states: The state after each visit.
-        visits: The visits made.
-        cycle_states: The state after each cycle.
-        cycles: Cycles that each token ran (b, t).
-        calls: Number of layer visits made.
-        scores: What was compared with the threshold at each decision (b, t).
     """
 
     config: PlainConfig
@@ -74,14 +90,9 @@ class Pass:
     positions: Tensor
     predict: Callable[[Tensor], Tensor]
     n_cycles: int
+    trace: Trace  # given, not made by default: torch.compile cannot trace a factory of classes
     depths: Tensor | None = None
     threshold: float | None = None
-    states: list[Tensor] = field(default_factory=list)
-    visits: list[Visit] = field(default_factory=list)
-    cycle_states: list[Tensor] = field(default_factory=list)
-    cycles: Tensor | None = None
-    calls: int = 0
-    scores: list[Tensor] = field(default_factory=list)
 
     @property
     def may_exit(self) -> bool:
@@ -129,9 +140,9 @@ class Pass:
             attention(norm(hidden), attention_mask=mask, visit=visit, **self.call)
             return hidden, visit
         hidden = block(hidden, attention_mask=mask, visit=visit, use_cache=False, **self.call)
-        self.calls += 1
-        self.visits.append(visit)
-        self.states.append(hidden)
+        self.trace.calls += 1
+        self.trace.visits.append(visit)
+        self.trace.states.append(hidden)
         return hidden, visit
 
     def _zero_key(self, layer: int, row: int) -> Tensor | None:
@@ -159,68 +170,69 @@ class Pass:
         }
 
 
-def run(p: Pass, hidden: Tensor) -> Tensor:
+def forward(run: LoopRun, hidden: Tensor) -> Tensor:
     """Run head, loop and tail."""
-    for entry in p.stages.head:
-        hidden, _ = p.visit(hidden, entry)
-    hidden = _loop(p, hidden)
-    for entry in p.stages.tail:
-        hidden, _ = p.visit(hidden, entry)
+    for entry in run.stages.head:
+        hidden, _ = run.visit(hidden, entry)
+    hidden = _loop(run, hidden)
+    for entry in run.stages.tail:
+        hidden, _ = run.visit(hidden, entry)
     return hidden
 
 
-def run_tail(p: Pass, hidden: Tensor) -> Tensor:
+def run_tail(run: LoopRun, hidden: Tensor) -> Tensor:
     """Run the tail on a state that is not the last one, before the last one, and leave no trace in the cache."""
-    visits, states = len(p.visits), len(p.states)
-    for entry in p.stages.tail:
-        hidden, _ = p.visit(hidden, entry)
-        if p.cache is not None:
-            p.cache.layers[entry[2]].crop(-hidden.shape[1])
-    del p.visits[visits:], p.states[states:]
+    visits, states = len(run.trace.visits), len(run.trace.states)
+    for entry in run.stages.tail:
+        hidden, _ = run.visit(hidden, entry)
+        if run.cache is not None:
+            run.cache.layers[entry[2]].crop(-hidden.shape[1])
+    del run.trace.visits[visits:], run.trace.states[states:]
     return hidden
 
 
-def _loop(p: Pass, hidden: Tensor) -> Tensor:
-    config, may_exit = p.config, p.may_exit
+def _loop(run: LoopRun, hidden: Tensor) -> Tensor:
+    config, may_exit = run.config, run.may_exit
     select = config.cache_policy == "select"
-    remembers = may_exit or config.cache_policy == "share_first" or p.n_cycles < len(p.stages.cycles)
+    remembers = may_exit or config.cache_policy == "share_first" or run.n_cycles < len(run.stages.cycles)
     anchor = hidden
     active: Tensor | None = None  # None while nobody has left
     last: dict[int, tuple[Tensor, Tensor]] = {}  # each layer's newest keys and values of these tokens
     chosen = hidden
     cycles = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    criterion = _Criterion(p)
+    criterion = _Criterion(run)
     done = 0
     # Cycles that cannot be told apart run as one piece, shortened to the visits asked for.
-    pieces = p.stages.cycles[: p.n_cycles]
+    pieces = run.stages.cycles[: run.n_cycles]
     for c, piece in enumerate(pieces):
-        if len(p.stages.cycles) == 1:
-            piece = tuple(entry for entry in piece if entry[1] < p.n_cycles)
-        before, first = hidden, len(p.visits)
-        runs = None if select else active
-        hidden = _hold(_embed(p, hidden, c), before, runs)
+        if len(run.stages.cycles) == 1:
+            piece = tuple(entry for entry in piece if entry[1] < run.n_cycles)
+        before, first = hidden, len(run.trace.visits)
+        running = None if select else active
+        hidden = _hold(_embed(run, hidden, c), before, running)
         for entry in piece:
-            runs = None if select else active
-            new, visit = p.visit(hidden, entry, active=runs, previous=last.get(entry[0]))
-            hidden = _hold(new, hidden, runs)
+            running = None if select else active
+            new, visit = run.visit(hidden, entry, active=running, previous=last.get(entry[0]))
+            hidden = _hold(new, hidden, running)
             if remembers and visit.states is not None and not (visit.shared and entry[0] in last):
                 last[entry[0]] = visit.states
             chosen = _hold(hidden, chosen, active)
             if criterion.by_layer and c >= config.min_cycles:
                 active = criterion.after_layer(visit, active)
-        runs = None if select else active
-        hidden = _hold(_connect(p, before, hidden, anchor, c), before if criterion.by_layer is False else hidden, runs)
+        running = None if select else active
+        connected = _connect(run, before, hidden, anchor, c)
+        hidden = _hold(connected, hidden, running)  # a token that left is not connected any more
         cycles = cycles + (1 if active is None else active.long())
         chosen = _hold(hidden, chosen, active)
-        p.cycle_states.append(hidden)
+        run.trace.cycle_states.append(hidden)
         done = c + 1
         if may_exit and done < len(pieces):
-            active = criterion.after_cycle(p.visits[first:], before, hidden, active, done)
+            active = criterion.after_cycle(run.trace.visits[first:], before, hidden, active, done)
             if not select and active is not None and not bool(active.any()):
                 break
-    _fill(p, hidden, last, done)
-    _pad_history(p, hidden)
-    p.cycles = cycles if len(p.stages.cycles) > 1 else cycles * p.n_cycles
+    _fill(run, hidden, last, done)
+    _pad_history(run, hidden)
+    run.trace.cycles = cycles if len(run.stages.cycles) > 1 else cycles * run.n_cycles
     return chosen
 
 
@@ -229,48 +241,48 @@ def _hold(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
     return new if active is None or new is old else torch.where(active[..., None], new, old)
 
 
-def _embed(p: Pass, hidden: Tensor, cycle: int) -> Tensor:
-    if p.config.cycle_embedding == "add":
-        return hidden + p.pool["cycle_embedding"][cycle]
+def _embed(run: LoopRun, hidden: Tensor, cycle: int) -> Tensor:
+    if run.config.cycle_embedding == "add":
+        return hidden + run.pool["cycle_embedding"][cycle]
     return hidden
 
 
-def _connect(p: Pass, before: Tensor, after: Tensor, anchor: Tensor, cycle: int) -> Tensor:
-    if p.config.cycle_embedding == "multiply":
-        after = after * p.pool["cycle_embedding"][cycle]
-    if p.config.loop_connection is not None:
-        after = after + (anchor if p.config.loop_connection == "anchor" else before)
-    if p.config.cycle_gate is not None and cycle:
-        after = before + p.pool["cycle_gate"][cycle - 1] * (after - before)
+def _connect(run: LoopRun, before: Tensor, after: Tensor, anchor: Tensor, cycle: int) -> Tensor:
+    if run.config.cycle_embedding == "multiply":
+        after = after * run.pool["cycle_embedding"][cycle]
+    if run.config.loop_connection is not None:
+        after = after + (anchor if run.config.loop_connection == "anchor" else before)
+    if run.config.cycle_gate is not None and cycle:
+        after = before + run.pool["cycle_gate"][cycle - 1] * (after - before)
     return after
 
 
-def _fill(p: Pass, hidden: Tensor, last: dict[int, tuple[Tensor, Tensor]], done: int) -> None:
+def _fill(run: LoopRun, hidden: Tensor, last: dict[int, tuple[Tensor, Tensor]], done: int) -> None:
     """Give the cycles that nobody ran the keys and values that later tokens will look for."""
-    if p.cache is None or p.config.cache_policy == "share_first":
+    if run.cache is None or run.config.cache_policy == "share_first":
         return
-    missing = [entry for piece in p.stages.cycles[done:] for entry in piece]
-    if len(p.stages.cycles) == 1:
-        missing = [entry for entry in p.stages.cycles[0] if entry[1] >= p.n_cycles]
+    missing = [entry for piece in run.stages.cycles[done:] for entry in piece]
+    if len(run.stages.cycles) == 1:
+        missing = [entry for entry in run.stages.cycles[0] if entry[1] >= run.n_cycles]
     for layer, cycle, slot in missing:
-        if p.config.cache_policy == "propagate":
-            p.visit(hidden, (layer, cycle, slot), only_store=True)
+        if run.config.cache_policy == "propagate":
+            run.visit(hidden, (layer, cycle, slot), only_store=True)
             continue
-        row = p.rows.get((layer, cycle))
-        visit = Visit(layer, cycle, slot, cache=p.cache, zero_key=None if row is None else p._zero_key(layer, row))
-        visit.zero_bias = p.pool["zero_bias"][row] if row is not None and "zero_bias" in p.pool else None
+        row = run.rows.get((layer, cycle))
+        visit = Visit(layer, cycle, slot, cache=run.cache, zero_key=None if row is None else run._zero_key(layer, row))
+        visit.zero_bias = run.pool["zero_bias"][row] if row is not None and "zero_bias" in run.pool else None
         visit.store(*last[layer])
 
 
 class _Criterion:
     """Decides after each cycle, or layer, who goes on."""
 
-    def __init__(self, p: Pass) -> None:
-        self.p = p
-        config = p.config
+    def __init__(self, run: LoopRun) -> None:
+        self.run = run
+        config = run.config
         self.by_layer = (
-            p.may_exit
-            and p.depths is None
+            run.may_exit
+            and run.depths is None
             and config.exit_criterion == "zero_attention"
             and config.exit_score == "layer"
         )
@@ -281,19 +293,19 @@ class _Criterion:
         """Let tokens leave in the middle of a cycle."""
         if visit.p0 is None:
             return active
-        assert self.p.threshold is not None  # noqa: S101 - by_layer implies it
-        return self._leave(layer_score([visit.p0], score="layer"), self.p.threshold, active, self._own_slot(visit))
+        assert self.run.threshold is not None  # noqa: S101 - by_layer implies it
+        return self._leave(layer_score([visit.p0], score="layer"), self.run.threshold, active, self._own_slot(visit))
 
     def after_cycle(
         self, visits: list[Visit], before: Tensor, after: Tensor, active: Tensor | None, done: int
     ) -> Tensor | None:
         """Let tokens leave at the end of a cycle."""
-        p, config = self.p, self.p.config
-        if p.depths is not None:
-            return p.depths > done if active is None else active & (p.depths > done)
-        if self.by_layer or p.threshold is None:
+        run, config = self.run, self.run.config
+        if run.depths is not None:
+            return run.depths > done if active is None else active & (run.depths > done)
+        if self.by_layer or run.threshold is None:
             return active
-        threshold = p.threshold
+        threshold = run.threshold
         if config.exit_criterion == "zero_attention":
             p0s = [visit.p0 for visit in visits if visit.p0 is not None]
             if not p0s:
@@ -302,7 +314,7 @@ class _Criterion:
                 )
             score = layer_score(p0s, score=config.exit_score)
         elif config.exit_criterion == "random":
-            score = random_score(p.positions, seed=config.seed, cycle=done).expand(after.shape[:2])
+            score = random_score(run.positions, seed=config.seed, cycle=done).expand(after.shape[:2])
             threshold = 1 - threshold
         else:
             score, threshold = self._change(before, after), -threshold
@@ -313,31 +325,31 @@ class _Criterion:
     def _own_slot(self, visit: Visit) -> int:
         """Return the slot of a visit that is its own even when the cycles share their keys."""
         return next(
-            s for c in self.p.stages.cycles for (layer, at, s) in c if (layer, at) == (visit.layer, visit.cycle)
+            s for c in self.run.stages.cycles for (layer, at, s) in c if (layer, at) == (visit.layer, visit.cycle)
         )
 
     def _change(self, before: Tensor, after: Tensor) -> Tensor:
         """Return minus the change that this cycle made, so that a small change scores high."""
-        if self.p.config.exit_criterion == "latent":
+        if self.run.config.exit_criterion == "latent":
             return -latent_change(before, after)
-        logits, previous = self.p.predict(run_tail(self.p, after)), self.logits
+        logits, previous = self.run.predict(run_tail(self.run, after)), self.logits
         self.logits = logits
         if previous is None:
             return after.new_full(after.shape[:2], -torch.inf)
-        measure = entropy_change if self.p.config.exit_criterion == "entropy" else prediction_change
+        measure = entropy_change if self.run.config.exit_criterion == "entropy" else prediction_change
         return -measure(previous, logits)
 
     def _leave(self, score: Tensor, threshold: float, active: Tensor | None, slot: int) -> Tensor:
         stays = active if active is not None else torch.ones_like(score, dtype=torch.bool)
-        if self.p.real is not None:
-            stays = stays & self.p.real
+        if self.run.real is not None:
+            stays = stays & self.run.real
+        # NaN takes padding and tokens that have left out of every average.
         score = score.masked_fill(~stays, torch.nan)
         t = score.shape[1]
-        real = self.p.real
-        if self.scope == "prefix" and self.p.cache is not None:
-            score, real = _with_history(self.p.cache, slot, score), None
-        pooled = spread(score, scope=self.scope, mask=real)[:, -t:]
-        self.p.scores.append(pooled)
+        if self.scope == "prefix" and self.run.cache is not None:
+            score = _with_history(self.run.cache, slot, score)
+        pooled = spread(score, scope=self.scope)[:, -t:]
+        self.run.trace.scores.append(pooled)
         return stays & ~(pooled > threshold)
 
 
@@ -350,13 +362,13 @@ def _with_history(cache: Cache, slot: int, score: Tensor) -> Tensor:
     return layer.scores
 
 
-def _pad_history(p: Pass, hidden: Tensor) -> None:
+def _pad_history(run: LoopRun, hidden: Tensor) -> None:
     """Give the cycles that were not scored NaN, so that every slot has a score for every token."""
-    if p.cache is None or p.config.exit_scope != "prefix" or not p.may_exit:
+    if run.cache is None or run.config.exit_scope != "prefix" or not run.may_exit:
         return
-    length = p.cache.layers[0].get_seq_length()
-    for piece in p.stages.cycles:
+    length = run.cache.layers[0].get_seq_length()
+    for piece in run.stages.cycles:
         for _, _, slot in piece:
-            missing = length - (0 if p.cache.layers[slot].scores is None else p.cache.layers[slot].scores.shape[1])
+            missing = length - (0 if run.cache.layers[slot].scores is None else run.cache.layers[slot].scores.shape[1])
             if missing:
-                _with_history(p.cache, slot, hidden.new_full((hidden.shape[0], missing), torch.nan))
+                _with_history(run.cache, slot, hidden.new_full((hidden.shape[0], missing), torch.nan))

@@ -11,7 +11,7 @@ pre-trained model is at first much worse; it needs training, several free layers
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -264,27 +264,27 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=config)
         cache = None if cache is None or not use_cache else prepare_cache(cache, config.schedule)
         self._check_checkpointing(n_cycles, exit_threshold)
-        hidden, p = self._begin(inputs_embeds, attention_mask, position_ids, cache, n_cycles, exit_threshold)
+        hidden, run = self._begin(inputs_embeds, attention_mask, position_ids, cache, n_cycles, exit_threshold)
         first = hidden
-        hidden = loop.run(p, hidden)
+        hidden = loop.forward(run, hidden)
         normed = self._norm(hidden)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(normed[:, keep, :])
         loss = None
         if labels is not None:
-            loss = self._loss(p, logits, labels, **kwargs)
+            loss = self._loss(run, logits, labels, **kwargs)
         output = ZeroTokenOutput(
             loss=loss,
             logits=logits,
             cache=cache,
-            hidden_states=self._asked(output_hidden_states, "hidden_states", [first, *p.states[:-1], normed]),
-            attentions=self._asked(output_attentions, "attentions", [visit.weights for visit in p.visits]),
-            cycles=p.cycles,
-            layer_calls=p.calls,
-            exit_scores=tuple(p.scores) or None,
+            hidden_states=self._asked(output_hidden_states, "hidden_states", [first, *run.trace.states[:-1], normed]),
+            attentions=self._asked(output_attentions, "attentions", [visit.weights for visit in run.trace.visits]),
+            cycles=run.trace.cycles,
+            layer_calls=run.trace.calls,
+            exit_scores=tuple(run.trace.scores) or None,
         )
         if output_zero_attention:
-            output.zero_attention = {(v.layer, v.cycle): v.p0 for v in p.visits if v.p0 is not None}
+            output.zero_attention = {(v.layer, v.cycle): v.p0 for v in run.trace.visits if v.p0 is not None}
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _check_checkpointing(self, n_cycles: int | Tensor | None, exit_threshold: float | None) -> None:
@@ -317,7 +317,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None,
         n_cycles: int | Tensor | None,
         exit_threshold: float | None,
-    ) -> tuple[Tensor, loop.Pass]:
+    ) -> tuple[Tensor, loop.LoopRun]:
         config, (b, t) = self.config, inputs_embeds.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
@@ -330,7 +330,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() == 2:
             real = attention_mask[:, -t:].bool()
         cycles, depths = self._cycles(n_cycles, b, t)
-        return hidden, loop.Pass(
+        return hidden, loop.LoopRun(
             config=PlainConfig(config),
             stages=self._stages,
             layers=self.layers,
@@ -344,6 +344,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             positions=position_ids,
             predict=lambda state: self.lm_head(self._norm(state)),
             n_cycles=cycles,
+            trace=loop.Trace(),
             depths=depths,
             threshold=config.exit_threshold if exit_threshold is None else exit_threshold,
         )
@@ -366,7 +367,7 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return int(n_cycles), None
 
-    def _loss(self, p: loop.Pass, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+    def _loss(self, run: loop.LoopRun, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
         def cross_entropy(prediction: Tensor) -> Tensor:
             return self.loss_function(logits=prediction, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
@@ -374,13 +375,13 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         if weights is None or not self.training:
             loss = cross_entropy(logits)
         else:
-            p.cache = None  # these passes through the tail come after the one that filled it
-            earlier = [p.predict(loop.run_tail(p, state)) for state in p.cycle_states[:-1]]
+            tail = replace(run, cache=None)  # these passes through the tail come after the one that filled the cache
+            earlier = [run.predict(loop.run_tail(tail, state)) for state in run.trace.cycle_states[:-1]]
             terms = [cross_entropy(prediction) for prediction in [*earlier, logits]]
             loss = torch.stack([w * term for w, term in zip(weights, terms)]).sum()
-        if self.training and p.n_cycles < self.config.depth:
+        if self.training and run.n_cycles < self.config.depth:
             # Parameters of cycles that were not drawn take part with weight zero: DDP waits for every gradient.
-            loss = loss + 0 * torch.stack([x.sum() for x in p.pool.values()]).sum() if p.pool else loss
+            loss = loss + 0 * torch.stack([x.sum() for x in run.pool.values()]).sum() if run.pool else loss
         return loss
 
 
