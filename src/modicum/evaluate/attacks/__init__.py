@@ -1,0 +1,1 @@
+"""Attacks on safety training: from a prompt to a prompt, one file each."""

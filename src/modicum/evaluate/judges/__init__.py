@@ -1,0 +1,1 @@
+"""Judges of answers: from an item to a verdict, one file each."""

@@ -1,0 +1,1 @@
+"""Policies of agents that choose together, one file each."""
