@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -243,6 +246,101 @@ def test_two_ranks_write_the_bytes_of_one(family: Family, tmp_path: Path) -> Non
     command[-3] = str(tmp_path / "one")
     subprocess.run(command, check=True)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def write(out: Path, rank: int, world: int, slow: float, identity: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+
+    def slowly(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+        time.sleep(slow)
+        return make(name)
+
+    try:
+        map_tensors(slowly, SPECS, out, identity=identity, workers=1)
+        said = "done"
+    except (RuntimeError, CheckpointError) as error:
+        said = f"{type(error).__name__}: {error}"
+    out.with_name(f"said.{rank}").write_text(said)
+
+
+def launch(out: Path, *, slow: float = 0, rank: int = 0, world: int = 1, identity: int = 1) -> BaseProcess:
+    """Start a process that writes ``SPECS``; forked from a server that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modicum.weights.stream"])
+    process = context.Process(target=write, args=(out, rank, world, slow, identity))
+    process.start()
+    return process
+
+
+def said(out: Path, process: BaseProcess, rank: int = 0) -> str:
+    process.join(timeout=30)
+    assert process.exitcode == 0
+    return out.with_name(f"said.{rank}").read_text()
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_second_job_for_one_folder_is_refused_while_the_first_works(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = launch(out, slow=0.15)
+    wait_until((tmp_path / ".out.partial/journal.0.jsonl").exists)
+    for identity in (1, 2):  # whether it would go on with the work or start over
+        with pytest.raises(CheckpointError, match=f"out is being written by process {first.pid} on .*Wait") as refused:
+            map_tensors(make, SPECS, out, identity=identity)
+        assert "\n" not in str(refused.value)
+    assert said(out, first) == "done"
+    map_tensors(make, SPECS, tmp_path / "clean", identity=1)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "clean/model.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean", "out", "said.0"]
+
+
+def test_a_second_job_in_this_process_is_refused_too(tmp_path: Path) -> None:
+    def nested(name: str) -> tuple[torch.Tensor, dict[str, object]]:
+        with pytest.raises(CheckpointError, match="being written by this very process"):
+            map_tensors(make, SPECS, tmp_path / "out", identity=1)
+        return make(name)
+
+    map_tensors(nested, SPECS, tmp_path / "out", identity=1, workers=1)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == SPECS.keys()
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_whoever_waits_for_a_dead_process_gives_up(tmp_path: Path, dead: int) -> None:
+    out = tmp_path / "out"
+    ranks = [launch(out, slow=0.3 if rank == dead else 0, rank=rank, world=2) for rank in range(2)]
+    wait_until(lambda: all((tmp_path / f".out.partial/journal.{rank}.jsonl").exists() for rank in range(2)))
+    ranks[dead].kill()
+    expected = "The first process ended before" if dead == 0 else "Process 1 of 2 ended before"
+    assert expected in said(out, ranks[1 - dead], 1 - dead)
+    assert (tmp_path / (".out.lock" if dead == 0 else ".out.partial/rank.1.lock")).exists()  # and keeps nobody out
+    again = [launch(out, rank=rank, world=2) for rank in range(2)]
+    assert [said(out, process, rank) for rank, process in enumerate(again)] == ["done"] * 2
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+
+
+def test_a_process_that_finds_all_done_ends_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "_finish", stop)
+        map_tensors(make, SPECS, out, identity=1)
+    early = launch(out, rank=0, world=2)
+    time.sleep(0.5)  # long enough for it to be done, were it alone
+    assert said(out, launch(out, rank=1, world=2), 1) == said(out, early) == "done"
+
+
+def test_processes_that_were_told_different_things_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ranks = [launch(out, rank=rank, world=2, identity=rank) for rank in range(2)]
+    assert "makes something else" in said(out, ranks[1], 1)
+    assert "Process 1 of 2 ended before" in said(out, ranks[0])
 
 
 def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None:

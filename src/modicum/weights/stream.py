@@ -2,7 +2,8 @@
 
 The result's files are laid out before the first tensor is made, so workers (threads here, ranks under ``torchrun``)
 write theirs in any order and the bytes come out the same. What is finished is kept in a journal: a job that was killed
-goes on where it was. The result is written beside its final name and renamed when it is whole.
+goes on where it was. The result is written beside its final name and renamed when it is whole. A lock beside both
+keeps a second job out while the first works; a killed job's lock keeps nobody out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +31,7 @@ from torch import Tensor
 from modicum import processes
 from modicum.errors import CheckpointError, ModicumError
 from modicum.record import digest
+from modicum.weights import company
 from modicum.weights.files import Slot, Spec, lay_out, map_slot, plan_files, put
 from modicum.weights.kernels.blocks import result_in
 
@@ -65,7 +66,7 @@ def run_all(
     Raises:
         MemoryError: A worker process was killed.
     """
-    # Of several threads a fork copies one alone, and the locks that the others hold for ever.
+    # fork() copies the calling thread only; a lock held by another thread stays locked in the child for ever.
     if fork and workers > 1 and sys.platform == "linux" and threading.active_count() == 1:
         context = multiprocessing.get_context("fork")
         pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin_copy, initargs=(work,))
@@ -144,23 +145,19 @@ def map_tensors(
         progress: Show a bar when standard error is a terminal.
 
     Returns:
-        The statistics of each tensor.
+        The statistics of each tensor; nothing on the other processes than the first.
 
     Raises:
-        CheckpointError: The result cannot be written. Nothing of it is left.
+        CheckpointError: The result cannot be written, or another process writes it. Nothing of ours is left.
+        RuntimeError: Of several processes that share the work, another one ended.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already. Choose another folder, or delete it.")
     rank, world = processes.rank(), processes.world()
     layout = {name: (list(spec.shape), str(spec.dtype)) for name, spec in specs.items()}
     key = digest({"identity": identity, "layout": layout, "shard": shard_bytes, "boot": _boot()})
     beside = out.with_name(f".{out.name}.partial")
-    with _clean_errors(out, beside):
-        files = {beside / file: group for file, group in plan_files(specs, shard_bytes=shard_bytes, stem=stem).items()}
-        if rank == 0:
-            _prepare(beside, files, key)
-        else:
-            _await(lambda: _read_key(beside) == key)
+    files = {beside / file: group for file, group in plan_files(specs, shard_bytes=shard_bytes, stem=stem).items()}
+
+    def share() -> None:
         statistics = _read_journals(beside)
         mine = names_by_size(specs)[rank::world]
         todo = [name for name in mine if name not in statistics]
@@ -172,13 +169,25 @@ def map_tensors(
                     journal.write(json.dumps([name, found]) + "\n")
                     journal.flush()
                     advance(specs[name].nbytes)
+
+    with _told(out):
         if rank != 0:
-            _await(lambda: not beside.exists())
-            return statistics
-        _await(lambda: len(_read_journals(beside)) == len(specs))
-        statistics = _read_journals(beside)
-        _finish(beside, out, files, companions or {})
-    return {name: statistics[name] for name in specs}
+            with company.following(out, beside, rank) as leader:
+                if _read_key(beside) != key:
+                    raise RuntimeError(f"The first process makes something else of {out}: were all told the same?")
+                share()
+                company.wait_for_leader(out, beside, leader)
+            return {}
+        with company.leading(out), _nothing_left(beside):
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise CheckpointError(f"{out} exists already. Choose another folder, or delete it.")
+            _prepare(beside, files, key)
+            company.admit(out, beside)
+            share()
+            company.wait_for_followers(lambda: len(_read_journals(beside)) == len(specs), out, beside, world)
+            measured = _read_journals(beside)
+            _finish(beside, out, files, companions or {})
+    return {name: measured[name] for name in specs}
 
 
 def _boot() -> str:
@@ -265,33 +274,34 @@ def _finish(beside: Path, out: Path, files: Mapping[Path, Mapping[str, Spec]], c
         (beside / name).write_bytes(content)
     for path in [beside / "key", *beside.glob("journal.*.jsonl")]:
         path.unlink()
+    company.leave(beside)
     if out.exists():
         out.rmdir()
     beside.rename(out)
 
 
 @contextmanager
-def _clean_errors(out: Path, beside: Path) -> Iterator[None]:
-    """Turn the disk's errors into one line, and leave nothing behind that the user must mend the input for."""
+def _told(out: Path) -> Iterator[None]:
+    """Turn the disk's errors into one line."""
     try:
         yield
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             detail = error.strerror if error.filename is None and "free" in str(error.strerror) else "no space is left"
             raise CheckpointError(
                 f"The disk of {out} is full: {detail}. Free some, or choose another folder."
             ) from None
         raise CheckpointError(f"Cannot write {out}: {error.strerror or error}. Choose another folder.") from None
-    except ModicumError:
+
+
+@contextmanager
+def _nothing_left(beside: Path) -> Iterator[None]:
+    """Leave nothing behind that the user must mend the input for."""
+    try:
+        yield
+    except (OSError, ModicumError):
         shutil.rmtree(beside, ignore_errors=True)
         raise
-
-
-def _await(ready: Callable[[], bool]) -> None:
-    # Ranks meet through the folder they share: torchrun ends all of them when one fails.
-    while not ready():
-        time.sleep(0.02)
 
 
 @contextmanager

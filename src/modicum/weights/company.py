@@ -1,0 +1,130 @@
+"""Several processes at one result: the first of a launch leads and holds its lock, the others follow it.
+
+They meet through the folder that they share and need no process group. Whoever waits gives up when the process that it
+waits for has died.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modicum import lock
+
+LEADER = "leader"  # a file of the unfinished folder: who leads there, once it is ready for others
+
+
+def lock_of(out: Path) -> Path:
+    """Return the lock file of the result ``out``, which lies beside it: the result does not exist yet."""
+    return out.with_name(f".{out.name}.lock")
+
+
+@contextmanager
+def leading(out: Path) -> Iterator[None]:
+    """Be the one writer of ``out`` while the block runs.
+
+    Raises:
+        CheckpointError: Another process writes it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock.hold(lock_of(out), out):
+        yield
+
+
+def admit(out: Path, beside: Path) -> None:
+    """Let the others begin: the unfinished folder ``beside`` is as they must find it."""
+    for path in beside.glob("rank.*.failed"):
+        path.unlink()
+    for path in beside.glob("rank.*.lock"):  # of a launch that was killed; from now on a dead one is one of ours
+        if (owner := lock.read_owner(path)) and owner.alive() is False:
+            path.unlink(missing_ok=True)
+    (beside / LEADER).write_text(repr(lock.read_owner(lock_of(out))))
+
+
+@contextmanager
+def following(out: Path, beside: Path, rank: int) -> Iterator[lock.Owner]:
+    """Take part while the block runs, once the first process lets others begin; gives who that is.
+
+    Raises:
+        CheckpointError: A process of this number from an earlier launch still works there.
+        RuntimeError: The first process ended.
+    """
+    leader: lock.Owner | None = None
+
+    def admitted() -> bool:
+        # A folder that a killed launch left has the name of that launch's leader in it.
+        nonlocal leader
+        leader = lock.read_owner(lock_of(out))
+        try:
+            return leader is not None and leader.alive() is not False and (beside / LEADER).read_text() == repr(leader)
+        except FileNotFoundError:
+            return False
+
+    lock.wait(admitted, lock_of(out), out)
+    with lock.hold(_place(beside, rank), out):
+        try:
+            if leader is not None:
+                yield leader
+        except BaseException:
+            if beside.exists():
+                _failure(beside, rank).touch()
+            raise
+
+
+def wait_for_leader(out: Path, beside: Path, leader: lock.Owner) -> None:
+    """Wait until the result is whole.
+
+    Raises:
+        RuntimeError: The first process ended before.
+    """
+
+    def whole() -> bool:
+        return out.exists() and not beside.exists()
+
+    while not whole():
+        owner = lock.read_owner(lock_of(out))
+        # Looked at again afterwards: the leader may just have finished.
+        if (owner != leader or owner.alive() is False) and not whole():
+            raise RuntimeError(f"The first process ended before it finished {out}. Its own messages tell why.")
+        time.sleep(0.02)
+
+
+def wait_for_followers(ready: Callable[[], bool], out: Path, beside: Path, world: int) -> None:
+    """Wait until every other process has come and all is ``ready``.
+
+    Those that find all done already must have come too: else they would wait for a leader who has gone.
+
+    Raises:
+        RuntimeError: One of them ended before, or they did not come to an end in time.
+    """
+    patience = float(os.environ.get("MODICUM_STAGE_TIMEOUT", 24 * 3600))
+    deadline = time.monotonic() + patience
+    missing = set(range(1, world))
+    while missing or not ready():
+        for rank in range(1, world):
+            owner = lock.read_owner(_place(beside, rank))
+            if owner is not None:
+                missing.discard(rank)
+            ended = owner is not None and owner.alive() is False and not ready()
+            if ended or _failure(beside, rank).exists():
+                raise RuntimeError(f"Process {rank} of {world} ended before it finished its share of {out}.")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"The other processes did not finish {out} within {patience:.0f} s.")
+        time.sleep(0.02)
+
+
+def leave(beside: Path) -> None:
+    """Remove what the processes told each other."""
+    for path in [*beside.glob("rank.*"), beside / LEADER]:
+        path.unlink(missing_ok=True)
+
+
+def _place(beside: Path, rank: int) -> Path:
+    return beside / f"rank.{rank}.lock"
+
+
+def _failure(beside: Path, rank: int) -> Path:
+    return beside / f"rank.{rank}.failed"
