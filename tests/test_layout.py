@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +136,28 @@ def test_names_count_by_whole_parts(name: str, expected: str | None) -> None:
 def test_layers_are_found_by_whole_parts(name: str, stack: str | None, number: int) -> None:
     layer = layout.layer_of(name)
     assert (layer.stack, layer.number, layer.name) == (stack, number, name) if layer else stack is None
+
+
+# Modules that build, or rename the tensors of, one architecture; all others ask layout.py.
+OWN_NAMES = {"layout.py", "models/zero_token", "jobs/loading/builtins"}
+KNOWN_HERE = (
+    "embed_tokens", "embed_in", "embed_out", "wte", "wpe", "word_embeddings", "base_model.model.", "_orig_mod",
+)  # fmt: skip
+
+
+def test_no_other_module_knows_names_of_tensors() -> None:
+    import ast
+
+    import modicum
+
+    root = Path(modicum.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        place = str(path.relative_to(root))
+        if any(place.startswith(own) for own in OWN_NAMES):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+                text = node.value.replace("tie_word_embeddings", "")  # a setting, not a tensor
+                assert not any(name in text for name in KNOWN_HERE), f"{place}:{node.lineno} has {text!r}"

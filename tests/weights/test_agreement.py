@@ -171,6 +171,16 @@ def test_several_stacks_cannot_be_sliced_by_one_range(tmp_path: Path) -> None:
     assert "2 stacks of layers (model.layers, model.vision_tower.layers)" in str(refusal(sliced(paths, (0, 3))))
 
 
+def test_a_gradient_runs_over_each_stack_of_layers(tmp_path: Path) -> None:
+    tower = {f"model.vision_tower.layers.{i}.w": torch.ones(2) for i in range(5)}
+    whole = model() | tower
+    paths = [write(tmp_path / "a", {n: 0 * t for n, t in whole.items()}), write(tmp_path / "b", whole)]
+    execute(parse(listed(paths) | {"parameters": {"lambda": [1, 2]}}), tmp_path / "run", quiet=True)
+    merged = load_file(tmp_path / "run/model/model.safetensors")
+    assert [float(merged[f"model.vision_tower.layers.{i}.w"][0]) for i in range(5)] == [1, 1.25, 1.5, 1.75, 2]
+    assert [float(merged[f"model.layers.{i}.input_layernorm.weight"][0]) for i in range(3)] == [1, 1.5, 2]
+
+
 def test_buffers_that_some_models_lack_are_left_out(tmp_path: Path) -> None:
     whole = model()
     bare = {name: tensor for name, tensor in whole.items() if "inv_freq" not in name}

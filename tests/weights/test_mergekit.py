@@ -155,6 +155,21 @@ def test_the_plan_says_when_a_gradient_ends_otherwise(weight: object, expected: 
     assert any("the last value" in line for line in plan(parse(document))) == expected
 
 
+def test_unknown_keys_are_ignored_with_a_note_and_slips_are_not(root: Path) -> None:
+    document = json.loads(json.dumps(ties(description="mine", license="mit")).replace("$R", str(root)))
+    document["models"][1]["architecture"] = "llama"
+    assert "description, license, models[1].architecture: unknown and ignored, as mergekit does" in plan(
+        parse(document)
+    )
+    known = {"models": document["models"][0], "parameters": document}
+    for key, place in known.items():
+        slip = f"{key[:-1]}" if key == "parameters" else "modle"
+        place[slip] = {}
+        with pytest.raises(ModicumError, match=f"unknown key {slip!r}. Did you mean"):
+            parse(document)
+        del place[slip]
+
+
 def test_the_plan_names_random_masks(root: Path) -> None:
     document = ties(merge_method="dare_ties", parameters={"weight": 1.0, "density": 0.5}, dtype="float32")
     lines = "\n".join(plan(parse(json.loads(json.dumps(document).replace("$R", str(root))))))

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from modicum.layout import layer_of
 from modicum.report.charts import finite
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.(.+)$")
 MOST_KINDS = 20  # rows of a picture; beyond that numbered parts, such as a mixture's experts, are taken together
 
 Combine = Callable[[Sequence[float]], float]
@@ -34,7 +34,7 @@ class LayerMap:
     @cached_property
     def places(self) -> list[tuple[int, str] | None]:
         """Layer and kind of each tensor; nothing for tensors outside the layers."""
-        raw = [(int(m[1]), _kind(m[2])) if (m := _LAYER.search(name)) else None for name in self.names]
+        raw = [(layer.number, _kind(layer.rest)) if (layer := layer_of(name)) else None for name in self.names]
         if len({place[1] for place in raw if place}) > MOST_KINDS:
             raw = [(place[0], re.sub(r"\d+", "*", place[1])) if place else None for place in raw]
         return raw

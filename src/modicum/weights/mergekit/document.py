@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
@@ -18,6 +19,11 @@ KEYS = {
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer", "tokenizer_source", "chat_template", "name",
 }  # fmt: skip
+MODULE_KEYS = {"models", "slices", "parameters"}
+MODEL_KEYS = {"model", "parameters"}
+SLICE_KEYS = {"sources", "base_model", "parameters"}
+SOURCE_KEYS = {"model", "layer_range", "parameters"}
+CARD_KEYS = {"license", "tags", "language", "library_name", "pipeline_tag"}  # of model cards, which people copy here
 Data = Mapping[str, Any]
 
 
@@ -115,7 +121,7 @@ def read_slices(document: Data) -> list[Slice]:
         if len(modules) != 1:
             raise UnsupportedError(f"The file merges {len(modules)} modules; only models of one module are supported.")
         (body,) = modules.values()
-        _check_keys(body, {"models", "slices", "parameters"}, "module")
+        _check_keys(body, MODULE_KEYS, "module")
         scopes = (body.get("parameters") or {}, *scopes)
     base = Reference.parse(document["base_model"], "base_model") if document.get("base_model") else None
     if body.get("models"):
@@ -124,8 +130,22 @@ def read_slices(document: Data) -> list[Slice]:
     return [_slice(piece, f"slices[{i}]", base, scopes) for i, piece in enumerate(body["slices"])]
 
 
+def unknown_keys(document: Data) -> list[str]:
+    """Return the keys of a document, its slices and its sources that nobody reads, each with its place."""
+    (body,) = document["modules"].values() if document.get("modules") else (document,)
+    places: list[tuple[str, Data, set[str]]] = [("", document, KEYS)]
+    if body is not document:
+        places.append(("modules.", body, MODULE_KEYS))
+    for i, model in enumerate(body.get("models") or []):
+        places.append((f"models[{i}].", model, MODEL_KEYS))
+    for i, piece in enumerate(body.get("slices") or []):
+        places.append((f"slices[{i}].", piece, SLICE_KEYS))
+        places += [(f"slices[{i}].sources[{j}].", part, SOURCE_KEYS) for j, part in enumerate(piece["sources"])]
+    return [f"{where}{key}" for where, value, known in places for key in value if key not in known]
+
+
 def _slice(piece: Data, where: str, base: Reference | None, scopes: tuple[Data, ...]) -> Slice:
-    _check_keys(piece, {"sources", "base_model", "parameters"}, where)
+    _check_keys(piece, SLICE_KEYS, where)
     parts = tuple(
         _part(part, f"{where}.sources[{i}]", ranged=True) for i, part in enumerate(piece.get("sources") or [])
     )
@@ -138,7 +158,7 @@ def _slice(piece: Data, where: str, base: Reference | None, scopes: tuple[Data, 
 
 
 def _part(value: Data, where: str, *, ranged: bool) -> Part:
-    _check_keys(value, {"model", "layer_range", "parameters"} if ranged else {"model", "parameters"}, where)
+    _check_keys(value, SOURCE_KEYS if ranged else MODEL_KEYS, where)
     layers = value.get("layer_range")
     if ranged and not _is_range(layers):
         raise RecipeError(f"{where}: layer_range is {layers!r}, expected [first, end] with first < end.")
@@ -157,7 +177,8 @@ def _check_keys(value: object, known: set[str], where: str) -> None:
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where}: expected a mapping, got {value!r}.")
     for key in value:
-        if key not in known:
+        # mergekit ignores a key that it does not know; one that looks like a slip of the pen is too much to ignore.
+        if key not in known and key not in CARD_KEYS and get_close_matches(str(key), known):
             raise RecipeError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")
 
 

@@ -19,7 +19,16 @@ from modicum.registry import merge_method
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import check_agreement, notes_on_configs
 from modicum.weights.files import Spec
-from modicum.weights.mergekit.document import Data, Part, Reference, Slice, evaluate, has_gradient, read_slices
+from modicum.weights.mergekit.document import (
+    Data,
+    Part,
+    Reference,
+    Slice,
+    evaluate,
+    has_gradient,
+    read_slices,
+    unknown_keys,
+)
 from modicum.weights.mergekit.methods import Getter, Translation, method_of, parameters_of
 from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers, with_vocabulary
 from modicum.weights.plan import Plan, Source, Step, check_count, companion_files, parse_dtype
@@ -282,6 +291,8 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
     if any(has_gradient(scope) for scope in scopes):
         notes.append("gradients: the final norm and lm_head get the last value, where mergekit gives them the first")
     unread = {key for scope in scopes for key in scope} - parameters_of(name)
+    if unknown := unknown_keys(document):
+        notes.append(f"{', '.join(unknown)}: unknown and ignored, as mergekit does")
     if "int8_mask" in unread:
         notes.append("int8_mask only saves memory in mergekit and has no effect here")
     if others := sorted(unread - {"int8_mask"}):
