@@ -18,7 +18,8 @@ def main() -> None:
     """Run the module that the first argument names with the others."""
     if len(sys.argv) < 2:
         raise SystemExit("No tool was named. Usage: python -m modicum.models TOOL ARGUMENTS, where TOOL is a module.")
-    # `transformers serve` has no registry: it takes a model's class by its name from the package.
+    # AutoModel knows the class, but `transformers serve` does not ask it: ModelManager takes a text model's class by
+    # getattr(transformers, config.architectures[0]), and transformers has no public way to add a name to itself.
     transformers.ZeroTokenForCausalLM = ZeroTokenForCausalLM
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

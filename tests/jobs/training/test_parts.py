@@ -259,6 +259,7 @@ PAIRED = {"name": "tezo", "lr": 1e-3, "rank": 2, "engine": "paired"}
         ({"adapter": {"rank": 2, "init": "rslora", "compare": "full"}}, "the start of rslora is PEFT's own"),
         ({"gradient": {"name": "zclip"}, "trainer": {"max_grad_norm": 1.0}}, "max_grad_norm"),
         ({"optimizer": MEZO, "trainer": {"fsdp": "full_shard"}}, "one process or with DDP"),
+        ({"optimizer": PAIRED | {"engine": "adapter", "passes": 2}}, "passes=2 needs engine='mutate'"),
         ({"optimizer": PAIRED, "trainer": SMOOTH}, "engine='paired' computes the model's own loss"),
         ({"optimizer": PAIRED, "objective": "meap_sft"}, "engine='paired' computes the model's own loss"),
         ({"objective": "meap_sft", "trainer": SMOOTH}, "label_smoothing_factor smooths the model's own loss"),

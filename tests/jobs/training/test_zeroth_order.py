@@ -4,9 +4,16 @@ import math
 import pytest
 import torch
 
+from modicum import registry
 from modicum.errors import ModicumError, UnsupportedError
 from modicum.jobs import execute
-from modicum.jobs.training.zeroth_order import export_lora, paired_losses, zeroth_order_trainer
+from modicum.jobs.training.zeroth_order import (
+    attach_optimizer,
+    check_knobs,
+    export_lora,
+    paired_losses,
+    zeroth_order_trainer,
+)
 from modicum.optim import TeZO
 from modicum.recipe import parse, read
 from modicum.record import read_log
@@ -121,6 +128,33 @@ def test_a_loss_that_is_not_finite_is_counted_then_stops_the_run(tmp_path):
     with pytest.raises(ModicumError, match="NaN or infinite in 10 steps in a row"):
         made.train()
     assert any(line.get("skipped_steps") for line in made.state.log_history)
+
+
+KNOBS = [
+    *({"engine": engine} for engine in ("mutate", "adapter", "paired", "jvp")),
+    *({"engine": engine, "weight_decay": 0.1} for engine in ("mutate", "adapter")),
+    *({"engine": engine, "passes": 2} for engine in ("mutate", "adapter")),
+    *({"engine": engine, "parallel": "query"} for engine in ("mutate", "adapter")),
+    *({"variant": variant, "passes": 2} for variant in ("momentum", "adam")),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The rank is larger")
+@pytest.mark.parametrize("name", registry.zeroth_order)
+def test_knobs_are_refused_without_a_model_as_they_are_with_one(name):
+    def outcome(function, *values):
+        try:
+            function(name, *values)
+        except ModicumError as error:
+            return str(error)
+        return None
+
+    for given in KNOBS:
+        try:
+            knobs = registry.zeroth_order[name].knobs({"lr": 1e-3, "exclude": ["embed"]} | given)
+        except ModicumError:
+            continue  # refused as the recipe is parsed
+        assert outcome(check_knobs, knobs) == outcome(attach_optimizer, knobs, tiny_llama())
 
 
 def test_sharded_trainers_are_refused(tmp_path):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from modicum.jobs.training.trainer import PartsTrainer
     from modicum.optim.zeroth_order.step import ZerothOrder
 
+BY_NAME = frozenset({"include", "exclude", "dense"})  # knobs that pick parameters by their names
 PAIRED = "engine='paired' computes the model's own loss. Use engine='adapter' for this one."
 
 
@@ -38,6 +39,26 @@ def check_arguments(args: Any) -> None:
             "Zeroth-order training in the Trainer runs on one process or with DDP. Remove trainer.fsdp and "
             "trainer.deepspeed; there are no gradients or optimizer copies to shard."
         )
+
+
+def check_knobs(name: str, knobs: Mapping[str, Any]) -> None:
+    """Refuse knobs that exclude each other, before there is a model: a small one stands in for it.
+
+    Args:
+        name: Of the optimizer.
+        knobs: Its knobs. Those that pick parameters by name are left out: only the real model has these names.
+
+    Raises:
+        ModicumError: The optimizer cannot be made with these knobs.
+    """
+    import torch
+
+    parameters = [
+        ("layer.weight", torch.nn.Parameter(torch.zeros(64, 64))),
+        ("norm.weight", torch.nn.Parameter(torch.zeros(64))),
+    ]
+    kept = {key: value for key, value in knobs.items() if key not in BY_NAME}
+    zeroth_order[name].function(parameters, **kept)
 
 
 def attach_optimizer(name: str, knobs: Mapping[str, Any], model: Any, *, seed: int = 0) -> ZerothOrder:

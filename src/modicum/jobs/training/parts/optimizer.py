@@ -37,10 +37,11 @@ class Optimizer(Part):
                 )
 
     def check(self, arguments: TrainingArguments) -> None:
-        """Refuse sharded training, and losses that the engine does not compute."""
-        from modicum.jobs.training.zeroth_order import PAIRED, check_arguments
+        """Refuse sharded training, knobs that exclude each other, and losses that the engine does not compute."""
+        from modicum.jobs.training.zeroth_order import PAIRED, check_arguments, check_knobs
 
         check_arguments(arguments)
+        check_knobs(self.section.name, self.section.knobs)
         objective: Choice | None = self.recipe.section("objective")
         gathered = objective is not None and registry.objective[objective.name].facts.loss_head
         if self.section.knobs.get("engine") == "paired" and (gathered or arguments.label_smoothing_factor):
