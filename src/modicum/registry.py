@@ -90,9 +90,9 @@ class Entry(Generic[T]):
         data = {name: p for name, p in items if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
         knobs = {name: p for name, p in items if p.kind is p.KEYWORD_ONLY and name not in supplied}
         for source in self.facts.further:
-            # A dataclass is all knobs; a function has data too.
+            # A dataclass is all knobs, even one that the seam hands on; a function has data too.
             for name, p in parameters(source).items():
-                if name not in supplied and (inspect.isclass(source) or p.kind is p.KEYWORD_ONLY):
+                if inspect.isclass(source) or (name not in supplied and p.kind is p.KEYWORD_ONLY):
                     knobs[name] = p
         return data, knobs
 

@@ -73,6 +73,13 @@ def test_a_start_on_a_model_is_the_function_on_each_module(name):
             torch.testing.assert_close(base_weight(layer, key), shifted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "entry", [entry for entry in adapter_init.values() if entry.facts.gather], ids=lambda e: e.name
+)
+def test_a_recipe_may_set_every_knob_of_collecting_the_data(entry):
+    assert {item.name for item in fields(entry.facts.gather)} <= entry.schema.model_fields.keys()
+
+
 @pytest.mark.parametrize("name", [name for name in OWN if adapter_init[name].facts.preheated is not None])
 def test_a_preheated_start_is_the_function_on_what_preheating_learned(name):
     entry, model = adapter_init[name], wrap()
