@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -22,7 +24,8 @@ def named(family, tmp_path, monkeypatch):
         shutil.copytree(base, folder, dirs_exist_ok=True)
 
     monkeypatch.setenv("MODICUM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(references, "BUILTINS", {"toy": ("r1", build)})
+    monkeypatch.setattr(references, "BUILTINS", {"toy": ("r1", "toy")})
+    monkeypatch.setitem(sys.modules, "modicum.jobs.loading.builtins.toy", SimpleNamespace(build=build))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub" / "models--me--tuned"
     shutil.copytree(experts[0], repository / "snapshots" / ("a" * 40))
@@ -55,7 +58,7 @@ def test_adapters_are_extracted_and_merged_by_names(named, family, tmp_path):
     assert weights(tmp_path / "a", "adapter_model.safetensors") == weights(tmp_path / "b", "adapter_model.safetensors")
     shutil.copytree(tmp_path / "a", tmp_path / "cache" / "models" / "lora-r1")
     (tmp_path / "cache" / "models" / "lora-r1" / "config.json").write_text("{}")
-    references.BUILTINS["lora"] = ("r1", shutil.copytree)
+    references.BUILTINS["lora"] = ("r1", "not built: it is in the cache")
     merge_loras(["builtin:lora", tmp_path / "a"], tmp_path / "c")
     merge_loras([tmp_path / "a", tmp_path / "a"], tmp_path / "d")
     assert weights(tmp_path / "c", "adapter_model.safetensors") == weights(tmp_path / "d", "adapter_model.safetensors")

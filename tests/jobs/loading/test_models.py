@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,7 +230,8 @@ def test_an_adapter_without_a_base_says_so(adapter):
 
 def fake_builtin(monkeypatch, tmp_path, build):
     monkeypatch.setenv("MODICUM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(references, "BUILTINS", {"toy": ("r1", build)})
+    monkeypatch.setattr(references, "BUILTINS", {"toy": ("r1", "toy")})
+    monkeypatch.setitem(sys.modules, "modicum.jobs.loading.builtins.toy", SimpleNamespace(build=build))
     return tmp_path / "cache" / "models" / "toy-r1"
 
 

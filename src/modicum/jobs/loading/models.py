@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum import registry
 from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
 from modicum.jobs.loading.folders import adapter_base, check_weights, is_adapter, read_json
 from modicum.jobs.loading.references import no_progress_bars, resolve_model
@@ -75,6 +76,7 @@ def model_shape(ref: str | Path, fields: Mapping[str, Any], *, remote_code: bool
     from transformers import AutoConfig
 
     folder = resolve_model(ref, remote_code=remote_code)
+    _know_architecture(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     known = config.to_dict()
     for key in fields:
@@ -158,12 +160,10 @@ def _load_whole(
 ) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model: it holds no config.json.")
-    read_json(folder / "config.json")
+    _know_architecture(folder)
     check_weights(folder, allow_pickle=allow_pickle)
     import torch
     from transformers import AutoModelForCausalLM
-
-    import modicum.models  # noqa: F401 - makes modicum's own architectures known to AutoModel
 
     try:
         with no_progress_bars():
@@ -188,6 +188,13 @@ def _load_whole(
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise CheckpointError(f"{folder}: tensor {name!r} is {tuple(found)}, config.json asks for {tuple(expected)}.")
     return model.eval()
+
+
+def _know_architecture(folder: Path) -> None:
+    """Import modicum's own model where a checkpoint needs it: that registers it with the Auto classes."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if isinstance(kind, str) and kind in registry.model:
+        _ = registry.model[kind]
 
 
 def _with_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> PreTrainedModel:

@@ -6,19 +6,20 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
 from modicum.errors import CheckpointError, did_you_mean, first_line
-from modicum.jobs.loading.builtins import byte_llama, smollm2
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 # Raise the revision whenever the builder makes other bytes, so that an old cache is not taken for the new one.
-BUILTINS: Mapping[str, tuple[str, Callable[[Path], None]]] = MappingProxyType(
-    {"byte-llama": ("r1", byte_llama.build), "smollm2-135m-instruct": ("r1", smollm2.build)}
+# The builder is the function `build` of a module in `builtins`.
+BUILTINS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {"byte-llama": ("r1", "byte_llama"), "smollm2-135m-instruct": ("r1", "smollm2")}
 )
 
 
@@ -88,7 +89,7 @@ def _download(ref: str, *, allow_pickle: bool, remote_code: bool) -> Path:
 
 def _built(name: str) -> Path:
     """Return the cached folder of a builtin model, building it beside and renaming it when it is whole."""
-    revision, build = BUILTINS[name]
+    revision, module = BUILTINS[name]
     folder = cache_folder() / "models" / f"{name}-{revision}"
     if (folder / "config.json").is_file():
         return folder
@@ -100,7 +101,7 @@ def _built(name: str) -> Path:
         raise _cannot_cache(folder.parent, error) from None
     try:
         with no_progress_bars():
-            build(partial)
+            import_module(f"{__package__}.builtins.{module}").build(partial)
         partial.chmod(0o755)
         try:
             partial.rename(folder)
