@@ -29,7 +29,7 @@ def collator(rows):
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def trainer(folder, model, name="tezo", *, optimizer=None, eval_dataset=None, **arguments):
+def trainer(folder, model, name="tezo", *, optimizer=None, eval_dataset=None, rows=ROWS, **arguments):
     from transformers import TrainingArguments
 
     args = TrainingArguments(
@@ -48,8 +48,7 @@ def trainer(folder, model, name="tezo", *, optimizer=None, eval_dataset=None, **
         },
     )
     knobs = {"lr": 1e-2, **({"rank": 4} if name == "tezo" else {}), **(optimizer or {})}
-    data = {"train_dataset": ROWS, "eval_dataset": eval_dataset, "data_collator": collator}
-    data = {"train_dataset": ROWS, "eval_dataset": eval_dataset, "data_collator": collator}
+    data = {"train_dataset": rows, "eval_dataset": eval_dataset, "data_collator": collator}
     return zeroth_order_trainer(name, knobs, model=model, args=args, **data)
 
 
@@ -85,13 +84,24 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, optimizer):
     assert torch.equal(flat(whole), flat(resumed))
 
 
-def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+@pytest.mark.parametrize("uneven", [False, True])
+def test_accumulated_micro_batches_equal_one_batch(tmp_path, uneven):
+    def labelled(row, count):
+        return {**row, "labels": torch.where(torch.arange(10) < count, row["labels"], -100)}
+
+    rows = [labelled(row, 3 + 6 * (i % 2)) for i, row in enumerate(ROWS)] if uneven else ROWS
     one, many = tiny_llama().double(), tiny_llama().double()
-    trainer(tmp_path, one, max_steps=3).train()
-    trainer(tmp_path, many, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=4).train()
+    whole = trainer(tmp_path, one, max_steps=3, rows=rows, logging_steps=1)
+    whole.train()
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    split = trainer(tmp_path, many, max_steps=3, rows=rows, logging_steps=1, **parts)
+    split.train()
     # The model computes its loss in float32, so the coefficients agree to about 1e-4.
     assert (flat(one) - flat(tiny_llama().double())).abs().max() > 1e-2
     torch.testing.assert_close(flat(one), flat(many), rtol=0, atol=3e-4)
+    if not uneven:  # else the log is the mean of the micro-batches' means
+        losses = [[line["loss"] for line in made.state.log_history if "loss" in line] for made in (whole, split)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_paired_losses_follow_the_kept_positions():
