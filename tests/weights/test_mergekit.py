@@ -170,6 +170,17 @@ def test_unknown_keys_are_ignored_with_a_note_and_slips_are_not(root: Path) -> N
         del place[slip]
 
 
+def test_check_refuses_what_the_method_would(root: Path) -> None:
+    weight = [{"filter": "mlp.up", "value": 0}, {"value": 1}]
+    document = json.loads(
+        json.dumps(ties(merge_method="linear", parameters={"weight": weight})).replace("$R", str(root))
+    )
+    for model in document["models"]:
+        del model["parameters"]
+    with pytest.raises(ModicumError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight: linear: the weights .* sum to 0"):
+        plan(parse(document))
+
+
 def test_the_plan_names_random_masks(root: Path) -> None:
     document = ties(merge_method="dare_ties", parameters={"weight": 1.0, "density": 0.5}, dtype="float32")
     lines = "\n".join(plan(parse(json.loads(json.dumps(document).replace("$R", str(root))))))

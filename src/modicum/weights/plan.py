@@ -22,6 +22,7 @@ from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
 from modicum.weights.files import Spec, digest_tensor
 from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers
+from modicum.weights.rehearsal import rehearse
 from modicum.weights.statistics import check_statistics, shape_of
 from modicum.weights.stream import cores
 
@@ -247,6 +248,7 @@ def plan_merge(
         tail = tuple(sources[1:] if base is not None else sources)
         step = Step(name, out, method, head, tail, checked)
         steps.append(with_statistics(step, statistics) if statistics else step)
+    rehearse(steps)
     first = models[0]
     companions = companion_files(first, wanted) if isinstance(first, Checkpoint) else {}
     notes = [*_foreign_adapters(base, experts), *notes_on_statistics(method, steps)]

@@ -32,6 +32,7 @@ from modicum.weights.mergekit.document import (
 from modicum.weights.mergekit.methods import Getter, Translation, method_of, parameters_of
 from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers, with_vocabulary
 from modicum.weights.plan import Plan, Source, Step, check_count, companion_files, parse_dtype
+from modicum.weights.rehearsal import rehearse
 from modicum.weights.statistics import check_statistics
 
 Opener = Callable[[str, str | None], Checkpoint]
@@ -107,6 +108,7 @@ def plan_mergekit(document: Data, open_model: Opener) -> Plan:
     if sliced:
         _check_slices(slices, tables)
     steps, depth = _steps(document, slices, tables)
+    rehearse(steps)
     steps = [replace(step, spec=Spec(step.spec.shape, dtype)) if dtype and step.spec.dtype.is_floating_point else step
              for step in steps]  # fmt: skip
     changes: dict[str, Any] = dict(vocabulary.config)
