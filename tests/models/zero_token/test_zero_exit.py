@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +165,33 @@ def test_decoding_with_exits_equals_a_full_pass_with_exits(scope, policy, prefil
     logits, cycles, _ = decode(model, tokens(), prefill=prefill, exit_threshold=threshold)
     assert torch.equal(cycles, expected.cycles)
     torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("scope", ["token", "prefix"])
+def test_padding_is_known_while_decoding(scope, policy):
+    model = looped(exit_scope=scope, cache_policy=policy)
+    threshold = middling(looped(), tokens(), scope)
+    inputs = left_padded(tokens(), 3)
+    with torch.no_grad():
+        expected = model(**inputs, exit_threshold=threshold, use_cache=False)
+        cache, cycles, logits = None, [], []
+        for start, stop in pairwise([0, 5, 6, 7, 8, 9, 10]):
+            positions = inputs["position_ids"][:, start:stop]
+            out = model(
+                inputs["input_ids"][:, start:stop],
+                attention_mask=inputs["attention_mask"][:, :stop],
+                position_ids=positions,
+                cache=cache,
+                use_cache=True,
+                exit_threshold=threshold,
+            )
+            cache = out.cache
+            cycles.append(out.cycles)
+            logits.append(out.logits)
+    assert expected.cycles[:, 5:].unique().numel() > 1
+    assert torch.equal(torch.cat(cycles, 1)[:, 3:], expected.cycles[:, 3:])
+    torch.testing.assert_close(torch.cat(logits, 1)[:, 3:], expected.logits[:, 3:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("criterion", ["latent", "random"])

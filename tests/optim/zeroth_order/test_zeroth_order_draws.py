@@ -124,6 +124,19 @@ def shard(tensor, start, stop, name="w"):
     return leaf
 
 
+@pytest.mark.parametrize("lift", [Diagonal(), Left(), Core()])
+@given(st.sampled_from([(7, 4), (7, 3, 4)]), st.integers(0, 6), st.integers(1, 7))
+def test_a_low_rank_direction_does_not_depend_on_shards(lift, shape, start, rows):
+    def lifted(leaf):
+        leaf.rank, leaf.coordinates = 2, slice(0, lift.size(shape, rank=2))
+        leaf.prepare(lift, seed=0, epoch=0)
+        left, right = leaf.factors(lift, torch.arange(100, dtype=torch.float64))
+        return left @ right.mT
+
+    tensor, stop = torch.zeros(shape, dtype=torch.float64), min(7, start + rows)
+    assert torch.equal(lifted(shard(tensor, start, stop)), lifted(shard(tensor, 0, 7))[start:stop])
+
+
 shapes = st.sampled_from([(7,), (7, 1), (7, 5), (7, 2, 3), (7, 2, 3, 2)])
 
 

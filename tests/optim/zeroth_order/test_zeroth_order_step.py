@@ -12,7 +12,7 @@ from torch import nn
 from zeroth_order_models import METHODS, flat, matrix, task, tied, train
 
 from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
-from modicum.optim import HiZOO, MeZO, TeZO
+from modicum.optim import LOZO, HiZOO, MeZO, SubZero, TeZO
 from modicum.optim.zeroth_order import perturb
 from modicum.optim.zeroth_order.rounding import place_noise, stochastic_round
 
@@ -393,3 +393,41 @@ def test_nothing_draws_from_the_global_generator():
     train(TeZO, rank=2, steps=2)
     train(MeZO, steps=2)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("method", [MeZO, TeZO, LOZO, SubZero])
+def test_several_queries_are_averaged_by_every_kind_of_direction(method):
+    weight, loss = matrix(5, 4)
+    start, more = weight.detach().clone(), {} if method is MeZO else {"rank": 2}
+    optimizer = method([("w", weight)], lr=1e-2, queries=3, **more)
+    (leaf,) = optimizer.leaves
+    directions = [optimizer._tangents((0, query))[leaf].clone() for query in range(3)]
+    optimizer.step(lambda: loss(weight.detach()))
+    slopes = [(loss(start + 1e-3 * z) - loss(start - 1e-3 * z)) / 2e-3 for z in directions]
+    mean = sum(slope * z for slope, z in zip(slopes, directions)) / 3
+    torch.testing.assert_close(weight.detach(), start - 1e-2 * mean, rtol=1e-9, atol=1e-12)
+
+
+# Sparse-MeZO's threshold is itself a weight, which the rounding of a restored probe may push over it.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "sparse-mezo"])
+def test_a_skipped_step_leaves_its_number_and_nothing_else(name):
+    """Bias corrections, moments and energies count updates, draws and refreshes count steps."""
+    skipping, starting = tied(), tied()
+    one, two = made(name, skipping), made(name, starting)
+    one.step(lambda: math.nan)
+    two.steps = 1
+    steps(name, skipping, one, 4)
+    steps(name, starting, two, 4)
+    torch.testing.assert_close(flat(skipping), flat(starting), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "variant"), [(SubZero, "adam"), (TeZO, "factor_adam")])
+def test_adam_starts_anew_with_new_factors(method, variant):
+    model = tied()
+    knobs = {"rank": 2, "variant": variant, "refresh_every": 3, "engine": "adapter"}
+    optimizer = method(model.named_parameters(), lr=1e-3, **knobs)
+    optimizer.attach(model)
+    for _ in range(4):
+        optimizer.step(task(model))
+    # Since the refresh there was one step, and the first corrected step of Adam is as long as the learning rate.
+    torch.testing.assert_close(optimizer.position.abs(), torch.full_like(optimizer.position, 1e-3), rtol=1e-3, atol=0)

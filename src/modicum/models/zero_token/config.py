@@ -1,4 +1,4 @@
-"""The configuration of a looped model: the host architecture, and what looping adds to it."""
+"""The configuration of a looped model: the host architecture, and the fields that looping adds."""
 
 from __future__ import annotations
 
@@ -281,9 +281,10 @@ def _choices() -> dict[str, tuple[str | None, ...]]:
 
 
 class PlainConfig:
-    """A configuration's own fields, always as they are now, without what makes reading one a call of Python code.
+    """A live view of a configuration's own fields, whose reads bypass ``ZeroTokenConfig.__getattr__``.
 
-    A pass reads about ten of them at every visit of every token, which would cost a small model a tenth of its time.
+    A pass reads about ten fields at every visit of every token; the Python calls would cost a small model a tenth of
+    its time.
     """
 
     def __init__(self, config: ZeroTokenConfig) -> None:

@@ -35,7 +35,7 @@ Entry = tuple[int, int, int]  # layer, cycle, slot
 
 @dataclass(eq=False)
 class Trace:
-    """What a pass leaves behind.
+    """States, visits and counts that a pass records.
 
     Attributes:
         states: The state after each visit.
@@ -43,7 +43,7 @@ class Trace:
         cycle_states: The state after each cycle.
         cycles: Cycles that each token ran (b, t); padding leaves at the first decision.
         calls: Number of layer visits made.
-        scores: What was compared with the threshold at each decision (b, t); NaN for tokens that had left.
+        scores: Scores that were compared with the threshold at each decision (b, t).
     """
 
     states: list[Tensor] = field(default_factory=list)
@@ -72,7 +72,7 @@ class LoopRun:
         positions: Position of each token.
         predict: State to logits, for exit criteria that read the prediction.
         n_cycles: Cycles to run.
-        trace: What the visits leave behind.
+        trace: Record of the visits.
         depths: Cycles of each token (b, t), when they are imposed.
         threshold: Exit threshold, or None.
     """

@@ -1,4 +1,4 @@
-"""One visit of a layer: what its attention must know beyond the host's own arguments.
+"""One visit of a layer: the arguments of its attention beyond the host's own.
 
 The host's layers run unchanged. Their attention calls the function registered here, which keeps the keys and values of
 the visit in its own cache slot and adds the zero token.
@@ -190,7 +190,7 @@ def watch(attention: nn.Module) -> Switch:
 
 
 def add_lora(linear: nn.Module, name: str, switch: Switch) -> None:
-    """Add the visit's low-rank term to what ``linear`` returns."""
+    """Add the visit's low-rank term to the output of ``linear``."""
 
     def relax(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if switch.visit is None or switch.visit.lora is None:
@@ -202,7 +202,7 @@ def add_lora(linear: nn.Module, name: str, switch: Switch) -> None:
 
 
 def add_gate(feed_forward: nn.Module, switch: Switch) -> None:
-    """Multiply what ``feed_forward`` returns by 1 - p0, averaged over the heads."""
+    """Multiply the output of ``feed_forward`` by 1 - p0, averaged over the heads."""
 
     def gate(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if switch.visit is None or switch.visit.p0 is None:

@@ -217,7 +217,7 @@ class ProbeHooks:
     def _add(
         self, module: nn.Module, held: dict[str, Leaf], inputs: tuple[Any, ...], output: Tensor, done: set[str]
     ) -> Tensor:
-        """Add to a module's output what its perturbed parameters change."""
+        """Add the effect of a module's perturbed parameters to its output."""
         kind, blocks = _kind(module), len(self.current)
         x = inputs[0]
         if blocks > 1 and x.shape[0] % blocks:
@@ -319,7 +319,7 @@ def expand_batch(batch: Mapping[str, Any], branches: int) -> dict[str, Any]:
 
 
 def _kind(module: nn.Module) -> str:
-    """What a module does with its parameters; ``other`` is handled by exchanging them."""
+    """Return how a module uses its parameters; those of ``other`` modules are exchanged for a call."""
     name = type(module).__name__
     if isinstance(module, nn.Embedding):
         return "embedding" if module.max_norm is None and type(module).forward is nn.Embedding.forward else "other"
@@ -333,7 +333,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _rowwise(values: list[Tensor], x: Tensor) -> Tensor:
-    """Give each row of the batch its branch's vector, shaped to broadcast over what lies between."""
+    """Give each row of the batch its branch's vector, shaped to broadcast over the dimensions between."""
     rows = torch.stack(values).repeat_interleave(x.shape[0] // len(values), dim=0)
     return rows.view(x.shape[0], *[1] * (x.dim() - 2), -1)
 

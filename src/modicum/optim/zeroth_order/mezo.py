@@ -37,7 +37,7 @@ class MeZO(ZerothOrder):
         params: Parameters, ``(name, parameter)`` pairs (best: the draws follow the names) or parameter groups.
         lr: Learning rate :math:`\eta`.
         eps: Radius :math:`\rho` of the probe.
-        variant: What is made of the estimates.
+        variant: How the estimates become a step.
         sides: 2 probes at plus and minus each direction; 1 at each direction and once at the weights themselves.
         betas: Memories of the two moving averages; ``scalar`` uses the second.
         adam_eps: Added beside the root.

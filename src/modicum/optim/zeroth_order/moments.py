@@ -1,4 +1,4 @@
-r"""What an optimizer makes of the estimated gradient: pure functions on coordinates, or on chunks of a dense tensor.
+r"""How an estimated gradient becomes a step: pure functions on coordinates, or on chunks of a dense tensor.
 
 The estimate is :math:`g = \kappa\, c`: a scalar times the coordinates that were drawn. Each update returns the vector
 to step against and the new state; the same function serves a TeZO run's few thousand coordinates and a dense tensor.
@@ -63,7 +63,7 @@ def lion_moments(gradient: Tensor, state: State, *, betas: Betas) -> State:
 
 
 def corrections(betas: Betas, age: int) -> tuple[float, float]:
-    """Return what the two moving averages are divided by; one each when ``age`` is 0.
+    """Return the divisors of the two moving averages; one each when ``age`` is 0.
 
     Example:
         >>> corrections((0.9, 0.99), 0)

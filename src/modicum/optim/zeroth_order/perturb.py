@@ -1,4 +1,4 @@
-r"""Moving weights along random directions: what is drawn, where the weights stand, and how they get to another point.
+r"""Moving weights along random directions: the draws, the offset of the weights, and the pass to another offset.
 
 The weights carry an *offset*: the directions that are added to them right now. Every pass goes from one offset to
 another and may update the weights on the way, so that restoring and updating is one pass over them.
@@ -95,7 +95,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         self.age, self.epoch = 0, epoch
 
     def _carry(self, leaf: Leaf, _old: tuple[Tensor, ...]) -> None:
-        """Bring what is remembered about a leaf to its new factors; forgotten unless a method knows better."""
+        """Bring a leaf's moments to its new factors; they start at zero unless a method overrides this."""
         for memory in self.memory:
             memory[leaf.coordinates] = 0
 
@@ -186,7 +186,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
             add_(matrix[rows], delta, noise=self._noise(leaf, rows))
 
     def _noise(self, leaf: Leaf, rows: slice) -> Tensor | None:
-        """Draw what rounds some local rows by chance: fresh in each step, and the same however the tensor is cut."""
+        """Draw the rounding noise of some local rows: fresh in each step, and the same however the tensor is cut."""
         local = leaf.local()
         if not is_low_precision(local.dtype):
             return None
@@ -245,7 +245,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         return drawn
 
     def _forget(self) -> None:
-        """Let go of what was drawn for earlier steps."""
+        """Drop the draws of earlier steps."""
         self._drawn = {key: value for key, value in self._drawn.items() if key[0] >= self.steps}
         self._kept = {name: value for name, value in self._kept.items() if name[0][0] >= self.steps}
         self._room = KEPT - sum(value.numel() for value in self._kept.values())
@@ -253,7 +253,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
     def _dense_update(
         self, _leaf: Leaf, _chunk: Chunk, kappas: Tensor, directions: list[Tensor], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What to step against on a chunk, and what to remember; before :attr:`updates` counts this step."""
+        """Return the step on a chunk and the new moments; called before :attr:`updates` counts this step."""
         gradient = directions[0] * (kappas[0] / len(directions))
         for kappa, other in zip(kappas[1:], directions[1:]):
             gradient.addcmul_(other, kappa / len(directions))
@@ -285,7 +285,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def fold_(self) -> None:
-        """Write what an adapter engine learned into the weights, which then are the trained model."""
+        """Write an adapter engine's learned coordinates into the weights, which then are the trained model."""
         if self.position is None or self.settings.lift is None:
             return
         for leaf in self.factored:

@@ -1,4 +1,4 @@
-"""What a zeroth-order method tells the step that all of them share, and which combinations can be done."""
+"""Settings that a zeroth-order method passes to the shared step, and the combinations that the step refuses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Vectors: TypeAlias = Literal["dense", "freeze"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a method tells the shared step.
+    """Settings of the shared step: the knobs of a method, and what its class fixes.
 
     Attributes:
         lr: Learning rate.
         eps: Radius of the probe.
-        variant: Name of what is made of the estimates, as the user chose it.
+        variant: How the estimates become a step, in the user's words; an ``update`` and what goes with it.
         seed: Seed of all draws.
         queries: Directions per step, whose estimates are averaged.
         sides: 2 probes at plus and minus each direction; 1 at each direction and once at the weights themselves.
@@ -44,7 +44,7 @@ class Settings:
         scale: See :func:`~modicum.optim.zeroth_order.lifts.scales`.
         refresh_every: Steps for which the factors are kept; for ever when ``None``.
         distribution: What dense directions are drawn from.
-        update: What is made of the estimates: a name of :data:`~modicum.optim.zeroth_order.moments.UPDATES`.
+        update: How the estimates become a step: a name of :data:`~modicum.optim.zeroth_order.moments.UPDATES`.
         entrywise: Whether the update is made entry by entry of the weight, not on the coordinates.
         betas: Memories of the moving averages.
         adam_eps: Keeps Adam's divisor from zero.
@@ -96,7 +96,7 @@ class Settings:
 
     @property
     def adapts(self) -> bool:
-        """Whether what is learned stays beside the weights, as coordinates, until it is folded in."""
+        """Whether the learned coordinates stay beside the weights until they are folded in."""
         return self.engine in ("adapter", "paired") and not self.entrywise
 
     def check(self, leaves: Sequence[Leaf], method: str, *, shaped: bool) -> None:

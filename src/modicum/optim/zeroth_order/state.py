@@ -1,4 +1,4 @@
-"""What a saved state must share with the optimizer that goes on with it, so that its numbers mean the same."""
+"""Whether an optimizer can continue a saved state: its numbers must mean the same there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADVICE = "Make the optimizer with the knobs that the state was written with, or 
 
 
 def identity(optimizer: ZerothOrder) -> dict[str, Any]:
-    """Return what decides the meaning of the numbers in a state.
+    """Return the settings that decide the meaning of the numbers in a state.
 
     Coordinates are those of certain factors (method, lift, seed, tensors with their ranks, refreshes), moments those of
     a certain update, and what an adapter engine learned is not in the weights.
@@ -87,7 +87,7 @@ def _layout(value: Any) -> Any:
 
 
 def _difference(theirs: Any, ours: Any, *path: Any) -> tuple[str, Any, Any] | None:
-    """Return where two structures first differ, and what stands there."""
+    """Return the place where two structures first differ, and both values there."""
     theirs, ours = (dict(enumerate(side)) if isinstance(side, list) else side for side in (theirs, ours))
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         inside = (_difference(theirs.get(name), ours.get(name), *path, name) for name in [*theirs, *ours])

@@ -72,12 +72,12 @@ class ZerothOrder(PerturbedOptimizer):
         self._show_current_point()
 
     def fold_(self) -> None:
-        """Write what an adapter engine learned into the weights, which then are the trained model."""
+        """Write an adapter engine's learned coordinates into the weights, which then are the trained model."""
         super().fold_()
         self._show_current_point()
 
     def detach(self) -> None:
-        """Write what the adapter learned into the weights and take the hooks off the model."""
+        """Write the learned coordinates into the weights and take the hooks off the model."""
         self.fold_()
         if self._hooks is not None:
             self._hooks.remove()

@@ -50,7 +50,7 @@ class TeZO(ZerothOrder):
         lr: Learning rate :math:`\eta`.
         eps: Radius :math:`\rho` of the probe.
         rank: Rank-one directions for each matrix, clamped to its shorter side; ``"auto"`` reads them off the weights.
-        variant: What is made of the estimates.
+        variant: How the estimates become a step.
         scale: ``unit`` gives a direction the energy of a Gaussian one; ``none`` is the algorithm as published;
             ``unbiased`` divides the update by the rank.
         betas: Memories of the two moving averages.
