@@ -17,6 +17,7 @@ from modicum.jobs.training.gradient import (
     read_clipping_log,
 )
 from modicum.optim import AdaGC
+from modicum.optim.gradient.faults import tensor_noise_
 from support import tiny_llama
 
 RULES = [("adagc", {"warmup": 3}), ("zclip", {"warmup": 3}), ("stable_spam", {"period": 4}), ("agc_update", {})]
@@ -203,6 +204,30 @@ def test_faults_reach_the_rule_and_the_rule_stops_them(tmp_path, kind):
         moved[rule] = max(float((value - before[key]).norm()) for key, value in weights(made).items())
     # Unclipped, the weights leave for good or are no numbers any more.
     assert moved["adagc"] < 0.1 and not moved[None] < 100
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_fault_begins_at_its_first_step_and_follows_its_seed(seed):
+    model = torch.nn.Linear(4, 3)
+    callback = fault_callback("tensor_noise", seed=seed, probability=1.0, scale=2.0, first=3)
+    for step in (0, 2, 3, 4):
+        for parameter in model.parameters():
+            parameter.grad = torch.arange(float(parameter.numel())).reshape(parameter.shape)
+        expected = [parameter.grad.clone() for parameter in model.parameters()]
+        if step >= 3:
+            tensor_noise_(expected, step=step, seed=seed, probability=1.0, scale=2.0)
+        callback.on_pre_optimizer_step(None, SimpleNamespace(global_step=step), None, model=model)
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected))
+
+
+def test_bad_batches_follow_their_seed():
+    batches = [[Rows()[i], Rows()[i + 1]] for i in range(30)]
+    hits = []
+    for seed in (0, 1):
+        collate = bad_batches(torch.utils.data.default_collate, vocabulary=200, seed=seed, probability=0.3)
+        clean = torch.utils.data.default_collate
+        hits.append([not torch.equal(collate(b)["input_ids"], clean(b)["input_ids"]) for b in batches])
+    assert hits[0] != hits[1] and any(hits[0]) and any(hits[1])
 
 
 def test_unknown_faults_are_named():

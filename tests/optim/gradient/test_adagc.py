@@ -75,6 +75,26 @@ def test_the_warmup_can_observe_raw_norms():
     assert clipper.state.gamma.tolist() == [3.0, 4.0]
 
 
+def test_the_norm_of_all_gradients_may_come_from_the_caller():
+    norms = torch.tensor([3.0, 4.0])
+    assert adagc_factors(norms, None, torch.tensor(50.0), eps=0)[0].tolist() == pytest.approx([0.02, 0.02])
+    assert adagc_factors(norms, None, eps=0)[0].tolist() == pytest.approx([0.2, 0.2])
+    # After the warm-up nobody needs it.
+    state = AdaGCState(gamma=torch.tensor([1.0, 1.0]), step=100)
+    assert torch.equal(adagc_factors(norms, state, torch.tensor(50.0))[0], adagc_factors(norms, state)[0])
+
+
+def test_the_thresholds_of_a_step_are_those_that_it_was_clipped_to():
+    params = params_with([1.0], [2.0])
+    clipper = AdaGC(params, warmup=1, relative=1.5, eps=0)
+    assert clipper.clip_().thresholds is None
+    before = clipper.state.gamma.clone()
+    feed(params, [30.0], [40.0])
+    clipped = clipper.clip_()
+    torch.testing.assert_close(clipped.thresholds, 1.5 * before)
+    torch.testing.assert_close(clipped.factors * clipped.norms, clipped.thresholds)
+
+
 # Parity with the oracle
 
 

@@ -190,6 +190,19 @@ def test_stepping_inside_backward_equals_stepping_after_it_and_frees_the_gradien
     assert kept == [4, 4, 4, 0, 0, 0, 0, 0]
 
 
+def test_stepping_inside_backward_from_the_first_pass_on_counts_every_step():
+    _, clipper, kept = in_backward(3, warmup=0)
+    assert clipper.state.step == 3 and kept == [0, 0, 0]
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    plain = AdaGC(model.named_parameters(), warmup=0).attach(optimizer)
+    for step in range(3):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(plain.state.gamma, clipper.state.gamma)
+
+
 def test_stepping_inside_backward_needs_local_clipping():
     for knobs in ({"granularity": "global"}, {"groups": {"[02]": "x"}}):
         with pytest.raises(UnsupportedError, match="each tensor alone"):

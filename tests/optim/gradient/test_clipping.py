@@ -13,6 +13,7 @@ from modicum.optim.gradient import entries as elementwise
 from modicum.optim.gradient import norms as clipping
 from modicum.optim.gradient import updates as update_clipping
 from modicum.optim.gradient.make import make_clipper
+from modicum.optim.gradient.tensor_hook import TensorHook
 from modicum.registry import gradient_rule
 from oracles import clipping as oracle
 
@@ -44,6 +45,7 @@ def totals(n=200):
         (clipping.autoclip, oracle.autoclip, {"percentile": 30.0}),
         (clipping.zclip, oracle.zclip, {"limit": math.inf}),
         (clipping.zclip, oracle.zclip, {"z": 1.0, "warmup": 1, "decay": 0.8}),
+        (clipping.zclip, oracle.zclip, {"limit": 0.3}),
         (clipping.skip_step, oracle.skip_step, {}),
         (clipping.skip_step, oracle.skip_step, {"window": 10, "minimum": 2, "sigma": 1.0}),
     ],
@@ -60,8 +62,19 @@ def test_rules_of_the_global_norm_equal_their_oracles(rule, slow, knobs):
 
 
 @pytest.mark.oracle("gradient_rules", "aggc")
-def test_aggc_equals_its_oracle():
-    norms, state, found = rng(1).lognormal(0, 0.7, (60, 3)), None, []
+def test_fixed_norm_equals_its_oracle():
+    norms = rng(10).lognormal(-1, 2, 50)
+    for limit in (0.1, 3.0):
+        factors, state = clipping.fixed_norm(t64(norms), None, limit=limit)
+        np.testing.assert_allclose(factors.numpy(), oracle.fixed_norm(norms, limit), rtol=1e-10)
+        assert state is None and factors.min() < 1 and factors.max() == 1
+    # What lies under epsilon is not raised.
+    assert clipping.fixed_norm(t64([1e-7]), None, limit=2e-7)[0].item() == pytest.approx(2e-7 / 1.1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 3e-3])
+def test_aggc_equals_its_oracle(size):
+    norms, state, found = size * rng(1).lognormal(0, 0.7, (60, 3)), None, []
     for row in norms:
         factors, state = aggc.aggc_factors(t64(row), state, steps=60)
         found.append(factors.numpy())
@@ -126,6 +139,15 @@ def test_rules_of_updates_equal_their_oracles():
     assert update_clipping.trust_ratio(t64(u), t64(w), 0.1).item() == pytest.approx(
         oracle.trust_ratio(u, w, 0.1), rel=1e-5
     )
+
+
+def test_clippy_adds_up_the_squares_of_all_gradients():
+    u, w, g = (t64(rng(seed).normal(size=5)) for seed in (1, 2, 3))
+    _, state = update_clipping.clippy(u, w, g, None, accumulator=0.2, initial=0.1)
+    factor, state = update_clipping.clippy(u, w, 2 * g, state, accumulator=0.2, initial=0.1)
+    torch.testing.assert_close(state.squares, 0.1 + 5 * g.square())
+    expected = oracle.clippy(u.numpy(), w.numpy(), state.squares.numpy(), accumulator=0.2)
+    assert factor.item() == pytest.approx(expected)
 
 
 def test_rules_of_updates_at_zero():
@@ -207,6 +229,40 @@ def test_spam_forgets_the_moments_and_warms_up_again():
     assert optimizer.state[weight]["step"] == 1 and optimizer.param_groups[0]["lr"] == 0.01
     # Adam's first step moves every entry by the learning rate, here a hundredth of it, and decays it a little.
     assert float((weight.detach() - before).abs().max()) == pytest.approx(1e-4, rel=0.1)
+
+
+def test_after_every_reset_the_rate_rises_along_a_cosine():
+    model, optimizer = model_and_optimizer()
+    make_clipper("spam", model.parameters(), period=5, rewarm=3).attach(optimizer)
+    rates = []
+    optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    train(model, optimizer, 15)
+    rise = [1 - 0.99 * (1 + math.cos(math.pi * age / 3)) / 2 for age in range(3)]
+    assert rates == pytest.approx([0.01] * 5 + 2 * [0.01 * share for share in [*rise, 1.0, 1.0]])
+
+
+def test_a_rule_is_given_adams_moments_and_the_rate():
+    seen = []
+
+    def spy(update, lr, second_moment, debiased_second_moment):
+        seen.append((update.clone(), lr, second_moment.clone(), debiased_second_moment.clone()))
+        return torch.tensor(1.0)
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.01, betas=(0.5, 0.75), weight_decay=0.0)
+    TensorHook([weight], spy, acts="after").attach(optimizer)
+    gradients = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 0.5, 1.0])]
+    moment = torch.zeros(3)
+    for step, gradient in enumerate(gradients, start=1):
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+        moment = 0.75 * moment + 0.25 * gradient.square()
+        update, lr, stored, debiased = seen[-1]
+        torch.testing.assert_close(update, weight.detach() - before)
+        torch.testing.assert_close(stored, moment)
+        torch.testing.assert_close(debiased, moment / (1 - 0.75**step))
+        assert lr == 0.01
 
 
 def test_a_rule_that_needs_adams_moment_says_so():

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import torch
 
 from modicum.optim.gradient.faults import bad_batch, is_hit, loss_burst_, tensor_noise_
@@ -26,6 +28,37 @@ def test_noise_hits_one_tensor_a_thousand_times_its_spread_and_the_same_every_ti
         if place == 0:
             assert 800 < float((first[0] - clean[0]).std() / clean[0].std()) < 1200
     assert places == {0, 1, 2}
+
+
+def noise(step, seed, size=1.0):
+    """The noise of one step in units of the gradient's own deviation."""
+    clean = [torch.arange(40.0) * size]
+    hit = [clean[0].clone()]
+    tensor_noise_(hit, step=step, seed=seed, probability=1.0, scale=10.0)
+    return (hit[0] - clean[0]) / clean[0].std(correction=0) / 10
+
+
+def test_noise_is_another_one_in_every_step_and_for_every_seed_and_grows_with_the_gradient():
+    draws = [noise(step, seed) for step, seed in ((0, 0), (1, 0), (0, 1))]
+    assert not any(torch.allclose(a, b, atol=0.1) for a, b in combinations(draws, 2))
+    assert all(0.6 < float(draw.std()) < 1.4 for draw in draws)
+    torch.testing.assert_close(noise(0, 0, size=1000.0), draws[0], atol=1e-4, rtol=1e-3)
+
+
+def test_the_tensor_that_is_hit_follows_the_seed():
+    places = [[tensor_noise_(grads(), step=step, seed=seed, probability=1.0) for step in range(20)] for seed in (0, 1)]
+    assert places[0] != places[1]
+
+
+def test_events_of_other_names_happen_in_other_steps():
+    hits = [[is_hit(0.5, name, step, seed=0) for step in range(40)] for name in ("tensor_noise", "loss_burst")]
+    assert hits[0] != hits[1]
+
+
+def test_a_bad_batch_is_another_one_in_every_step_and_for_every_seed():
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    made = [bad_batch(ids, vocabulary=50, step=t, seed=s, probability=1.0) for t, s in ((0, 0), (1, 0), (0, 1))]
+    assert not any(torch.equal(a, b) for a, b in combinations(made, 2))
 
 
 def test_without_a_hit_nothing_changes():

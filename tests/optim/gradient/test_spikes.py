@@ -25,6 +25,12 @@ def test_one_outlier_of_eleven_deviations_is_one_spike():
     assert spike_score(values).count == 0
 
 
+def test_a_value_exactly_on_the_bar_is_a_spike():
+    window = [1.0, -1.0] * 4  # mean 0, deviation 1
+    assert spike_score([*window, 3.0], window=8, sigma=3.0).steps == (8,)
+    assert spike_score([*window, 2.999], window=8, sigma=3.0).count == 0
+
+
 def test_a_fall_counts_only_on_two_sides():
     values = noise(50)
     values[40] = -100
