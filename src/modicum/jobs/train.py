@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def plan(recipe: TrainRecipe) -> list[str]:
-    """Say what would be trained; checks the trainer's arguments and the rows."""
+    """Describe the training that would run, after checks of the trainer's arguments and the rows."""
     parts = parts_of(recipe)
     arguments = training_arguments(recipe, parts, Path("unused"))
     weights = sum(file.stat().st_size for file in resolve_model(recipe.model.path).glob("*.safetensors"))

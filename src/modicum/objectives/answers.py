@@ -144,7 +144,7 @@ def candidate_scores(logits: Float[Tensor, "r p v"], targets: Int[Tensor, "r p"]
 
     Args:
         logits: Logits at the positions that predict.
-        targets: What each of them is to predict, -100 where a row has nothing there.
+        targets: The token that each position is to predict; -100 where a row has none.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Dropout on what every attention and feed-forward block adds: the honest rival of input masking over many epochs."""
+"""Dropout on the output of every attention and feed-forward block: a baseline for input masking over many epochs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dropout(batch: Batch, *, ratio: UnitInterval = 0.1, rng: torch.Generator | I
         One draw per entry.
 
     Deviates:
-        What is kept is scaled up in training; the paper scales weights down when the trained model is used.
+        The entries that stay are scaled up in training; the paper scales weights down when the trained model is used.
 
     Reference:
         Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014.

@@ -1,7 +1,7 @@
 """Masked Thought (MFT): hide answer tokens at a rate that grows in training, and learn the whole answer.
 
 The forerunner of MEAP for fine-tuning: one row instead of two, a higher rate (0.4), loss on all answer tokens.
-Suggested knobs are those of the released GSM8K script.
+Suggested knobs: the values of the released GSM8K script.
 
 Reference code: ChangyuChen347/MaskedThought; read for its behaviour, not copied.
 """

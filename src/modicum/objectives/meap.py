@@ -63,13 +63,13 @@ def mask_inputs(
             on the CPU, because on an accelerator the answer would have to be waited for.
         scope: ``row`` draws for each row; ``batch_shared`` draws columns once, so rows with equal eligible positions
             get equal masks; ``reference`` is the released code: one of 51 fixed column sets, chosen by ``step``, less
-            what is not eligible.
+            positions that are not eligible.
         step: Optimizer step; names the draw when neither ``generator`` nor ``keys`` is given.
         sampling: ``fixed_count`` masks exactly k positions; ``bernoulli`` masks each with probability P.
         min_masks: The least count m of a row that has eligible positions; fixed count only.
         exclude_last: Never mask the last position of a row that ``eligible_mask`` allows.
         protect_ids: Ids that are never masked.
-        eligible_mask: Positions that may be masked, such as those that are not padding; all by default.
+        eligible_mask: Positions that may be masked, for example all that hold no padding; every position by default.
         spans: Length of the contiguous stretches that are masked together.
         generator: Draws the rows' keys; on the device of ``input_ids``.
         keys: The rows' keys, from :func:`~modicum.objectives.philox.row_keys`.

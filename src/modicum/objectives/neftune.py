@@ -1,4 +1,4 @@
-"""NEFTune: uniform noise on the input embeddings in fine-tuning. A rival regulariser that touches no token."""
+"""NEFTune: uniform noise on the input embeddings in fine-tuning. A baseline that leaves the tokens as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose which positions of each row are corrupted; what is written there is the objective's affair."""
+"""Choose which positions of each row are corrupted; the objective decides which ids are written there."""
 
 from __future__ import annotations
 

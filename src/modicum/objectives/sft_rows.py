@@ -55,7 +55,7 @@ def expand_sft_example(
         answer_ids: Ids of the answer without the end token.
         mask_token_id: Id to write.
         eos_token_id: End token; it is appended where it fits.
-        max_length: Longest copy; what passes it is cut from ids and labels alike.
+        max_length: Longest copy; ids and labels of longer ones are cut together.
         ratio: Share of the maskable tokens to mask; at least one is.
         min_answer_tokens: Only answers of more tokens than this get a masked copy.
         layout: ``separate`` rows, or one row that holds both copies (up to twice ``max_length``).
@@ -152,7 +152,7 @@ def chat_row(turns: Iterable[tuple[Sequence[int], Sequence[int]]], *, eos_token_
 
 @dataclass(frozen=True)
 class Expansion:
-    """Rows of a data set and what became of its examples."""
+    """Rows of a data set, and how many of its examples were duplicated, dropped or truncated."""
 
     rows: list[dict[str, list[int]]]
     duplicated: int

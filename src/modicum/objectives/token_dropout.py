@@ -39,8 +39,8 @@ def token_dropout(
     Args:
         batch: ``input_ids`` and ``labels``.
         ratio: Share P of the eligible positions, in [0, 1].
-        mask_share: Share m of those that become the mask token.
-        random_share: Share r of those that become a uniformly random id.
+        mask_share: Share m of the corrupted tokens that become the mask token.
+        random_share: Share r of the corrupted tokens that become a uniformly random id.
         mask_token_id: Needed when ``mask_share`` is not 0.
         vocab_size: Ids to draw from; needed when ``random_share`` is not 0.
         protect_ids: Ids that are never replaced.

@@ -1,8 +1,8 @@
 """The seam of objectives over answers: from a task's rows to a Trainer's batches, loss and accuracy.
 
-Such an objective judges what the model answers rather than each token, so it needs rows with candidates or references
-(``data: task:NAME``), a collator that lays the candidates out, and a loss of its own. The facts ``answers`` and
-``right_alone`` say how it gets the answers, so a new one is one file with a function of scores.
+An objective over answers judges whole answers of the model rather than each token, so it needs rows with candidates or
+references (``data: task:NAME``), a collator that lays the candidates out, and a loss of its own. The facts ``answers``
+and ``right_alone`` say how it gets the answers, so a new one is one file with a function of scores.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnswerRows(Sequence[Any]):
-    """A data set of questions, and what its batches are judged by.
+    """A data set of questions, with the label words or scorers by which the answers are judged.
 
     Args:
         questions: The rows as tokens; for a reward, ``answer`` is the key of its scorer.
         words: Tokens of the label words that all of them share; empty for other objectives.
-        scorers: What scores a generated answer, by key.
+        scorers: Functions that score a generated answer, by the key of its row.
         one_line: Whether an answer ends with its line.
     """
 
@@ -55,7 +55,7 @@ class AnswerRows(Sequence[Any]):
 
 
 def check_rows(rows: Rows, section: DataSection, name: str) -> None:
-    """Refuse rows that do not have what an objective over answers needs.
+    """Refuse rows that lack a field that an objective over answers needs.
 
     Raises:
         RecipeError: Rows are packed, or have no candidates or no prompt.
@@ -86,7 +86,7 @@ def answer_rows(
     """Return the rows as an objective over answers asks them.
 
     Args:
-        rows: What :func:`modicum.jobs.data.rows.load_rows` gave.
+        rows: From :func:`modicum.jobs.data.rows.load_rows`.
         tokenizer: The model's own.
         section: ``max_length`` is read: longer prompts lose their beginning.
         name: The objective.
@@ -95,7 +95,7 @@ def answer_rows(
         note: Told when prompts were cut.
 
     Raises:
-        RecipeError: The rows do not have what the objective needs.
+        RecipeError: The rows lack a field that the objective needs.
     """
     check_rows(rows, section, name)
     facts = objective[name].facts
@@ -208,7 +208,7 @@ class MeanScore:
 
     @property
     def metric(self) -> str:
-        """What the mean is called."""
+        """Name of the mean."""
         return "reward" if objective[self.name].facts.answers == "generated" else "accuracy"
 
     def __call__(self, evaluation: Any) -> dict[str, float]:
@@ -220,7 +220,7 @@ def use_answers(build: Build, name: str, knobs: Mapping[str, Any]) -> AnswerLoss
     """Give a Trainer that is going to be made an objective over answers: collator, loss and accuracy.
 
     Args:
-        build: What the Trainer is made of; its data sets are :class:`AnswerRows`.
+        build: The arguments of the Trainer; its data sets are :class:`AnswerRows`.
         name: The objective.
         knobs: Its knobs, complete.
 
@@ -238,6 +238,6 @@ def use_answers(build: Build, name: str, knobs: Mapping[str, Any]) -> AnswerLoss
 
 
 def measured(metrics: Mapping[str, float], name: str) -> dict[str, float]:
-    """Return what the record keeps of an evaluation."""
+    """Return the metrics of an evaluation that the record keeps."""
     kept = ("eval_loss", f"eval_{MeanScore(name).metric}")
     return {key: metrics[key] for key in kept if key in metrics}

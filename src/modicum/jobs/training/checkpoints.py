@@ -8,7 +8,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
-# What holds weights: of a model or adapter in one file or several, of FSDP in a folder, of DeepSpeed by the step.
+# Files and folders with weights: a model's or adapter's in one file or several, FSDP's folder, DeepSpeed's by step.
 WEIGHTS = ("*model*", "global_step*")
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def full_change(section: ModelSection, full: str, model: Any, started: Started) -> Change:
-    """Return what gives the full fine-tune's change of a module; made before training, which a wrong one would spoil.
+    """Return the full fine-tune's change by module; opened before training, so that a wrong path costs no training.
 
     Args:
         section: The base.

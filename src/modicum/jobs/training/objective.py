@@ -1,4 +1,4 @@
-"""The one adapter for objectives: from a name and its knobs to what a Trainer understands.
+"""The one seam of objectives: from a name and its knobs to collator, callback, hooks and loss of a Trainer.
 
 For a Trainer of one's own, TRL's included, a line after it is built is all::
 
@@ -32,11 +32,17 @@ if TYPE_CHECKING:
 
     from modicum.jobs.training.parts import Build
 
-BLOCKS = ("self_attn", "attn", "attention", "mlp", "feed_forward")  # what adds to the residual stream, by usual names
+BLOCKS = (
+    "self_attn",
+    "attn",
+    "attention",
+    "mlp",
+    "feed_forward",
+)  # usual names of modules that add to the residual stream
 
 
 def complete_knobs(name: str, knobs: Mapping[str, Any], *, tokenizer: Any, model: Any) -> dict[str, Any]:
-    """Return the knobs of objective ``name`` with what model and tokenizer decide filled in.
+    """Return the knobs of objective ``name``, completed from the model and the tokenizer.
 
     That is the mask token (found, or added to both), the protected ids and the size of the vocabulary. Call it before
     a LoRA adapter is put around the model; :func:`lora_options` then makes the mask's row trainable.
@@ -94,7 +100,8 @@ def use_objective(trainer: Trainer | Build, name: str, *, seed: int | None = Non
     """Give a Trainer an objective: collator, callback, and hooks or a loss where the objective has them.
 
     Args:
-        trainer: Any ``transformers.Trainer``, or TRL's ``SFTTrainer``, before training; or what one is made of.
+        trainer: Any ``transformers.Trainer``, or TRL's ``SFTTrainer``, before training; or the
+            arguments of one to come.
         name: Of the registered objective.
         seed: Of the draws; the trainer's own when not given.
         knobs: Of the objective.
@@ -136,7 +143,7 @@ def lora_options(knobs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finish_model(model: Any, *, mask_token_id: int, rows: int) -> None:
-    """Leave the model as it was delivered but for what it learnt: no mask row, no mask in generation.
+    """Take the mask token out of the trained model: no row of its own, no mask in generation.
 
     A LoRA adapter loses its trainable token row, so that it fits the base model again.
 
@@ -194,7 +201,7 @@ def objective_callback(collator: ObjectiveCollator) -> TrainerCallback:
 
 @dataclass
 class LabelHead:
-    """Compute logits only where there is a label, and the loss of those.
+    """Compute logits only where there is a label, and the loss of these logits.
 
     A masked copy has labels on about a tenth of its answer; the head, which in a small model is most of the memory,
     need not see the rest. The collator names the positions (``gather_labels=True``), a hook takes them off the

@@ -1,4 +1,4 @@
-"""What a recipe of the train job may say."""
+"""The schema of a train recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modicum.jobs.data.rows import DataSection
 from modicum.jobs.training.parts import check_fit, in_order, parts_of
 from modicum.recipe import Recipe, Section, choice
 
-# What the run itself decides; each has another place in the recipe or none.
+# Arguments that the run itself sets; each has another place in the recipe or none.
 OWNED = {
     "output_dir": "use --out",
     "seed": "use the recipe's own seed",
@@ -39,7 +39,7 @@ class ModelSection(Section):
 
 
 class TrainRecipe(Recipe):
-    """What to train, on what, and how.
+    """The model to train, its data, and the mechanisms of training.
 
     Every training part with a section adds a key of its name; see :mod:`modicum.jobs.training.parts`.
     """
@@ -69,7 +69,7 @@ class TrainRecipe(Recipe):
         return self
 
     def section(self, part: str) -> Any:
-        """Return what the recipe says to a training part; ``None`` where it does not ask for it."""
+        """Return the value of a training part's key; ``None`` where the recipe does not have the key."""
         return getattr(self, part, None)
 
     def inputs(self) -> Iterator[str]:

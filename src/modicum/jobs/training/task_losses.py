@@ -1,6 +1,6 @@
 """Losses of the tasks: choosing among label words, choosing among candidates, writing, and rewards without a gradient.
 
-They are what a zeroth-order optimizer's closure returns. All but the reward can be differentiated too.
+The closure of a zeroth-order optimizer returns them. All but the reward can be differentiated too.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def common_words(questions: Sequence[Question]) -> list[int]:
 
 
 def answer_batch(questions: Sequence[Question], *, pad: int, words: bool) -> dict[str, Any]:
-    """Return what the model reads, and what :func:`answer_scores` needs to judge it.
+    """Return the inputs of the model, and the targets and counts that :func:`answer_scores` needs to judge its logits.
 
-    Rows are padded on the left, so that all that is to be predicted lies in the last columns and no other logits are
-    computed. A candidate's last token predicts nothing and is not read.
+    Rows are padded on the left, so that all predicted tokens lie in the last columns and no other logits are computed.
+    A candidate's last token predicts nothing and is not read.
 
     Args:
         questions: The examples.

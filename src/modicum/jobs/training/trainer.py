@@ -21,7 +21,7 @@ class Loss(Protocol):
     def __call__(
         self, model: Any, inputs: Mapping[str, Any], *, branches: int = 1
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the mean loss over the batch and what an evaluation collects of each row.
+        """Return the mean loss over the batch, and tensors with one entry for each row, which an evaluation collects.
 
         Args:
             model: The model, possibly wrapped.
@@ -47,13 +47,13 @@ class PartsTrainer(Trainer):
 
     * ``training_step`` hands the micro-batch to ``own_step``, where there is one, instead of the backward pass;
     * ``compute_loss`` asks ``own_loss``, where there is one, instead of the model;
-    * ``get_decay_parameter_names`` spares what a conversion added to the model (see
+    * ``get_decay_parameter_names`` spares the modules that a conversion added to the model (see
       :func:`~modicum.jobs.training.extra_modules.additions`).
 
     Args:
         own_loss: Computes the loss.
         own_step: Does the training step.
-        arguments: What ``transformers.Trainer`` takes.
+        arguments: Arguments of ``transformers.Trainer``.
     """
 
     def __init__(self, *, own_loss: Loss | None = None, own_step: Step | None = None, **arguments: Any) -> None:
@@ -78,7 +78,7 @@ class PartsTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of a batch, and where asked what was computed on the way; see the class."""
+        """Return the loss of a batch, and the model's or the own loss' outputs where asked; see the class."""
         if self.own_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self.own_loss(model, inputs)

@@ -86,7 +86,7 @@ def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, 
         name: A zeroth-order optimizer, such as ``tezo``.
         knobs: Its knobs.
         seed: Seed of its draws, where the knobs leave it at 0.
-        arguments: What ``transformers.Trainer`` takes, ``model`` and ``args`` among them. ``args.learning_rate`` is
+        arguments: Arguments of ``transformers.Trainer``, ``model`` and ``args`` among them. ``args.learning_rate`` is
             not read: the learning rate is the optimizer's knob, and the schedule multiplies it.
 
     Raises:
@@ -134,7 +134,7 @@ class ZerothOrderStep:
 
 
 def zeroth_order_callback(optimizer: ZerothOrder) -> TrainerCallback:
-    """Return what gives evaluation, checkpoints and the end their weights, and the log what the steps cost."""
+    """Return the callback that settles the weights before evaluations, checkpoints and the end, and logs the costs."""
     from transformers import TrainerCallback
 
     class ZerothOrderCallback(TrainerCallback):
@@ -187,7 +187,7 @@ def export_lora(optimizer: ZerothOrder, folder: Path, *, base: str) -> None:
     Args:
         optimizer: An optimizer with ``engine="adapter"`` or ``"paired"``.
         folder: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
-        base: What the adapter's configuration says of its base model.
+        base: Name of the base model in the adapter's configuration.
 
     Raises:
         UnsupportedError: Something was learned that a LoRA on linear layers cannot hold.
@@ -230,7 +230,7 @@ def export_lora(optimizer: ZerothOrder, folder: Path, *, base: str) -> None:
 
 
 def _targets(inputs: Mapping[str, Any]) -> float:
-    """How many predictions a micro-batch's mean loss is over, so that micro-batches weigh what they hold."""
+    """Return the number of predictions in a micro-batch, by which its mean loss is weighted in the step."""
     if "shift_labels" not in inputs and "labels" not in inputs:
         return float(len(next(iter(inputs.values()))))
     if inputs.get("shift_labels", inputs["labels"]).dim() == 1:

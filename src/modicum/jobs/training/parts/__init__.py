@@ -53,7 +53,7 @@ class Data:
 
 @dataclass
 class Build:
-    """What the Trainer is made of, under the names that the Trainer gives to its arguments and attributes.
+    """Arguments of the Trainer to come, under the names that the Trainer gives to its arguments and attributes.
 
     A function that uses ``model``, ``args``, ``data_collator``, ``compute_loss_func`` and ``add_callback`` alone works
     on a user's finished Trainer too.
@@ -78,7 +78,7 @@ class Build:
     own_step: Step | None = None
 
     def add_callback(self, callback: Any) -> None:
-        """Add a callback; those of earlier parts are called first."""
+        """Add a callback; callbacks of earlier parts are called first."""
         self.callbacks.append(callback)
 
 
@@ -95,9 +95,9 @@ class Part:
         run: The open run; set by :meth:`begin`.
         keeps_dtype: Weights may be trained as they were stored: they are frozen, or move by more than rounding hides.
         needs_gradients: The key of the recipe that reads or changes gradients.
-        brings: What of the Trainer it replaces (``optimizer``, ``loss``, ``training step``); two parts cannot replace
-            the same. What belongs to the model's own loss, such as label smoothing, is refused beside a ``loss``.
-        trains: What is trained, where that is not all weights.
+        brings: Elements of the Trainer that it replaces (``optimizer``, ``loss``, ``training step``); two parts cannot
+            replace the same. Label smoothing, which belongs to the model's own loss, is refused beside a ``loss``.
+        trains: Name of the trained weights, where they are not all weights.
         output: Name of the result where that is not a ``model``.
     """
 
@@ -154,7 +154,7 @@ class Part:
         """Set the model up for training, with a look at the data where the part wants one."""
 
     def trainer(self, build: Build) -> None:
-        """Add collator, callbacks, optimiser, loss or training step to what the Trainer is made of."""
+        """Add or replace collator, callbacks, optimiser, loss or training step of the Trainer to come."""
 
     def finish(self, _trainer: PartsTrainer) -> dict[str, Any]:
         """Bring the trained model into the form in which it is saved; return metrics for the record."""

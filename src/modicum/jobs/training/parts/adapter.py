@@ -31,7 +31,7 @@ BASE = "base"  # the converted model under an adapter
 
 
 class AdapterSection(Section):
-    """A LoRA adapter; what stands under ``config`` goes to ``peft.LoraConfig`` verbatim."""
+    """A LoRA adapter; the fields under ``config`` go to ``peft.LoraConfig`` verbatim."""
 
     rank: PositiveInt = 8
     init: choice(registry.adapter_init) | None = None  # type: ignore[valid-type]

@@ -1,4 +1,4 @@
-"""Turn the model into another architecture before it is trained, and train what that added to it."""
+"""Turn the model into another architecture before it is trained, and train the modules that were added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Change what the model sees or learns in each batch: the recipe's ``objective``."""
+"""Change the inputs, labels or hidden states of training batches: the recipe's ``objective``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Objective(Part):
         return lora_options({"mask_token_id": self.mask}) | fields
 
     def trainer(self, build: Build) -> None:
-        """Wrap the collator, and add what else the objective needs."""
+        """Wrap the collator, and add callback, loss and hooks of the objective."""
         from modicum.jobs.training.objective import use_objective
 
         use_objective(build, self.section.name, seed=self.recipe.seed, **self.section.knobs)

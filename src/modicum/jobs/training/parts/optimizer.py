@@ -61,6 +61,6 @@ class Optimizer(Part):
         build.add_callback(zeroth_order_callback(self.optimizer))
 
     def finish(self, trainer: PartsTrainer) -> dict[str, Any]:
-        """Return what the steps cost."""
+        """Return the costs of the steps."""
         kept = sum(p.nbytes for p in trainer.model.parameters())
         return {"zeroth_order": {"model_bytes": kept, **self.optimizer.report()}}
