@@ -5,4 +5,8 @@ Importing ``modicum`` costs nothing: each subpackage loads what it needs when it
 
 from importlib.metadata import version as _version
 
+from modicum.moved import install as _install
+
 __version__ = _version("modicum")
+
+_install()
