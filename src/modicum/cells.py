@@ -51,7 +51,7 @@ def once(store: Store, key: str, measure: Measure, *, claims: Path | None = None
     Example:
         >>> cells = {}
         >>> once(cells, "a", lambda: {"value": 1, "seconds": 0.0}), once(cells, "a", lambda: {"value": 2})
-        ({'seconds': 0.0, 'value': 1}, {'seconds': 0.0, 'value': 1})
+        ({'value': 1, 'seconds': 0.0}, {'value': 1, 'seconds': 0.0})
     """
     if key in store:
         return store[key]
@@ -61,7 +61,7 @@ def once(store: Store, key: str, measure: Measure, *, claims: Path | None = None
         if key not in store:  # another process may have finished it while this one asked for the claim
             began = time.monotonic()
             found = measure()
-            store[key] = {"seconds": round(time.monotonic() - began, 3), **found}
+            store[key] = found if "seconds" in found else {"seconds": round(time.monotonic() - began, 3), **found}
         return store[key]
 
 

@@ -181,6 +181,26 @@ def test_a_cell_that_was_logged_but_whose_items_are_gone_is_measured_again(data,
     assert cells(tmp_path / "run") == before
 
 
+def test_a_run_of_version_0_1_0_that_was_killed_goes_on(data, tmp_path, monkeypatch):
+    """Its cells say nothing of direction and unit, and its items of retrieval nothing of their place."""
+    recipe, folder = parse(data), tmp_path / "run"
+    execute(recipe, folder, quiet=True)
+    whole = read_record(folder)["metrics"]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert not any("better" in line for line in lines)  # the log has the form that it had
+    lines = [line for line in lines if line.get("model") != "two"]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "record.json").write_text(json.dumps(read_record(folder) | {"status": "failed", "metrics": {}}))
+    execute(recipe, folder, quiet=True)
+
+    def timeless(found):
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+    again = read_record(folder)["metrics"]
+    assert timeless(again["cells"]) == timeless(whole["cells"]) and again["pairs"] == whole["pairs"]
+    assert {row["better"] for row in again["cells"]} == {"higher", "lower"}
+
+
 def test_perplexity_is_read_with_overlap_and_from_the_beginning_when_asked(data, tmp_path):
     task = data["tasks"]["text"]
     data["tasks"] = {

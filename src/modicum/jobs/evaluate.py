@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -131,12 +132,14 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
             if [subject.name for subject in loaded] != [model]:
                 loaded.clear()  # frees the one before
                 loaded.append(_load(recipe, model, step))
-            task = recipe.tasks[name]
+            task, began = recipe.tasks[name], time.monotonic()
             items = _measure(loaded[0], task, rows[name], recipe.seed)
             _write_items(run, _key(model, name), items)
             found = task.ask(task.measure.facts.estimate, items, level=recipe.level)._asdict()
             details = task.ask(task.measure.facts.details, items, level=recipe.level) or {}
-            return {"model": model, "task": name, "metric": task.metric, **found, **details}
+            # Loading the model is no part of the time: a later cell of the same model would seem faster.
+            seconds = round(time.monotonic() - began, 3)
+            return {"model": model, "task": name, "metric": task.metric, **found, "seconds": seconds, **details}
 
         fill(finished, {key: partial(cell, *pair) for key, pair in pairs.items()}, tell=tell)
     keep(pairs=_differences(recipe, run), level=recipe.level)

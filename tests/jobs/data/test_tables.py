@@ -77,6 +77,19 @@ def test_a_source_that_makes_rows_is_taken_as_it_is(counting):
     assert len(rows) == 2 and rows.normalization == "squad"
 
 
+def test_a_mixture_of_sources_is_a_source_too(counting, tmp_path):
+    @source(
+        "mix", inputs=lambda section, _: (i for part in section.config["parts"] for i in DataSection(**part).inputs())
+    )
+    def mix(section, name, *, parts: list[dict], seed: int):
+        read = [load_rows(DataSection(**part), seed=seed) for part in parts]
+        return Rows("text", [row for rows in read for row in rows.rows][: section.size])
+
+    section = DataSection(path="mix:", config={"parts": [{"path": "counting:a"}, {"path": "counting:b"}]}, size=5)
+    assert [row["text"] for row in load_rows(section, seed=1).rows] == ["a 1", "a 2", "a 3", "b 1", "b 2"]
+    assert list(section.inputs()) == ["a-file", "a-file"]
+
+
 @pytest.mark.parametrize("table", [source, row_kind], ids=lambda table: table.kind)
 def test_every_entry_is_found_by_its_name_alone(table):
     assert {*table} >= {"text", "chat", "completion"} or {*table} >= {"file", "hub", "builtin", "task", "reasoning-gym"}
