@@ -57,6 +57,22 @@ def test_what_another_process_measures_is_left_to_it(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"a.json", "b.json", "c.json"}
 
 
+def test_a_cell_that_another_finished_before_the_claim_came_through_is_taken(tmp_path, monkeypatch):
+    from contextlib import contextmanager
+
+    from modicum import cells
+
+    store = Folder(tmp_path)
+
+    @contextmanager
+    def late(claims, key):
+        store[key] = {"value": "theirs"}
+        yield True
+
+    monkeypatch.setattr(cells, "claim", late)
+    assert once(store, "a", lambda: {"value": "mine"}, claims=tmp_path) == {"value": "theirs"}
+
+
 def _work(folder: Path, keys: list[str], log: Path) -> None:
     def measure(key: str):
         def cell():

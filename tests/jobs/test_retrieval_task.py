@@ -51,6 +51,13 @@ def test_the_public_files_are_read_packed_or_plain(tmp_path):
         retrieval_task(suite="ruler", file=str(tmp_path / "none")).rows(0)
 
 
+def test_the_file_identifies_the_run(tmp_path):
+    (tmp_path / "nq.jsonl").write_text("{}")
+    task = retrieval_task(suite="ruler", file=str(tmp_path / "nq.jsonl"))
+    assert list(task.inputs()) == [str(tmp_path / "nq.jsonl")]
+    assert list(retrieval_task(suite="needle").inputs()) == []
+
+
 def test_a_file_belongs_to_the_public_suites_alone():
     with pytest.raises(ValueError, match="set file for"):
         retrieval_task(suite="needle", file="x.jsonl")
