@@ -218,6 +218,14 @@ def test_perplexity_is_read_with_overlap_and_from_the_beginning_when_asked(data,
     assert found["ppl"]["value"] == pytest.approx(2 ** found["blocks"]["value"])
 
 
+def test_perplexities_are_compared_in_bits_per_byte_which_tokenizers_share(data, tmp_path):
+    data["tasks"] = {"ppl": data["tasks"]["text"] | {"metric": "perplexity"}}
+    execute(parse(data), tmp_path / "run", quiet=True)
+    metrics = read_record(tmp_path / "run")["metrics"]
+    assert {cell["metric"] for cell in metrics["cells"]} == {"perplexity"}
+    assert [pair["metric"] for pair in metrics["pairs"]] == ["bits_per_byte"]
+
+
 def test_one_model_needs_no_name(data):
     data["model"] = next(iter(data.pop("models").values()))
     recipe = parse(data)

@@ -77,6 +77,19 @@ def test_a_source_that_makes_rows_is_taken_as_it_is(counting):
     assert len(rows) == 2 and rows.normalization == "squad"
 
 
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_the_system_message_of_the_section_comes_first_unless_a_chat_has_its_own(tmp_path, kind):
+    said, own = {"role": "user", "content": "hi"}, {"role": "system", "content": "Mine."}
+    given = [{"messages": [said]}, {"messages": [own, said]}]
+    if kind == "completion":
+        given = [{"prompt": "hi", "completion": "ho"}]
+    rows = load_rows(DataSection(path=write(tmp_path / "a.jsonl", *given), system="Be kind.")).rows
+    if kind == "completion":
+        assert rows == [{"system": "Be kind.", "prompt": "hi", "completion": "ho"}]
+    else:
+        assert rows == [{"messages": [{"role": "system", "content": "Be kind."}, said]}, {"messages": [own, said]}]
+
+
 def test_a_mixture_of_sources_is_a_source_too(counting, tmp_path):
     @source(
         "mix", inputs=lambda section, _: (i for part in section.config["parts"] for i in DataSection(**part).inputs())
