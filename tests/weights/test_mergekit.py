@@ -170,6 +170,16 @@ def test_unknown_keys_are_ignored_with_a_note_and_slips_are_not(root: Path) -> N
         del place[slip]
 
 
+@pytest.mark.parametrize("method", ["linear", "karcher", "ties"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_plan_says_that_a_base_is_not_merged(method: str, listed: bool, root: Path) -> None:
+    document = json.loads(json.dumps(ties(merge_method=method)).replace("$R", str(root)))
+    if listed:
+        document["models"].append({"model": document["base_model"], "parameters": {"weight": 1.0}})
+    said = any("base_model only gives config and tokenizer" in line for line in plan(parse(document)))
+    assert said == (method != "ties" and not listed)
+
+
 def test_check_refuses_what_the_method_would(root: Path) -> None:
     weight = [{"filter": "mlp.up", "value": 0}, {"value": 1}]
     document = json.loads(

@@ -293,6 +293,9 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
     if any(has_gradient(scope) for scope in scopes):
         notes.append("gradients: the final norm and lm_head get the last value, where mergekit gives them the first")
     unread = {key for scope in scopes for key in scope} - parameters_of(name)
+    outside = any(piece.base and piece.base not in [part.reference for part in piece.parts] for piece in slices)
+    if outside and not any(step.base for step in steps):
+        notes.append(f"{name} has no base: base_model only gives config and tokenizer; mergekit merges it too")
     if unknown := unknown_keys(document):
         notes.append(f"{', '.join(unknown)}: unknown and ignored, as mergekit does")
     if "int8_mask" in unread:
