@@ -266,6 +266,10 @@ class MeasureFacts(Facts):
         reads: Knobs that name files, whose content identifies a run.
     """
 
+    known_laws = MappingProxyType(
+        {"right_is_better": "a model that answers as expected, or finds the text likelier, has the better value"}
+    )
+
     rows: str
     better: Literal["higher", "lower"]
     estimate: Callable[..., Any]

@@ -116,6 +116,20 @@ def test_ties_equals_the_oracle(
     np.testing.assert_allclose(ours.numpy(), expected, **EXACT)
 
 
+def test_an_election_in_which_only_weight_zero_agrees_changes_nothing() -> None:
+    experts = [torch.tensor([2.0, 1.0, 1.0]), torch.tensor([0.0, 3.0, -1.0]), torch.tensor([0.0, 1.0, -1.0])]
+    merged = ties(torch.zeros(3), experts, density=1.0, weights=[0.0, 1.0, 0.5])
+    torch.testing.assert_close(merged, torch.tensor([0.0, 3.5 / 1.5, -1.0]))
+
+
+def test_weights_that_sum_to_zero_are_refused_and_to_one_are_not() -> None:
+    base, experts = torch.zeros(2), [torch.ones(2), torch.tensor([2.0, 0.0])]
+    with pytest.raises(RecipeError, match="sum to 0 and cannot be normalized"):
+        dare(base, experts, density=1.0, weights=[1.0, -1.0], normalize=True)
+    merged = dare(base, experts, density=1.0, weights=[3.0, -2.0], normalize=True)
+    torch.testing.assert_close(merged, torch.tensor([-1.0, 3.0]))
+
+
 def test_ties_that_keeps_all_of_agreeing_experts_is_their_mean() -> None:
     base, (a, b, _) = draw(5, 7)
     a, b = base + (a - base).abs(), base + (b - base).abs()

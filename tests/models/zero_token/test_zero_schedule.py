@@ -15,6 +15,7 @@ def test_known_schedules():
     assert layers(6, 2) == [0, 1, 2, 3, 4, 1, 2, 3, 4, 5]
     assert layers(6, 2, n_head=0, n_tail=0) == [*range(6), *range(6)]
     assert layers(6, 1) == layers(6, 1, n_head=0, n_tail=0) == list(range(6))
+    assert layers(4, 1, n_head=2, n_tail=2) == list(range(4))
     assert layers(4, 2, order="sequence") == [0, 1, 1, 2, 2, 3]
     assert layers(4, 2, order="cycle_rev") == [0, 1, 2, 2, 1, 3]
     assert cycle_schedule(5, 1, order=[0, 1, 2, 3, 2, 3, 4])[4:6] == [(2, 1), (3, 1)]

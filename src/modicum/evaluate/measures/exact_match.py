@@ -167,6 +167,7 @@ def _difference(a: Sequence[Result], b: Sequence[Result], *, level: float) -> Es
 
 @measure(
     "exact_match",
+    laws={"right_is_better"},
     rows="completion",
     better="higher",
     unit="share",

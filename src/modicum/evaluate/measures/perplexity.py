@@ -78,6 +78,7 @@ def _difference(a: Sequence[Result], b: Sequence[Result], *, level: float) -> Es
 
 @measure(
     "perplexity",
+    laws={"right_is_better"},
     rows="text",
     better="lower",
     estimate=_estimate,

@@ -80,6 +80,7 @@ def _by_place(items: Sequence[Result]) -> dict[str, Any]:
 
 @measure(
     "retrieval",
+    laws={"right_is_better"},
     rows="text",
     data={"path": "builtin:python-stdlib", "split": "test"},
     metric="recall",
