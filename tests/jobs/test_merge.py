@@ -196,3 +196,10 @@ def test_what_a_mergekit_file_says_itself_is_not_said_twice(models: list[str]) -
     for ours in ({"dtype": "float32"}, {"exclude": "norm"}, {"base": models[0]}, {"output": "lora"}):
         with pytest.raises(RecipeError, match="mergekit file"):
             parse({"job": "merge", "mergekit": document} | ours)
+
+
+def test_keys_of_version_0_1_still_work(models: list[str]) -> None:
+    old = parse(recipe(models, shard_size=7, pickled=True))
+    assert (old.shard_bytes, old.allow_pickle) == (7, True)
+    kit = {"merge_method": "linear", "models": [{"model": models[0], "parameters": {"weight": 1.0}}], "shard_size": 7}
+    assert parse(kit).shard_bytes == 7

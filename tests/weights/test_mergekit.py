@@ -199,7 +199,7 @@ def test_the_plan_names_random_masks(root: Path) -> None:
 
 
 # Of the job's keys, those that a mergekit file neither says itself nor makes meaningless.
-SETTINGS = [("seed", 3), ("device", "meta"), ("diagnostics", True), ("allow_pickle", True), ("shard_size", 1000)]
+SETTINGS = [("seed", 3), ("device", "meta"), ("diagnostics", True), ("allow_pickle", True), ("shard_bytes", 1000)]
 
 
 @pytest.mark.parametrize(("key", "value"), [*SETTINGS, ("out", "elsewhere")])

@@ -48,7 +48,14 @@ class MergeRecipe(Recipe):
         default=None, description="refuse another base; a training run's record names its inputs' fingerprints"
     )
     device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
-    shard_size: PositiveInt = Field(default=5_000_000_000, description="largest weight file, in bytes")
+    statistics: list[str] = Field(
+        default=[], description="for methods that weigh by data: of each expert, what the job statistics made"
+    )
+    shard_bytes: PositiveInt = Field(
+        default=5_000_000_000,
+        description="largest weight file",
+        validation_alias=AliasChoices("shard_bytes", "shard_size"),  # its name in version 0.1
+    )
     diagnostics: bool = Field(
         default=False, description="also measure spectra, interference, outliers and what the cast loses; slower"
     )
@@ -69,7 +76,7 @@ class MergeRecipe(Recipe):
             return data
         from modicum.weights.mergekit.document import KEYS
 
-        ours = {*cls.model_fields, "pickled"} - KEYS - {"mergekit"}
+        ours = {*cls.model_fields, "pickled", "shard_size"} - KEYS - {"mergekit"}
         job = {key: value for key, value in data.items() if key in ours}
         return job | {"mergekit": {key: value for key, value in data.items() if key not in ours}}
 
@@ -89,12 +96,15 @@ class MergeRecipe(Recipe):
             raise RecipeError("'method' is missing. Set it, for example {name: ties, density: 0.2}.")
         if not self.experts:
             raise RecipeError("'experts' is missing. List the models to merge.")
+        from modicum.weights.statistics import check_statistics
+
+        check_statistics(self.method.name, len(self.experts), len(self.statistics))
         if self.output == "lora" and self.diagnostics:
             raise RecipeError("diagnostics looks at whole matrices, which output: lora does not make. Remove one.")
         return self
 
     def inputs(self) -> Iterator[str]:
-        """Yield the models."""
+        """Yield the models and their statistics."""
         if self.mergekit is not None:
             from modicum.weights.mergekit.document import models_of
 
@@ -102,6 +112,7 @@ class MergeRecipe(Recipe):
         yield from ([self.base] if self.base else [])
         for expert in self.experts:
             yield from filter(None, _model_and_adapter(expert))
+        yield from self.statistics
 
 
 def _model_and_adapter(reference: str) -> tuple[str, str | None]:
@@ -120,10 +131,12 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         source, base = (reference, None) if adapter is None else (adapter, reference)
         return Checkpoint(source, base=base, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
 
+    statistics = [opened(reference) for reference in recipe.statistics]
     if recipe.mergekit is not None:
         from modicum.weights.mergekit.planning import plan_mergekit
 
-        plan = replace(plan_mergekit(recipe.mergekit, opened), seed=recipe.seed, device=recipe.device)
+        plan = plan_mergekit(recipe.mergekit, opened, statistics)
+        plan = replace(plan, seed=recipe.seed, device=recipe.device)
         return plan.diagnosed() if recipe.diagnostics else plan
     method: Any = recipe.method
     base = opened(recipe.base) if recipe.base else None
@@ -140,6 +153,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         dtype=recipe.dtype,
         exclude=recipe.exclude,
         base_fingerprint=recipe.base_fingerprint,
+        statistics=statistics,
         seed=recipe.seed,
         device=recipe.device,
     )
@@ -175,7 +189,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
         measured = run_plan(
             plan,
             out,
-            shard_bytes=recipe.shard_size,
+            shard_bytes=recipe.shard_bytes,
             fork=recipe.device == "cpu",
             progress=not run.quiet,
         )

@@ -23,7 +23,7 @@ from modicum.weights.compatibility import Tensors, check_agreement, label, notes
 from modicum.weights.files import Spec, digest_tensor
 from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers
 from modicum.weights.rehearsal import rehearse
-from modicum.weights.statistics import check_statistics, shape_of
+from modicum.weights.statistics import check_origin, check_statistics, shape_of
 from modicum.weights.stream import cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -225,7 +225,6 @@ def plan_merge(
     if entry.facts.base and base is None:
         raise RecipeError(f"{method} merges differences from a base model, and none is given. Set base.")
     check_count(entry, len(experts))
-    check_statistics(method, len(experts), len(statistics))
     checked, wanted = entry.knobs(knobs), parse_dtype(dtype)
     models = [*([base] if base is not None else []), *experts]
     names = [*(["base"] if base is not None else []), *(f"experts[{i}]" for i in range(len(experts)))]
@@ -246,8 +245,8 @@ def plan_merge(
             continue
         head = sources[0] if base is not None else None
         tail = tuple(sources[1:] if base is not None else sources)
-        step = Step(name, out, method, head, tail, checked)
-        steps.append(with_statistics(step, statistics) if statistics else step)
+        steps.append(with_statistics(Step(name, out, method, head, tail, checked), statistics))
+    check_origins(method, experts, statistics)
     rehearse(steps)
     first = models[0]
     companions = companion_files(first, wanted) if isinstance(first, Checkpoint) else {}
@@ -261,27 +260,47 @@ def with_statistics(step: Step, statistics: Sequence[Tensors]) -> Step:
 
     Raises:
         CheckpointError: A tensor was measured of some experts only, or its statistics have another shape.
+        RecipeError: The method needs statistics and has none, or needs none, or their number is wrong.
     """
-    if not step.spec.dtype.is_floating_point:
+    check_statistics(step.method, len(step.experts), len(statistics))
+    if not statistics or not step.spec.dtype.is_floating_point:
         return step
-    sources = [Source(label(s, f"statistics[{i}]"), s, step.name) for i, s in enumerate(statistics)]
-    known = [source for source in sources if step.name in source.tensors]
+    pairs = enumerate(zip(statistics, step.experts))
+    sources = [Source(label(found, f"statistics[{i}]"), found, expert.name) for i, (found, expert) in pairs]
+    known = [source for source in sources if source.name in source.tensors]
     if not known:
-        return replace(
-            step, method="linear", knobs=merge_method["linear"].knobs({"weights": step.knobs.get("weights")})
-        )
+        knobs = merge_method["linear"].knobs({"weights": step.knobs.get("weights")})
+        return replace(step, method="linear", knobs=knobs)
     for source in sources:
         if source not in known:
             raise CheckpointError(
                 f"{source.model} has no statistics of {step.name!r} ({known[0].model} has). Measure all experts alike."
             )
-        shape, expected = spec_of(source.tensors, step.name).shape, shape_of(step.entry.facts.measure, step.spec.shape)
+        shape = spec_of(source.tensors, source.name).shape
+        expected = shape_of(step.entry.facts.measure, step.spec.shape)
         if shape != expected:
             raise CheckpointError(
                 f"{source.model}: the statistics of {step.name!r} have shape {list(shape)}, {step.method} expects "
                 f"{list(expected) if expected else 'none'}. Measure with kind: {step.entry.facts.measure}."
             )
     return replace(step, statistics=tuple(known))
+
+
+def attach_statistics(plan: Plan, statistics: Sequence[Tensors]) -> Plan:
+    """Return the plan with what was measured of each expert; refuse it where its method needs and has none."""
+    steps = [with_statistics(step, statistics) for step in plan.steps]
+    if not statistics:
+        return plan
+    first = plan.steps[0]
+    check_origins(first.method, [source.tensors for source in first.experts], statistics)
+    return replace(plan, steps=steps, notes=[*plan.notes, *notes_on_statistics(first.method, steps)])
+
+
+def check_origins(method: str, experts: Sequence[Tensors], statistics: Sequence[Tensors]) -> None:
+    """Refuse statistics that were measured of another model than the expert in their place."""
+    for expert, measured in zip(experts, statistics):
+        if isinstance(expert, Checkpoint) and isinstance(measured, Checkpoint):
+            check_origin(expert, measured, method)
 
 
 def notes_on_statistics(method: str, steps: Sequence[Step]) -> list[str]:

@@ -7,11 +7,18 @@ expert's own. The job ``statistics`` measures and writes such checkpoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError
+from modicum.record import digest
 from modicum.registry import merge_method
+
+if TYPE_CHECKING:
+    from modicum.weights.checkpoint import Checkpoint
+
+FILE = "statistics.json"  # beside the weights: what was measured, and of which model
 
 
 def shape_of(measure: str | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -42,6 +49,33 @@ def check_statistics(method: str, experts: int, given: int) -> None:
         )
     if given and given != experts:
         raise RecipeError(f"Got {given} statistics for {experts} experts. Give one for each.")
+
+
+def weights_of(model: Checkpoint) -> str:
+    """Return what tells a model's weights from others', wherever they lie."""
+    return digest([[name, content] for name, _, content in model.identity])
+
+
+def check_origin(expert: Checkpoint, statistics: Checkpoint, method: str) -> None:
+    """Refuse statistics that say of themselves that they are of another kind, or of another model.
+
+    Raises:
+        CheckpointError: They do.
+    """
+    from modicum.weights.adapter import read_json
+
+    path = statistics.folder / FILE
+    about = read_json(path, statistics.name) if path.exists() else {}
+    wanted = merge_method[method].facts.measure
+    if about.get("kind", wanted) != wanted:
+        raise CheckpointError(
+            f"{statistics.name} holds statistics of kind {about['kind']}, {method} needs {wanted}. Measure these."
+        )
+    if about and about.get("weights") != weights_of(expert):
+        raise CheckpointError(
+            f"{statistics.name} was measured of {about.get('model')}, not of {expert.name} as it is now. Give the "
+            "statistics in the order of the experts, or measure them again."
+        )
 
 
 def required(method: str, statistics: Sequence[Tensor] | None, experts: int) -> Sequence[Tensor]:

@@ -22,6 +22,7 @@ def load_batches(
     batch_size: int,
     seed: int,
     note: Callable[[str], None] | None = None,
+    one_length: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the data as batches of token ids and labels, which fit in memory as text does.
 
@@ -31,10 +32,18 @@ def load_batches(
         batch_size: Rows of a batch; the last one may have fewer.
         seed: Used when the section has no seed of its own.
         note: Told when rows were cut or dropped.
+        one_length: Put only rows of one length into a batch, shortest first, so that there is no padding.
 
     Raises:
         ModicumError: The data cannot be read, or nothing is left to learn from.
     """
     rows = tokenize(load_rows(section, seed=seed), tokenizer, section, note=note)
     pad, examples = collate(tokenizer), [rows[index] for index in range(len(rows))]
-    return [pad(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for example in examples:
+        groups.setdefault(len(example["input_ids"]) if one_length else 0, []).append(example)
+    return [
+        pad(group[start : start + batch_size])
+        for _, group in sorted(groups.items())
+        for start in range(0, len(group), batch_size)
+    ]

@@ -17,7 +17,7 @@ from modicum.errors import RecipeError, UnsupportedError
 from modicum.layout import DEPTH_KEYS, LAYER_LISTS, Layer, comes_first, layer_of, stacks
 from modicum.registry import merge_method
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import check_agreement, notes_on_configs
+from modicum.weights.compatibility import Tensors, check_agreement, notes_on_configs
 from modicum.weights.files import Spec
 from modicum.weights.mergekit.document import (
     Data,
@@ -31,9 +31,8 @@ from modicum.weights.mergekit.document import (
 )
 from modicum.weights.mergekit.methods import Getter, Translation, method_of, parameters_of
 from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers, with_vocabulary
-from modicum.weights.plan import Plan, Source, Step, check_count, companion_files, parse_dtype
+from modicum.weights.plan import Plan, Source, Step, attach_statistics, check_count, companion_files, parse_dtype
 from modicum.weights.rehearsal import rehearse
-from modicum.weights.statistics import check_statistics
 
 Opener = Callable[[str, str | None], Checkpoint]
 Table = Checkpoint | Vocabulary
@@ -80,12 +79,13 @@ def _renumbered(name: str, shift: int) -> str:
     return Layer(layer.stack, layer.number + shift, layer.rest).name if layer and shift else name
 
 
-def plan_mergekit(document: Data, open_model: Opener) -> Plan:
+def plan_mergekit(document: Data, open_model: Opener, statistics: Sequence[Tensors] = ()) -> Plan:
     """Return the plan of a mergekit document.
 
     Args:
         document: The parsed file.
         open_model: Opens a model, folding an adapter into it when one is given.
+        statistics: For methods that weigh by data: of each model that is merged, in the file's order.
 
     Raises:
         RecipeError: The document is malformed.
@@ -108,7 +108,6 @@ def plan_mergekit(document: Data, open_model: Opener) -> Plan:
     if sliced:
         _check_slices(slices, tables)
     steps, depth = _steps(document, slices, tables)
-    rehearse(steps)
     steps = [replace(step, spec=Spec(step.spec.shape, dtype)) if dtype and step.spec.dtype.is_floating_point else step
              for step in steps]  # fmt: skip
     changes: dict[str, Any] = dict(vocabulary.config)
@@ -120,7 +119,9 @@ def plan_mergekit(document: Data, open_model: Opener) -> Plan:
     notes = [*_notes(document, slices, steps), *vocabulary.notes, *notes_on_configs([*opened.values()], [*named])]
     if not vocabulary.tables:
         notes += notes_on_tokenizers(named)
-    return Plan(steps, list(opened.values()), companions, notes)
+    plan = attach_statistics(Plan(steps, list(opened.values()), companions, notes), statistics)
+    rehearse(plan.steps)
+    return plan
 
 
 def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table]) -> None:
@@ -253,7 +254,6 @@ def _step(
         )
     used = experts if based else everyone
     check_count(merge_method[method], len(used))
-    check_statistics(method, len(used), 0)
     origin = base if based else None
     spec = (origin or used[0]).window.spec(name)
     sources = tuple(one.source(name) for one in used)
