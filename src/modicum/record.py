@@ -345,15 +345,18 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def read_log(folder: str | Path, event: str | None = None) -> list[dict[str, Any]]:
     """Return the log's lines, of one kind when ``event`` is given; a line cut off by a crash is left out."""
-    path = Path(folder) / "log.jsonl"
+    lines = read_lines(Path(folder) / "log.jsonl")
+    return [line for line in lines if event is None or line.get("event") == event]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, if there is one; a line cut off by a crash is left out."""
     if not path.exists():
         return []
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
             continue
-        if event is None or line.get("event") == event:
-            lines.append(line)
     return lines

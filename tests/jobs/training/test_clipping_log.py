@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from modicum.jobs.training.gradient import ClippingLog, read_clipping_log
 from modicum.optim import AdaGC
 from modicum.optim.gradient.clipper import Clipped
+from modicum.optim.gradient.clipping_log import ClippingLog, read_clipping_log
 
 # Factors of two tensors, step by step: below 1 is clipped, exactly 1 is not, 0 is erased.
 FACTORS = [(1.0, 0.5), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0), (0.25, 1.0), (1.0, 0.5), (1.0, 1.0)]

@@ -9,14 +9,13 @@ import torch
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.jobs.training.gradient import (
-    ClippingLog,
     bad_batches,
     check_arguments,
     fault_callback,
     gradient_callback,
-    read_clipping_log,
 )
 from modicum.optim import AdaGC
+from modicum.optim.gradient.clipping_log import ClippingLog, read_clipping_log
 from modicum.optim.gradient.faults import tensor_noise_
 from support import tiny_llama
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -12,16 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modicum.errors import CheckpointError, UnsupportedError
+from modicum.optim.gradient.clipping_log import LOG, ClippingLog
 from modicum.random import derive_seed
 from modicum.registry import gradient_rule
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback
-
-    from modicum.optim.gradient.clipper import Clipped, NormClipper
-
-LOG = "clipping.jsonl"
 
 
 def gradient_callback(
@@ -137,64 +132,6 @@ def check_arguments(args: Any, name: str, knobs: Mapping[str, Any]) -> None:
         )
 
 
-class ClippingLog:
-    """Write norms, thresholds and clip rates to a file of JSON lines, reading the device only when it is flushed.
-
-    The first line names the tensors. A line with ``norm`` holds norms, thresholds and factors of one step; a line with
-    ``clip_rate`` the share of steps, since the last such line, in which each tensor was clipped.
-
-    Args:
-        path: The file. Its lines about steps beyond ``after`` are dropped, because these steps are done again.
-        clipper: The clipper to watch.
-        every: Steps between two lines with norms.
-        after: Steps done already.
-    """
-
-    def __init__(self, path: Path, clipper: NormClipper, *, every: int = 10, after: int = 0) -> None:
-        self.path, self.every, self.step = path, every, after
-        self._rows: list[tuple[int, torch.Tensor]] = []
-        self._clipped: torch.Tensor | None = None
-        self._since = after
-        head = json.dumps({"names": clipper.units, "every": every})
-        kept = [line for line in _lines(path) if line.get("step", math.inf) <= after]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([head, *map(json.dumps, kept)]) + "\n", encoding="utf-8")
-        clipper.observer = self.observe
-
-    def observe(self, clipped: Clipped) -> None:
-        """Remember one step, on the device."""
-        import torch
-
-        self.step += 1
-        touched = (clipped.factors < 1).float()
-        self._clipped = touched if self._clipped is None else self._clipped + touched
-        if self.step % self.every == 0 or self.step == 1:
-            missing = torch.full_like(clipped.norms, math.nan)
-            limits = missing if clipped.thresholds is None else clipped.thresholds
-            self._rows.append((self.step, torch.stack([clipped.norms, limits, clipped.factors])))
-
-    def flush(self) -> None:
-        """Write the remembered steps."""
-        if self._clipped is None:
-            return
-        lines: list[dict[str, Any]] = []
-        for step, values in self._rows:
-            norm, threshold, factor = (_numbers(row) for row in values.tolist())
-            lines.append({"step": step, "norm": norm, "threshold": threshold, "factor": factor})
-        rate = (self._clipped / (self.step - self._since)).tolist()
-        lines.append({"step": self.step, "steps": self.step - self._since, "clip_rate": _numbers(rate)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        self._rows, self._clipped, self._since = [], None, self.step
-
-
-def read_clipping_log(folder: str | Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the names of the tensors and the lines of ``clipping.jsonl``; nothing where there is no such file."""
-    lines = _lines(Path(folder) / LOG)
-    names: list[str] = next((line["names"] for line in lines if "names" in line), [])
-    return names, [line for line in lines if "step" in line]
-
-
 def fault_callback(
     kind: Literal["tensor_noise", "loss_burst"],
     *,
@@ -296,17 +233,3 @@ def _saved_state(state: Any, callback: Any) -> str | None:
         )
     saved: str = found["attributes"]["saved"]
     return saved
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue  # cut off by a crash
-    return found
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]

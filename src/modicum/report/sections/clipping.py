@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from modicum.optim.gradient.clipping_log import read_clipping_log
 from modicum.report.charts import Line, Scale, finite, heat_map, line_chart
 from modicum.report.html import figure, table
 from modicum.report.runs import RunView
@@ -41,11 +42,6 @@ def clipping(run: RunView) -> Section | None:
 
 
 def _log(run: RunView) -> tuple[list[str], list[dict[str, Any]]]:
-    # The reader imports torch, for which a report of other runs should not wait.
-    if not (run.folder / "clipping.jsonl").exists():
-        return [], []
-    from modicum.jobs.training.gradient import read_clipping_log
-
     names, lines = read_clipping_log(run.folder)
     return [str(name) for name in names], [line for line in lines if is_number(line.get("step"))]
 
