@@ -1,8 +1,8 @@
-"""Cells of a grid: each is measured once, stored whole, and measured by one process at a time.
+"""Cells of a grid: each is measured once, by one process, and stored whole.
 
-A cell is a mapping that JSON can hold, under a key. Measuring stops and goes on at any cell: what is stored is not
-measured again, and nothing of a cell that was cut off remains. Where several processes or machines share a folder, each
-claims a cell before it measures it, and passes over those that others have claimed::
+A cell is a mapping that JSON can hold, under a key. Measuring stops and goes on at any cell: a stored cell is not
+measured again, and nothing of an interrupted cell remains. Where several processes or machines share a folder, each
+claims a cell before it measures it, and passes over cells that others have claimed::
 
     store = Folder(Path("grid"))
     left = fill(store, {"ties|0.2": measure, …}, claims=Path("grid"))
@@ -37,7 +37,7 @@ class Store(Protocol):
 
 
 def once(store: Store, key: str, measure: Measure, *, claims: Path | None = None) -> Cell | None:
-    """Return the cell of ``key``: the stored one, or the one that is measured and stored now.
+    """Return the stored cell of ``key``, or measure and store it now.
 
     Args:
         store: Finished cells.
@@ -77,7 +77,7 @@ def fill(
 
     Args:
         store: Finished cells.
-        wanted: What measures each cell, by key.
+        wanted: A function that measures the cell, for each key.
         minutes: No cell is begun after so many.
         claims: See :func:`once`.
         tell: Called with the key and cell that was just stored.
@@ -148,7 +148,7 @@ class Document:
 
     Args:
         path: The file; made when the first cell is stored.
-        about: What all cells were measured with. Cells of other sizes are another study: they are not mixed in.
+        about: Sizes and settings of all cells. Cells of other sizes are another study: they are not mixed in.
 
     Raises:
         CheckpointError: The file holds cells that were measured with something else.

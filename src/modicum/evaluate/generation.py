@@ -35,14 +35,14 @@ def generate(
     Args:
         model: A causal language model with a key-value cache.
         prompts: Token ids, at least one each.
-        max_new_tokens: Limit on what is added to each prompt.
+        max_new_tokens: Limit on the tokens of an answer.
         stop: Tokens that end an answer; they are left out of it.
         pad: Token to fill shorter prompts with; it is masked.
         batch_size: Prompts at a time.
         progress: Called with the number of prompts just finished.
 
     Returns:
-        What was added to each prompt, in the order of the prompts.
+        The tokens of each answer, in the order of the prompts.
 
     Raises:
         UnsupportedError: A prompt leaves no room for an answer within the model's positions.
@@ -72,7 +72,7 @@ def generate(
 def _continue(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stops: Tensor, pad: int
 ) -> Tensor:
-    """Return up to ``max_new_tokens`` tokens for each prompt of one batch; what follows a stop has no meaning."""
+    """Return up to ``max_new_tokens`` tokens for each prompt of one batch; tokens after a stop have no meaning."""
     shared = _shared_prefix(prompts)
     length = max(map(len, prompts))
     padded = [[pad] * (length - len(prompt)) + list(prompt[shared:]) for prompt in prompts]
@@ -122,7 +122,7 @@ def _read(model: PreTrainedModel, prefix: Sequence[int], copies: int, options: d
 
 
 def _arguments(model: PreTrainedModel) -> Iterable[str]:
-    # An adapter's forward takes anything and passes it on; what counts is the model underneath.
+    # The forward of a PEFT adapter takes any argument and passes it on: the base model's signature counts.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return signature(base.forward).parameters
 

@@ -41,7 +41,7 @@ class Item:
     Args:
         task: Suite that it belongs to.
         prompt: Context and question.
-        answers: What is to be found.
+        answers: The facts to be found.
         expected: An answer as a model should give it, for fine-tuning.
         depth: Where the (first) fact stands in the context, from 0 to 1.
         length: Budget of tokens that the prompt keeps.

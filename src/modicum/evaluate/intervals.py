@@ -1,6 +1,6 @@
 """Estimates with confidence intervals: proportions, means, ratios, and paired differences between two models.
 
-Use the paired forms to compare models on the same items: what the items have in common cancels, so the interval of
+Use the paired forms to compare models on the same items: the difficulty of an item cancels, so the interval of
 the difference is far narrower than two separate intervals suggest.
 """
 

@@ -10,7 +10,7 @@ from modicum.evaluate.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Result: TypeAlias = dict[str, Any]  # what was measured on one row
+Result: TypeAlias = dict[str, Any]  # the measurements of one row, which JSON can hold
 
 
 class Likelihood(NamedTuple):

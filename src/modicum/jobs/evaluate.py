@@ -86,7 +86,7 @@ class EvaluateRecipe(Recipe):
 
 
 def plan(recipe: EvaluateRecipe) -> list[str]:
-    """Say what would be evaluated; reads the data, but no model."""
+    """Describe the evaluation; reads the data, but no model."""
     lines = []
     for name, task in recipe.tasks.items():
         count = len(task.rows(recipe.seed))
@@ -130,7 +130,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
 
         def cell(model: str, name: str) -> Cell:
             if [subject.name for subject in loaded] != [model]:
-                loaded.clear()  # frees the one before
+                loaded.clear()  # frees the memory of the model before
                 loaded.append(_load(recipe, model, step))
             task, began = recipe.tasks[name], time.monotonic()
             items = _measure(loaded[0], task, rows[name], recipe.seed)
@@ -195,7 +195,7 @@ def _device(name: str) -> str:
 
 
 def _described(recipe: EvaluateRecipe, cell: Mapping[str, Any]) -> Cell:
-    """Return a cell or difference with what a reader must know: which values are better, and in which unit."""
+    """Return a cell or difference with the direction and unit of its metric, by which readers rank and write it."""
     facts = recipe.tasks[cell["task"]].measure.facts
     return {**cell, "better": facts.better, "unit": facts.unit}
 

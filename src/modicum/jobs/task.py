@@ -56,7 +56,7 @@ class Task(Section):
 
     @property
     def metric(self) -> str:
-        """Name of what is measured."""
+        """Name of the measured quantity."""
         return str(self.knobs.get("metric") or self.measure.facts.metric or self.kind)
 
     @property
@@ -65,12 +65,12 @@ class Task(Section):
         return dict(self.model_extra or {})
 
     def ask(self, function: Callable[..., Any] | None, *data: Any, **supplied: Any) -> Any:
-        """Call one of the measure's functions with what its signature asks for by keyword.
+        """Call one of the measure's functions with the keywords that its signature names.
 
         Args:
             function: The measure itself, or a function among its facts; ``None`` gives ``None``.
             data: Positional arguments.
-            supplied: What the caller knows: ``seed``, ``level``.
+            supplied: Keywords that only the caller knows: ``seed``, ``level``.
         """
         if function is None:
             return None
@@ -83,7 +83,7 @@ class Task(Section):
         yield from (str(self.knobs[name]) for name in self.measure.facts.reads if self.knobs[name] is not None)
 
     def rows(self, seed: int) -> Rows:
-        """Read the data, and make of it what the measure asks.
+        """Read the data, and prepare it as the measure needs.
 
         Args:
             seed: The recipe's.

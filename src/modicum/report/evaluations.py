@@ -46,7 +46,7 @@ class Board:
         return list(dict.fromkeys(task for _, task in self.cells))
 
     def value(self, model: str, task: str) -> float | None:
-        """Return one value, or nothing while it is not there."""
+        """Return the value of a model on a task; nothing while it is not measured."""
         cell = self.cells.get((model, task))
         return cell.value if cell else None
 

@@ -1,4 +1,4 @@
-"""Which values of a metric are the better ones, and in which unit they are: what the record says of it."""
+"""Direction and unit of a metric, as the record states them."""
 
 from __future__ import annotations
 

@@ -39,13 +39,13 @@ class RunView:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """What the job measured."""
+        """The job's measurements."""
         found = self.record.get("metrics")
         return found if isinstance(found, Mapping) else {}
 
     @property
     def notes(self) -> list[str]:
-        """What the job found worth telling: fallbacks, defaults that matter."""
+        """Notes of the job: fallbacks, defaults that matter."""
         notes = self.record.get("notes")
         return [str(note) for note in notes] if isinstance(notes, list) else []
 

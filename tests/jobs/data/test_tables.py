@@ -54,7 +54,7 @@ def test_a_kind_of_rows_tells_its_fields_and_its_tokens(preference, tmp_path):
     assert load_rows(renamed).rows[0]["rejected"] == "b"
     # What a section says of fields is unchanged by new kinds: the hashes of older runs stay.
     assert set(DataSection(path="x").model_dump()["fields"]) == {"text", "messages", "prompt", "completion"}
-    with pytest.raises(RecipeError, match="'prompt' and 'chosen' and 'rejected', 'messages', 'prompt' and"):
+    with pytest.raises(RecipeError, match="expected 'prompt' and 'chosen' and 'rejected', 'messages', "):
         load_rows(DataSection(path=write(tmp_path / "c.jsonl", {"x": "y"})))
 
 

@@ -1,1 +1,1 @@
-"""What is measured on a model: one file for each measure."""
+"""Measures of models, one file each; see :class:`modicum.facts.MeasureFacts`."""

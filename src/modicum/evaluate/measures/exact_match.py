@@ -27,7 +27,7 @@ _EDGES = " \t\n\"'`*.,:;!"
 
 
 def normalize(text: str, *, normalization: Normalization = "edges") -> str:
-    """Return ``text`` without what does not count when answers are compared.
+    """Return ``text`` without the differences that do not count when answers are compared.
 
     Args:
         text: An answer.
@@ -210,7 +210,7 @@ def exact_match_measure(
         One generation a row.
 
     Deviates:
-        What does not count when texts are compared is our choice where the data follows no published suite.
+        ``edges``, the normalisation of data that follows no published suite, is our choice.
 
     Reference:
         P. Rajpurkar et al., "SQuAD", arXiv:1606.05250; E. B. Wilson, JASA 1927, for the interval.

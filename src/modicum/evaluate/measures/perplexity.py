@@ -124,7 +124,7 @@ def perplexity_measure(
     Reference:
         F. Jelinek et al., "Perplexity: a measure of the difficulty of speech recognition tasks", 1977.
     """
-    # Cutting within a character would make bytes that are no text, so what is left of one is dropped.
+    # A cut within a character leaves bytes that are no text: the incomplete character is dropped.
     texts = [row["text"].encode()[:max_bytes].decode(errors="ignore") for row in rows.rows]
     found = subject.likelihoods(
         [{"text": text} for text in texts], size=max_length, stride=stride or max_length - 1, batch_size=batch_size

@@ -1,4 +1,4 @@
-"""Retrieval: does the model find what stands in its context, wherever it stands?
+"""Retrieval: does the model find a fact in its context, wherever the fact stands?
 
 The suites are those of :mod:`modicum.evaluate.hidden_facts`, made in the user's own text, or the public files of
 lost-in-the-middle and RULER where the user has them. Items are the same for every model.
@@ -47,7 +47,7 @@ def _questions(
     tokens_of: Callable[[str], Callable[[str], int]],
     read_lines: Callable[[str], Iterator[Mapping[str, Any]]],
 ) -> Rows:
-    """Return prompts with their answers, depth and length, and what scores an answer."""
+    """Return prompts with their answers, depth and length, and a scorer of answers."""
     if file is not None:
         items = list(FROM_FILES[suite](read_lines(file)))
     else:
@@ -150,7 +150,7 @@ class Grid:
 
 @runtime_checkable
 class Placed(Protocol):
-    """What has a place in a grid."""
+    """Anything with a place in a grid."""
 
     @property
     def task(self) -> str: ...

@@ -46,7 +46,7 @@ class PaddingCollator:
 
 
 def collate(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-    """Return the collator for what :func:`modicum.jobs.data.tokens.tokenize` gives.
+    """Return the collator for data of :func:`modicum.jobs.data.tokens.tokenize`.
 
     Raises:
         CheckpointError: The tokenizer has neither a padding nor an end-of-text token.

@@ -23,7 +23,7 @@ def load_rows(section: DataSection, *, seed: int = 0) -> Rows:
     """Read or generate the rows of ``section``.
 
     Args:
-        section: What to read.
+        section: Where rows come from.
         seed: Used when the section has no seed of its own.
 
     Raises:
@@ -52,7 +52,7 @@ def load_rows(section: DataSection, *, seed: int = 0) -> Rows:
 
 
 def _config(section: DataSection) -> dict[str, Any]:
-    """Return the knobs of the source, checked; one with an open config reads the section's itself."""
+    """Return the knobs of the source, checked; a source with an open config reads ``section.config`` itself."""
     entry, _ = section.source
     if entry.facts.open_config:
         return {}

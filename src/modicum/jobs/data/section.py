@@ -37,7 +37,7 @@ class Fields(Section):
         return self
 
     def of(self, field: str) -> str:
-        """Return what the user's files call ``field``."""
+        """Return the name of ``field`` in the user's files."""
         return str(getattr(self, field, field))
 
 
@@ -78,7 +78,7 @@ class DataSection(Section):
 
     @property
     def source(self) -> tuple[Entry[SourceFacts], str]:
-        """The source that ``path`` names, and what it is to give.
+        """The source that ``path`` names, and the rest of the path, which is for the source.
 
         Raises:
             RecipeError: The path begins with the key of a source that does not exist.

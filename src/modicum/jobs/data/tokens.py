@@ -1,6 +1,6 @@
 """From rows to token ids and labels: chat templates, label masks, packing, padding.
 
-A label is set where the model should learn: on everything for text, and on what the assistant says for chats and
+A label is set where the model should learn: on everything for text, and on the assistant's words for chats and
 completions. The mask is not guessed: the prompt is tokenised as it will be when generating, and must be a prefix of
 the whole.
 """
@@ -40,7 +40,7 @@ def tokenize(
     is how transformers keeps samples of one row from seeing each other.
 
     Args:
-        rows: What :func:`modicum.jobs.data.rows.load_rows` gave.
+        rows: Rows of :func:`modicum.jobs.data.rows.load_rows`.
         tokenizer: The model's own; its chat template is used where it has one.
         section: ``max_length``, ``packing`` and ``completion_only`` are read.
         note: Told when rows were cut or dropped.
@@ -54,7 +54,7 @@ def tokenize(
 def tokenize_answers(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, section: DataSection, note: Callable[[str], None] | None
 ) -> datasets.Dataset:
-    """Learn from what the assistant says; see :func:`encode`."""
+    """Learn from the assistant's words; see :func:`encode`."""
     examples = [
         encode(row, tokenizer, completion_only=section.completion_only, where=f"{section.path}, row {index}")
         for index, row in enumerate(rows.rows)
@@ -112,7 +112,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
     Args:
         row: With ``messages``, or with ``prompt`` and ``completion``.
         tokenizer: The model's own.
-        completion_only: Learn from what the assistant says only.
+        completion_only: Learn from the assistant's words only.
         where: How errors call the row.
 
     Raises:
@@ -175,7 +175,7 @@ def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _cut(examples: list[Example], max_length: int, note: Callable[[str], None] | None) -> list[Example]:
-    """Shorten what is too long, and drop what then holds no label."""
+    """Cut examples to ``max_length``, and drop examples that then have no label."""
     long = sum(len(ids) > max_length for ids, _ in examples)
     short = [(ids[:max_length], labels[:max_length]) for ids, labels in examples]
     # The first token is never predicted, so its label alone teaches nothing.

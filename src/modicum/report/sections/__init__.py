@@ -32,7 +32,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, and what of it belongs into the summary.
+    """A part of the page, with its share of the summary.
 
     Args:
         title: The heading.

@@ -192,9 +192,9 @@ def _stats(board: Board) -> tuple[Stat, ...]:
         return ()
     pick = min if board.better == "lower" else max
     best = pick(overall, key=lambda model: overall[model])
-    what = plain(board.metric)
+    metric = plain(board.metric)
     label = "Best on average" if len(board.tasks) > 1 else f"Best on {board.tasks[0]}"
-    stats = [Stat(label, measure(overall[best], board.unit), f"{best}, {what}")]
+    stats = [Stat(label, measure(overall[best], board.unit), f"{best}, {metric}")]
     if len(board.tasks) > 1:
         safest = pick(board.worst_tasks, key=lambda model: board.worst_tasks[model])
         stats.append(Stat("Best worst task", measure(board.worst_tasks[safest], board.unit), safest))

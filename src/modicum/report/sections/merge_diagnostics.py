@@ -86,7 +86,7 @@ def merge_diagnostics(run: RunView) -> Section | None:
         return None
     parts: list[Markup] = []
     findings: list[Markup] = []
-    seen: set[str] = set()  # what merges of the same experts have in common is drawn once
+    seen: set[str] = set()  # merges of the same experts share their diagnostics, which are drawn once
     for name, diagnostics in found:
         names = [str(tensor) for tensor in diagnostics["names"]]
         if len(found) > 1:

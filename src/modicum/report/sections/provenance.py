@@ -16,7 +16,7 @@ from modicum.report.text import number
 
 @section(order=90)
 def provenance(run: RunView) -> Section | None:
-    """Show where everything came from; what runs have in common is shown once."""
+    """Show where everything came from; a fact that all runs share is shown once."""
     tops = run.stages if run.job == GROUP else (run,)
     environments: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for part in run.walk():

@@ -1,4 +1,4 @@
-"""Kinds of rows, one file each: what a row holds, and what is learned from it.
+"""Kinds of rows, one file each: the fields of a row, and the tokens that are learned from it.
 
 A kind is a function ``(section, row, index) -> row`` that reads a row of a source, under the source's field names, and
 returns it under ours, checked. Its facts say which fields tell the kind, and how its rows become token ids and labels.

@@ -1,4 +1,4 @@
-"""Prompts and what follows them."""
+"""Prompts and their completions."""
 
 from __future__ import annotations
 

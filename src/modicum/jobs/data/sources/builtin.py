@@ -12,7 +12,7 @@ from modicum.evaluate.rows import Row
 from modicum.jobs.data.section import DataSection
 from modicum.registry import source
 
-TEST_SHARE = 10  # one document in so many is held out
+TEST_SHARE = 10  # the test split holds one document in ten
 
 
 @source("builtin")

@@ -23,7 +23,7 @@ def _itself(section: DataSection, name: str) -> Iterator[str]:  # noqa: ARG001
 
 @source("file", inputs=_itself)
 def local(section: DataSection, name: str) -> list[Row]:
-    """Read a file, a folder of files, or what ``datasets`` wrote with ``save_to_disk``.
+    """Read a file, a folder of files, or a folder that ``datasets`` wrote with ``save_to_disk``.
 
     Tables are ``.jsonl``, ``.json`` and ``.parquet``; ``.txt``, ``.md`` and ``.py`` hold one document each.
 
@@ -131,7 +131,7 @@ def _saved(section: DataSection, path: Path) -> list[Row]:
 
 
 def rows_of(data: Any, section: DataSection) -> list[Row]:
-    """Return the rows of what ``datasets`` loaded, of one split and no more than needed."""
+    """Return the rows of one split of a loaded data set, no more than the section takes."""
     import datasets
 
     if isinstance(data, datasets.DatasetDict):

@@ -35,7 +35,7 @@ class Example:
     """One question.
 
     Args:
-        prompt: What the model reads.
+        prompt: The text before the answer.
         candidates: Continuations to choose from; empty when the answer is generated.
         answer: Position of the right candidate (the first of several right ones).
         references: Right answers of a generated task, or of one with several right candidates.
@@ -49,7 +49,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's rows are, and what is made of them.
+    """A task: where its rows are, and how they become examples.
 
     Args:
         path: Hub id, or empty for a task that is made from a seed.
@@ -202,7 +202,7 @@ def _saved(section: DataSection, _name: str) -> Iterator[str]:
 def task_rows(
     section: DataSection, name: str, *, shots: int | None = None, path: str | None = None, seed: int = 0
 ) -> Rows:
-    """Return a task of the large-model suite, with what scores an answer.
+    """Return a task of the large-model suite, with a scorer of answers.
 
     Args:
         section: ``split``, ``size`` and ``template`` are read.
