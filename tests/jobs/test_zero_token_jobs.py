@@ -9,7 +9,7 @@ from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.jobs import execute, plan
 from modicum.jobs.loading.models import load_model
 from modicum.jobs.training.extra_modules import additions
-from modicum.models import convert_to_zero_token
+from modicum.models import ZeroTokenForCausalLM, convert_to_zero_token
 from modicum.recipe import parse, read
 from modicum.record import read_log, read_record
 from support import tiny_llama
@@ -117,6 +117,18 @@ def test_weight_decay_leaves_the_zero_tokens_alone(wrapped, tmp_path):
     undecayed = {names[id(p)].rpartition(".")[2] for g in groups if not g["weight_decay"] for p in g["params"]}
     assert {"zero_key", "cycle_gate", "cycle_embedding"} <= undecayed
     assert any("q_proj" in names[id(p)] for g in groups if g["weight_decay"] for p in g["params"])
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 2}])
+def test_a_model_that_grows_learns_the_step_from_the_trainer(tiny_model, text, tmp_path, adapter, monkeypatch):
+    told = []
+    tell = ZeroTokenForCausalLM.set_training_step
+    monkeypatch.setattr(
+        ZeroTokenForCausalLM, "set_training_step", lambda self, *step: told.append(step) or tell(self, *step)
+    )
+    model = {"path": str(tiny_model), "convert": LOOP | {"train_cycles": "grow"}}
+    train(tmp_path / "r", model, text, adapter=adapter)
+    assert told == [(0, 2), (1, 2)]
 
 
 def test_exits_are_chosen_on_text_and_the_model_leaves_by_them(adapted, text, tmp_path):
