@@ -79,6 +79,11 @@ def saved_adalora(ranks):
     return tensors | {"head.weight": torch.ones(2)}, config
 
 
+def test_an_adalora_that_lost_every_rank_keeps_one_of_no_effect():
+    made, plain = adapter_init["adalora"].facts.plain(*saved_adalora({"m.none": 0}))
+    assert plain["r"] == 1 and not (made["m.none.lora_B.weight"] @ made["m.none.lora_A.weight"]).any()
+
+
 def test_a_saved_adalora_becomes_plain_lora_with_the_same_changes():
     ranks = {"m.one": 5, "m.two": 2, "m.none": 0}
     tensors, config = saved_adalora(ranks)
