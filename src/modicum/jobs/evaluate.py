@@ -20,7 +20,7 @@ from annotated_types import Gt, Lt
 from pydantic import Field, field_validator, model_validator
 
 from modicum.cells import Cell, fill
-from modicum.errors import RecipeError, did_you_mean
+from modicum.errors import RecipeError, did_you_mean, first_line
 from modicum.evaluate.rows import Rows
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
 from modicum.jobs.loading.references import resolve_model
@@ -190,7 +190,7 @@ def _device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RecipeError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"device {name!r} cannot be used here: {first_line(error)}") from None
     return name
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modicum.errors import CheckpointError, UnsupportedError
+from modicum.errors import CheckpointError, UnsupportedError, first_line
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, role
 from modicum.record import fingerprint
 from modicum.references import beside, find_model
@@ -134,8 +134,7 @@ class Checkpoint(Mapping[str, Tensor]):
             try:
                 self._loaded.update(torch.load(file, weights_only=True, map_location="cpu", mmap=True))
             except Exception as error:  # torch raises several kinds for a file that is not a plain state dict
-                reason = str(error).partition("\n")[0]
-                raise CheckpointError(f"{self.name}: {file.name} cannot be read safely: {reason}") from None
+                raise CheckpointError(f"{self.name}: {file.name} cannot be read safely: {first_line(error)}") from None
 
     def _open_adapter(self, folder: Path, resolve: Resolver, base: str | Path | None, allow_pickle: bool) -> None:
         self.adapter = adapter = Adapter(folder, owner=self.name)

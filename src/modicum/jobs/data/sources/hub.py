@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modicum.errors import CheckpointError
+from modicum.errors import CheckpointError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.data.sources.local import SUFFIXES, rows_of
@@ -36,6 +36,5 @@ def hub(section: DataSection, name: str) -> list[Row]:
     try:
         data = datasets.load_dataset(name, split=section.split, **section.config)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"There is no file {name}, and the Hub gave no such data: {first}") from None
+        raise CheckpointError(f"There is no file {name}, and the Hub gave no such data: {first_line(error)}") from None
     return rows_of(data, section)

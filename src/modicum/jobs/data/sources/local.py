@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from modicum.errors import CheckpointError
+from modicum.errors import CheckpointError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.section import DataSection
 from modicum.registry import source
@@ -116,7 +116,7 @@ def _read_parquet(file: Path) -> list[Row]:
     try:
         rows: list[Row] = pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowException as error:
-        raise CheckpointError(f"{file} is not a sound Parquet file: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{file} is not a sound Parquet file: {first_line(error)}") from None
     return rows
 
 
