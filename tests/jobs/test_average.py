@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from modicum.errors import CheckpointError, ModicumError, RecipeError
+from modicum.jobs import average as average_job
 from modicum.jobs import execute, plan
 from modicum.recipe import parse
 from modicum.record import read_record
@@ -122,7 +123,7 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("toys")
-def test_a_learning_averager_runs_from_a_recipe(spoilt: Path, tmp_path: Path) -> None:
+def test_a_learning_averager_runs_from_a_recipe(spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = {"path": str(spoilt / "text.jsonl")}
     data = {"job": "average", "checkpoints": [f"{spoilt}/checkpoint-*"], "method": "toy_descent", "data": section,
             "held_out": section, "batch_size": 2}  # fmt: skip
@@ -137,6 +138,17 @@ def test_a_learning_averager_runs_from_a_recipe(spoilt: Path, tmp_path: Path) ->
     for name, tensor in load_file(tmp_path / "run/model/model.safetensors").items():
         torch.testing.assert_close(tensor, sum(c * t[name] for c, t in zip(found, tensors)), rtol=1e-4, atol=1e-5)
     assert (tmp_path / "run/model/tokenizer.json").exists()
+    # Killed after the search: what was learnt is not searched again, and other processes take it as it is.
+    before = (tmp_path / "run/model/model.safetensors").read_bytes()
+    record = (tmp_path / "run/record.json").read_text()
+    (tmp_path / "run/record.json").write_text(record.replace('"status": "done"', '"status": "running"'))
+
+    def searched(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(average_job, "make_landscape", searched)
+    execute(parse(data), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
 
 
 @pytest.mark.usefixtures("toys")

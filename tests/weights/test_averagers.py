@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError
 from modicum.registry import averager
 from modicum.weights import Checkpoint, average
 from modicum.weights.average import choose, plan_average
@@ -245,6 +246,15 @@ def test_a_choice_that_loses_on_held_out_data_gives_way_to_the_latest(tmp_path: 
     assert free.coefficients != kept.coefficients
     better = Landscape(quadratic, known, [known[1]], [known[free.coefficients.index(1.0)]])
     assert choose(known, method="toy_worst", landscape=better).coefficients == free.coefficients
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("answer", [[1.0], [0.7, 0.7], [float("nan"), 1.0]])
+def test_an_answer_that_is_no_mean_is_refused(monkeypatch: pytest.MonkeyPatch, answer: list[float]) -> None:
+    astray = dataclasses.replace(averager["toy_worst"], function=lambda landscape, checkpoints: answer)
+    monkeypatch.setitem(averager._entries, "toy_worst", astray)
+    with pytest.raises(CheckpointError, match="toy_worst answered with the coefficients"):
+        choose(models(2), method="toy_worst", landscape=Landscape(quadratic, models(2), models(1)))
 
 
 @pytest.mark.usefixtures("toys")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from modicum import lock
 from modicum.errors import CheckpointError
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.loading.folders import note_code
 from modicum.recipe import Recipe, choice
-from modicum.record import Run
+from modicum.record import Run, write_atomic
 from modicum.registry import averager, job
 from modicum.types import PositiveInt
 
 if TYPE_CHECKING:
+    from modicum.weights.average import Choice
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.search import Landscape
 
@@ -114,20 +118,12 @@ def average(recipe: AverageRecipe, run: Run) -> None:
         recipe: The checkpoints and the averager.
         run: Gets ``model/``, and each checkpoint's coefficient in its metrics.
     """
-    from modicum.weights.average import choose, plan_average
+    from modicum.weights.average import plan_average
     from modicum.weights.merge import run_plan
 
     checkpoints = open_checkpoints(recipe)
     note_code(checkpoints, run)
-    landscape = None if recipe.data is None else make_landscape(recipe, checkpoints, run.note)
-    chosen = choose(
-        checkpoints,
-        method=recipe.method.name,
-        landscape=landscape,
-        fallback=recipe.fallback,
-        seed=recipe.seed,
-        **recipe.method.knobs,
-    )
+    chosen = decide(recipe, checkpoints, run)
     if chosen.note:
         run.note(chosen.note)
     plan = plan_average(
@@ -141,6 +137,32 @@ def average(recipe: AverageRecipe, run: Run) -> None:
     if chosen.scores:
         run.record["metrics"]["loss"] = chosen.scores
     run.output("model", out)
+
+
+def decide(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], run: Run) -> Choice:
+    """Return the coefficients; what was learnt is kept in the run's folder.
+
+    The other processes of a launch take what the first one learnt: sums that differ in their last bits would make them
+    write other models. And a run that was killed afterwards need not search again.
+    """
+    from modicum.weights.average import Choice, choose
+
+    wanted: dict[str, Any] = {"method": recipe.method.name, "seed": recipe.seed, **recipe.method.knobs}
+    if recipe.data is None:
+        return choose(checkpoints, **wanted)
+    path = run.folder / "choice.json"
+
+    def known() -> Choice | None:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return Choice(**found["choice"]) if found.get("hash") == run.hash else None
+
+    if not run.main:
+        lock.wait(lambda: known() is not None, run.folder / lock.NAME, path)
+    if (choice := known()) is None:
+        landscape = make_landscape(recipe, checkpoints, run.note)
+        choice = choose(checkpoints, landscape=landscape, fallback=recipe.fallback, **wanted)
+        write_atomic(path, json.dumps({"hash": run.hash, "choice": asdict(choice)}, indent=2) + "\n")
+    return choice
 
 
 def make_landscape(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], note: Callable[[str], None]) -> Landscape:

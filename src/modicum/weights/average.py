@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError
 from modicum.random import generator
 from modicum.registry import averager
 from modicum.weights.checkpoint import Checkpoint
@@ -103,21 +104,27 @@ def choose(
 
     Raises:
         RecipeError: There is no checkpoint, a knob is wrong, or a loss is missing or not used.
+        CheckpointError: The averager's answer is no mean.
     """
     check_request(len(checkpoints), method, learning=landscape is not None)
     entry = averager[method]
     checked: dict[str, Any] = entry.knobs(knobs)
     if "rng" in inspect.signature(entry.function).parameters:
         checked["rng"] = generator(seed, method)
-    if landscape is None:
-        return Choice(list(entry.function(checkpoints, **checked)))
-    found = [float(value) for value in entry.function(landscape, checkpoints, **checked)]
-    if not fallback:
+    told = () if landscape is None else (landscape,)
+    found = [float(value) for value in entry.function(*told, checkpoints, **checked)]
+    if len(found) != len(checkpoints) or not math.isclose(sum(found), 1, abs_tol=1e-6):
+        raise CheckpointError(
+            f"{method} answered with the coefficients {found} for {len(checkpoints)} checkpoints, which should be one "
+            "for each and sum to 1. Its search went astray: lower its rate, or choose another averager."
+        )
+    if landscape is None or not fallback:
         return Choice(found)
     count = sum(value != 0 for value in found)
     latest = [0.0] * (len(found) - count) + [1 / count] * count
     scores = {method: landscape.score(found), f"mean of the last {count}": landscape.score(latest)}
-    if scores[method] <= scores[f"mean of the last {count}"]:
+    latest_score = scores[f"mean of the last {count}"]
+    if scores[method] <= latest_score or math.isnan(latest_score):
         return Choice(found, scores)
     judged = "held-out data" if landscape.held_out is not None else "the data it learnt from"
     note = f"{method} lost on {judged} to the plain mean of the last {count} checkpoints, which is taken instead"

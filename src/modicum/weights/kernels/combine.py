@@ -41,10 +41,10 @@ def combiner(weights: Tensor, *, elect: Elect, normalize: bool, scale: float = 1
 class _Election:
     """Merges deltas entry by entry over those that have the elected sign.
 
-    A sum of zero elects +1, and an entry that is zero agrees with nobody. What has the sign of a sum S adds up to
-    (Σ|x| + |S|) / 2 in magnitude, which needs no comparison and cancels nothing; the weights that took part come from
-    the signs in the same way, or where all are 1 are counted. Intermediate results have buffers of their own, as fresh
-    memory costs more than the sums.
+    A sum of zero elects +1, and an entry that is zero agrees with nobody. The entries that share the sign of S have
+    total magnitude (Σ|x| + |S|) / 2: no comparison, no cancellation. The weights that took part come from the signs in
+    the same way, or are counted where all are 1. Intermediate results have buffers of their own, as fresh memory costs
+    more than the sums.
     """
 
     def __init__(self, weights: Tensor, *, normalize: bool, scale: float) -> None:

@@ -60,23 +60,23 @@ def merge_dropped(
     drop: Drop,
     combine: Kernel,
     *,
-    larger: Sequence[float] | None,
+    rescale: Sequence[float] | None,
     row: int = 1,
 ) -> Tensor:
-    """Return the base plus what ``combine`` makes of the deltas, of which entries are dropped and the rest made larger.
+    """Return the base plus what ``combine`` makes of the deltas, of which entries are dropped and the rest rescaled.
 
     Args:
         base: The tensor that the deltas are taken from.
         experts: Tensors of its shape.
         drop: Called for every block of every expert's delta, in order.
         combine: From deltas ``(n, block)`` to the merged delta.
-        larger: A factor for each expert. ``None`` makes the sum of its magnitudes what it was; that takes two passes,
-            between which a bit is kept for each entry.
+        rescale: A factor for each expert. ``None`` restores each expert's L1 norm, in a second pass; a bit is kept for
+            each entry in between.
         row: A block holds whole rows of so many entries.
     """
-    if larger is None:
-        drop, larger = _keep_l1(base, experts, drop, row)
-    ratios = as_vector(larger, base)
+    if rescale is None:
+        drop, rescale = _keep_l1(base, experts, drop, row)
+    ratios = as_vector(rescale, base)
 
     def kernel(deltas: Tensor) -> Tensor:
         for t, delta in enumerate(deltas):

@@ -77,6 +77,6 @@ def dare(
     def drop(t: int, delta: Tensor) -> Mask | None:
         return draw_mask(len(delta), levels[t], sources[t]) if levels[t] < LEVELS else None
 
-    larger = {"expectation": [LEVELS / level for level in levels], "none": [1.0] * n, "l1": None}[rescale]
+    factors = {"expectation": [LEVELS / level for level in levels], "none": [1.0] * n, "l1": None}[rescale]
     combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
-    return merge_dropped(base, experts, drop, combine, larger=larger)
+    return merge_dropped(base, experts, drop, combine, rescale=factors)

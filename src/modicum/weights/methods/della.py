@@ -103,7 +103,7 @@ def della(
         return choose(delta.view(-1, row), shares[t], widths[t], sources[t]).reshape(-1)
 
     combine = combiner(as_vector(per_expert(weights, n), base), elect=elect, normalize=normalize, scale=scale)
-    return merge_dropped(base, experts, drop, combine, larger=None if rescale == "l1" else [1.0] * n, row=row)
+    return merge_dropped(base, experts, drop, combine, rescale=None if rescale == "l1" else [1.0] * n, row=row)
 
 
 def keep_by_rank(delta: Tensor, density: float, epsilon: float, rng: np.random.Generator) -> Mask:
