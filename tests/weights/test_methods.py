@@ -122,6 +122,12 @@ def test_an_election_in_which_only_weight_zero_agrees_changes_nothing() -> None:
     torch.testing.assert_close(merged, torch.tensor([0.0, 3.5 / 1.5, -1.0]))
 
 
+@pytest.mark.parametrize("n", [255, 256, 257])
+def test_as_many_experts_as_a_byte_counts_agree(n: int) -> None:
+    merged = ties(torch.zeros(2), [torch.tensor([1.0, -3.0])] * n, density=1.0)
+    torch.testing.assert_close(merged, torch.tensor([1.0, -3.0]))
+
+
 def test_weights_that_sum_to_zero_are_refused_and_to_one_are_not() -> None:
     base, experts = torch.zeros(2), [torch.ones(2), torch.tensor([2.0, 0.0])]
     with pytest.raises(RecipeError, match="sum to 0 and cannot be normalized"):

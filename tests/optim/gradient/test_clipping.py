@@ -1,5 +1,6 @@
 """Baselines of AdaGC: each against its oracle, and all of them through the same loop."""
 
+import inspect
 import math
 from copy import deepcopy
 
@@ -296,3 +297,23 @@ def test_states_of_strangers_are_refused():
         clipper.load_state_dict({"largest.a": torch.tensor(1.0)})
     with pytest.raises(CheckpointError, match="keeps none"):
         make_clipper("global_norm", [torch.zeros(1)]).load_state_dict({"step": torch.tensor(1)})
+
+
+@pytest.mark.parametrize("name", ["global_norm", "autoclip", "zclip", "skip_step", "aggc"])
+def test_defaults_are_those_of_the_oracle(name):
+    slow = inspect.signature(getattr(oracle, name)).parameters
+    fields = gradient_rule[name].schema.model_fields
+    assert {n: p.default for n, p in slow.items() if p.default is not p.empty} == {
+        n: fields[n].default for n in slow if n in fields and not fields[n].is_required()
+    }
+
+
+def test_what_is_not_finite_does_not_count_for_the_others():
+    factors, _ = clipping.global_norm(t64([3.0, 4.0, math.inf, math.nan]), None)
+    np.testing.assert_allclose(factors.numpy(), [0.2, 0.2, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("percentile", [-0.1, 100.1])
+def test_percentiles_end_at_0_and_100(percentile):
+    with pytest.raises(RecipeError, match="percentile"):
+        make_clipper("autoclip", [torch.zeros(1)], percentile=percentile)
