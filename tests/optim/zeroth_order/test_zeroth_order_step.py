@@ -307,17 +307,25 @@ def test_patterns_choose_what_is_trained_and_how():
         TeZO([("b", model.up.bias)], lr=1e-3)
 
 
-def test_groups_have_their_own_learning_rates():
-    a, b = (nn.Parameter(torch.ones(3, 3, dtype=torch.float64)) for _ in range(2))
-    groups = [{"params": [a], "lr": 0.0}, {"params": [b]}]
-    optimizer = TeZO(groups, lr=1e-2, rank=2)
+@every_method
+@pytest.mark.parametrize("vectors", [False, True])
+def test_groups_have_their_own_learning_rates(name, vectors):
+    method, more = METHODS[name]
+    shape = (3,) if vectors else (3, 3)
+    a, b, matrix = (nn.Parameter(torch.ones(size, dtype=torch.float64)) for size in (shape, shape, (3, 3)))
+    groups = [{"params": [a], "lr": 0.0}, {"params": [b, matrix]}]
+    optimizer = method(groups, **{"lr": 1e-2, **more})
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
-    optimizer.step(lambda: (a.detach() + b.detach()).square().sum())
-    torch.testing.assert_close(a.detach(), torch.ones(3, 3, dtype=torch.float64), rtol=0, atol=1e-14)
+
+    def loss():
+        return (a.detach() + b.detach()).square().sum() + a.detach().sum()
+
+    optimizer.step(loss)
+    torch.testing.assert_close(a.detach(), torch.ones(shape, dtype=torch.float64), rtol=0, atol=1e-14)
     assert (b - 1).abs().max() > 1e-4
     schedule.step()
     kept = b.detach().clone()
-    optimizer.step(lambda: (a.detach() + b.detach()).square().sum())
+    optimizer.step(loss)
     torch.testing.assert_close(b.detach(), kept, rtol=0, atol=1e-14)
 
 
