@@ -72,6 +72,14 @@ def test_thresholds_out_of_reach_never_exit_and_negative_ones_always(scope, scor
         torch.testing.assert_close(always.logits, run(model, tokens(), n_cycles=2).logits)
 
 
+@pytest.mark.parametrize("min_cycles", [1, 2])
+def test_decisions_begin_when_the_cycles_that_always_run_are_done(min_cycles):
+    """A score of a cycle decides after each but the last; one of a layer after each of the two in later cycles."""
+    for score, decisions in (("cycle_mean", 3 - min_cycles), ("layer", 2 * (3 - min_cycles))):
+        model = looped(exit_score=score, min_cycles=min_cycles)
+        assert len(run(model, tokens(), exit_threshold=1.0).exit_scores) == decisions
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("cycles", [1, 2, 3])
 def test_leaving_after_c_cycles_equals_running_c_cycles(policy, cycles):
