@@ -300,3 +300,18 @@ def test_exits_without_zero_tokens_or_slots_are_refused():
         looped("mistral", exit_scope="prefix")(tokens(), exit_threshold=0.1)
     with pytest.raises(UnsupportedError, match="equally deep"):
         looped(order="sequence")(tokens(), n_cycles=torch.tensor([1, 2]))
+
+
+def test_a_score_at_the_threshold_stays():
+    model = looped(exit_scope="token", min_cycles=2)  # one decision
+    (scores,) = run(model, tokens(), exit_threshold=1.0).exit_scores
+    assert (run(model, tokens(), exit_threshold=scores.max().item()).cycles == 3).all()
+
+
+def test_each_cycle_has_a_gate_of_its_own():
+    model = looped(cycle_gate="rezero")
+    model.zero_token.cycle_gate.data = torch.tensor([1.0, 0.0])
+    two, three = (run(model, tokens(), n_cycles=cycles).logits for cycles in (2, 3))
+    one = run(model, tokens(), n_cycles=1).logits
+    torch.testing.assert_close(two, three)
+    assert not torch.allclose(one, two, atol=1e-2)

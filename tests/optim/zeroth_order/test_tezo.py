@@ -10,6 +10,7 @@ from modicum.errors import RecipeError
 from modicum.optim import MeZO, TeZO
 from modicum.optim.zeroth_order.lifts import direction
 from modicum.optim.zeroth_order.moments import entry_adam, spsa_coefficient
+from modicum.optim.zeroth_order.ranks import select_ranks
 from modicum.registry import zeroth_order
 from oracles import zeroth_order as oracle
 
@@ -260,3 +261,21 @@ def test_draws_are_a_small_share_of_mezo_s():
     tezo = TeZO(model.named_parameters(), lr=1e-3, rank=16).report()
     mezo = MeZO(model.named_parameters(), lr=1e-3).report()
     assert tezo["draws_per_step"] < 0.02 * mezo["draws_per_step"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "chosen"),
+    [
+        ({"rank_max": 2}, {"largest": 2}),
+        ({"rank_scope": "layer"}, {"scope": "layer"}),
+        ({"rank_criterion": "energy", "rank_threshold": 0.9}, {"criterion": "energy", "threshold": 0.9}),
+        ({"target_mean_rank": 3.0}, {"target_mean_rank": 3.0}),
+    ],
+)
+def test_knobs_of_the_ranks_reach_their_choice(knobs, chosen):
+    steep, flat_one = (torch.diag(torch.logspace(0, end, 8, dtype=torch.float64)) for end in (-2, -0.5))
+    weights = [("h.0.a", nn.Parameter(steep)), ("h.0.b", nn.Parameter(flat_one))]
+    optimizer = TeZO(weights, lr=1e-3, rank="auto", **knobs)
+    spectra = {name: torch.linalg.svdvals(weight.detach()) for name, weight in weights}
+    expected = select_ranks(spectra, **chosen)
+    assert {leaf.name: leaf.rank for leaf in optimizer.leaves} == expected != select_ranks(spectra)

@@ -14,7 +14,7 @@ from modicum.optim import LOZO, MeZO, SubZero, TeZO
 from modicum.optim.zeroth_order import leaves, perturb
 from modicum.optim.zeroth_order.leaves import Leaf
 from modicum.optim.zeroth_order.lifts import Core, Diagonal, Left
-from modicum.optim.zeroth_order.rounding import place_noise
+from modicum.optim.zeroth_order.rounding import place_noise, stochastic_round
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -228,3 +228,13 @@ def test_place_noise_is_the_published_hash():
     ]
     assert (place_noise(key, start, 4, 5).long() % 2**32).tolist() == expected
     assert math.prod(place_noise(key, 0, 0, 5).shape) == 0
+
+
+@pytest.mark.parametrize(("dtype", "dropped"), [(torch.bfloat16, 16), (torch.float16, 13)])
+@given(share=st.floats(0.02, 0.98), seed=st.integers(0, 1 << 40))
+def test_rounding_goes_up_as_often_as_the_value_lies_above(dtype, dropped, share, seed):
+    step = 2.0 ** (dropped - 23)
+    values = torch.full((100, 200), 1 + share * step)
+    rounded = stochastic_round(values, dtype, noise=place_noise(seed, 0, 100, 200)).double()
+    assert set(rounded.unique().tolist()) == {1.0, 1 + step}
+    assert abs(((rounded - 1) / step).mean().item() - share) < 0.02

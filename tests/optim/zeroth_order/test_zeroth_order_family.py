@@ -10,6 +10,7 @@ from zeroth_order_models import matrix
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.optim import FZOO, ConMeZO, HiZOO, SparseMeZO, ZOAdaMU
+from modicum.optim.zeroth_order.leaves import Leaf
 from modicum.optim.zeroth_order.perturb import PerturbedOptimizer
 from modicum.optim.zeroth_order.zo_adamu import schedule
 from oracles import zeroth_order as oracle
@@ -124,3 +125,39 @@ def test_directions_that_depend_on_the_state_cannot_be_prepared_ahead():
 
     with pytest.raises(UnsupportedError, match="passes=2 needs"):
         Settings(lr=1e-3, eps=1e-3, passes=2).check([], "HiZOO", shaped=True)
+
+
+def test_conmezo_measures_the_momentum_over_all_tensors():
+    a, b = matrix(4, 3)[0], nn.Parameter(torch.ones(5, dtype=torch.float64))
+    optimizer = ConMeZO([("a", a), ("b", b)], lr=1e-3, angle=1.2)
+    optimizer.step(lambda: a.detach().square().sum() + b.detach().sum())
+    length = math.sqrt(sum(parts[0].square().sum().item() for parts in optimizer.dense_memory.values()))
+    for leaf in optimizer.leaves:
+        (chunk,) = leaf.chunks
+        mean = math.sqrt(17) * optimizer.dense_memory[leaf.name][0] / length
+        expected = math.cos(1.2) * mean + math.sin(1.2) * leaf.draw(chunk, seed=0, step=1, query=0)
+        torch.testing.assert_close(optimizer._direction(leaf, chunk, (1, 0)), expected)
+
+
+def test_sparse_mezo_looks_up_the_small_weights_at_every_step():
+    weight = nn.Parameter(torch.tensor([[0.1, -0.2, 3.0, -4.0]], dtype=torch.float64))
+    optimizer = SparseMeZO([("w", weight)], lr=1e-2, density=0.5)
+    optimizer.step(lambda: weight.detach().square().sum())
+    with torch.no_grad():
+        weight.copy_(torch.tensor([[0.1, -5.0, 0.05, -4.0]]))
+    before = weight.detach().clone()
+    optimizer.step(lambda: weight.detach().square().sum())
+    assert ((weight != before) == torch.tensor([[True, False, True, False]])).all()
+
+
+def test_the_schedule_of_adamu_falls_along_its_three_curves():
+    expected = [0.5 + 0.5 * math.cos(math.pi * 0.3**power) for power in (1.0, 0.1, 1.5)]
+    np.testing.assert_allclose(schedule(8, hold=5, fall=10), expected)
+
+
+def test_adamu_stands_still_where_nothing_was_drawn(monkeypatch):
+    weight, loss = matrix()
+    before = weight.detach().clone()
+    monkeypatch.setattr(Leaf, "draw", lambda leaf, chunk, **_: torch.zeros_like(leaf.local()[chunk.rows]))
+    ZOAdaMU([("w", weight)], lr=1e-3).step(lambda: loss(weight.detach()))
+    assert torch.equal(weight.detach(), before)

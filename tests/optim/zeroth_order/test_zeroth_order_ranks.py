@@ -11,7 +11,14 @@ VALUES = torch.tensor([1.0, 0.5, 0.3, 0.2, 0.1])
 
 @pytest.mark.parametrize(
     ("criterion", "threshold", "expected"),
-    [("ratio", 0.25, 3), ("energy", 0.95, 3), ("nuclear", 0.5, 2), ("stable", 0.5, 2), ("ratio", 0.05, 5)],
+    [
+        ("ratio", 0.25, 3),
+        ("energy", 0.95, 3),
+        ("nuclear", 0.5, 2),
+        ("stable", 0.5, 2),
+        ("ratio", 0.05, 5),
+        ("ratio", 0.5, 2),
+    ],
 )
 def test_the_rank_of_a_known_spectrum(criterion, threshold, expected):
     assert numerical_rank(VALUES, criterion=criterion, threshold=threshold) == expected

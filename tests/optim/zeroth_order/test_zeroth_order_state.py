@@ -16,7 +16,7 @@ from modicum.registry import zeroth_order
 
 OLDER = ("variant", "engine", "lift", "scale", "refresh_every", "shapes", "ranks", "order", "epoch")  # unsaid in 0.1.0
 KNOBS = {
-    "lozo": {"refresh_every": 4},
+    "lozo": {"refresh_every": 5},  # due in the first step that a loaded state goes on with
     "subzero": {"rank": 3, "refresh_every": 4},
     "tezo": {"rank": 3},
     "zo_adamu": {"hold": 2, "fall": 4},

@@ -339,7 +339,6 @@ class ZerothOrder(PerturbedOptimizer):
             for leaf in self.factored:
                 leaf.prepare(lift, seed=self.settings.seed, epoch=self.epoch)
         self._load_more_state(mine)
-        self._drawn.clear()
         self._show_current_point()
 
     def _load_more_state(self, state: dict[str, Any]) -> None:
