@@ -96,6 +96,13 @@ def test_a_new_adapter_depends_on_the_seed_alone(built):
     assert first == again != other
 
 
+@pytest.mark.parametrize(("objective", "learned"), [("meap", True), ("ntp", False)])
+def test_an_adapter_learns_the_row_of_the_mask_token(built, objective, learned):
+    model = built(objective=objective, adapter={"rank": 2}).model
+    rows = [name for name, p in model.named_parameters() if "trainable_tokens" in name and p.requires_grad]
+    assert bool(rows) == learned
+
+
 def test_the_objectives_loss_reads_the_labelled_positions(built):
     trainer = built(objective={"name": "meap_sft", "min_answer_tokens": 0})
     assert isinstance(trainer.compute_loss_func, LabelHead) and trainer.data_collator.gather_labels
