@@ -33,5 +33,5 @@ def test_an_error_that_says_nothing_is_told_by_its_kind(error, line):
 
 def test_nobody_else_takes_the_first_line_of_an_error():
     root = Path(errors.__file__).parent
-    taken = re.compile(r'str\(error\)[^\n]*(splitlines\(\)\[0\]|partition\("\\\\n"\))')
+    taken = re.compile(r'str\(error\)[^\n]*(splitlines\(\)\[0\]|partition\("\\n"\))')
     assert [path.name for path in root.rglob("*.py") if taken.search(path.read_text())] == []
