@@ -12,6 +12,8 @@ from modicum.record import fingerprint
 from modicum.registry import merge_method
 from modicum.weights import Checkpoint, merge, merge_state_dicts
 from modicum.weights.kernels.compare import compare, refuse_non_finite
+from modicum.weights.merge import run_step, survey
+from modicum.weights.plan import Source, plan_merge
 from support import measured
 from weights.conftest import Family, MakeFamily, random_tensors, statistics_of, write_model
 
@@ -275,3 +277,54 @@ def test_another_base_than_the_experts_is_refused(family: Family, tmp_path: Path
     with pytest.raises(RecipeError, match="none is given"):
         merge(None, experts, tmp_path / "out2", method="linear", base_fingerprint=known)
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_float32_mean_of_bfloat16_models_keeps_all_digits_without_a_base() -> None:
+    a, b = torch.tensor([1.0, 3.0], dtype=torch.bfloat16), torch.tensor([1.0078125, 3.015625], dtype=torch.bfloat16)
+    merged = merge_state_dicts(None, [{"w": a}, {"w": b}], method="linear", dtype="float32")["w"]
+    assert torch.equal(merged, (a.float() + b.float()) / 2)
+    assert not torch.equal(merged, merged.bfloat16().float())
+
+
+def test_of_a_stack_of_matrices_the_least_certain_speaks() -> None:
+    rng = torch.Generator().manual_seed(0)
+    first = torch.randn(3, 6, 6, generator=rng)
+    second = torch.randn(3, 6, 6, generator=rng)
+    second[1] = first[1] + 1e-3 * second[1]  # whose directions nearly coincide
+
+    def weakest(where: slice) -> float:
+        models = [{"experts.weight": t[where].squeeze(0)} for t in (torch.zeros(3, 6, 6), first, second)]
+        plan = plan_merge(models[0], models[1:], method="tsv", knobs={})
+        return run_step(plan.steps[0])[1]["weakest"]
+
+    each = [weakest(slice(i, i + 1)) for i in range(3)]
+    assert weakest(slice(None)) == pytest.approx(min(each), rel=1e-4)
+    assert min(each) < 0.1 < max(each)
+
+
+SURVEYED: dict[str, dict[str, object]] = {
+    "ties": {"density": 0.5, "trim_scope": "model"},
+    "resm": {"ranks": "sparsity"},
+}
+
+
+def test_all_methods_that_survey_are_known() -> None:
+    assert SURVEYED.keys() == {name for name, entry in merge_method.items() if entry.facts.survey}
+
+
+@pytest.mark.parametrize("method", SURVEYED)
+def test_a_survey_looks_at_what_the_method_itself_makes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [random_tensors(seed) | {"positions": torch.arange(3)} for seed in range(3)]
+    plan = plan_merge(models[0], models[1:], method=method, knobs=SURVEYED[method])
+    read: set[str] = set()
+    real = Source.read
+
+    def watched(source: Source) -> torch.Tensor:
+        read.add(source.name)
+        return real(source)
+
+    monkeypatch.setattr(Source, "read", watched)
+    found = survey(plan)
+    assert read == {step.name for step in plan.steps if step.spec.dtype.is_floating_point and not step.averaged}
+    assert found.keys() <= read
+    assert ("model.embed_tokens.weight" in read) == (method == "ties")
