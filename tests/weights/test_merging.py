@@ -328,3 +328,12 @@ def test_a_survey_looks_at_what_the_method_itself_makes(method: str, monkeypatch
     assert read == {step.name for step in plan.steps if step.spec.dtype.is_floating_point and not step.averaged}
     assert found.keys() <= read
     assert ("model.embed_tokens.weight" in read) == (method == "ties")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 9])
+def test_the_bound_on_memory_is_that_of_the_largest_tensors_side_by_side(workers: int) -> None:
+    model = {str(i): torch.zeros(10**i, 8) for i in range(5)}
+    plan = plan_merge(model, [model, model], method="tsv", knobs={})
+    largest = sorted((step.memory for step in plan.steps), reverse=True)
+    assert largest[0] >= 3 * model["4"].numel() * 8  # deltas of two experts and their factors, in float64
+    assert plan.memory_bound(workers) == sum(largest[:workers])
