@@ -126,6 +126,7 @@ def test_a_zeroth_order_optimizer_trains_without_gradients(tiny_model, rows, tmp
 
 @pytest.mark.parametrize("adapter", [None, {"rank": 2}])
 def test_an_objective_leaves_no_trace_of_its_mask_token(tiny_model, rows, tmp_path, adapter):
+    from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     from modicum.jobs.loading.models import load_model
@@ -134,6 +135,11 @@ def test_an_objective_leaves_no_trace_of_its_mask_token(tiny_model, rows, tmp_pa
     folder = run.folder / ("model" if adapter is None else "adapter")
     assert load_model(folder).get_input_embeddings().weight.shape[0] == 264
     assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(tiny_model))
+    if adapter is None:  # the mask has a row that the vocabulary held anyway: only generation must not write it
+        assert json.loads((folder / "generation_config.json").read_text())["suppress_tokens"] == [259]
+    else:  # an adapter with the row of a token would not fit the base
+        assert json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"] is None
+        assert not [name for name in load_file(folder / "adapter_model.safetensors") if "lora_" not in name]
 
 
 def test_a_model_is_converted_before_it_is_trained(tiny_model, rows, tmp_path):
