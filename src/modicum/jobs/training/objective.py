@@ -127,12 +127,13 @@ def use_objective(trainer: Trainer | Build, name: str, *, seed: int | None = Non
         gather_labels=gather,
     )
     trainer.data_collator = collator
-    trainer.add_callback(objective_callback(collator))
+    moment = Moment(process=trainer.args.process_index)
+    trainer.add_callback(objective_callback(collator, moment))
     collator.eval()  # until training begins
     if gather:
         trainer.compute_loss_func = LabelHead(trainer.model)
     if entry.facts.acts_on != "input_ids":
-        hook_model(_base(trainer.model), name, entry.knobs(knobs), seed=seed)
+        hook_model(_base(trainer.model), name, entry.knobs(knobs), seed=seed, moment=moment)
     return collator
 
 
@@ -159,8 +160,23 @@ def finish_model(model: Any, *, mask_token_id: int, rows: int) -> None:
         suppress_mask_token(base.generation_config, mask_token_id=mask_token_id)
 
 
-def objective_callback(collator: ObjectiveCollator) -> TrainerCallback:
-    """Return the callback that tells ``collator`` the epoch, the step and when an evaluation runs."""
+@dataclass
+class Moment:
+    """Which micro-batch is being learned: the name of draws inside the model.
+
+    Args:
+        step: Optimiser steps that are done.
+        micro_batch: Its number within the step.
+        process: Number of the process, which has rows of its own.
+    """
+
+    step: int = 0
+    micro_batch: int = 0
+    process: int = 0
+
+
+def objective_callback(collator: ObjectiveCollator, moment: Moment) -> TrainerCallback:
+    """Return the callback that tells ``collator`` and ``moment`` of epoch, step and micro-batch, and of evaluations."""
     from transformers import TrainerCallback
 
     class ObjectiveCallback(TrainerCallback):
@@ -181,6 +197,12 @@ def objective_callback(collator: ObjectiveCollator) -> TrainerCallback:
                 total_steps=state.max_steps,
                 accumulation_steps=args.gradient_accumulation_steps,
             )
+
+        def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            moment.step, moment.micro_batch = state.global_step, 0
+
+        def on_substep_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+            moment.micro_batch += 1
 
         def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
             if control.should_evaluate:
@@ -249,32 +271,50 @@ class LabelHead:
             handle.remove()
 
 
-def hook_model(model: Any, name: str, knobs: Mapping[str, Any], *, seed: int) -> list[Any]:
+def hook_model(
+    model: Any, name: str, knobs: Mapping[str, Any], *, seed: int, moment: Moment | None = None
+) -> list[Any]:
     """Apply an objective of embeddings or hidden states inside ``model`` while it trains; return the hooks' handles.
 
-    The draws are named by the count of training forwards, which a resumed run begins anew.
+    A draw is named ``(seed, objective, module, step, micro-batch, process, row)``. It does not count how often a module
+    is called: gradient checkpointing calls a module again for the backward pass and needs the same draw, and a resumed
+    run goes on where the interrupted one ended.
+
+    Args:
+        model: The model itself, without a wrapper.
+        name: Of the objective.
+        knobs: Of the objective, complete.
+        seed: Of the draws.
+        moment: Kept up to date by :func:`objective_callback`. Without one, every training forward of the embedding is
+            a step; this is for a loop of one's own.
     """
     entry = objective[name]
     key = entry.facts.acts_on
-    modules = {"": model.get_input_embeddings()}
+    embedding = model.get_input_embeddings()
+    modules = {"": embedding}
     if key == "hidden_states":
         modules = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in BLOCKS}
         if not modules:
             raise UnsupportedError(
                 f"{type(model).__name__} has no blocks named {', '.join(BLOCKS)}: cannot use {name}."
             )
-    calls = dict.fromkeys(modules, 0)
+    now = moment or Moment()
+
+    def advance(module: Any, _: Any) -> None:
+        now.step += module.training
 
     def change(place: str, module: Any, _: Any, output: Any) -> Any:
         if not module.training:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        calls[place] += 1
-        rng = row_keys(range(hidden.shape[0]), seed=seed, method=f"{name}/{place}", epoch=calls[place])
-        changed = entry.function({key: hidden}, **knobs, rng=rng)[key]
+        batch = f"{now.step}/{now.micro_batch}/{now.process}"
+        rows = [f"{batch}/{row}" for row in range(hidden.shape[0])]
+        changed = entry.function({key: hidden}, **knobs, rng=row_keys(rows, seed=seed, method=f"{name}/{place}"))[key]
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    return [module.register_forward_hook(partial(change, place)) for place, module in modules.items()]
+    # The embedding lies outside whatever is computed again.
+    handles = [embedding.register_forward_pre_hook(advance)] if moment is None else []
+    return handles + [module.register_forward_hook(partial(change, place)) for place, module in modules.items()]
 
 
 def _apply(
