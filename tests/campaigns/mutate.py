@@ -70,6 +70,16 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "weights/kernels/combine.py",
         "trimmed = [t for t, share in enumerate(density) if kept_of(n, share) <= n]",
     ): "a cut that keeps all entries drops nothing, after a pass for nothing",
+    ("weights/methods/ties.py", "BUCKETS = 1 << 17"): "patterns have 16 bits a half; further buckets stay empty",
+    ("weights/methods/ties.py", "above = histogram.flip( -1).cumsum(0)"): "a histogram has one dimension",
+    (
+        "weights/methods/ties.py",
+        "cuts = [Cut(value, -1, exhaustive=True) for value in threshold]",
+    ): "an exhaustive cut does not read how many are spare",
+    (
+        "weights/methods/dare.py",
+        "return draw_mask(len(delta), levels[t], sources[t]) if levels[t] <= LEVELS else None",
+    ): "a mask of probability 1 keeps all, after draws for nothing",
     (
         "optim/zeroth_order/moments.py",
         '{"sgd": (sgd, -1), "momentum": (momentum, 1), "adam": (adam, 2), "lion": (lion, 1)}',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +186,20 @@ def test_dare_can_keep_the_sum_of_magnitudes_exactly() -> None:
     base, (expert, *_) = draw(1000)
     merged = dare(base, [expert], density=0.5, rescale="l1")
     torch.testing.assert_close((merged - base).abs().sum(), (expert - base).abs().sum())
+
+
+@pytest.mark.parametrize("method", [dare, della])
+def test_dropping_without_rescaling_keeps_entries_as_they_are(method: Any) -> None:
+    knobs = {"density": 0.5, "rescale": "none", "elect": "none", "normalize": False}
+    merged = method(torch.zeros(20, 50), [torch.full((20, 50), 3.0)], **knobs)
+    assert set(merged.unique().tolist()) == {0.0, 3.0}
+    assert 0.4 < float((merged != 0).float().mean()) < 0.6
+
+
+def test_dare_drops_at_most_all_but_one_of_65536() -> None:
+    merged = dare(torch.zeros(1 << 18), [torch.ones(1 << 18)], density=1e-7, rng=generator(0))
+    assert set(merged.unique().tolist()) == {0.0, 65536.0}
+    assert 0 < int((merged != 0).sum()) < 14  # four are expected
 
 
 def test_dare_in_a_merge_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
