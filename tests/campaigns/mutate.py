@@ -203,7 +203,9 @@ def main() -> None:
             continue
         found = campaign(file, arguments.most, before["survivors"] if arguments.again and before else None)
         if arguments.again and before:
-            found |= {"tried": before["tried"], "killed": before["tried"] - len(found["survivors"])}
+            # What was a survivor and is no mutant any more was not killed.
+            tried = before["tried"] - len(before["survivors"]) + found["tried"]
+            found |= {"tried": tried, "killed": tried - len(found["survivors"])}
         print(f"{file}: {found['killed']} of {found['tried']} killed, {time.monotonic() - start:.0f} s", flush=True)
         files = dict(sorted((read() | {file: origin() | found}).items()))
         RESULT.write_text(json.dumps({"operators": "cosmic-ray 8", "files": files}, indent=1) + "\n", encoding="utf-8")

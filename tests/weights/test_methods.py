@@ -133,6 +133,9 @@ def test_weights_that_sum_to_zero_are_refused_and_to_one_are_not() -> None:
     base, experts = torch.zeros(2), [torch.ones(2), torch.tensor([2.0, 0.0])]
     with pytest.raises(RecipeError, match="sum to 0 and cannot be normalized"):
         dare(base, experts, density=1.0, weights=[1.0, -1.0], normalize=True)
+    with pytest.raises(RecipeError, match="linear: the weights"):
+        linear(None, experts, weights=[1.0, -1.0])
+    torch.testing.assert_close(linear(None, experts, weights=[1.0, -2.0]), torch.tensor([3.0, -1.0]))
     merged = dare(base, experts, density=1.0, weights=[3.0, -2.0], normalize=True)
     torch.testing.assert_close(merged, torch.tensor([-1.0, 3.0]))
 
