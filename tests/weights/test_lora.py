@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+from functools import partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.registry import merge_method
@@ -118,3 +121,31 @@ def test_merged_adapters_are_an_adapter(models: tuple[Path, Path], tmp_path: Pat
     with pytest.raises(RecipeError, match="unknown key"):
         merge_loras([tmp_path / "a"], tmp_path / "out2", density=0.5)
     assert not (tmp_path / "out2").exists()
+
+
+def test_factors_that_are_not_finite_are_neither_merged_nor_extracted(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, tuned = models
+    for name, r in (("a", 2), ("b", 3)):
+        train_adapter(base, tmp_path / name, r=r)
+    weights = tmp_path / "b" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = next(name for name in tensors if name.endswith("q_proj.lora_B.weight"))
+    tensors[key][0, 0] = 1e20
+    save_file(tensors, weights)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="q_proj.lora_.*: tsv gives .* in float16"):
+        merge_loras([tmp_path / "a", tmp_path / "b"], tmp_path / "out", dtype="float16")
+    tensors[key][0, 0] = math.nan
+    save_file(tensors, weights)
+    for call in (merge_loras, partial(merge, base, method="tsv")):
+        with pytest.raises(CheckpointError, match=r"b: tensor '.*q_proj.weight' has \d+ values that are NaN"):
+            call([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"b: tensor '.*q_proj.weight' has \d+ values that are NaN"):
+        extract_lora(tmp_path / "b", base, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    loud = dict(Checkpoint(tuned)) | {"model.layers.0.mlp.up_proj.weight": torch.full((64, 32), 1e12)}
+    save_file({k: t.clone() for k, t in loud.items()}, tmp_path / "b" / "loud.safetensors")
+    with pytest.raises(CheckpointError, match="up_proj.lora_.*: extract_lora gives .* in float16"):
+        extract_lora(tmp_path / "b" / "loud.safetensors", base, tmp_path / "out", dtype=torch.float16)

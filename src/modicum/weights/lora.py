@@ -20,7 +20,7 @@ from modicum.weights.adapter import LowRank
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import check_agreement
 from modicum.weights.files import Spec
-from modicum.weights.kernels.compare import compare
+from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.merge import open_checkpoint
 from modicum.weights.plan import check_count, excluded, identity_of, parse_dtype
 from modicum.weights.stream import cores, map_tensors, names_by_size, run_all
@@ -75,7 +75,9 @@ def extract_lora(
     matrices = [name for name in names if len(origin.spec(name).shape) == 2 and is_linear_map(name)]
 
     def decompose(name: str) -> tuple[SVD, float] | None:
-        delta = tuned[name].float() - origin[name].float()
+        models = [tuned[name], origin[name]]
+        refuse_non_finite(name, models, [tuned.name, origin.name])
+        delta = models[0].float() - models[1].float()
         svd = truncated_svd(delta, min(max_rank, *delta.shape))
         total = float(delta.double().square().sum())
         held = svd.S.double().square().cumsum(0)
@@ -92,8 +94,12 @@ def extract_lora(
     if not found and not rest:
         raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
     tensors = _peft_tensors({name: svd for name, (svd, _) in found.items()}, dtype)
+    for name, tensor in rest.items():
+        refuse_non_finite(name, [tensor, origin[name]], [tuned.name, origin.name])
     tensors |= {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in rest.items()}
     ranks = {name.removesuffix(".weight"): len(svd.S) for name, (svd, _) in found.items()}
+    for name, tensor in tensors.items():
+        refuse_overflow(name, tensor, method="extract_lora")
     _write_adapter(Path(out), tensors, ranks, origin, list(rest), progress)
     return [Extracted(name.removesuffix(".weight"), len(svd.S), held) for name, (svd, held) in sorted(found.items())]
 
@@ -330,6 +336,9 @@ def run_loras(
 
     def one(name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         method, knobs = plan.of(name)
+        for model, factors in zip(plan.models, plan.modules[name]):
+            if factors is not None:
+                refuse_non_finite(name, [factors.A, factors.B], [model.name] * 2)
         return merge_factors(plan.modules[name], method=method, device=device, **knobs)
 
     merged = dict(run_all(one, list(plan.modules), workers=cores()))
@@ -341,5 +350,7 @@ def run_loras(
         tensors[f"{ADAPTER_PREFIX}{module}.lora_A.weight"] = A.to(kind).contiguous()
         tensors[f"{ADAPTER_PREFIX}{module}.lora_B.weight"] = B.to(kind).contiguous()
         ranks[module] = A.shape[0]
+        for key in list(tensors)[-2:]:
+            refuse_overflow(key, tensors[key], method=plan.method)
     _write_adapter(out, tensors, ranks, plan.base, [], progress)
     return {name: merged[name][2] | {"rank": merged[name][0].shape[0]} for name in plan.modules}

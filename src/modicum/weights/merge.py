@@ -7,15 +7,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from modicum.errors import CheckpointError
+from modicum.errors import CheckpointError, first_line
 from modicum.random import generator
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors
 from modicum.weights.kernels.blocks import fold, working_dtype
-from modicum.weights.kernels.compare import compare, refuse_non_finite
+from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.plan import Plan, Step, plan_merge
 from modicum.weights.stream import SHARD_BYTES, cores, map_tensors, names_by_size, run_all
 
@@ -37,7 +38,7 @@ def run_step(
         The tensor, and what was measured about its experts.
 
     Raises:
-        CheckpointError: An input holds NaN or infinity, or a non-floating tensor differs between models.
+        CheckpointError: An input or the result holds NaN or infinity, or a non-floating tensor differs between models.
     """
     tensors = [source.read() for source in step.models]
     if not tensors[0].is_floating_point():
@@ -62,8 +63,17 @@ def run_step(
             supplied["report"] = reports
         if step.statistics:
             supplied["statistics"] = [source.read().to(device) for source in step.statistics]
-        merged = step.entry.function(origin if step.base else None, experts, **step.knobs, **supplied)
+            refuse_non_finite(step.name, supplied["statistics"], [source.model for source in step.statistics])
+        try:
+            with np.errstate(all="ignore"):  # what overflows is refused below, by name
+                merged = step.entry.function(origin if step.base else None, experts, **step.knobs, **supplied)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # finite numbers whose squares are not
+            raise CheckpointError(
+                f"tensor {step.name!r}: {step.method} cannot decompose it ({first_line(error)}). Its numbers are too "
+                "large: use an earlier checkpoint, or exclude the tensor."
+            ) from None
     stored = merged.to(step.spec.dtype)
+    refuse_overflow(step.name, stored, method=step.method, made=merged if merged is not stored else None)
     if reports:  # of a stack of matrices, the one whose result is least certain speaks
         measured |= min(reports, key=lambda report: report["weakest"])
     if step.diagnosed:
@@ -86,7 +96,9 @@ def survey(plan: Plan, *, workers: int | None = None) -> dict[str, Mapping[str, 
 
         def each(look: Look, table: Mapping[str, Step] = table) -> dict[str, Any]:
             def one(name: str) -> Any:
-                tensors = [source.read().to(plan.device) for source in table[name].models]
+                models = table[name].models
+                tensors = [source.read().to(plan.device) for source in models]
+                refuse_non_finite(name, tensors, [source.model for source in models])
                 return look(tensors[0], tensors[1:])
 
             order = names_by_size({name: step.spec for name, step in table.items()})

@@ -1,4 +1,4 @@
-"""What the experts look like beside each other, tensor by tensor, and whether they are finite."""
+"""What the experts look like beside each other, tensor by tensor, and whether they and the result are finite."""
 
 from __future__ import annotations
 
@@ -66,6 +66,30 @@ def refuse_non_finite(name: str, tensors: Sequence[Tensor], models: Sequence[str
                 f"{model}: tensor {name!r} has {bad} values that are NaN or infinite. "
                 "The training run diverged: use an earlier checkpoint."
             )
+
+
+def refuse_overflow(name: str, result: Tensor, *, method: str, made: Tensor | None = None) -> None:
+    """Refuse a result that has a NaN or an infinity.
+
+    Args:
+        name: The tensor.
+        result: What would be written.
+        method: What made it.
+        made: The result before it was cast, where it was.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    if not result.is_floating_point() or _is_finite(result):
+        return
+    bad = result.numel() - int(torch.isfinite(result).sum())
+    kind, most = str(result.dtype).removeprefix("torch."), torch.finfo(result.dtype).max
+    what = f"tensor {name!r}: {method} gives {bad} values that are NaN or infinite in {kind}"
+    finite = made is not None and bool(torch.isfinite(made).all())
+    if finite or result.dtype == torch.float16:
+        reached = f"; they reach {float(made.abs().max()):.3g}" if finite and made is not None else ""
+        raise CheckpointError(f"{what}, which holds numbers up to {most:.3g}{reached}. Choose a dtype of wider range.")
+    raise CheckpointError(f"{what}. Lower the method's scale or weights, or choose another method.")
 
 
 def _is_finite(tensor: Tensor) -> bool:
