@@ -45,6 +45,18 @@ def test_several_queries_are_averaged(sides):
     assert optimizer.kappas.shape == (3,)
 
 
+def test_the_scalar_second_moment_is_the_mean_square_of_the_queries():
+    weight, loss = matrix(5, 4)
+    start = weight.detach().numpy().copy()
+    optimizer = MeZO([("w", weight)], lr=1e-3, variant="scalar", queries=3)
+    zs = [directions(optimizer, 1, query)[0] for query in range(3)]
+    optimizer.step(lambda: loss(weight.detach()))
+    kappas = np.array([oracle.coefficient(loss, start, z, 1e-3) for z in zs])
+    # The first step's bias correction undoes the moving average, so the divisor is the root mean square itself.
+    step = sum(kappa * z for kappa, z in zip(kappas, zs)) / 3 / (np.sqrt(np.mean(kappas**2)) + 1e-8)
+    np.testing.assert_allclose(weight.detach().numpy(), start - 1e-3 * step, rtol=1e-9)
+
+
 def test_the_estimate_is_unbiased():
     weight = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
     gradient = torch.arange(6, dtype=torch.float64).view(3, 2)

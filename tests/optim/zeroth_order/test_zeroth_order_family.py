@@ -29,8 +29,13 @@ def draws(optimizer, steps, queries=1):
 
 
 @pytest.mark.oracle("zeroth_order", "hizoo")
-def test_hizoo_equals_its_formulas():
-    weight, loss = matrix(5, 4)
+@pytest.mark.parametrize("sign", [1, -1], ids=["convex", "concave"])
+def test_hizoo_equals_its_formulas(sign):
+    weight, convex = matrix(5, 4)
+
+    def loss(values):
+        return sign * convex(values)
+
     start = weight.detach().numpy().copy()
     optimizer = HiZOO([("w", weight)], lr=1e-3, smooth=0.05)
     zs = [z for (z,) in draws(optimizer, 12)]
