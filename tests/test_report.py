@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import io
-import itertools
-import json
-import math
 import re
 import subprocess
 import sys
@@ -12,23 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
-from rich.console import Console
 
-from modicum.errors import CheckpointError
-from modicum.report import print_summary, sections, terminal_table, write
-from modicum.report.axes import MOST_POINTS, log_ticks, spread, thin, ticks
-from modicum.report.charts import Line, Scale, line_chart
+from modicum.report import sections, write
 from modicum.report.evaluations import boards
 from modicum.report.layers import LayerMap, mean, norm
 from modicum.report.runs import RunView
 from modicum.report.sections import Section
-from modicum.report.sections.training import smooth
-from modicum.report.text import number, redact
+from modicum.report.text import redact
 from report_runs import (
-    MODELS,
     broken_pipeline,
     cells,
     long_training,
@@ -211,26 +198,6 @@ def test_a_running_job_is_reported_as_it_stands(tmp_path: Path) -> None:
     assert "run has brought the training loss from" in text and "in 7 steps" in text
 
 
-def test_a_loss_that_is_no_number_is_told_and_breaks_the_line(tmp_path: Path) -> None:
-    log = training_log(10, 2.0, 1.0)
-    for line in log:
-        if line["event"] == "train" and line["step"] in (5, 6):
-            line["loss"] = math.nan
-    outline, text = read(write([write_run(tmp_path / "run", "train", log=log)]))
-    assert "run broke: its loss is not a number in 2 of 10 logged steps, first at step 5." in text
-    path = next(attrs["d"] for tag, attrs in outline.tags if tag == "path" and attrs.get("class") == "solid c0")
-    assert path is not None and path.count("M") == 2 and path.count("L") == 6
-
-
-@pytest.mark.parametrize(
-    "losses", [[1.5], [1.5, 1.5], [0.0, 0.0], [math.nan], [math.inf, 2.0], [1e-30, 1e30], [-1e308, 1e308], [10**400]]
-)
-def test_odd_losses_still_draw(tmp_path: Path, losses: list[float]) -> None:
-    log = [{"event": "train", "step": i, "loss": loss} for i, loss in enumerate(losses)]
-    page = write([write_run(tmp_path / "run", "train", log=log)]).read_text()
-    assert not re.search(r'(d|style|x1|y1)="[^"]*(nan|inf)', page)
-
-
 def test_several_training_runs_are_overlaid_each_with_its_color(tmp_path: Path) -> None:
     runs = [long_training(tmp_path / name, seed=i) for i, name in enumerate("abc")]
     outline, text = read(write(runs))
@@ -404,191 +371,3 @@ def test_figures_that_nobody_draws_are_tabulated(tmp_path: Path) -> None:
     text = page_of(write_run(tmp_path / "run", "coordinate", metrics=metrics))
     assert "peak bytes 1.9 GB" in text and "regret: final 0.250" in text and "flag True" in text
     assert "xxx" not in text
-
-
-def test_the_report_lies_in_the_first_run_unless_told_otherwise(tmp_path: Path) -> None:
-    a, b = (write_run(tmp_path / name, "train") for name in "ab")
-    assert write([a, b]) == a / "report.html"
-    assert write([a], tmp_path / "deep" / "er") == tmp_path / "deep" / "er" / "report.html"
-    assert write([a], tmp_path / "x.html") == tmp_path / "x.html"
-    assert not [path.name for path in tmp_path.rglob(".*")]
-
-
-@pytest.mark.parametrize("make", ["nothing", "file", "empty"])
-def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, make: str) -> None:
-    path = tmp_path / "run"
-    if make == "file":
-        path.write_text("")
-    elif make == "empty":
-        path.mkdir()
-    with pytest.raises(CheckpointError, match=r"^\S+run is not a (folder|run).*\.$"):
-        write([path])
-    assert list(tmp_path.rglob("*.html")) == []
-
-
-def test_a_folder_of_runs_names_one(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "one", "train")
-    with pytest.raises(CheckpointError, match=r"It holds runs, though: try .*runs/one\."):
-        write([tmp_path / "runs"])
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "3"])
-def test_a_broken_record_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
-    run = write_run(tmp_path / "run", "train")
-    (run / "record.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"record\.json is "):
-        write([run])
-
-
-def test_a_broken_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", "train")
-    (run / "recipe.yaml").write_text("a: [")
-    with pytest.raises(CheckpointError, match=r"recipe\.yaml cannot be read"):
-        write([run])
-
-
-def test_no_run_and_no_place_to_write_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no run to report on"):
-        write([])
-    run = write_run(tmp_path / "run", "train")
-    with pytest.raises(CheckpointError, match="Cannot write .*Choose another --out"):
-        write([run], run / "record.json" / "report.html")
-
-
-def render(table: object) -> str:
-    console = Console(file=io.StringIO(), width=140, force_terminal=True, color_system="standard")
-    console.print(table)
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_the_terminal_table_shows_every_model_with_intervals_and_the_best_in_bold() -> None:
-    text = render(terminal_table({"metrics": {"cells": cells()}}))
-    assert set(re.findall(r"\x1b\[1m *([\d.]+%)", text)) == {"91.2%", "86.0%", "78.1%", "74.2%"}
-    assert all(model in text for model in MODELS)
-    assert "± 2.5%" in text and "worst task" in text
-
-
-def test_the_terminal_table_of_a_pipeline_is_that_of_its_stages() -> None:
-    assert "91.2%" in render(terminal_table({"metrics": {"scores": {"cells": cells()}, "train": {"loss": 1.0}}}))
-
-
-def test_markup_in_a_models_name_stays_text() -> None:
-    rows = [{"model": "[red]x[/red]", "task": "[bold]", "metric": "accuracy", "value": 1.0}]
-    text = render(terminal_table({"metrics": {"cells": rows}}))
-    assert "[red]x[/red]" in text and "[bold]" in text
-
-
-def test_a_record_without_results_has_no_table() -> None:
-    with pytest.raises(CheckpointError, match="no evaluation results"):
-        terminal_table({"metrics": {}})
-
-
-def test_the_summary_names_what_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary(quickstart(tmp_path / "q"))
-    text = capsys.readouterr().out
-    assert "91.2%" in text and "4 min 36 s" in text
-    assert f"ties/model  {tmp_path / 'q' / 'stages' / 'ties' / 'model'}" in text.replace("\n", "")
-
-
-FINITE = st.floats(-1e12, 1e12, allow_subnormal=False)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
-ROW = st.dictionaries(
-    st.sampled_from(["model", "task", "metric", "value", "low", "high", "n", "a", "b", "difference", "better", "unit"]),
-    JSON | st.sampled_from(["higher", "lower", "share", "number"]),
-)
-LAYERS = st.fixed_dictionaries(
-    {"names": st.lists(st.sampled_from(["model.layers.0.a", "h.3.b.weight", "x", "blocks.1."]), max_size=4)},
-    optional={
-        key: st.dictionaries(st.text(max_size=4), st.lists(JSON, max_size=5), max_size=3) | JSON
-        for key in ("norms", "cosines", "conflict")
-    },
-)
-METRICS = st.fixed_dictionaries(
-    {},
-    optional={
-        "cells": st.lists(ROW, max_size=4) | JSON,
-        "pairs": st.lists(ROW, max_size=4) | JSON,
-        "layers": LAYERS,
-        "x": JSON,
-    },
-)
-
-
-@given(
-    metrics=METRICS,
-    record=st.dictionaries(
-        st.sampled_from(["notes", "stages", "outputs", "environment", "seconds", "job", "status", "error"]), JSON
-    ),
-)
-def test_whatever_a_record_holds_the_page_is_written(
-    tmp_path_factory: pytest.TempPathFactory, metrics: Any, record: Any
-) -> None:
-    run = write_run(tmp_path_factory.mktemp("junk"), "odd", log=training_log(2, 2, 1), metrics=metrics)
-    whole = json.loads((run / "record.json").read_text()) | record
-    (run / "record.json").write_text(json.dumps(whole))
-    (run / "recipe.yaml").write_text(yaml.safe_dump({"stages": [metrics, 3], "seed": 1}))
-    read(write([run]))
-
-
-@given(st.lists(st.floats(0, 300), min_size=1, max_size=12).map(sorted))
-def test_labels_keep_their_order_and_their_distance(tops: list[float]) -> None:
-    placed = spread(tops, 17, 300)
-    assert len(placed) == len(tops)
-    assert all(b - a >= 17 - 1e-6 for a, b in itertools.pairwise(placed))
-    assert placed[0] >= -1e-6
-    if all(b - a >= 17 for a, b in itertools.pairwise(tops)):
-        assert placed == pytest.approx(tops)
-
-
-@given(FINITE, FINITE, st.integers(2, 8))
-def test_ticks_enclose_what_they_measure(a: float, b: float, count: int) -> None:
-    low, high = min(a, b), max(a, b)
-    marks = ticks(low, high, count)
-    slack = 1e-6 * max(abs(low), abs(high), 1e-12)
-    assert 2 <= len(marks) <= count + 3
-    assert marks[0] <= low + slack and marks[-1] >= high - slack
-    assert marks == sorted(set(marks))
-
-
-@given(st.floats(1e-9, 1e9), st.floats(1, 1e9))
-def test_logarithmic_ticks_enclose_what_they_measure(low: float, ratio: float) -> None:
-    marks = log_ticks(low, low * ratio)
-    assert marks[0] <= low * (1 + 1e-9) and marks[-1] >= low * ratio * (1 - 1e-9)
-    assert len(marks) >= 2 and marks == sorted(set(marks))
-
-
-@given(st.integers(0, 5000), st.data())
-def test_thinning_keeps_the_extremes_and_the_gaps(size: int, data: st.DataObject) -> None:
-    spike = data.draw(st.integers(0, max(0, size - 1)))
-    gap = data.draw(st.integers(0, max(0, size - 1)))
-    points = [(float(i), None if i == gap else 1e6 if i == spike else math.sin(i)) for i in range(size)]
-    kept = thin(points)
-    assert len(kept) <= max(MOST_POINTS, 0) + 3 and kept == sorted(kept, key=lambda point: point[0])
-    if size:
-        assert points[gap] in kept and points[spike] in kept
-
-
-def test_smoothing_keeps_a_constant_and_a_gap() -> None:
-    points = [(float(i), None if i == 50 else 2.0) for i in range(200)]
-    assert smooth(points) == points
-
-
-@given(st.floats() | st.integers() | st.none() | st.text())
-def test_any_value_can_be_written(value: object) -> None:
-    assert number(value)
-
-
-def test_a_scale_with_a_center_is_symmetric_around_it() -> None:
-    scale = Scale.of([-0.1, None, 0.4], center=0.0)
-    assert (scale.low, scale.high) == (-0.4, 0.4)
-    assert scale.ink(-0.4) == ("warm", 1.0) and scale.ink(0.2) == ("cool", 0.5)
-    assert Scale.of([0.5, 0.75], center=0.5, warm="high").ink(0.75) == ("warm", 1.0)
-    assert Scale.of([2.0, 4.0]).ink(1.0) == ("cool", 0.25)
-
-
-def test_a_chart_without_values_is_not_drawn() -> None:
-    assert line_chart([Line([(1.0, None)])], title="t", x_label="x", describe="d") == ""

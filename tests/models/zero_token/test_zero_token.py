@@ -3,10 +3,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM
 
 from models.zero_token.support_zero import HOSTS, base_model, decode, left_padded, looped, tokens
-from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
+from modicum.errors import CheckpointError, UnsupportedError
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 from oracles import zero_token as oracle
 
@@ -354,128 +354,3 @@ def test_a_checkpoint_with_other_cycles_names_the_way_out(tmp_path):
         ZeroTokenForCausalLM.from_pretrained(tmp_path, n_cycles=3)
     with pytest.raises(CheckpointError, match="resize_pool"):
         looped(n_cycles=3).load_state_dict(looped(n_cycles=2).state_dict())
-
-
-def test_foreign_caches_are_refused():
-    model = looped()
-    physical = DynamicCache(config=base_model().config)
-    with pytest.raises(UnsupportedError, match="physical"):
-        model(tokens(), cache=physical)
-    static = StaticCache(config=model.config, max_cache_len=16)
-    with pytest.raises(UnsupportedError, match="static|growing"):
-        model(tokens(), cache=static)
-    assert model(tokens(), cache=DynamicCache()).cache.get_seq_length() == 7
-
-
-@pytest.mark.parametrize("cycles", [0, 4, True])
-def test_impossible_numbers_of_cycles_are_refused(cycles):
-    with pytest.raises(ModicumError, match="n_cycles"):
-        looped()(tokens(), n_cycles=cycles)
-
-
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"n_cycles": 0},
-        {"n_head": 2, "n_tail": 2},
-        {"n_head": 3, "n_tail": 2},
-        {"order": [0, 9]},
-        {"order": "back"},
-        {"exit_threshold": float("nan")},
-        {"min_cycles": 4},
-        {"min_cycles": 0},
-        {"pool": "both"},
-        {"exit_scope": "everyone"},
-        {"cache_policy": "skip"},
-        {"cycle_loss_weights": [1.0]},
-        {"ffn_gate": "zero_attention", "zero_token": False},
-        {"order": "sequence", "exit_threshold": 0.1},
-        {"lora_rank": -1},
-    ],
-)
-def test_contradictory_configurations_are_refused(knobs):
-    with pytest.raises(ModicumError):
-        looped(**knobs)
-
-
-def test_unknown_hosts_and_backends_are_refused():
-    with pytest.raises(UnsupportedError, match="gpt2, llama"):
-        ZeroTokenConfig(host={"model_type": "bert"})
-    with pytest.raises((ValueError, ImportError)):
-        looped().set_attn_implementation("flash_attention_2")
-
-
-def test_random_cycles_depend_on_the_step_alone():
-    model = looped(train_cycles="random").train()
-    drawn = []
-    for _ in range(2):
-        drawn.append([])
-        for step in range(20):
-            model.set_training_step(step)
-            drawn[-1].append(int(model(tokens(1, 2)).cycles[0, 0]))
-    assert drawn[0] == drawn[1]
-    assert set(drawn[0]) == {1, 2, 3}
-    assert int(model.eval()(tokens()).cycles[0, 0]) == 3
-
-
-@pytest.mark.parametrize(
-    ("knobs", "expected"),
-    [
-        ({"train_cycles": "grow"}, [1, 1, 1, 1, 2, 2, 2, 3, 3, 3]),
-        ({"cycle_onset": 0.3}, [1, 1, 1, 3, 3, 3, 3, 3, 3, 3]),
-        ({"train_cycles": "grow", "cycle_onset": 0.35}, [1, 1, 1, 1, 1, 1, 2, 2, 3, 3]),
-    ],
-)
-def test_cycles_join_in_the_course_of_training(knobs, expected):
-    model = looped(**knobs).train()
-    with pytest.raises(RecipeError, match=r"Call model.set_training_step\(step, total\)"):
-        model(tokens(1, 2))
-    ran = []
-    for step in range(10):
-        model.set_training_step(step, 10)
-        ran.append(int(model(tokens(1, 2)).cycles[0, 0]))
-    assert ran == expected
-    assert int(model.eval()(tokens(1, 2)).cycles[0, 0]) == 3
-
-
-def test_an_onset_that_is_no_share_of_the_training_is_refused():
-    with pytest.raises(RecipeError, match="cycle_onset is 1.0"):
-        looped(cycle_onset=1.0)
-
-
-def test_parameters_of_cycles_not_drawn_still_have_a_gradient():
-    model = looped(train_cycles="random").train()
-    model.set_training_step(next(s for s in range(50) if model.set_training_step(s) or model._drawn_cycles() == 1))
-    out = model(tokens(), labels=tokens())
-    out.loss.backward()
-    assert int(out.cycles[0, 0]) == 1
-    assert torch.equal(model.zero_token.zero_key.grad[2:], torch.zeros(4, 2, 4))
-
-
-def test_losses_after_each_cycle_add_up():
-    model = looped(cycle_loss_weights=[0.2, 0.3, 0.5]).train()
-    loss = model(tokens(), labels=tokens()).loss
-    model.eval()
-    terms = [model(tokens(), labels=tokens(), n_cycles=c).loss for c in (1, 2, 3)]
-    torch.testing.assert_close(loss, 0.2 * terms[0] + 0.3 * terms[1] + 0.5 * terms[2])
-
-
-def test_gpt2_draws_residual_outputs_for_the_logical_depth():
-    deep, flat = looped("gpt2", n_cycles=8), looped("gpt2", n_cycles=1)
-    ratio = deep.layers[1].mlp.c_proj.weight.std() / flat.layers[1].mlp.c_proj.weight.std()
-    torch.testing.assert_close(ratio.item(), (4 / 18) ** 0.5, atol=1e-4, rtol=0)
-
-
-def test_logits_to_keep_and_tuples():
-    model = looped()
-    all_logits = full(model, tokens())
-    torch.testing.assert_close(full(model, tokens(), logits_to_keep=1), all_logits[:, -1:])
-    as_tuple = model(tokens(), return_dict=False, use_cache=False)
-    assert torch.equal(as_tuple[0], all_logits)
-
-
-def test_resized_embeddings_survive_saving(tmp_path):
-    model = looped("llama-tied-bias")
-    model.resize_token_embeddings(48)
-    model.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.shape[0] == 48
