@@ -175,13 +175,13 @@ def make_landscape(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], not
 
     reference = checkpoints[-1].name
     tokenizer = load_tokenizer(reference)
-    batches, held_out = (
-        load_batches(section, tokenizer, batch_size=recipe.batch_size, seed=recipe.seed, note=note) if section else None
-        for section in (recipe.data, recipe.held_out)
-    )
     model = load_model(reference, dtype="float32", device=recipe.device, allow_pickle=recipe.allow_pickle)
     # Its weights are only a place to put means in: they need no gradients of their own.
     model = getattr(model, "merge_and_unload", lambda: model)().requires_grad_(False)
+    options: dict[str, Any] = {"batch_size": recipe.batch_size, "seed": recipe.seed, "note": note, "model": model}
+    batches, held_out = (
+        load_batches(section, tokenizer, **options) if section else None for section in (recipe.data, recipe.held_out)
+    )
 
     def loss(weights: dict[str, torch.Tensor], batch: dict[str, Any]) -> torch.Tensor:
         batch = {key: value.to(recipe.device) if torch.is_tensor(value) else value for key, value in batch.items()}

@@ -88,12 +88,13 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
     checkpoint = Checkpoint(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     tokenizer = load_tokenizer(recipe.model, remote_code=recipe.remote_code)
     size = 1 if recipe.kind == "fisher" else recipe.batch_size
-    # Rows of one length need no padding, whose inputs would enter the products.
-    batches = load_batches(
-        recipe.data, tokenizer, batch_size=size, seed=recipe.seed, note=run.note, one_length=recipe.kind == "gram"
-    )
     model = load_model(recipe.model, dtype="float32", device=recipe.device, **options)
     model = getattr(model, "merge_and_unload", lambda: model)().requires_grad_(False)
+    # Rows of one length need no padding, whose inputs would enter the products.
+    one_length = recipe.kind == "gram"
+    batches = load_batches(
+        recipe.data, tokenizer, batch_size=size, seed=recipe.seed, note=run.note, one_length=one_length, model=model
+    )
     known = measured_tensors(model, recipe.kind)
     names = [name for name in known if name in checkpoint and not (recipe.exclude and re.search(recipe.exclude, name))]
     if not names:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from modicum.jobs.data.collators import collate
+from modicum.jobs.data.packing import isolating, ordinary_ids
 from modicum.jobs.data.rows import load_rows
 from modicum.jobs.data.tokens import tokenize
 
@@ -23,6 +24,7 @@ def load_batches(
     seed: int,
     note: Callable[[str], None] | None = None,
     one_length: bool = False,
+    model: Any = None,
 ) -> list[dict[str, Any]]:
     """Return the data as batches of token ids and labels, which fit in memory as text does.
 
@@ -33,12 +35,16 @@ def load_batches(
         seed: Used when the section has no seed of its own.
         note: Told when rows were cut or dropped.
         one_length: Put only rows of one length into a batch, shortest first, so that there is no padding.
+        model: The model to measure, which is tried on packed rows: samples must not see each other.
 
     Raises:
-        ModicumError: The data cannot be read, or nothing is left to learn from.
+        ModicumError: The data cannot be read, nothing is left to learn from, or packed samples see each other.
     """
     rows = tokenize(load_rows(section, seed=seed), tokenizer, section, note=note)
-    pad, examples = collate(tokenizer), [rows[index] for index in range(len(rows))]
+    pad: Callable[..., dict[str, Any]] = collate(tokenizer)
+    if model is not None and "position_ids" in rows.column_names:
+        pad = isolating(model, pad, ids=ordinary_ids(tokenizer), max_length=section.max_length)
+    examples = [rows[index] for index in range(len(rows))]
     groups: dict[int, list[dict[str, Any]]] = {}
     for example in examples:
         groups.setdefault(len(example["input_ids"]) if one_length else 0, []).append(example)
