@@ -283,3 +283,10 @@ def test_an_adapter_is_measured_as_the_model_that_it_makes(experts: Path, tmp_pa
             "statistics": [str(tmp_path / "run/statistics"), str(tmp_path / "plain/statistics")]}  # fmt: skip
     execute(parse(data), tmp_path / "merged", quiet=True)
     assert read_record(tmp_path / "merged")["status"] == "done"
+
+
+def test_every_row_draws_labels_of_its_own() -> None:
+    chosen = StatisticsRecipe(model="m", kind="fisher", labels="model", data={"path": "d"})  # type: ignore[arg-type]
+    logits, labels = torch.randn(1, 20, 9, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 20, dtype=int)
+    found = [float(log_likelihood(logits, labels, chosen, number)) for number in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
