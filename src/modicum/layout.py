@@ -76,6 +76,10 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Lists in config.json with an entry for each layer.
 LAYER_LISTS = frozenset({"layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers"})
 
+# transformers' models with layers that store their weight as (inputs, outputs), by the names of these layers.
+_TURNED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_TURNED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
 
 class Layer(NamedTuple):
     """Where a tensor stands in a stack of layers: ``{stack}.{number}.{rest}``."""
@@ -175,6 +179,16 @@ def is_linear_map(name: str) -> bool:
         (True, False)
     """
     return role(name) is None
+
+
+def is_turned(name: str, model_type: str) -> bool:
+    """Whether a matrix is stored as (inputs, outputs), as in GPT-2, where all others have (outputs, inputs).
+
+    Example:
+        >>> is_turned("h.0.attn.c_proj.weight", "gpt2"), is_turned("h.0.attn.c_proj.weight", "gpt_bigcode")
+        (True, False)
+    """
+    return model_type in _TURNED_MODELS and name.split(".")[-2] in _TURNED
 
 
 def comes_first(name: str) -> bool:

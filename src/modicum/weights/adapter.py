@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,31 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_turned
 from modicum.weights.files import MappedFile, read_header
 
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
+
+# Fields of PEFT's configuration under which an adapter is still a sum of low-rank deltas and whole tensors. Any other
+# field must be off: PEFT gains new ones, and what they do to the weights is not to be guessed.
+UNDERSTOOD = frozenset(
+    {
+        # Which base and modules it belongs to, and how it was made.
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+        "init_lora_weights", "megatron_config", "megatron_core", "runtime_config",
+        # Read only by a start or a variant that is named in a field of its own.
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+        # Changes the backward pass alone.
+        "velora_config",
+        # Factors, their scale, and tensors that are stored whole; `lora_bias` shows in the tensors' names.
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias", "modules_to_save",
+        "ensure_weight_tying",
+        # Written by PEFT before 0.4, or by the tools that sit on it.
+        "enable_lora", "merge_weights", "unsloth_version",
+    }
+)  # fmt: skip
+UNSHIFTED = ("gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
 
 
 @dataclass(frozen=True)
@@ -62,24 +83,37 @@ class Adapter:
         """What the adapter says it was trained on."""
         return str(self.config.get("base_model_name_or_path") or "")
 
+    def fit(self, base_config: Mapping[str, Any]) -> None:
+        """Turn the factors the way in which the base stores each weight.
+
+        ``fan_in_fan_out`` says it for the adapter as a whole, and PEFT corrects it by each module's class.
+        """
+        kind = str(base_config.get("model_type") or "")
+        if kind and "auto_map" not in base_config:
+            self.factors = {
+                name: replace(factors, transposed=name in self._tables or is_turned(name, kind))
+                for name, factors in self.factors.items()
+            }
+
     def _refuse_unknown(self) -> None:
         if self.config.get("peft_type") != "LORA":
             raise UnsupportedError(
                 f"{self.owner}: adapter of type {self.config.get('peft_type')}, expected LORA. "
                 "Merge it into its base with PEFT first."
             )
-        for option in (
-            "use_dora",
-            "use_qalora",
-            "trainable_token_indices",
-            "layer_replication",
-            "alora_invocation_tokens",
-        ):
-            if self.config.get(option):
+        for option, value in self.config.items():
+            if value and option not in UNDERSTOOD:
                 raise UnsupportedError(
                     f"{self.owner}: adapter with {option}, which is more than a low-rank delta. "
                     "Merge it into its base with PEFT first."
                 )
+        start = self.config.get("init_lora_weights", True)
+        if start not in (True, False, None) and str(start).lower() not in UNSHIFTED:
+            raise UnsupportedError(
+                f"{self.owner}: adapter with init_lora_weights {start!r}, which changes the base's weights, to which "
+                "the factors are added. Save it for the original base, by save_pretrained(folder, "
+                "path_initial_model_for_weight_conversion=…) in PEFT, or merge it into its base with PEFT first."
+            )
 
     def _sort(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
         pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
@@ -96,6 +130,7 @@ class Adapter:
                 )
             else:
                 replaced[name.replace(".base_layer.", ".")] = tensor
+        self._tables = {f"{module}.weight" for module, embedding in pairs if embedding}
         factors = {
             f"{module}.weight": self._factors(module, embedding, pair) for (module, embedding), pair in pairs.items()
         }

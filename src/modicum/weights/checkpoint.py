@@ -144,6 +144,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self._beneath = beneath = Checkpoint(
             reference, resolve=resolve, allow_pickle=allow_pickle, remote_code=self.remote_code
         )
+        adapter.fit(beneath.config)
         for name, change in adapter.factors.items():
             self._check_change(beneath, name, change.shape)
         for name, tensor in adapter.replaced.items():

@@ -1,0 +1,148 @@
+"""Every field of PEFT's configuration: an adapter reads as PEFT loads and merges it, or it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import peft
+import pytest
+import torch
+import transformers
+
+from modicum.errors import UnsupportedError
+from modicum.layout import is_turned
+from modicum.weights import Checkpoint
+from modicum.weights.adapter import UNDERSTOOD
+from support import tiny_llama
+
+FIELDS = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
+MODULES = ["q_proj", "down_proj"]
+# Values that PEFT trains and loads on a small model; the fields of a configuration that are not here are set by hand.
+TRAINED: list[dict[str, Any]] = [
+    *({"init_lora_weights": value} for value in (True, False, "gaussian", "eva", "orthogonal", "mica")),
+    *({"init_lora_weights": value} for value in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")),
+    {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+    {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 3}, "use_rslora": True},
+    {"bias": "all"},
+    {"bias": "lora_only"},
+    {"fan_in_fan_out": True},
+    {"lora_bias": True},
+    {"use_dora": True},
+    {"trainable_token_indices": [1, 2]},
+    {"layer_replication": [(0, 2), (1, 2)]},
+    {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]},
+    {"lora_dropout": 0.5, "revision": "main", "megatron_core": "other.core", "qalora_group_size": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(attention_bias=True, num_key_value_heads=4, tie_word_embeddings=False).save_pretrained(folder)
+    return folder
+
+
+def save(base: Path, out: Path, options: dict[str, Any]) -> None:
+    """Write an adapter with random factors, whose configuration says ``options``."""
+    start = options.get("init_lora_weights", True)
+    by_hand = {"init_lora_weights": start} if start in ("loftq", "corda", "lora_ga", "eva") else {}
+    config = peft.LoraConfig(
+        **({"r": 4, "lora_alpha": 8, "target_modules": MODULES} | options | dict.fromkeys(by_hand, True))
+    )
+    wrapped = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    rng = torch.Generator().manual_seed(5)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=rng)
+    wrapped.save_pretrained(out)
+    rewrite(out, by_hand)
+
+
+def rewrite(folder: Path, change: dict[str, Any]) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def loaded(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the model that PEFT loads, with the adapter merged in."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return dict(merged.state_dict())
+
+
+def check(base: Path, adapter: Path) -> bool:
+    """Compare with PEFT; return whether the adapter is read at all."""
+    try:
+        folded = Checkpoint(adapter, base=base)
+    except UnsupportedError as error:
+        assert "PEFT first" in str(error)
+        return False
+    expected = loaded(base, adapter)
+    for name in folded:
+        torch.testing.assert_close(folded[name].float(), expected[name], rtol=1e-6, atol=1e-6)
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", TRAINED, ids=str)
+def test_an_adapter_is_what_peft_loads_or_refused(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    save(base, tmp_path, options)
+    more = {"lora_bias", "use_dora", "trainable_token_indices", "layer_replication", "target_parameters"}
+    shifted = options.get("init_lora_weights") in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")
+    assert check(base, tmp_path) == (not shifted and more.isdisjoint(options))
+
+
+def test_every_start_that_peft_names_is_tried() -> None:
+    tried = {options.get("init_lora_weights") for options in TRAINED}
+    named = get_type_hints(peft.LoraConfig)["init_lora_weights"]
+    literals = {value for part in get_args(named) for value in get_args(part)}
+    assert {value.replace("[number of iters]", "4") for value in literals} <= tried
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_of_peft_is_understood_or_must_be_off(base: Path, tmp_path: Path, field: str) -> None:
+    save(base, tmp_path, {})
+    rewrite(tmp_path, {field: {"some": "value"}})
+    if field not in UNDERSTOOD:
+        with pytest.raises(UnsupportedError, match=f"adapter with {field}, which is more than a low-rank delta"):
+            Checkpoint(tmp_path, base=base)
+    default = FIELDS[field].default
+    assert field in UNDERSTOOD or default in (None, False, dataclasses.MISSING)
+
+
+def test_unknown_starts_and_fields_are_refused(base: Path, tmp_path: Path) -> None:
+    save(base, tmp_path, {})
+    for change, told in (
+        ({"init_lora_weights": "PiSSA"}, "PiSSA"),
+        ({"init_lora_weights": "new"}, "path_initial_model"),
+    ):
+        rewrite(tmp_path, change)
+        with pytest.raises(UnsupportedError, match=told):
+            Checkpoint(tmp_path, base=base)
+    rewrite(tmp_path, {"init_lora_weights": True, "use_next_year": 1})
+    with pytest.raises(UnsupportedError, match="use_next_year"):
+        Checkpoint(tmp_path, base=base)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("said", [True, False])
+def test_square_matrices_of_gpt2_are_turned_whatever_the_adapter_says(tmp_path: Path, said: bool) -> None:
+    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    save(tmp_path / "base", tmp_path / "a", {"target_modules": ["c_proj", "c_attn"], "fan_in_fan_out": True})
+    rewrite(tmp_path / "a", {"fan_in_fan_out": said})
+    assert check(tmp_path / "base", tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["GPT2", "OpenAIGPT", "ImageGPT", "GPTBigCode", "Llama"])
+def test_layout_knows_the_models_that_store_weights_turned(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(num_hidden_layers=1)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}Model")(config)
+    for module, part in model.named_modules():
+        if isinstance(part, transformers.pytorch_utils.Conv1D | torch.nn.Linear):
+            assert is_turned(f"{module}.weight", config.model_type) == (not isinstance(part, torch.nn.Linear)), module
