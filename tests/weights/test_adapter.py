@@ -61,7 +61,7 @@ def test_the_base_can_be_named_anew(base: Path, tmp_path: Path) -> None:
     train_adapter(base, tmp_path / "a")
     config = tmp_path / "a" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/gone/away/far"}))
-    with pytest.raises(CheckpointError, match="There is no model at /gone/away/far"):
+    with pytest.raises(CheckpointError, match="There is no model folder /gone/away/far"):
         Checkpoint(tmp_path / "a")
     assert len(Checkpoint(tmp_path / "a", base=base)) == len(Checkpoint(base))
 
