@@ -25,6 +25,7 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
     """Return a fresh generator for the draw called ``names``, for example ``(0, "dare", expert, tensor)``.
 
     Example:
+        >>> import torch
         >>> a = torch.rand(3, generator=generator(0, "dare", 1, "lm_head"))
         >>> torch.equal(a, torch.rand(3, generator=generator(0, "dare", 1, "lm_head")))
         True

@@ -20,8 +20,8 @@ from modicum.recipe import parse
 from modicum.record import read_record
 from modicum.weights import merge
 from modicum.weights.measure import LONG, gram_matrices, squared_gradients
+from oracles import information as oracle
 from oracles import merge as merge_oracle
-from oracles import statistics as oracle
 from support import byte_tokenizer, tiny_llama
 from weights.test_adapter import train_adapter
 
