@@ -62,7 +62,7 @@ def test_all_weights_are_trained_without_an_adapter(tiny_model, rows, tmp_path):
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
     prompt = AutoTokenizer.from_pretrained(run.folder / "model")("say 1", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=2).shape[1] == prompt["input_ids"].shape[1] + 2
-    assert "float32" in run.record["notes"][0]
+    assert any("float32" in note for note in run.record["notes"])
 
 
 def test_the_same_recipe_gives_the_same_bytes_and_another_seed_does_not(tiny_model, rows, tmp_path):

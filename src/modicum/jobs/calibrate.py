@@ -60,7 +60,7 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     from modicum.models.zero_token.model import ZeroTokenForCausalLM
 
     tokenizer = load_tokenizer(recipe.model)
-    rows = tokenize(load_rows(recipe.data, seed=recipe.seed), tokenizer, recipe.data, note=run.note)
+    rows = tokenize(load_rows(recipe.data, seed=recipe.seed, note=run.note), tokenizer, recipe.data, note=run.note)
     # Rows of one length make batches without padding; the few that are shorter are left out.
     longest = max(map(len, rows["input_ids"]))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

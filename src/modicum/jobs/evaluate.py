@@ -111,7 +111,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
     pairs = {_key(model, task): (model, task) for model in recipe.models for task in recipe.tasks}
     todo = [pair for key, pair in pairs.items() if key not in finished]
     # A wrong reference in the last line of a recipe should not cost the hours before it.
-    rows = {name: recipe.tasks[name].rows(recipe.seed) for name in dict.fromkeys(name for _, name in todo)}
+    rows = {name: recipe.tasks[name].rows(recipe.seed, run.note) for name in dict.fromkeys(name for _, name in todo)}
     for model in dict.fromkeys(model for model, _ in todo):
         resolve_model(recipe.models[model], allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     (run.folder / "items").mkdir(exist_ok=True)

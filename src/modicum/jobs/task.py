@@ -82,24 +82,25 @@ class Task(Section):
         yield from self.data.inputs()
         yield from (str(self.knobs[name]) for name in self.measure.facts.reads if self.knobs[name] is not None)
 
-    def rows(self, seed: int) -> Rows:
+    def rows(self, seed: int, note: Callable[[str], None] | None = None) -> Rows:
         """Read the data, and prepare it as the measure needs.
 
         Args:
             seed: The recipe's.
+            note: Told when bad rows were left out.
 
         Raises:
             RecipeError: The data holds rows of another kind than the measure needs.
         """
         facts = self.measure.facts
-        load = partial(self._load, seed)
+        load = partial(self._load, seed, note)
         if facts.prepare is None:
             return load()
         made: Rows = self.ask(facts.prepare, load, seed=seed)
         return made
 
-    def _load(self, seed: int) -> Rows:
-        rows = load_rows(self.data, seed=seed)
+    def _load(self, seed: int, note: Callable[[str], None] | None) -> Rows:
+        rows = load_rows(self.data, seed=seed, note=note)
         expected = self.measure.facts.rows
         if rows.kind != expected:
             fields = " and ".join(row_kind[expected].facts.fields)

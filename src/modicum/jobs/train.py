@@ -7,13 +7,14 @@ Everything under ``trainer:`` goes to ``TrainingArguments`` verbatim. Run it on 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.errors import ModicumError, RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.data.rows import DataSection, collate, load_rows, tokenize
 from modicum.jobs.loading.models import (
     fresh_model,
@@ -36,13 +37,20 @@ if TYPE_CHECKING:
 
     from modicum.jobs.training.trainer import PartsTrainer
 
+SAMPLE = 64  # rows that `check` encodes, or up to twice as many
+
 
 def plan(recipe: TrainRecipe) -> list[str]:
     """Describe the training that would run, after checks of the trainer's arguments and the rows."""
     parts = parts_of(recipe)
     arguments = training_arguments(recipe, parts, Path("unused"))
     weights = sum(file.stat().st_size for file in resolve_model(recipe.model.path).glob("*.safetensors"))
-    rows = {name: len(_data(recipe, section, parts).rows) for name, section in _sections(recipe)}
+    notes: list[str] = []
+    read = {name: _data(recipe, section, parts, notes.append) for name, section in _sections(recipe)}
+    rows = {name: len(data.rows) for name, data in read.items()}
+    tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
+    for data in read.values():
+        try_rows(data, tokenizer, notes.append)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     what = next((part.trains for part in parts if part.trains), "all weights")
     start = f"{weights / 1e6:.0f} MB of weights" if recipe.model.scratch is None else "random weights"
@@ -50,6 +58,7 @@ def plan(recipe: TrainRecipe) -> list[str]:
         f"train {what} of {recipe.model.path} ({start})",
         f"on {rows['train_dataset']} rows of {recipe.data.path}",
         f"{optimizer_steps(arguments, rows['train_dataset'])} optimiser steps of {batch} rows on each device",
+        *(f"note: {note}" for note in dict.fromkeys(notes)),
     ]
 
 
@@ -137,21 +146,37 @@ def _sections(recipe: TrainRecipe) -> list[tuple[str, DataSection]]:
     return [(name, section) for name, section in named if section is not None]
 
 
-def _data(recipe: TrainRecipe, section: DataSection, parts: Sequence[Part]) -> Data:
-    data = Data(load_rows(section, seed=recipe.seed), section, training=section is recipe.data)
+def _data(recipe: TrainRecipe, section: DataSection, parts: Sequence[Part], note: Callable[[str], None]) -> Data:
+    data = Data(load_rows(section, seed=recipe.seed, note=note), section, training=section is recipe.data)
     for part in parts:
         data = part.data(data)
     return data
 
 
+def try_rows(data: Data, tokenizer: Any, note: Callable[[str], None]) -> None:
+    """Encode a sample of the rows as the training will, so that what it would refuse is refused now.
+
+    Raises:
+        ModicumError: The rows cannot be learned from.
+    """
+    rows = data.rows
+    sample = replace(rows, rows=rows.rows[:: max(1, len(rows) // SAMPLE)])
+    try:
+        data.encode(sample, tokenizer, data.section, note=note)
+    except ModicumError:
+        if len(sample) == len(rows):
+            raise
+        data.encode(rows, tokenizer, data.section, note=note)  # rows left out by chance may be those that do
+
+
 def _dataset(recipe: TrainRecipe, section: DataSection, parts: Sequence[Part], tokenizer: Any, run: Run) -> Any:
-    data = _data(recipe, section, parts)
+    data = _data(recipe, section, parts, run.note)
     return data.encode(data.rows, tokenizer, data.section, note=run.note)
 
 
 def _plain(recipe: TrainRecipe, parts: Sequence[Part], tokenizer: Any, run: Run) -> Any:
     """Return the training rows as plain tokens, whatever the parts make of them in training."""
-    return tokenize(_data(recipe, recipe.data, parts).rows, tokenizer, recipe.data, note=run.note)
+    return tokenize(_data(recipe, recipe.data, parts, run.note).rows, tokenizer, recipe.data, note=run.note)
 
 
 def _model(recipe: TrainRecipe, parts: Sequence[Part], run: Run, device: torch.device) -> PreTrainedModel:

@@ -128,6 +128,6 @@ def test_a_row_is_of_the_first_kind_whose_fields_it_has(row):
     expected = next((kind for kind, fields in order.items() if fields <= row.keys()), None)
     if expected is None:
         with pytest.raises(RecipeError, match="Name yours"):
-            _kind(DataSection(path="x"), row)
+            _kind(DataSection(path="x"), [row])
     else:
-        assert _kind(DataSection(path="x"), row).name == expected
+        assert _kind(DataSection(path="x"), [row]).name == expected

@@ -40,7 +40,7 @@ def load_batches(
     Raises:
         ModicumError: The data cannot be read, nothing is left to learn from, or packed samples see each other.
     """
-    rows = tokenize(load_rows(section, seed=seed), tokenizer, section, note=note)
+    rows = tokenize(load_rows(section, seed=seed, note=note), tokenizer, section, note=note)
     pad: Callable[..., dict[str, Any]] = collate(tokenizer)
     if model is not None and "position_ids" in rows.column_names:
         pad = isolating(model, pad, ids=ordinary_ids(tokenizer), max_length=section.max_length)

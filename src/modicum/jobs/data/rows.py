@@ -6,11 +6,15 @@ Nothing is left in a cache: local files and generated tasks are read straight in
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Row, Rows
 from modicum.facts import RowKindFacts
+from modicum.jobs.data.bad_rows import BadRow, each
 from modicum.jobs.data.collators import LabelledLogits, PaddingCollator, collate
 from modicum.jobs.data.section import DataSection, Fields
 from modicum.jobs.data.tokens import tokenize
@@ -19,12 +23,13 @@ from modicum.registry import Entry, row_kind, wanted
 __all__ = ["DataSection", "Fields", "LabelledLogits", "PaddingCollator", "Rows", "collate", "load_rows", "tokenize"]
 
 
-def load_rows(section: DataSection, *, seed: int = 0) -> Rows:
+def load_rows(section: DataSection, *, seed: int = 0, note: Callable[[str], None] | None = None) -> Rows:
     """Read or generate the rows of ``section``.
 
     Args:
         section: Where rows come from.
         seed: Used when the section has no seed of its own.
+        note: Told when bad rows were left out.
 
     Raises:
         CheckpointError: The file, folder, split or task does not exist, is empty or cannot be read.
@@ -47,8 +52,8 @@ def load_rows(section: DataSection, *, seed: int = 0) -> Rows:
         order = torch.randperm(len(found), generator=generator(seed, "data", section.split))
         found = [found[i] for i in order.tolist()]
     found = found[: section.size]
-    kind = _kind(section, found[0])
-    return Rows(kind.name, [kind.function(section, row, index) for index, row in enumerate(found)])
+    kind = _kind(section, found)
+    return Rows(kind.name, each(found, lambda index, row: kind.function(section, row, index), section, note))
 
 
 def _config(section: DataSection) -> dict[str, Any]:
@@ -62,13 +67,20 @@ def _config(section: DataSection) -> dict[str, Any]:
         raise RecipeError(f"{section.path}: config: {error}") from None
 
 
-def _kind(section: DataSection, row: Row) -> Entry[RowKindFacts]:
+def _kind(section: DataSection, rows: list[Row]) -> Entry[RowKindFacts]:
+    """Return the kind of the first row; where bad rows are left out, the kind of most rows."""
     if section.format != "auto":
         return row_kind[section.format]
     kinds = sorted(row_kind.values(), key=lambda kind: kind.facts.order)
-    for kind in kinds:
-        if all(section.fields.of(field) in row for field in kind.facts.fields):
-            return kind
+    counts: Counter[str] = Counter()
+    for row in rows if section.on_bad_row == "skip" else rows[:1]:
+        names = (kind.name for kind in kinds if all(section.fields.of(field) in row for field in kind.facts.fields))
+        counts.update(islice(names, 1))
+    if counts:
+        return row_kind[counts.most_common(1)[0][0]]
+    row = rows[0]
+    if isinstance(row, BadRow):
+        raise CheckpointError(row.why)
     *most, last = (" and ".join(repr(section.fields.of(field)) for field in kind.facts.fields) for kind in kinds)
     raise RecipeError(
         f"{section.path}: rows have the fields {', '.join(sorted(row)) or 'none'}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -61,6 +61,9 @@ class DataSection(Section):
     max_length: PositiveInt = Field(default=1024, description="tokens of a row; longer ones are cut")
     packing: bool = Field(default=False, description="fill rows up to max_length with several samples")
     completion_only: bool = Field(default=True, description="learn from the assistant's words only")
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop", description="a row that cannot be read or learned from ends the run, or is left out and counted"
+    )
 
     @field_validator("template")
     @classmethod

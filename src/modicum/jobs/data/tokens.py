@@ -1,19 +1,21 @@
 """From rows to token ids and labels: chat templates, label masks, packing, padding.
 
 A label is set where the model should learn: on everything for text, and on the assistant's words for chats and
-completions. The mask is not guessed: the prompt is tokenised as it will be when generating, and must be a prefix of
-the whole.
+completions. The mask is not guessed: the prompt is tokenised as it will be when generating, and the answer goes on from
+there.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Row, Rows
+from modicum.jobs.data.bad_rows import each
 from modicum.registry import row_kind
 from modicum.types import IGNORED
 
@@ -43,7 +45,7 @@ def tokenize(
         rows: Rows of :func:`modicum.jobs.data.rows.load_rows`.
         tokenizer: The model's own; its chat template is used where it has one.
         section: ``max_length``, ``packing`` and ``completion_only`` are read.
-        note: Told when rows were cut or dropped.
+        note: Told when rows were cut, dropped or left out, and with which token answers end.
 
     Raises:
         CheckpointError: The tokenizer cannot express these rows, or nothing is left to learn from.
@@ -55,11 +57,43 @@ def tokenize_answers(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, section: DataSection, note: Callable[[str], None] | None
 ) -> datasets.Dataset:
     """Learn from the assistant's words; see :func:`encode`."""
-    examples = [
-        encode(row, tokenizer, completion_only=section.completion_only, where=f"{section.path}, row {index}")
-        for index, row in enumerate(rows.rows)
-    ]
-    return dataset(examples, section, note)
+
+    def make(index: int, row: Row) -> Example:
+        where = f"{section.path}, row {index}"
+        return encode(row, tokenizer, completion_only=section.completion_only, where=where)
+
+    examples = each(rows.rows, make, section, note)
+    made = dataset(examples, section, note)
+    if note and not any(row.get("plain") for row in rows.rows):  # these end with their line
+        note(f"{section.path}: {endings(examples, tokenizer)}")
+    return made
+
+
+def endings(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say with which token the answers end, and whether it is learned."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special.update(tokenizer.all_special_ids)
+    counts = Counter(_ending(labels, tokenizer, special) for _, labels in examples)
+    ends = [end for end, _ in counts.most_common() if end is not None]
+    if not ends:
+        return (
+            "nothing ends an answer (no end-of-turn token in the chat template, or no eos_token of the tokenizer), so "
+            "the model does not learn to stop. Let the template write one after each answer."
+        )
+    named = " or ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends)
+    without = f", but in {counts[None]} of {len(examples)} rows nothing does" if counts[None] else ""
+    other = "" if tokenizer.eos_token_id in ends else f" The tokenizer's eos_token is {tokenizer.eos_token!r}."
+    return f"answers end with {named}, which is learned{without}.{other}"
+
+
+def _ending(labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: Collection[int]) -> int | None:
+    """Return the special token that is learned last, white space aside; ``None`` where a word is."""
+    for label in reversed(labels):
+        if label in special:
+            return label
+        if label != IGNORED and tokenizer.decode([label]).strip():
+            return None
+    return None
 
 
 def dataset(
@@ -84,10 +118,17 @@ def text_of(section: DataSection, row: Row, field: str, index: int) -> str:
     """
     name = section.fields.of(field)
     value = row.get(name)
+    if isinstance(value, str) and not is_text(value):
+        raise RecipeError(f"{section.path}, row {index}: field {name!r} holds half a Unicode character (a surrogate).")
     if not isinstance(value, str):
         found = f"is {type(value).__name__}" if name in row else f"is missing (it has {', '.join(sorted(row))})"
         raise RecipeError(f"{section.path}, row {index}: field {name!r} {found}, expected text.")
     return value
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is text that a tokenizer takes: JSON can hold one half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:
@@ -120,7 +161,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
     """
     if "messages" not in row and (row.get("plain") or not tokenizer.chat_template):
         start = prompt_ids(row, tokenizer)
-        answer = _ids(tokenizer, row["completion"])
+        answer = _continued(tokenizer, row["completion"])
         answer = answer if row.get("plain") else ended(answer, tokenizer)
         return start + answer, (([IGNORED] * len(start)) if completion_only else list(start)) + answer
     if not tokenizer.chat_template:
@@ -129,27 +170,63 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
             "or prompt and completion fields."
         )
     messages = row.get("messages") or [*messages_of(row), {"role": "assistant", "content": row["completion"]}]
-    ids = _ids(tokenizer, _render(tokenizer, messages))
-    if not completion_only:
-        return ids, list(ids)
-    labels = [IGNORED] * len(ids)
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not spoken:
+    if completion_only and not spoken:
         raise CheckpointError(f"{where}: no message of the assistant to learn from. Set completion_only: false.")
-    for index in spoken:
-        before = _ids(tokenizer, _render(tokenizer, messages[:index], prompt=True))
-        after = ids if index + 1 == len(messages) else _ids(tokenizer, _render(tokenizer, messages[: index + 1]))
-        if ids[: len(after)] != after or after[: len(before)] != before:
-            raise CheckpointError(
-                f"{where}: with this chat template the prompt before message {index} is not how the whole "
-                "conversation begins, so what to learn is unclear. Set completion_only: false, or split the chat."
-            )
+    ids, turns = _turns(messages, spoken, tokenizer)
+    if not completion_only:
+        return ids, list(ids)  # where a turn begins does not matter then
+    if len(turns) < len(spoken):
+        raise CheckpointError(
+            f"{where}: with this chat template the prompt before message {spoken[len(turns)]} is not how the whole "
+            "conversation begins, so what to learn is unclear. Set completion_only: false, or split the chat."
+        )
+    labels = [IGNORED] * len(ids)
+    for begin, end in turns:
         # What the template puts after the end of the turn, such as a newline, is never generated.
-        end = len(after)
-        while tokenizer.eos_token_id in after[len(before) :] and after[end - 1] != tokenizer.eos_token_id:
+        while tokenizer.eos_token_id in ids[begin:end] and ids[end - 1] != tokenizer.eos_token_id:
             end -= 1
-        labels[len(before) : end] = ids[len(before) : end]
+        labels[begin:end] = ids[begin:end]
     return ids, labels
+
+
+def _turns(
+    messages: Sequence[dict[str, str]], spoken: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of a conversation, and where each turn of the assistant lies in them.
+
+    A turn begins where its prompt ends. Where the answer's first letters would join the prompt's last ones into one
+    token (two line feeds, a space and a word), the text is cut there before it is tokenised: a model that generates
+    gets the prompt's tokens by themselves.
+
+    Returns:
+        Ids and turns; fewer turns than ``spoken`` where the text of a prompt is not how the conversation begins.
+    """
+    text = _render(tokenizer, messages)
+    ids = _ids(tokenizer, text)
+    try:
+        ends = [text if at + 1 == len(messages) else _render(tokenizer, messages[: at + 1]) for at in spoken]
+        texts = [(_render(tokenizer, messages[:at], prompt=True), end) for at, end in zip(spoken, ends)]
+    except CheckpointError:  # the template takes the whole, but not its beginning
+        return ids, []
+    turns: list[tuple[int, int]] = []
+    for prompt, answered in texts:
+        before, after = _ids(tokenizer, prompt), ids if answered is text else _ids(tokenizer, answered)
+        if ids[: len(after)] != after or after[: len(before)] != before:
+            break
+        turns.append((len(before), len(after)))
+    if len(turns) == len(spoken):
+        return ids, turns
+    pieces: list[int] = []
+    cut, turns = 0, []
+    for prompt, answered in texts:
+        if len(prompt) < cut or not answered.startswith(prompt) or not text.startswith(answered):
+            return ids, turns
+        pieces += (_continued if cut else _ids)(tokenizer, text[cut : len(prompt)])
+        start, cut = len(pieces), len(answered)
+        pieces += _continued(tokenizer, text[len(prompt) : cut])
+        turns.append((start, len(pieces)))
+    return pieces + _continued(tokenizer, text[cut:]), turns
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
@@ -165,6 +242,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a text that goes on another, without the space that SentencePiece puts before a first word."""
+    ids = _ids(tokenizer, text)
+    if ids and tokenizer.convert_ids_to_tokens(ids[0]) == "▁" and not text.startswith((" ", "▁")):
+        return ids[1:]
     return ids
 
 

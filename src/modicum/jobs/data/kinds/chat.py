@@ -5,7 +5,7 @@ from __future__ import annotations
 from modicum.errors import RecipeError
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.section import DataSection
-from modicum.jobs.data.tokens import tokenize_answers
+from modicum.jobs.data.tokens import is_text, tokenize_answers
 from modicum.registry import row_kind
 
 
@@ -39,4 +39,4 @@ def chat(section: DataSection, row: Row, index: int) -> Row:
 
 
 def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    return isinstance(value, dict) and all(is_text(value.get(key)) for key in ("role", "content"))

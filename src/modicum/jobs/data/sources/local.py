@@ -10,6 +10,7 @@ from typing import Any
 
 from modicum.errors import CheckpointError, first_line
 from modicum.evaluate.rows import Row
+from modicum.jobs.data.bad_rows import BadRow
 from modicum.jobs.data.section import DataSection
 from modicum.registry import source
 
@@ -83,17 +84,18 @@ def _read(file: Path, text_field: str) -> list[Row]:
 
 
 def _read_jsonl(file: Path) -> list[Row]:
-    rows = []
+    """Return the rows of the lines; a line that is no row comes as a :class:`BadRow`."""
+    rows: list[Row] = []
     # Only a line feed ends a line of JSON; splitlines would also cut at separators inside strings.
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{file}, line {number} is not valid JSON: {error.msg}.") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            row = BadRow(f"{file}, line {number} is not valid JSON: {first_line(error).partition(': line')[0]}.")
         if not isinstance(row, dict):
-            raise CheckpointError(f"{file}, line {number} is {type(row).__name__}, expected an object.")
+            row = BadRow(f"{file}, line {number} is {type(row).__name__}, expected an object.")
         rows.append(row)
     return rows
 
