@@ -1,7 +1,8 @@
 """The LoRA layers inside a PEFT model, found by their attributes, because this file imports no PEFT.
 
 A LoRA layer on a linear module holds ``lora_A[name].weight`` (rank, in) and ``lora_B[name].weight`` (out, rank). Layers
-on embeddings and convolutions are left at PEFT's own start.
+on embeddings and convolutions, and heads whose factors are an embedding's (``ensure_weight_tying``), are left at PEFT's
+own start.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
         ModicumError: There is none.
     """
     found: dict[str, Any] = {}
+    embedded = _embedded(model, adapter)
     modules: Iterable[tuple[str, Any]] = model.named_modules()
     for name, layer in modules:
         if adapter not in getattr(layer, "lora_A", ()):
             continue
         _refuse_variants(name, layer, adapter)
-        if layer.lora_A[adapter].weight.ndim == 2:
+        if _is_linear(layer, adapter, embedded):
             found[name.removeprefix(ADAPTER_PREFIX)] = layer
     if not found:
         raise ModicumError(
@@ -43,14 +45,27 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
 
 
 def other_layers(model: nn.Module, adapter: str = "default") -> list[str]:
-    """Return the names of the layers that ``adapter`` has on embeddings and convolutions."""
+    """Return the names of the layers of ``adapter`` on embeddings, convolutions and heads tied to an embedding."""
+    embedded = _embedded(model, adapter)
     modules: Iterable[tuple[str, Any]] = model.named_modules()
     return [
         name.removeprefix(ADAPTER_PREFIX)
         for name, layer in modules
         if adapter in getattr(layer, "lora_embedding_A", ())
-        or (adapter in getattr(layer, "lora_A", ()) and layer.lora_A[adapter].weight.ndim != 2)
+        or (adapter in getattr(layer, "lora_A", ()) and not _is_linear(layer, adapter, embedded))
     ]
+
+
+def _embedded(model: nn.Module, adapter: str) -> set[int]:
+    """Return where the factors of adapters on embeddings lie in memory."""
+    held = (getattr(layer, "lora_embedding_B", {}) for layer in model.modules())
+    return {factors[adapter].data_ptr() for factors in held if adapter in factors} - {0}
+
+
+def _is_linear(layer: Any, adapter: str, embedded: set[int]) -> bool:
+    weight = layer.lora_A[adapter].weight
+    # PEFT ties a head's factors to an embedding's as transposed views: one cannot be started without the other.
+    return weight.ndim == 2 and weight.data_ptr() not in embedded
 
 
 def factors_of(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:

@@ -231,6 +231,8 @@ def _save(recipe: TrainRecipe, parts: Sequence[Part], trainer: PartsTrainer, run
             load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code).save_pretrained(folder)
             for part in parts:
                 part.save(folder)
+            for part in parts:
+                part.verify(folder, parts)
     if run.main:
         run.output(name, target)
         if checkpoints(run.folder / "checkpoints"):

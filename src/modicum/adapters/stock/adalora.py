@@ -2,6 +2,7 @@ r"""AdaLoRA: PEFT's adapter in the form of a singular value decomposition, made 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -22,8 +23,10 @@ def _config(knobs: Mapping[str, Any], *, rank: int, **fields: Any) -> Any:
     from peft import AdaLoraConfig
 
     first = round(knobs["spare"] * rank)
+    # PEFT's layer knows no rsLoRA: the same scaling by another alpha.
+    alpha = fields.get("lora_alpha", 2 * rank) * (math.sqrt(rank) if fields.pop("use_rslora", False) else 1)
     # PEFT divides alpha by the rank to begin with. The length of the run is not known yet.
-    fields["lora_alpha"] = fields.get("lora_alpha", 2 * rank) * first / rank
+    fields["lora_alpha"] = alpha * first / rank
     return AdaLoraConfig(
         init_r=first,
         target_r=rank,

@@ -88,7 +88,11 @@ def rewrite(
 
 def remove_shift(folder: Path, initial: Pairs) -> None:
     """Rewrite a saved adapter for the original base, at twice the rank."""
+    import torch
+
     from modicum.adapters.serving import without_shift
+
+    shifted: set[str] = set()
 
     def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, factors in initial.items():
@@ -97,6 +101,12 @@ def remove_shift(folder: Path, initial: Pairs) -> None:
                 raise CheckpointError(f"{folder} has no factors of {name}. Was it saved by this run?")
             made = without_shift((tensors[keys[0]], tensors[keys[1]]), factors)
             tensors |= dict(zip(keys, made))
+            shifted.add(f"{ADAPTER_PREFIX}{name}.base_layer.")
+        # PEFT adds the base of an embedding or head that has an adapter: here it is the shifted one.
+        tensors = {key: t for key, t in tensors.items() if not key.startswith(tuple(shifted))}
+        for key, tensor in tensors.items():
+            if (side := _padded(key, initial)) is not None:
+                tensors[key] = torch.cat([tensor, torch.zeros_like(tensor)], dim=side)
         growth = 2**0.5 if config.get("use_rslora") else 2
         return tensors, config | {
             "r": 2 * config["r"],
@@ -107,3 +117,10 @@ def remove_shift(folder: Path, initial: Pairs) -> None:
         }
 
     rewrite(folder, change)
+
+
+def _padded(key: str, initial: Pairs) -> int | None:
+    """Return the dimension of the rank in a factor that left no base, such as an embedding's; ``None`` for the rest."""
+    name, _, factor = key.removeprefix(ADAPTER_PREFIX).removesuffix(".weight").rpartition(".")
+    side = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}.get(factor)
+    return None if name in initial else side

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -162,6 +163,8 @@ def apply_start(peft_model: Any, facts: AdapterFacts, factors: Pairs, adapter: s
     from modicum.adapters.layers import factors_of, lora_layers, store_factors
     from modicum.adapters.ranks import change_ranks
 
+    if facts.shifts_base:
+        _untie(peft_model, factors, adapter)
     change_ranks(peft_model, {name: len(A) for name, (A, _) in factors.items()}, adapter=adapter)
     layers = lora_layers(peft_model, adapter)
     gone: Pairs = {}
@@ -180,6 +183,21 @@ def apply_start(peft_model: Any, facts: AdapterFacts, factors: Pairs, adapter: s
     freeze(peft_model, facts.frozen, adapter)
     peft_model.peft_config[adapter].init_lora_weights = True
     return gone
+
+
+def _untie(peft_model: Any, names: Iterable[str], adapter: str) -> None:
+    """Give each layer whose base is going to shift a weight of its own: a tied embedding must stay as it is."""
+    import torch
+
+    from modicum.adapters.layers import lora_layers
+
+    layers, owners = lora_layers(peft_model, adapter), Counter[int]()
+    for _, parameter in peft_model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] += 1
+    for name in names:
+        base = layers[name].get_base_layer()
+        if owners[id(base.weight)] > 1:
+            base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
 
 
 def freeze(peft_model: Any, frozen: Literal["A", "B"] | None, adapter: str) -> None:

@@ -99,6 +99,7 @@ class Part:
             replace the same. Label smoothing, which belongs to the model's own loss, is refused beside a ``loss``.
         trains: Name of the trained weights, where they are not all weights.
         output: Name of the result where that is not a ``model``.
+        own_tokens: Tokens that only the training knows; set by the time of :meth:`finish`.
     """
 
     run: Run
@@ -107,6 +108,7 @@ class Part:
     brings: Collection[str] = ()
     trains: str | None = None
     output: str | None = None
+    own_tokens: Collection[int] = ()
 
     def __init__(self, name: str, recipe: TrainRecipe, section: Any = None) -> None:
         self.name, self.recipe, self.section = name, recipe, section
@@ -162,6 +164,9 @@ class Part:
 
     def save(self, folder: Path) -> None:
         """Complete the saved folder; called in the first process alone."""
+
+    def verify(self, folder: Path, parts: Sequence[Part]) -> None:
+        """Refuse the saved folder, once all parts have completed it; called in the first process alone."""
 
 
 def in_order() -> list[Entry[PartFacts]]:

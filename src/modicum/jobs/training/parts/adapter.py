@@ -21,6 +21,7 @@ from modicum.types import PositiveInt
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from modicum.facts import AdapterFacts
     from modicum.jobs.training.adapter import Started
     from modicum.jobs.training.adapter_geometry import Change
     from modicum.jobs.training.batches import Batches
@@ -62,6 +63,8 @@ class Adapter(Part):
                 "adapter.init.reuse_data: continue is for loops of your own; the trainer draws its rows anew."
             )
         self.facts = registry.adapter_init[self.init.name].facts
+        if section.init is not None:
+            refuse_contradictions(self.init.name, self.facts, section.config)
         if section.compare is not None:
             if section.init is None:
                 raise RecipeError("adapter.compare needs a start that is known. Set adapter.init, such as `default`.")
@@ -194,6 +197,26 @@ class Adapter(Part):
                 model.save_pretrained(folder)
                 load_tokenizer(section.path, remote_code=section.remote_code).save_pretrained(folder)
         return str(target.absolute())
+
+
+def refuse_contradictions(name: str, facts: AdapterFacts, config: Mapping[str, Any]) -> None:
+    """Refuse fields of ``LoraConfig`` that would start another adapter than the method does, or that it cannot start.
+
+    Raises:
+        RecipeError: A field says otherwise than the method.
+        UnsupportedError: The method starts plain LoRA alone.
+    """
+    own = {"init_lora_weights": True} | (dict(facts.config) if isinstance(facts.config, Mapping) else {})
+    for key, value in own.items():
+        # A mapping holds further settings, which may be changed.
+        if not isinstance(value, Mapping) and config.get(key, value) != value:
+            raise RecipeError(
+                f"adapter.init is {name}, which needs {key}: {json.dumps(value)}, and adapter.config sets "
+                f"{key}: {json.dumps(config[key])}. Drop one."
+            )
+    for key in () if facts.stock else ("use_dora", "lora_bias"):
+        if config.get(key):
+            raise UnsupportedError(f"adapter.init: {name} starts plain LoRA, adapter.config.{key} is more. Drop one.")
 
 
 def _tidy_config(path: Path, *, base: str) -> None:

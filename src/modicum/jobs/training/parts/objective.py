@@ -69,5 +69,6 @@ class Objective(Part):
         from modicum.jobs.training.objective import finish_model
 
         if self.mask is not None:
+            self.own_tokens = (self.mask,)
             finish_model(trainer.model, mask_token_id=self.mask, rows=self.rows)
         return {}
