@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,17 @@ def test_no_other_module_knows_names_of_tensors() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
                 text = node.value.replace("tie_word_embeddings", "")  # a setting, not a tensor
                 assert not any(name in text for name in KNOWN_HERE), f"{place}:{node.lineno} has {text!r}"
+
+
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "module.")
+
+
+@pytest.mark.parametrize("some", [each for count in (1, 2, 3) for each in permutations(WRAPPERS, count)])
+def test_a_name_without_its_wrappers_is_the_plain_one(some):
+    assert layout.unwrapped("".join(some) + "model.layers.0.mlp.weight") == "model.layers.0.mlp.weight"
+    inside = "".join(wrapper for wrapper in some if wrapper != "module.")  # DDP wraps whole models alone
+    assert layout.unwrapped(f"model.layers.0.{inside}mlp.weight") == "model.layers.0.mlp.weight"
+
+
+def test_a_module_called_module_inside_a_model_keeps_its_name():
+    assert layout.unwrapped("model.module.weight") == "model.module.weight"

@@ -101,7 +101,7 @@ def unwrapped(name: str) -> str:
         >>> unwrapped("module._orig_mod.model.norm.weight")
         'model.norm.weight'
     """
-    return _WRAPPER.sub("", name.removeprefix("module."))
+    return _WRAPPER.sub("", name).removeprefix("module.")
 
 
 def layer_of(name: str) -> Layer | None:

@@ -1,11 +1,15 @@
 """AdaGC in the loops people write: every optimiser, loss scaling, accumulation, LoRA, and the step inside backward."""
 
+import warnings
+
 import pytest
 import torch
 
 from modicum.errors import UnsupportedError
 from modicum.optim import AdaGC
 from modicum.optim.gradient.backward import BackwardStep
+from modicum.optim.gradient.make import make_clipper
+from support import tiny_llama
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
@@ -69,6 +73,44 @@ def test_attaching_twice_or_to_a_stranger_is_refused():
         clipper.attach(optimizer)
     with pytest.raises(UnsupportedError, match="holds none of the 4 parameters"):
         AdaGC(net().parameters()).attach(optimizer)
+
+
+@pytest.mark.parametrize("name", ["adagc", "zclip", "agc", "agc_update"])
+def test_two_clippers_on_one_optimiser_warn_unless_they_share_nothing(name):
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    first = make_clipper(name, model[0].named_parameters()).attach(optimizer)
+    AdaGC(model[2].named_parameters()).attach(optimizer)
+    second = AdaGC(model[0].named_parameters())
+    with pytest.warns(UserWarning, match=f"A {type(first).__name__} is attached .* twice"):
+        second.attach(optimizer)
+    second.detach()
+    first.detach()
+    AdaGC(model[0].named_parameters()).attach(optimizer)
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_clipper_on_the_optimiser_of_a_trainer_that_clips_warns(tmp_path, limit, early):
+    from datasets import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Attach(TrainerCallback):
+        def on_train_begin(self, _args, _state, _control, **given):
+            AdaGC(given["model"].named_parameters()).attach(given["optimizer"])
+
+    settings = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), max_grad_norm=limit, dataloader_pin_memory=False, **settings)
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 2, "labels": [[5, 6, 7]] * 2})
+    callbacks = [] if early else [Attach()]
+    trainer = Trainer(model=tiny_llama(), args=arguments, train_dataset=rows, callbacks=callbacks)
+    if early:
+        AdaGC(trainer.model.named_parameters()).attach(trainer.create_optimizer())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(each.message) for each in caught if "clipped twice" in str(each.message)]
+    assert len(told) == (limit > 0) and all("max_grad_norm is 1.0" in each for each in told)
 
 
 def test_a_closure_is_refused_because_it_computes_gradients_too_late():
@@ -201,6 +243,21 @@ def test_stepping_inside_backward_from_the_first_pass_on_counts_every_step():
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(plain.state.gamma, clipper.state.gamma)
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_accumulating_where_every_backward_pass_is_a_step_warns_once(warmup):
+    model = net()
+    stepper = BackwardStep(
+        AdaGC(model.named_parameters(), warmup=warmup), lambda params: torch.optim.SGD(params, lr=1e-2)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            loss_of(model, step).backward()
+            if step % 2:
+                stepper.step()
+    assert [("second gradient before step()" in str(each.message)) for each in caught] == [True]
 
 
 def test_stepping_inside_backward_needs_local_clipping():

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
-from zeroth_order_models import IDS, LABELS, flat, tied
+from zeroth_order_models import IDS, LABELS, flat, task, tied
 
 from modicum.errors import CheckpointError
 from modicum.optim import LOZO, MeZO, SubZero, TeZO
@@ -226,3 +226,16 @@ def test_a_state_from_before_the_first_refresh_brings_its_factors_along():
     run(model, fresh, 3)
     run(late, optimizer, 3)
     assert torch.equal(flat(model), flat(late))
+
+
+@pytest.mark.parametrize("name", sorted(zeroth_order))
+def test_what_surrounds_a_model_changes_neither_directions_nor_state(name):
+    found = []
+    for prefix in ("", "module.", "_orig_mod.", "_orig_mod.module."):
+        model = tied()
+        named = [(prefix + key, param) for key, param in model.named_parameters()]
+        optimizer = zeroth_order[name].function(named, lr=1e-2, **KNOBS.get(name, {}))
+        optimizer.step(task(model))
+        found.append((flat(model), optimizer.state_dict()["zeroth_order"]))
+    for weights, state in found[1:]:
+        assert torch.equal(weights, found[0][0]) and repr(state) == repr(found[0][1])

@@ -6,6 +6,7 @@ after its warm-up: gradients are freed layer by layer, and never all exist at on
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -21,8 +22,8 @@ from modicum.optim.gradient.gradients import gradients, is_sharded, scale_, tens
 class BackwardStep:
     """Clip and step inside ``backward()``, once the warm-up of the clipper is over.
 
-    Every backward pass is a step, so gradients cannot be accumulated. A parameter must receive its gradient once in a
-    pass; PyTorch adds up the parts of a tied one first.
+    Every backward pass is a step, so gradients cannot be accumulated; a second pass before :meth:`step` gives a
+    warning. A parameter must receive its gradient once in a pass; PyTorch adds up the parts of a tied one first.
 
     Args:
         clipper: An AdaGC on single tensors, without groups.
@@ -53,6 +54,8 @@ class BackwardStep:
         if any(is_sharded(param) for param in clipper.params.values()):
             raise UnsupportedError("A step inside backward() of sharded parameters is not supported. Use attach().")
         self.clipper = clipper
+        self._seen: set[int] = set()
+        self._warned = False
         self.optimizers = [make_optimizer([param]) for param in clipper.params.values()]
         self._handles = [
             param.register_post_accumulate_grad_hook(self._hook(place, name))  # type: ignore[no-untyped-call]
@@ -62,6 +65,7 @@ class BackwardStep:
     def step(self) -> None:
         """End the step: during the warm-up clip and step everything, afterwards only count."""
         clipper = self.clipper
+        self._seen.clear()
         if not clipper.warming_up:
             if clipper.state is not None:
                 clipper.state = replace(clipper.state, step=clipper.state.step + 1)
@@ -80,6 +84,15 @@ class BackwardStep:
     def _hook(self, place: int, name: str) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def now(param: Tensor) -> None:
+            if place in self._seen and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{name} got a second gradient before step(): after the warm-up each is clipped and stepped by "
+                    "itself, so nothing accumulates. Call step() after every backward(), or attach() the clipper to an "
+                    "optimiser.",
+                    stacklevel=2,
+                )
+            self._seen.add(place)
             if self.clipper.warming_up:
                 return
             grads = [grad for grad in gradients([(name, param)]) if grad is not None]

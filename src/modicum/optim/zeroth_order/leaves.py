@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
+from modicum.layout import unwrapped
 from modicum.optim.zeroth_order.lifts import Lift, Scale, scales
 from modicum.random import generator
 
@@ -143,7 +144,8 @@ def collect(
     for group in groups:
         names = group.get("param_names") or [str(count + i) for i in range(len(group["params"]))]
         count += len(names)
-        for name, param in zip(names, group["params"], strict=True):
+        # Directions and states are found by name: they must not depend on what surrounds the model.
+        for name, param in zip(map(unwrapped, names), group["params"], strict=True):
             check(name, param)
             wanted = include is None or any(re.search(p, name) for p in include)
             if not param.requires_grad or not wanted or any(re.search(p, name) for p in exclude):
