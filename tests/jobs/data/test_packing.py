@@ -7,7 +7,7 @@ import torch
 
 from modicum.errors import UnsupportedError
 from modicum.jobs import execute
-from modicum.jobs.data.packing import BlockMask, isolated, isolating
+from modicum.jobs.data.packing import BlockMask, isolating, trouble
 from modicum.jobs.data.rows import collate
 from modicum.recipe import parse
 from modicum.record import read_record
@@ -43,6 +43,7 @@ BY_POSITION = {
     "gpt_bigcode": GPT,
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4, "window_size": 8},
     "codegen": {**GPT, "rotary_dim": 4},
+    "falcon": {"alibi": True, "new_decoder_architecture": False, "multi_query": False},
 }
 BY_MASK = {
     "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -56,6 +57,15 @@ REFUSED = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
     "rwkv": {"attention_hidden_size": 32},
+    "bamba": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "attn_layer_indices": [1],
+    },
+    "nemotron_h": {},
+    "xlstm": {},
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 64, "head_dim": 8},
@@ -114,7 +124,7 @@ def test_packed_samples_have_the_logits_of_samples_alone(kind, extra):
 
 @pytest.mark.parametrize(("kind", "extra"), REFUSED.items())
 def test_a_model_whose_samples_see_each_other_is_refused_with_the_way_out(kind, extra):
-    with pytest.raises(UnsupportedError, match=f"in {kind} .* Set packing: false"):
+    with pytest.raises(UnsupportedError, match=f"with {kind} .* Set packing: false"):
         isolating(made(kind, extra), collate(byte_tokenizer()), ids=IDS, max_length=20)
 
 
@@ -130,10 +140,10 @@ def test_a_mask_does_not_replace_a_sliding_window():
 def test_the_trial_tells_a_leak_in_every_precision(attention, dtype):
     model = tiny_llama(attn_implementation=attention).to(dtype)
     plain = collate(byte_tokenizer())
-    assert isolated(model, plain, ids=IDS) and isolated(model, BlockMask(plain, dtype), ids=IDS)
+    assert trouble(model, plain, ids=IDS) is trouble(model, BlockMask(plain, dtype), ids=IDS) is None
     # A batch without positions is one sample.
     leaking = lambda rows: {k: v for k, v in plain(rows).items() if k != "position_ids"}  # noqa: E731
-    assert not isolated(model, leaking, ids=IDS)
+    assert "see each other" in trouble(model, leaking, ids=IDS)
 
 
 def test_rounding_is_no_leak_and_a_faint_leak_is_none_the_less():
@@ -152,8 +162,16 @@ def test_rounding_is_no_leak_and_a_faint_leak_is_none_the_less():
             noise = hidden.sum() * 1e-5
             return type("Output", (), {"logits": hidden + (noise if self.leak else noise.detach())})
 
-    assert isolated(Noisy(leak=False), collate(byte_tokenizer()), ids=IDS)
-    assert not isolated(Noisy(leak=True), collate(byte_tokenizer()), ids=IDS)
+    assert trouble(Noisy(leak=False), collate(byte_tokenizer()), ids=IDS) is None
+    assert "see each other" in trouble(Noisy(leak=True), collate(byte_tokenizer()), ids=IDS)
+
+
+def test_an_error_of_the_model_is_told_and_not_called_a_leak():
+    model = tiny_llama()
+    model.config.sliding_window = 4  # leaves the second way out
+    model.forward = None
+    with pytest.raises(UnsupportedError, match="does not take a packed row .TypeError: .*Set packing: false"):
+        isolating(model, collate(byte_tokenizer()), ids=IDS, max_length=20)
 
 
 @pytest.fixture

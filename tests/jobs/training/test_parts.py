@@ -268,6 +268,8 @@ PAIRED = {"name": "tezo", "lr": 1e-3, "rank": 2, "engine": "paired"}
         ({"objective": "reward"}, "reward has no gradient"),
         ({"objective": "reward", "optimizer": PAIRED}, "engine='paired' cannot"),
         ({"objective": "multiple_choice"}, "needs rows with candidates"),
+        ({"objective": "dropout", "optimizer": {"name": "mezo", "lr": 1e-3}}, "it would change nothing. Drop one"),
+        ({"objective": "neftune", "optimizer": {"name": "fzoo", "lr": 1e-3}}, "it would change nothing. Drop one"),
         ({"objective": "label_words", "data": WORDS | {"packing": True}}, "packing must be false"),
         ({"objective": "label_words", "data": WORDS, "trainer": {"batch_eval_metrics": True}}, "as one list"),
         ({"eval_data": "no/such/file.jsonl"}, "no/such/file.jsonl"),

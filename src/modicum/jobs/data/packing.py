@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import UnsupportedError
+from modicum.errors import UnsupportedError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -64,17 +64,17 @@ def isolating(model: Any, collator: Collator, *, ids: Sequence[int], max_length:
     Cost:
         Two forward passes over 24 tokens, at most six.
     """
-    if isolated(model, collator, ids=ids):
+    why = trouble(model, collator, ids=ids)
+    if why is None:
         return collator
     # A mask given whole replaces the model's own, its sliding window included.
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     masked = BlockMask(collator, model.dtype)
-    if (window is None or max_length <= window) and isolated(model, masked, ids=ids):
+    if (window is None or max_length <= window) and trouble(model, masked, ids=ids) is None:
         return masked
     used = getattr(model.config, "_attn_implementation", None)
     raise UnsupportedError(
-        f"data.packing: in {model.config.model_type} (attention {used}) the samples of a packed row see each other, so "
-        "what is learned or measured is not what the data holds. Set packing: false."
+        f"data.packing cannot be used with {model.config.model_type} (attention {used}): {why}. Set packing: false."
     )
 
 
@@ -84,8 +84,8 @@ def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(islice((token for token in range(len(tokenizer)) if token not in special), 29))
 
 
-def isolated(model: Any, collator: Collator, *, ids: Sequence[int]) -> bool:
-    """Whether the samples beside a changed one keep their logits; a model that cannot take the batch says no."""
+def trouble(model: Any, collator: Collator, *, ids: Sequence[int]) -> str | None:
+    """Return what is wrong with packed rows; ``None`` where the samples beside a changed one keep their logits."""
     import torch
 
     training = model.training
@@ -94,9 +94,11 @@ def isolated(model: Any, collator: Collator, *, ids: Sequence[int]) -> bool:
         clean, changed = (_logits(model, collator, ids, shift) for shift in (0, 1))
         beside = torch.arange(3 * LENGTH) // LENGTH != 1
         # Equal to the bit, or where experts share a kernel, up to rounding that no gradient knows of.
-        return torch.equal(clean[:, beside], changed[:, beside]) or not _reaches(model, collator, ids, beside)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
-        return False
+        if torch.equal(clean[:, beside], changed[:, beside]) or not _reaches(model, collator, ids, beside):
+            return None
+        return "the samples of a row see each other, so what is learned or measured is not what the data holds"
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
+        return f"it does not take a packed row ({type(error).__name__}: {first_line(error).rstrip('.')})"
     finally:
         model.train(training)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from modicum import registry
-from modicum.errors import UnsupportedError
+from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.training.parts import Build, Part
 from modicum.recipe import Choice, choice
 from modicum.registry import training_part
@@ -34,6 +35,16 @@ class Objective(Part):
         super().__init__(name, recipe, section)
         if registry.objective[section.name].facts.loss_head:
             self.brings = ("loss",)
+
+    def fit(self, parts: Sequence[Part]) -> None:
+        """Refuse a training step that evaluates the model as it is used, where the objective would do nothing."""
+        inside = registry.objective[self.section.name].facts.acts_on != "input_ids"
+        for part in parts:
+            if inside and "training step" in part.brings:
+                raise RecipeError(
+                    f"objective: {self.section.name} acts inside a model that is in training mode, and `{part.name}` "
+                    "evaluates the model as it is used, so it would change nothing. Drop one."
+                )
 
     def check(self, _arguments: TrainingArguments) -> None:
         """Refuse packed rows where the objective copies whole ones."""
