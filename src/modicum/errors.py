@@ -1,4 +1,4 @@
-"""The four ways a user's input can be wrong, each told in one line: what came, what was expected, what to do."""
+"""The ways in which a user's input can be wrong, each told in one line: what came, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class CheckpointError(ModicumError):
 
 class UnsupportedError(ModicumError):
     """The request is understood, but this combination cannot be done."""
+
+
+class TrainingError(ModicumError):
+    """A training diverged or did nothing: there is no result that could be used."""
 
 
 class MissingExtraError(ModicumError, ImportError):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -304,14 +305,14 @@ class Run:
     def save(self) -> None:
         """Write the record as it stands."""
         if self.main:
-            write_atomic(self.folder / "record.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(self.folder / "record.json", _json(self.record, indent=2, ensure_ascii=False) + "\n")
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to the log."""
         if not self.main:
             return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+            file.write(_json({"event": event, "time": round(time.time(), 3), **values}) + "\n")
 
     def note(self, text: str) -> None:
         """Keep (and say) what the user should know: a fallback taken, a default that matters."""
@@ -329,6 +330,22 @@ class Run:
         """Name something that the run made, relative to its folder; the first is what other stages get."""
         self.record["outputs"][name] = str(path.relative_to(self.folder))
         self.save()
+
+
+def _json(value: Any, **style: Any) -> str:
+    """Return JSON as every reader takes it: ``null`` for numbers that are not finite, which JSON does not know."""
+    try:
+        return json.dumps(value, allow_nan=False, **style)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **style)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

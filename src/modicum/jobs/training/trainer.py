@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PrinterCallback, Trainer
@@ -53,12 +53,20 @@ class PartsTrainer(Trainer):
     Args:
         own_loss: Computes the loss.
         own_step: Does the training step.
+        watchers: See the loss of every micro-batch, before the optimiser's step.
         arguments: Arguments of ``transformers.Trainer``.
     """
 
-    def __init__(self, *, own_loss: Loss | None = None, own_step: Step | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        own_loss: Loss | None = None,
+        own_step: Step | None = None,
+        watchers: Sequence[Callable[[Tensor], None]] = (),
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
-        self.own_loss, self.own_step = own_loss, own_step
+        self.own_loss, self.own_step, self.watchers = own_loss, own_step, watchers
         if own_loss is not None:
             # It is a mean over the batch: the Trainer divides by the micro-batches of a step, not by their labels.
             self.loss_is_scaled_for_ga = False
@@ -68,8 +76,12 @@ class PartsTrainer(Trainer):
     ) -> Tensor:
         """Do a micro-batch; see the class."""
         if self.own_step is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        return self.own_step(self, model, self._prepare_inputs(inputs))
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self.own_step(self, model, self._prepare_inputs(inputs))
+        for see in self.watchers:
+            see(loss)
+        return loss
 
     def compute_loss(
         self,

@@ -23,6 +23,7 @@ from modicum.jobs.data.rows import tokenize
 from modicum.registry import Entry, training_part
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import TrainingArguments
 
     from modicum.evaluate.rows import Rows
@@ -62,6 +63,7 @@ class Build:
         optimizer: Brought by a part; ``None`` for the Trainer's own.
         own_loss: See :class:`~modicum.jobs.training.trainer.PartsTrainer`.
         own_step: Likewise.
+        watchers: Likewise.
     """
 
     model: Any
@@ -76,6 +78,7 @@ class Build:
     optimizer: Any = None
     own_loss: Loss | None = None
     own_step: Step | None = None
+    watchers: list[Callable[[Tensor], None]] = field(default_factory=list)
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback; callbacks of earlier parts are called first."""
