@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +53,26 @@ def write_atomic(path: Path, text: str) -> None:
         raise
 
 
+def follow_umask(path: Path) -> None:
+    """Give a file, or all files and folders in a folder, the modes that the user's umask gives to new ones.
+
+    Some libraries write through temporary files, which only their owner may read.
+    """
+    probe = (path if path.is_dir() else path.parent) / f".mode.{os.getpid()}"
+    probe.touch()
+    try:
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    for item in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if item.is_symlink():
+            continue
+        # A folder may be entered by whoever may read it.
+        wanted = mode | (mode & 0o444) >> 2 if item.is_dir() else mode
+        if stat.S_IMODE(item.stat().st_mode) & 0o777 != wanted:
+            item.chmod(wanted)
+
+
 @contextmanager
 def whole_folder(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     """Give a folder beside ``path`` to write into; it becomes ``path`` when the block ends without an error.
@@ -70,6 +91,7 @@ def whole_folder(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
         if not keep_partial:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    follow_umask(partial)
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)

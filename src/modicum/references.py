@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+CONVERTED = "base"  # what a training calls the model that it converted, beside the adapter on it
 RESOLVER = "modicum.jobs.loading.references"
 
 
@@ -32,6 +33,21 @@ def find_model(reference: str | Path, *, allow_pickle: bool = False, remote_code
 
 
 def beside(folder: Path, reference: str) -> str:
-    """Return the reference to an adapter's base, which may be a path relative to the adapter's own folder."""
-    path = folder / reference
+    """Return the reference to an adapter's base, which may be a path relative to the adapter's own folder.
+
+    The folder ``base`` of a run may have been moved along with the adapter.
+    """
+    path, moved = folder / reference, folder.parent / CONVERTED
+    if Path(reference).is_absolute() and path.name == CONVERTED and not path.is_dir() and moved.is_dir():
+        path = moved
     return str(path) if reference and path.is_dir() else reference
+
+
+def pinned(reference: str, revision: str | None) -> str:
+    """Return a Hub id with its revision, as :func:`find_model` takes both; a path stands for itself.
+
+    Example:
+        >>> pinned("org/name", "v2"), pinned("org/name", None)
+        ('org/name@v2', 'org/name')
+    """
+    return f"{reference}@{revision}" if reference and revision and not Path(reference).exists() else reference

@@ -1,6 +1,7 @@
 """Looped models through the jobs: from scratch, by conversion, with an adapter, and with exits chosen on text."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_an_adapter_on_a_converted_model_trains_and_saves_the_zero_tokens(adapte
     from peft import PeftModel
 
     config = json.loads((adapted / "adapter" / "adapter_config.json").read_text())
-    assert config["modules_to_save"] == ["zero_token"] and config["base_model_name_or_path"] == "../base"
+    assert config["modules_to_save"] == ["zero_token"] and Path(config["base_model_name_or_path"]).is_absolute()
     base, whole = load_model(adapted / "base"), load_model(adapted / "adapter")
     assert base.config.n_cycles == 2
     assert not torch.equal(whole.base_model.model.zero_token()["zero_key"], base.zero_token.zero_key)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_turned
+from modicum.references import pinned
 from modicum.weights.files import MappedFile, read_header
 
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
@@ -81,7 +82,7 @@ class Adapter:
     @property
     def base(self) -> str:
         """What the adapter says it was trained on."""
-        return str(self.config.get("base_model_name_or_path") or "")
+        return pinned(str(self.config.get("base_model_name_or_path") or ""), self.config.get("revision"))
 
     def fit(self, base_config: Mapping[str, Any]) -> None:
         """Turn the factors the way in which the base stores each weight.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modicum.errors import CheckpointError, first_line
 from modicum.jobs.loading.references import PICKLES
 from modicum.layout import ADAPTER_CONFIG
-from modicum.references import beside
+from modicum.references import beside, pinned
 
 if TYPE_CHECKING:
     from modicum.record import Run
@@ -23,10 +23,11 @@ def is_adapter(folder: Path) -> bool:
 
 def adapter_base(folder: Path) -> str:
     """Return the reference of the base model that the adapter in ``folder`` was trained on."""
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    config = read_json(folder / ADAPTER_CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
         raise CheckpointError(f"{folder}/adapter_config.json does not say base_model_name_or_path. Set it there.")
-    return beside(folder, base)
+    return pinned(beside(folder, base), revision)
 
 
 def note_code(models: Iterable[object], run: Run) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from modicum.errors import CheckpointError, did_you_mean, first_line
+from modicum.record import follow_umask
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -102,7 +103,7 @@ def _built(name: str) -> Path:
     try:
         with no_progress_bars():
             import_module(f"{__package__}.builtins.{module}").build(partial)
-        partial.chmod(0o755)
+        follow_umask(partial)
         try:
             partial.rename(folder)
         except OSError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from modicum import processes
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
-from modicum.record import write_atomic
+from modicum.record import follow_umask, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,7 @@ def write_start(path: Path, factors: Pairs, spectra: Mapping[str, Tensor]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, beside)
+    follow_umask(beside)
     beside.replace(path)
 
 
@@ -82,6 +83,7 @@ def rewrite(
     )
     beside = folder / f".{ADAPTER_WEIGHTS}"
     save_file(dict(tensors), beside, metadata={"format": "pt"})
+    follow_umask(beside)
     beside.replace(folder / ADAPTER_WEIGHTS)
     write_atomic(folder / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 

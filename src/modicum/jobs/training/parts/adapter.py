@@ -15,6 +15,7 @@ from modicum.jobs.training.parts import Build, Part
 from modicum.layout import ADAPTER_CONFIG
 from modicum.recipe import Choice, Section, choice
 from modicum.record import whole_folder, write_atomic
+from modicum.references import CONVERTED as BASE
 from modicum.registry import training_part
 from modicum.types import PositiveInt
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from modicum.jobs.training.batches import Batches
     from modicum.jobs.training.recipe import TrainRecipe
     from modicum.jobs.training.trainer import PartsTrainer
-
-BASE = "base"  # the converted model under an adapter
 
 
 class AdapterSection(Section):
@@ -169,8 +168,7 @@ class Adapter(Part):
 
     def save(self, folder: Path) -> None:
         """Make the saved adapter one for the base that the user knows."""
-        base = self.recipe.model.path if self.recipe.model.convert is None else f"../{BASE}"
-        _tidy_config(folder / ADAPTER_CONFIG, base=base)
+        _tidy_config(folder / ADAPTER_CONFIG, **self._base_for_users())
         if self.started is not None:
             self.started.finish(folder, change=self.change)
 
@@ -181,6 +179,17 @@ class Adapter(Part):
             return peft_config(self.init.name, self.init.knobs, rank=self.section.rank, **fields)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"adapter.config: {error}") from None
+
+    def _base_for_users(self) -> dict[str, str | None]:
+        """Return where stock PEFT finds the base from any folder: its Hub id and revision, or an absolute path."""
+        from modicum.jobs.loading.references import resolve_model
+
+        section = self.recipe.model
+        if section.convert is not None:
+            return {"base": str((self.run.folder / BASE).resolve()), "revision": None}
+        if (found := hub_id(section.path)) is not None:
+            return {"base": found[0], "revision": found[1]}
+        return {"base": str(resolve_model(section.path).resolve()), "revision": None}
 
     def _base(self, model: Any) -> str:
         """Return the folder of the base; a converted one is written, or nobody could load the adapter again."""
@@ -197,6 +206,19 @@ class Adapter(Part):
                 model.save_pretrained(folder)
                 load_tokenizer(section.path, remote_code=section.remote_code).save_pretrained(folder)
         return str(target.absolute())
+
+
+def hub_id(reference: str) -> tuple[str, str | None] | None:
+    """Return a Hub id and its revision; ``None`` for a folder or a builtin model.
+
+    Example:
+        >>> hub_id("org/name@v2"), hub_id("builtin:byte-llama")
+        (('org/name', 'v2'), None)
+    """
+    if ":" in reference or Path(reference).expanduser().exists():
+        return None
+    name, _, revision = reference.partition("@")
+    return name, revision or None
 
 
 def refuse_contradictions(name: str, facts: AdapterFacts, config: Mapping[str, Any]) -> None:
@@ -219,10 +241,10 @@ def refuse_contradictions(name: str, facts: AdapterFacts, config: Mapping[str, A
             raise UnsupportedError(f"adapter.init: {name} starts plain LoRA, adapter.config.{key} is more. Drop one.")
 
 
-def _tidy_config(path: Path, *, base: str) -> None:
+def _tidy_config(path: Path, *, base: str | None, revision: str | None) -> None:
     """Put the module names in order, since PEFT writes a set, and name the base as whoever loads the adapter will."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base
+    config |= {"base_model_name_or_path": base, "revision": revision}
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
             config[key].sort()

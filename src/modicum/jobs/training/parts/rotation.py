@@ -1,10 +1,12 @@
-"""Keep the newest checkpoints only."""
+"""Keep the newest checkpoints only, readable by whom the umask lets."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.jobs.training.parts import Build, Part
+from modicum.record import follow_umask
 from modicum.registry import training_part
 
 if TYPE_CHECKING:
@@ -29,17 +31,19 @@ class Rotation(Part):
 
     def trainer(self, build: Build) -> None:
         """Add the callback."""
-        if self.limit is None or self.limit <= 0:
-            return
         from transformers import TrainerCallback
 
-        from modicum.jobs.training.checkpoints import rotate
+        from modicum.jobs.training.checkpoints import checkpoints, rotate
 
         limit = self.limit
 
         class RotationCallback(TrainerCallback):
             def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-                if args.should_save:
+                if not args.should_save:
+                    return
+                for path in checkpoints(Path(args.output_dir))[-1:]:
+                    follow_umask(path)
+                if limit is not None and limit > 0:
                     rotate(args.output_dir, limit, best=state.best_model_checkpoint)
 
         build.add_callback(RotationCallback())

@@ -108,7 +108,7 @@ class Divergence(Part):
         raise diverged(what, self.run.folder / "checkpoints", ", ".join(tips[:-1]) + f" or {tips[-1]}")
 
 
-@training_part("stop_on", section=StopSection, description="when to end before the last step", order=90)
+@training_part("stop_on", section=StopSection, description="when to end before the last step", order=55)
 class StopOn(Part):
     """End a run whose evaluations get no better; a loss that is not finite is the business of ``divergence``."""
 
