@@ -62,10 +62,13 @@ class MergeFacts(Facts):
         statistics: It weighs the experts by what was measured on their data, and is refused without.
         measure: What the job ``statistics`` measures for it: squared gradients, or Gram matrices of layers' inputs.
         survey: Looks at the whole model first: ``(each, **knobs) -> knobs``.
+        bound: The multiple of the law ``bounded``; times one over the share that is kept, where entries are dropped.
     """
 
     known_laws = MappingProxyType(
         {
+            "bounded": "but for knobs that extrapolate, the merged delta is no longer than `bound` times all experts' "
+            "together, in the sum of squares or of magnitudes; without a base, the result is",
             "copies": "with default knobs, and nothing dropped, experts that are all equal are returned as they are",
             "permutation": "the order of the experts, and of their weights, does not matter",
             "scale": "multiplying every delta, or `scale` where it applies, multiplies the merged delta",
@@ -85,6 +88,7 @@ class MergeFacts(Facts):
     statistics: Literal["required"] | None = None
     measure: Literal["fisher", "gram"] | None = None
     survey: Callable[..., Mapping[str, Any]] | None = None
+    bound: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,6 +177,68 @@ def transpose(entry: Entry[Any], draw: Draw) -> None:
         drawn.close(turned, drawn.merged().mT)
 
 
+def next_to(entry: Entry[Any], draw: Draw) -> list[Tensor]:
+    """Draw deltas next to each other's opposites or copies, next to nothing, or far larger than others."""
+    facts = entry.facts
+    n = 2 if facts.two else draw(st.integers(max(1, facts.experts), facts.most or 4))
+    shape, dtype = draw(st.sampled_from(SHAPES)), draw(st.sampled_from(WIDE))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    first, *others = (torch.randn(shape, generator=rng, dtype=dtype) for _ in range(n))
+    if draw(st.booleans()):
+        first *= 10 ** (8 * torch.randn(shape, generator=rng, dtype=dtype)).clamp_max(9)
+    near = [first]
+    for other in others:
+        size = draw(st.sampled_from([-1.0, -0.7, -1.0, 0.0, 1.0, 1e-18, -1e-9, 1e9]))
+        noise = draw(st.sampled_from([0.0, 1e-8, 1e-6, 3e-4, 1e-2, 0.05, 1.0]))
+        near.append(size * (first + noise * other))
+    return [near[i] for i in draw(st.permutations(range(n)))]
+
+
+def magnifies(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    return base + 1e3 * sum(expert - base for expert in experts)
+
+
+@law(merge_method, "bounded", broken=magnifies, examples=40)
+def bounded(entry: Entry[Any], draw: Draw) -> None:
+    deltas = next_to(entry, draw)
+    at = draw(st.sampled_from([0.0, 0.0, 1.0]))  # at a base of zero nothing is lost to its size
+    start = at * torch.randn(deltas[0].shape, generator=generator(0, "bounded"), dtype=torch.float64).to(
+        deltas[0].dtype
+    )
+    fields = entry.schema.model_fields
+    fixed = {"scale": 1.0, "weights": None, "r": 0.0}  # factors that the user chooses
+    fixed |= {name: fields[name].default for name in ("alpha", "epsilon", "tolerance") if name in fields}
+    values = knobs(entry, draw, **fixed)
+    base = start if entry.facts.base else None
+    rng = torch.Generator().manual_seed(0)
+    statistics = [_statistics(entry, start, rng) for _ in deltas] if entry.facts.statistics else None
+    drawn = Case(entry, base, [start + delta for delta in deltas], values, statistics)
+    merged = drawn.merged().double()
+    origin = torch.zeros_like(merged) if base is None else base.double()
+    most = entry.facts.bound / (values.get("density", 1.0) - values.get("epsilon", 0.0))
+    for p in (1, 2):
+        length = float((merged - origin).norm(p))
+        together = sum(float((expert.double() - origin).norm(p)) for expert in drawn.experts)
+        rounding = 1e-5 * (together + float(origin.norm(p)))
+        if length <= most * together * 1.001 + rounding:
+            return
+    raise AssertionError(f"{length} is more than {most} times {together}")
+
+
+# The solution of least squares may be as long as the root of its system's condition, which the ridge bounds.
+UNBOUNDED = {"wudi", "regmean"}
+
+
+@law(
+    merge_method,
+    "all but least squares is bounded",
+    broken=magnifies,
+    examples=1,
+)
+def is_bounded(entry: Entry[Any], draw: Draw) -> None:
+    assert ("bounded" in entry.laws) != (entry.name in UNBOUNDED)
+
+
 @law(merge_method, "shape and dtype are the base's, all is finite", broken=adds_the_base_in_bfloat16, examples=24)
 def fits(entry: Entry[Any], draw: Draw) -> None:
     drawn = case(entry, draw)

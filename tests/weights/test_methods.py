@@ -15,6 +15,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.linalg import SVD, inv_sqrt_polar, mixed_svd, truncated_svd
 from modicum.random import generator
+from modicum.registry import merge_method
 from modicum.weights import merge_state_dicts
 from modicum.weights.kernels.draws import draw_mask
 from modicum.weights.methods import (
@@ -25,6 +26,7 @@ from modicum.weights.methods import (
     fisher,
     iso_c,
     iso_cts,
+    karcher,
     knots,
     linear,
     magmax,
@@ -656,3 +658,38 @@ def test_statistics_travel_through_a_merge() -> None:
         merge_state_dicts(None, [a, b], method="linear", statistics=found)
     with pytest.raises(RecipeError, match="1 statistics for 2 experts"):
         merge_state_dicts(None, [a, b], method="fisher", statistics=found[:1])
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_model_stock_of_scalars_that_move_apart_is_the_base(clamp: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    for base, up, down in torch.rand(100, 3, 1, generator=rng):
+        assert torch.equal(model_stock(base, [base + up, base - down], clamp=clamp), base)
+
+
+@pytest.mark.parametrize("weights", [[0.1, 0.2, -0.3], [1.0, 1e-9, -1.0]])
+@pytest.mark.parametrize("method", ["linear", "dare", "breadcrumbs", "multislerp", "karcher"])
+def test_weights_that_sum_to_zero_but_for_rounding_are_refused(method: str, weights: list[float]) -> None:
+    entry = merge_method[method]
+    experts = [torch.rand(4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    asked = {"weights": weights, "normalize": True, "normalize_weights": True, "density": 0.5}
+    knobs = {name: value for name, value in asked.items() if name in entry.schema.model_fields}
+    with pytest.raises(RecipeError, match="sum to 0"):
+        entry.function(torch.zeros(4) if entry.facts.base else None, experts, **knobs)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_karcher_of_nearly_opposite_tensors_has_their_mean_length(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    one, other = torch.randn(2, 7, generator=rng)
+    for noise in (0.0, 1e-6, 1e-4, 3e-4):
+        models = [one, -0.7 * (one + noise * other)]
+        length = sum(float(model.norm()) for model in models) / 2
+        assert float(karcher(None, models).norm()) == pytest.approx(length, rel=0.05)
+
+
+def test_a_sum_of_magnitudes_is_not_restored_from_next_to_nothing() -> None:
+    delta = torch.tensor([[1e9, 1e9, 1e-40, 1e-40]])
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        assert dare(torch.zeros(1, 4), [delta], density=0.5, rescale="l1", rng=rng).isfinite().all()

@@ -7,7 +7,7 @@ the processor's cache, in float32 whatever the checkpoint's dtype, and casts onc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,7 +111,13 @@ def gram(base: Tensor | None, experts: Sequence[Tensor]) -> Tensor:
     products = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=experts[0].device)
     for _, origin, deltas in delta_blocks(experts[0] if base is None else base, experts):
         vectors = deltas.add_(origin) if base is None else deltas
-        products += vectors @ vectors.T
+        block = vectors @ vectors.T
+        if not bool(block.isfinite().all()):  # squares beyond the largest float32
+            block = vectors.double() @ vectors.double().T
+        products += block
+    lengths = products.diagonal()
+    if base is None and float(lengths.min()) < 1e-6 * float(lengths.max()):
+        return gram(torch.zeros_like(experts[0]), experts)  # a far smaller tensor is lost in its difference
     return products
 
 
@@ -121,6 +127,9 @@ def weighted_sum(base: Tensor | None, experts: Sequence[Tensor], factors: Tensor
         w = factors.to(working_dtype(base))
         return fold(base, experts, lambda deltas: torch.mv(deltas.T, w))
     first, *rest = experts
+    if float(factors.abs().max()) > 1e3:  # of far smaller tensors, of which nothing is left in a difference
+        w = factors.to(working_dtype(first))
+        return fold(torch.zeros_like(first), experts, lambda deltas: torch.mv(deltas.T, w))
     w = factors[1:].to(working_dtype(first))
     # Σ cₜθₜ = (Σ cₜ)·θ₁ + Σ cₜ(θₜ − θ₁): equal experts come out exactly.
     return fold(first, rest, lambda deltas: torch.mv(deltas.T, w), share=float(factors.sum()))
@@ -140,6 +149,17 @@ def per_expert(value: float | Sequence[float] | None, n: int, default: float = 1
     if len(value) != n:
         raise RecipeError(f"Got {len(value)} values for {n} experts, expected one for each. Values: {list(value)}")
     return list(value)
+
+
+def cancels(weights: Iterable[float]) -> bool:
+    """Whether weights sum to zero but for rounding, so that dividing by their sum would magnify it.
+
+    Example:
+        >>> cancels([0.1, 0.2, -0.3]), cancels([1e-9, 1e-9])
+        (True, False)
+    """
+    values = list(weights)
+    return abs(sum(values)) <= 1e-6 * sum(map(abs, values))
 
 
 def as_vector(values: Sequence[float], like: Tensor) -> Tensor:

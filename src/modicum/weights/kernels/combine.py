@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.weights.kernels.blocks import cancels
 from modicum.weights.kernels.selection import Cut, find_cuts
 
 Elect: TypeAlias = Literal["none", "ties"]
@@ -32,7 +33,7 @@ def combiner(weights: Tensor, *, elect: Elect, normalize: bool, scale: float = 1
     if elect == "ties":
         return _Election(weights, normalize=normalize, scale=scale)
     total = float(weights.sum())
-    if normalize and total == 0:
+    if normalize and cancels(weights.tolist()):
         raise RecipeError(f"The weights {weights.tolist()} sum to 0 and cannot be normalized. Set normalize: false.")
     shares = weights * (scale / total if normalize else scale)
     return lambda deltas: torch.mv(deltas.T, shares)

@@ -104,4 +104,5 @@ def _keep_l1(base: Tensor, experts: Sequence[Tensor], drop: Drop, row: int) -> t
         bits = next(replay[t])
         return None if bits is None else np.unpackbits(bits, count=len(delta))
 
-    return again, [whole / kept if kept else 1.0 for whole, kept in zip(before, after)]
+    # Where next to nothing is left there is nothing to restore the norm with.
+    return again, [whole / kept if kept > 1e-12 * whole else 1.0 for whole, kept in zip(before, after)]

@@ -16,7 +16,7 @@ from modicum.weights.kernels.combine import Elect, combiner, kept_of
 from modicum.weights.kernels.selection import Cut, find_cuts
 
 
-@merge_method("breadcrumbs", paper="arXiv:2312.06795", laws={"permutation", "zero_delta", "scale", "shift"})
+@merge_method("breadcrumbs", paper="arXiv:2312.06795", laws={"bounded", "permutation", "zero_delta", "scale", "shift"})
 def breadcrumbs(
     base: Tensor,
     experts: Sequence[Tensor],

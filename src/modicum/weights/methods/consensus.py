@@ -16,7 +16,9 @@ from modicum.types import NonNegative, PositiveInt
 from modicum.weights.kernels.blocks import fold
 
 
-@merge_method("consensus", paper="arXiv:2405.07813", laws={"permutation", "zero_delta", "scale", "shift"}, experts=2)
+@merge_method(
+    "consensus", paper="arXiv:2405.07813", laws={"bounded", "permutation", "zero_delta", "scale", "shift"}, experts=2
+)
 def consensus(
     base: Tensor, experts: Sequence[Tensor], *, threshold: NonNegative = 0.4, agree: PositiveInt = 2, scale: float = 1.0
 ) -> Tensor:

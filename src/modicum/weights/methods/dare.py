@@ -18,7 +18,7 @@ from modicum.weights.kernels.combine import Elect, combiner
 from modicum.weights.kernels.draws import LEVELS, Mask, draw_mask, generators, merge_dropped
 
 
-@merge_method("dare", paper="arXiv:2311.03099", laws={"zero_delta", "scale", "shift"})
+@merge_method("dare", paper="arXiv:2311.03099", laws={"bounded", "zero_delta", "scale", "shift"})
 def dare(
     base: Tensor,
     experts: Sequence[Tensor],

@@ -25,7 +25,7 @@ from modicum.weights.kernels.draws import LEVELS, Mask, Words, draw, generators,
 SHORT = 14  # bits of a column up to which it shares 32 bits with its magnitude, whose mantissa keeps 10 or more
 
 
-@merge_method("della", paper="arXiv:2406.11617", laws={"zero_delta", "scale"})
+@merge_method("della", paper="arXiv:2406.11617", laws={"bounded", "zero_delta", "scale"})
 def della(
     base: Tensor,
     experts: Sequence[Tensor],

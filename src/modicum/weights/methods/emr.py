@@ -16,7 +16,7 @@ from modicum.types import NonNegativeInt
 from modicum.weights.kernels.blocks import delta_blocks, fold
 
 
-@merge_method("emr", paper="arXiv:2405.17461", laws={"zero_delta", "scale", "shift"})
+@merge_method("emr", paper="arXiv:2405.17461", laws={"bounded", "zero_delta", "scale", "shift"})
 def emr(base: Tensor, experts: Sequence[Tensor], *, expert: NonNegativeInt | None = None) -> Tensor:
     r"""Take the largest delta that has the elected sign, masked and rescaled for one expert when asked.
 

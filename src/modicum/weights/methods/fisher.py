@@ -20,7 +20,7 @@ from modicum.weights.statistics import required
 @merge_method(
     "fisher",
     paper="arXiv:2111.09832",
-    laws={"copies"},
+    laws={"bounded", "copies"},
     base=False,
     supplied={"statistics"},
     statistics="required",

@@ -18,7 +18,7 @@ from modicum.weights.kernels.matrices import merge_matrices
 @merge_method(
     "iso_c",
     paper="arXiv:2502.04959",
-    laws={"permutation", "zero_delta", "scale", "shift", "transpose"},
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift", "transpose"},
     matrix=True,
 )
 def iso_c(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:

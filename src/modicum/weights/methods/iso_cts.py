@@ -17,7 +17,9 @@ from modicum.weights.kernels.matrices import merge_matrices
 from modicum.weights.methods.iso_c import flatten_spectrum
 
 
-@merge_method("iso_cts", paper="arXiv:2502.04959", laws={"permutation", "zero_delta", "scale", "shift"}, matrix=True)
+@merge_method(
+    "iso_cts", paper="arXiv:2502.04959", laws={"bounded", "permutation", "zero_delta", "scale", "shift"}, matrix=True
+)
 def iso_cts(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, common: UnitInterval = 0.8) -> Tensor:
     r"""Join the leading directions of the summed delta and those of each expert's rest, all equally strong.
 

@@ -15,7 +15,7 @@ from modicum.weights.kernels.blocks import gram, weighted_sum
 from modicum.weights.methods.multislerp import Mean, shares
 
 
-@merge_method("karcher", base=False, laws={"copies", "permutation"})
+@merge_method("karcher", base=False, laws={"bounded", "copies", "permutation"})
 def karcher(
     base: Tensor | None,
     experts: Sequence[Tensor],

@@ -18,7 +18,11 @@ from modicum.weights.methods.ties import ties
 
 
 @merge_method(
-    "knots", paper="arXiv:2410.19735", laws={"permutation", "zero_delta", "scale", "shift"}, matrix=True, factors="left"
+    "knots",
+    paper="arXiv:2410.19735",
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift"},
+    matrix=True,
+    factors="left",
 )
 def knots(
     base: Tensor,

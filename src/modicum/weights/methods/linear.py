@@ -12,10 +12,10 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
-from modicum.weights.kernels.blocks import as_vector, fold, per_expert
+from modicum.weights.kernels.blocks import as_vector, cancels, fold, per_expert
 
 
-@merge_method("linear", paper="arXiv:2203.05482", laws={"permutation", "copies"}, base=False)
+@merge_method("linear", paper="arXiv:2203.05482", laws={"bounded", "permutation", "copies"}, base=False)
 def linear(
     base: Tensor | None,
     experts: Sequence[Tensor],
@@ -59,7 +59,7 @@ def linear(
     w = per_expert(weights, len(experts))
     total = sum(w)
     if normalize:
-        if total == 0:
+        if cancels(w):
             raise RecipeError(
                 f"linear: the weights {w} sum to 0 and cannot be normalized. Change one, or set normalize: false."
             )

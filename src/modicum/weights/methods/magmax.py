@@ -14,7 +14,7 @@ from modicum.registry import merge_method
 from modicum.weights.kernels.blocks import fold
 
 
-@merge_method("magmax", paper="arXiv:2407.06322", laws={"zero_delta", "scale", "shift"})
+@merge_method("magmax", paper="arXiv:2407.06322", laws={"bounded", "zero_delta", "scale", "shift"})
 def magmax(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
     r"""Keep of each entry the delta that moved furthest.
 

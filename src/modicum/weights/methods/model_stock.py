@@ -13,9 +13,16 @@ from torch import Tensor
 from modicum.registry import merge_method
 from modicum.weights.kernels.blocks import fold, gram
 
+FURTHEST = 10.0  # past the base, away from the average
+SINGULAR = 1e-6  # of 1 + (N - 1) cos: below it, rounding of the inner products decides
+
 
 @merge_method(
-    "model_stock", paper="arXiv:2403.19522", laws={"permutation", "zero_delta", "scale", "shift", "copies"}, experts=2
+    "model_stock",
+    paper="arXiv:2403.19522",
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift", "copies"},
+    experts=2,
+    bound=10.0,
 )
 def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) -> Tensor:
     r"""Interpolate between the base and the experts' average by the cosine between their deltas.
@@ -27,8 +34,7 @@ def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) 
     Args:
         base: The tensor that the experts were trained from.
         experts: One tensor of each of at least two experts.
-        clamp: Keep t within [0, 1]; experts that point apart otherwise give a t below 0 or, near
-            :math:`\cos\theta = -1/(N-1)`, without bound.
+        clamp: Keep t within [0, 1]; experts that point apart otherwise give a t below 0, as far as -10.
 
     Returns:
         The merged tensor.
@@ -42,7 +48,8 @@ def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) 
         Two passes.
 
     Deviates:
-        For more than two experts the cosine is the mean over pairs; ``clamp`` is ours.
+        For more than two experts the cosine is the mean over pairs; ``clamp`` is ours. Near the pole at
+        :math:`\cos\theta = -1/(N-1)`, where rounding decides, t is 0 and the base stays.
 
     Reference:
         Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024, arXiv:2403.19522,
@@ -54,6 +61,9 @@ def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) 
     cosines = products / torch.outer(norms, norms)
     above = torch.ones_like(cosines).triu(1) > 0
     cosine = float(cosines[above].mean()) if n > 1 else 1.0
-    t = n * cosine / (1 + (n - 1) * cosine) if 1 + (n - 1) * cosine else 0.0
-    share = min(1.0, max(0.0, t)) if clamp else t
+    pole = (
+        1 + (n - 1) * cosine
+    )  # at least 0 but for rounding: 0 where the deltas sum to nothing, as opposite scalars do
+    t = n * cosine / pole if pole > SINGULAR else 0.0
+    share = min(1.0, max(0.0 if clamp else -FURTHEST, t))
     return fold(base, experts, lambda deltas: share * deltas.mean(0))

@@ -14,12 +14,13 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import NonNegativeInt
-from modicum.weights.kernels.blocks import gram, per_expert, weighted_sum
+from modicum.weights.kernels.blocks import cancels, gram, per_expert, weighted_sum
 
 TINY = 1e-30
+CANCELLED = 3e-3  # length of a mean of unit vectors: below it, the rounding of inner products in float32 decides
 
 
-@merge_method("multislerp", base=False, laws={"copies", "permutation"})
+@merge_method("multislerp", base=False, laws={"bounded", "copies", "permutation"})
 def multislerp(
     base: Tensor | None,
     experts: Sequence[Tensor],
@@ -77,7 +78,7 @@ def shares(name: str, experts: Sequence[Tensor], weights: Sequence[float] | None
     w = torch.tensor(per_expert(weights, len(experts)), dtype=torch.float64, device=experts[0].device)
     if not normalize:
         return w
-    if float(w.sum()) == 0:
+    if cancels(w.tolist()):
         raise RecipeError(f"{name}: the weights {w.tolist()} sum to 0. Change one.")
     return w / w.sum()
 
@@ -95,7 +96,7 @@ class Mean:
         self._cosines = products * torch.outer(self._inverse, self._inverse)
         self.weights = torch.where(live, weights, 0.0)
         length = self._length(self.weights)
-        self.cancels = bool(live.any()) and length < 1e-8
+        self.cancels = bool(live.any()) and length < CANCELLED * float(self.weights.abs().sum())
         self._center = self.weights / max(length, TINY)
         if self.cancels:
             self._center = torch.zeros_like(weights).index_fill_(0, live.nonzero()[0], 1.0)

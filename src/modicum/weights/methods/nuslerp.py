@@ -12,10 +12,11 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
-from modicum.weights.kernels.blocks import gram, per_expert, weighted_sum, working_dtype
+from modicum.weights.kernels.blocks import cancels, gram, per_expert, weighted_sum, working_dtype
+from modicum.weights.methods.slerp import NEARLY_PARALLEL
 
 
-@merge_method("nuslerp", base=False, experts=2, most=2, whole=True)
+@merge_method("nuslerp", laws={"bounded"}, base=False, experts=2, most=2, whole=True, bound=32.0)
 def nuslerp(
     base: Tensor | None,
     experts: Sequence[Tensor],
@@ -52,7 +53,7 @@ def nuslerp(
 
     Deviates:
         The paper's vectors have length one; here each tensor, row or column brings its own length. Vectors that are
-        parallel or opposite are interpolated on the straight line.
+        parallel or nearly opposite are interpolated on the straight line.
 
     Reference:
         Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985, Section 3.3.
@@ -60,7 +61,7 @@ def nuslerp(
     if len(experts) != 2:
         raise RecipeError(f"nuslerp goes between two experts, got {len(experts)}. Give two.")
     a, b = per_expert(weights, 2)
-    if a + b == 0:
+    if cancels([a, b]):
         raise RecipeError(f"nuslerp: the weights {[a, b]} sum to 0. Change one.")
     like = experts[0] if base is None else base
     if flatten or like.ndim < 2:
@@ -89,7 +90,8 @@ def arc_factors(cosine: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """Return the factors of two vectors at ``t`` on the arc between them."""
     angle = cosine.clamp(-1, 1).acos()
     sine = angle.sin()
-    straight = sine.abs() < 1e-6
+    # Near the opposite direction the factors grow as 1 / sine, and rounding chooses the arc.
+    straight = (sine.abs() < 1e-6) | (cosine < -NEARLY_PARALLEL)
     safe = torch.where(straight, 1.0, sine)
     left = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / safe)
     right = torch.where(straight, t, (t * angle).sin() / safe)

@@ -15,7 +15,9 @@ from modicum.types import Fraction
 from modicum.weights.kernels.matrices import merge_matrices
 
 
-@merge_method("opcm", paper="arXiv:2501.09522", laws={"zero_delta", "scale", "shift"}, matrix=True, factors="both")
+@merge_method(
+    "opcm", paper="arXiv:2501.09522", laws={"bounded", "zero_delta", "scale", "shift"}, matrix=True, factors="both"
+)
 def opcm(base: Tensor, experts: Sequence[Tensor], *, alpha: Fraction = 0.5, scale: float = 1.0) -> Tensor:
     r"""Add each expert's delta after removing its part along what is merged so far.
 

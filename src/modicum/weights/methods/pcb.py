@@ -17,7 +17,7 @@ from modicum.weights.kernels.blocks import working_dtype
 CLIP = 1e-4  # share of magnitudes cut off at each end before they are normalised
 
 
-@merge_method("pcb", paper="arXiv:2410.02396", laws={"permutation", "zero_delta", "shift"}, whole=True)
+@merge_method("pcb", paper="arXiv:2410.02396", laws={"bounded", "permutation", "zero_delta", "shift"}, whole=True)
 def pcb(base: Tensor, experts: Sequence[Tensor], *, ratio: Fraction = 0.1, scale: float = 1.2) -> Tensor:
     r"""Average deltas with weights from competition within and between experts, for the top share of entries.
 

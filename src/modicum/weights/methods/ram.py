@@ -16,7 +16,7 @@ from modicum.types import NonNegative
 from modicum.weights.kernels.blocks import delta_blocks, fold
 
 
-@merge_method("ram", paper="arXiv:2601.13572", laws={"permutation", "zero_delta", "shift", "copies"})
+@merge_method("ram", paper="arXiv:2601.13572", laws={"bounded", "permutation", "zero_delta", "shift", "copies"})
 def ram(
     base: Tensor, experts: Sequence[Tensor], *, eps: NonNegative = 1e-5, r: NonNegative = 0.0, alpha: NonNegative = 0.2
 ) -> Tensor:

@@ -47,10 +47,11 @@ def survey(each: Each, *, ranks: Rule, c: float, eps: float | None, **_: Any) ->
 @merge_method(
     "resm",
     paper="arXiv:2502.06876",
-    laws={"permutation", "zero_delta", "scale", "shift", "transpose"},
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift", "transpose"},
     matrix=True,
     supplied={"reference", "report"},
     survey=survey,
+    bound=4.0,
 )
 def resm(
     base: Tensor,

@@ -16,7 +16,9 @@ from modicum.weights.kernels.combine import kept_of
 from modicum.weights.kernels.selection import find_cuts
 
 
-@merge_method("sce", paper="arXiv:2408.07990", laws={"permutation", "zero_delta", "scale", "shift"}, whole=True)
+@merge_method(
+    "sce", paper="arXiv:2408.07990", laws={"bounded", "permutation", "zero_delta", "scale", "shift"}, whole=True
+)
 def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> Tensor:
     r"""Average deltas over the elected signs, with one weight for each expert and tensor.
 
@@ -54,7 +56,9 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
     for i, (_, _, deltas) in enumerate(delta_blocks(base, experts)):
         if masks is not None:
             multiply_(deltas, np.unpackbits(masks[i], count=deltas.shape[1]))
-        energy += deltas.square_().sum(1)
+        squares = deltas.square().sum(1)
+        # Beyond the largest float32 they are summed again in float64.
+        energy += squares if bool(squares.isfinite().all()) else deltas.double().square_().sum(1)
     weights = energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / n)
     weights = weights.to(working_dtype(base))
     parts = iter(masks or [])

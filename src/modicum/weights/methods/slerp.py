@@ -20,7 +20,7 @@ from modicum.weights.kernels.blocks import delta_blocks, fold
 NEARLY_PARALLEL = 0.9995  # of a cosine: the arc is a straight line to float32
 
 
-@merge_method("slerp", base=False, most=2, two=True)
+@merge_method("slerp", laws={"bounded"}, base=False, most=2, two=True, bound=32.0)
 def slerp(base: Tensor | None, experts: Sequence[Tensor], *, t: UnitInterval) -> Tensor:
     r"""Interpolate between two tensors on the arc between their directions.
 

@@ -17,7 +17,11 @@ from modicum.weights.kernels.matrices import merge_matrices
 
 
 @merge_method(
-    "svc", paper="arXiv:2602.05536", laws={"permutation", "zero_delta", "scale", "shift"}, matrix=True, factors="both"
+    "svc",
+    paper="arXiv:2602.05536",
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift"},
+    matrix=True,
+    factors="both",
 )
 def svc(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, alpha: Fraction = 1.0) -> Tensor:
     r"""Divide each singular value of the summed delta by how often the experts contribute its direction.

@@ -16,7 +16,10 @@ from modicum.weights.kernels.blocks import as_vector, fold, per_expert
 
 
 @merge_method(
-    "task_arithmetic", paper="arXiv:2212.04089", laws={"permutation", "zero_delta", "scale", "shift"}, factors="both"
+    "task_arithmetic",
+    paper="arXiv:2212.04089",
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift"},
+    factors="both",
 )
 def task_arithmetic(
     base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, weights: list[float] | None = None

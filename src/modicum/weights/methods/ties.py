@@ -70,7 +70,7 @@ def _locate(histograms: Tensor, ranks: Sequence[int]) -> tuple[list[int], list[i
 @merge_method(
     "ties",
     paper="arXiv:2306.01708",
-    laws={"permutation", "zero_delta", "scale", "shift", "copies"},
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift", "copies"},
     supplied={"threshold"},
     survey=survey,
 )

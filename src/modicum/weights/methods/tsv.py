@@ -26,7 +26,7 @@ NEGLIGIBLE = 1e-6  # of an expert's largest singular value: what float32 weights
 @merge_method(
     "tsv",
     paper="arXiv:2412.00081",
-    laws={"permutation", "zero_delta", "scale", "shift"},
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift"},
     matrix=True,
     supplied={"report"},
     factors="both",
