@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -165,6 +166,10 @@ def _show_entry(entry: Any) -> None:
     console.print(documentation(entry.function), markup=False)
 
 
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line: exit status 0 done, 2 wrong input (one line), 1 anything else."""
     # Importing torch makes objects that all stay: looking through them again and again is a tenth of every start.
@@ -173,6 +178,7 @@ def main() -> None:
     # What other libraries say to their own developers helps nobody here.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(?!modicum)")
     warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
+    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to say Ctrl-C: the run's record tells of it
     try:
         app(standalone_mode=True)
     except ModicumError as error:

@@ -314,9 +314,10 @@ class Run:
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
         with self._held:
             self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 3)
-            self.record["status"] = "done" if error is None else "failed"
+            stopped = isinstance(error, KeyboardInterrupt)
+            self.record["status"] = "done" if error is None else "interrupted" if stopped else "failed"
             self.record.pop("error", None)
-            if error is not None:
+            if error is not None and not stopped:
                 known = isinstance(error, ModicumError)
                 self.record["error"] = str(error) if known else f"{type(error).__name__}: {error}"
             self.save()

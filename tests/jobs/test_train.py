@@ -88,7 +88,7 @@ def test_a_run_interrupted_at_any_step_ends_with_the_same_bytes(tiny_model, rows
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Trainer, "training_step", interrupted)
         execute(broken, tmp_path / "broken", quiet=True)
-    assert read_record(tmp_path / "broken")["status"] == "failed"
+    assert read_record(tmp_path / "broken")["status"] == "interrupted"
     # A checkpoint cut short by the interruption is passed over.
     half = tmp_path / "broken" / "checkpoints" / "checkpoint-5"
     half.mkdir()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     build = Build(model, arguments, tokenizer, collator, **datasets)
     for part in parts:
         part.trainer(build)
-    trainer = _trained(build, run)
+    trainer = _trained(build, parts, run)
     run.record["metrics"] |= {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -205,7 +205,7 @@ def _dtype(recipe: TrainRecipe, parts: Sequence[Part], run: Run, device: torch.d
     return "auto"
 
 
-def _trained(build: Build, run: Run) -> PartsTrainer:
+def _trained(build: Build, parts: Sequence[Part], run: Run) -> PartsTrainer:
     """Make the Trainer and let it train, from the last checkpoint where there is one."""
     from modicum.jobs.training.trainer import build_trainer
 
@@ -213,7 +213,10 @@ def _trained(build: Build, run: Run) -> PartsTrainer:
     checkpoint = last_checkpoint(Path(build.args.output_dir), delete_broken=run.main)
     if checkpoint:
         run.say(f"resuming from {checkpoint.name}")
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.around())
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     run.record["metrics"] = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
     return trainer
 

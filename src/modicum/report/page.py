@@ -75,6 +75,8 @@ def _problems(run: RunView) -> list[tuple[str, str, str]]:
             continue
         if part.status == "failed":
             found.append((part.name, "failed", str(part.record.get("error", "The record names no error."))))
+        elif part.status == "interrupted":
+            found.append((part.name, "interrupted", "Not finished. Run it again to go on."))
         elif part.status == "running":
             found.append((part.name, "running", "Not finished: still running, or interrupted. Run it again to go on."))
         else:

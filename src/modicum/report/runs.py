@@ -135,4 +135,4 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _together(views: Sequence[RunView]) -> str:
     states = {view.status for view in views}
-    return next((state for state in ("failed", "running", "waiting") if state in states), "done")
+    return next((state for state in ("failed", "interrupted", "running", "waiting") if state in states), "done")

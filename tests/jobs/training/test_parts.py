@@ -143,7 +143,9 @@ def test_a_new_part_is_a_key_of_the_recipe_and_every_hook_is_called_in_order(tin
     assert [name for name in calls if name not in ("fit", "inputs")] == ["arguments", "check", "data"]
     calls.clear()
     execute(recipe, tmp_path / "r", quiet=True)
-    assert list(dict.fromkeys(calls)) == [*expected, "finish", "save", "verify"] and {*calls, "fit"} == {*hooks}
+    assert list(dict.fromkeys(calls)) == [*expected, "around", "finish", "save", "verify"] and {*calls, "fit"} == {
+        *hooks
+    }
 
 
 def test_a_part_may_bring_a_loss_a_collator_state_in_checkpoints_and_another_order(tiny_model, rows, tmp_path, table):

@@ -14,6 +14,7 @@ recipe may say, so they import their engines when a hook runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,10 @@ class Part:
 
     def trainer(self, build: Build) -> None:
         """Add or replace collator, callbacks, optimiser, loss or training step of the Trainer to come."""
+
+    def around(self) -> AbstractContextManager[None]:
+        """Return a context in which the Trainer trains."""
+        return nullcontext()
 
     def finish(self, _trainer: PartsTrainer) -> dict[str, Any]:
         """Bring the trained model into the form in which it is saved; return metrics for the record."""
