@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import AliasChoices, Field, model_validator
 
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError, first_line
 from modicum.jobs.loading.folders import note_code
 from modicum.recipe import Recipe, choice
 from modicum.record import Run
@@ -137,6 +139,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
 
         plan = plan_mergekit(recipe.mergekit, opened, statistics)
         plan = replace(plan, seed=recipe.seed, device=recipe.device)
+        _refuse_config(plan)
         return plan.diagnosed() if recipe.diagnostics else plan
     method: Any = recipe.method
     base = opened(recipe.base) if recipe.base else None
@@ -157,7 +160,42 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         seed=recipe.seed,
         device=recipe.device,
     )
+    _refuse_config(plan)
     return plan.diagnosed() if recipe.diagnostics else plan
+
+
+def _refuse_config(plan: Plan) -> None:
+    """Refuse a merge whose ``config.json`` transformers would not open, though it opens the one it was made from."""
+    from modicum.weights.checkpoint import Checkpoint
+
+    text, first = plan.companions.get("config.json"), next((m for m in plan.models if isinstance(m, Checkpoint)), None)
+    if text is None or first is None:
+        return
+    origin = first.base.folder / "config.json"
+    if origin.exists() and (origin.read_bytes() == text or _closed(origin.parent)):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(text)
+        if problem := _closed(Path(folder)):
+            raise CheckpointError(
+                f"transformers would not open the result's config.json: {problem} Choose other layers, or merge whole "
+                "models."
+            )
+
+
+def _closed(folder: Path) -> str | None:
+    """Return why transformers cannot open the configuration of a model of its own, ``None`` when it can."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") not in CONFIG_MAPPING or "auto_map" in config:
+        return None
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a class of configuration may refuse by any kind of error
+        return first_line(error)
+    return None
 
 
 @job("merge", plan=lambda recipe: make_plan(recipe).describe(), distributed=True)
@@ -197,6 +235,8 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
             return  # each process measured its own share; the first one has collected them all
         rows, experts = comparable(plan, measured)
         metrics = {"tensors": len(plan.steps), "memory_bound": plan.memory_bound()}
+    if kind == "model" and (out / "config.json").exists() and (problem := _closed(out)):
+        run.note(f"transformers does not open {out / 'config.json'}: {problem}")
     names = short_names(experts)
     found = {"layers": layers(rows, names), "diagnostics": diagnostics(rows, names)}
     run.record["metrics"] = metrics | {key: value for key, value in found.items() if value}

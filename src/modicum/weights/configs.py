@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modicum.layout import DEPTH_KEYS, LAYER_LISTS
 
 # The same matrices are other heads under another number of these.
 HEADS = frozenset({"num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim"})
+_TEXT = ("text_config", "llm_config", "language_config")  # of models of text and more
 # Settings of training, storage and generation, which do not change what the weights compute. The sizes of tensors are
 # compared tensor by tensor, and whether embeddings are tied shows in the names.
 _IMMATERIAL = frozenset(
@@ -68,3 +70,56 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     if "rope_parameters.rope_theta" in flat:
         flat.setdefault("rope_parameters.rope_type", "default")
     return flat
+
+
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a configuration that describes the model's text: all of it, for most.
+
+    Example:
+        >>> text_of({"vision_config": {"n_layer": 3}, "text_config": {"n_layer": 2}}), text_of({"n_layer": 1})
+        ({'n_layer': 2}, {'n_layer': 1})
+    """
+    return next((config[key] for key in _TEXT if isinstance(config.get(key), Mapping)), config)
+
+
+def drafts(config: Mapping[str, Any], length: int) -> int:
+    """Return how many of a stack's layers come after those of the model: they draft further tokens.
+
+    Example:
+        >>> drafts({"num_hidden_layers": 61, "num_nextn_predict_layers": 1}, 62)
+        1
+    """
+    text = text_of(config)
+    more = text.get("num_nextn_predict_layers") or 0
+    return more if any(text.get(key) == length - more for key in DEPTH_KEYS) else 0
+
+
+def rewritten(config: Mapping[str, Any], *, dtype: str | None = None, **settings: Any) -> dict[str, Any]:
+    """Return a configuration with other settings of its text, wherever it has them, and one dtype in all its parts.
+
+    Example:
+        >>> rewritten({"text_config": {"vocab_size": 2, "dtype": "float32"}, "dtype": "float32"}, vocab_size=3)
+        {'text_config': {'vocab_size': 3, 'dtype': 'float32'}, 'dtype': 'float32'}
+    """
+    out: dict[str, Any] = copy.deepcopy(dict(config))
+    text: Any = text_of(out)
+    for key, value in settings.items():
+        if key in out or text is out:
+            out[key] = value
+        if text is not out and (key in text or key not in out):
+            text[key] = value
+    if dtype is not None:
+        for part in _parts(out):
+            for key in ("torch_dtype", "dtype"):
+                if key in part:
+                    part[key] = dtype
+        if not {"torch_dtype", "dtype"} & out.keys():
+            out["dtype"] = dtype
+    return out
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield config
+    for key, value in config.items():
+        if key != "quantization_config" and isinstance(value, dict):
+            yield from _parts(value)

@@ -20,6 +20,7 @@ from modicum.record import fingerprint
 from modicum.registry import Entry, merge_method
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
+from modicum.weights.configs import rewritten
 from modicum.weights.files import Spec, digest_tensor
 from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers
 from modicum.weights.rehearsal import rehearse
@@ -374,8 +375,7 @@ def companion_files(model: Checkpoint, dtype: torch.dtype | None = None, **chang
     """Return the files that a result takes over from ``model``, with ``config.json`` telling the truth about it."""
     found = {path.name: path.read_bytes() for path in model.companions()}
     if "config.json" in found and (dtype is not None or changes):
-        config = json.loads(found["config.json"])
-        if dtype is not None:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-        found["config.json"] = (json.dumps(config | changes, indent=2) + "\n").encode()
+        kind = None if dtype is None else str(dtype).removeprefix("torch.")
+        config = rewritten(json.loads(found["config.json"]), dtype=kind, **changes)
+        found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return found

@@ -18,6 +18,7 @@ from modicum.layout import DEPTH_KEYS, LAYER_LISTS, Layer, comes_first, layer_of
 from modicum.registry import merge_method
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, notes_on_configs
+from modicum.weights.configs import drafts, text_of
 from modicum.weights.files import Spec
 from modicum.weights.mergekit.document import (
     Data,
@@ -138,7 +139,14 @@ def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table]) ->
                 f"{reference} has {len(found)} stacks of layers ({', '.join(found)}), and layer_range does not say "
                 "which one it means. Merge whole models: list them under models."
             )
-        depths[reference] = next(iter(found.values()), 0)
+        depths[reference] = depth = next(iter(found.values()), 0)
+        said = {text_of(table.config)[key] for key in DEPTH_KEYS if key in text_of(table.config)}
+        if said - {depth}:
+            raise UnsupportedError(
+                f"{reference} has {depth} layers, of which its config.json counts {', '.join(map(str, said))}: some "
+                "draft further tokens, or are shared. layer_range cannot choose among them. Merge whole models: list "
+                "them under models."
+            )
     for piece in slices:
         for part in piece.parts:
             if part.layers and part.layers[1] > (have := depths[part.reference]):
@@ -163,8 +171,9 @@ def _steps(document: Data, slices: Sequence[Slice], tables: Mapping[Reference, T
         for name in names:
             layer = layer_of(name)
             if layer:
-                last = lengths[layer.stack] - 1
-                t = layer.number / last if last else 1.0
+                length = lengths[layer.stack]
+                last = length - 1 - (0 if members[0].part.layers else drafts(members[0].table.config, length))
+                t = min(1.0, layer.number / last) if last > 0 else 1.0
             else:
                 if position != (0 if comes_first(name) else len(slices) - 1):
                     continue
@@ -262,15 +271,16 @@ def _step(
 
 def _layers_in_config(slices: Sequence[Slice], tables: Mapping[Reference, Table], depth: int) -> dict[str, Any]:
     """Return what ``config.json`` must say of the result's layers: their number, and lists with an entry for each."""
-    config = tables[slices[0].references[0]].config
-    key = next((key for key in DEPTH_KEYS if key in config), DEPTH_KEYS[0])
-    found: dict[str, Any] = {key: depth}
-    for name in LAYER_LISTS & config.keys():
+    config = text_of(tables[slices[0].references[0]].config)
+    found: dict[str, Any] = {key: depth for key in DEPTH_KEYS if key in config} or {DEPTH_KEYS[0]: depth}
+    for name in (name for name in LAYER_LISTS if config.get(name)):
         found[name] = []
         for piece in slices:
             part = piece.base_part or piece.parts[0]
-            kinds = tables[part.reference].config.get(name, config[name])
+            kinds = text_of(tables[part.reference].config).get(name) or config[name] or []
             found[name] += kinds[slice(*(part.layers or (None,)))]
+    if "attention_types" in config and "attention_layers" in found:  # GPT-Neo's short form of the same list
+        found["attention_types"] = [[found["attention_layers"], 1]]
     return found
 
 
