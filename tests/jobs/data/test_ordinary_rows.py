@@ -100,6 +100,40 @@ def test_a_template_that_takes_no_beginning_of_a_chat_is_fine_where_all_is_learn
         encode(row, tokenizer, completion_only=True)
 
 
+def sentencepiece_like(template):
+    """Return a tokenizer that puts a space before a text's first word, and joins it to a letter."""
+    alphabet = ["▁", *"ab\n"]
+    merges = [("▁", "a"), ("▁", "b"), ("\n", "\n")]
+    words = [*SPECIAL, *alphabet, *(a + b for a, b in merges)]
+    inner = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=merges))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_sentencepiece_puts_no_space_before_an_answer():
+    turns = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    for end, answer, learned in (
+        ("", "b", ["b", "<|im_end|>"]),  # not '▁b': the whole text has none there
+        ("\n", "\nb", ["\n", "b", "<|im_end|>"]),
+    ):
+        template = turns.replace("<|im_end|>", f"<|im_end|>{end}")
+        tokenizer = sentencepiece_like(template)
+        ids, labels = encode({"prompt": "a", "completion": answer}, tokenizer, completion_only=True)
+        told = tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED])
+        assert told == learned and tokenizer.convert_ids_to_tokens(ids)[0] == "▁a"
+
+
+def test_a_single_turn_whose_prompt_is_not_its_beginning_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    with pytest.raises(CheckpointError, match="not how the whole conversation begins"):
+        encode({"prompt": "a", "completion": "b"}, tokenizer, completion_only=True)
+
+
 # The end of an answer
 
 
@@ -171,6 +205,13 @@ def test_a_bad_row_ends_the_run_or_is_left_out(tmp_path, bad, where):
     assert len(notes) == 1 and "1 of 3 rows were left out (on_bad_row: skip): " in notes[0] and "\n" not in notes[0]
     with pytest.warns(UserWarning, match="1 of 3 rows"):
         load_rows(section)
+
+
+def test_without_skipping_the_first_row_tells_the_kind(tmp_path):
+    path = rows_file(tmp_path, [{"text": "a"}, GOOD, GOOD])
+    with pytest.raises(RecipeError, match="row 1: field 'text' is missing"):
+        load_rows(DataSection(path=path))
+    assert load_rows(DataSection(path=path, on_bad_row="skip"), note=print).kind == "completion"
 
 
 def test_good_rows_say_nothing_and_bad_ones_alone_are_refused(tmp_path):

@@ -192,9 +192,20 @@ def run(tmp_path, kind, extra, data):
 
 
 @pytest.mark.parametrize(("kind", "masked"), [("qwen2", False), ("opt", True)])
-def test_a_run_says_which_mask_it_builds(tmp_path, rows, kind, masked):
+def test_a_run_trains_under_the_mask_and_says_so(tmp_path, rows, kind, masked, monkeypatch):
+    from modicum.jobs.training import trainer
+
+    build, collators = trainer.build_trainer, []
+
+    def watched(asked):
+        collators.append(asked.data_collator)
+        return build(asked)
+
+    monkeypatch.setattr(trainer, "build_trainer", watched)
     record = run(tmp_path, kind, (BY_POSITION | BY_MASK)[kind], rows)
     assert any("keeps packed samples apart with a mask" in note for note in record["notes"]) == masked
+    batch = collators[0]([packed(IDS[:5], IDS[5:9])])
+    assert (batch.get("attention_mask") is not None) == masked
 
 
 def test_a_run_on_a_model_that_leaks_ends_before_it_begins(tmp_path, rows):

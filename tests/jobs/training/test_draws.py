@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from modicum.jobs.training.objective import hook_model, use_objective
+from modicum.jobs.training.objective import Moment, hook_model, use_objective
 from modicum.registry import objective
 from support import byte_tokenizer, tiny_llama
 
@@ -30,7 +30,7 @@ def rows(count=20):
     return Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 8 + row[8:] for row in ids]})
 
 
-def trained(folder, name, *, resume=None, **arguments):
+def trained(folder, name, *, resume=None, model=None, data=None, **arguments):
     """Return the weights after 4 steps of 2 micro-batches, over the border of an epoch."""
     tokenizer = byte_tokenizer()
     settings = {
@@ -47,11 +47,11 @@ def trained(folder, name, *, resume=None, **arguments):
         "seed": 3,
     }
     trainer = Trainer(
-        model=tiny_llama(),
+        model=model or tiny_llama(),
         args=TrainingArguments(output_dir=str(folder), **settings | arguments),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
-        train_dataset=rows(),
+        train_dataset=data or rows(),
     )
     use_objective(trainer, name, **({"min_answer_tokens": 0} if name == "meap_sft" else {}))
     trainer.train(resume_from_checkpoint=resume)
@@ -99,8 +99,6 @@ def test_a_loop_of_ones_own_draws_anew_in_each_forward_and_the_same_in_its_backw
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_steps_micro_batches_rows_and_processes_have_draws_of_their_own(name):
-    from modicum.jobs.training.objective import Moment
-
     model, ids = tiny_llama().train(), torch.full((2, 8), 7)
     moment = Moment()
     hook_model(model, name, {}, seed=0, moment=moment)
@@ -112,3 +110,26 @@ def test_steps_micro_batches_rows_and_processes_have_draws_of_their_own(name):
     assert torch.equal(seen[0], seen[-1])
     different = [row for logits in seen[:-1] for row in logits]
     assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_every_micro_batch_of_a_training_has_a_draw_of_its_own_and_the_seeds(tmp_path, name):
+    seen = []
+    for seed in (3, 4):
+        model = tiny_llama()
+        model.get_output_embeddings().register_forward_hook(lambda *given: seen.append(given[2].detach()))
+        data = Dataset.from_dict({"input_ids": [[7] * 8] * 4, "labels": [[7] * 8] * 4})
+        trained(tmp_path, name, model=model, data=data, seed=seed, learning_rate=0.0, per_device_train_batch_size=1)
+    assert len(seen) == 16
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_modules_have_draws_of_their_own():
+    model, dropped = tiny_llama().train(), []
+    hook_model(model, "dropout", {"ratio": 0.5}, seed=0)
+    for layer in model.model.layers:
+        for module in (layer.self_attn, layer.mlp):
+            module.register_forward_hook(lambda *given: dropped.append(given[2]))
+    model(input_ids=torch.arange(5, 21)[None])
+    zeros = [(output[0] if isinstance(output, tuple) else output) == 0 for output in dropped]
+    assert len(zeros) == 4 and not any(torch.equal(a, b) for i, a in enumerate(zeros) for b in zeros[:i])
