@@ -14,7 +14,7 @@ import transformers
 
 from modicum.errors import UnsupportedError
 from modicum.layout import is_turned
-from modicum.weights import Checkpoint
+from modicum.weights import Checkpoint, extract_lora
 from modicum.weights.adapter import UNDERSTOOD
 from support import tiny_llama
 
@@ -57,7 +57,7 @@ def save(base: Path, out: Path, options: dict[str, Any]) -> None:
     rng = torch.Generator().manual_seed(5)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=rng)
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=rng))  # in place: some are tied
     wrapped.save_pretrained(out)
     rewrite(out, by_hand)
 
@@ -146,3 +146,41 @@ def test_layout_knows_the_models_that_store_weights_turned(name: str) -> None:
     for module, part in model.named_modules():
         if isinstance(part, transformers.pytorch_utils.Conv1D | torch.nn.Linear):
             assert is_turned(f"{module}.weight", config.model_type) == (not isinstance(part, torch.nn.Linear)), module
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_llama(seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", ["modules_to_save", "target_modules"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_tied_embedding_changes_with_its_head_or_not_at_all(tied: Path, tmp_path: Path, key: str, both: bool) -> None:
+    save(tied, tmp_path, {key: ["embed_tokens"] if key == "modules_to_save" else ["embed_tokens", "q_proj"],
+                          "ensure_weight_tying": both})  # fmt: skip
+    if not both and key == "modules_to_save":
+        with pytest.raises(UnsupportedError, match="ensure_weight_tying: true"):
+            Checkpoint(tmp_path, base=tied)
+    elif both:
+        assert_same_answers(tied, tmp_path)
+
+
+def assert_same_answers(base: Path, adapter: Path) -> None:
+    """Compare with the model that PEFT loads, its adapter not merged."""
+    plain, other = (transformers.AutoModelForCausalLM.from_pretrained(base) for _ in range(2))
+    expected = peft.PeftModel.from_pretrained(plain, adapter).eval()
+    other.load_state_dict(
+        {name: tensor.clone() for name, tensor in Checkpoint(adapter, base=base).items()}, strict=False
+    )
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(other.eval()(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_extracted_embedding_of_a_tied_model_is_the_head_too(tied: Path, tmp_path: Path) -> None:
+    tiny_llama(seed=2).save_pretrained(tmp_path / "tuned")
+    extract_lora(tmp_path / "tuned", tied, tmp_path / "lora", max_rank=4, save_rest=True)
+    assert_same_answers(tied, tmp_path / "lora")

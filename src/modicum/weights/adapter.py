@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_turned
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_turned, role
 from modicum.references import pinned
 from modicum.weights.files import MappedFile, read_header
 
@@ -95,6 +95,29 @@ class Adapter:
                 name: replace(factors, transposed=name in self._tables or is_turned(name, kind))
                 for name, factors in self.factors.items()
             }
+
+    def tie(self, head: str) -> None:
+        """Leave out the output layer of a base whose output layer is its embedding, where both change alike.
+
+        Raises:
+            UnsupportedError: The embedding is stored anew and the output layer stays: a tied model cannot hold both.
+        """
+        for table in [name for name in {**self.replaced, **self.factors} if role(name) == "embedding"]:
+            if (
+                head in self.replaced
+                and table in self.replaced
+                and torch.equal(self.replaced[head], self.replaced[table])
+            ):
+                del self.replaced[head]
+            elif table in self.replaced and table not in self.factors:
+                raise UnsupportedError(
+                    f"{self.owner}: the adapter stores {table!r} anew and leaves the output layer {head!r} as it was, "
+                    "and the base ties both. Train it with ensure_weight_tying: true, or on a base that is untied."
+                )
+            if head in self.factors and table in self.factors:
+                a, b = self.factors[head], self.factors[table]
+                if a.scale == b.scale and torch.equal(a.A, b.B.T) and torch.equal(a.B, b.A.T):
+                    del self.factors[head]
 
     def _refuse_unknown(self) -> None:
         if self.config.get("peft_type") != "LORA":

@@ -145,6 +145,8 @@ class Checkpoint(Mapping[str, Tensor]):
             reference, resolve=resolve, allow_pickle=allow_pickle, remote_code=self.remote_code
         )
         adapter.fit(beneath.config)
+        if beneath.tied and beneath.tied not in beneath:
+            adapter.tie(beneath.tied)
         for name, change in adapter.factors.items():
             self._check_change(beneath, name, change.shape)
         for name, tensor in adapter.replaced.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, is_linear_map
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, is_linear_map, role
 from modicum.linalg import SVD, truncated_svd
 from modicum.registry import merge_method
 from modicum.weights.adapter import LowRank
@@ -96,7 +96,10 @@ def extract_lora(
     tensors = _peft_tensors({name: svd for name, (svd, _) in found.items()}, dtype)
     for name, tensor in rest.items():
         refuse_non_finite(name, [tensor, origin[name]], [tuned.name, origin.name])
-    tensors |= {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in rest.items()}
+    table = next((name for name in rest if role(name) == "embedding"), None)
+    if origin.tied and table and origin.tied not in rest:  # PEFT would leave the output layer as it was
+        rest[origin.tied] = rest[table]
+    tensors |= {f"{ADAPTER_PREFIX}{name}": tensor.clone() for name, tensor in rest.items()}
     ranks = {name.removesuffix(".weight"): len(svd.S) for name, (svd, _) in found.items()}
     for name, tensor in tensors.items():
         refuse_overflow(name, tensor, method="extract_lora")
@@ -135,6 +138,7 @@ def _write_adapter(
         "alpha_pattern": different,
         "target_modules": sorted(ranks),
         "modules_to_save": sorted({name.removesuffix(".weight") for name in whole}) or None,
+        "ensure_weight_tying": base.tied in whole,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
