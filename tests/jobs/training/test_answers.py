@@ -199,3 +199,24 @@ def test_two_tasks_with_different_words_do_not_mix(tiny_model, tmp_path, monkeyp
 def test_a_run_writes_json(tiny_model, tmp_path):
     done = run(tmp_path / "r", tiny_model, "multiple_choice", task="polarity")
     assert 0 <= json.loads((done.folder / "record.json").read_text())["metrics"]["eval_accuracy"] <= 1
+
+
+def test_questions_that_cannot_be_asked_are_left_out_and_the_others_keep_their_scorers(tmp_path):
+    from modicum.errors import CheckpointError
+    from modicum.jobs.training.answers import answer_rows
+
+    tokenizer = byte_tokenizer()
+    refuse = "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    path, knobs, notes = tmp_path / "rows.jsonl", {"max_new_tokens": 2, "metric": "own"}, []
+    path.write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in ("ab", "xc", "de")))
+    for choice in ("stop", "skip"):
+        section = DataSection(path=str(path), on_bad_row=choice)
+        if choice == "stop":
+            with pytest.raises(CheckpointError, match="no x"):
+                answer_rows(load_rows(section), tokenizer, section, "reward", knobs, training=True, note=notes.append)
+            continue
+        asked = answer_rows(load_rows(section), tokenizer, section, "reward", knobs, training=True, note=notes.append)
+    assert len(asked) == 2 and "1 of 3 rows were left out" in notes[0]
+    scores = [asked.scorers[question.answer](text) for question, text in zip(asked, "be")]
+    assert scores == [1.0, 1.0]

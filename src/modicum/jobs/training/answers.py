@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.evaluate.measures.exact_match import score
+from modicum.jobs.data.bad_rows import each
 from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.tokens import prompt_ids
 from modicum.jobs.training.task_losses import Question, answer_batch, answer_scores, common_words
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from modicum.evaluate.rows import Row
     from modicum.jobs.data.rows import DataSection, Rows
     from modicum.jobs.training.parts import Build
 
@@ -92,7 +94,7 @@ def answer_rows(
         name: The objective.
         knobs: Its knobs, complete.
         training: Whether these rows are learned from: a knob may then have the right candidate read alone.
-        note: Told when prompts were cut.
+        note: Told when prompts were cut or bad rows left out.
 
     Raises:
         RecipeError: The rows lack a field that the objective needs.
@@ -101,9 +103,11 @@ def answer_rows(
     facts = objective[name].facts
     generated, words = facts.answers == "generated", facts.answers == "words"
     right_alone = training and facts.right_alone and facts.right_alone.items() <= knobs.items()
-    asked: list[Question] = []
-    scorers, cut = {}, 0
-    for index, row in enumerate(rows.rows):
+    scorers: dict[int, Callable[[str], float]] = {}
+    cut = 0
+
+    def make(index: int, row: Row) -> Question:
+        nonlocal cut
         # Batches carry numbers only; the key also tells the scorers of the two data sets apart.
         texts, answer = ([], index if training else ~index) if generated else (row["candidates"], row["answer"])
         if right_alone:
@@ -114,9 +118,11 @@ def answer_rows(
             raise RecipeError(f"{section.path}, row {index}: an answer alone fills max_length. Raise it.")
         prompt = prompt_ids(row, tokenizer)
         cut += len(prompt) > room
-        asked.append(Question(prompt[-room:], candidates, answer))
         if generated:
             scorers[answer] = partial(score, rows, index, metric=knobs["metric"])
+        return Question(prompt[-room:], candidates, answer)
+
+    asked = each(rows.rows, make, section, note)
     if cut:
         note(f"{cut} of {len(asked)} prompts exceed max_length {section.max_length}; they lost their beginning.")
     shared = common_words(asked) if words else []
