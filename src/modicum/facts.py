@@ -171,6 +171,8 @@ class AdapterFacts(Facts):
 
     Attributes:
         shape_only: It needs the shape of a weight, not its values.
+        most_rank: ``(outputs, inputs)`` gives the highest rank at which it can start a module of this shape, to which
+            higher ones are clipped; ``None`` where there is no bound.
         preheated: It starts from an adapter of higher rank that is trained first, as HRP does; the mapping holds the
             knobs of ``hrp_factors`` that it fixes.
         shifts_base: The base's weights change by the initial product, which is taken out of the saved adapter.
@@ -196,6 +198,7 @@ class AdapterFacts(Facts):
     )
 
     shape_only: bool = False
+    most_rank: Callable[[int, int], int] | None = None
     preheated: Mapping[str, Any] | None = None
     shifts_base: bool = False
     frozen: Literal["A", "B"] | None = None

@@ -20,7 +20,9 @@ from modicum.registry import adapter_init
 from modicum.types import Positive, PositiveInt
 
 
-@adapter_init("pissa", paper="arXiv:2404.02948", laws={"best_rank"}, supplied={"rank", "scaling"}, shifts_base=True)
+@adapter_init(
+    "pissa", paper="arXiv:2404.02948", laws={"best_rank"}, supplied={"rank", "scaling"}, shifts_base=True, most_rank=min
+)
 def pissa(
     weight: Float[Tensor, "out in"],
     *,
@@ -70,7 +72,7 @@ def pissa(
     return _split(svd, scaling)
 
 
-@adapter_init("milora", paper="arXiv:2406.09044", supplied={"rank", "scaling"}, shifts_base=True)
+@adapter_init("milora", paper="arXiv:2406.09044", supplied={"rank", "scaling"}, shifts_base=True, most_rank=min)
 def milora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, scaling: Positive = 1.0) -> Factors:
     r"""Train the weight's least important part: its last singular triplets, which leave the base.
 
@@ -108,7 +110,7 @@ def milora(weight: Float[Tensor, "out in"], *, rank: PositiveInt, scaling: Posit
     return _split(_last(weight, rank), scaling)
 
 
-@adapter_init("olora", paper="arXiv:2406.01775", supplied={"rank"}, shifts_base=True)
+@adapter_init("olora", paper="arXiv:2406.01775", supplied={"rank"}, shifts_base=True, most_rank=min)
 def olora(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     r"""Start from the first columns and rows of the weight's QR decomposition, which leave the base.
 
@@ -144,7 +146,7 @@ def olora(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     return R[:rank].float().contiguous(), Q[:, :rank].float().contiguous()
 
 
-@adapter_init("mica", paper="arXiv:2604.01694", laws={"zero_product"}, supplied={"rank"}, frozen="B")
+@adapter_init("mica", paper="arXiv:2604.01694", laws={"zero_product"}, supplied={"rank"}, frozen="B", most_rank=min)
 def mica(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     r"""Let the weight's least used output directions learn: B holds them and stays frozen, A starts at zero.
 
@@ -177,7 +179,7 @@ def mica(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     return torch.zeros(rank, weight.shape[1]), _last(weight, rank).U.contiguous()
 
 
-@adapter_init("lora_xs", paper="arXiv:2405.17604", laws={"zero_product"}, supplied={"rank"}, core=True)
+@adapter_init("lora_xs", paper="arXiv:2405.17604", laws={"zero_product"}, supplied={"rank"}, core=True, most_rank=min)
 def lora_xs(weight: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     r"""Freeze the weight's principal directions and train only a small matrix between them.
 

@@ -130,7 +130,13 @@ def orthogonal(weight: Float[Tensor, "out in"], *, rank: PositiveInt, rng: torch
     return A.contiguous(), B
 
 
-@adapter_init("etf", laws={"zero_product", "orthogonal_rows"}, supplied={"rank"}, shape_only=True)
+@adapter_init(
+    "etf",
+    laws={"zero_product", "orthogonal_rows"},
+    supplied={"rank"},
+    shape_only=True,
+    most_rank=lambda _outputs, inputs: inputs,
+)
 def etf(
     weight: Float[Tensor, "out in"], *, rank: PositiveInt, rounds: PositiveInt = 50, rng: torch.Generator | None = None
 ) -> Factors:

@@ -150,6 +150,7 @@ def _leading(A: Tensor, B: Tensor, rank: int) -> SVD:
 
 @adapter_init(
     "hrp",
+    most_rank=min,
     paper="arXiv:2502.07739",
     laws={"zero_product", "orthogonal_rows"},
     supplied=("rank", "train_factors"),

@@ -50,7 +50,14 @@ class InputCalibration(Calibration):
 Direction = Literal["ArB2r", "A2rBr", "ArBr"]
 
 
-@adapter_init("lora_ga", paper="arXiv:2407.05000", supplied={"rank"}, gather=Calibration, shifts_base=True)
+@adapter_init(
+    "lora_ga",
+    paper="arXiv:2407.05000",
+    supplied={"rank"},
+    gather=Calibration,
+    shifts_base=True,
+    most_rank=lambda outputs, inputs: min(outputs, inputs) // 2,
+)
 def lora_ga(
     gradient: Float[Tensor, "out in"],
     *,
@@ -112,7 +119,7 @@ def lora_ga(
     return V[:, for_A].T.contiguous(), factor * U[:, for_B] * S[for_B]
 
 
-@adapter_init("lora_one", paper="arXiv:2502.01235", supplied={"rank"}, gather=Calibration)
+@adapter_init("lora_one", paper="arXiv:2502.01235", supplied={"rank"}, gather=Calibration, most_rank=min)
 def lora_one(gradient: Float[Tensor, "out in"], *, rank: PositiveInt, gamma: Positive = 128.0) -> Factors:
     r"""Start one step of gradient descent ahead, along the leading directions of the negative gradient.
 
@@ -153,7 +160,7 @@ def lora_one(gradient: Float[Tensor, "out in"], *, rank: PositiveInt, gamma: Pos
     return (root[:, None] * V.T).contiguous(), U * root
 
 
-@adapter_init("lora_sb", paper="arXiv:2411.19557", supplied={"rank"}, gather=Calibration, core=True)
+@adapter_init("lora_sb", paper="arXiv:2411.19557", supplied={"rank"}, gather=Calibration, core=True, most_rank=min)
 def lora_sb(gradient: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
     r"""Freeze the gradient's leading directions and train only a small matrix between them.
 
@@ -194,6 +201,7 @@ def lora_sb(gradient: Float[Tensor, "out in"], *, rank: PositiveInt) -> Factors:
 
 @adapter_init(
     "eva",
+    most_rank=lambda _outputs, inputs: inputs,
     paper="arXiv:2410.07170",
     laws={"zero_product", "orthogonal_rows"},
     supplied={"rank"},
@@ -237,7 +245,9 @@ def eva(moment: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], *, rank
     return V.T.contiguous(), torch.zeros(weight.shape[0], rank)
 
 
-@adapter_init("corda", paper="arXiv:2406.05223", supplied={"rank", "scaling"}, gather=Calibration, shifts_base=True)
+@adapter_init(
+    "corda", paper="arXiv:2406.05223", supplied={"rank", "scaling"}, gather=Calibration, shifts_base=True, most_rank=min
+)
 def corda(
     weight: Float[Tensor, "out in"],
     moment: Float[Tensor, "in in"],

@@ -108,6 +108,9 @@ def preheating(
     settings.init_lora_weights = True
     settings.bias = "none"
     settings.inference_mode = False
+    if settings.modules_to_save:
+        # Nothing is saved with the temporary adapter, so nothing is to be tied to it.
+        settings.ensure_weight_tying, settings.modules_to_tie = False, None
     settings.modules_to_save = settings.trainable_token_indices = None
     with _restored(peft_model):
         peft_model.add_adapter(TEMPORARY, settings)

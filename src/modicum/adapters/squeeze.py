@@ -23,6 +23,7 @@ from modicum.types import PositiveInt
 
 @adapter_init(
     "lora_squeeze",
+    most_rank=min,
     paper="arXiv:2602.10993",
     laws={"best_rank"},
     supplied={"rank"},

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
+from modicum.adapters.layers import lora_layers
 from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
 from modicum.jobs import execute
 from modicum.jobs.training.adapter import after_backward, initialize, make_optimizer, peft_config
@@ -16,7 +18,7 @@ from modicum.record import read_record
 from modicum.registry import adapter_init
 from support import tiny_llama
 
-QUICK = {name: {"preheat_rank": 8, "preheat_steps": 1} for name in ("hrp", "lora_squeeze")}
+QUICK = {name: {"preheat_rank": 32, "preheat_steps": 1} for name in ("hrp", "lora_squeeze")}
 NAMES = sorted(set(adapter_init) - {"loftq"})
 ROWS = [[5, 9, 77, 30, 12], [8, 200, 41]]
 FIELDS = {
@@ -26,6 +28,8 @@ FIELDS = {
     "rsLoRA": {"target_modules": ["q_proj", "lm_head"], "use_rslora": True},
     "patterns": {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 5}},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+    "saved as one": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "narrow": {"target_modules": ["q_proj", "k_proj"], "rank": 24},
     "some layers": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "layers_to_transform": [0]},
 }
 CASES = [(kind, tied) for kind in FIELDS for tied in (True, False) if tied or kind in ("head", "embedding")]
@@ -106,8 +110,6 @@ def recipe(model, rows, **changes):
 def test_a_folder_that_is_not_the_trained_model_is_no_result_and_the_checkpoints_stay(
     tiny_model, rows, tmp_path, monkeypatch, output
 ):
-    from safetensors.torch import load_file, save_file
-
     from modicum.jobs.training.parts.verification import Verification
 
     verify = Verification.verify
@@ -166,3 +168,34 @@ def test_a_kind_of_adapter_that_a_method_cannot_start_is_refused_when_the_recipe
         else:
             with pytest.raises((UnsupportedError, ModicumError), match=f"adapter.config.{key} is more. Drop one."):
                 parse(recipe(tiny_model, rows, adapter=adapter))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if adapter_init[name].facts.most_rank])
+def test_a_rank_above_that_of_a_narrow_module_is_clipped_with_a_note(name):
+    fields = {"rank": 24, "lora_alpha": 48, "target_modules": ["q_proj", "k_proj"]}
+    model = get_peft_model(base_model(), peft_config(name, {}, **fields))
+    started = initialize(model, name, QUICK.get(name, {}), batches=batches, lr=1e-3)
+    layers = lora_layers(model)
+    most = adapter_init[name].facts.most_rank
+    bounds = {key: most(layer.out_features, layer.in_features) for key, layer in layers.items()}
+    assert {key: layer.r["default"] for key, layer in layers.items()} == {key: min(24, n) for key, n in bounds.items()}
+    assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+    assert any("clipped to what they can have" in note for note in started.notes) == (min(bounds.values()) < 24)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .default")  # PEFT takes ranks that AdaLoRA dropped for lost shards
+@pytest.mark.parametrize("init", ["adalora", "pissa", "lora_xs", "default"])
+def test_the_best_checkpoint_is_what_is_saved(tiny_model, rows, tmp_path, init):
+    trainer = {"max_steps": 10, "per_device_train_batch_size": 2, "learning_rate": 0.5, "load_best_model_at_end": True}
+    trainer |= {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    data = {"path": str(rows), "max_length": 64, "size": 4}
+    changes = {"adapter": {"rank": 2, "init": init}, "eval_data": data, "trainer": trainer}
+    assert execute(parse(recipe(tiny_model, rows, **changes)), tmp_path / "r", quiet=True).done
+
+
+@pytest.mark.parametrize("target", [{}, {"target_modules": "all-linear"}])
+def test_layers_may_be_chosen_without_naming_modules(tiny_model, rows, tmp_path, target):
+    config = {"layers_to_transform": [1], **target}
+    run = execute(parse(recipe(tiny_model, rows, adapter={"rank": 2, "config": config})), tmp_path / "r", quiet=True)
+    saved = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 14 and all(".layers.1." in key for key in saved)

@@ -70,6 +70,8 @@ def _plain(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Ma
     own = {}
     for name in names:
         A, E, B = (tensors[f"{name}.lora_{part}"] for part in "AEB")
+        if not len(E):  # read back from a checkpoint, from which PEFT leaves dropped ranks out
+            A, E, B = A.new_zeros(1, A.shape[1]), E.new_zeros(1, 1), B.new_zeros(B.shape[0], 1)
         left = E[:, 0] != 0
         left[0] |= ~left.any()  # a module that lost every rank keeps one, of value zero
         own[name] = (A[left], (B * E.T)[:, left], scaling)

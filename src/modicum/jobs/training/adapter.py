@@ -33,7 +33,7 @@ from modicum.jobs.training.adapter_files import (
     write_start,
 )
 from modicum.jobs.training.adapter_geometry import geometry
-from modicum.jobs.training.adapter_start import apply_start, freeze, from_data, from_preheating, resolved
+from modicum.jobs.training.adapter_start import apply_start, clip_ranks, freeze, from_data, from_preheating, resolved
 from modicum.record import write_atomic
 from modicum.registry import adapter_init
 
@@ -163,9 +163,10 @@ def initialize(
     """
     entry = adapter_init[name]
     facts, knobs = entry.facts, entry.knobs(knobs)
+    clipped = clip_ranks(peft_model, name, facts, adapter)
     if facts.preheated is not None:
         knobs |= resolved(peft_model, entry, knobs, total_steps, adapter)
-    started = Started({"name": name, **knobs, "seed": seed}, facts)
+    started = Started({"name": name, **knobs, "seed": seed}, facts, notes=clipped)
     if knobs.get("reuse_data") == "continue":
         started.consumed = knobs["preheat_steps"] * accumulation
     if facts.schedule is not None:

@@ -185,6 +185,23 @@ def apply_start(peft_model: Any, facts: AdapterFacts, factors: Pairs, adapter: s
     return gone
 
 
+def clip_ranks(peft_model: Any, name: str, facts: AdapterFacts, adapter: str) -> list[str]:
+    """Lower the ranks of modules that are narrower than what the method needs, at their scaling; return a note."""
+    if facts.most_rank is None:
+        return []
+    from modicum.adapters.layers import lora_layers
+    from modicum.adapters.ranks import change_ranks
+
+    layers = lora_layers(peft_model, adapter)
+    most = {name: max(1, facts.most_rank(layer.out_features, layer.in_features)) for name, layer in layers.items()}
+    clipped = {name: most[name] for name, layer in layers.items() if layer.r[adapter] > most[name]}
+    if not clipped:
+        return []
+    change_ranks(peft_model, clipped, adapter=adapter)
+    kinds = sorted({f"{module.rpartition('.')[2]} {rank}" for module, rank in clipped.items()})
+    return [f"{name}: the rank of {len(clipped)} narrow modules was clipped to what they can have: {', '.join(kinds)}."]
+
+
 def _untie(peft_model: Any, names: Iterable[str], adapter: str) -> None:
     """Give each layer whose base is going to shift a weight of its own: a tied embedding must stay as it is."""
     import torch

@@ -87,7 +87,7 @@ class Adapter(Part):
         if self.facts.schedule is not None and arguments.max_steps > 0:
             self.facts.schedule(config, self.init.knobs, total_steps=arguments.max_steps)
 
-    def adapter(self, fields: dict[str, Any], _model: Any) -> dict[str, Any]:
+    def adapter(self, fields: dict[str, Any], model: Any) -> dict[str, Any]:
         """Return the recipe's fields over a few defaults."""
         from peft import LoraConfig
 
@@ -101,7 +101,11 @@ class Adapter(Part):
             "lora_alpha": 2 * self.section.rank,
             "task_type": "CAUSAL_LM",
         }
-        return defaults | fields | self.section.config
+        made = defaults | fields | self.section.config
+        if made.get("layers_to_transform") is not None and made["target_modules"] == "all-linear":
+            # PEFT takes layers only beside a list of names.
+            made["target_modules"] = ["all-linear"] if model is None else _linear_names(model)
+        return made
 
     def wrap(self, model: Any, fields: Mapping[str, Any]) -> Any:
         """Return the model inside a new adapter."""
@@ -206,6 +210,16 @@ class Adapter(Part):
                 model.save_pretrained(folder)
                 load_tokenizer(section.path, remote_code=section.remote_code).save_pretrained(folder)
         return str(target.absolute())
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Return the last parts of the names of all linear modules but the head, which PEFT calls ``all-linear``."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return sorted({name.rpartition(".")[2] for name, module in modules if module is not head})
 
 
 def hub_id(reference: str) -> tuple[str, str | None] | None:

@@ -86,8 +86,11 @@ class Interruption(Part):
         def handle(number: int, _frame: Any) -> None:
             if os.getpid() != owner:
                 return  # a worker that loads data: the first process stops it
-            if self.asked:
+            # A launcher answers Ctrl-C, which all processes get, by a SIGTERM to each.
+            if self.asked and (processes.world() == 1 or number == self.asked):
                 raise KeyboardInterrupt
+            if self.asked:
+                return
             self.asked = number
             self.run.say(f"{signal.Signals(number).name}: stopping after this step; once more stops at once.")
 
