@@ -57,7 +57,7 @@ def plan(recipe: TrainRecipe) -> list[str]:
     return [
         f"train {what} of {recipe.model.path} ({start})",
         f"on {rows['train_dataset']} rows of {recipe.data.path}",
-        f"{optimizer_steps(arguments, rows['train_dataset'])} optimiser steps of {batch} rows on each device",
+        f"{_steps(arguments, rows['train_dataset'])} optimiser steps of {batch} rows on each device",
         *(f"note: {note}" for note in dict.fromkeys(notes)),
     ]
 
@@ -77,6 +77,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     arguments = training_arguments(recipe, parts, run.folder / "checkpoints")
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     datasets = {name: _dataset(recipe, section, parts, tokenizer, run) for name, section in _sections(recipe)}
+    _steps(arguments, len(datasets["train_dataset"]))
     model = _model(recipe, parts, run, arguments.device)
     for part in parts:
         model = part.model(model, tokenizer)
@@ -138,6 +139,17 @@ def training_arguments(recipe: TrainRecipe, parts: Sequence[Part], folder: Path)
                 "Drop one."
             )
     return arguments
+
+
+def _steps(arguments: TrainingArguments, rows: int) -> int:
+    """Return the number of optimiser steps, and refuse a run of none."""
+    steps = optimizer_steps(arguments, rows)
+    if steps < 1:
+        raise RecipeError(
+            f"trainer.num_train_epochs {arguments.num_train_epochs:g} makes no optimiser step of {rows} rows. "
+            "Raise it, or set trainer.max_steps."
+        )
+    return steps
 
 
 def _sections(recipe: TrainRecipe) -> list[tuple[str, DataSection]]:

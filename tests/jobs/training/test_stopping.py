@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modicum.errors import RecipeError, TrainingError
-from modicum.jobs import execute
+from modicum.jobs import execute, plan
 from modicum.jobs.training.trainer import PartsTrainer
 from modicum.jobs.training.watch import LossWatch, infinite_weights
 from modicum.recipe import parse
@@ -113,10 +113,18 @@ def test_the_first_such_loss_ends_a_run_where_the_recipe_says_so(tiny_model, row
     assert ("a lower optimizer.lr" in str(caught.value)) == (optimizer is not None)
 
 
-def test_a_run_of_no_step_is_an_error(tiny_model, rows, tmp_path):
-    none = {"max_steps": -1, "num_train_epochs": 0.0}
+def test_a_run_of_no_step_is_refused_before_it_begins(tiny_model, rows, tmp_path):
+    none = recipe(tiny_model, rows, trainer={"max_steps": -1, "num_train_epochs": 0.0})
+    for start in (plan, lambda wanted: execute(wanted, tmp_path / "r", quiet=True)):
+        with pytest.raises(RecipeError, match="makes no optimiser step of 8 rows. Raise it"):
+            start(none)
+
+
+def test_a_run_that_turns_out_to_do_no_step_is_an_error(tiny_model, rows, tmp_path):
+    # The only batch is not full.
+    dropped = {"per_device_train_batch_size": 16, "dataloader_drop_last": True}
     with pytest.raises(TrainingError, match="no optimiser step"):
-        execute(recipe(tiny_model, rows, trainer=none), tmp_path / "r", quiet=True)
+        execute(recipe(tiny_model, rows, trainer=dropped), tmp_path / "r", quiet=True)
 
 
 def test_patience_ends_a_run_whose_evaluations_get_no_better_also_after_a_resume(tiny_model, rows, tmp_path):
