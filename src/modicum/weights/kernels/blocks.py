@@ -111,10 +111,9 @@ def gram(base: Tensor | None, experts: Sequence[Tensor]) -> Tensor:
     products = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=experts[0].device)
     for _, origin, deltas in delta_blocks(experts[0] if base is None else base, experts):
         vectors = deltas.add_(origin) if base is None else deltas
-        block = vectors @ vectors.T
-        if not bool(block.isfinite().all()):  # squares beyond the largest float32
-            block = vectors.double() @ vectors.double().T
-        products += block
+        products += vectors @ vectors.T
+    if experts[0].dtype != torch.float64 and not bool(products.isfinite().all()):  # squares beyond float32
+        return gram(None if base is None else base.double(), [expert.double() for expert in experts])
     lengths = products.diagonal()
     if base is None and float(lengths.min()) < 1e-6 * float(lengths.max()):
         return gram(torch.zeros_like(experts[0]), experts)  # a far smaller tensor is lost in its difference

@@ -97,6 +97,9 @@ def _is_finite(tensor: Tensor) -> bool:
         return bool(torch.isfinite(tensor).all())
     if not tensor.numel():
         return True
+    # No infinity or NaN leaves a sum finite, and a sum is the quickest pass there is. It may overflow: then look again.
+    if tensor.dtype != torch.float16 and math.isfinite(float(tensor.detach().sum())):
+        return True
     # As integers, infinities and NaNs are the largest bit patterns of either sign: two maxima, and no copy.
     integer = INTEGERS[tensor.dtype.itemsize]
     infinity = int(torch.tensor(math.inf, dtype=tensor.dtype).view(integer))
