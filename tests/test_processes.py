@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from modicum import processes
 from modicum.errors import UnsupportedError
+from pairs import in_two_processes
 
 
 def test_alone_there_is_nothing_to_exchange(monkeypatch):
@@ -34,10 +33,9 @@ def test_the_launcher_numbers_processes_that_nothing_connects(monkeypatch):
         processes.gather(torch.ones(2))
 
 
-def talk(rank: int, folder: str) -> None:
+def talk(rank: int) -> None:
     # The launcher's numbers are wrong here on purpose: the group's count.
     os.environ.update(RANK="7", WORLD_SIZE="9")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     assert (processes.rank(), processes.world(), processes.main()) == (rank, 2, rank == 0)
     own = torch.tensor([1.0, 2.0]) + rank
     # Weights 1 and 3: (sum of both sums) / 4.
@@ -48,11 +46,10 @@ def talk(rank: int, folder: str) -> None:
     assert torch.equal(pair[0], torch.tensor([1.5, 2.5])) and torch.equal(pair[1], torch.full((2, 2), 0.5))
     assert torch.equal(processes.broadcast(own.clone()), torch.tensor([1.0, 2.0]))
     assert processes.broadcast_object({"from": rank}) == {"from": 0}
-    dist.destroy_process_group()
 
 
-def test_two_connected_processes(tmp_path):
-    mp.spawn(talk, args=(str(tmp_path),), nprocs=2)
+def test_two_connected_processes():
+    in_two_processes(talk)
 
 
 def test_asking_who_writes_imports_no_torch():

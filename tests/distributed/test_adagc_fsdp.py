@@ -1,8 +1,5 @@
 """AdaGC on two processes: FSDP2, DDP and tensor parallelism give what one process gives."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +7,7 @@ from torch import nn
 
 from modicum.optim import AdaGC
 from modicum.optim.gradient.gradients import tensor_norms
+from pairs import in_two_processes
 
 STEPS, KNOBS = 7, {"warmup": 3, "relative": 1.1}
 
@@ -135,21 +133,12 @@ def check_empty_shards(rank, mesh):
 CHECKS = [check_fsdp2, check_ddp, check_tensor_parallel, check_shard_granularity, check_empty_shards]
 
 
-def worker(rank, port):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        for check in CHECKS:
-            check(rank, mesh)
-    finally:
-        dist.destroy_process_group()
+def worker(rank):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for check in CHECKS:
+        check(rank, mesh)
 
 
 def test_two_processes_equal_one():
     # One launch for all checks: starting processes takes longer than the checks do.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port,), nprocs=2)
+    in_two_processes(worker)

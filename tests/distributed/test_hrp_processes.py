@@ -1,7 +1,6 @@
 """Starting an adapter on two processes: DDP's replicas and FSDP2's shards get what one process gets."""
 
 import os
-import socket
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from modicum.adapters import Preheat, get_hrp_state_dict, initialize_lora_hrp_we
 from modicum.adapters.layers import factors_of, lora_layers, whole
 from modicum.jobs.training.adapter import initialize
 from modicum.random import generator
+from pairs import in_two_processes
 from support import tiny_llama
 
 CONFIG = Preheat(preheat_rank=8, preheat_steps=3)
@@ -94,22 +94,14 @@ def check_other_starts(rank, mesh):
             same_everywhere({str(i): factor.detach() for i, factor in enumerate(factors_of(layer, "default"))})
 
 
-def worker(rank, port, expected):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "EXPECTED": expected}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        mesh = dist.init_device_mesh("cpu", (2,))
-        for check in (check_replicas, check_shards, check_other_starts):
-            check(rank, mesh)
-    finally:
-        dist.destroy_process_group()
+def worker(rank, expected):
+    os.environ["EXPECTED"] = expected
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for check in (check_replicas, check_shards, check_other_starts):
+        check(rank, mesh)
 
 
 def test_two_processes_agree_with_one(tmp_path):
     torch.save(started(model()), tmp_path / "products.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # One pair of processes for all checks: starting them takes longer than the checks do.
-    torch.multiprocessing.spawn(worker, args=(port, str(tmp_path / "products.pt")), nprocs=2)
+    in_two_processes(worker, str(tmp_path / "products.pt"))

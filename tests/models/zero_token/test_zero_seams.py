@@ -1,17 +1,15 @@
 """The looped model inside other people's tools."""
 
 import copy
-import os
-import socket
 import sys
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from models.zero_token.support_zero import base_model, looped, tokens
 from modicum.models import ZeroTokenForCausalLM, convert_to_zero_token
 from modicum.models.__main__ import main as hand_over
+from pairs import in_two_processes
 
 
 def loss_of(model):
@@ -107,12 +105,9 @@ def test_bfloat16_training_has_finite_gradients():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def _sharded(rank, port, folder):
+def _sharded(rank, folder):
     from torch.distributed._composable.fsdp import fully_shard
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     model = looped().train()
     for i, layer in enumerate(model.layers):
@@ -125,14 +120,10 @@ def _sharded(rank, port, folder):
     gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
     if rank == 0:
         torch.save(gradients, folder / "gradients.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_sharded_processes_have_the_gradients_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_sharded, args=(port, tmp_path), nprocs=2)
+    in_two_processes(_sharded, tmp_path)
     gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model = looped().train()
     model(input_ids=tokens(4), labels=tokens(4), use_cache=False).loss.backward()

@@ -1,17 +1,13 @@
 """Two processes: replicas stay equal, and equal to one process that does all the work."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from zeroth_order_models import IDS, LABELS, flat, tied
 
 from modicum.errors import UnsupportedError
 from modicum.optim import MeZO, TeZO
+from pairs import in_two_processes
 
 SHARES = {1: [slice(0, 4)], 2: [slice(0, 1), slice(1, 4)]}  # uneven on purpose
 
@@ -78,21 +74,12 @@ CASES = [
 ]
 
 
-def work(rank, world, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        torch.save([run(rank, world, method, knobs) for run, method, knobs in CASES], f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(rank, folder):
+    torch.save([run(rank, 2, method, knobs) for run, method, knobs in CASES], f"{folder}/{rank}.pt")
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(2, port, str(tmp_path)), nprocs=2)
+    in_two_processes(work, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for (run, method, knobs), first, second in zip(CASES, one, two, strict=True):
         case = f"{run.__name__} {method.__name__} {knobs}"
