@@ -26,8 +26,9 @@ from benchmarks.provenance import origin
 from benchmarks.speed.shapes import SMOLLM2_135M, llama_shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modicum.environment import environment
 from modicum.optim import AdaGC
-from modicum.record import environment, write_atomic
+from modicum.record import write_atomic
 
 RESULTS = Path(__file__).parents[1] / "results" / "adagc-speed.json"
 LLAMA_1_3B = {

@@ -24,8 +24,9 @@ from modicum.adapters import Preheat, hrp_factors
 from modicum.adapters.hrp import factor_svd
 from modicum.adapters.layers import factors_of, lora_layers
 from modicum.adapters.preheat import hrp_state, initialize_lora_hrp_weights, preheating
+from modicum.environment import environment
 from modicum.random import generator
-from modicum.record import environment, write_atomic
+from modicum.record import write_atomic
 
 NAME = "hrp-speed.json"
 RANK, HIGH = 8, 128

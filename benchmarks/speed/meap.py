@@ -184,7 +184,8 @@ def main() -> None:
     if options.head:
         print(json.dumps(head(options.head == "gathered")))
         return
-    from modicum.record import environment, write_atomic
+    from modicum.environment import environment
+    from modicum.record import write_atomic
 
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "meap_speed"}
     work = {"collator": collator, "head": heads, "step": lambda: step(options.pairs)}

@@ -28,7 +28,8 @@ import yaml
 from benchmarks.provenance import origin
 from benchmarks.speed.shapes import LLAMA_2_7B, QWEN_1_5B, SMOLLM2_135M, write_family, write_repeated
 
-from modicum.record import environment, write_atomic
+from modicum.environment import environment
+from modicum.record import write_atomic
 
 RESULTS = Path(__file__).parents[1] / "results" / "merge.json"
 WEIGHTED = {"weight": 0.5, "density": 0.5}

@@ -23,8 +23,9 @@ import torch
 from benchmarks.tables import RESULTS
 from torch import Tensor
 
+from modicum.environment import environment
 from modicum.random import generator
-from modicum.record import environment, write_atomic
+from modicum.record import write_atomic
 from modicum.weights import merge_state_dicts
 from modicum.weights.adapter import LowRank
 from modicum.weights.lora import merge_factors

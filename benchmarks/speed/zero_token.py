@@ -27,9 +27,10 @@ from benchmarks.memory import Peak, status
 from benchmarks.provenance import origin
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from modicum.environment import environment
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 from modicum.models.zero_token.attention import zero_attention
-from modicum.record import environment, write_atomic
+from modicum.record import write_atomic
 
 RESULT = Path(__file__).parents[1] / "results" / "zero-token-speed.json"
 WIDTHS = {

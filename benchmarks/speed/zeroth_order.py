@@ -29,9 +29,10 @@ from benchmarks.memory import Peak
 from benchmarks.provenance import origin
 from torch.nn.functional import cross_entropy
 
+from modicum.environment import environment
 from modicum.jobs.loading.models import load_model
 from modicum.optim import LOZO, MeZO, SubZero, TeZO
-from modicum.record import environment, write_atomic
+from modicum.record import write_atomic
 
 RESULTS = Path(__file__).parents[1] / "results" / "tezo-speed.json"
 LR, EPS = 1e-7, 1e-3

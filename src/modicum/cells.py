@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import quote
 
+from modicum.environment import environment
 from modicum.errors import CheckpointError
 from modicum.lock import HeldError, hold
-from modicum.record import environment, write_atomic
+from modicum.record import write_atomic
 
 Cell: TypeAlias = dict[str, Any]
 Measure: TypeAlias = Callable[[], Cell]

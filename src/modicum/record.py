@@ -19,24 +19,22 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import yaml
 
 from modicum import lock, processes
+from modicum.environment import environment
 from modicum.errors import CheckpointError, ModicumError
 
 OnChange: TypeAlias = Literal["refuse", "replace", "keep"]
-LIBRARIES = ("modicum", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -136,31 +134,6 @@ def fingerprint(path: str | Path) -> str:
 
 def _is_content(path: Path) -> bool:
     return ".partial" not in str(path) and path.name != lock.NAME
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record; imports nothing."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": found,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 class Run:

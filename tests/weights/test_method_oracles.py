@@ -18,6 +18,7 @@ from modicum.weights import merge_state_dicts
 from modicum.weights.methods.resm import outlier_weights
 from modicum.weights.methods.tsv import task_interference
 from oracles import merge as oracle
+from oracles import merge_matrices
 
 Array: TypeAlias = oracle.Array
 Ours: TypeAlias = Callable[[Tensor, list[Tensor]], Tensor]
@@ -65,14 +66,14 @@ def room(taus: Sequence[Array]) -> int:
 
 
 def tsv(taus: list[Array], rtol: float = 1e-2, rank: int = 99) -> Array:
-    return oracle.tsv_delta(taus, [min(rank, room(taus))] * len(taus), [1.0] * len(taus), rtol)
+    return merge_matrices.tsv_delta(taus, [min(rank, room(taus))] * len(taus), [1.0] * len(taus), rtol)
 
 
 def resm(taus: list[Array], mode: str, normalize: str = "mean1", reference: float | None = None) -> Array:
-    share = np.mean([oracle.dense_share(tau, 0.1, None) for tau in taus])
+    share = np.mean([merge_matrices.dense_share(tau, 0.1, None) for tau in taus])
     rank = min(room(taus), max(1, int(room(taus) * share / reference + 1e-9))) if reference else room(taus)
-    found = oracle.outlier_weights(taus, mode, 1.0, (0.5, 2.0), normalize)
-    return oracle.tsv_delta(taus, [rank] * len(taus), found, 1e-2)
+    found = merge_matrices.outlier_weights(taus, mode, 1.0, (0.5, 2.0), normalize)
+    return merge_matrices.tsv_delta(taus, [rank] * len(taus), found, 1e-2)
 
 
 def spread(experts: Sequence[Any], rounds: int) -> Array:
@@ -172,18 +173,18 @@ CASES: dict[str, tuple[Ours, Theirs]] = {
         matrix(partial(resm, mode="count", normalize="softmax")),
     ),
     "resm, sum1": (ours("resm", sigmas=1.0, normalize="sum1"), matrix(partial(resm, mode="mass", normalize="sum1"))),
-    "iso_c": (ours("iso_c", scale=1.3), matrix(lambda taus: oracle.iso_c_delta(sum(taus), 1.3))),
-    "iso_cts": (ours("iso_cts", common=0.5), matrix(lambda taus: oracle.iso_cts_delta(taus, 1.0, 0.5))),
+    "iso_c": (ours("iso_c", scale=1.3), matrix(lambda taus: merge_matrices.iso_c_delta(sum(taus), 1.3))),
+    "iso_cts": (ours("iso_cts", common=0.5), matrix(lambda taus: merge_matrices.iso_cts_delta(taus, 1.0, 0.5))),
     "iso_cts, nothing in common": (
         ours("iso_cts", common=0.0),
-        matrix(lambda taus: oracle.iso_cts_delta(taus, 1.0, 0.0)),
+        matrix(lambda taus: merge_matrices.iso_cts_delta(taus, 1.0, 0.0)),
     ),
-    "wudi": (ours("wudi", ridge=1e-3), matrix(lambda taus: oracle.wudi_delta(taus, 1e-3))),
-    "opcm": (ours("opcm", alpha=0.5, scale=0.7), matrix(lambda taus: oracle.opcm_delta(taus, 0.5, 0.7))),
-    "svc": (ours("svc", alpha=0.5, scale=0.7), matrix(lambda taus: oracle.svc_delta(taus, 0.5, 0.7))),
+    "wudi": (ours("wudi", ridge=1e-3), matrix(lambda taus: merge_matrices.wudi_delta(taus, 1e-3))),
+    "opcm": (ours("opcm", alpha=0.5, scale=0.7), matrix(lambda taus: merge_matrices.opcm_delta(taus, 0.5, 0.7))),
+    "svc": (ours("svc", alpha=0.5, scale=0.7), matrix(lambda taus: merge_matrices.svc_delta(taus, 0.5, 0.7))),
     "knots": (
         ours("knots", density=0.5, scale=0.7),
-        matrix(lambda taus: oracle.knots_delta(taus, "ties", 0.5, 0.7, [1.0] * len(taus))),
+        matrix(lambda taus: merge_matrices.knots_delta(taus, "ties", 0.5, 0.7, [1.0] * len(taus))),
     ),
 }
 
@@ -253,7 +254,10 @@ def test_ranks_of_a_model_follow_its_densest_layer() -> None:
         tensors["sparse"] *= torch.rand(12, 16, generator=rng) < 0.5
         experts.append(tensors)
     merged = merge_state_dicts(base, experts, method="resm", sigmas=1.0)
-    shares = {name: np.mean([oracle.dense_share(e[name].float().numpy(), 0.1, None) for e in experts]) for name in base}
+    shares = {
+        name: np.mean([merge_matrices.dense_share(e[name].float().numpy(), 0.1, None) for e in experts])
+        for name in base
+    }
     assert shares["sparse"] < 0.7 * shares["dense"]
     for name in base:
         taus = [e[name].numpy() for e in experts]
@@ -269,7 +273,7 @@ def test_outlier_weights_equal_the_oracle(mode: Any, bounds: tuple[float, float]
         for _, base, experts in inputs(shape, torch.float64):
             taus = [e - base for e in experts]
             found = outlier_weights(taus, mode=mode, sigmas=1.5, bounds=bounds, normalize=normalize)
-            expected = oracle.outlier_weights([t.numpy() for t in taus], mode, 1.5, bounds, normalize)
+            expected = merge_matrices.outlier_weights([t.numpy() for t in taus], mode, 1.5, bounds, normalize)
             np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -278,5 +282,5 @@ def test_interference_equals_the_oracle(rank: int) -> None:
     for _, base, experts in inputs((9, 14), torch.float64):
         taus = [e - base for e in experts if not torch.equal(e, base)]
         if taus:
-            expected = oracle.interference([t.numpy() for t in taus], rank)
+            expected = merge_matrices.interference([t.numpy() for t in taus], rank)
             assert task_interference(taus, rank=rank) == pytest.approx(expected, rel=1e-9, abs=1e-9)

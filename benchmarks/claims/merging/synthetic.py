@@ -16,9 +16,10 @@ import torch
 from benchmarks.tables import RESULTS
 from torch import Tensor
 
+from modicum.environment import environment
 from modicum.linalg import truncated_svd
 from modicum.random import generator
-from modicum.record import environment, write_atomic
+from modicum.record import write_atomic
 from modicum.weights.methods.tsv import tsv
 
 SEEDS = range(5)
