@@ -17,11 +17,6 @@ from support import byte_tokenizer
 TASK = "reasoning-gym:chain_sum"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
-
-
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

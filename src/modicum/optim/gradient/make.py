@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modicum.optim.gradient.clipper import NormClipper
-from modicum.optim.gradient.tensor_hook import TensorHook
 from modicum.registry import gradient_rule
+
+if TYPE_CHECKING:
+    from modicum.optim.gradient.tensor_hook import TensorHook
 
 
 def make_clipper(name: str, params: Iterable[Any], **knobs: Any) -> NormClipper | TensorHook:
@@ -36,5 +38,7 @@ def make_clipper(name: str, params: Iterable[Any], **knobs: Any) -> NormClipper 
         return made
     state_type = entry.facts.state
     if entry.facts.acts:
+        from modicum.optim.gradient.tensor_hook import TensorHook
+
         return TensorHook(params, entry.function, acts=entry.facts.acts, state_type=state_type, knobs=values)
     return NormClipper(params, entry.function, state_type=state_type, knobs=values)
