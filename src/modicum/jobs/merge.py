@@ -166,13 +166,8 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
 
 def _refuse_config(plan: Plan) -> None:
     """Refuse a merge whose ``config.json`` transformers would not open, though it opens the one it was made from."""
-    from modicum.weights.checkpoint import Checkpoint
-
-    text, first = plan.companions.get("config.json"), next((m for m in plan.models if isinstance(m, Checkpoint)), None)
-    if text is None or first is None:
-        return
-    origin = first.base.folder / "config.json"
-    if origin.exists() and (origin.read_bytes() == text or _closed(origin.parent)):
+    text, origin = plan.companions.get("config.json"), _origin(plan)
+    if text is None or origin is None or not _changes_config(plan) or _closed(origin.parent):
         return
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_bytes(text)
@@ -181,6 +176,32 @@ def _refuse_config(plan: Plan) -> None:
                 f"transformers would not open the result's config.json: {problem} Choose other layers, or merge whole "
                 "models."
             )
+
+
+def _origin(plan: Plan) -> Path | None:
+    """Return the ``config.json`` that the result's was made from."""
+    from modicum.weights.checkpoint import Checkpoint
+
+    first = next((model for model in plan.models if isinstance(model, Checkpoint)), None)
+    path = None if first is None else first.base.folder / "config.json"
+    return path if path is not None and path.exists() else None
+
+
+def _changes_config(plan: Plan) -> bool:
+    """Whether the result's ``config.json`` differs from its origin by more than the dtype.
+
+    If not, transformers opens the one as it opens the other, and a plain merge is spared the import of transformers.
+    """
+    text, origin = plan.companions.get("config.json"), _origin(plan)
+    if text is None or origin is None:
+        return text is not None
+    return bool(_without_dtype(json.loads(text)) != _without_dtype(json.loads(origin.read_bytes())))
+
+
+def _without_dtype(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {k: _without_dtype(v) for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    return config
 
 
 def _closed(folder: Path) -> str | None:
@@ -235,7 +256,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
             return  # each process measured its own share; the first one has collected them all
         rows, experts = comparable(plan, measured)
         metrics = {"tensors": len(plan.steps), "memory_bound": plan.memory_bound()}
-    if kind == "model" and (out / "config.json").exists() and (problem := _closed(out)):
+    if not isinstance(plan, LoraPlan) and _changes_config(plan) and (problem := _closed(out)):
         run.note(f"transformers does not open {out / 'config.json'}: {problem}")
     names = short_names(experts)
     found = {"layers": layers(rows, names), "diagnostics": diagnostics(rows, names)}
