@@ -236,7 +236,8 @@ UNBOUNDED = {"wudi", "regmean"}
     examples=1,
 )
 def is_bounded(entry: Entry[Any], draw: Draw) -> None:
-    assert ("bounded" in entry.laws) != (entry.name in UNBOUNDED)
+    stated, listed = "bounded" in entry.laws, entry.name in UNBOUNDED
+    assert stated != listed, "State the law `bounded`, or list the method in UNBOUNDED with the reason."
 
 
 @law(merge_method, "shape and dtype are the base's, all is finite", broken=adds_the_base_in_bfloat16, examples=24)
