@@ -123,6 +123,11 @@ def read_owner(path: Path) -> Owner | None:
     raise CheckpointError(f"{path} is no lock file that can be read. If nothing writes there, delete it and run again.")
 
 
+def patience() -> float:
+    """Return for how many seconds processes of one launch wait for each other: ``MODICUM_STAGE_TIMEOUT``, or a day."""
+    return float(os.environ.get("MODICUM_STAGE_TIMEOUT", 24 * 3600))
+
+
 def wait(ready: Callable[[], bool], path: Path, what: str | Path, *, seen: bool = False, every: float = 0.05) -> bool:
     """Wait until ``ready``, as long as the first process of this launch holds the lock file ``path``.
 
@@ -138,10 +143,10 @@ def wait(ready: Callable[[], bool], path: Path, what: str | Path, *, seen: bool 
 
     Raises:
         RuntimeError: The first process gave up its lock or died, or did not come to an end within
-            ``MODICUM_STAGE_TIMEOUT`` seconds (a day, when not set).
+            :func:`patience`.
     """
-    patience = float(os.environ.get("MODICUM_STAGE_TIMEOUT", 24 * 3600))
-    deadline, launch = time.monotonic() + patience, _me().launch
+    most = patience()
+    deadline, launch = time.monotonic() + most, _me().launch
     while not ready():
         # A lock of an earlier launch means nothing: ours may not have come that far yet.
         owner = read_owner(path)
@@ -152,7 +157,7 @@ def wait(ready: Callable[[], bool], path: Path, what: str | Path, *, seen: bool 
             raise RuntimeError(f"The first process ended before it finished {what}. Its own messages tell why.")
         seen = held
         if time.monotonic() > deadline:
-            raise RuntimeError(f"The first process did not finish {what} within {patience:.0f} s.")
+            raise RuntimeError(f"The first process did not finish {what} within {most:.0f} s.")
         time.sleep(every)
     return seen
 

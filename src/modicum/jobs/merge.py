@@ -166,8 +166,8 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
 
 def _refuse_config(plan: Plan) -> None:
     """Refuse a merge whose ``config.json`` transformers would not open, though it opens the one it was made from."""
-    text, origin = plan.companions.get("config.json"), _origin(plan)
-    if text is None or origin is None or not _changes_config(plan) or _closed(origin.parent):
+    text, origin = _new_config(plan), _origin(plan)
+    if text is None or (origin is not None and _closed(origin.parent)):
         return
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_bytes(text)
@@ -187,15 +187,16 @@ def _origin(plan: Plan) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
-def _changes_config(plan: Plan) -> bool:
-    """Whether the result's ``config.json`` differs from its origin by more than the dtype.
+def _new_config(plan: Plan) -> bytes | None:
+    """Return the result's ``config.json``, ``None`` where it differs from its origin at most by the dtype.
 
-    If not, transformers opens the one as it opens the other, and a plain merge is spared the import of transformers.
+    Transformers opens the one as it opens the other then, and a plain merge is spared the import of transformers.
     """
     text, origin = plan.companions.get("config.json"), _origin(plan)
     if text is None or origin is None:
-        return text is not None
-    return bool(_without_dtype(json.loads(text)) != _without_dtype(json.loads(origin.read_bytes())))
+        return text
+    same = _without_dtype(json.loads(text)) == _without_dtype(json.loads(origin.read_bytes()))
+    return None if same else text
 
 
 def _without_dtype(config: Any) -> Any:
@@ -256,7 +257,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
             return  # each process measured its own share; the first one has collected them all
         rows, experts = comparable(plan, measured)
         metrics = {"tensors": len(plan.steps), "memory_bound": plan.memory_bound()}
-    if not isinstance(plan, LoraPlan) and _changes_config(plan) and (problem := _closed(out)):
+    if not isinstance(plan, LoraPlan) and _new_config(plan) is not None and (problem := _closed(out)):
         run.note(f"transformers does not open {out / 'config.json'}: {problem}")
     names = short_names(experts)
     found = {"layers": layers(rows, names), "diagnostics": diagnostics(rows, names)}

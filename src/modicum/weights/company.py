@@ -6,7 +6,6 @@ waits for has died.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,8 +99,8 @@ def wait_for_followers(ready: Callable[[], bool], out: Path, beside: Path, world
     Raises:
         RuntimeError: One of them ended before, or they did not come to an end in time.
     """
-    patience = float(os.environ.get("MODICUM_STAGE_TIMEOUT", 24 * 3600))
-    deadline = time.monotonic() + patience
+    most = lock.patience()
+    deadline = time.monotonic() + most
     missing = set(range(1, world))
     while missing or not ready():
         for rank in range(1, world):
@@ -112,7 +111,7 @@ def wait_for_followers(ready: Callable[[], bool], out: Path, beside: Path, world
             if ended or _failure(beside, rank).exists():
                 raise RuntimeError(f"Process {rank} of {world} ended before it finished its share of {out}.")
         if time.monotonic() > deadline:
-            raise RuntimeError(f"The other processes did not finish {out} within {patience:.0f} s.")
+            raise RuntimeError(f"The other processes did not finish {out} within {most:.0f} s.")
         time.sleep(0.02)
 
 
