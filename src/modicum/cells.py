@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import quote
 
+from modicum.durable import write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError
 from modicum.lock import HeldError, hold
-from modicum.record import write_atomic
 
 Cell: TypeAlias = dict[str, Any]
 Measure: TypeAlias = Callable[[], Cell]

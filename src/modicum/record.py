@@ -20,79 +20,23 @@ import json
 import math
 import os
 import shutil
-import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import yaml
 
 from modicum import lock, processes
+from modicum.durable import follow_umask as follow_umask
+from modicum.durable import whole_folder as whole_folder
+from modicum.durable import write_atomic as write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError, ModicumError
 
 OnChange: TypeAlias = Literal["refuse", "replace", "keep"]
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def follow_umask(path: Path) -> None:
-    """Give a file, or all files and folders in a folder, the modes that the user's umask gives to new ones.
-
-    Some libraries write through temporary files, which only their owner may read.
-    """
-    probe = (path if path.is_dir() else path.parent) / f".mode.{os.getpid()}"
-    probe.touch()
-    try:
-        mode = stat.S_IMODE(probe.stat().st_mode)
-    finally:
-        probe.unlink()
-    for item in (path, *path.rglob("*")) if path.is_dir() else (path,):
-        if item.is_symlink():
-            continue
-        # A folder may be entered by whoever may read it.
-        wanted = mode | (mode & 0o444) >> 2 if item.is_dir() else mode
-        if stat.S_IMODE(item.stat().st_mode) & 0o777 != wanted:
-            item.chmod(wanted)
-
-
-@contextmanager
-def whole_folder(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
-    """Give a folder beside ``path`` to write into; it becomes ``path`` when the block ends without an error.
-
-    Args:
-        path: The folder to appear; one that is there already is replaced.
-        keep_partial: Leave the unfinished folder on an error, so that the next call resumes in it.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.exists() and not keep_partial:
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-    except BaseException:
-        if not keep_partial:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    follow_umask(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
 
 
 def digest(value: object) -> str:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from modicum import lock
+from modicum.durable import write_atomic
 from modicum.errors import CheckpointError
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.loading.folders import note_code
 from modicum.recipe import Recipe, choice
-from modicum.record import Run, write_atomic
+from modicum.record import Run
 from modicum.registry import averager, job
 from modicum.types import PositiveInt
 

@@ -8,11 +8,12 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field
 
+from modicum.durable import whole_folder
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.data.rows import DataSection, load_rows, tokenize
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
 from modicum.recipe import Recipe
-from modicum.record import Run, whole_folder
+from modicum.record import Run
 from modicum.registry import job
 from modicum.types import NonNegative, PositiveInt
 

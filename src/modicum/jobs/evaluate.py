@@ -20,6 +20,7 @@ from annotated_types import Gt, Lt
 from pydantic import Field, field_validator, model_validator
 
 from modicum.cells import Cell, fill
+from modicum.durable import write_atomic
 from modicum.errors import RecipeError, did_you_mean, first_line
 from modicum.evaluate.rows import Rows
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
@@ -27,7 +28,7 @@ from modicum.jobs.loading.references import resolve_model
 from modicum.jobs.subject import LocalSubject
 from modicum.jobs.task import Task
 from modicum.recipe import Recipe
-from modicum.record import Run, read_log, write_atomic
+from modicum.record import Run, read_log
 from modicum.registry import job
 
 if TYPE_CHECKING:

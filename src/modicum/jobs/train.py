@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum.durable import whole_folder
 from modicum.errors import ModicumError, RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.data.rows import DataSection, collate, load_rows, tokenize
 from modicum.jobs.loading.models import (
@@ -28,7 +29,7 @@ from modicum.jobs.training.batches import Batches, optimizer_steps
 from modicum.jobs.training.checkpoints import checkpoints, last_checkpoint
 from modicum.jobs.training.parts import Build, Data, Part, parts_of
 from modicum.jobs.training.recipe import TrainRecipe
-from modicum.record import Run, whole_folder
+from modicum.record import Run
 from modicum.registry import job
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         CheckpointError: A folder is no run, or the report cannot be written.
     """
+    from modicum.durable import write_atomic
     from modicum.errors import CheckpointError
-    from modicum.record import write_atomic
     from modicum.report.page import render
     from modicum.report.runs import load
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from modicum import processes
+from modicum.durable import commit
 from modicum.errors import CheckpointError, ModicumError
 from modicum.record import digest
 from modicum.weights import company
@@ -275,9 +276,7 @@ def _finish(beside: Path, out: Path, files: Mapping[Path, Mapping[str, Spec]], c
     for path in [beside / "key", *beside.glob("journal.*.jsonl")]:
         path.unlink()
     company.leave(beside)
-    if out.exists():
-        out.rmdir()
-    beside.rename(out)
+    commit(beside, out)
 
 
 @contextmanager

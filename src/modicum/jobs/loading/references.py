@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -12,8 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
+from modicum.content import cache_folder
+from modicum.durable import follow_umask, sync, sync_tree
 from modicum.errors import CheckpointError, did_you_mean, first_line
-from modicum.record import follow_umask
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -22,14 +22,6 @@ HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktok
 BUILTINS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"byte-llama": ("r1", "byte_llama"), "smollm2-135m-instruct": ("r1", "smollm2")}
 )
-
-
-def cache_folder() -> Path:
-    """Return where modicum keeps what it makes once: ``MODICUM_CACHE``, else the user's cache folder."""
-    chosen = os.environ.get("MODICUM_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modicum"
 
 
 def resolve_model(ref: str | Path, *, allow_pickle: bool = False, remote_code: bool = False) -> Path:
@@ -104,8 +96,10 @@ def _built(name: str) -> Path:
         with no_progress_bars():
             import_module(f"{__package__}.builtins.{module}").build(partial)
         follow_umask(partial)
+        sync_tree(partial)
         try:
             partial.rename(folder)
+            sync(folder.parent)
         except OSError:
             # Another process was faster; its folder is the same as ours.
             if not (folder / "config.json").is_file():

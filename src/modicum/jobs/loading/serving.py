@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum.durable import whole_folder, write_atomic
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
-from modicum.record import whole_folder, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum.durable import write_atomic
 from modicum.errors import UnsupportedError
 from modicum.facts import AdapterFacts
 from modicum.jobs.training.adapter_files import (
@@ -34,7 +35,6 @@ from modicum.jobs.training.adapter_files import (
 )
 from modicum.jobs.training.adapter_geometry import geometry
 from modicum.jobs.training.adapter_start import apply_start, clip_ranks, freeze, from_data, from_preheating, resolved
-from modicum.record import write_atomic
 from modicum.registry import adapter_init
 
 if TYPE_CHECKING:

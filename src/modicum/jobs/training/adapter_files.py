@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum import processes
+from modicum.durable import whole_file, write_atomic
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
-from modicum.record import follow_umask, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +46,8 @@ def write_start(path: Path, factors: Pairs, spectra: Mapping[str, Tensor]) -> No
     tensors = {f"{name}.{side}": t.cpu().contiguous() for name, pair in factors.items() for side, t in zip("AB", pair)}
     tensors |= {f"{name}.S": S.contiguous() for name, S in spectra.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, beside)
-    follow_umask(beside)
-    beside.replace(path)
+    with whole_file(path) as beside:
+        save_file(tensors, beside)
 
 
 def _read(path: Path) -> tuple[Pairs, dict[str, Tensor]]:
@@ -81,10 +78,8 @@ def rewrite(
     tensors, config = change(
         load_file(folder / ADAPTER_WEIGHTS), json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     )
-    beside = folder / f".{ADAPTER_WEIGHTS}"
-    save_file(dict(tensors), beside, metadata={"format": "pt"})
-    follow_umask(beside)
-    beside.replace(folder / ADAPTER_WEIGHTS)
+    with whole_file(folder / ADAPTER_WEIGHTS) as beside:
+        save_file(dict(tensors), beside, metadata={"format": "pt"})
     write_atomic(folder / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from modicum import registry
+from modicum.durable import whole_folder, write_atomic
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.training.parts import Build, Part
 from modicum.layout import ADAPTER_CONFIG
 from modicum.recipe import Choice, Section, choice
-from modicum.record import whole_folder, write_atomic
 from modicum.references import CONVERTED as BASE
 from modicum.registry import training_part
 from modicum.types import PositiveInt

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum.durable import follow_umask, sync, sync_tree
 from modicum.jobs.training.parts import Build, Part
-from modicum.record import follow_umask
 from modicum.registry import training_part
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Rotation(Part):
                     return
                 for path in checkpoints(Path(args.output_dir))[-1:]:
                     follow_umask(path)
+                    sync_tree(path)  # before an older one, which is whole on the disk, is deleted
+                    sync(path.parent)
                 if limit is not None and limit > 0:
                     rotate(args.output_dir, limit, best=state.best_model_checkpoint)
 

@@ -1,0 +1,128 @@
+"""What is committed is on the disk before it has its name, and what lay there goes last."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from modicum import durable
+from modicum.durable import commit, restore, whole_file, whole_folder, write_atomic
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The calls that reach the disk, in their order: ``("sync", name)`` and ``("rename", name)``."""
+    seen = []
+    real = {"fsync": os.fsync, "rename": os.rename, "replace": os.replace, "exchange": durable._exchange}
+
+    def sync(descriptor):
+        seen.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        real["fsync"](descriptor)
+
+    def moved(kind):
+        def move(source, target, **_):
+            seen.append(("rename", Path(target).name))
+            return real[kind](source, target)
+
+        return move
+
+    def exchange(one, other):
+        done = real["exchange"](one, other)
+        seen.extend([("rename", Path(other).name)] * done)
+        return done
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", moved("rename"))
+    monkeypatch.setattr(os, "replace", moved("replace"))
+    monkeypatch.setattr(durable, "_exchange", exchange)
+    return seen
+
+
+def fill(folder):
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a").write_text("a")
+    (folder / "inner" / "b").write_text("b")
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "full"])
+def test_files_then_folders_then_the_name_then_the_folder_above(tmp_path, told, there):
+    target = tmp_path / "model"
+    if there != "nothing":
+        target.mkdir()
+    if there == "full":
+        (target / "old").write_text("old")
+    with whole_folder(target) as partial:
+        fill(partial)
+        told.clear()
+    names = [f"{kind} {name}" for kind, name in told]
+    order = ["sync b", "sync inner", "sync a", "sync .model.partial", "rename model", f"sync {tmp_path.name}"]
+    positions = [names.index(step) for step in order if step != "sync a"]
+    assert positions == sorted(positions)
+    assert names.index("sync a") < names.index("sync .model.partial")
+    assert {path.name for path in target.iterdir()} == {"a", "inner"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, told):
+    write_atomic(tmp_path / "record.json", "{}")
+    kinds = [kind for kind, _ in told]
+    assert kinds == ["sync", "rename", "sync"] and told[-1] == ("sync", tmp_path.name)
+
+
+def test_a_folder_that_cannot_take_the_place_in_one_step_moves_the_old_one_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    test = tmp_path / "model"
+    test.mkdir()
+    (test / "old").write_text("old")
+    with whole_folder(test) as partial:
+        (partial / "new").write_text("new")
+    assert [path.name for path in test.iterdir()] == ["new"] and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_commit_moved_aside_comes_back(tmp_path, monkeypatch):
+    target, partial = tmp_path / "model", tmp_path / ".model.partial"
+    fill(target)
+    fill(partial)
+    monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    real = Path.rename
+
+    def dies(self, other):
+        if self == partial:
+            raise KeyboardInterrupt
+        return real(self, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dies)
+        with pytest.raises(KeyboardInterrupt):
+            commit(partial, target)
+    assert not target.exists()
+    restore(target)
+    assert (target / "inner" / "b").read_text() == "b"
+    assert not (tmp_path / ".model.replaced").exists()
+
+
+def test_what_is_not_finished_leaves_the_old_one(tmp_path):
+    target = tmp_path / "model"
+    fill(target)
+
+    def refuse():
+        raise ValueError("changed")
+
+    with pytest.raises(ValueError, match="changed"), whole_folder(target, check=refuse) as partial:
+        (partial / "new").write_text("new")
+    with pytest.raises(RuntimeError), whole_file(target / "a") as file:
+        file.write_text("new")
+        raise RuntimeError
+    assert (target / "a").read_text() == "a"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "inner", "model"]
+
+
+def test_disks_that_cannot_sync_a_folder_are_used_all_the_same(tmp_path, monkeypatch):
+    def unable(_):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", unable)
+    write_atomic(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
