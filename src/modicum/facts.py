@@ -225,12 +225,41 @@ class PolicyFacts(Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackFacts(Facts):
-    """Facts of an attack."""
+    """Facts of an attack.
+
+    Attributes:
+        licence: Of the wrappers that it reads from installed packages, or of its own words.
+        source: Where the wrappers come from.
+        needs_model: It asks a model of the user's own to reword the goal.
+        wrappers: Family of templates, in installed packages, that the job hands to it.
+    """
+
+    known_laws = MappingProxyType(
+        {
+            "reversible": "the goal can be read out of the prompt again",
+            "verbatim": "the prompt holds the goal word for word",
+        }
+    )
+
+    licence: str = "Apache-2.0"
+    source: str = "this package"
+    needs_model: bool = False
+    wrappers: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeFacts(Facts):
-    """Facts of a judge."""
+    """Facts of a judge.
+
+    Attributes:
+        answers: What it tells: ``unsafe``, ``refusal`` or both.
+        approximate: It goes by words, not by meaning; reports say so beside every figure.
+        asks_model: Its first parameter is a chat model.
+    """
+
+    answers: Collection[str] = frozenset({"unsafe"})
+    approximate: bool = False
+    asks_model: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

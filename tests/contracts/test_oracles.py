@@ -27,6 +27,8 @@ EXCEPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "PEFT draws these itself, and tests/jobs/training trains them through PEFT",
         ("adalora", "dora", "loftq", "lora_fa", "lora_plus", "rslora"),
     ),
+    "judges": ("ask a model and read its words; tests/evaluate/judges compares the reading with texts by hand", ()),
+    "attacks": ("rewrite a goal; tests/evaluate/attacks reads the goal back", ()),
     "measures": ("counts answers to questions of its own, whose answers are known; tests go by hand", ("retrieval",)),
     "objectives": ("returns what came; a law says so", ("ntp",)),
 }

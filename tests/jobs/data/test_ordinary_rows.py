@@ -93,7 +93,9 @@ def test_rows_without_a_joined_token_are_tokenised_as_a_whole():
 
 def test_a_template_that_takes_no_beginning_of_a_chat_is_fine_where_all_is_learned():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% if messages|length < 2 %}{{ raise_exception('two') }}{% endif %}x"
+    tokenizer.chat_template = (
+        "{% if messages|length < 2 %}{{ raise_exception('two') }}{% endif %}x{{ messages[-1].content }}"
+    )
     row = {"prompt": "a", "completion": "b"}
     assert encode(row, tokenizer, completion_only=False)[0]
     with pytest.raises(CheckpointError, match="not how the whole conversation begins"):

@@ -173,7 +173,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if completion_only and not spoken:
         raise CheckpointError(f"{where}: no message of the assistant to learn from. Set completion_only: false.")
-    ids, turns = _turns(messages, spoken, tokenizer)
+    ids, turns = _turns(messages, spoken, tokenizer, where)
     if not completion_only:
         return ids, list(ids)  # where a turn begins does not matter then
     if len(turns) < len(spoken):
@@ -191,7 +191,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
 
 
 def _turns(
-    messages: Sequence[dict[str, str]], spoken: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[dict[str, str]], spoken: Sequence[int], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the ids of a conversation, and where each turn of the assistant lies in them.
 
@@ -201,14 +201,22 @@ def _turns(
 
     Returns:
         Ids and turns; fewer turns than ``spoken`` where the text of a prompt is not how the conversation begins.
+
+    Raises:
+        CheckpointError: The template leaves out words of the assistant.
     """
     text = _render(tokenizer, messages)
     ids = _ids(tokenizer, text)
+    for at in spoken:
+        _whole(messages[at]["content"], text, f"{where}, message {at}")
     try:
         ends = [text if at + 1 == len(messages) else _render(tokenizer, messages[: at + 1]) for at in spoken]
         texts = [(_render(tokenizer, messages[:at], prompt=True), end) for at, end in zip(spoken, ends)]
     except CheckpointError:  # the template takes the whole, but not its beginning
         return ids, []
+    for at, (prompt, answered) in zip(spoken, texts):
+        if answered.startswith(prompt):  # an answer may repeat words of the question, so its own turn must hold them
+            _whole(messages[at]["content"], answered[len(prompt) :], f"{where}, message {at}", opened=prompt)
     turns: list[tuple[int, int]] = []
     for prompt, answered in texts:
         before, after = _ids(tokenizer, prompt), ids if answered is text else _ids(tokenizer, answered)
@@ -227,6 +235,28 @@ def _turns(
         pieces += _continued(tokenizer, text[len(prompt) : cut])
         turns.append((start, len(pieces)))
     return pieces + _continued(tokenizer, text[cut:]), turns
+
+
+def _whole(said: str, rendered: str, where: str, *, opened: str = "") -> None:
+    """Refuse a chat template that leaves out some of an answer, as those of reasoning models do with reasoning.
+
+    Training would go on without a word, on what is left of the answer.
+
+    Args:
+        said: The answer.
+        rendered: What the template made of it; white space may differ.
+        where: How the error calls the answer.
+        opened: The prompt before it, which may already hold the answer's opening tag.
+    """
+    words, found = "".join(said.split()), "".join(rendered.split())
+    if words in found or (opened and words in "".join(opened.split())[-len(words) :] + found):
+        return
+    kept = next((size for size in range(len(words), 0, -1) if words[-size:] in found), 0)
+    raise CheckpointError(
+        f"{where}: of an answer of {len(words)} letters the chat template keeps "
+        f"{'the last ' + str(kept) if kept else 'none'}, so the rest would not be learned. Templates of reasoning "
+        "models drop what stands before the closing tag of their reasoning: use a template that keeps the whole answer."
+    )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, prompt: bool = False) -> str:

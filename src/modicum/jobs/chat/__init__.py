@@ -1,0 +1,1 @@
+"""Backends of :class:`modicum.evaluate.chat.ChatModel`: endpoints, local models, scripts, caches."""

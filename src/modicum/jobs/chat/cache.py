@@ -1,0 +1,168 @@
+"""Answers on disk, addressed by what they depend on: nothing is drawn twice, and a study can be replayed.
+
+The file has one line of JSON for each sample and is only ever appended to. A line that was cut by a kill is left out
+and drawn again. Each sample has an address of its own, so that the first four of eight samples are those of four.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from modicum.errors import CheckpointError, RecipeError
+from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice
+
+
+class Cached:
+    """Ask a model for what is not stored yet, and store it as soon as it comes.
+
+    Args:
+        inner: The model.
+        path: The file; its folder is made.
+        revision: What else the answers depend on, such as the hash of the weights.
+
+    Example:
+        >>> import tempfile
+        >>> from modicum.evaluate.chat import user
+        >>> from modicum.jobs.chat.scripted import Scripted
+        >>> echo = Scripted(lambda request: "yes")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = Cached(echo, f"{folder}/cache.jsonl")
+        ...     _ = [model.generate([ChatRequest(user("hi"))]) for _ in range(3)]
+        >>> echo.calls
+        1
+    """
+
+    def __init__(self, inner: ChatModel, path: str | os.PathLike[str], *, revision: str = "", batch: int = 64) -> None:
+        self.inner, self.path, self.revision, self.batch = inner, Path(path), revision, batch
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.known = read_samples(self.path)
+        self.lock = threading.Lock()
+        _end_last_line(self.path)
+
+    @property
+    def name(self) -> str:
+        """The inner model's."""
+        return self.inner.name
+
+    @property
+    def caps(self) -> frozenset[str]:
+        """The inner model's."""
+        return self.inner.caps
+
+    def missing(self, requests: Sequence[ChatRequest]) -> int:
+        """Return how many samples would have to be drawn."""
+        return sum(self._key(r, i) not in self.known for r in requests for i in range(r.params.n))
+
+    def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """Answer every request; samples are drawn one by one under names of their own, in batches."""
+        wanted: dict[str, ChatRequest] = {}
+        for request in requests:
+            for index in range(request.params.n):
+                key = self._key(request, index)
+                if key not in self.known:
+                    wanted.setdefault(key, request.single(index))
+        errors: dict[str, str] = {}
+        keys = list(wanted)
+        for start in range(0, len(keys), self.batch):
+            part = keys[start : start + self.batch]
+            for key, result in zip(part, self.inner.generate([wanted[key] for key in part]), strict=True):
+                if result.error is not None or not result.choices:
+                    errors[key] = result.error or "no answer"
+                else:
+                    self._store(key, result.choices[0])
+        return [self._result(request, errors) for request in requests]
+
+    def _result(self, request: ChatRequest, errors: dict[str, str]) -> ChatResult:
+        keys = [self._key(request, index) for index in range(request.params.n)]
+        failed = next((errors[key] for key in keys if key in errors), None)
+        return ChatResult(tuple(self.known[key] for key in keys if key in self.known), error=failed)
+
+    def _key(self, request: ChatRequest, index: int) -> str:
+        return request.key(self.inner.name, self.revision, index)
+
+    def _store(self, key: str, choice: Choice) -> None:
+        line = json.dumps({"key": key, **asdict(choice)}, ensure_ascii=False) + "\n"
+        # One write of a whole line to a file opened for appending: processes that share it do not mix their lines.
+        with self.lock, self.path.open("ab") as file:
+            file.write(line.encode("utf-8", "surrogatepass"))
+        self.known[key] = choice
+
+
+class Recorded:
+    """Replay stored answers and nothing else: a study without a model.
+
+    Args:
+        path: A file that :class:`Cached` wrote.
+        name: Of the model that was recorded, since it belongs to the addresses.
+        revision: As it was recorded.
+
+    Raises:
+        CheckpointError: The file does not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, name: str, revision: str = "") -> None:
+        if not Path(path).is_file():
+            raise CheckpointError(f"There is no recording {path}. Give a file that a run has written.")
+        self.path, self.name, self.revision = Path(path), name, revision
+        self.known = read_samples(self.path)
+        self.caps: frozenset[str] = frozenset({"n", "seed", "sampling"})
+
+    def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """Answer every request.
+
+        Raises:
+            RecipeError: An answer was not recorded.
+        """
+        results = []
+        for request in requests:
+            keys = [request.key(self.name, self.revision, index) for index in range(request.params.n)]
+            if lost := [index for index, key in enumerate(keys) if key not in self.known]:
+                asked = request.tag or request.messages[-1]["content"][:40]
+                raise RecipeError(
+                    f"{self.path} has no sample {lost[0]} of request {asked!r}. Record it with the model first."
+                )
+            results.append(ChatResult(tuple(self.known[key] for key in keys)))
+        return results
+
+
+def read_samples(path: Path) -> dict[str, Choice]:
+    """Return the whole lines of a file of samples; the last line may have been cut by a kill.
+
+    Raises:
+        CheckpointError: Another line is no sample.
+    """
+    found: dict[str, Choice] = {}
+    if not path.exists():
+        return found
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            entry: dict[str, Any] = json.loads(line.decode("utf-8", "surrogatepass"))
+            key = entry.pop("key")
+            found[key] = Choice(**entry)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number < len(lines) - 1 and not _cut(lines, number):
+                raise CheckpointError(f"{path}, line {number + 1} is no sample. Move the file away.") from None
+    return found
+
+
+def _cut(lines: Sequence[bytes], number: int) -> bool:
+    """Whether a line was cut by a kill and closed by the next start: it never ends as whole ones do."""
+    return not lines[number].rstrip().endswith(b"}")
+
+
+def _end_last_line(path: Path) -> None:
+    """Close a line that a kill has cut, so that the next sample begins a line of its own."""
+    if path.exists() and (size := path.stat().st_size):
+        with path.open("rb+") as file:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")

@@ -1,0 +1,1 @@
+"""Data of safety reasoning: guidelines, rows, arms, and prompts in installed packages."""
