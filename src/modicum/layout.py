@@ -59,6 +59,7 @@ _FIRST = frozenset(
     }
 )  # fmt: skip
 _RECOMPUTED = frozenset({"inv_freq", "position_ids", "masked_bias"})
+_STATISTICS = frozenset({"running_mean", "running_var"})  # buffers of torch's normalisation layers
 _MASKS = ("attn.bias", "attention.bias")  # causal masks of GPT-2 and GPT-NeoX, of shape (1, 1, n, n)
 
 # Any one of the first group holds a vocabulary; those of the second add to it.
@@ -169,6 +170,16 @@ def is_recomputed(name: str, shape: Sequence[int]) -> bool:
     """
     parts = name.split(".")
     return parts[-1] in _RECOMPUTED or (len(shape) == 4 and ".".join(parts[-2:]) in _MASKS)
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether a tensor is a statistic that a normalisation layer keeps of its inputs: a mean of several is wrong.
+
+    Example:
+        >>> is_running_statistic("body.1.running_var"), is_running_statistic("body.1.weight")
+        (True, False)
+    """
+    return name.rpartition(".")[2] in _STATISTICS
 
 
 def is_linear_map(name: str) -> bool:

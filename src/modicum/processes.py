@@ -38,6 +38,11 @@ def world() -> int:
     return int(group.get_world_size() if group else os.environ.get("WORLD_SIZE", "1"))
 
 
+def connected() -> bool:
+    """Whether ``torch.distributed`` connects the processes, so that they can tell each other numbers."""
+    return _group() is not None
+
+
 def main() -> bool:
     """Whether this is the first process, the only one that writes to a run's folder."""
     return rank() == 0

@@ -39,12 +39,29 @@ DECAYS: dict[str, Callable[[float], float]] = {
 }
 
 
-def wsm(models: Sequence[Array], shape: str) -> Array:
+def wsm(models: Sequence[Array], shape: str | Sequence[float]) -> Array:
     """Tian et al. 2025, Theorem 3.1: the steps between checkpoints, each as large as a decaying rate would make it."""
     decayed = models[0]
     for j in range(1, len(models)):
-        decayed = decayed + DECAYS[shape](j / len(models)) * (models[j] - models[j - 1])
+        rate = DECAYS[shape](j / len(models)) if isinstance(shape, str) else shape[j - 1]
+        decayed = decayed + rate * (models[j] - models[j - 1])
     return decayed
+
+
+def wma(models: Sequence[Array]) -> Array:
+    """Li et al. 2025: every checkpoint as often as its number says."""
+    return np.mean([model for number, model in enumerate(models, 1) for _ in range(number)], 0)
+
+
+def power_ema(models: Sequence[Array], sigma_rel: float) -> Array:
+    """Karras et al. 2024, Equation 121 in closed form: the profile t^γ over the run, each checkpoint an n-th of it.
+
+    γ is the root of a cubic, as their Algorithm 2 finds it.
+    """
+    t = sigma_rel**-2
+    gamma = max(root.real for root in np.roots([1, 7, 16 - t, 12 - t]) if abs(root.imag) < 1e-9)
+    edges = np.linspace(0, 1, len(models) + 1) ** (gamma + 1)
+    return sum(share * model for share, model in zip(np.diff(edges), models))
 
 
 def last(models: Sequence[Array]) -> Array:

@@ -1,8 +1,20 @@
 """Weight algebra: checkpoints as lazy mappings of tensors, and folds over them."""
 
-from modicum.weights.average import average
+from modicum.weights.average import average, average_state_dicts
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.lora import extract_lora, merge_loras
 from modicum.weights.merge import merge, merge_state_dicts
+from modicum.weights.normalisation import refresh_batch_norm
+from modicum.weights.snapshots import Snapshots
 
-__all__ = ["Checkpoint", "average", "extract_lora", "merge", "merge_loras", "merge_state_dicts"]
+__all__ = [
+    "Checkpoint",
+    "Snapshots",
+    "average",
+    "average_state_dicts",
+    "extract_lora",
+    "merge",
+    "merge_loras",
+    "merge_state_dicts",
+    "refresh_batch_norm",
+]

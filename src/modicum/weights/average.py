@@ -10,24 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
+from modicum.layout import is_running_statistic
 from modicum.random import generator
 from modicum.registry import averager
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, label
-from modicum.weights.merge import open_checkpoint, run_plan
-from modicum.weights.plan import Plan, Source, excluded, kept, plan_merge
+from modicum.weights.merge import open_checkpoint, run_plan, run_step
+from modicum.weights.mergekit.vocabulary import notes_on_tokenizers
+from modicum.weights.motion import aliases, latest
+from modicum.weights.plan import Plan, Source, Step, excluded, kept, plan_merge
 from modicum.weights.search import Landscape, Loss
+from modicum.weights.stream import cores, run_all
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Coefficients, oldest checkpoint first, and the held-out losses that they were judged by, if they were."""
+    """Coefficients of the checkpoints, and how they came about.
+
+    Attributes:
+        coefficients: Oldest checkpoint first.
+        scores: The held-out losses that they were judged by, if they were.
+        note: Why they are not what the averager chose.
+        trace: What the averager reports of its search.
+        passes: How many values and gradients of the loss were asked for, a batch each.
+    """
 
     coefficients: list[float]
     scores: dict[str, float] = field(default_factory=dict)
     note: str | None = None
+    trace: dict[str, Any] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
 
 
 def average(
@@ -54,11 +69,12 @@ def average(
         out: Folder to write; it must not hold anything yet.
         method: Name of an averager; see ``modicum list averagers``.
         dtype: Of the result; that of the checkpoints when not given.
-        loss: For averagers that learn: from the floating-point weights of a mean, by name, and a batch to its loss,
-            differentiable in the weights.
-        batches: What that loss is measured on.
+        loss: For averagers that learn: from the floating-point weights of a mean, in float32 and by name, and a batch
+            to its loss. A tensor that is differentiable in the weights for averagers that follow gradients, any number
+            for the others. Rules do not ask for it.
+        batches: What that loss is measured on; step i of a search sees batch i, from the start again after the last.
         held_out: What a learnt choice is judged by; ``batches`` when not given.
-        fallback: Take the plain mean of as many of the latest checkpoints where a learnt choice is no better.
+        fallback: Take the plain mean of as many of the latest checkpoints where a learnt choice is worse.
         exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
         seed: For averagers that draw random numbers.
         device: Where the arithmetic happens.
@@ -73,13 +89,86 @@ def average(
         ModicumError: The checkpoints do not fit together, a knob is wrong, or the result cannot be written.
     """
     opened = [open_checkpoint(checkpoint, allow_pickle=allow_pickle) for checkpoint in checkpoints]
-    landscape = None
-    if loss is not None:
-        landscape = Landscape(loss, opened, batches or (), held_out, exclude, device)
+    landscape = _landscape(method, opened, loss, batches, held_out, exclude, device)
     choice = choose(opened, method=method, landscape=landscape, fallback=fallback, seed=seed, **knobs)
     plan = plan_average(opened, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
     run_plan(plan, Path(out), progress=progress)
     return choice.coefficients
+
+
+def average_state_dicts(
+    state_dicts: Sequence[Tensors],
+    *,
+    method: str,
+    loss: Loss | None = None,
+    batches: Sequence[Any] | None = None,
+    held_out: Sequence[Any] | None = None,
+    fallback: bool = True,
+    seed: int = 0,
+    dtype: str | torch.dtype | None = None,
+    exclude: str | None = None,
+    device: str = "cpu",
+    **knobs: Any,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Average checkpoints in memory into one; see :func:`average` for what is not said here.
+
+    Integer tensors, and the running statistics of normalisation layers, are those of the newest checkpoint that counts:
+    :func:`~modicum.weights.normalisation.refresh_batch_norm` takes them anew. Names that share a tensor in every
+    checkpoint share one in the result.
+
+    Args:
+        state_dicts: Oldest first; they are not changed.
+        method: Name of an averager.
+        loss: For averagers that learn.
+        batches: What that loss is measured on.
+        held_out: What a learnt choice is judged by.
+        fallback: Whether it may give way to the latest.
+        seed: For averagers that draw random numbers.
+        dtype: Of the result.
+        exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
+        device: Where the arithmetic happens.
+        **knobs: The averager's.
+
+    Returns:
+        The averaged tensors, on the devices that the newest has them on, and the coefficient of each checkpoint.
+
+    Raises:
+        ModicumError: The checkpoints do not fit together, or a knob is wrong.
+
+    Example:
+        >>> known = [{"w": torch.tensor([x])} for x in (0.0, 1.0, 2.0)]
+        >>> average_state_dicts(known, method="lawa", last=2)
+        ({'w': tensor([1.5000])}, [0.0, 0.5, 0.5])
+    """
+    known = [dict(state) for state in state_dicts]
+    landscape = _landscape(method, known, loss, batches, held_out, exclude, device)
+    choice = choose(known, method=method, landscape=landscape, fallback=fallback, seed=seed, **knobs)
+    plan = plan_average(known, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
+    steps, shared, newest = {step.name: step for step in plan.steps}, aliases(known), known[-1]
+
+    def one(name: str) -> Tensor:
+        tensor = run_step(steps[name], seed=seed, device=device)[0].to(newest[name].device)
+        # Where nothing was computed, the step has handed on the tensor of a checkpoint.
+        return tensor.clone() if any(tensor.data_ptr() == model[name].data_ptr() for model in known) else tensor
+
+    with torch.no_grad():
+        made = dict(run_all(one, [name for name in steps if name not in shared], workers=cores()))
+    return {name: made[shared.get(name, name)].detach() for name in steps}, choice.coefficients
+
+
+def _landscape(
+    method: str,
+    checkpoints: Sequence[Tensors],
+    loss: Loss | None,
+    batches: Sequence[Any] | None,
+    held_out: Sequence[Any] | None,
+    exclude: str | None,
+    device: str,
+) -> Landscape | None:
+    check_request(len(checkpoints), method, learning=loss is not None)
+    if loss is None or not averager[method].facts.learns:
+        return None
+    return Landscape(loss, checkpoints, () if batches is None else batches, held_out, exclude, device)
 
 
 def choose(
@@ -103,32 +192,46 @@ def choose(
         **knobs: The averager's.
 
     Raises:
-        RecipeError: There is no checkpoint, a knob is wrong, or a loss is missing or not used.
+        RecipeError: There is no checkpoint, a knob is wrong, or a loss is missing.
         CheckpointError: The averager's answer is no mean.
     """
     check_request(len(checkpoints), method, learning=landscape is not None)
     entry = averager[method]
     checked: dict[str, Any] = entry.knobs(knobs)
-    if "rng" in inspect.signature(entry.function).parameters:
+    asked, reports = inspect.signature(entry.function).parameters, list[dict[str, Any]]()
+    if "rng" in asked:
         checked["rng"] = generator(seed, method)
-    told = () if landscape is None else (landscape,)
+    if "report" in asked:
+        checked["report"] = reports
+    learning = landscape if entry.facts.learns else None
+    if learning is not None:
+        learning.check_finite()
+    told = () if learning is None else (learning,)
     found = [float(value) for value in entry.function(*told, checkpoints, **checked)]
     if len(found) != len(checkpoints) or not math.isclose(sum(found), 1, abs_tol=1e-6):
         raise CheckpointError(
             f"{method} answered with the coefficients {found} for {len(checkpoints)} checkpoints, which should be one "
             "for each and sum to 1. Its search went astray: lower its rate, or choose another averager."
         )
-    if landscape is None or not fallback:
-        return Choice(found)
+    trace = reports[0] if reports else {}
+    if learning is None:
+        return Choice(found, trace=trace)
+    learning.check_followed()
+    choice = guard(method, found, learning) if fallback else Choice(found)
+    return replace(choice, trace=trace, passes=dict(learning.counts))
+
+
+def guard(method: str, found: list[float], landscape: Landscape) -> Choice:
+    """Return what was learnt, or the plain mean of as many of the latest checkpoints where that has a lower loss."""
     count = sum(value != 0 for value in found)
-    latest = [0.0] * (len(found) - count) + [1 / count] * count
-    scores = {method: landscape.score(found), f"mean of the last {count}": landscape.score(latest)}
-    latest_score = scores[f"mean of the last {count}"]
-    if scores[method] <= latest_score or math.isnan(latest_score):
+    name, latest = f"mean of the last {count}", [0.0] * (len(found) - count) + [1 / count] * count
+    if found == latest:
+        return Choice(found)
+    scores = {method: landscape.score(found), name: landscape.score(latest)}
+    if scores[method] <= scores[name]:
         return Choice(found, scores)
     judged = "held-out data" if landscape.held_out is not None else "the data it learnt from"
-    note = f"{method} lost on {judged} to the plain mean of the last {count} checkpoints, which is taken instead"
-    return Choice(latest, scores, note)
+    return Choice(latest, scores, f"{method} lost on {judged} to the plain {name} checkpoints, which is taken instead")
 
 
 def check_request(checkpoints: int, method: str, *, learning: bool) -> None:
@@ -140,7 +243,7 @@ def check_request(checkpoints: int, method: str, *, learning: bool) -> None:
         learning: Whether there is a loss to learn from.
 
     Raises:
-        RecipeError: There is no checkpoint, or a loss is missing or not used.
+        RecipeError: There is no checkpoint, or a loss is missing.
     """
     if not checkpoints:
         raise RecipeError("There are no checkpoints to average. List at least one.")
@@ -150,8 +253,6 @@ def check_request(checkpoints: int, method: str, *, learning: bool) -> None:
             f"{method} learns its coefficients from a loss on data, and none is given. Give data: in a recipe, loss "
             "and batches in Python."
         )
-    if learning and not learns:
-        raise RecipeError(f"{method} looks at no data. Remove the data, or choose an averager that learns.")
 
 
 def plan_average(
@@ -164,19 +265,33 @@ def plan_average(
 ) -> Plan:
     """Return the plan of a weighted average; checkpoints of coefficient zero are not read.
 
+    Integer tensors and running statistics of normalisation layers are those of the newest checkpoint that counts.
+
     Args:
         checkpoints: Oldest first.
         coefficients: One for each; they are normalised to sum to 1.
         dtype: Of the result; that of the checkpoints when not given.
         exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
         device: Where the arithmetic happens.
+
+    Raises:
+        CheckpointError: The checkpoints do not fit together.
     """
+    names = [label(model, f"checkpoints[{i}]") for i, model in enumerate(checkpoints)]
+    check_agreement(checkpoints[-1], checkpoints[:-1], names=[names[-1], *names[:-1]])
+    if told := notes_on_tokenizers(dict(zip(names, checkpoints))):
+        raise CheckpointError(f"{told[0].partition(', and they')[0]}. Average checkpoints of one tokenizer.")
     used = [(c, w) for c, w in zip(checkpoints, coefficients, strict=True) if w]
     knobs = {"weights": [w for _, w in used]}
     plan = plan_merge(None, [c for c, _ in used], method="linear", knobs=knobs, dtype=dtype, device=device)
-    newest = checkpoints[-1]
-    stay, name = excluded(newest, exclude), label(newest, "the last checkpoint")
-    if stay:
-        check_agreement(newest, [used[0][0]], names=[name, label(used[0][0], "the first checkpoint")])
-    steps = [kept(s.spec, Source(name, newest, s.name)) if s.name in stay else s for s in plan.steps]
-    return replace(plan, steps=steps)
+    stay, last_used = excluded(checkpoints[-1], exclude), latest(coefficients)
+
+    def settle(step: Step) -> Step:
+        """Take from one checkpoint what is no weight."""
+        weight = step.spec.dtype.is_floating_point and not is_running_statistic(step.name)
+        if weight and step.name not in stay:
+            return step
+        place = -1 if step.name in stay else last_used
+        return kept(step.spec, Source(names[place], checkpoints[place], step.name))
+
+    return replace(plan, steps=[settle(step) for step in plan.steps])

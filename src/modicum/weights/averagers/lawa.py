@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modicum.errors import RecipeError
 from modicum.registry import averager
 from modicum.types import PositiveInt
+from modicum.weights.averagers.support import check_k
 
 
 @averager("lawa", paper="arXiv:2209.14981")
@@ -41,6 +41,5 @@ def lawa(checkpoints: Sequence[object], *, last: PositiveInt = 5) -> list[float]
         arXiv:2209.14981, Section 2.
     """
     n = len(checkpoints)
-    if last > n:
-        raise RecipeError(f"lawa: last is {last}, but there are {n} checkpoints. Lower it, or save more often.")
+    check_k("lawa", last, n, knob="last")
     return [0.0] * (n - last) + [1 / last] * last

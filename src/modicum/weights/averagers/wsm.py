@@ -8,6 +8,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal
 
+from modicum.errors import RecipeError
 from modicum.registry import averager
 
 SHAPES: Mapping[str, Callable[[float], float]] = MappingProxyType(  # of a decay from 1 to 0
@@ -20,7 +21,9 @@ SHAPES: Mapping[str, Callable[[float], float]] = MappingProxyType(  # of a decay
 
 
 @averager("wsm", paper="arXiv:2507.17634")
-def wsm(checkpoints: Sequence[object], *, decay: Literal["linear", "sqrt", "cosine"] = "sqrt") -> list[float]:
+def wsm(
+    checkpoints: Sequence[object], *, decay: Literal["linear", "sqrt", "cosine"] | list[float] = "sqrt"
+) -> list[float]:
     r"""Average constant-rate checkpoints as if the learning rate had decayed over them.
 
     .. math::
@@ -31,10 +34,14 @@ def wsm(checkpoints: Sequence[object], *, decay: Literal["linear", "sqrt", "cosi
     Args:
         checkpoints: Oldest first, of a run at constant learning rate.
         decay: Shape of the imitated decay from 1 to 0 at :math:`t = j / n`: ``linear`` is :math:`1 - t` and gives the
-            uniform mean, ``sqrt`` :math:`1 - \sqrt{t}`, ``cosine`` :math:`(1 + \cos \pi t) / 2`.
+            uniform mean, ``sqrt`` :math:`1 - \sqrt{t}`, ``cosine`` :math:`(1 + \cos \pi t) / 2`; or a list of the
+            n - 1 values themselves, none above 1, below 0 or above the one before.
 
     Returns:
         The coefficients.
+
+    Raises:
+        RecipeError: A list has another length, rises, or leaves [0, 1].
 
     Example:
         >>> [round(c, 3) for c in wsm(["a", "b", "c", "d"], decay="linear")]
@@ -51,5 +58,12 @@ def wsm(checkpoints: Sequence[object], *, decay: Literal["linear", "sqrt", "cosi
         arXiv:2507.17634, Theorem 3.1.
     """
     n = len(checkpoints)
-    w = [1.0, *(SHAPES[decay](j / n) for j in range(1, n)), 0.0]
+    values = [SHAPES[decay](j / n) for j in range(1, n)] if isinstance(decay, str) else decay
+    if len(values) != n - 1:
+        raise RecipeError(
+            f"wsm: decay has {len(values)} values for {n} checkpoints, expected {n - 1}: one for each step."
+        )
+    w = [1.0, *values, 0.0]
+    if any(not after <= before for before, after in pairwise(w)):
+        raise RecipeError(f"wsm: decay is {list(values)}, expected numbers from 1 to 0 that never rise.")
     return [before - after for before, after in pairwise(w)]

@@ -26,15 +26,17 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def delta_blocks(base: Tensor, experts: Sequence[Tensor], *, row: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def delta_blocks(
+    base: Tensor, experts: Sequence[Tensor], *, row: int = 1, size: int = BLOCK
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield where a block lies, the base there, and the experts' deltas ``(n, block)``; both may be overwritten.
 
-    A block holds whole rows of ``row`` entries.
+    A block holds about ``size`` entries, in whole rows of ``row``.
     """
     dtype = working_dtype(base)
     if not base.numel():
         return
-    size = min(max(1, BLOCK // row) * row, base.numel())
+    size = min(max(1, size // row) * row, base.numel())
     origin = torch.empty(size, dtype=dtype, device=base.device)
     deltas = torch.empty(len(experts), size, dtype=dtype, device=base.device)
     rows, start = deltas.unbind(), 0

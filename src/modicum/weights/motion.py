@@ -1,0 +1,278 @@
+"""How one tensor of a mean moves with the coefficients: its value, and its inner products with a gradient.
+
+Checkpoints of one run share almost all of their weights, so everything goes by *differences to the newest checkpoint*:
+of inner products with the weights themselves, float32 would keep what they share and lose in which they differ.
+Adapters of one base differ by low-rank products, which are never formed one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from modicum.layout import is_running_statistic
+from modicum.weights.adapter import LowRank
+from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.compatibility import Tensors, spec_of
+from modicum.weights.kernels.blocks import delta_blocks, working_dtype
+from modicum.weights.kernels.compare import refuse_non_finite
+
+CACHED = 1 << 20  # bytes of differences in work at once: what a core's second cache holds
+
+
+class Motion(Protocol):
+    """One tensor of the mean.
+
+    Attributes:
+        moves: Whether a search takes its gradient.
+    """
+
+    moves: bool
+
+    def mean(self, weights: Sequence[float]) -> Tensor:
+        """Return the weighted sum over the checkpoints, in float32 or wider."""
+        ...
+
+    def products(self, gradient: Tensor) -> Tensor:
+        """Return the inner product of each checkpoint's tensor with a gradient: ``(n,)`` in float64."""
+        ...
+
+    def check(self) -> None:
+        """Refuse a checkpoint whose numbers are not finite."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that each checkpoint stores whole.
+
+    Args:
+        name: Of the tensor.
+        models: The checkpoints, oldest first.
+        labels: What to call them.
+    """
+
+    name: str
+    models: Sequence[Tensors]
+    labels: Sequence[str]
+    moves = True
+
+    def mean(self, weights: Sequence[float]) -> Tensor:
+        """Return the weighted sum; the newest of those that count comes first, the others by their differences."""
+        used = [(model, w) for model, w in zip(self.models, weights) if w][::-1]
+        if not used:
+            newest = self.models[-1][self.name]
+            return torch.zeros_like(newest, dtype=working_dtype(newest))
+        first, *others = (model[self.name] for model, _ in used)
+        out = torch.empty(first.shape, dtype=working_dtype(first), device=first.device)
+        flat, total = out.view(-1), math.fsum(w for _, w in used)
+        factors = out.new_tensor([w for _, w in used[1:]])
+        for where, origin, deltas in delta_blocks(first, others, size=_block(len(used))):
+            # Σ wₜθₜ = (Σ wₜ)·θ₁ + Σ wₜ(θₜ − θ₁): equal checkpoints come out exactly.
+            flat[where] = (origin if total == 1 else origin.mul_(total)).add_(torch.mv(deltas.T, factors))
+        return out
+
+    def products(self, gradient: Tensor) -> Tensor:
+        """Return the inner products, by differences to the newest checkpoint."""
+        *others, newest = (model[self.name] for model in self.models)
+        flat = gradient.reshape(-1).to(newest.device)
+        found = torch.zeros(len(self.models), dtype=torch.float64, device=newest.device)
+        for where, origin, deltas in delta_blocks(newest, others, size=_block(len(self.models))):
+            part = flat[where].to(origin.dtype)
+            found[:-1] += torch.mv(deltas, part)
+            found[-1] += torch.dot(origin, part)
+        found[:-1] += found[-1].clone()
+        return found.cpu()
+
+    def check(self) -> None:
+        """Refuse a checkpoint whose numbers are not finite."""
+        refuse_non_finite(self.name, [model[self.name] for model in self.models], self.labels)
+
+
+@dataclass(frozen=True)
+class Products:
+    """A weight of one base that each checkpoint changes by a low-rank product.
+
+    Args:
+        name: Of the weight.
+        base: What the adapters are of.
+        changes: Of each checkpoint; ``None`` for one that leaves the weight as it is.
+        labels: What to call the checkpoints.
+    """
+
+    name: str
+    base: Tensors
+    changes: Sequence[LowRank | None]
+    labels: Sequence[str]
+    moves = True
+
+    def mean(self, weights: Sequence[float]) -> Tensor:
+        """Return the base plus the weighted sum of the products: of the products, not the product of sums."""
+        stored = self.base[self.name]
+        weight = stored.to(working_dtype(stored), copy=True)
+        total = sum(weights)
+        used = [(c, w) for c, w in zip(self.changes, weights) if c is not None and w]
+        if total != 1:
+            weight.mul_(total)
+        if used:
+            B = torch.cat([(w * c.scale) * c.B.to(weight.dtype) for c, w in used], 1)
+            product = B @ torch.cat([c.A.to(weight.dtype) for c, _ in used])
+            weight += product.T if used[0][0].transposed else product
+        return weight
+
+    def products(self, gradient: Tensor) -> Tensor:
+        r"""Return the inner products: :math:`\langle G, s B A \rangle = s\,\langle B^T G, A \rangle`."""
+        known = [change for change in self.changes if change is not None]
+        G = (gradient.T if known[0].transposed else gradient).float()
+        rows = torch.cat([c.B.float() for c in known], 1).T @ G
+        rows.mul_(torch.cat([c.A.float() for c in known]))
+        sums = rows.sum(1, dtype=torch.float64)
+        shared = _dot(self.base[self.name], gradient)
+        found, start = [], 0
+        for change in self.changes:
+            rank = 0 if change is None else change.A.shape[0]
+            scale = 0.0 if change is None else change.scale
+            found.append(shared + scale * float(sums[start : start + rank].sum()))
+            start += rank
+        return torch.tensor(found, dtype=torch.float64)
+
+    def check(self) -> None:
+        """Refuse an adapter whose numbers are not finite, or such a base."""
+        for change, label in zip(self.changes, self.labels):
+            if change is not None:
+                refuse_non_finite(self.name, [change.A, change.B], [label] * 2)
+        refuse_non_finite(self.name, [self.base[self.name]], ["the base"])
+
+
+@dataclass(frozen=True)
+class Still:
+    """A tensor that stays as it is in one checkpoint; it is cast once."""
+
+    name: str
+    model: Tensors
+    label: str
+    moves = False
+    _made: list[Tensor] = field(default_factory=list)
+
+    def mean(self, weights: Sequence[float]) -> Tensor:  # noqa: ARG002
+        """Return the tensor."""
+        if not self._made:
+            tensor = self.model[self.name]
+            self._made.append(tensor.to(working_dtype(tensor)))
+        return self._made[0]
+
+    def products(self, gradient: Tensor) -> Tensor:
+        """Refuse: it does not move."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuse numbers that are not finite."""
+        refuse_non_finite(self.name, [self.model[self.name]], [self.label])
+
+
+@dataclass(frozen=True)
+class Latest:
+    """Statistics of normalisation layers, which are no weights: those of the newest checkpoint that counts."""
+
+    name: str
+    models: Sequence[Tensors]
+    labels: Sequence[str]
+    moves = False
+
+    def mean(self, weights: Sequence[float]) -> Tensor:
+        """Return a copy, as a model in training mode writes to it."""
+        chosen = latest(weights)
+        tensor = self.models[chosen][self.name]
+        return tensor.to(working_dtype(tensor), copy=True)
+
+    def products(self, gradient: Tensor) -> Tensor:
+        """Refuse: it does not move."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuse a checkpoint whose numbers are not finite."""
+        refuse_non_finite(self.name, [model[self.name] for model in self.models], self.labels)
+
+
+def latest(weights: Sequence[float]) -> int:
+    """Return the number of the newest checkpoint that counts.
+
+    Example:
+        >>> latest([0.5, 0.5, 0.0])
+        1
+    """
+    return max((i for i, w in enumerate(weights) if w), default=len(weights) - 1)
+
+
+def motions(models: Sequence[Tensors], labels: Sequence[str], exclude: str | None) -> dict[str, Motion]:
+    """Return how each floating-point tensor moves, by name.
+
+    Args:
+        models: The checkpoints, oldest first; they fit together.
+        labels: What to call them.
+        exclude: Regular expression of names of tensors that stay as they are in the newest.
+    """
+    newest, found = models[-1], dict[str, Motion]()
+    base = shared_base(models)
+    for name in newest:
+        if not spec_of(newest, name).dtype.is_floating_point:
+            continue
+        if exclude is not None and re.search(exclude, name):
+            found[name] = Still(name, newest, labels[-1])
+        elif is_running_statistic(name):
+            found[name] = Latest(name, models, labels)
+        elif base is None:
+            found[name] = Stored(name, models, labels)
+        else:
+            adapters = [model.adapter for model in models if isinstance(model, Checkpoint) and model.adapter]
+            changes = [adapter.factors.get(name) for adapter in adapters]
+            if any(name in adapter.replaced for adapter in adapters):
+                found[name] = Stored(name, models, labels)
+            elif any(change is not None for change in changes):
+                found[name] = Products(name, base, changes, labels)
+            else:
+                found[name] = Still(name, base, "the base")
+    return found
+
+
+def shared_base(models: Sequence[Tensors]) -> Checkpoint | None:
+    """Return the base, where all models are adapters of one."""
+    adapters = [model for model in models if isinstance(model, Checkpoint) and model.adapter]
+    if len(adapters) < len(models) or len({model.base.folder.resolve() for model in adapters}) != 1:
+        return None
+    return adapters[-1].base
+
+
+def aliases(models: Sequence[Tensors]) -> dict[str, str]:
+    """Return names whose tensors are, in every model, those of an earlier name: weights that are tied in memory."""
+    maps: list[Callable[[str], object]] = []
+    for model in models:
+        if not isinstance(model, dict):
+            return {}
+        maps.append(lambda name, model=model: _place(model, name))  # type: ignore[misc]
+    first: dict[object, str] = {}
+    return {
+        name: known for name in models[0] if (known := first.setdefault(tuple(at(name) for at in maps), name)) != name
+    }
+
+
+def _place(model: Mapping[str, Tensor], name: str) -> object:
+    tensor = model[name]
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Return the inner product, summed in float64 block by block."""
+    blocks = delta_blocks(a, [], size=_block(1))
+    flat = b.reshape(-1).to(a.device)
+    return math.fsum(float(torch.dot(origin, flat[where].to(origin.dtype))) for where, origin, _ in blocks)
+
+
+def _block(rows: int) -> int:
+    return max(CACHED // (4 * rows), 1 << 12)
