@@ -95,4 +95,5 @@ def test_the_command_line_is_frozen():
         "list": ["--json"],
         "show": [],
         "report": ["--out", "--traceback"],
+        "verify": ["--traceback"],
     }

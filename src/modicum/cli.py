@@ -55,8 +55,10 @@ def run(
 
     Examples:  `modicum run quickstart` · `modicum run merge.yaml --out merged` · `modicum run train.yaml -s seed=1`
     """
+    from modicum import shortened
     from modicum.jobs import execute
 
+    shortened.install()
     recipe = _load(source, assignments)
     folder = out or Path(recipe.out or f"runs/{Path(source).stem}")
     finished = execute(recipe, folder, quiet=quiet)
@@ -118,6 +120,27 @@ def show(name: Annotated[str, typer.Argument(help="A method, job or recipe, as `
             print(recipe.text_of(name))
         else:
             _show_entry(registry.REGISTRIES[kind][name])
+
+
+@app.command()
+def verify(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    traceback: Traceback = False,  # noqa: ARG001
+) -> None:
+    """Read every output of finished runs again, and compare it with what their records say."""
+    from modicum.errors import CheckpointError
+    from modicum.stored import read_record, verify
+
+    for folder in runs:
+        status = read_record(folder).get("status")
+        if status != "done":
+            raise CheckpointError(f"{folder} is {status}, not done. Run its recipe again to finish it.")
+        found = verify(folder)
+        if found.damaged:
+            told = ", ".join(f"{name} {problem}" for name, problem in list(found.damaged.items())[:5])
+            more = f" and {len(found.damaged) - 5} more" if len(found.damaged) > 5 else ""
+            raise CheckpointError(f"{folder}: {told}{more}. Run its recipe again to make it anew.")
+        print(f"{folder}: {found.files} files, {found.nbytes / 1e6:.1f} MB, all as the record says")
 
 
 @app.command()

@@ -17,10 +17,12 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from modicum.errors import CheckpointError
+from modicum.layout import ADAPTER_CONFIG, STATE_FILES
 
 BLOCK = 1 << 20  # bytes that are read at once; smaller files are not worth remembering
 SETTLED = 2.0  # seconds after a change within which a second one may leave the same time
 KEPT = 20_000  # files that are remembered at most
+MODELS = ("config.json", ADAPTER_CONFIG)  # a folder with one of them is a model
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -110,6 +112,9 @@ def hash_files(paths: Sequence[Path], *, cached: bool = True) -> dict[Path, str]
 def files_in(path: Path) -> list[Path]:
     """Return the files that a file or folder consists of; what an unfinished write left there is none of them.
 
+    A model is what lies in its own folder: neither what was kept in folders inside, such as older checkpoints, nor a
+    trainer's state. Code may lie deeper.
+
     Raises:
         CheckpointError: There is nothing, or it is neither a file nor a folder.
     """
@@ -120,6 +125,8 @@ def files_in(path: Path) -> list[Path]:
         found = [item for item in path.rglob("*") if item.is_file()]
     except OSError as error:
         raise _unreadable(path, error) from None
+    if any((path / name).is_file() for name in MODELS):
+        found = [f for f in found if f.suffix == ".py" or (f.parent == path and not STATE_FILES.match(f.name))]
     return sorted(item for item in found if not any(map(_is_unfinished, item.relative_to(path).parts)))
 
 
@@ -142,6 +149,38 @@ def combine(path: Path, hashes: dict[Path, str]) -> str:
     return xxh3_128_hexdigest("".join(lines).encode("utf-8", "surrogateescape"))
 
 
+def old_fingerprint(path: Path) -> str:
+    """Return what version 0.1.0 called the fingerprint: of files beyond 1 MiB, only the first and last 64 KiB count.
+
+    It recognises the records and recipes of that version, and nothing else.
+    """
+    import hashlib
+
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != ".lock")
+    sha = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        sha.update(f"{file.relative_to(path) if path.is_dir() else file.name}\0{size}\0".encode())
+        with file.open("rb") as handle:
+            if size <= 1 << 20:
+                sha.update(handle.read())
+            else:
+                sha.update(handle.read(1 << 16))
+                handle.seek(-(1 << 16), os.SEEK_END)
+                sha.update(handle.read())
+    return sha.hexdigest()[:16]
+
+
+def is_old(value: str) -> bool:
+    """Whether a fingerprint is one of version 0.1.0.
+
+    Example:
+        >>> is_old("0f4acd6d3a6c2b71"), is_old("0f4acd6d3a6c2b710f4acd6d3a6c2b71")
+        (True, False)
+    """
+    return re.fullmatch(r"[0-9a-f]{16}", value) is not None
+
+
 def changed(path: Path) -> CheckpointError:
     """Return the error of an input that did not stay as it was."""
     return CheckpointError(f"{path} changed while it was read. Run again when nothing writes to it any more.")
@@ -160,6 +199,29 @@ def unchanged(stamps: Iterable[tuple[Path, Stamp]]) -> None:
             same = False
         if not same:
             raise changed(path)
+
+
+def check_in_place(path: Path, before: Stamp, known: str | None) -> None:
+    """Raise where a file that is open, and may be mapped, was written to.
+
+    A file that was removed or replaced by another is kept by the system for whoever has it open.
+
+    Args:
+        path: The file.
+        before: How it looked when it was opened.
+        known: Its hash at that time, if it is known: its mode or its times alone may have changed.
+
+    Raises:
+        CheckpointError: Its content is not what it was.
+    """
+    try:
+        now = Stamp.of(path)
+    except CheckpointError:
+        return
+    if (now.device, now.inode) != (before.device, before.inode) or now == before:
+        return
+    if now.size != before.size or hash_file(path) != known:
+        raise changed(path)
 
 
 def _is_unfinished(name: str) -> bool:

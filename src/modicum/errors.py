@@ -18,6 +18,10 @@ class CheckpointError(ModicumError):
     """A checkpoint, data set or model on disk cannot be used as it is."""
 
 
+class InputGoneError(CheckpointError):
+    """An input disappeared while it was read: once it is back, the work goes on with what is finished."""
+
+
 class UnsupportedError(ModicumError):
     """The request is understood, but this combination cannot be done."""
 

@@ -339,12 +339,13 @@ class JobFacts(Facts):
     Attributes:
         plan: Says what a recipe would read, compute and write, a line each.
         distributed: It runs on several processes.
-        incremental: It keeps what is done when its recipe changes.
+        incremental: It keeps what is done when its recipe changes: ``(old recipe, new recipe)`` tells whether the one
+            is an earlier form of the other.
     """
 
     plan: Callable[..., list[str]] | None = None
     distributed: bool = False
-    incremental: bool = False
+    incremental: Callable[[Mapping[str, Any], Any], bool] | None = None
 
 
 def _nothing(*_: Any) -> tuple[str, ...]:

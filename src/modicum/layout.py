@@ -15,6 +15,7 @@ Role = Literal["embedding", "positions", "head", "router"]
 
 ADAPTER_PREFIX = "base_model.model."  # PEFT writes it before every name of an adapter's file
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+STATE_FILES = re.compile(r"^(optimizer|scheduler|rng_state|scaler|training_args|trainer_state)[\w.-]*$")
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # Names of modules, by their last parts. A name of the first table is unmistakable wherever it stands.

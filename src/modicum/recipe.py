@@ -18,12 +18,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from modicum import registry
 from modicum.errors import RecipeError, did_you_mean
-from modicum.record import fingerprint
+from modicum.inputs import Inputs, look
 from modicum.registry import Registry
 from modicum.schema import explain
 from modicum.types import NonNegativeInt
-
-PREFIXES = ("builtin:", "reasoning-gym:", "stage:")  # references that are not paths
 
 
 class Section(BaseModel):
@@ -244,10 +242,6 @@ def dump(recipe: Recipe) -> Data:
     return recipe.model_dump(mode="json", exclude_none=True)
 
 
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Fingerprint each input that lies on this machine; a Hub id or builtin stands for itself."""
-    found = {}
-    for name in dict.fromkeys(recipe.inputs()):
-        local = Path(name).expanduser()
-        found[name] = fingerprint(local) if not name.startswith(PREFIXES) and local.exists() else name
-    return found
+def inputs_of(recipe: Recipe) -> Inputs:
+    """Hash what a recipe reads; see :func:`modicum.inputs.look`."""
+    return look(dict.fromkeys(recipe.inputs()))

@@ -4,13 +4,14 @@
 
     run/
       recipe.yaml     resolved: `modicum run run/recipe.yaml` repeats it
-      record.json     job, status, versions, hash of the recipe and its inputs, metrics, outputs, notes
+      record.json     job, status, versions, hash of the recipe and its inputs, metrics, outputs and their hashes, notes
       log.jsonl       one JSON object a line: {"event": "train", "step": 10, "loss": 1.2, ...}
       …               what the job made: model/, adapter/, stages/NAME/ (each stage is a run again)
 
-A run whose record says ``done`` under the same hash is finished: running it again does nothing. While a run works, the
-hidden file ``.lock`` in its folder refuses a second one (:mod:`modicum.lock`). When several processes share a run
-(``torchrun``, ``accelerate launch``), only the first one writes to its folder.
+A run whose record says ``done`` under the same hash, and whose outputs are what the record says, is finished: running
+it again does nothing. While a run works, the hidden file ``.lock`` in its folder refuses a second one
+(:mod:`modicum.lock`). When several processes share a run (``torchrun``, ``accelerate launch``), only the first one
+writes to its folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -30,12 +30,21 @@ from typing import Any, Literal, Self, TypeAlias
 import yaml
 
 from modicum import lock, processes
+from modicum.content import fingerprint as fingerprint
+from modicum.content import hash_files, is_old, old_fingerprint
 from modicum.durable import follow_umask as follow_umask
 from modicum.durable import whole_folder as whole_folder
 from modicum.durable import write_atomic as write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError, ModicumError
+from modicum.inputs import Inputs
+from modicum.stored import damage, outputs_in
+from modicum.stored import read_lines as read_lines
+from modicum.stored import read_log as read_log
+from modicum.stored import read_record as read_record
 
+NUMERICS = 1  # raised whenever the same recipe and inputs give other numbers than before
+ASIDE = "set-aside"
 OnChange: TypeAlias = Literal["refuse", "replace", "keep"]
 
 
@@ -49,35 +58,14 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def identity(job: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Hash what makes a run the run it is: its job, its resolved recipe but for the folder, and its inputs."""
-    kept = {key: value for key, value in recipe.items() if key != "out"}
-    return digest({"job": job, "recipe": kept, "inputs": dict(inputs)})
+def identity(job: str, recipe: Mapping[str, Any], inputs: Mapping[str, str], numerics: int | None = NUMERICS) -> str:
+    """Hash what makes a run the run it is: its job, its resolved recipe but for the folder, its inputs, the numerics.
 
-
-def fingerprint(path: str | Path) -> str:
-    """Hash what a file or folder holds, cheaply: names, sizes, and the content of everything under 1 MiB.
-
-    Large files enter with their first and last 64 KiB, which for safetensors holds the header.
+    Records of version 0.1.0 name no numerics: ``None`` gives their hash.
     """
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _is_content(p))
-    sha = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        sha.update(f"{file.relative_to(path) if path.is_dir() else file.name}\0{size}\0".encode())
-        with file.open("rb") as handle:
-            if size <= 1 << 20:
-                sha.update(handle.read())
-            else:
-                sha.update(handle.read(1 << 16))
-                handle.seek(-(1 << 16), os.SEEK_END)
-                sha.update(handle.read())
-    return sha.hexdigest()[:16]
-
-
-def _is_content(path: Path) -> bool:
-    return ".partial" not in str(path) and path.name != lock.NAME
+    kept = {key: value for key, value in recipe.items() if key != "out"}
+    made_with = {} if numerics is None else {"numerics": numerics}
+    return digest({"job": job, "recipe": kept, "inputs": dict(inputs)} | made_with)
 
 
 class Run:
@@ -87,12 +75,13 @@ class Run:
         folder: The run folder; made when it is not there.
         job: Name of the job, for the record.
         recipe: The resolved recipe as plain data.
-        inputs: Fingerprint of each input that the recipe names by path.
+        inputs: What the recipe's references stand for; see :func:`modicum.inputs.look`.
         quiet: Print nothing.
         on_change: What to do when the folder holds the run of another recipe: refuse, start over in an empty folder,
             or keep what is there, for jobs that find out themselves what can be kept.
         complete: Completes a recipe by today's defaults. A run of an earlier version, whose recipe lacks a key that
             has been added since, is recognised by it.
+        home: Where the folder will lie once the run is done, when that is elsewhere.
 
     Raises:
         CheckpointError: The folder holds something else; or, when the run is entered, another process works in it.
@@ -104,18 +93,21 @@ class Run:
         *,
         job: str,
         recipe: Mapping[str, Any],
-        inputs: Mapping[str, str] | None = None,
+        inputs: Inputs | Mapping[str, str] | None = None,
         quiet: bool = False,
         on_change: OnChange = "refuse",
         complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+        home: str | Path | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.home = Path(folder), Path(home or folder)
         self.main = processes.main()
         self.quiet = quiet or not self.main
-        self.hash = identity(job, recipe, inputs or {})
+        self.inputs = inputs if isinstance(inputs, Inputs) else Inputs(dict(inputs or {}))
+        self.hash = identity(job, recipe, self.inputs.hashes)
         self._complete = complete
-        self._recipe, self._inputs, self._job, self._on_change = dict(recipe), dict(inputs or {}), job, on_change
+        self._recipe, self._job, self._on_change = dict(recipe), job, on_change
         self._held = ExitStack()
+        self._loose: set[str] = set()
         self.record: dict[str, Any] = self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -124,7 +116,8 @@ class Run:
             "job": self._job,
             "hash": self.hash,
             "status": "new",
-            "inputs": self._inputs,
+            "inputs": dict(self.inputs.hashes),
+            "numerics": NUMERICS,
             "metrics": {},
             "outputs": {},
             "notes": [],
@@ -137,28 +130,45 @@ class Run:
         if not (self.folder / "record.json").exists():
             raise CheckpointError(f"{self.folder} is not empty and not a run. Choose another --out.")
         previous = read_record(self.folder)
-        if self._is_same(previous):
-            return previous | {"hash": self.hash}
+        difference = self._difference(previous)
+        if difference is None:
+            return previous
         if self._on_change == "refuse":
             raise CheckpointError(
-                f"{self.folder} holds the run of another recipe (or its inputs changed since). "
+                f"{self.folder} holds the run of another recipe or of other inputs ({difference}). "
                 "Choose another --out, or delete the folder."
             )
         return None
 
-    def _is_same(self, previous: dict[str, Any]) -> bool:
-        """Whether a record is of this run; also one of an earlier version, once its recipe has today's defaults."""
+    def _difference(self, previous: dict[str, Any]) -> str | None:
+        """Say in what a record is not of this run; ``None`` where it is.
+
+        It is also where an earlier version wrote it, once its recipe has today's defaults.
+        """
         if previous.get("hash") == self.hash:
-            return True
+            return None
+        other = "its recipe.yaml says more"
         try:
             recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8"))
-            job, inputs = previous["job"], previous["inputs"]
+            job, inputs, numerics = previous["job"], previous["inputs"], previous.get("numerics")
             # A recipe that was edited afterwards tells nothing about what ran.
-            if identity(job, recipe, inputs) != previous["hash"]:
-                return False
-            return identity(job, self._complete(recipe), inputs) == self.hash
+            if identity(job, recipe, inputs, numerics) != previous["hash"] or job != self._job:
+                return other
+            if identity(job, self._complete(recipe), {}) != identity(job, self._recipe, {}):
+                return other
+            names = inputs if numerics is None else {**inputs, **self.inputs.hashes}
+            differing = [name for name in names if not self._is_input(name, inputs.get(name), numerics is None)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-            return False
+            return other
+        if (numerics or 1) != NUMERICS:
+            return "this version of modicum computes other numbers"
+        return f"input {differing[0]} is not what it was" if differing else None
+
+    def _is_input(self, name: str, known: str | None, old: bool) -> bool:
+        now = self.inputs.hashes.get(name)
+        if now == known or (old and known == name):
+            return True
+        return old and known is not None and is_old(known) and old_fingerprint(Path(name).expanduser()) == known
 
     def _files(self) -> set[str]:
         # Hidden names are what a killed process was still writing.
@@ -170,14 +180,20 @@ class Run:
             raise CheckpointError(f"Cannot use {self.folder}: {error.strerror}. Choose another --out.") from None
 
     @property
+    def foreign(self) -> bool:
+        """Whether the folder holds the run of another recipe, or of other inputs."""
+        return self.record["status"] == "new" and bool(self._files())
+
+    @property
     def done(self) -> bool:
         """Whether this very run finished before."""
         return bool(self.record["status"] == "done")
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run, done, by now: another process may have worked on it."""
+        """Whether the folder holds this very run, done and whole, by now: another process may have worked on it."""
         try:
-            return bool(self._read()["status"] == "done")
+            record = self._read()
+            return bool(record["status"] == "done") and not damage(self.folder, record)
         except CheckpointError:
             return False
 
@@ -201,6 +217,8 @@ class Run:
             self.record = self._read()
             if self.record["status"] == "new" and self._on_change == "replace":
                 self._empty()
+            if self.done and (damaged := damage(self.folder, self.record)):
+                self._set_aside(damaged)
             self._begin()
             text = yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True)
             write_atomic(self.folder / "recipe.yaml", text)
@@ -208,13 +226,26 @@ class Run:
 
     def _begin(self) -> None:
         self._started = time.monotonic()
+        # A record of an earlier version becomes one of this version.
+        self.record.update(hash=self.hash, inputs=dict(self.inputs.hashes), numerics=NUMERICS)
         self.record.update(status="running", environment=environment())
         self.save()
+
+    def _set_aside(self, damaged: Mapping[str, str]) -> None:
+        """Move what is not as the record says out of the way, and say so: it may be somebody's work."""
+        for name in damaged:
+            path, aside = self.folder / name, self.folder / ASIDE / name
+            if path.is_file() and name in self.record.get("files", ()):  # a stage sees to its own
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(aside)
+        told = ", ".join(f"{name} {problem}" for name, problem in list(damaged.items())[:3])
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        self.note(f"made again, since after the run was done {told}{more}; what was there is kept in {ASIDE}/")
 
     def _is_ours(self) -> bool:
         """Whether the folder holds nothing of another run, which the first process is about to remove."""
         try:
-            return self._is_same(read_record(self.folder))
+            return self._difference(read_record(self.folder)) is None
         except CheckpointError:
             return True  # the folder is empty, or of another machine that shares no disk with the first process
 
@@ -237,10 +268,24 @@ class Run:
             if error is not None and not stopped:
                 known = isinstance(error, ModicumError)
                 self.record["error"] = str(error) if known else f"{type(error).__name__}: {error}"
+            if error is None and self.main:
+                self.record["files"] = self._hashes()
             self.save()
             # A run that the user's input stopped before it made anything leaves no folder to trip over.
-            if self.main and isinstance(error, ModicumError) and self._files() <= {"record.json", "recipe.yaml"}:
+            if self.main and isinstance(error, ModicumError) and not self._made_something():
                 shutil.rmtree(self.folder)
+
+    def _made_something(self) -> bool:
+        # An unfinished folder counts: what is finished in it is used once the input is mended.
+        own = {"record.json", "recipe.yaml", lock.NAME}
+        return any(path.name not in own for path in self.folder.iterdir())
+
+    def _hashes(self) -> dict[str, list[Any]]:
+        """Return size and hash of every file among the outputs."""
+        paths = [self.folder / path for name, path in self.record["outputs"].items() if name not in self._loose]
+        files = [file for path in paths if path.exists() for file in outputs_in(path)]
+        found = hash_files(files)
+        return {str(file.relative_to(self.folder)): [file.stat().st_size, found[file]] for file in files}
 
     def save(self) -> None:
         """Write the record as it stands."""
@@ -266,9 +311,17 @@ class Run:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def output(self, name: str, path: Path) -> None:
-        """Name something that the run made, relative to its folder; the first is what other stages get."""
+    def output(self, name: str, path: Path, *, kept: bool = True) -> None:
+        """Name something that the run made; the first is what other stages get.
+
+        Args:
+            name: How other stages call it.
+            path: The file or folder, inside the run's.
+            kept: The run is not done any more once it is changed or removed.
+        """
         self.record["outputs"][name] = str(path.relative_to(self.folder))
+        if not kept:
+            self._loose.add(name)
         self.save()
 
 
@@ -286,34 +339,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """Return the record of the run in ``folder``."""
-    path = Path(folder) / "record.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a run: it holds no record.json.") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Delete the folder and run again.") from None
-    return record
-
-
-def read_log(folder: str | Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Return the log's lines, of one kind when ``event`` is given; a line cut off by a crash is left out."""
-    lines = read_lines(Path(folder) / "log.jsonl")
-    return [line for line in lines if event is None or line.get("event") == event]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, if there is one; a line cut off by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines

@@ -32,6 +32,16 @@ def find_model(reference: str | Path, *, allow_pickle: bool = False, remote_code
     return found
 
 
+def revision_of(reference: str) -> str:
+    """Return a reference with what tells its versions apart; a reference that has none stands for itself.
+
+    Args:
+        reference: A Hub id gets the commit that its revision stands for now, a builtin model its own revision.
+    """
+    found: str = import_module(RESOLVER).revision_of(reference)
+    return found
+
+
 def beside(folder: Path, reference: str) -> str:
     """Return the reference to an adapter's base, which may be a path relative to the adapter's own folder.
 

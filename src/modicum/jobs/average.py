@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -130,10 +129,9 @@ def average(recipe: AverageRecipe, run: Run) -> None:
     plan = plan_average(
         checkpoints, chosen.coefficients, dtype=recipe.dtype, exclude=recipe.exclude, device=recipe.device
     )
+    run.inputs.check()
     out = run.folder / "model"
-    if out.exists() and run.main:
-        shutil.rmtree(out)  # whole, but the run was killed before its record said so
-    run_plan(plan, out, progress=not run.quiet)
+    run_plan(plan, out, progress=not run.quiet, replace=True)
     run.record["metrics"] = {"coefficients": {c.name: w for c, w in zip(checkpoints, chosen.coefficients)}}
     if chosen.scores:
         run.record["metrics"]["loss"] = chosen.scores

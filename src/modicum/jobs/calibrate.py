@@ -90,6 +90,7 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     first = recipe.criteria[0]
     model.config.exit_criterion = first
     model.config.exit_threshold = run.record["metrics"]["criteria"][first]["threshold"]
+    run.inputs.check()
     with whole_folder(run.folder / "model") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -115,6 +115,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
     rows = {name: recipe.tasks[name].rows(recipe.seed, run.note) for name in dict.fromkeys(name for _, name in todo)}
     for model in dict.fromkeys(model for model, _ in todo):
         resolve_model(recipe.models[model], allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
+    run.inputs.check()
     (run.folder / "items").mkdir(exist_ok=True)
     loaded: list[LocalSubject] = []
 
@@ -133,8 +134,10 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
             if [subject.name for subject in loaded] != [model]:
                 loaded.clear()  # frees the memory of the model before
                 loaded.append(_load(recipe, model, step))
+                run.inputs.check()
             task, began = recipe.tasks[name], time.monotonic()
             items = _measure(loaded[0], task, rows[name], recipe.seed)
+            run.inputs.check_mapped()
             _write_items(run, _key(model, name), items)
             found = task.ask(task.measure.facts.estimate, items, level=recipe.level)._asdict()
             details = task.ask(task.measure.facts.details, items, level=recipe.level) or {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -235,12 +234,12 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     note_code(plan.models, run)
     kind = "adapter" if isinstance(plan, LoraPlan) else "model"
     out = run.folder / kind
-    if out.exists() and run.main:
-        shutil.rmtree(out)  # whole, but the run was killed before its record said so
     metrics: dict[str, Any]
     rows: Measured
     if isinstance(plan, LoraPlan):
-        rows = measured = run_loras(plan, out, dtype=recipe.dtype, device=recipe.device, progress=not run.quiet)
+        rows = measured = run_loras(
+            plan, out, dtype=recipe.dtype, device=recipe.device, progress=not run.quiet, replace=True
+        )
         experts = [model.name for model in plan.models]
         metrics = {"modules": len(rows), "rank": max(row["rank"] for row in rows.values())}
     else:
@@ -252,6 +251,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
             shard_bytes=recipe.shard_bytes,
             fork=recipe.device == "cpu",
             progress=not run.quiet,
+            replace=True,
         )
         if not run.main:
             return  # each process measured its own share; the first one has collected them all

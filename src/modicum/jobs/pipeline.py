@@ -2,12 +2,13 @@
 
 ``stage:NAME`` stands for the first output of stage ``NAME``, ``stage:NAME/OUTPUT`` for the output of that name. A
 stage is a run of its own in ``stages/NAME``. Finished stages are skipped when the pipeline runs again; a stage whose
-recipe or inputs changed is redone, with everything that depends on it.
+recipe or inputs changed is redone, with everything that depends on it: beside the finished one, which it replaces when
+it is done itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,16 @@ def plan(recipe: PipelineRecipe) -> list[str]:
     return lines
 
 
-@job("pipeline", plan=plan, incremental=True)
+def goes_on(stored: Mapping[str, Any], recipe: PipelineRecipe) -> bool:
+    """Whether a stored recipe is an earlier form of this one: a pipeline with a stage in common."""
+    stages = stored.get("stages")
+    if stored.get("job") != "pipeline" or not isinstance(stages, list):
+        return False
+    names = {stage.get("name") for stage in stages if isinstance(stage, dict)}
+    return any(stage["name"] in names for stage in recipe.stages)
+
+
+@job("pipeline", plan=plan, incremental=goes_on)
 def pipeline(recipe: PipelineRecipe, run: Run) -> None:
     """Run the stages in order; finished ones are skipped.
 

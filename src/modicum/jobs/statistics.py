@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -119,8 +118,6 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
     about = {"kind": recipe.kind, "model": recipe.model, "weights": weights_of(checkpoint), "rows": rows,
              "tokens": tokens} | ({"labels": recipe.labels} if recipe.kind == "fisher" else {})  # fmt: skip
     out = run.folder / "statistics"
-    if out.exists() and run.main:
-        shutil.rmtree(out)  # whole, but the run was killed before its record said so
     map_tensors(
         make,
         specs,
@@ -129,6 +126,8 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
         companions={FILE: (json.dumps(about, indent=2) + "\n").encode()},
         workers=1,
         progress=False,
+        replace=True,
+        check=run.inputs.check,
     )
     run.record["metrics"] = {"tensors": len(names), "rows": rows, "tokens": tokens}
     run.output("statistics", out)

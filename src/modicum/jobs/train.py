@@ -80,6 +80,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     datasets = {name: _dataset(recipe, section, parts, tokenizer, run) for name, section in _sections(recipe)}
     _steps(arguments, len(datasets["train_dataset"]))
     model = _model(recipe, parts, run, arguments.device)
+    run.inputs.check()
     for part in parts:
         model = part.model(model, tokenizer)
     fields: dict[str, Any] = {}
@@ -238,6 +239,7 @@ def _save(recipe: TrainRecipe, parts: Sequence[Part], trainer: PartsTrainer, run
     name = next((part.output for part in parts if part.output), "model")
     target = run.folder / name
     # Every process takes part in gathering sharded weights; only the first one writes.
+    run.inputs.check_mapped()
     with whole_folder(target) if run.main else nullcontext(target) as folder:
         trainer.save_model(str(folder))
         if run.main:
@@ -252,4 +254,4 @@ def _save(recipe: TrainRecipe, parts: Sequence[Part], trainer: PartsTrainer, run
     if run.main:
         run.output(name, target)
         if checkpoints(run.folder / "checkpoints"):
-            run.output("checkpoints", run.folder / "checkpoints")
+            run.output("checkpoints", run.folder / "checkpoints", kept=False)  # whoever needs the space removes them

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError, first_line
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, role
-from modicum.record import fingerprint
 from modicum.references import beside, find_model
 from modicum.weights.adapter import Adapter, fold_delta, read_json
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
@@ -76,6 +76,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self._beneath: Checkpoint | None = None
         self._slots: dict[str, Slot] = {}
         self._loaded: dict[str, Tensor] = {}
+        self._stamps: dict[Path, Stamp] = {}
         if path.is_dir() and (path / ADAPTER_CONFIG).exists():
             self._open_adapter(path, resolve, base, allow_pickle)
         else:
@@ -87,14 +88,14 @@ class Checkpoint(Mapping[str, Tensor]):
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise CheckpointError(f"{self.name} is a {path.suffix or 'file'}, expected .safetensors or a folder.")
-            self._slots = read_header(path, owner=self.name)
+            self._slots = self._header(path)
         elif (path / INDEX).exists():
             self._slots = self._read_index(path)
         else:
             files = sorted(path.glob("*.safetensors"))
             single = path / "model.safetensors"
             if single in files or len(files) == 1:
-                self._slots = read_header(single if single in files else files[0], owner=self.name)
+                self._slots = self._header(single if single in files else files[0])
             elif files:
                 raise CheckpointError(
                     f"{self.name} has {len(files)} safetensors files but no {INDEX}. Download it again."
@@ -113,12 +114,17 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise CheckpointError(
                     f"{self.name}: {INDEX} points outside its folder, to {file!r}. Do not use this model."
                 )
-            found = read_header(folder / file, owner=self.name)
+            found = self._header(folder / file)
             wanted = {name for name, where in listed.items() if where == file}
             for name in sorted(wanted ^ set(found)):
                 problem = "has no tensor" if name in wanted else "has, but the index does not list, the tensor"
                 raise CheckpointError(f"{self.name}: {file} {problem} {name!r}. Download it again.")
             slots.update(found)
+        return slots
+
+    def _header(self, path: Path) -> dict[str, Slot]:
+        slots = read_header(path, owner=self.name)
+        self._stamps[path] = Stamp.of(path)
         return slots
 
     def _open_pickled(self, folder: Path, allow_pickle: bool) -> None:
@@ -132,12 +138,14 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         for file in files:
             try:
+                self._stamps[file] = Stamp.of(file)
                 self._loaded.update(torch.load(file, weights_only=True, map_location="cpu", mmap=True))
             except Exception as error:  # torch raises several kinds for a file that is not a plain state dict
                 raise CheckpointError(f"{self.name}: {file.name} cannot be read safely: {first_line(error)}") from None
 
     def _open_adapter(self, folder: Path, resolve: Resolver, base: str | Path | None, allow_pickle: bool) -> None:
         self.adapter = adapter = Adapter(folder, owner=self.name)
+        self._stamps = {folder / name: Stamp.of(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
         reference = str(base or beside(folder, adapter.base))
         if not reference:
             raise CheckpointError(f"{self.name}: {ADAPTER_CONFIG} names no base model. Give the base.")
@@ -227,7 +235,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @cached_property
     def _files(self) -> dict[Path, MappedFile]:
-        return {path: MappedFile(path) for path in {slot.path for slot in self._slots.values()}}
+        return {path: MappedFile(path, self._stamps[path]) for path in {slot.path for slot in self._slots.values()}}
 
     def __getitem__(self, name: str) -> Tensor:
         if self._beneath and self.adapter:
@@ -250,23 +258,27 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @cached_property
     def identity(self) -> list[list[object]]:
-        """What its tensors depend on: every file that they are read from, those of an adapter's base included.
-
-        A fingerprint skips the middle of a large file, so the time of the last change counts too: at worst an
-        unfinished merge starts anew without need.
-        """
-        files = {slot.path for slot in self._slots.values()} | {self.folder / name for name in self._extra_files}
-        own: list[list[object]] = [
-            [path.name, path.stat().st_mtime_ns, fingerprint(path)] for path in sorted(files) if path.exists()
-        ]
+        """What its tensors depend on: every file that they are read from, those of an adapter's base included."""
+        own: list[list[object]] = [[path.name, found] for path, found in self._hashes.items()]
         return own + (self._beneath.identity if self._beneath else [])
 
-    @property
-    def _extra_files(self) -> list[str]:
-        """Files with tensors that are not mapped slot by slot."""
-        if self.adapter:
-            return [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
-        return sorted(path.name for path in self.folder.glob(PICKLES)) if self._loaded else []
+    @cached_property
+    def _hashes(self) -> dict[Path, str]:
+        found = hash_files(sorted(self._stamps))
+        unchanged(self._stamps.items())
+        return found
+
+    def check(self) -> None:
+        """Raise unless its files, and those of an adapter's base, are what they were when they were opened.
+
+        Raises:
+            CheckpointError: One was written to since; see :func:`modicum.content.check_in_place`.
+        """
+        known: Mapping[Path, str] = self.__dict__.get("_hashes", {})  # none where nobody asked for the identity
+        for path, before in self._stamps.items():
+            check_in_place(path, before, known.get(path))
+        if self._beneath:
+            self._beneath.check()
 
     @property
     def nbytes(self) -> int:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modicum.errors import CheckpointError
+from modicum.content import Stamp, changed
+from modicum.errors import CheckpointError, InputGoneError
 
 DTYPES = {
     "F64": torch.float64,
@@ -146,12 +147,30 @@ def map_slot(file: mmap.mmap, slot: Slot) -> Tensor | None:
 
 
 class MappedFile:
-    """A file's tensors as views of its memory map: the pages belong to the page cache, not to this process."""
+    """A file's tensors as views of its memory map: the pages belong to the page cache, not to this process.
 
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            # A private writable map keeps torch from warning of read-only memory; nothing ever writes to it.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    Args:
+        path: The file.
+        stamp: How it looked when its header was read.
+
+    Raises:
+        InputGoneError: It is not there any more.
+        CheckpointError: It is not what it was.
+    """
+
+    def __init__(self, path: Path, stamp: Stamp | None = None) -> None:
+        try:
+            with path.open("rb") as file:
+                # A private writable map keeps torch from warning of read-only memory; nothing ever writes to it.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise InputGoneError(
+                f"Cannot read {path} any more: {error.strerror or error}. Put it back and run again."
+            ) from None
+        except ValueError:  # empty by now
+            raise changed(path) from None
+        if stamp is not None and Stamp.of(path) != stamp:
+            raise changed(path)  # its header was another one's
         self._map.madvise(mmap.MADV_SEQUENTIAL)
 
     def tensor(self, slot: Slot) -> Tensor:

@@ -103,7 +103,7 @@ def extract_lora(
     ranks = {name.removesuffix(".weight"): len(svd.S) for name, (svd, _) in found.items()}
     for name, tensor in tensors.items():
         refuse_overflow(name, tensor, method="extract_lora")
-    _write_adapter(Path(out), tensors, ranks, origin, list(rest), progress)
+    _write_adapter(Path(out), tensors, ranks, origin, list(rest), progress, read=[tuned, origin])
     return [Extracted(name.removesuffix(".weight"), len(svd.S), held) for name, (svd, held) in sorted(found.items())]
 
 
@@ -125,7 +125,14 @@ def _write_adapter(
     base: Checkpoint,
     whole: Sequence[str],
     progress: bool,
+    *,
+    read: Sequence[Checkpoint],
+    replace: bool = False,
 ) -> None:
+    def check() -> None:
+        for model in read:
+            model.check()
+
     r = max(ranks.values(), default=1)
     different = {module: rank for module, rank in ranks.items() if rank != r}
     config = {
@@ -153,6 +160,8 @@ def _write_adapter(
         shard_bytes=1 << 62,
         stem="adapter_model",
         progress=progress,
+        replace=replace,
+        check=check,
     )
 
 
@@ -334,9 +343,15 @@ def merge_loras(
 
 
 def run_loras(
-    plan: LoraPlan, out: Path, *, dtype: str | torch.dtype | None = None, device: str = "cpu", progress: bool = True
+    plan: LoraPlan,
+    out: Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+    replace: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Carry out ``plan`` and write the adapter; see :func:`merge_loras` for the rest."""
+    """Carry out ``plan`` and write the adapter; see :func:`merge_loras`, and :func:`~.stream.map_tensors`."""
 
     def one(name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         method, knobs = plan.of(name)
@@ -356,5 +371,5 @@ def run_loras(
         ranks[module] = A.shape[0]
         for key in list(tensors)[-2:]:
             refuse_overflow(key, tensors[key], method=plan.method)
-    _write_adapter(out, tensors, ranks, plan.base, [], progress)
+    _write_adapter(out, tensors, ranks, plan.base, [], progress, read=plan.models, replace=replace)
     return {name: merged[name][2] | {"rank": merged[name][0].shape[0]} for name in plan.modules}

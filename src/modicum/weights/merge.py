@@ -213,7 +213,7 @@ def merge(
         progress: Show a bar when standard error is a terminal.
         statistics: For methods that weigh by data: a checkpoint of each expert's, by the names of its tensors.
         exclude: Regular expression of names of tensors that stay as they are in the base.
-        base_fingerprint: Refuse another base than this one, as :func:`modicum.record.fingerprint` and the records of
+        base_fingerprint: Refuse another base than this one, as :func:`modicum.content.fingerprint` and the records of
             training runs name it.
         diagnostics: Also measure what :func:`modicum.weights.kernels.diagnose.diagnose` tells; takes longer.
         **knobs: The method's.
@@ -255,8 +255,9 @@ def run_plan(
     workers: int | None = None,
     fork: bool = False,
     progress: bool = True,
+    replace: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Carry out ``plan`` and write the checkpoint; see :func:`merge` and, for ``fork``, :func:`~.stream.run_all`."""
+    """Carry out ``plan`` and write the checkpoint; see :func:`merge`, and :func:`~.stream.map_tensors` for the rest."""
     steps = {step.name: step for step in plan.steps}
     found = survey(plan, workers=workers)
     return map_tensors(
@@ -269,6 +270,8 @@ def run_plan(
         workers=workers,
         fork=fork,
         progress=progress,
+        replace=replace,
+        check=plan.check,
     )
 
 

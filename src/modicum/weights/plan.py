@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modicum.content import fingerprint, is_old, old_fingerprint
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.facts import MergeFacts
 from modicum.layout import is_linear_map, is_vocabulary
-from modicum.record import fingerprint
+from modicum.record import NUMERICS
 from modicum.registry import Entry, merge_method
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
@@ -146,8 +147,20 @@ class Plan:
             "companions": {name: hashlib.sha256(text).hexdigest() for name, text in self.companions.items()},
             "seed": self.seed,
             "device": self.device,
-            "versions": [version("modicum"), torch.__version__],
+            "versions": [version("modicum"), NUMERICS, torch.__version__],
         }
+
+    def check(self) -> None:
+        """Raise unless every model that a step reads is still what it was when the plan was made.
+
+        Raises:
+            CheckpointError: A file was written to since.
+        """
+        read = {id(source.tensors): source.tensors for step in self.steps for source in step.sources}
+        for tensors in read.values():
+            look: Callable[[], None] | None = getattr(tensors, "check", None)
+            if look is not None:
+                look()
 
     def diagnosed(self) -> Plan:
         """Return the same plan, with everything measured that :mod:`modicum.weights.kernels.diagnose` knows.
@@ -350,7 +363,7 @@ def check_fingerprint(base: Tensors | None, expected: str) -> None:
     """
     if not isinstance(base, Checkpoint):
         raise RecipeError("base_fingerprint is that of a base model's folder, and none is given. Set base.")
-    found = fingerprint(base.folder)
+    found = old_fingerprint(base.folder) if is_old(expected) else fingerprint(base.folder)
     if found != expected:
         raise CheckpointError(
             f"{base.name} has the fingerprint {found}, expected {expected}: it is not what the experts were trained "

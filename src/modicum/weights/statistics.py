@@ -53,7 +53,7 @@ def check_statistics(method: str, experts: int, given: int) -> None:
 
 def weights_of(model: Checkpoint) -> str:
     """Return what tells a model's weights from others', wherever they lie."""
-    return digest([[name, content] for name, _, content in model.identity])
+    return digest(model.identity)
 
 
 def check_origin(expert: Checkpoint, statistics: Checkpoint, method: str) -> None:

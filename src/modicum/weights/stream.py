@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from modicum import processes
-from modicum.durable import commit
-from modicum.errors import CheckpointError, ModicumError
+from modicum.durable import commit, restore
+from modicum.errors import CheckpointError, InputGoneError, ModicumError
 from modicum.record import digest
 from modicum.weights import company
 from modicum.weights.files import Slot, Spec, lay_out, map_slot, plan_files, put
@@ -130,6 +130,8 @@ def map_tensors(
     workers: int | None = None,
     fork: bool = False,
     progress: bool = True,
+    replace: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Statistics]:
     """Write the checkpoint whose tensors ``make`` returns.
 
@@ -144,6 +146,8 @@ def map_tensors(
         workers: One for each core when not given.
         fork: Workers are processes, not threads; see :func:`run_all`.
         progress: Show a bar when standard error is a terminal.
+        replace: Take the place of what ``out`` holds, once the new one is whole; else that is refused.
+        check: Called when all is made, and raises where an input changed meanwhile.
 
     Returns:
         The statistics of each tensor; nothing on the other processes than the first.
@@ -170,8 +174,9 @@ def map_tensors(
                     journal.write(json.dumps([name, found]) + "\n")
                     journal.flush()
                     advance(specs[name].nbytes)
+        check()
 
-    with _told(out):
+    with _told(out, check):
         if rank != 0:
             with company.following(out, beside, rank) as leader:
                 if _read_key(beside) != key:
@@ -180,7 +185,8 @@ def map_tensors(
                 company.wait_for_leader(out, beside, leader)
             return {}
         with company.leading(out), _nothing_left(beside):
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            restore(out)
+            if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise CheckpointError(f"{out} exists already. Choose another folder, or delete it.")
             _prepare(beside, files, key)
             company.admit(out, beside)
@@ -280,10 +286,13 @@ def _finish(beside: Path, out: Path, files: Mapping[Path, Mapping[str, Spec]], c
 
 
 @contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """Turn the disk's errors into one line."""
+def _told(out: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Turn the disk's errors, and those of inputs that became shorter, into one line."""
     try:
         yield
+    except MemoryError:
+        check()  # reading beyond the new end of a file ends the process that does it
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             detail = error.strerror if error.filename is None and "free" in str(error.strerror) else "no space is left"
@@ -295,9 +304,11 @@ def _told(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _nothing_left(beside: Path) -> Iterator[None]:
-    """Leave nothing behind that the user must mend the input for."""
+    """Leave nothing behind that the user must mend the input for; what is finished stays if the input may be back."""
     try:
         yield
+    except InputGoneError:
+        raise
     except (OSError, ModicumError):
         shutil.rmtree(beside, ignore_errors=True)
         raise

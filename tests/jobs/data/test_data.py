@@ -160,10 +160,13 @@ def test_a_hub_id_goes_through_load_dataset(monkeypatch):
     assert len(load_rows(DataSection(path="me/data", split="test", config={"name": "main"}))) == 2
 
 
-def test_only_local_data_is_an_input_of_a_run(tmp_path):
+def test_data_that_lies_elsewhere_is_told_apart_by_its_version(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     assert list(DataSection(path=path).inputs()) == [path]
-    assert not [*DataSection(path=TASK).inputs(), *DataSection(path="me/data").inputs()]
+    (package,) = DataSection(path=TASK).inputs()
+    assert package.startswith("reasoning-gym==")
+    assert list(DataSection(path="me/data").inputs()) == ["dataset:me/data"]
+    assert list(DataSection(path="me/data", config={"revision": "v1"}).inputs()) == ["dataset:me/data@v1"]
 
 
 @pytest.mark.parametrize(

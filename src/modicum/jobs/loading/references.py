@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -49,11 +50,55 @@ def resolve_model(ref: str | Path, *, allow_pickle: bool = False, remote_code: b
         return folder
     if folder.exists():
         raise CheckpointError(f"{text} is a file, expected the folder of a model.")
-    # A Hub id is `name` or `org/name`; anything else is a path, and so is what lies in a folder that exists.
-    inside = folder.parent != Path() and folder.parent.is_dir()
-    if inside or folder.is_absolute() or text.startswith((".", "~")) or len(folder.parts) > 2:
+    if _is_path(text):
         raise CheckpointError(f"There is no model folder {text}. Check the path.")
     return _download(text, allow_pickle=allow_pickle, remote_code=remote_code)
+
+
+def revision_of(reference: str) -> str:
+    """Return a reference with what tells its versions apart: a builtin's revision, the commit of a Hub id.
+
+    Example:
+        >>> revision_of("builtin:byte-llama"), revision_of("python==3.13")
+        ('builtin:byte-llama r1', 'python==3.13')
+    """
+    kind, _, name = reference.partition(":")
+    if kind == "builtin" and name in BUILTINS:
+        return f"{reference} {BUILTINS[name][0]}"
+    if kind == "dataset":
+        return f"{reference} {hub_commit(name, 'dataset')}".rstrip()
+    return reference if _is_path(reference) else f"{reference} {hub_commit(reference, 'model')}".rstrip()
+
+
+def hub_commit(reference: str, kind: str) -> str:
+    """Return the commit that a Hub id (``org/name``, ``org/name@revision``) stands for; empty where nobody tells.
+
+    Args:
+        reference: The id.
+        kind: ``model`` or ``dataset``.
+    """
+    name, _, revision = reference.partition("@")
+    revision = revision or "main"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return ""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return str(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha or "")
+    except Exception:  # offline, unknown or private, in whatever words: what an earlier download noted counts then
+        folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+        try:
+            return (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return revision if (folder / "snapshots" / revision).is_dir() else ""
+
+
+def _is_path(text: str) -> bool:
+    """Whether a reference is written like a path: a Hub id is ``name`` or ``org/name``."""
+    folder = Path(text).expanduser()
+    # What lies in a folder that exists is a path, too.
+    inside = folder.parent != Path() and folder.parent.is_dir()
+    return inside or folder.is_absolute() or text.startswith((".", "~")) or len(folder.parts) > 2
 
 
 def _download(ref: str, *, allow_pickle: bool, remote_code: bool) -> Path:

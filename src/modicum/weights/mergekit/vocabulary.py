@@ -69,6 +69,11 @@ class Vocabulary(Mapping[str, Tensor]):
         gifts = [[donor.identity, digest_tensor(rows)] for donor, rows in self.donors]
         return [self.model.identity, self.size, digest_tensor(self.rows), gifts]
 
+    def check(self) -> None:
+        """Raise unless the models are what they were; see :meth:`modicum.weights.checkpoint.Checkpoint.check`."""
+        for model in (self.model, *(donor for donor, _ in self.donors)):
+            model.check()
+
     def __getitem__(self, name: str) -> Tensor:
         table = self.model[name]
         if not is_vocabulary(name):

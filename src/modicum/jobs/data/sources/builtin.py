@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,7 +16,12 @@ from modicum.registry import source
 TEST_SHARE = 10  # the test split holds one document in ten
 
 
-@source("builtin")
+def _version(_section: DataSection, _name: str) -> Iterator[str]:
+    """Yield the version of Python, whose sources these are."""
+    yield f"python=={platform.python_version()}"
+
+
+@source("builtin", inputs=_version)
 def builtin(section: DataSection, name: str) -> list[Row]:
     """Return text that is on this machine already: ``builtin:python-stdlib``.
 

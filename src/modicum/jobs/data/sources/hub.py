@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from modicum.errors import CheckpointError, first_line
@@ -11,7 +12,13 @@ from modicum.jobs.data.sources.local import SUFFIXES, rows_of
 from modicum.registry import source
 
 
-@source("hub", open_config=True)
+def _revision(section: DataSection, name: str) -> Iterator[str]:
+    """Yield the id with its revision, whose commit identifies what is read."""
+    revision = section.config.get("revision")
+    yield f"dataset:{name}@{revision}" if isinstance(revision, str) else f"dataset:{name}"
+
+
+@source("hub", open_config=True, inputs=_revision)
 def hub(section: DataSection, name: str) -> list[Row]:
     """Read a data set of the Hub through ``datasets``. ``config`` holds further arguments of ``load_dataset``.
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
 from modicum.errors import CheckpointError, MissingExtraError, RecipeError, did_you_mean
 from modicum.evaluate.rows import Rows
 from modicum.jobs.data.section import DataSection
@@ -11,7 +15,13 @@ SIZE = 500  # rows when the recipe does not say
 SEEDS = 1 << 31  # the generators take 32-bit seeds: train has the lower half, every other split the upper
 
 
-@source("reasoning-gym", open_config=True)
+def _version(_section: DataSection, _name: str) -> Iterator[str]:
+    """Yield the version of the package, which may ask other questions in another one."""
+    with suppress(PackageNotFoundError):
+        yield f"reasoning-gym=={version('reasoning-gym')}"
+
+
+@source("reasoning-gym", open_config=True, inputs=_version)
 def reasoning_gym(section: DataSection, name: str, *, seed: int) -> Rows:
     """Generate a reasoning-gym task: questions, answers and the task's own scorer.
 

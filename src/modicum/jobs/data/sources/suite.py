@@ -193,9 +193,11 @@ def task_examples(
         ) from None
 
 
-def _saved(section: DataSection, _name: str) -> Iterator[str]:
+def _saved(section: DataSection, name: str) -> Iterator[str]:
     if "path" in section.config:
         yield str(section.config["path"])
+    elif name in TASKS and TASKS[name].path:
+        yield f"dataset:{TASKS[name].path}"
 
 
 @source("task", inputs=_saved)

@@ -190,7 +190,7 @@ class Adapter(Part):
 
         section = self.recipe.model
         if section.convert is not None:
-            return {"base": str((self.run.folder / BASE).resolve()), "revision": None}
+            return {"base": str((self.run.home / BASE).resolve()), "revision": None}
         if (found := hub_id(section.path)) is not None:
             return {"base": found[0], "revision": found[1]}
         return {"base": str(resolve_model(section.path).resolve()), "revision": None}

@@ -1,0 +1,106 @@
+"""What a run reads, by content: files and folders by the hash of all their bytes, what lies elsewhere by its revision.
+
+An adapter brings the model that it was trained on along, and a model its tokenizer, which lies in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modicum.content import Stamp, changed, check_in_place, combine, files_in, hash_file, hash_files
+from modicum.errors import CheckpointError
+from modicum.layout import ADAPTER_CONFIG
+from modicum.references import beside, pinned, revision_of
+
+MAPPED = (".safetensors", ".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a run as they were when it began.
+
+    Attributes:
+        hashes: What each reference stood for.
+        files: Every file of this machine among them, its hash, and how it looked.
+    """
+
+    hashes: Mapping[str, str]
+    files: Mapping[Path, tuple[Stamp, str]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise unless the files still hold what they held; one that was merely touched or copied does.
+
+        Raises:
+            CheckpointError: One was changed or removed since.
+        """
+        for path, (stamp, known) in self.files.items():
+            try:
+                same = Stamp.of(path) == stamp or hash_file(path) == known
+            except CheckpointError:
+                same = False
+            if not same:
+                raise changed(path)
+
+    def check_mapped(self) -> None:
+        """Raise where weights that were loaded, and may lie in memory as a map of their file, were written over.
+
+        A file that was removed or replaced by another is kept by the system for whoever maps it.
+
+        Raises:
+            CheckpointError: One was changed in place.
+        """
+        for path, (stamp, known) in self.files.items():
+            if path.suffix in MAPPED:
+                check_in_place(path, stamp, known)
+
+
+def look(references: Iterable[str]) -> Inputs:
+    """Hash what each reference stands for now, and what it needs besides.
+
+    Args:
+        references: Paths, Hub ids, builtin models; anything else stands for itself.
+
+    Raises:
+        CheckpointError: A file cannot be read, or changes meanwhile.
+    """
+    local: dict[str, list[Path]] = {}
+    hashes: dict[str, str] = {}
+    waiting = list(references)
+    while waiting:
+        name = waiting.pop(0)
+        if name in hashes:
+            continue
+        path = Path(name).expanduser()
+        hashes[name] = name
+        if _exists(path):
+            local[name] = files_in(path)
+            known = {Path(other).expanduser().resolve() for other in local}
+            waiting += [base for base in _base_of(path) if Path(base).expanduser().resolve() not in known]
+        else:
+            hashes[name] = revision_of(name)
+    stamps = {path: Stamp.of(path) for paths in local.values() for path in paths}
+    found = hash_files(list(stamps))
+    for name, paths in local.items():
+        hashes[name] = combine(Path(name).expanduser(), {path: found[path] for path in paths})
+    return Inputs(hashes, {path: (stamp, found[path]) for path, stamp in stamps.items()})
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _base_of(folder: Path) -> Iterator[str]:
+    """Yield the reference of the model beneath an adapter."""
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # no adapter, or one that whoever opens it will refuse
+    if isinstance(base, str) and base:
+        yield pinned(beside(folder, base), revision if isinstance(revision, str) else None)

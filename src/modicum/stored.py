@@ -1,0 +1,130 @@
+"""What a run folder tells whoever reads it: its record, its recipe, its log, and whether its outputs are whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modicum.content import hash_files
+from modicum.errors import CheckpointError
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Return the record of the run in ``folder``."""
+    path = Path(folder) / "record.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a run: it holds no record.json.") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Delete the folder and run again.") from None
+    return record
+
+
+def stored_recipe(folder: str | Path) -> dict[str, Any] | None:
+    """Return the recipe of the run in ``folder``, as far as it can be read; ``None`` when there is no run."""
+    folder = Path(folder)
+    if not (folder / "record.json").is_file():
+        return None
+    found = {"job": read_record(folder).get("job")}
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return found
+    return recipe | found if isinstance(recipe, dict) else found
+
+
+def read_log(folder: str | Path, event: str | None = None) -> list[dict[str, Any]]:
+    """Return the log's lines, of one kind when ``event`` is given; a line cut off by a crash is left out."""
+    lines = read_lines(Path(folder) / "log.jsonl")
+    return [line for line in lines if event is None or line.get("event") == event]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, if there is one; a line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a check of a finished run found.
+
+    Attributes:
+        files: How many files its records name, those of its stages included.
+        nbytes: Their bytes.
+        damaged: See :func:`damage`.
+    """
+
+    files: int
+    nbytes: int
+    damaged: Mapping[str, str]
+
+
+def verify(folder: str | Path) -> Verified:
+    """Read every output of a finished run again, and compare it with what its record says.
+
+    Raises:
+        CheckpointError: The record cannot be read, or was written by a version that kept no hashes.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    if "files" not in record:
+        raise CheckpointError(f"{folder} was made by a version that kept no hashes of outputs: nothing to compare.")
+    found = damage(folder, record, cached=False)
+    sizes = [size for size, _ in record["files"].values()]
+    for stage in record.get("stages") or []:
+        inner = folder / stage["folder"]
+        if (inner / "record.json").is_file():
+            sizes += [size for size, _ in (read_record(inner).get("files") or {}).values()]
+    return Verified(len(sizes), sum(sizes), found)
+
+
+def outputs_in(path: Path) -> list[Path]:
+    """Return the files of an output, all of them: other stages may read any."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def damage(folder: str | Path, record: Mapping[str, Any] | None = None, *, cached: bool = True) -> dict[str, str]:
+    """Return which outputs of a finished run are not what its record says, and in what way.
+
+    Args:
+        folder: The run folder.
+        record: Its record, when it is known already.
+        cached: Files that were hashed before, and look untouched since, are not read again.
+
+    Returns:
+        From the path in the folder to what is wrong; empty for a sound run. Stages of a pipeline count too.
+    """
+    folder = Path(folder)
+    record = read_record(folder) if record is None else record
+    found: dict[str, str] = {}
+    known: Mapping[str, list[Any]] = record.get("files") or {}
+    if "files" not in record:  # of version 0.1.0
+        found = {path: "is missing" for path in list(record["outputs"].values())[:1] if not (folder / path).exists()}
+    there = {name: folder / name for name in known if (folder / name).is_file()}
+    sized = {name: path for name, path in there.items() if path.stat().st_size == known[name][0]}
+    hashes = hash_files(list(sized.values()), cached=cached)
+    for name, (_, expected) in known.items():
+        if name not in there:
+            found[name] = "is missing"
+        elif name not in sized or hashes[sized[name]] != expected:
+            found[name] = "changed"
+    for stage in record.get("stages") or []:
+        inner = folder / stage["folder"]
+        lost = not (inner / "record.json").is_file()
+        within = {"record.json": "is missing"} if lost else damage(inner, cached=cached)
+        found |= {f"{stage['folder']}/{name}": problem for name, problem in within.items()}
+    return found
