@@ -185,6 +185,9 @@ class AdapterFacts(Facts):
         schedule: ``(config, knobs, *, total_steps)`` tells the adapter's configuration the length of the run.
         optimizer: ``(peft_model, knobs, *, lr, weight_decay)`` makes the optimiser that the method brings along.
         after_backward: ``(peft_model, step)`` sees the gradients of every optimiser step.
+        memory: ``(peft_model)`` gives, as tensors by name, what it remembers of the steps before; a resumed run gives
+            them to ``recall``.
+        recall: ``(peft_model, tensors)``.
         before_save: ``(config)`` takes out of the adapter's configuration what PEFT cannot save.
         plain: ``(tensors, config)`` makes the tensors and configuration of a saved adapter those of plain LoRA.
     """
@@ -209,6 +212,8 @@ class AdapterFacts(Facts):
     schedule: Callable[..., None] | None = None
     optimizer: Callable[..., Any] | None = None
     after_backward: Callable[[Any, int], None] | None = None
+    memory: Callable[[Any], dict[str, Any]] | None = None
+    recall: Callable[[Any, Mapping[str, Any]], None] | None = None
     before_save: Callable[[Any], None] | None = None
     plain: Callable[..., tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
 

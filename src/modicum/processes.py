@@ -100,6 +100,12 @@ def gather(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def wait() -> None:
+    """Return once all processes have come here."""
+    if group := _group():
+        group.barrier()
+
+
 def broadcast(tensor: Tensor) -> Tensor:
     """Give ``tensor`` the values that it has on the first process, in place, and return it."""
     if group := _group():

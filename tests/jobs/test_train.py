@@ -98,11 +98,14 @@ def test_a_run_interrupted_at_any_step_ends_with_the_same_bytes(tiny_model, rows
         shutil.copytree(half.with_name("checkpoint-2"), copy)
     (half / "trainer_state.json").write_text("{")
     resumed = execute(broken, tmp_path / "broken", quiet=True)
-    assert weights(resumed) == weights(whole) and not half.exists() and all(copy.is_dir() for copy in kept)
+    assert weights(resumed) == weights(whole) and all(copy.is_dir() for copy in kept)
     assert {path.name for path in half.parent.iterdir()} - {copy.name for copy in kept} == {
         "checkpoint-4",
+        "checkpoint-5.aside",
         "checkpoint-6",
     }
+    notes = [note for note in resumed.record["notes"] if "checkpoint-5 is not whole" in note]
+    assert len(notes) == 1 and "kept as checkpoint-5.aside" in notes[0]
 
 
 @pytest.mark.parametrize("init", [{"name": "hrp", "preheat_steps": 2}, "pissa", {"name": "lora_plus", "ratio": 4.0}])

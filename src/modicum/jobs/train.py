@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum import processes
 from modicum.durable import whole_folder
-from modicum.errors import ModicumError, RecipeError, UnsupportedError, did_you_mean
+from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.data.rows import DataSection, collate, load_rows, tokenize
 from modicum.jobs.loading.models import (
     fresh_model,
@@ -26,7 +27,7 @@ from modicum.jobs.loading.models import (
 )
 from modicum.jobs.loading.references import resolve_model
 from modicum.jobs.training.batches import Batches, optimizer_steps
-from modicum.jobs.training.checkpoints import checkpoints, last_checkpoint
+from modicum.jobs.training.checkpoints import checkpoints, last_checkpoint, read_manifest, set_aside
 from modicum.jobs.training.parts import Build, Data, Part, parts_of
 from modicum.jobs.training.recipe import TrainRecipe
 from modicum.record import Run
@@ -92,11 +93,12 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     batches = Batches(partial(_plain, recipe, parts, tokenizer, run), collator, arguments, recipe.seed)
     for part in parts:
         part.start(model, batches)
-    build = Build(model, arguments, tokenizer, collator, **datasets)
+    build = Build(model, arguments, tokenizer, collator, **datasets, parts=parts)
     for part in parts:
         part.trainer(build)
     trainer = _trained(build, parts, run)
-    run.record["metrics"] |= {
+    run.record["metrics"] = {
+        "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
@@ -224,15 +226,34 @@ def _trained(build: Build, parts: Sequence[Part], run: Run) -> PartsTrainer:
     from modicum.jobs.training.trainer import build_trainer
 
     trainer = build_trainer(build)
-    checkpoint = last_checkpoint(Path(build.args.output_dir), delete_broken=run.main)
+    checkpoint = _checkpoint(Path(build.args.output_dir), run, best=build.args.load_best_model_at_end)
     if checkpoint:
         run.say(f"resuming from {checkpoint.name}")
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(part.around())
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    run.record["metrics"] = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer
+
+
+def _checkpoint(folder: Path, run: Run, *, best: bool) -> Path | None:
+    """Return the newest whole checkpoint, as the first process finds it, and put aside those that are not whole."""
+    found = None
+    if run.main:
+        passed: list[tuple[Path, str]] = []
+        found = last_checkpoint(folder, best=best, passed=lambda path, why: passed.append((path, why)))
+        for path, why in passed:
+            run.note(set_aside(path, why))
+    name = processes.broadcast_object(found and found.name)
+    if name is None:
+        return None
+    made_by = (read_manifest(folder / name) or {}).get("processes") or processes.world()
+    if made_by != processes.world():
+        raise CheckpointError(
+            f"{name} was saved by {made_by} processes, and {processes.world()} would go on with other batches than the "
+            f"run was begun with. Start {made_by}, or choose another --out."
+        )
+    return folder / name
 
 
 def _save(recipe: TrainRecipe, parts: Sequence[Part], trainer: PartsTrainer, run: Run) -> None:

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = "pytorch_model*.bin"
 CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 NOT_CARRIED = re.compile(
-    r"\.index\.json$|^adapter_config\.json$|^trainer_state\.json$|^all_results\.json$|^record\.json$"
+    r"\.index\.json$|^adapter_config\.json$|^trainer_state\.json$|^manifest\.json$|^all_results\.json$|^record\.json$"
 )
 PACKED = re.compile(
     r"\.(qweight|qzeros|scales|absmax|quant_map|quant_state\..*|SCB|weight_packed|weight_scale(_inv)?)$"

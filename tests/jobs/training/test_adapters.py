@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from modicum.adapters.calibrate import input_moments, weight_gradients
 from modicum.adapters.layers import factors_of, lora_layers
-from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
+from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.jobs import execute
 from modicum.jobs.training.adapter import (
     after_backward,
@@ -97,9 +97,13 @@ def test_a_resumed_run_starts_from_the_same_factors_without_looking_at_the_data(
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert started[0].initial.keys() == started[1].initial.keys()
     assert started[0].origin == started[1].origin
-    cache.write_bytes(b"cut")
-    with pytest.raises(CheckpointError, match=r"start.safetensors is corrupt.*Delete it"):
-        start(wrap(), name, cache=cache)
+    kept = cache.read_bytes()
+    for number, damaged in enumerate((b"cut", kept[:-1] + bytes([kept[-1] ^ 1]), b"")):
+        cache.write_bytes(damaged)
+        again = start(wrap(), name, {"rank_redistribution": "eva"} if name == "hrp" else {}, cache=cache)
+        assert any("start.safetensors is damaged: the adapter's start is found anew" in note for note in again.notes)
+        assert cache.with_name("start.safetensors.aside").read_bytes() == damaged
+        assert cache.read_bytes() == kept and torch.equal(again.digest, started[0].digest), number
 
 
 def test_seeds_name_the_draws():

@@ -77,7 +77,8 @@ def test_logits_are_whole_where_every_token_is_learned(built, rows):
 def test_the_run_prints_its_log_once(built):
     callbacks = built().callback_handler.callbacks
     assert not any(isinstance(callback, PrinterCallback) for callback in callbacks)
-    assert type(callbacks[-1]).__name__ == "LogCallback"  # last, so that it tells what the others add
+    # Last, so that it tells what the others add, and nothing is written to a checkpoint after its manifest.
+    assert [type(callback).__name__ for callback in callbacks[-2:]] == ["LogCallback", "CheckpointCallback"]
 
 
 def test_the_recipes_seed_names_every_draw(built):

@@ -50,14 +50,38 @@ def _schedule(config: Any, knobs: Mapping[str, Any], *, total_steps: int | None)
     config.total_step, config.tinit, config.tfinal = total_steps, warmup, settled
 
 
+AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's names of what it remembers of each weight's gradients
+
+
 def _allocate(peft_model: Any, step: int) -> None:
     """Let PEFT measure the importance of the ranks by the gradients, and drop those beyond the budget."""
-    peft_model.base_model.update_and_allocate(step)
+    model = peft_model.base_model
+    config = peft_model.peft_config[model.trainable_adapter_name]
+    # With a pattern in the configuration PEFT would save the ranks alone that are left, modules without any as empty
+    # tensors, and could not read them into a model that still has all. Between two steps the pattern stands elsewhere.
+    config.rank_pattern = getattr(model.rankallocator, "pattern", None)
+    try:
+        model.update_and_allocate(step)
+    finally:
+        model.rankallocator.pattern, config.rank_pattern = config.rank_pattern, None
 
 
-def _forget_ranks(config: Any) -> None:
-    # PEFT would save modules without any rank left as empty tensors, and warn of them.
-    config.rank_pattern = None
+def _memory(peft_model: Any) -> dict[str, Tensor]:
+    """Return what PEFT remembers of the gradients, and which ranks are left."""
+    allocator = peft_model.base_model.rankallocator
+    kept = {f"{key}/{name}": t for key in AVERAGES for name, t in getattr(allocator, key).items()}
+    ranks = getattr(allocator, "pattern", None) or {}
+    return kept | {f"pattern/{name}": torch.tensor(left) for name, left in ranks.items()}
+
+
+def _recall(peft_model: Any, memory: Mapping[str, Tensor]) -> None:
+    """See :func:`_memory`."""
+    allocator, weights = peft_model.base_model.rankallocator, dict(peft_model.base_model.model.named_parameters())
+    for key in AVERAGES:
+        own = {name.removeprefix(f"{key}/"): t for name, t in memory.items() if name.startswith(f"{key}/")}
+        setattr(allocator, key, {name: t.to(weights[name].device) for name, t in own.items()})
+    ranks = {name.removeprefix("pattern/"): t.tolist() for name, t in memory.items() if name.startswith("pattern/")}
+    allocator.pattern = ranks or None
 
 
 def _plain(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
@@ -100,7 +124,8 @@ def _plain(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Ma
     config=_config,
     schedule=_schedule,
     after_backward=_allocate,
-    before_save=_forget_ranks,
+    memory=_memory,
+    recall=_recall,
     plain=_plain,
 )
 def adalora(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,9 @@ from modicum.facts import AdapterFacts
 from modicum.jobs.training.adapter_files import (
     GEOMETRY,
     ORIGIN,
+    by_name,
     cached_start,
+    digest,
     factors_in,
     remove_shift,
     rewrite,
@@ -67,6 +70,11 @@ class Started:
     spectra: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     consumed: int = 0
+
+    @cached_property
+    def digest(self) -> Tensor:
+        """The hash of the factors that training started from; of nothing where PEFT drew them."""
+        return digest(by_name(self.start))
 
     def prepare(self, peft_model: Any, *, adapter: str = "default") -> None:
         """Make the trained parts plain weights again; call it before the model is saved."""
@@ -174,7 +182,7 @@ def initialize(
     if facts.stock:
         freeze(peft_model, facts.frozen, adapter)
         return started
-    known = cached_start(cache)
+    known = cached_start(cache, note=started.notes.append)
     if known is not None:
         factors, started.spectra = known
     else:
@@ -243,8 +251,13 @@ def after_backward(peft_model: Any, name: str, step: int) -> None:
         see(peft_model, step)
 
 
-def step_callback(name: str) -> Any:
-    """Return the callback of ``transformers.Trainer`` that a method needs, or ``None``."""
+def step_callback(name: str, *, resumes: bool = False) -> Any:
+    """Return the callback of ``transformers.Trainer`` that a method needs, or ``None``.
+
+    Args:
+        name: A registered adapter initialisation.
+        resumes: Somebody keeps with each checkpoint what the method remembers (``memory`` and ``recall`` of its facts).
+    """
     if adapter_init[name].facts.after_backward is None:
         return None
     from transformers import TrainerCallback
@@ -253,7 +266,7 @@ def step_callback(name: str) -> Any:
         """See :func:`after_backward`."""
 
         def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-            if state.global_step:
+            if state.global_step and not resumes:
                 raise UnsupportedError(
                     f"{name} cannot go on from a checkpoint, which does not hold what it remembers of the gradients. "
                     "Delete the run's checkpoints and start afresh."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,12 +30,43 @@ def factors_in(folder: Path) -> Pairs:
     return {name.removeprefix(ADAPTER_PREFIX): (saved[name + ends[0]], saved[name + ends[1]]) for name in names}
 
 
-def cached_start(path: Path | None) -> tuple[Pairs, dict[str, Tensor]] | None:
-    """Return the factors and spectra that an earlier call wrote, as the first process sees them, or ``None``."""
+def cached_start(
+    path: Path | None, *, note: Callable[[str], object] = lambda _text: None
+) -> tuple[Pairs, dict[str, Tensor]] | None:
+    """Return the factors and spectra that an earlier call wrote, as the first process sees them, or ``None``.
+
+    A damaged file is kept aside, and a note says so: the start is found anew.
+    """
     if path is None:
         return None
+    found = None
+    if processes.main() and path.exists() and (found := _read(path)) is None:
+        path.replace(path.with_name(f"{path.name}.aside"))
+        note(f"{path.name} is damaged: the adapter's start is found anew, and the file kept as {path.name}.aside.")
     # On several machines only the first one may have the file; all must take the same way.
-    return processes.broadcast_object(_read(path) if processes.main() and path.exists() else None)
+    return processes.broadcast_object(found)
+
+
+def by_name(factors: Pairs) -> dict[str, Tensor]:
+    """Return factors as tensors by module and side."""
+    return {
+        f"{name}.{side}": t.detach().cpu().contiguous() for name, pair in factors.items() for side, t in zip("AB", pair)
+    }
+
+
+def digest(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the hash of tensors, as a tensor of bytes."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        sha.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(sha.digest()), dtype=torch.uint8)
+
+
+def _hex(digest: Tensor) -> str:
+    return bytes(digest.tolist()).hex()
 
 
 def write_start(path: Path, factors: Pairs, spectra: Mapping[str, Tensor]) -> None:
@@ -43,24 +75,27 @@ def write_start(path: Path, factors: Pairs, spectra: Mapping[str, Tensor]) -> No
 
     if not processes.main():
         return
-    tensors = {f"{name}.{side}": t.cpu().contiguous() for name, pair in factors.items() for side, t in zip("AB", pair)}
-    tensors |= {f"{name}.S": S.contiguous() for name, S in spectra.items()}
+    tensors = by_name(factors) | {f"{name}.S": S.contiguous() for name, S in spectra.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as beside:
-        save_file(tensors, beside)
+        save_file(tensors, beside, metadata={"sha256": _hex(digest(tensors))})
 
 
-def _read(path: Path) -> tuple[Pairs, dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read(path: Path) -> tuple[Pairs, dict[str, Tensor]] | None:
+    """Return factors and spectra; ``None`` where the file is damaged."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is corrupt ({error}). Delete it, and the run starts the adapter anew.") from None
-    names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
-    spectra = {key.removesuffix(".S"): S for key, S in tensors.items() if key.endswith(".S")}
-    return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}, spectra
+        with safe_open(path, framework="pt") as file:
+            known = (file.metadata() or {}).get("sha256")  # none in files of earlier versions
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
+        factors = {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+    except (SafetensorError, OSError, KeyError):
+        return None
+    if known is not None and _hex(digest(tensors)) != known:
+        return None
+    return factors, {key.removesuffix(".S"): S for key, S in tensors.items() if key.endswith(".S")}
 
 
 def rewrite(

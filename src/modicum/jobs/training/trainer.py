@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PrinterCallback, Trainer
@@ -10,6 +10,7 @@ from transformers import PrinterCallback, Trainer
 from modicum.jobs.training.extra_modules import additions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from modicum.jobs.training.parts import Build
@@ -43,10 +44,12 @@ class Step(Protocol):
 class PartsTrainer(Trainer):
     """A Trainer whose loss and training step may be a part's.
 
-    Three methods are overridden, and nothing is ever assigned over a method of an instance:
+    Four methods are overridden, and nothing is ever assigned over a method of an instance:
 
     * ``training_step`` hands the micro-batch to ``own_step``, where there is one, instead of the backward pass;
     * ``compute_loss`` asks ``own_loss``, where there is one, instead of the model;
+    * ``get_batch_samples`` gives no batch to a run that was over when it was killed, which a Trainer would train for
+      another step;
     * ``get_decay_parameter_names`` spares the modules that a conversion added to the model (see
       :func:`~modicum.jobs.training.extra_modules.additions`).
 
@@ -96,6 +99,15 @@ class PartsTrainer(Trainer):
         loss, outputs = self.own_loss(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return the micro-batches of a step; see the class."""
+        if self.control.should_training_stop:  # a callback said so before the first step
+            return [], None
+        found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return found
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the parameters that weight decay shrinks; see the class."""
         spared = tuple(f"{name}." for name in additions(model))
@@ -105,6 +117,7 @@ class PartsTrainer(Trainer):
 def build_trainer(build: Build) -> PartsTrainer:
     """Return the Trainer that the parts have put together."""
     arguments = dict(vars(build))
+    del arguments["parts"]
     trainer = PartsTrainer(optimizers=(arguments.pop("optimizer"), None), **arguments)
     trainer.remove_callback(PrinterCallback)  # the run's log prints a line instead
     return trainer

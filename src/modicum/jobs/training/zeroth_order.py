@@ -148,6 +148,8 @@ def zeroth_order_callback(optimizer: ZerothOrder) -> TrainerCallback:
             if control.should_save:
                 optimizer.fold_()
 
+        on_epoch_end = on_step_end
+
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
             if "loss" not in logs:
                 return

@@ -65,6 +65,7 @@ class Build:
         own_loss: See :class:`~modicum.jobs.training.trainer.PartsTrainer`.
         own_step: Likewise.
         watchers: Likewise.
+        parts: All parts of the run; no argument of the Trainer.
     """
 
     model: Any
@@ -80,6 +81,7 @@ class Build:
     own_loss: Loss | None = None
     own_step: Step | None = None
     watchers: list[Callable[[Tensor], None]] = field(default_factory=list)
+    parts: Sequence[Part] = ()
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback; callbacks of earlier parts are called first."""
@@ -165,6 +167,13 @@ class Part:
     def around(self) -> AbstractContextManager[None]:
         """Return a context in which the Trainer trains."""
         return nullcontext()
+
+    def remember(self) -> dict[str, Tensor]:
+        """Return what a resumed run has to know, beside weights and optimiser; called in every process at a save."""
+        return {}
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Take what :meth:`remember` gave; empty for a checkpoint of a version in which it gave nothing."""
 
     def finish(self, _trainer: PartsTrainer) -> dict[str, Any]:
         """Bring the trained model into the form in which it is saved; return metrics for the record."""

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from modicum import registry
 from modicum.durable import whole_folder, write_atomic
-from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.training.parts import Build, Part
 from modicum.layout import ADAPTER_CONFIG
 from modicum.recipe import Choice, Section, choice
@@ -20,6 +20,7 @@ from modicum.registry import training_part
 from modicum.types import PositiveInt
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import TrainingArguments
 
     from modicum.facts import AdapterFacts
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from modicum.jobs.training.batches import Batches
     from modicum.jobs.training.recipe import TrainRecipe
     from modicum.jobs.training.trainer import PartsTrainer
+
+
+CACHE = "adapter_start.safetensors"  # the factors that training started from, in the run's folder
+START = "start"  # their hash, among what a checkpoint remembers
 
 
 class AdapterSection(Section):
@@ -144,7 +149,7 @@ class Adapter(Part):
             seed=self.recipe.seed,
             total_steps=batches.steps,
             accumulation=batches.arguments.gradient_accumulation_steps,
-            cache=self.run.folder / "adapter_start.safetensors",
+            cache=self.run.folder / CACHE,
         )
         for note in self.started.notes:
             self.run.note(note)
@@ -161,8 +166,35 @@ class Adapter(Part):
         own = make_optimizer(build.model, self.init.name, self.init.knobs, lr=lr, weight_decay=decay)
         if own is not None:
             build.optimizer = own
-        if (callback := step_callback(self.init.name)) is not None:
+        if (callback := step_callback(self.init.name, resumes=True)) is not None:
             build.add_callback(callback)
+        self.model_in_training = build.model
+
+    def remember(self) -> dict[str, Tensor]:
+        """Return what the method remembers, and the hash of the factors that training started from."""
+        kept = {} if self.facts.memory is None else self.facts.memory(self.model_in_training)
+        return kept | ({} if self.started is None else {START: self.started.digest})
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what the method remembers, from the same start.
+
+        Raises:
+            CheckpointError: The checkpoint is of an earlier version, or belongs to another start.
+        """
+        known = dict(state)
+        start = known.pop(START, None)
+        if self.started is not None and start is not None and not start.equal(self.started.digest):
+            raise CheckpointError(
+                f"The start of the adapter in {self.run.folder / CACHE} is not the one that the checkpoint was trained "
+                "from. Choose another --out."
+            )
+        if self.facts.recall is not None:
+            if start is None:
+                raise CheckpointError(
+                    f"The checkpoint is of an earlier version, which did not keep what {self.init.name} remembers of "
+                    "the gradients. Choose another --out."
+                )
+            self.facts.recall(self.model_in_training, known)
 
     def finish(self, trainer: PartsTrainer) -> dict[str, Any]:
         """Make the trained parts plain weights again."""

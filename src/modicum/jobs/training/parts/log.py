@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from modicum.durable import write_atomic
 from modicum.jobs.training.parts import Build, Part
+from modicum.record import read_log
 from modicum.registry import training_part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EVENTS = ("train", "eval")  # events of the trainer
 
 
 @training_part("log", order=100)
@@ -16,9 +25,13 @@ class Log(Part):
         """Add the callback."""
         from transformers import TrainerCallback
 
-        run = self.run
+        run, part = self.run, self
 
         class LogCallback(TrainerCallback):
+            def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+                if not state.global_step:
+                    part.forget(0)  # what a run wrote that was killed before it saved
+
             def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
                 if not state.is_world_process_zero:
                     return
@@ -31,3 +44,24 @@ class Log(Part):
                     run.say(f"step {state.global_step}/{state.max_steps} {shown}")
 
         build.add_callback(LogCallback())
+
+    def remember(self) -> dict[str, Tensor]:
+        """Return how many lines there are."""
+        import torch
+
+        return {"lines": torch.tensor(sum(line.get("event") in EVENTS for line in read_log(self.run.folder)))}
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Take out the lines of steps that are done again."""
+        if state:
+            self.forget(int(state["lines"]))
+
+    def forget(self, after: int) -> None:
+        """Take the trainer's lines but for the first so many out of the log."""
+        lines, kept = read_log(self.run.folder), []
+        for line in lines:
+            after -= (known := line.get("event") in EVENTS)
+            if not known or after >= 0:
+                kept.append(line)
+        if self.run.main and len(kept) < len(lines):
+            write_atomic(self.run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))

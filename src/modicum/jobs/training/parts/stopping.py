@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -13,6 +15,7 @@ from modicum.registry import training_part
 from modicum.types import PositiveInt
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import TrainingArguments
 
     from modicum.jobs.training.trainer import PartsTrainer
@@ -30,7 +33,10 @@ class StopSection(Section):
 
 @training_part("divergence", order=-20)
 class Divergence(Part):
-    """Refuse to save or to finish a model whose trained weights are not finite, or that no step has trained."""
+    """Refuse to save or to finish a model whose trained weights are not finite, or that no step has trained.
+
+    It sees every loss, and so it also tells their mean, whose sums a resumed run goes on with.
+    """
 
     watch: LossWatch
 
@@ -45,25 +51,27 @@ class Divergence(Part):
         at_once = stop is not None and stop.nan
 
         class DivergenceCallback(TrainerCallback):
-            bad = False  # whether any loss was since the last line of the log
-
             def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
                 part.watch.step = state.global_step + 1
 
             def on_step_end(self, _args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
                 due = at_once or control.should_log or control.should_save or state.global_step % EVERY == 0
                 bad = due and part.watch.look()
-                self.bad = self.bad or bad
                 if bad and at_once:
                     part.refuse(f"Step {part.watch.first}: the loss is NaN or infinite, and stop_on.nan is true.")
                 if bad or control.should_save:
                     part.check_weights(model, state.global_step)
 
+            def on_epoch_end(self, _args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+                if control.should_save:
+                    part.check_weights(model, state.global_step)
+
             def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
-                # The Trainer writes the mean of the losses before, or, without that filter, NaN to the end of the run.
-                if self.bad and "loss" in logs:
-                    logs["loss"] = state.log_history[-1]["loss"] = float("nan")
-                    self.bad = False
+                # The Trainer forgets the losses before a checkpoint when it goes on from it. One that is not finite it
+                # replaces by the mean of those before, or, without that filter, writes NaN to the end of the run.
+                if "loss" in logs:
+                    mean = part.watch.since_logged(state.global_step)
+                    logs["loss"] = state.log_history[-1]["loss"] = mean if math.isfinite(mean) else math.nan
 
         build.watchers.append(self.watch)
         build.add_callback(DivergenceCallback())
@@ -85,7 +93,18 @@ class Divergence(Part):
                 f"{self.watch.count} losses were NaN or infinite, the first at step {self.watch.first}; the weights "
                 "are finite. stop_on: {nan: true} ends a run at the first."
             )
-        return {}
+        return {"train_loss": self.watch.mean(step)}
+
+    def remember(self) -> dict[str, Tensor]:
+        """Return what is known of the losses."""
+        return self.watch.state()
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the losses of the run before."""
+        if state:
+            self.watch.load(state)
+        else:
+            self.run.note("The checkpoint is of an earlier version: train_loss is the mean of the steps after it.")
 
     def check_weights(self, model: Any, step: int) -> None:
         """Refuse trained weights that are not finite."""
@@ -128,14 +147,24 @@ class StopOn(Part):
         patience, run = self.section.patience, self.run
 
         class PatienceCallback(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if self.patient(args, state):
+                    return
+                control.should_training_stop = True  # the run was killed after its last evaluation
+
             def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if not self.patient(args, state):
+                    control.should_training_stop = True
+                    run.note(
+                        f"Stopped at step {state.global_step}: {self.metric} got no better in {patience} evaluations."
+                    )
+
+            def patient(self, args: Any, state: Any) -> bool:
                 metric = args.metric_for_best_model or "loss"
-                metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+                self.metric = metric = metric if metric.startswith("eval_") else f"eval_{metric}"
                 sign = -1 if args.greater_is_better else 1
                 values = [sign * line[metric] for line in state.log_history if metric in line]
                 values = [value if value == value else float("inf") for value in values]
-                if values and len(values) - 1 - values.index(min(values)) >= patience:
-                    control.should_training_stop = True
-                    run.note(f"Stopped at step {state.global_step}: {metric} got no better in {patience} evaluations.")
+                return not values or len(values) - 1 - values.index(min(values)) < patience
 
         build.add_callback(PatienceCallback())
