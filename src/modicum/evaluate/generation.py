@@ -1,25 +1,41 @@
-"""Greedy generation in batches, with left padding.
+"""Generation in batches with left padding: greedy, or several samples of each prompt from one reading of it.
 
 Prompts are sorted by length, so that little is spent on padding and the order in which they come does not matter. The
-batch size changes nothing but the last digits of the logits; in float32 that practically never changes a token.
+batch size changes nothing but the last digits of the logits; in float32 that practically never changes a token. Each
+sample has random numbers of its own, named by its seed, so it does not depend on the company either.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from modicum.errors import UnsupportedError
+from modicum.errors import RecipeError, UnsupportedError
+from modicum.random import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@torch.inference_mode()
+class Sample(NamedTuple):
+    """One continuation of a prompt.
+
+    Attributes:
+        tokens: Without the token that ended it.
+        ended: Whether a stop token ended it, rather than the limit.
+        logprobs: For each position the likeliest tokens with their log-probabilities at temperature 1, where asked for.
+    """
+
+    tokens: list[int]
+    ended: bool
+    logprobs: list[dict[int, float]] | None = None
+
+
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -47,6 +63,67 @@ def generate(
     Raises:
         UnsupportedError: A prompt leaves no room for an answer within the model's positions.
     """
+    found = sample(
+        model,
+        prompts,
+        [[0]] * len(prompts),
+        temperature=0.0,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        pad=pad,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [only.tokens for (only,) in found]
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int,
+    stop: Iterable[int],
+    pad: int,
+    batch_size: int = 32,
+    logprobs: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[list[Sample]]:
+    """Continue each prompt several times; each prompt is read once, whatever the number of its samples.
+
+    Args:
+        model: A causal language model with a key-value cache.
+        prompts: Token ids, at least one each.
+        seeds: For each prompt the seeds of its samples, one or more.
+        temperature: 0 is greedy.
+        top_p: The likeliest tokens with this share of the probability are drawn from, in (0, 1].
+        max_new_tokens: Limit on the tokens of an answer.
+        stop: Tokens that end an answer; they are left out of it.
+        pad: Token to fill shorter prompts with; it is masked.
+        batch_size: Samples at a time.
+        logprobs: How many of the likeliest tokens to report for each position.
+        progress: Called with the number of samples just finished.
+
+    Returns:
+        The samples of each prompt, in the order of prompts and seeds.
+
+    Raises:
+        RecipeError: Prompts and seeds differ in number, or a knob is out of range.
+        UnsupportedError: A prompt leaves no room for an answer within the model's positions.
+
+    Cost:
+        One pass over each prompt and one pass a token over all samples of a batch; samples that ended are taken out of
+        the batch once they are half of it.
+    """
+    if len(prompts) != len(seeds) or not all(map(len, seeds)):
+        raise RecipeError(
+            f"{len(prompts)} prompts and {len(seeds)} lists of seeds, expected one seed or more for each."
+        )
+    if not (temperature >= 0 and math.isfinite(temperature)) or not 0 < top_p <= 1:
+        raise RecipeError(f"temperature is {temperature} and top_p {top_p}, expected 0 or more, and above 0 up to 1.")
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
@@ -55,24 +132,130 @@ def generate(
             "Lower max_new_tokens or shorten the prompts."
         )
     stops = torch.tensor(sorted(stop), device=model.device, dtype=torch.long)
-    # The longest first: if memory is short, it shows at once, and the estimated time falls instead of rising.
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), list(prompts[i])))
-    answers: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        tokens = _continue(model, [prompts[i] for i in chosen], max_new_tokens=max_new_tokens, stops=stops, pad=pad)
-        ended = torch.isin(tokens, stops).cpu()
-        for row, index in enumerate(chosen):
-            cut = ended[row].nonzero()
-            answers[index] = tokens[row, : int(cut[0]) if len(cut) else None].tolist()
-        progress(len(chosen))
+    answers: list[list[Sample]] = [[] for _ in prompts]
+    for batch in _batches(prompts, seeds, batch_size):
+        drawn = _Drawn([seed for _, part in batch for seed in part], temperature, top_p, max_new_tokens, model.device)
+        ids, counts = [prompts[index] for index, _ in batch], [len(part) for _, part in batch]
+        rows = iter(_continue(model, ids, counts, drawn, max_new_tokens, stops, pad, logprobs))
+        for index, part in batch:
+            answers[index] += [next(rows) for _ in part]
+        progress(sum(counts))
     return answers
 
 
+def _batches(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], size: int
+) -> Iterable[list[tuple[int, Sequence[int]]]]:
+    """Yield prompts with some of their seeds; a prompt's seeds stay together as far as a batch has room."""
+    # The longest first: if memory is short, it shows at once, and the estimated time falls instead of rising.
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), list(prompts[i])))
+    batch: list[tuple[int, Sequence[int]]] = []
+    room = size
+    for index in order:
+        rest = seeds[index]
+        while rest:
+            if room < min(len(rest), size):
+                yield batch
+                batch, room = [], size
+            batch.append((index, rest[:room]))
+            rest, room = rest[room:], room - len(rest[:room])
+            if not room:
+                yield batch
+                batch, room = [], size
+    if batch:
+        yield batch
+
+
+class _Drawn:
+    """Choose a token for each row, by random numbers that belong to the row."""
+
+    def __init__(
+        self, seeds: Sequence[int], temperature: float, top_p: float, steps: int, device: torch.device
+    ) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        if temperature:
+            draws = [torch.rand(steps, generator=generator(seed, "sample"), dtype=torch.float64) for seed in seeds]
+            self.uniform = torch.stack(draws).to(device)
+
+    def __call__(self, logits: Tensor, step: int, rows: Tensor) -> Tensor:
+        if not self.temperature:
+            return logits.argmax(-1)
+        shares = torch.softmax(logits.double() / self.temperature, -1)
+        if self.top_p < 1:
+            ordered, order = torch.sort(shares, dim=-1, descending=True, stable=True)
+            # A token is kept while the likelier ones have not reached the share; the first one always is.
+            kept = ordered.cumsum(-1) - ordered < self.top_p
+            shares = torch.zeros_like(shares).scatter(-1, order, torch.where(kept, ordered, 0.0))
+        edges = shares.cumsum(-1)
+        # The last edge is the sum that was kept; scaling the draw by it avoids a division of the whole vocabulary.
+        at = self.uniform[rows, step, None] * edges[:, -1:]
+        return torch.searchsorted(edges, at, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
 def _continue(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stops: Tensor, pad: int
-) -> Tensor:
-    """Return up to ``max_new_tokens`` tokens for each prompt of one batch; tokens after a stop have no meaning."""
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    choose: _Drawn,
+    limit: int,
+    stops: Tensor,
+    pad: int,
+    logprobs: int,
+) -> list[Sample]:
+    """Return the samples of one batch of prompts, each of which is read once and continued ``counts`` times."""
+    logits, cache, mask, positions, options = _prefill(model, prompts, pad)
+    if any(count > 1 for count in counts):
+        copies = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(model.device)
+        cache.batch_select_indices(copies)
+        logits, mask, positions = logits[copies], mask[copies], positions[copies]
+    total = len(logits)
+    tokens = torch.full((total, limit), -1, dtype=torch.long, device=model.device)
+    likely: list[list[dict[int, float]]] = [[] for _ in range(total)]
+    rows = torch.arange(total, device=model.device)
+    ended = torch.zeros(total, dtype=torch.bool, device=model.device)
+    for step in range(limit):
+        ids = choose(logits, step, rows)
+        tokens[rows, step] = ids
+        if logprobs:
+            top = logits.float().log_softmax(-1).topk(min(logprobs, logits.shape[-1]))
+            for row, values, names in zip(rows.tolist(), top.values.tolist(), top.indices.tolist(), strict=True):
+                likely[row].append(dict(zip(names, values, strict=True)))
+        ended |= torch.isin(ids, stops)
+        # Asking whether all have ended waits for the device: on an accelerator a few steps too many cost less.
+        if model.device.type == "cpu" or step % 16 == 15 or step + 1 == limit:
+            gone = int(ended.sum())
+            if gone == len(rows) or step + 1 == limit:
+                break
+            if gone >= 8 and 2 * gone >= len(rows):
+                kept = (~ended).nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                ids, mask, positions, rows = ids[kept], mask[kept], positions[kept], rows[kept]
+                ended = ended[kept]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+        output = model(
+            input_ids=ids[:, None],
+            attention_mask=mask,
+            position_ids=positions,
+            cache=cache,
+            use_cache=True,
+            **options,
+        )
+        logits, cache = output.logits[:, -1], output.cache
+    return [_sample(row, stops, likely[index] if logprobs else None) for index, row in enumerate(tokens.cpu().unbind())]
+
+
+def _sample(tokens: Tensor, stops: Tensor, likely: list[dict[int, float]] | None) -> Sample:
+    written = tokens[tokens >= 0]
+    cut = torch.isin(written, stops.cpu()).nonzero()
+    length = int(cut[0]) if len(cut) else len(written)
+    return Sample(written[:length].tolist(), bool(len(cut)), None if likely is None else likely[: length + 1])
+
+
+def _prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int
+) -> tuple[Tensor, Any, Tensor, Tensor, dict[str, Any]]:
+    """Read the prompts; return the last logits, cache, mask, positions and the options of further passes."""
     shared = _shared_prefix(prompts)
     length = max(map(len, prompts))
     padded = [[pad] * (length - len(prompt)) + list(prompt[shared:]) for prompt in prompts]
@@ -82,25 +265,8 @@ def _continue(
     # Only the last position's logits are needed: over a whole batch the others would take gigabytes.
     options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
     cache = _read(model, prompts[0][:shared], len(prompts), options) if shared else None
-    ended, tokens = torch.zeros(len(prompts), dtype=torch.bool, device=model.device), []
-    for _ in range(max_new_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            cache=cache,
-            use_cache=True,
-            **options,
-        )
-        cache = output.cache
-        ids = output.logits[:, -1].argmax(-1, keepdim=True)
-        tokens.append(ids)
-        ended |= torch.isin(ids[:, 0], stops)
-        if ended.all():
-            break
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return torch.cat(tokens, dim=1)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, **options)
+    return output.logits[:, -1], output.cache, mask, positions, options
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

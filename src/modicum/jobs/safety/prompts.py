@@ -67,7 +67,7 @@ def load_guidelines(path: str | os.PathLike[str] | None = None) -> tuple[Guideli
     """
     from modicum.recipe import parse_yaml
 
-    file = Path(str(files("modicum.jobs") / "guidelines.yaml")) if path is None else Path(path)
+    file = Path(str(files("modicum.jobs.safety") / "guidelines.yaml")) if path is None else Path(path)
     try:
         found = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,179 @@
+"""Requests to one server: retried with growing waits, as many at a time as it bears, and no key in any message."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LONGEST_WAIT = 30.0  # seconds between two attempts, whatever the server asks for
+LARGEST = 1 << 26  # bytes of an answer
+
+
+class FailedError(Exception):
+    """A request that got no usable answer; the text says why, in a few words."""
+
+
+class Endpoint:
+    """A server's address, with what it has shown to bear.
+
+    Args:
+        url: Without a slash at its end.
+        key: Sent as a bearer token.
+        timeout: Seconds to wait for an answer.
+        retries: Attempts after the first one.
+    """
+
+    def __init__(self, url: str, *, key: str | None, timeout: float, retries: int) -> None:
+        self.parts, self._key, self.timeout, self.retries = urlsplit(url), key, timeout, retries
+        self.idle: list[http.client.HTTPConnection] = []  # open connections that nobody uses just now
+        self.busy = 0  # answers of "too many requests" so far, which slow the company down
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.parts.netloc})"
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Return the JSON that the server answers.
+
+        Raises:
+            FailedError: It refuses, does not answer within the attempts, or answers something that is no JSON.
+        """
+        said = "no answer"
+        for attempt in range(self.retries + 1):
+            try:
+                status, text, after = self._send(path, body)
+            except (OSError, http.client.HTTPException) as error:
+                said = f"{type(error).__name__} at {self.parts.netloc}"
+                # A connection that the server has closed while it was idle says nothing about the server.
+                wait = 0.0 if attempt == 0 and isinstance(error, http.client.RemoteDisconnected) else None
+            else:
+                if status < 400:
+                    try:
+                        return json.loads(text)
+                    except ValueError:
+                        raise FailedError(f"the answer is no JSON: {text[:60]!r}") from None
+                said = f"status {status}: {self._reason(text)}"
+                if status not in (408, 409, 429) and status < 500:
+                    raise FailedError(said)
+                self.busy += status in (429, 503)
+                wait = after
+            if attempt < self.retries:
+                growing = min(LONGEST_WAIT, 0.5 * 2**attempt)
+                # Waits differ at random, so that requests which failed together do not come back together.
+                time.sleep(min(LONGEST_WAIT, wait) if wait is not None else growing * random.uniform(0.5, 1.0))  # noqa: S311
+        raise FailedError(f"{said}, after {self.retries + 1} attempts")
+
+    def _send(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes, float | None]:
+        try:
+            connection = self.idle.pop()
+        except IndexError:
+            kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
+            connection = kind(self.parts.hostname or "", self.parts.port, timeout=self.timeout)
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        data = json.dumps(body, ensure_ascii=True).encode()
+        try:
+            connection.request("POST", f"{self.parts.path}{path}", data, headers)
+            response = connection.getresponse()
+            text = response.read(LARGEST + 1)
+            if len(text) > LARGEST:
+                raise FailedError(f"the answer is longer than {LARGEST >> 20} MiB")
+        except BaseException:
+            connection.close()
+            raise
+        if response.will_close:
+            connection.close()
+        else:
+            self.idle.append(connection)
+        after = response.getheader("Retry-After")
+        return response.status, text, float(after) if after and after.isdigit() else None
+
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        while self.idle:
+            self.idle.pop().close()
+
+    def _reason(self, text: bytes) -> str:
+        """Return what the server says, in one line and without the key, which some servers repeat."""
+        try:
+            found = json.loads(text)
+            error = found.get("error", found) if isinstance(found, dict) else found
+            said = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+        except (ValueError, AttributeError):
+            said = text.decode("utf-8", "replace")
+        line = " ".join(said.split())[:200]
+        return line.replace(self._key, "***") if self._key else line
+
+
+def together(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    most: int,
+    endpoint: Endpoint,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[R]:
+    """Return ``function`` of every item, in order, with as many at a time as the server bears.
+
+    The number grows by one with every round of answers as long as more of them come in a second, and halves when the
+    server says that there are too many.
+    """
+    gate = _Gate(min(4, most), most, endpoint)
+    lock = threading.Lock()
+
+    def run(item: T) -> R:
+        with gate:
+            result = function(item)
+        with lock:
+            progress(1)
+        return result
+
+    try:
+        with ThreadPoolExecutor(max_workers=max(1, min(most, len(items)))) as pool:
+            return list(pool.map(run, items))
+    finally:
+        endpoint.close()
+
+
+class _Gate:
+    """Lets a changing number of threads through."""
+
+    def __init__(self, start: int, most: int, endpoint: Endpoint) -> None:
+        self.limit, self.most, self.endpoint = start, most, endpoint
+        self.condition = threading.Condition()
+        self.inside = self.done = 0
+        self.busy, self.rate, self.since = endpoint.busy, 0.0, time.monotonic()
+
+    def __enter__(self) -> None:
+        with self.condition:
+            self.condition.wait_for(lambda: self.inside < self.limit)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.condition:
+            self.inside -= 1
+            self.done += 1
+            if self.endpoint.busy > self.busy:
+                self.limit, self.busy = max(1, self.limit // 2), self.endpoint.busy
+                self._restart()
+            elif self.done >= 2 * self.limit:
+                rate = self.done / max(1e-6, time.monotonic() - self.since)
+                # A server of one core answers no faster for being asked by more; one that batches does.
+                if rate >= 0.95 * self.rate:
+                    self.limit = min(self.most, self.limit + max(1, self.limit // 2))
+                self.rate = max(rate, self.rate)
+                self._restart()
+            self.condition.notify_all()
+
+    def _restart(self) -> None:
+        self.done, self.since = 0, time.monotonic()

@@ -1,0 +1,123 @@
+"""A model on this machine as a chat model: one reading of each prompt, whatever the number of its samples."""
+
+from __future__ import annotations
+
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modicum.errors import CheckpointError, UnsupportedError
+from modicum.evaluate.chat import THINK, ChatRequest, ChatResult, Choice, GenParams, Usage, split_reasoning
+from modicum.evaluate.generation import Sample, sample, stop_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LocalHF:
+    """Answer with a model of transformers.
+
+    Requests that begin with the same tokens and differ in their seeds share one reading of the prompt. Each sample has
+    random numbers of its own, so it does not depend on the batch.
+
+    Attributes:
+        model: A causal language model.
+        tokenizer: Its own, with a chat template.
+        name: Goes into records and cache keys.
+        batch_size: Samples at a time.
+        progress: Called with the number of samples just finished.
+        tags: How reasoning opens and closes.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str = "local"
+    batch_size: int = 32
+    progress: Callable[[int], None] = lambda _: None
+    tags: tuple[str, str] = THINK
+
+    @property
+    def caps(self) -> frozenset[str]:
+        """Everything but a reasoning field of its own."""
+        return frozenset({"n", "seed", "prefill", "logprobs", "hidden_states", "sampling"})
+
+    def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """Answer every request.
+
+        Raises:
+            CheckpointError: The tokenizer has no chat template.
+            UnsupportedError: A request asks for texts that end an answer, which this backend does not look for.
+        """
+        prompts = [self._prompt(request) for request in requests]
+        answers: list[list[Sample | None]] = [[None] * request.params.n for request in requests]
+        results: dict[int, str] = {}
+        groups: dict[tuple[Any, ...], dict[tuple[int, ...], list[tuple[int, int, int]]]] = defaultdict(dict)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for index, (request, (ids, _)) in enumerate(zip(requests, prompts, strict=True)):
+            params = request.params
+            if params.stop:
+                raise UnsupportedError("A local model does not look for `stop` texts. Leave them out.")
+            if limit is not None and len(ids) + params.max_tokens > limit:
+                results[index] = (
+                    f"{len(ids)} tokens and {params.max_tokens} new ones exceed the model's {limit} positions"
+                )
+                continue
+            same = groups[(params.temperature, params.top_p, params.max_tokens, params.logprobs)]
+            wanted = same.setdefault(tuple(ids), [])
+            wanted += [(index, i, self._seed(params, i)) for i in range(params.n)]
+        for (temperature, top_p, max_tokens, logprobs), asked in groups.items():
+            found = sample(
+                self.model,
+                list(asked),
+                [[seed for _, _, seed in places] for places in asked.values()],
+                temperature=temperature,
+                top_p=top_p,
+                max_new_tokens=max_tokens,
+                logprobs=logprobs,
+                stop=stop_tokens(self.model, self.tokenizer),
+                pad=self.tokenizer.pad_token_id or 0,
+                batch_size=self.batch_size,
+                progress=self.progress,
+            )
+            for places, samples in zip(asked.values(), found, strict=True):
+                for (index, place, _), drawn in zip(places, samples, strict=True):
+                    answers[index][place] = drawn
+        return [
+            ChatResult(error=results[index])
+            if index in results
+            else self._result(prompts[index], [drawn for drawn in answers[index] if drawn is not None])
+            for index in range(len(requests))
+        ]
+
+    def _prompt(self, request: ChatRequest) -> tuple[list[int], bool]:
+        """Return the ids of a prompt, and whether it ends inside the reasoning."""
+        if not self.tokenizer.chat_template:
+            raise CheckpointError(f"The tokenizer of {self.name} has no chat template. Use an instruction-tuned model.")
+        text: str = self.tokenizer.apply_chat_template(
+            list(request.messages), tokenize=False, add_generation_prompt=True
+        )
+        text += request.prefill or ""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        start, end = self.tags
+        return ids, text.rfind(start) > text.rfind(end) and text.rstrip().endswith(start)
+
+    def _seed(self, params: GenParams, index: int) -> int:
+        return secrets.randbits(62) if params.seed is None else params.seed + index
+
+    def _result(self, prompt: tuple[list[int], bool], samples: Sequence[Sample]) -> ChatResult:
+        ids, opened = prompt
+        choices = []
+        for drawn in samples:
+            text = self.tokenizer.decode(drawn.tokens, skip_special_tokens=True)
+            reasoning, answer, _ = split_reasoning(text, tags=self.tags, opened=opened)
+            choices.append(Choice(answer, reasoning, "stop" if drawn.ended else "length", self._words(drawn.logprobs)))
+        written = sum(len(drawn.tokens) for drawn in samples)
+        return ChatResult(tuple(choices), Usage(len(ids), written))
+
+    def _words(self, likely: list[dict[int, float]] | None) -> list[dict[str, float]] | None:
+        if likely is None:
+            return None
+        return [{self.tokenizer.decode([token]): value for token, value in position.items()} for position in likely]

@@ -1,0 +1,214 @@
+"""Any server that speaks the OpenAI chat protocol: vLLM, SGLang, llama.cpp, Ollama, ``transformers serve``.
+
+Servers differ where the protocol is silent: some ignore ``n``, some write reasoning into a field and some into tags,
+some do not sample unless told in a way of their own. The client evens that out, and says what it cannot even out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from modicum.errors import RecipeError
+from modicum.evaluate.chat import THINK, ChatRequest, ChatResult, Choice, Finish, Usage, split_reasoning, user
+from modicum.jobs.chat.http import Endpoint, FailedError, together
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FINISH: Mapping[str, Finish] = {"length": "length", "content_filter": "content_filter"}  # others are ordinary stops
+OPEN_QUESTION = "Write one sentence about anything you like."
+
+
+class OpenAICompatible:
+    """Ask a server.
+
+    Args:
+        model: Its name there.
+        base_url: Up to and including ``/v1``.
+        api_key_env: Name of the environment variable that holds the key; ``None`` sends none. The key is never logged.
+        concurrency: Most requests at a time; the number used adapts to what the server bears.
+        timeout: Seconds to wait for one answer.
+        retries: How often a request is sent again after 429, 5xx or a lost connection.
+        extra_body: Further fields of every request.
+        allow_remote: Whether a server on another machine may be asked.
+        tags: How reasoning opens and closes where the server does not separate it.
+        progress: Called with the number of requests just finished.
+
+    Raises:
+        RecipeError: The address is no HTTP address, another machine without ``allow_remote``, or the key's variable is
+            not set.
+
+    Example:
+        >>> OpenAICompatible("smollm2", base_url="http://127.0.0.1:8000/v1").name
+        'smollm2@127.0.0.1:8000'
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str = "http://127.0.0.1:8000/v1",
+        api_key_env: str | None = None,
+        concurrency: int = 16,
+        timeout: float = 120.0,
+        retries: int = 5,
+        extra_body: Mapping[str, Any] | None = None,
+        allow_remote: bool = False,
+        tags: tuple[str, str] = THINK,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+            raise RecipeError(
+                "base_url is no address such as http://127.0.0.1:8000/v1, without a name or password in it."
+            )
+        if parts.hostname not in LOOPBACK and not allow_remote:
+            raise RecipeError(
+                f"base_url names another machine, {parts.hostname}. Prompts of an evaluation would leave this one: set "
+                "allow_remote: true if that is wanted."
+            )
+        if concurrency < 1 or retries < 0 or not timeout > 0:
+            raise RecipeError(
+                f"concurrency is {concurrency}, retries {retries} and timeout {timeout}, expected 1 or more, 0 or more "
+                "and a positive number."
+            )
+        key = None
+        if api_key_env is not None and not (key := os.environ.get(api_key_env)):
+            raise RecipeError(
+                f"The environment variable {api_key_env} is not set. Put the key of {parts.netloc} into it."
+            )
+        self.model, self.name, self.tags, self.progress = model, f"{model}@{parts.netloc}", tags, progress
+        self.extra_body, self.concurrency = dict(extra_body or {}), concurrency
+        self.endpoint = Endpoint(base_url.rstrip("/"), key=key, timeout=timeout, retries=retries)
+        self.samples: bool | None = None
+
+    @property
+    def caps(self) -> frozenset[str]:
+        """What the server can do as far as is known; ``sampling`` only after :meth:`probe`."""
+        return frozenset({"n", "seed", "logprobs", "reasoning_field", *({"sampling"} if self.samples else ())})
+
+    def probe(self) -> bool:
+        """Find out whether the server samples: two answers at temperature 1 must differ.
+
+        ``transformers serve`` samples only when told so by a field of its own, which is tried second and kept if it
+        helps.
+
+        Raises:
+            RecipeError: The server does not answer.
+        """
+        own = {"generation_config": json.dumps({"do_sample": True, "temperature": 1.0, "top_k": 0})}
+        for extra in ({}, own):
+            self.extra_body |= extra
+            request = ChatRequest(user(OPEN_QUESTION))
+            # Four draws of up to 24 tokens: that all are equal by chance is out of the question for an open wish.
+            draws = [replace(request, params=replace(request.params, max_tokens=24, seed=seed)) for seed in range(4)]
+            results = self.generate(draws)
+            if failed := next((result.error for result in results if result.error), None):
+                raise RecipeError(f"{self.name} does not answer: {failed}.")
+            self.samples = len({(r.choices[0].text, r.choices[0].reasoning) for r in results}) > 1
+            if self.samples:
+                return True
+        for name in own:
+            del self.extra_body[name]
+        return False
+
+    def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """Answer every request; one that fails has an ``error`` and does not stop the others."""
+        return together(self._answer, requests, most=self.concurrency, endpoint=self.endpoint, progress=self.progress)
+
+    def decide(self, states: Sequence[str], questions: Mapping[str, str]) -> list[dict[str, float]]:
+        """Return the probability of yes to each question about each text (``POST /v1/systemone``).
+
+        Raises:
+            RecipeError: The server has no such endpoint, or answers something else.
+        """
+        asked = {name: {"type": "noul", "instructions": text} for name, text in questions.items()}
+
+        def one(state: str) -> dict[str, float] | str:
+            body = {"model": self.model, "state": state, "questions": asked}
+            try:
+                found = self.endpoint.post("/systemone", body)
+                return {name: float(answer["noul"]) for name, answer in found["answers"].items()}
+            except FailedError as failed:
+                return str(failed)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                return "the answer is no set of probabilities"
+
+        results = together(one, states, most=self.concurrency, endpoint=self.endpoint, progress=self.progress)
+        if failed := [result for result in results if isinstance(result, str)]:
+            raise RecipeError(f"{self.name} does not decide: {failed[0]}.")
+        return [result for result in results if isinstance(result, dict)]
+
+    def _answer(self, request: ChatRequest) -> ChatResult:
+        choices: list[Choice] = []
+        usage, seed = Usage(), request.params.seed
+        try:
+            while len(choices) < request.params.n:
+                # A server that ignores `n` gives one answer: the others are asked for under other seeds.
+                missing = request.params.n - len(choices)
+                found = self.endpoint.post("/chat/completions", self._body(request, missing, seed, len(choices)))
+                fresh = [self._choice(entry) for entry in found["choices"][:missing]]
+                if not fresh:
+                    raise FailedError("the answer has no choices")
+                choices += fresh
+                used = found.get("usage") or {}
+                usage = Usage(
+                    usage.prompt_tokens + int(used.get("prompt_tokens") or 0),
+                    usage.completion_tokens + int(used.get("completion_tokens") or 0),
+                )
+        except FailedError as failed:
+            return ChatResult(tuple(choices), usage, str(failed))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            return ChatResult(tuple(choices), usage, "the answer is no chat completion")
+        return ChatResult(tuple(choices), usage)
+
+    def _body(self, request: ChatRequest, n: int, seed: int | None, done: int) -> dict[str, Any]:
+        params = request.params
+        messages: list[Any] = list(request.messages)
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "max_tokens": params.max_tokens,
+        }
+        if n > 1:
+            body["n"] = n
+        if seed is not None:
+            body["seed"] = (seed + done) % 2**31  # servers keep it in 32 bits
+        if params.stop:
+            body["stop"] = list(params.stop)
+        if params.logprobs:
+            body |= {"logprobs": True, "top_logprobs": params.logprobs}
+        if request.prefill is not None:
+            messages.append({"role": "assistant", "content": request.prefill})
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        extra = dict(self.extra_body)
+        if params.temperature == 0:
+            extra.pop("generation_config", None)
+        elif "generation_config" in extra:
+            own = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
+            extra["generation_config"] = json.dumps(own)
+        return body | extra
+
+    def _choice(self, entry: Mapping[str, Any]) -> Choice:
+        message = entry["message"]
+        text = message.get("content") or ""
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        finish = FINISH.get(str(entry.get("finish_reason")), "stop")
+        if message.get("refusal"):
+            text, finish = str(message["refusal"]), "refusal"
+        if reasoning is None:
+            reasoning, text, _ = split_reasoning(text, tags=self.tags)
+        return Choice(str(text), reasoning, finish, _likely(entry.get("logprobs")))
+
+
+def _likely(given: Any) -> list[dict[str, float]] | None:
+    """Return words and log-probabilities of each position, as the protocol nests them."""
+    positions = given.get("content") if isinstance(given, Mapping) else None
+    if not positions:
+        return None
+    return [{top["token"]: float(top["logprob"]) for top in at.get("top_logprobs") or [at]} for at in positions]

@@ -1,0 +1,209 @@
+import threading
+import time
+
+import pytest
+from chat_server import completion, serving
+
+from modicum.errors import RecipeError
+from modicum.evaluate.chat import ChatRequest, GenParams, JudgeItem, user
+from modicum.evaluate.judges.decision import TypedDecision
+from modicum.jobs.chat.http import Endpoint, _Gate
+from modicum.jobs.chat.openai import OpenAICompatible
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch):
+    monkeypatch.setattr("modicum.jobs.chat.http.time.sleep", lambda _: None)
+
+
+def request(text="hi", **params):
+    return ChatRequest(user(text), GenParams(**params))
+
+
+def test_answers_come_in_the_order_of_the_requests():
+    def slow_first(body, _):
+        text = body["messages"][-1]["content"]
+        time.monotonic()
+        threading.Event().wait(0.05 if text == "0" else 0)
+        return completion(f"<{text}>")
+
+    with serving(slow_first) as (url, _):
+        results = OpenAICompatible("m", base_url=url).generate([request(str(i)) for i in range(30)])
+    assert [result.choices[0].text for result in results] == [f"<{i}>" for i in range(30)]
+    assert results[0].usage.prompt_tokens == 3
+
+
+def test_a_server_that_ignores_n_is_asked_again_under_other_seeds():
+    with serving(lambda body, number: completion(f"{body['seed']}")) as (url, seen):
+        (result,) = OpenAICompatible("m", base_url=url).generate([request(n=4, seed=5)])
+    assert [choice.text for choice in result.choices] == ["5", "6", "7", "8"] and len(seen) == 4
+    with serving(lambda body, number: completion(*"abcdef"[: body["n"]])) as (url, seen):
+        (result,) = OpenAICompatible("m", base_url=url).generate([request(n=4, seed=5)])
+    assert [choice.text for choice in result.choices] == list("abcd") and len(seen) == 1
+
+
+def test_reasoning_refusals_and_filters_are_told_apart():
+    answers = [
+        completion("Four.", reasoning_content="Add."),
+        completion("<think>Add.</think>Four."),
+        completion(None, refusal="I decline."),
+        {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]},
+        {"choices": [{"message": {"content": "<think>Add"}, "finish_reason": "length"}]},
+    ]
+    with serving(lambda body, number: answers[int(body["messages"][-1]["content"])]) as (url, _):
+        results = OpenAICompatible("m", base_url=url).generate([request(str(i)) for i in range(5)])
+    said = [(r.choices[0].text, r.choices[0].reasoning, r.choices[0].finish_reason) for r in results]
+    assert said == [
+        ("Four.", "Add.", "stop"),
+        ("Four.", "Add.", "stop"),
+        ("I decline.", None, "refusal"),
+        ("", None, "content_filter"),
+        ("", "Add", "length"),
+    ]
+    assert results[4].choices[0].incomplete()
+
+
+@pytest.mark.parametrize("trouble", [(429, {}, {"Retry-After": "1"}), (503, {}, {}), (500, b"no JSON", {})])
+def test_passing_trouble_is_waited_for(trouble):
+    with serving(lambda body, number: trouble if number <= 3 else completion("ok")) as (url, seen):
+        (result,) = OpenAICompatible("m", base_url=url).generate([request()])
+    assert result.choices[0].text == "ok" and len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said", "calls"),
+    [
+        ((429, {"error": {"message": "slow down"}}, {}), "status 429: slow down, after 3 attempts", 3),
+        ((400, {"error": {"message": "context is too long"}}, {}), "status 400: context is too long", 1),
+        ((404, {"error": "no such model"}, {}), "status 404: no such model", 1),
+        ((200, b"<html>", {}), "the answer is no JSON", 1),
+        ((200, {"choices": []}, {}), "no choices", 1),
+        ((200, {"choices": [{"text": "old protocol"}]}, {}), "no chat completion", 1),
+        ((200, ["surprise"], {}), "no chat completion", 1),
+        ((200, {"choices": None}, {}), "no chat completion", 1),
+    ],
+)
+def test_lasting_trouble_fails_one_request_and_no_other(trouble, said, calls):
+    def answer(body, number):
+        return trouble if body["messages"][-1]["content"] == "bad" else completion("ok")
+
+    with serving(answer) as (url, seen):
+        bad, good = OpenAICompatible("m", base_url=url, retries=2).generate([request("bad"), request("good")])
+    assert said in bad.error and not bad.choices and good.choices[0].text == "ok" and len(seen) == calls + 1
+
+
+def test_a_server_that_is_not_there_is_one_line():
+    (result,) = OpenAICompatible("m", base_url="http://127.0.0.1:9/v1", retries=1).generate([request()])
+    assert "ConnectionRefusedError at 127.0.0.1:9" in result.error and "\n" not in result.error
+
+
+def test_keys_come_from_the_environment_and_appear_nowhere(monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "s3cret-value")
+    with serving(lambda body, number: (401, {"error": "wrong key s3cret-value"}, {})) as (url, seen):
+        model = OpenAICompatible("m", base_url=url, api_key_env="TEACHER_KEY")
+        (result,) = model.generate([request()])
+        assert seen[0]["key"] == "Bearer s3cret-value"
+    assert "s3cret" not in f"{result.error}{model.name}{model.endpoint!r}{vars(model)}" and "***" in result.error
+    monkeypatch.delenv("TEACHER_KEY")
+    with pytest.raises(RecipeError, match="TEACHER_KEY is not set"):
+        OpenAICompatible("m", api_key_env="TEACHER_KEY")
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"base_url": "ftp://127.0.0.1/v1"}, {"base_url": "127.0.0.1:8000"}, {"base_url": "http://u:p@127.0.0.1/v1"},
+        {"base_url": "http://example.org/v1"}, {"concurrency": 0}, {"timeout": 0.0}, {"retries": -1},
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant_are_refused(knobs):
+    with pytest.raises(RecipeError) as caught:
+        OpenAICompatible("m", **knobs)
+    assert "\n" not in str(caught.value) and "u:p" not in str(caught.value)
+
+
+def test_another_machine_is_asked_when_allowed():
+    assert OpenAICompatible("m", base_url="https://example.org/v1", allow_remote=True).name == "m@example.org"
+
+
+def test_a_probe_finds_servers_that_do_not_sample():
+    with serving(lambda body, number: completion("always this")) as (url, _):
+        deaf = OpenAICompatible("m", base_url=url)
+        assert not deaf.probe() and "sampling" not in deaf.caps and deaf.extra_body == {}
+    with serving(lambda body, number: completion(str(body["seed"]))) as (url, _):
+        free = OpenAICompatible("m", base_url=url)
+        assert free.probe() and "sampling" in free.caps and free.extra_body == {}
+    with serving(lambda b, _: completion(str(b["seed"]) if "do_sample" in b.get("generation_config", "") else "x")) as (
+        url,
+        seen,
+    ):
+        told = OpenAICompatible("m", base_url=url)
+        assert told.probe() and "sampling" in told.caps
+        told.generate([request(temperature=0.5, top_p=0.9, seed=1), request(temperature=0.0, seed=1)])
+        bodies = {body["temperature"]: body for body in seen[-2:]}
+        assert '"temperature": 0.5' in bodies[0.5]["generation_config"] and "generation_config" not in bodies[0.0]
+    with pytest.raises(RecipeError, match="does not answer"):
+        OpenAICompatible("m", base_url="http://127.0.0.1:9/v1", retries=0).probe()
+
+
+def test_concurrency_grows_to_what_is_allowed_and_falls_when_there_is_too_much():
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def answer(body, number):
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        threading.Event().wait(0.004)
+        with lock:
+            inside -= 1
+        return completion("ok")
+
+    with serving(answer) as (url, _):
+        OpenAICompatible("m", base_url=url, concurrency=12).generate([request(str(i)) for i in range(150)])
+        assert 1 <= most <= 12
+    most = 0
+
+    def strict(body, number):
+        nonlocal most
+        found = answer(body, number)
+        return (429, {}, {}) if inside >= 2 else found
+
+    with serving(strict) as (url, _):
+        results = OpenAICompatible("m", base_url=url, concurrency=12, retries=20).generate([request()] * 80)
+    assert all(result.error is None for result in results)
+
+
+@pytest.mark.parametrize(("speed", "grows"), [(lambda limit: limit, True), (lambda limit: 1 / limit, False)])
+def test_more_are_asked_at_a_time_while_that_brings_more_answers(monkeypatch, speed, grows):
+    now = 0.0
+    monkeypatch.setattr("modicum.jobs.chat.http.time.monotonic", lambda: now)
+    gate = _Gate(2, 32, Endpoint("http://127.0.0.1:9/v1", key=None, timeout=1.0, retries=0))
+    for _ in range(200):
+        with gate:
+            now += 1 / speed(gate.limit)
+    assert (gate.limit == 32) == grows and gate.limit >= 2
+    gate.endpoint.busy += 1
+    before = gate.limit
+    with gate:
+        pass
+    assert gate.limit == before // 2
+
+
+def test_typed_decisions_and_log_probabilities():
+    def answer(body, number):
+        if "questions" in body:
+            return {"answers": {name: {"noul": 0.75 if name == "unsafe" else 0.25} for name in body["questions"]}}
+        tops = [{"token": "safe", "logprob": -0.1}, {"token": "unsafe", "logprob": -2.0}]
+        found = completion("safe")
+        found["choices"][0]["logprobs"] = {"content": [{"token": "safe", "logprob": -0.1, "top_logprobs": tops}]}
+        return found
+
+    with serving(answer) as (url, seen):
+        model = OpenAICompatible("m", base_url=url)
+        (verdict,) = TypedDecision(model).judge([JudgeItem("goal", "p", "Step one.")])
+        assert (verdict.unsafe, verdict.refusal) == (True, False) and seen[0]["path"] == "/v1/systemone"
+        (result,) = model.generate([request(logprobs=2)])
+        assert result.choices[0].logprobs == [{"safe": -0.1, "unsafe": -2.0}]
+    with serving(lambda body, number: (404, {}, {})) as (url, _), pytest.raises(RecipeError, match="does not decide"):
+        OpenAICompatible("m", base_url=url).decide(["x"], {"unsafe": "?"})
