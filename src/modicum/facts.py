@@ -236,7 +236,9 @@ class AttackFacts(Facts):
         licence: Of the wrappers that it reads from installed packages, or of its own words.
         source: Where the wrappers come from.
         needs_model: It asks a model of the user's own to reword the goal.
-        wrappers: Family of templates, in installed packages, that the job hands to it.
+        wrappers: Family of templates in installed packages from which a recipe takes its own where it names none.
+        decode: ``(prompt, **knobs)`` reads the goal out of a prompt again.
+        example: A value for a knob that has no default, for tests of laws.
     """
 
     known_laws = MappingProxyType(
@@ -250,6 +252,8 @@ class AttackFacts(Facts):
     source: str = "this package"
     needs_model: bool = False
     wrappers: str | None = None
+    decode: Callable[..., str] | None = None
+    example: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,5 +113,5 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 
 def _coordinates(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows in an orthonormal basis of their span, and the basis (n, d)."""
-    u, s, vh = torch.linalg.svd(rows, full_matrices=False)
-    return u * s, vh
+    q, r = torch.linalg.qr(rows.T)
+    return r.T, q.T

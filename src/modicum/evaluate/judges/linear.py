@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -44,7 +46,8 @@ class LinearGuard(PartJudge):
         RecipeError: It is asked before it has learned.
 
     Example:
-        >>> items = [JudgeItem("g", "", text) for text in ("I will not.", "I will not do it.", "Step one.", "Step two.")]
+        >>> texts = "I will not.", "I will not do it.", "Step one.", "Step two."
+        >>> items = [JudgeItem("g", "", text) for text in texts]
         >>> guard = LinearGuard().fit(items, [False, False, True, True])
         >>> [verdict.unsafe for verdict in guard.judge(items)]
         [False, False, True, True]
@@ -61,7 +64,7 @@ class LinearGuard(PartJudge):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
-        self, *, features: PositiveInt = 4096, l2: Positive = 1.0, cutoff: UnitInterval = 0.5, part: Part = "answer"
+        self, *, features: PositiveInt = 4096, l2: Positive = 0.3, cutoff: UnitInterval = 0.5, part: Part = "answer"
     ) -> None:
         super().__init__(part=part)
         self.features, self.l2, self.cutoff = features, l2, cutoff
@@ -113,14 +116,15 @@ class LinearGuard(PartJudge):
 
     def _features(self, texts: Sequence[str]) -> Tensor:
         x = torch.zeros(len(texts), self.features, dtype=torch.float64)
-        for row, text in zip(x, texts, strict=True):
+        for index, text in enumerate(texts):
             words = re.findall(r"[\w']+", text.casefold().replace("’", "'"))
-            grams = [*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False)), *(f"^{w}" for w in words[:8])]
-            for gram in grams:
-                row[_hash(gram) % self.features] += 1
+            grams = [*words, *(f"{a} {b}" for a, b in pairwise(words)), *(f"^{word}" for word in words[:8])]
+            places = torch.tensor([_hash(gram) % self.features for gram in grams], dtype=torch.long)
+            x[index] = torch.bincount(places, minlength=self.features)
         x = x.sqrt()
         return x / x.norm(dim=1, keepdim=True).clamp_min(1.0)
 
 
+@lru_cache(maxsize=1 << 18)
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
