@@ -10,7 +10,7 @@ from beartype.door import is_bearable
 from modicum import registry
 from modicum.errors import RecipeError
 from modicum.facts import Facts
-from modicum.knobs import documentation, fields_of, known, unpacked
+from modicum.knobs import documentation, fields_of, known, parameters, unpacked
 from modicum.registry import Entry, Registry
 from modicum.types import Fraction, PositiveInt
 
@@ -269,6 +269,8 @@ UNPACKING = [e for t in registry.REGISTRIES.values() for e in t.values() if unpa
 def test_a_misspelt_keyword_is_refused_with_the_closest_wherever_keywords_are_unpacked(entry: Entry):
     data, knobs = entry.parameters
     required = {k: 1.0 for k, p in knobs.items() if p.default is p.empty}
+    seam = {k: p for k, p in parameters(entry.function).items() if k in entry.facts.supplied}
+    required |= {k: None for k, p in seam.items() if p.default is p.empty}
     for knob in knobs:
         with pytest.raises(TypeError, match=rf"unexpected keyword argument '{knob}_'\. Did you mean '{knob}'\?"):
             entry.function(*data, **required, **{f"{knob}_": None})

@@ -225,7 +225,16 @@ class ZerothOrderFacts(Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyFacts(Facts):
-    """Facts of a policy of submodular coordination."""
+    """Facts of a policy of submodular coordination.
+
+    Attributes:
+        step: The knob that scales its step, which a grid tunes; ``None`` where there is none.
+        hints: What its ``act`` makes of a predicted objective: ``rounds`` played on it, a choice on the ``whole``, the
+            ``truth`` that it must be shown, or ``None``.
+    """
+
+    step: str | None = None
+    hints: Literal["rounds", "whole", "truth"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

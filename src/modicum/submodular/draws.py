@@ -1,0 +1,76 @@
+"""Uniform numbers that depend on names alone: the seed, the agent, the round and the place.
+
+A policy draws thousands of numbers a round, each of them owed to one agent: on one machine all agents are drawn
+together, on several each draws its own, and both must draw the same. A generator for each agent and round would cost
+more than the round itself. Here the number at a place is a hash of the agent's key, the round and the place (the
+finaliser of SplitMix64, applied twice), in integer tensor arithmetic that is the same on every device.
+
+Reference: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, figure 17.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modicum.random import derive_seed
+
+STEP = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio, as a signed number
+FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
+SECOND = -7723592293110705685  # 0x94D049BB133111EB
+LEVELS = 2.0**-53
+
+
+def keys(seeds: Sequence[int], purpose: str, agents: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+    """Return a key for each world and agent.
+
+    Args:
+        seeds: One for each world.
+        purpose: What is drawn, so that two draws of a round are independent.
+        agents: Numbers of the agents.
+        device: Where the keys are wanted.
+
+    Returns:
+        Integers of shape (worlds, agents).
+
+    Example:
+        >>> keys([0], "act", [0, 1])[0, 1] == keys([3, 0], "act", [1])[1, 0]
+        tensor(True)
+    """
+    made = [[derive_seed(seed, "submodular", purpose, agent) for agent in agents] for seed in seeds]
+    return torch.tensor(made, dtype=torch.int64, device=device)
+
+
+def uniform(key: Tensor, turn: int, count: int) -> Tensor:
+    """Return ``count`` numbers in [0, 1) for each key, with 53 random bits each.
+
+    Args:
+        key: Keys of :func:`keys`, any shape.
+        turn: Number of the round.
+        count: How many; number ``i`` does not depend on it.
+
+    Returns:
+        Float64, of the key's shape and a last dimension of ``count``.
+
+    Example:
+        >>> a, b = uniform(keys([0], "act", [0]), 5, 3), uniform(keys([0], "act", [0]), 5, 4)
+        >>> bool((a == b[..., :3]).all())
+        True
+    """
+    turned = _mix(key + _wrap(turn * STEP))
+    places = torch.arange(1, count + 1, device=key.device) * STEP
+    bits = _mix(turned[..., None] + places)
+    return bits.bitwise_right_shift_(11).bitwise_and_((1 << 53) - 1).double().mul_(LEVELS)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """Scramble each number; the sign bit that an arithmetic shift repeats is cut off."""
+    z = torch.bitwise_right_shift(z, 30).bitwise_and_((1 << 34) - 1).bitwise_xor_(z).mul_(FIRST)
+    z = torch.bitwise_right_shift(z, 27).bitwise_and_((1 << 37) - 1).bitwise_xor_(z).mul_(SECOND)
+    return torch.bitwise_right_shift(z, 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(z)
+
+
+def _wrap(number: int) -> int:
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,0 +1,236 @@
+"""What a set function offers, and what follows from its values and gains alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modicum.errors import RecipeError, UnsupportedError
+from modicum.submodular.partition import Partition
+
+Matrix: TypeAlias = Tensor | NDArray[Any] | Sequence[Any]
+BUDGET = 1 << 24  # numbers of one temporary tensor; longer work is cut into pieces
+TOLERANCE = 1e-9  # of gains below zero, relative to the largest, that count as rounding
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a policy asks of an objective: the number of elements, values of sets, gains of elements."""
+
+    @property
+    def n(self) -> int: ...
+    def value(self, mask: Any, /) -> Any: ...
+    def gains(self, mask: Any, block: Any, /) -> Any: ...
+
+
+class SetFunction:
+    """A monotone submodular function of subsets of 0 … n-1, for any number of sets at once.
+
+    A function may stand for several worlds: ``worlds`` is then their number, and the first dimension of every mask and
+    every result goes over them.
+
+    Attributes:
+        n: Number of elements.
+        worlds: ``()``, or the number of worlds.
+        dtype: In which it computes.
+        device: Where it computes.
+    """
+
+    n: int
+    worlds: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float64
+    device: torch.device = torch.device("cpu")
+    exact = False  # whether the multilinear extension has a closed form
+    trusted = False  # whether its gains are known to be numbers of at least 0
+
+    def value(self, mask: Any) -> Tensor:
+        """Return the value of each set.
+
+        Args:
+            mask: Sets as booleans, (..., n).
+
+        Returns:
+            Shape (...).
+        """
+        raise NotImplementedError
+
+    def gains(self, mask: Any, block: Any) -> Tensor:
+        """Return what each element of ``block`` adds to each set.
+
+        Args:
+            mask: Sets as booleans, (..., n).
+            block: Element numbers, (K,), or (..., K) for other elements with each set.
+
+        Returns:
+            ``value(mask with a) - value(mask without a)`` for each ``a`` of the block, (..., K).
+        """
+        raise NotImplementedError
+
+    def gains_of(self, members: Tensor, block: Tensor) -> Tensor:
+        """Return gains where sets are lists of elements, (..., R), filled up with ``n``."""
+        mask = torch.zeros(*members.shape[:-1], self.n + 1, dtype=torch.bool, device=members.device)
+        return self.gains(mask.scatter_(-1, members, True)[..., :-1], block)
+
+    def last_gains(self) -> Tensor:
+        """Return what each element adds to all others, (worlds, n)."""
+        full = torch.ones(*self.worlds, self.n, dtype=torch.bool, device=self.device)
+        return self.gains(full, torch.arange(self.n, device=self.device))
+
+    def first_gains(self) -> Tensor:
+        """Return the value of each element alone, (worlds, n)."""
+        empty = torch.zeros(*self.worlds, self.n, dtype=torch.bool, device=self.device)
+        return self.gains(empty, torch.arange(self.n, device=self.device))
+
+    def curvature(self) -> Any:
+        r"""Return the total curvature :math:`1 - \min_a [f(V) - f(V \setminus a)] / f(a)` over the ``a`` that count.
+
+        Returns:
+            A number in [0, 1], or a tensor of one for each world; 0 where no element has a value.
+        """
+        alone = self.first_gains()
+        share = torch.where(alone > 0, self.last_gains() / torch.where(alone > 0, alone, 1), 1)
+        found = (1 - share.amin(-1)).clamp(0, 1)
+        return found if self.worlds else float(found)
+
+    def multilinear(self, x: Any) -> Tensor:  # noqa: ARG002
+        """Return the multilinear extension, the expected value where elements are taken independently.
+
+        Args:
+            x: Probabilities, (..., n).
+        """
+        raise no_closed_form(self, "multilinear extension")
+
+    def multilinear_grad(self, x: Any) -> Tensor:  # noqa: ARG002
+        """Return the gradient of the multilinear extension, of the shape of ``x``."""
+        raise no_closed_form(self, "multilinear extension")
+
+    def policy_gains(self, x: Tensor, partition: Partition, z: Tensor) -> Tensor:  # noqa: ARG002
+        """Return expected gains of each agent's own actions over what the others draw.
+
+        Args:
+            x: A row of block-wise probabilities for each agent, (..., agents, n).
+            partition: Whose the elements are.
+            z: The probability with which another agent is present, one for each node.
+
+        Returns:
+            Shape (nodes, ..., agents, widest block).
+        """
+        raise no_closed_form(self, "policy extension")
+
+    def start(self) -> Growing:
+        """Return an empty set that grows, for greedy algorithms."""
+        return Growing(self)
+
+    # -- helpers for subclasses ----------------------------------------------------------------------------------
+
+    def _mask(self, mask: Any) -> Tensor:
+        found = torch.as_tensor(np.asarray(mask) if isinstance(mask, (list, tuple)) else mask)
+        if found.dtype is not torch.bool:
+            found = found != 0
+        return self._shaped(found, "mask").to(self.device)
+
+    def _point(self, x: Any) -> Tensor:
+        found = torch.as_tensor(np.asarray(x) if isinstance(x, (list, tuple)) else x).to(self.device, torch.float64)
+        return self._shaped(found, "x")
+
+    def _shaped(self, found: Tensor, name: str) -> Tensor:
+        if not found.ndim or found.shape[-1] != self.n:
+            raise RecipeError(f"{name} has shape {tuple(found.shape)}, expected (…, {self.n}) for {self.n} elements.")
+        if self.worlds and found.shape[:1] != self.worlds:
+            raise RecipeError(
+                f"{name} has shape {tuple(found.shape)}, expected ({self.worlds[0]}, …) as first for the worlds."
+            )
+        return found
+
+    def _block(self, block: Any, batch: tuple[int, ...]) -> Tensor:
+        found = torch.as_tensor(np.asarray(block) if not isinstance(block, Tensor) else block, device=self.device)
+        return found.long().expand(*batch, found.shape[-1])
+
+    @property
+    def _count(self) -> int:
+        return self.worlds[0] if self.worlds else 1
+
+
+class Growing:
+    """A set that grows by one element at a time, one for each world.
+
+    Args:
+        f: The function.
+    """
+
+    def __init__(self, f: Objective) -> None:
+        self.f = f
+        worlds = getattr(f, "worlds", ())
+        self.mask = torch.zeros(*worlds, f.n, dtype=torch.bool, device=getattr(f, "device", "cpu"))
+
+    def gains(self, block: Tensor) -> Tensor:
+        """Return what each element of a block adds, (worlds, K)."""
+        return torch.as_tensor(self.f.gains(self.mask, block))
+
+    def add(self, element: Tensor) -> None:
+        """Take one element in, in each world."""
+        self.mask.scatter_(-1, element[..., None], True)
+
+
+def no_closed_form(f: object, what: str) -> UnsupportedError:
+    """Return the error that an exact result was asked for where none exists."""
+    return UnsupportedError(
+        f"{type(f).__name__} has no closed form of its {what}; FacilityLocation, ProbabilisticCoverage, WeightedCover "
+        f"and mixtures of them have. {getattr(f, 'instead', '')}Take gradient='sample'."
+    )
+
+
+def matrix(values: Matrix, name: str, *, most: float | None = None) -> Tensor:
+    """Return a matrix of numbers ≥ 0 as a tensor: float32 stays, everything else becomes float64.
+
+    Raises:
+        RecipeError: It has other than two dimensions (three for several worlds), no row or column, or a number that is
+            negative, not finite, or above ``most``.
+    """
+    found = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    found = found.detach()
+    found = found if found.dtype == torch.float32 else found.double()
+    if found.ndim not in (2, 3) or 0 in found.shape:
+        raise RecipeError(f"{name} has shape {tuple(found.shape)}, expected (rows, elements), neither of them 0.")
+    # One pass: the comparison is false for NaN too.
+    good = (found >= 0) & (found <= (most if most is not None else torch.finfo(found.dtype).max))
+    if not bool(good.all()):
+        place = tuple(int(i) for i in (~good).nonzero()[0])
+        expected = "finite numbers of at least 0" if most is None else f"numbers in [0, {most:g}]"
+        raise RecipeError(f"{name}{list(place)} is {float(found[place]):g}, expected {expected}.")
+    return found
+
+
+def row_weights(weights: Matrix | None, like: Tensor) -> Tensor:
+    """Return a weight ≥ 0 for each row of ``like``, 1 where none are given.
+
+    Raises:
+        RecipeError: There are more or fewer than rows, or one is negative or not finite.
+    """
+    if weights is None:
+        return torch.ones(like.shape[-2], dtype=like.dtype, device=like.device)
+    found = weights if isinstance(weights, Tensor) else torch.as_tensor(np.asarray(weights))
+    found = found.detach().to(like)
+    if found.shape not in ((like.shape[-2],), like.shape[:-1]):
+        raise RecipeError(f"weights have shape {tuple(found.shape)}, expected ({like.shape[-2]},), one for each row.")
+    if not bool((found >= 0).all() and found.isfinite().all()):
+        raise RecipeError("weights hold a number that is negative or not finite, expected numbers of at least 0.")
+    return found
+
+
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Sum the last dimension of ``values (worlds, …, m)`` with weights ``(m,)``, or ``(worlds, m)``."""
+    if weights.ndim == 1:
+        return values @ weights
+    return torch.einsum("w...m,wm->w...", values, weights)
+
+
+def pieces(rows: int, each: int) -> list[slice]:
+    """Cut ``rows`` into slices whose temporaries of ``each`` numbers a row stay within the budget."""
+    step = max(1, BUDGET // max(1, each))
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]

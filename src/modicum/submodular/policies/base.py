@@ -1,0 +1,205 @@
+"""What every policy does: choose an action for each agent, and learn from the objective once it is revealed.
+
+A policy of several worlds has a seed for each; everything that it holds and returns then has the worlds first, and
+each world goes exactly as it would alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from modicum.errors import RecipeError
+from modicum.submodular.draws import keys, uniform
+from modicum.submodular.functions.base import TOLERANCE, Objective, SetFunction
+from modicum.submodular.functions.combine import members_of
+from modicum.submodular.partition import Blocks, Partition
+
+
+class Policy:
+    """A policy of agents that choose together.
+
+    Args:
+        blocks: Element numbers of each agent's actions (disjoint, covering 0 … n-1), or sizes of blocks.
+        seed: Seed of all draws; several for as many worlds.
+        agents: Numbers of the agents that this process decides for; all where not given.
+        device: Where it computes.
+
+    Attributes:
+        evaluations: Evaluations of objectives so far, two for a gain.
+    """
+
+    sees: ClassVar[Literal["past", "now"]] = "past"  # "now": act is given the objective of the round itself
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        *,
+        seed: int | Sequence[int] = 0,
+        agents: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.partition = Partition.of(blocks, device=device)
+        self.worlds: tuple[int, ...] = () if isinstance(seed, int) else (len(seed),)
+        self._seeds = [seed] if isinstance(seed, int) else [int(part) for part in seed]
+        if not self._seeds:
+            raise RecipeError("seed is an empty list, expected a seed, or one for each world.")
+        self.device = self.partition.device
+        self.agents = torch.arange(self.partition.agents, device=self.device) if agents is None else agents
+        self._all = agents is None or len(self.agents) == self.partition.agents
+        self.acts = self.updates = self.evaluations = 0
+        self._keys: dict[str, Tensor] = {}
+
+    @property
+    def n(self) -> int:
+        """Number of elements."""
+        return self.partition.n
+
+    # -- the protocol --------------------------------------------------------------------------------------------
+
+    def act(self, hint: Objective | None = None, *, rounds: int = 1) -> Tensor:
+        """Choose an action for every agent.
+
+        Args:
+            hint: A predicted objective, used for this choice and then forgotten; policies that cannot use one ignore
+                it.
+            rounds: How many rounds are played on the hint before choosing.
+
+        Returns:
+            Positions inside the agents' own blocks, (worlds, N); -1 where an agent idles.
+        """
+        if rounds < 1:
+            raise RecipeError(f"rounds is {rounds}, expected at least 1.")
+        if hint is not None:
+            self._check(hint)
+        actions = self._choose(hint, rounds)
+        self.acts += 1
+        return actions
+
+    def update(self, f: Objective) -> None:
+        """Learn from the objective of the round, which is revealed after acting.
+
+        Raises:
+            RecipeError: It has other elements, or is not monotone.
+        """
+        self._check(f)
+        self._learn(f)
+        self.updates += 1
+
+    def probabilities(self) -> Tensor:
+        """Return the probabilities of the next choice, block by block, (worlds, n)."""
+        shares = self._shares()
+        valid = self.partition.valid if self._all else self.partition.valid[self.agents]
+        return shares[..., valid]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state as tensors: what was learnt, how far the draws went, and their seeds."""
+        counts = torch.tensor([self.acts, self.updates, self.evaluations])
+        return {"counts": counts, "seeds": torch.tensor(self._seeds), **self._state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state, as if there had been no interruption.
+
+        Raises:
+            RecipeError: It is the state of another policy, or of other blocks.
+        """
+        own = self._state()
+        known = {"counts", "seeds", *own}
+        if missing := sorted(known - state.keys()):
+            raise RecipeError(
+                f"state of {type(self).__name__}: {', '.join(missing)} is missing. Is it another policy's?"
+            )
+        for name, tensor in own.items():
+            if name in self.fixed and state[name].shape != tensor.shape:
+                raise RecipeError(
+                    f"state of {type(self).__name__}: {name} has shape {tuple(state[name].shape)}, expected "
+                    f"{tuple(tensor.shape)}. The blocks or worlds are others."
+                )
+        if len(state["seeds"]) != len(self._seeds):
+            raise RecipeError(f"the state is of {len(state['seeds'])} worlds, expected {len(self._seeds)}.")
+        self.acts, self.updates, self.evaluations = (int(count) for count in state["counts"])
+        self._seeds = [int(seed) for seed in state["seeds"]]
+        self._keys.clear()
+        self._load({name: tensor for name, tensor in state.items() if name not in ("counts", "seeds")})
+
+    fixed: ClassVar[frozenset[str]] = frozenset({"x"})  # parts of the state whose shape is known beforehand
+
+    # -- what a policy is made of --------------------------------------------------------------------------------
+
+    def _choose(self, hint: Objective | None, rounds: int) -> Tensor:
+        raise NotImplementedError
+
+    def _learn(self, f: Objective) -> None:
+        """Learn nothing."""
+
+    def _shares(self) -> Tensor:
+        """Return the probabilities of each held agent's actions, (worlds, held, widest)."""
+        raise NotImplementedError
+
+    def _state(self) -> dict[str, Tensor]:
+        return {}
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        """Take nothing."""
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _uniform(self, purpose: str, turn: int, count: int) -> Tensor:
+        """Draw numbers for each held agent, (worlds, held, count)."""
+        if purpose not in self._keys:
+            made = keys(self._seeds, purpose, self.agents.tolist(), device=self.device)
+            self._keys[purpose] = made if self.worlds else made[0]
+        return uniform(self._keys[purpose], turn, count)
+
+    def _even(self) -> Tensor:
+        """Return uniform probabilities, (worlds, held, widest)."""
+        valid = self.partition.valid[self.agents].double()
+        return (valid / valid.sum(-1, keepdim=True)).expand(*self.worlds, *valid.shape).clone()
+
+    def _check(self, f: Objective) -> None:
+        n = getattr(f, "n", None)
+        if n != self.n:
+            raise RecipeError(f"the objective has {n} elements, but the blocks cover {self.n}.")
+        if not isinstance(f, SetFunction):
+            empty = float(f.value(torch.zeros(self.n, dtype=torch.bool)))
+            if not abs(empty) <= TOLERANCE:
+                raise RecipeError(f"f of the empty set is {empty:g}, expected 0. Take its value away.")
+
+    def _gains(self, f: Objective, mask: Tensor, block: Tensor | None = None) -> Tensor:
+        """Return gains of each agent's own actions, (..., held, widest), for sets (..., held, n).
+
+        Raises:
+            RecipeError: A gain is negative or no number: the objective is not monotone.
+        """
+        block = self.partition.index[self.agents] if block is None else block
+        self.evaluations += 2 * int(self.partition.sizes[self.agents].sum()) if mask.ndim else 0
+        if isinstance(f, SetFunction):
+            gains = f.gains(mask, block)
+            if not f.trusted:
+                _refuse_falling(gains, mask, block)
+            return gains.double()
+        elements = block.expand(*mask.shape[:-1], block.shape[-1]).reshape(-1, block.shape[-1])
+        rows = [
+            torch.as_tensor(f.gains(row, some)).double().flatten()
+            for row, some in zip(mask.reshape(-1, self.n), elements)
+        ]
+        gains = torch.stack(rows).reshape(*mask.shape[:-1], -1)
+        _refuse_falling(gains, mask, block)
+        return gains
+
+
+def _refuse_falling(gains: Tensor, mask: Tensor, block: Tensor) -> None:
+    bad = ~(gains >= -TOLERANCE * (1 + gains.abs()))
+    if not bool(bad.any()):
+        return
+    *place, column = (int(i) for i in bad.nonzero()[0])
+    element = int(block.expand(*mask.shape[:-1], block.shape[-1])[(*place, column)])
+    rest = mask[tuple(place)].clone()
+    rest[element] = False
+    raise RecipeError(
+        f"the objective is not monotone: element {element} adds {float(gains[(*place, column)]):g} to "
+        f"{members_of(rest)}. Policies need gains of at least 0."
+    )
