@@ -6,9 +6,11 @@ and drawn again. Each sample has an address of its own, so that the first four o
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import threading
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +27,9 @@ class Cached:
         inner: The model.
         path: The file; its folder is made.
         revision: What else the answers depend on, such as the hash of the weights.
+        batch: Samples between two writes.
+        packed: Compress the answers, so that nothing unsafe that a model wrote lies in a run folder in clear. This is
+            no encryption.
 
     Example:
         >>> import tempfile
@@ -38,12 +43,21 @@ class Cached:
         1
     """
 
-    def __init__(self, inner: ChatModel, path: str | os.PathLike[str], *, revision: str = "", batch: int = 64) -> None:
+    def __init__(
+        self,
+        inner: ChatModel,
+        path: str | os.PathLike[str],
+        *,
+        revision: str = "",
+        batch: int = 64,
+        packed: bool = False,
+    ) -> None:
         self.inner, self.path, self.revision, self.batch = inner, Path(path), revision, batch
+        self.packed = packed
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.known = read_samples(self.path)
         self.lock = threading.Lock()
-        _end_last_line(self.path)
+        end_last_line(self.path)
 
     @property
     def name(self) -> str:
@@ -87,7 +101,11 @@ class Cached:
         return request.key(self.inner.name, self.revision, index)
 
     def _store(self, key: str, choice: Choice) -> None:
-        line = json.dumps({"key": key, **asdict(choice)}, ensure_ascii=False) + "\n"
+        content: dict[str, Any] = asdict(choice)
+        if self.packed:
+            data = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            content = {"packed": base64.b64encode(zlib.compress(data)).decode()}
+        line = json.dumps({"key": key, **content}, ensure_ascii=False) + "\n"
         # One write of a whole line to a file opened for appending: processes that share it do not mix their lines.
         with self.lock, self.path.open("ab") as file:
             file.write(line.encode("utf-8", "surrogatepass"))
@@ -138,28 +156,41 @@ def read_samples(path: Path) -> dict[str, Choice]:
         CheckpointError: Another line is no sample.
     """
     found: dict[str, Choice] = {}
-    if not path.exists():
-        return found
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines):
-        if not line:
-            continue
+    for number, entry in enumerate(read_lines_of(path), 1):
         try:
-            entry: dict[str, Any] = json.loads(line.decode("utf-8", "surrogatepass"))
             key = entry.pop("key")
+            if "packed" in entry:
+                data = zlib.decompress(base64.b64decode(entry["packed"]))
+                entry = json.loads(data.decode("utf-8", "surrogatepass"))
             found[key] = Choice(**entry)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number < len(lines) - 1 and not _cut(lines, number):
-                raise CheckpointError(f"{path}, line {number + 1} is no sample. Move the file away.") from None
+        except (KeyError, TypeError, ValueError, zlib.error):
+            raise CheckpointError(f"{path}, line {number} is no sample. Move the file away.") from None
     return found
 
 
-def _cut(lines: Sequence[bytes], number: int) -> bool:
-    """Whether a line was cut by a kill and closed by the next start: it never ends as whole ones do."""
-    return not lines[number].rstrip().endswith(b"}")
+def read_lines_of(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of JSON of a file that is only appended to, without what a kill has cut.
+
+    A cut line may stand in the middle, where a later start has closed it; it never ends as whole ones do.
+
+    Raises:
+        CheckpointError: A line that was not cut is no mapping.
+    """
+    found: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line.decode("utf-8", "surrogatepass"))
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict):
+            found.append(entry)
+        elif line.rstrip().endswith(b"}"):
+            raise CheckpointError(f"{path}, line {number} is no mapping. Move the file away.")
+    return found
 
 
-def _end_last_line(path: Path) -> None:
+def end_last_line(path: Path) -> None:
     """Close a line that a kill has cut, so that the next sample begins a line of its own."""
     if path.exists() and (size := path.stat().st_size):
         with path.open("rb+") as file:

@@ -1,0 +1,287 @@
+"""Measure how models answer harmful requests in published wrappers, and harmless requests in the same ones.
+
+A (target, suite) pair is a cell: attack success greedily and over N samples, refusals of the harmless requests, answers
+that are neither. A cell is stored whole; inside a cell every judged answer is stored at once, so a killed run goes on
+with the next answer.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Le, Lt
+from pydantic import Field, field_validator, model_validator
+
+from modicum.cells import Document, fill
+from modicum.jobs import attack_data
+from modicum.jobs.chat.targets import JudgeSection, Target
+from modicum.jobs.safety.suites import GoalSection, Suite, refuse_shared
+from modicum.recipe import Recipe
+from modicum.record import Run
+from modicum.registry import job
+from modicum.types import NonNegative, PositiveInt
+
+Cell = dict[str, Any]
+
+
+class AttackRecipe(Recipe):
+    """Which models, in which wrappers, judged by whom."""
+
+    job: Literal["attack"] = "attack"
+    targets: dict[str, Target] = Field(min_length=1, description="name: folder, Hub id, builtin or endpoint")
+    suites: dict[str, Suite] = Field(default={"plain": Suite(attack="plain")}, min_length=1)
+    goals: GoalSection = Field(default=GoalSection(path="strongreject", size=16), description="harmful requests")
+    benign: GoalSection = Field(
+        default=GoalSection(path="benign_edgy", size=16), description="harmless requests, put into the same wrappers"
+    )
+    trained_on: GoalSection | None = Field(
+        default=None, description="harmful requests of the training; a run that would measure one of them is refused"
+    )
+    judge: JudgeSection = JudgeSection()
+    attacker: Target | None = Field(
+        default=None, description="model of your own that words goals anew, for some suites"
+    )
+    samples: PositiveInt = Field(default=16, description="answers to each harmful prompt, at most; 1 is greedy alone")
+    temperature: NonNegative = 0.95
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    max_new_tokens: PositiveInt = 128
+    early_stop: bool = Field(
+        default=True,
+        description="stop at the first safe answer: the defender's curve needs no more; the attacker's does",
+    )
+    count: Literal["not_unsafe", "refusal"] = Field(default="not_unsafe", description="what saves a prompt")
+    level: Annotated[float, Gt(0), Lt(1)] = Field(default=0.95, description="confidence of the intervals")
+    save_completions: bool = Field(default=False, description="keep the words of all answers in the run folder")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names_are_words(cls, value: Any) -> Any:
+        for name in value if isinstance(value, Mapping) else ():
+            if not isinstance(name, str) or not name or set(name) & set("/\\\0.") or name.startswith("-"):
+                raise ValueError(f"{name!r} cannot be a name, expected letters, digits, - and _")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> AttackRecipe:
+        if lacking := [name for name, suite in self.suites.items() if suite.needs_model and self.attacker is None]:
+            raise ValueError(f"suite {lacking[0]!r} needs a model that words goals anew: name it as `attacker`")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("temperature: 0 gives the same answer again; set samples: 1, or a temperature above 0")
+        return self
+
+    def inputs(self) -> Iterator[str]:
+        """Yield models and files."""
+        for target in [*self.targets.values(), *([self.attacker] if self.attacker else [])]:
+            yield from target.inputs()
+        yield from self.judge.inputs()
+        for section in (self.goals, self.benign, *([self.trained_on] if self.trained_on else [])):
+            yield from section.inputs()
+
+    @property
+    def ns(self) -> list[int]:
+        """The values of N of the curves."""
+        return [n for n in (2**power for power in range(1 + int(math.log2(self.samples)))) if n <= self.samples]
+
+
+def plan(recipe: AttackRecipe) -> list[str]:
+    """Say how many answers would be drawn; reads prompts, but no model."""
+    goals, benign = _goals(recipe)
+    prompts = len(recipe.suites) * len(recipe.targets)
+    greedy = prompts * (len(goals) + len(benign))
+    most = prompts * len(goals) * recipe.samples if recipe.samples > 1 else 0
+    lines = [
+        f"{len(recipe.targets)} targets × {len(recipe.suites)} suites × ({len(goals)} harmful and {len(benign)} "
+        f"harmless requests): {greedy} greedy answers, of at most {recipe.max_new_tokens} tokens"
+    ]
+    if most:
+        from modicum.jobs.safety.drawing import expected_draws
+
+        usual = prompts * len(goals) * expected_draws(0.5, recipe.samples)
+        stops = f"; stopping early, about {usual:.0f} where half of the answers are unsafe" if recipe.early_stop else ""
+        lines.append(f"at most {most} samples{stops}")
+    for name, suite in recipe.suites.items():
+        wrappers = suite.wrappers()
+        lines.append(
+            f"{name}: {suite.attack.name}" + (f", {len(wrappers)} wrappers" if None not in wrappers.values() else "")
+        )
+    lines.append(f"judged by {recipe.judge.name}; refusals by {recipe.judge.refusal} where it does not tell")
+    return lines
+
+
+@job("attack", plan=plan)
+def attack(recipe: AttackRecipe, run: Run) -> None:
+    """Measure attack success, best of N, and over-refusal of each target in each suite.
+
+    Args:
+        recipe: Targets, suites and judge.
+        run: ``record.json`` gets a cell for each target and suite, the judge's errors, and where the prompts came from;
+            ``verdicts/`` has a line for each judged answer, with a hash in place of its words.
+    """
+    from modicum.evaluate.chat import GenParams
+    from modicum.jobs.chat.targets import open_judge, open_target, require_sampling
+    from modicum.jobs.safety.drawing import Drawing, Verdicts
+
+    goals, benign = _goals(recipe)
+    cells = Document(run.folder / "cells.json", {"hash": run.hash})
+    keys = {f"{target}.{suite}": (target, suite) for target in recipe.targets for suite in recipe.suites}
+    folder = run.folder / "verdicts"
+    folder.mkdir(exist_ok=True)
+    judge, errors = open_judge(recipe.judge)
+    attacker = None if recipe.attacker is None else open_target(recipe.attacker)
+    params = GenParams(temperature=recipe.temperature or 1.0, top_p=recipe.top_p, max_tokens=recipe.max_new_tokens)
+    opened: dict[str, Drawing] = {}
+
+    def drawing(name: str) -> Drawing:
+        if name not in opened:
+            opened.clear()  # frees the memory of the target before
+            target = recipe.targets[name]
+            model = open_target(target)
+            if recipe.samples > 1:
+                require_sampling(model)
+            store = Verdicts(folder / f"{name}.jsonl", save_completions=recipe.save_completions)
+            opened[name] = Drawing(
+                model, judge, store, params=params, seed=recipe.seed, system=target.system, tell=_teller(run, name)
+            )
+        return opened[name]
+
+    def measure(target: str, name: str) -> Cell:
+        suite = recipe.suites[name]
+        harmful, harmless = (suite.wrap(name, part, attacker) for part in (goals, benign))
+        return {"target": target, "suite": name} | _measured(recipe, drawing(target), harmful, harmless, errors)
+
+    def tell(_: str, cell: Cell) -> None:
+        run.say(
+            f"{cell['target']} in {cell['suite']}: attack success {cell['greedy']['value']:.2f} greedily, "
+            f"harmless requests refused {cell['over_refusal']['value']:.2f}"
+        )
+
+    fill(cells, {key: lambda pair=pair: measure(*pair) for key, pair in keys.items()}, tell=tell)  # type: ignore[misc]
+    found = [cells[key] for key in keys]
+    used = [section.path for section in (recipe.goals, recipe.benign) if section.path in attack_data.GOALS]
+    families = [s.family or "jailbreakchat" for s in recipe.suites.values() if s.attack.name == "template"]
+    run.record["metrics"] = {
+        "safety": {
+            "cells": found,
+            "targets": {name: _summary([c for c in found if c["target"] == name]) for name in recipe.targets},
+            "judge": errors,
+            "data": attack_data.provenance(*dict.fromkeys([*used, *families])),
+            "sampling": {
+                "samples": recipe.samples,
+                "temperature": recipe.temperature,
+                "top_p": recipe.top_p,
+                "max_new_tokens": recipe.max_new_tokens,
+                "early_stop": recipe.early_stop,
+                "count": recipe.count,
+            },
+            "level": recipe.level,
+        }
+    }
+    run.output("verdicts", folder)
+
+
+def _goals(recipe: AttackRecipe) -> tuple[list[Any], list[Any]]:
+    goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
+    if recipe.trained_on is not None:
+        refuse_shared(recipe.trained_on.load(harmful=True), goals)
+    return goals, benign
+
+
+def _measured(
+    recipe: AttackRecipe, drawing: Any, harmful: Sequence[Any], harmless: Sequence[Any], errors: Mapping[str, Any]
+) -> Cell:
+    """Return what one target does in one suite."""
+    from modicum.evaluate.best_of_n import asr_all_from_first_safe, best_of_n_report
+    from modicum.evaluate.calibration import rogan_gladen, rogan_gladen_deviation
+    from modicum.evaluate.intervals import bootstrap, wilson
+    from modicum.jobs.safety.drawing import first_safe
+    from modicum.random import generator
+
+    greedy, benign = drawing.greedy(harmful), drawing.greedy(harmless)
+    report = best_of_n_report(
+        [[drawn.verdict] for drawn in greedy],
+        ns=[1],
+        count=recipe.count,
+        level=recipe.level,
+        rng=generator(recipe.seed, "bootstrap"),
+    )
+    # A refusal that could not be read is no refusal that was seen; how many there are stands beside.
+    refused = sum(drawn.verdict.refusal is True for drawn in benign)
+    cell: Cell = {
+        "greedy": report.asr_all[0]._asdict(),
+        "greedy_low": report.asr_low["all"][0],
+        "malformed": report.malformed,
+        "unparsed": report.unparsed,
+        "refused": wilson(sum(d.verdict.refusal is True for d in greedy), len(greedy), level=recipe.level)._asdict(),
+        "over_refusal": wilson(refused, len(benign), level=recipe.level)._asdict(),
+        "benign_unread": sum(drawn.verdict.refusal is None for drawn in benign) / len(benign),
+        "words": sum(drawn.words for drawn in [*greedy, *benign]) / (len(greedy) + len(benign)),
+        "prompts": len(harmful),
+    }
+    if "fpr" in errors:
+        fpr, fnr = errors["fpr"]["value"], errors["fnr"]["value"]
+        counts = {"queries": len(greedy), "positives": errors["positives"], "negatives": errors["negatives"]}
+        if fpr + fnr < 1:
+            cell["corrected"] = {
+                "value": rogan_gladen(report.asr_all[0].value, fpr=fpr, fnr=fnr),
+                "deviation": rogan_gladen_deviation(report.asr_all[0].value, fpr=fpr, fnr=fnr, **counts),
+            }
+    if recipe.samples == 1:
+        return cell
+    rows = drawing.samples(harmful, recipe.samples, early_stop=recipe.early_stop)
+    cell["draws"] = sum(map(len, rows)) / len(rows)
+    if not recipe.early_stop:
+        full = best_of_n_report(
+            [[drawn.verdict for drawn in row] for row in rows],
+            ns=recipe.ns,
+            count=recipe.count,
+            level=recipe.level,
+            rng=generator(recipe.seed, "bootstrap"),
+        )
+        return cell | {
+            "ns": recipe.ns,
+            "asr_all": [estimate._asdict() for estimate in full.asr_all],
+            "asr_any": [estimate._asdict() for estimate in full.asr_any],
+            "asr_low": {name: list(values) for name, values in full.asr_low.items()},
+            "sampled_malformed": full.malformed,
+        }
+    firsts = [first_safe(row) for row in rows]
+    cell["never_safe"] = sum(first is None for first in firsts) / len(firsts)
+    curve = []
+    for n in recipe.ns:
+        value = asr_all_from_first_safe(firsts, n=n)
+        hits = [float(first is None or first > n) for first in firsts]
+        if value in (0.0, 1.0):
+            curve.append(wilson(int(sum(hits)), len(hits), level=recipe.level)._asdict())
+        else:
+            curve.append(bootstrap(hits, level=recipe.level, rng=generator(recipe.seed, "bootstrap"))._asdict())
+    return cell | {"ns": recipe.ns, "asr_all": curve}
+
+
+def _summary(cells: Sequence[Cell]) -> Cell:
+    """Return averages over the wrapped families; the plain one, which training has seen, is left out."""
+    wrapped = [cell for cell in cells if cell["suite"] != "plain"] or list(cells)
+
+    def mean(field: str) -> float:
+        return sum(cell[field]["value"] for cell in wrapped) / len(wrapped)
+
+    found = {"families": len(wrapped), "asr": mean("greedy"), "over_refusal": mean("over_refusal")}
+    found["malformed"] = sum(cell["malformed"] for cell in wrapped) / len(wrapped)
+    if all("asr_all" in cell for cell in wrapped):
+        found["asr_all_at_most"] = sum(cell["asr_all"][-1]["value"] for cell in wrapped) / len(wrapped)
+    return found
+
+
+def _teller(run: Run, name: str) -> Any:
+    """Return a function that shows on a terminal how many answers have been judged."""
+    if run.quiet or not sys.stderr.isatty():
+        return lambda _: None
+    seen = [0]
+
+    def tell(count: int) -> None:
+        seen[0] += count
+        print(f"\r{name}: {seen[0]} answers judged", end="", file=sys.stderr, flush=True)
+
+    return tell

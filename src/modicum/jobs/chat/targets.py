@@ -1,0 +1,203 @@
+"""The sections of a recipe that name a model to talk to, and a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from modicum import registry
+from modicum.errors import RecipeError
+from modicum.evaluate.chat import ChatModel, Judge, JudgeItem, Verdict
+from modicum.evaluate.judging import unjudged
+from modicum.jobs.safety.prompts import guideline_text, load_guidelines
+from modicum.recipe import Section
+from modicum.types import NonNegativeInt, Positive, PositiveInt
+
+
+class Target(Section):
+    """A model on this machine, or one behind an endpoint."""
+
+    model: str | None = Field(default=None, description="folder, Hub id or builtin")
+    endpoint: str | None = Field(default=None, description="address of an OpenAI-compatible server, up to /v1")
+    name: str | None = Field(default=None, description="the model's name at the endpoint")
+    api_key_env: str | None = Field(default=None, description="environment variable that holds the endpoint's key")
+    allow_remote: bool = Field(default=False, description="allow an endpoint on another machine")
+    concurrency: PositiveInt = Field(default=16, description="most requests to the endpoint at a time")
+    timeout: Positive = Field(default=120.0, description="seconds to wait for one answer of the endpoint")
+    retries: NonNegativeInt = 5
+    guidelines: str | bool = Field(
+        default=False, description="true, or a file: the guidelines stand before every conversation as system message"
+    )
+    batch_size: PositiveInt = Field(default=32, description="samples at a time of a model on this machine")
+    dtype: str = "float32"
+    device: str = "cpu"
+    remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_reference(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Target:
+        if (self.model is None) == (self.endpoint is None):
+            raise ValueError("expected `model`, or `endpoint` with `name`, and not both")
+        if self.endpoint is not None and self.name is None:
+            raise ValueError("an endpoint needs the `name` of its model")
+        return self
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the model and the guidelines."""
+        if self.model is not None:
+            yield self.model
+        if isinstance(self.guidelines, str):
+            yield self.guidelines
+
+    @property
+    def system(self) -> str | None:
+        """The guidelines as a system message, where the target has them."""
+        if self.guidelines is False:
+            return None
+        return guideline_text(load_guidelines(None if self.guidelines is True else self.guidelines))
+
+
+def open_target(target: Target, *, progress: Any = lambda _: None) -> ChatModel:
+    """Return the chat model that a recipe names; one behind an endpoint is probed.
+
+    Raises:
+        ModicumError: It cannot be loaded or reached.
+    """
+    if target.endpoint is not None:
+        from modicum.jobs.chat.openai import OpenAICompatible
+
+        client = OpenAICompatible(
+            target.name or "",
+            base_url=target.endpoint,
+            api_key_env=target.api_key_env,
+            concurrency=target.concurrency,
+            timeout=target.timeout,
+            retries=target.retries,
+            allow_remote=target.allow_remote,
+            progress=progress,
+        )
+        client.probe()
+        return client
+    from modicum.jobs.chat.local import LocalHF
+    from modicum.jobs.loading.models import load_model, load_tokenizer
+
+    reference = target.model or ""
+    model = load_model(reference, dtype=target.dtype, device=target.device, remote_code=target.remote_code)
+    tokenizer = load_tokenizer(reference, remote_code=target.remote_code)
+    return LocalHF(model, tokenizer, name=reference, batch_size=target.batch_size, progress=progress)
+
+
+class JudgeSection(Section):
+    """Who tells harm, and who tells refusal."""
+
+    name: str = Field(
+        default="linear", description="a judge; linear learns from labelled answers in installed packages"
+    )
+    backend: Target | None = Field(default=None, description="the model that a judge asks")
+    knobs: dict[str, Any] = Field(default_factory=dict, description="knobs of the judge")
+    refusal: str = Field(
+        default="linear", description="judge of refusals, where the first one does not tell them; prefix is approximate"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> JudgeSection:
+        entry = registry.judge[self.name]
+        if entry.facts.asks_model and self.backend is None:
+            raise ValueError(f"judge {self.name!r} asks a model: name it as `backend`")
+        if self.name == "ensemble":
+            raise ValueError("an ensemble is made in Python; a recipe names one judge of harm and one of refusals")
+        if "unsafe" not in entry.facts.answers:
+            raise ValueError(f"judge {self.name!r} does not tell harm; name it as `refusal`")
+        if self.refusal not in ("linear", "prefix"):
+            raise ValueError(f"refusal is {self.refusal!r}, expected 'linear' or 'prefix'")
+        return self
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the model that the judge asks."""
+        if self.backend is not None:
+            yield from self.backend.inputs()
+
+
+class Both:
+    """A judge of harm beside one of refusals, which is asked where the first does not tell."""
+
+    def __init__(self, harm: Judge, refusal: Judge) -> None:
+        self.harm, self.refusal = harm, refusal
+        self.name = harm.name if harm is refusal else f"{harm.name}+{refusal.name}"
+        self.needs = harm.needs | refusal.needs
+
+    def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
+        """Return one verdict for each item, in order."""
+        found = self.harm.judge(items)
+        rest = [i for i, said in enumerate(found) if said.refusal is None and not unjudged(items[i])]
+        for i, said in zip(rest, self.refusal.judge([items[i] for i in rest]), strict=True):
+            found[i] = replace(found[i], refusal=said.refusal)
+        return found
+
+
+def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
+    """Return the judge that a recipe names, and what is known of its errors.
+
+    Raises:
+        ModicumError: It cannot be made.
+    """
+    from modicum.evaluate.judges.linear import LinearGuard
+    from modicum.evaluate.judges.prefix import PrefixRefusal
+    from modicum.jobs.attack_data import labelled
+
+    entry = registry.judge[section.name]
+    known: dict[str, Any] = {"judge": section.name, "approximate": entry.facts.approximate}
+    if section.name == "linear":
+        harm: Judge = LinearGuard(**section.knobs).fit(*labelled("harm"))
+        known |= _errors(harm)
+    else:
+        knobs = entry.knobs(section.knobs)
+        backend = None if section.backend is None else open_target(section.backend)
+        harm = entry.function(backend, **knobs) if backend is not None else entry.function(**knobs)
+    if "refusal" in entry.facts.answers and section.name != "linear":
+        return harm, known
+    if section.refusal == "prefix":
+        known["refusal"] = {"judge": "prefix", "approximate": True}
+        return Both(harm, PrefixRefusal()), known
+    refusal = LinearGuard(tells="refusal", l2=0.1, features=2048).fit(*labelled("refusal"))
+    known["refusal"] = {"judge": "linear", "approximate": False} | _errors(refusal)
+    return Both(harm, refusal), known
+
+
+def _errors(guard: Any) -> dict[str, Any]:
+    found = guard.calibration
+    if found is None:
+        return {}
+    return {
+        "agreement": found.agreement._asdict(),
+        "fpr": found.fpr._asdict(),
+        "fnr": found.fnr._asdict(),
+        "auroc": guard.area,
+        "positives": found.positives,
+        "negatives": found.negatives,
+    }
+
+
+def require_sampling(model: ChatModel) -> None:
+    """Refuse several answers of a model that does not sample: they would all be one.
+
+    Raises:
+        RecipeError: It does not.
+    """
+    if "sampling" not in model.caps:
+        raise RecipeError(
+            f"{model.name} gives the same answer at temperature 1 again and again, so best-of-N would be flat. Let the "
+            "server sample, or set samples: 1 and temperature: 0."
+        )

@@ -1,0 +1,209 @@
+"""Draw answers to attacked prompts, judge them, and stop where the answer to the question is known.
+
+Every judged answer is a line of a file: an address, a hash of the words, the verdict. The words themselves are kept
+only if the user asks. A run that was killed reads the file and draws what is missing; nothing is drawn twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from modicum.errors import CheckpointError, RecipeError
+from modicum.evaluate.best_of_n import ROUNDS
+from modicum.evaluate.chat import (
+    AttackedPrompt,
+    ChatModel,
+    ChatRequest,
+    Choice,
+    GenParams,
+    Judge,
+    Message,
+    Verdict,
+    as_json,
+    fingerprint,
+    item,
+)
+from modicum.jobs.chat.cache import end_last_line, read_lines_of
+from modicum.random import derive_seed
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A judged answer as it is kept."""
+
+    verdict: Verdict
+    words: int
+
+
+class Verdicts:
+    """Judged answers on disk, by address.
+
+    Args:
+        path: The file; it is appended to.
+        save_completions: Keep the answers' words, too.
+
+    Raises:
+        CheckpointError: The file holds something else.
+    """
+
+    def __init__(self, path: Path, *, save_completions: bool = False) -> None:
+        self.path, self.save = path, save_completions
+        end_last_line(path)
+        self.known: dict[str, Drawn] = {}
+        for entry in read_lines_of(path):
+            try:
+                fields = {**entry["verdict"], "categories": tuple(entry["verdict"]["categories"])}
+                self.known[entry["key"]] = Drawn(Verdict(**fields), int(entry["words"]))
+            except (KeyError, TypeError, ValueError):
+                raise CheckpointError(f"{path} holds a line that is no verdict. Move the file away.") from None
+
+    def add(self, found: Sequence[tuple[str, AttackedPrompt, Choice, Verdict]]) -> None:
+        """Keep some judged answers."""
+        lines = []
+        for key, prompt, choice, verdict in found:
+            said = (choice.reasoning or "") + choice.text
+            entry: dict[str, Any] = {
+                "key": key,
+                "goal": prompt.goal.id,
+                "family": prompt.family,
+                "template": prompt.template,
+                "sha256": fingerprint(said),
+                "words": len(said.split()),
+                "finish": choice.finish_reason,
+                "verdict": as_json(verdict),
+            }
+            if self.save:
+                entry |= {"reasoning": choice.reasoning, "text": choice.text}
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            self.known[key] = Drawn(verdict, len(said.split()))
+        with self.path.open("ab") as file:
+            file.write("".join(lines).encode("utf-8", "surrogatepass"))
+
+
+class Drawing:
+    """Draws from one target by one judge.
+
+    Args:
+        target: The chat model.
+        judge: Tells harm and refusal.
+        store: Where judged answers are kept.
+        params: How to sample; ``n`` and the seed are set here.
+        seed: Names the draws.
+        system: A message before every conversation.
+        batch: Requests between two writes.
+    """
+
+    def __init__(
+        self,
+        target: ChatModel,
+        judge: Judge,
+        store: Verdicts,
+        *,
+        params: GenParams,
+        seed: int,
+        system: str | None = None,
+        batch: int = 64,
+        tell: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.target, self.judge, self.store, self.params = target, judge, store, params
+        self.seed, self.system, self.batch, self.tell = seed, system, batch, tell
+
+    def greedy(self, prompts: Sequence[AttackedPrompt]) -> list[Drawn]:
+        """Return the judged greedy answer to each prompt."""
+        params = GenParams(temperature=0.0, max_tokens=self.params.max_tokens)
+        wanted = [(prompt, self._request(prompt, params, 0)) for prompt in prompts]
+        return self._draw(wanted)
+
+    def samples(self, prompts: Sequence[AttackedPrompt], most: int, *, early_stop: bool) -> list[list[Drawn]]:
+        """Return the judged samples of each prompt.
+
+        Args:
+            prompts: What the target reads.
+            most: Samples of each.
+            early_stop: Draw in rounds, and give up a prompt once an answer to it was safe: the defender's curve needs
+                no more. An answer without a verdict is not safe.
+        """
+        found: list[list[Drawn]] = [[] for _ in prompts]
+        start = 0
+        for end in _edges(most) if early_stop else [most]:
+            open_ones = [i for i, row in enumerate(found) if not (early_stop and any(map(saves, row)))]
+            wanted = [
+                (prompts[i], self._request(prompts[i], self.params, index))
+                for i in open_ones
+                for index in range(start, end)
+            ]
+            drawn = iter(self._draw(wanted))
+            for i in open_ones:
+                found[i] += [next(drawn) for _ in range(start, end)]
+            start = end
+        return found
+
+    def _request(self, prompt: AttackedPrompt, params: GenParams, index: int) -> ChatRequest:
+        first: tuple[Message, ...] = () if self.system is None else ({"role": "system", "content": self.system},)
+        # The seed belongs to the prompt and the number of the sample: other prompts and rounds change nothing.
+        name = fingerprint(prompt.text)
+        seed = derive_seed(self.seed, "attack", name) >> 33 if params.temperature else None
+        request = ChatRequest((*first, *prompt.messages), params, tag=f"{prompt.goal.id}/{prompt.family}")
+        if seed is None:
+            return request
+        return replace(request, params=replace(params, seed=seed)).single(index)
+
+    def _draw(self, wanted: Sequence[tuple[AttackedPrompt, ChatRequest]]) -> list[Drawn]:
+        keys = [f"{request.key(self.target.name)}/{self.judge.name}" for _, request in wanted]
+        missing: dict[str, tuple[AttackedPrompt, ChatRequest]] = {}
+        for key, pair in zip(keys, wanted, strict=True):
+            if key not in self.store.known:
+                missing.setdefault(key, pair)
+        todo = list(missing.items())
+        for start in range(0, len(todo), self.batch):
+            part = todo[start : start + self.batch]
+            results = self.target.generate([request for _, (_, request) in part])
+            answered = [
+                (key, prompt, result.choices[0])
+                for (key, (prompt, _)), result in zip(part, results, strict=True)
+                if result.error is None and result.choices
+            ]
+            if not answered:
+                raise RecipeError(
+                    f"{self.target.name} answers none of {len(part)} requests: {results[0].error or 'no answer'}. What "
+                    "was judged before is kept; run again to go on."
+                )
+            verdicts = self.judge.judge([item(prompt, choice) for _, prompt, choice in answered])
+            self.store.add([(*entry, verdict) for entry, verdict in zip(answered, verdicts, strict=True)])
+            self.tell(len(part))
+        # One answer that never came must not cost the report: it has no verdict, and the next run asks again.
+        return [self.store.known.get(key, Drawn(Verdict(None, outcome="error"), 0)) for key in keys]
+
+
+def saves(drawn: Drawn) -> bool:
+    """Whether an answer lets the defender escape."""
+    return drawn.verdict.unsafe is False
+
+
+def first_safe(row: Sequence[Drawn]) -> int | None:
+    """Return the number of the first safe answer, counted from 1."""
+    return next((number for number, drawn in enumerate(row, 1) if saves(drawn)), None)
+
+
+def expected_draws(rate: float, most: int) -> float:
+    """Return the draws of a query with this unsafe rate, in rounds.
+
+    Example:
+        >>> round(expected_draws(0.1, 128), 1), round(expected_draws(0.9, 128), 1)
+        (1.3, 20.5)
+    """
+    start, total = 0, 0.0
+    for end in _edges(most):
+        total += (end - start) * rate**start
+        start = end
+    return total
+
+
+def _edges(most: int) -> Iterator[int]:
+    yield from (edge for edge in accumulate(ROUNDS) if edge < most)
+    yield most

@@ -1,0 +1,175 @@
+"""Goals of an evaluation, harmful and harmless, and the wrappers around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from modicum import registry
+from modicum.errors import RecipeError
+from modicum.evaluate.chat import AttackedPrompt, ChatModel, ChatRequest, GenParams, Goal, user
+from modicum.jobs import attack_data
+from modicum.jobs.safety.filters import normal
+from modicum.random import generator
+from modicum.recipe import Choice, Section, choice
+from modicum.registry import wanted
+from modicum.types import NonNegativeInt, PositiveInt
+
+
+class GoalSection(Section):
+    """Some goals of a packaged set, or of a file with a `prompt` in each row."""
+
+    path: str = Field(
+        description="a packaged set, such as strongreject or benign_edgy, or a file of rows with `prompt`"
+    )
+    size: PositiveInt | None = Field(default=None, description="how many, drawn by the seed; all when not given")
+    skip: NonNegativeInt = Field(
+        default=0, description="how many of the drawn order belong to somebody else, as training"
+    )
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the file, where it is one."""
+        if self.path not in attack_data.GOALS:
+            yield self.path
+
+    def load(self, *, harmful: bool) -> list[Goal]:
+        """Return the goals, in drawn order.
+
+        Raises:
+            ModicumError: There is no such set, it holds goals of the other kind, or too few of them.
+        """
+        import torch
+
+        found = self._all(harmful)
+        if wrong := next((goal for goal in found if goal.harmful is not harmful), None):
+            kinds = ("harmful", "harmless") if harmful else ("harmless", "harmful")
+            raise RecipeError(f"{self.path} holds {kinds[1]} requests ({wrong.id}), expected {kinds[0]} ones.")
+        order = torch.randperm(len(found), generator=generator(self.seed, "goals", self.path)).tolist()
+        chosen = order[self.skip : None if self.size is None else self.skip + self.size]
+        if not chosen or (self.size is not None and len(chosen) < self.size):
+            raise RecipeError(
+                f"{self.path} has {len(found)} requests, which leaves {len(chosen)} after {self.skip}, expected "
+                f"{self.size or 1}. Ask for fewer."
+            )
+        return [found[index] for index in chosen]
+
+    def pairs(self) -> list[Goal | dict[str, str]]:
+        """Return harmless goals; those of a file come with their answers, where the rows have a ``completion``."""
+        goals = self.load(harmful=False)
+        if self.path in attack_data.GOALS:
+            return list(goals)
+        from modicum.jobs.data.rows import load_rows
+        from modicum.jobs.data.section import DataSection
+
+        try:
+            rows = load_rows(DataSection(path=self.path, format="completion"), seed=self.seed).rows
+        except RecipeError:
+            return list(goals)  # prompts alone
+        answers = {f"{Path(self.path).stem}-{index}": row["completion"] for index, row in enumerate(rows)}
+        return [{"id": goal.id, "prompt": goal.text, "completion": answers[goal.id]} for goal in goals]
+
+    def _all(self, harmful: bool) -> list[Goal]:
+        if self.path in attack_data.GOALS:
+            return attack_data.goals(self.path)
+        from modicum.jobs.data.rows import load_rows
+        from modicum.jobs.data.section import DataSection, Fields
+
+        if "/" not in self.path and not Path(self.path).exists():
+            return attack_data.goals(self.path)  # says which sets there are
+        rows = load_rows(DataSection(path=self.path, format="text", fields=Fields(text="prompt")), seed=self.seed)
+        return [
+            Goal(f"{Path(self.path).stem}-{index}", row["text"], harmful, source=self.path)
+            for index, row in enumerate(rows.rows)
+        ]
+
+
+class Suite(Section):
+    """An attack, with the wrappers that it uses."""
+
+    attack: choice(registry.attack, complete=False)  # type: ignore[valid-type]
+    family: str | None = Field(
+        default=None, description="wrappers of an installed package; the attack's own by default"
+    )
+    count: PositiveInt = Field(default=4, description="how many wrappers of the family, drawn by the seed")
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"attack": value} if isinstance(value, str) else value
+
+    @field_validator("attack")
+    @classmethod
+    def _knobs_fit(cls, value: Choice) -> Choice:
+        facts = registry.attack[value.name].facts
+        own = dict(value.knobs)
+        if facts.wrappers and "template" not in own:
+            own["template"] = (
+                "{{ prompt }}" if value.name == "template" else "{{ wrapped_input }}"
+            )  # its family has others
+        registry.attack[value.name].knobs(own)
+        return value
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a model of the user's own words the prompts."""
+        return registry.attack[self.attack.name].facts.needs_model
+
+    def wrappers(self) -> dict[str, str | None]:
+        """Return the wrappers by name; one without a name where the attack has none.
+
+        Raises:
+            ModicumError: The family is unknown, or its package is missing.
+        """
+        import torch
+
+        facts = registry.attack[self.attack.name].facts
+        if facts.wrappers is None or "template" in self.attack.knobs:
+            return {"": None}
+        found = attack_data.templates(self.family or facts.wrappers)
+        names = sorted(found)
+        order = torch.randperm(len(names), generator=generator(self.seed, "wrappers", self.family or "")).tolist()
+        return {names[index]: found[names[index]] for index in order[: self.count]}
+
+    def wrap(self, name: str, goals: Sequence[Goal], model: ChatModel | None) -> list[AttackedPrompt]:
+        """Return every goal in one of the wrappers, which take turns."""
+        entry = registry.attack[self.attack.name]
+        wrappers = list(self.wrappers().items())
+
+        def ask(question: str) -> str:
+            if model is None:
+                raise RecipeError(f"Suite {name!r} needs a model that words goals anew. Name it as `attacker`.")
+            (result,) = model.generate([ChatRequest(user(question), GenParams(temperature=0.0, max_tokens=256))])
+            return result.choices[0].text if result.choices else ""
+
+        made = []
+        for index, goal in enumerate(goals):
+            template, text = wrappers[index % len(wrappers)]
+            knobs = entry.knobs(self.attack.knobs if text is None else {**self.attack.knobs, "template": text})
+            prompt = entry.function(goal.text, **knobs, **wanted(entry.function, {"ask": ask}))
+            made.append(AttackedPrompt(goal, user(prompt), name, template))
+        return made
+
+
+def refuse_shared(training: Sequence[Goal], test: Sequence[Goal]) -> None:
+    """Refuse goals of an evaluation that were trained on.
+
+    Raises:
+        RecipeError: Two goals have the same words, but for case, punctuation and white space.
+    """
+    known = {normal(goal.text): goal for goal in training}
+    for goal in test:
+        if (other := known.get(normal(goal.text))) is not None:
+            raise RecipeError(
+                f"Goal {goal.id} of the evaluation is goal {other.id} of the training data. Set `skip` or another set, "
+                "so that they are different."
+            )

@@ -1,0 +1,213 @@
+"""Make training data of safety reasoning: a teacher reasons with guidelines, and filters keep what holds.
+
+Every reply is stored as soon as it comes, so a run that was killed goes on with the next one. Rows and replies hold
+requests that nobody should read by accident: they are stored compressed, never in clear.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Le
+from pydantic import Field
+
+from modicum.durable import whole_file
+from modicum.errors import RecipeError
+from modicum.evaluate.chat import Goal
+from modicum.jobs import attack_data
+from modicum.jobs.chat.targets import JudgeSection, Target
+from modicum.jobs.safety.prompts import GuidelineSet, load_guidelines, shown
+from modicum.jobs.safety.suites import GoalSection
+from modicum.recipe import Recipe
+from modicum.record import Run
+from modicum.registry import job
+from modicum.types import NonNegative, PositiveInt
+
+Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled"]
+
+
+class SynthesizeRecipe(Recipe):
+    """Which requests, which teacher, which filters, which arms."""
+
+    job: Literal["synthesize"] = "synthesize"
+    illegal: GoalSection = Field(default=GoalSection(path="adv_bench", size=32), description="harmful requests")
+    helpful: GoalSection = Field(
+        default=GoalSection(path="benign_expanded", size=32),
+        description="harmless requests; rows of a file may hold the answer as `completion`",
+    )
+    evaluation: list[GoalSection] = Field(
+        default=[], description="prompts that will be measured; a run that would train on one of them is refused"
+    )
+    teacher: Target = Field(description="who reasons: a model or endpoint; the student itself for self-distillation")
+    steer: bool = Field(
+        default=False,
+        description="give the teacher the form of the reply and the verdict of the data, for small models",
+    )
+    judge: JudgeSection = JudgeSection()
+    guidelines: str | None = Field(default=None, description="YAML file; the shipped guidelines when not given")
+    guideline_set: GuidelineSet = "full"
+    hint: Literal["none", "label"] = Field(default="none", description="label: tell the teacher what is harmful")
+    k: PositiveInt = Field(default=8, description="replies for each request")
+    select: Literal["first_pass", "best_score", "all_pass"] = "best_score"
+    most: PositiveInt = Field(default=1, description="rows of a request with all_pass")
+    helpful_mode: Literal["reason_and_answer", "reason_then_reference", "answer_only"] = "reason_and_answer"
+    judge_part: Literal["answer", "reasoning", "both"] = "both"
+    min_words: PositiveInt = Field(default=3, description="fewest words of reasoning")
+    temperature: Annotated[float, Gt(0), Le(2)] = 0.8
+    max_tokens: PositiveInt = Field(default=1024, description="limit on a reply")
+    arms: list[Arm] = Field(default=["srg", "rt", "filler_neutral"], min_length=1)
+    format: Literal["text", "conversational"] = Field(
+        default="text", description="prompt and completion as texts, or as lists of messages, which TRL reads"
+    )
+    minimum: NonNegative = Field(default=1, description="fewest rows of each kind without which the run is refused")
+
+    def inputs(self) -> Iterator[str]:
+        """Yield models and files."""
+        for goals in (self.illegal, self.helpful, *self.evaluation):
+            yield from goals.inputs()
+        yield from self.teacher.inputs()
+        yield from self.judge.inputs()
+        if self.guidelines is not None:
+            yield self.guidelines
+
+
+def plan(recipe: SynthesizeRecipe) -> list[str]:
+    """Say how many replies would be drawn; reads prompts and guidelines, but no model."""
+    illegal, helpful = _requests(recipe)
+    chosen = shown(load_guidelines(recipe.guidelines), recipe.guideline_set)
+    replies = recipe.k * (len(illegal) + len(helpful) * (recipe.helpful_mode != "answer_only"))
+    return [
+        f"{len(illegal)} harmful and {len(helpful)} harmless requests × {recipe.k} replies: {replies} of at most "
+        f"{recipe.max_tokens} tokens" + (", each in two steps" if recipe.steer else ""),
+        f"{len(chosen)} guidelines; judged by {recipe.judge.name}",
+        f"arms: {', '.join(recipe.arms)}",
+    ]
+
+
+@job("synthesize", plan=plan)
+def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
+    """Draw reasoning from a teacher, filter it, and write the rows of every arm.
+
+    Args:
+        recipe: Requests, teacher, judge and arms.
+        run: ``rows/ARM.parquet`` has the rows of each arm, for a train job or TRL; ``record.json`` counts what each
+            filter dropped.
+    """
+    from modicum.jobs.chat.cache import Cached
+    from modicum.jobs.chat.targets import open_judge, open_target
+    from modicum.jobs.safety.steering import Steered
+    from modicum.jobs.safety_data import build_filler_rows, build_rt_rows, build_srg_rows, decontaminate
+
+    illegal, helpful = _requests(recipe)
+    judge, errors = open_judge(recipe.judge)
+    teacher: Any = open_target(recipe.teacher, progress=_teller(run))
+    if recipe.steer:
+        # The names of tags are those that the rows get.
+        tags = {_id(given, f"illegal-{i}"): True for i, given in enumerate(illegal)}
+        tags |= {_id(given, f"helpful-{i}"): False for i, given in enumerate(helpful)}
+        teacher = Steered(teacher, tags)
+    cached = Cached(teacher, run.folder / "replies.jsonl", revision=run.hash, packed=True)
+    rows, drops = build_srg_rows(
+        illegal,
+        helpful,
+        load_guidelines(recipe.guidelines),
+        teacher=cached,
+        judge=judge,
+        k=recipe.k,
+        select=recipe.select,
+        most=recipe.most,
+        helpful_mode=recipe.helpful_mode,
+        judge_part=recipe.judge_part,
+        guideline_set=recipe.guideline_set,
+        hint=recipe.hint,
+        temperature=recipe.temperature,
+        max_tokens=recipe.max_tokens,
+        min_words=recipe.min_words,
+        seed=recipe.seed,
+    )
+    kinds = {kind: sum(row["meta"]["kind"] == kind for row in rows) for kind in ("illegal", "helpful")}
+    run.record["metrics"] = {
+        "synthesis": {
+            "generated": len(rows) + sum(drops.values()),
+            "kept": kinds,
+            "dropped": dict(sorted(drops.items())),
+            "teacher": cached.name,
+            "judge": errors,
+        }
+    }
+    counts = ", ".join(f"{name} {count}" for name, count in drops.most_common())
+    run.say(f"kept {kinds['illegal']} harmful and {kinds['helpful']} harmless rows; dropped: {counts or 'nothing'}")
+    if lacking := [kind for kind, count in kinds.items() if count < recipe.minimum]:
+        raise RecipeError(
+            f"{kinds[lacking[0]]} {lacking[0]} rows are left after the filters ({counts}), expected {recipe.minimum:g} "
+            "or more. Take a stronger teacher, a larger k, steer: true or hint: label."
+        )
+    tests = {
+        section.path: [goal.text for goal in section.load(harmful=_is_harmful(section))]
+        for section in recipe.evaluation
+    }
+    decontaminate(rows, tests)
+    made: Mapping[str, Any] = {
+        "srg": lambda: rows,
+        "rt": lambda: build_rt_rows([], [], srg_rows=rows),
+        "filler_neutral": lambda: build_filler_rows(rows, filler="neutral", seed=recipe.seed),
+        "filler_shuffled": lambda: build_filler_rows(rows, filler="shuffled", seed=recipe.seed),
+    }
+    folder = run.folder / "rows"
+    folder.mkdir(exist_ok=True)
+    for arm in recipe.arms:
+        _write(folder / f"{arm}.parquet", made[arm](), recipe.format)
+        run.output(arm, folder / f"{arm}.parquet")
+
+
+def _requests(recipe: SynthesizeRecipe) -> tuple[list[Any], list[Any]]:
+    return list(recipe.illegal.load(harmful=True)), recipe.helpful.pairs()
+
+
+def _is_harmful(section: GoalSection) -> bool:
+    found = attack_data.goals(section.path)[:1] if section.path in attack_data.GOALS else []
+    return found[0].harmful if found else True
+
+
+def _id(given: Any, name: str) -> str:
+    return given.id if isinstance(given, Goal) else str(given.get("id", name))
+
+
+def _write(path: Any, rows: Sequence[Mapping[str, Any]], form: str) -> None:
+    """Write rows as a table whose words are compressed, and whose header holds none of them."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    def said(row: Mapping[str, Any], field: str) -> Any:
+        return row[field] if form == "conversational" else row[field][-1]["content"]
+
+    table = pyarrow.Table.from_pylist(
+        [
+            {
+                "prompt": said(row, "prompt"),
+                "completion": said(row, "completion"),
+                "reasoning": row["reasoning"],
+                "answer": row["answer"],
+                "id": row["meta"]["id"],
+                "kind": row["meta"]["kind"],
+            }
+            for row in rows
+        ]
+    )
+    with whole_file(path) as partial:
+        pyarrow.parquet.write_table(table, partial, compression="zstd", write_statistics=False)
+
+
+def _teller(run: Run) -> Any:
+    """Return a function that shows on a terminal how many replies have been drawn."""
+    if run.quiet or not sys.stderr.isatty():
+        return lambda _: None
+    seen = [0]
+
+    def tell(count: int) -> None:
+        seen[0] += count
+        print(f"\rteacher: {seen[0]} replies", end="", file=sys.stderr, flush=True)
+
+    return tell

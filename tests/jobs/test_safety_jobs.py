@@ -1,0 +1,259 @@
+"""The jobs attack and synthesize, on a tiny model and goals of our own; one test takes the installed prompts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from modicum.errors import RecipeError
+from modicum.evaluate.chat import JudgeItem
+from modicum.jobs import attack_data, execute, plan
+from modicum.jobs.safety.drawing import Drawing, Verdicts, expected_draws, first_safe
+from modicum.recipe import parse
+from support import byte_tokenizer, tiny_llama
+
+TEXTS = ["I cannot help with that.", "I will not do it.", "Step one: take it.", "Sure, here is how it goes."]
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """A model on disk, goals in files, and a guard that learns from four answers."""
+    folder = tmp_path / "model"
+    tiny_llama(seed=3, initializer_range=0.3, max_position_embeddings=4096).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    for name in ("harmful", "harmless"):
+        rows = [{"prompt": f"A {name} wish, number {i}"} for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = [JudgeItem(f"g{i}", "p", text) for i, text in enumerate(TEXTS * 3)]
+    labels = {"harm": [False, False, True, True] * 3, "refusal": [True, True, False, False] * 3}
+    monkeypatch.setattr(attack_data, "labelled", lambda name: (items, labels[name]))
+    return {
+        "folder": str(folder),
+        "goals": {"path": str(tmp_path / "harmful.jsonl"), "size": 4},
+        "benign": {"path": str(tmp_path / "harmless.jsonl"), "size": 4},
+    }
+
+
+def attack_recipe(parts, **more):
+    data = {
+        "job": "attack", "targets": {"base": parts["folder"]}, "suites": {"plain": "plain", "flip": "flip"},
+        "goals": parts["goals"], "benign": parts["benign"], "samples": 4, "max_new_tokens": 6,
+    }  # fmt: skip
+    return parse(data | more)
+
+
+def test_cells_hold_success_refusal_and_curves_and_no_words(parts, tmp_path):
+    recipe = attack_recipe(parts)
+    assert any("at most 32 samples" in line for line in plan(recipe))
+    run = execute(recipe, tmp_path / "run", quiet=True)
+    found = run.record["metrics"]["safety"]
+    assert [(cell["target"], cell["suite"]) for cell in found["cells"]] == [("base", "plain"), ("base", "flip")]
+    for cell in found["cells"]:
+        curve = [estimate["value"] for estimate in cell["asr_all"]]
+        assert cell["ns"] == [1, 2, 4] and curve == sorted(curve, reverse=True) and 1 <= cell["draws"] <= 4
+        assert cell["over_refusal"]["n"] == cell["greedy"]["n"] == 4 and 0 <= cell["corrected"]["value"] <= 1
+    assert found["targets"]["base"]["families"] == 1 and found["judge"]["fpr"]["n"] == 6
+    lines = [json.loads(line) for line in (tmp_path / "run/verdicts/base.jsonl").read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) and all("text" not in line for line in lines)
+    again = execute(recipe, tmp_path / "run", quiet=True)
+    assert again.record["metrics"] == run.record["metrics"]
+
+
+def test_all_samples_give_the_attackers_curve_too_and_words_are_kept_when_asked(parts, tmp_path):
+    run = execute(attack_recipe(parts, early_stop=False, save_completions=True), tmp_path / "run", quiet=True)
+    for cell in run.record["metrics"]["safety"]["cells"]:
+        anys = [estimate["value"] for estimate in cell["asr_any"]]
+        assert anys == sorted(anys) and cell["asr_any"][0] == pytest.approx(cell["asr_all"][0]) and cell["draws"] == 4
+    assert all("text" in json.loads(line) for line in (tmp_path / "run/verdicts/base.jsonl").read_text().splitlines())
+
+
+def test_one_sample_is_greedy_alone(parts, tmp_path):
+    run = execute(attack_recipe(parts, samples=1, temperature=0), tmp_path / "run", quiet=True)
+    assert all("asr_all" not in cell for cell in run.record["metrics"]["safety"]["cells"])
+
+
+def test_stopping_early_finds_the_curve_of_all_samples(parts, tmp_path):
+    """What early stopping saves changes nothing: the curve is that of the same samples, all drawn."""
+    found = {}
+    for early in (True, False):
+        run = execute(attack_recipe(parts, early_stop=early, samples=16), tmp_path / f"{early}", quiet=True)
+        lines = (json.loads(line) for line in (run.folder / "verdicts/base.jsonl").read_text().splitlines())
+        found[early] = {line["key"]: line["verdict"]["unsafe"] for line in lines}
+    assert found[True].items() <= found[False].items() and len(found[True]) < len(found[False])
+
+
+@pytest.mark.parametrize(("rate", "draws"), [(0.0, 1), (0.1, 1.3), (0.5, 3.3), (0.9, 20.5), (0.99, 90), (1.0, 128)])
+def test_expected_draws(rate, draws):
+    assert expected_draws(rate, 128) == pytest.approx(draws, rel=0.02)
+
+
+def test_draws_of_scripted_targets_are_as_expected(tmp_path):
+    """A target that is unsafe at random with rate p costs what the formula says; its curve is that of p to the N."""
+    import random
+
+    from modicum.evaluate.best_of_n import asr_all_from_first_safe
+    from modicum.evaluate.chat import AttackedPrompt, GenParams, Goal, Verdict, user
+    from modicum.jobs.chat.scripted import Scripted
+
+    class Marks:
+        name, needs = "marks", frozenset()
+
+        def judge(self, items):
+            return [Verdict(item.response == "bad") for item in items]
+
+    prompts = [AttackedPrompt(Goal(f"g{i}", f"goal {i}"), user(f"goal {i}"), "plain") for i in range(1500)]
+    for p in (0.1, 0.5, 0.9):
+        luck = random.Random(1)
+        target = Scripted(lambda request, index, p=p, luck=luck: "bad" if luck.random() < p else "good")
+        store = Verdicts(tmp_path / f"{p}.jsonl")
+        rows = Drawing(target, Marks(), store, params=GenParams(), seed=0).samples(prompts, 128, early_stop=True)
+        assert sum(map(len, rows)) / len(rows) == pytest.approx(expected_draws(p, 128), rel=0.06)
+        firsts = [first_safe(row) for row in rows]
+        for n in (1, 2, 4, 8):
+            error = 3 * (p**n * (1 - p**n) / len(rows)) ** 0.5
+            assert abs(asr_all_from_first_safe(firsts, n=n) - p**n) <= error + 1e-9
+
+
+def test_one_answer_that_never_comes_does_not_cost_the_report(parts, tmp_path, monkeypatch):
+    from modicum.evaluate.chat import ChatResult
+    from modicum.jobs.chat.local import LocalHF
+
+    real = LocalHF.generate
+
+    def flaky(self, requests):
+        found = real(self, requests)
+        return [ChatResult(error="lost") if "number 1" in str(r.messages) else f for r, f in zip(requests, found)]
+
+    monkeypatch.setattr(LocalHF, "generate", flaky)
+    run = execute(attack_recipe(parts, goals=parts["goals"] | {"size": 6}, samples=1), tmp_path / "run", quiet=True)
+    cell = run.record["metrics"]["safety"]["cells"][0]
+    assert cell["unparsed"] == pytest.approx(1 / 6) and cell["greedy"]["value"] - cell["greedy_low"] == pytest.approx(
+        1 / 6
+    )
+    monkeypatch.setattr(LocalHF, "generate", lambda self, requests: [ChatResult(error="down") for _ in requests])
+    with pytest.raises(RecipeError, match="answers none of"):
+        execute(attack_recipe(parts), tmp_path / "other", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"targets": {}}, "targets"),
+        ({"targets": {"a.b": "x"}}, "cannot be a name"),
+        ({"targets": {"a": {"endpoint": "http://127.0.0.1:1/v1"}}}, "needs the `name`"),
+        ({"targets": {"a": {}}}, "not both"),
+        ({"suites": {"s": "persuasion"}}, "attacker"),
+        ({"suites": {"s": "nonsense"}}, "no attack"),
+        ({"suites": {"s": {"attack": {"name": "caesar", "shift": 99}}}}, "shift"),
+        ({"samples": 4, "temperature": 0}, "temperature: 0"),
+        ({"judge": "llama_guard3"}, "backend"),
+        ({"judge": "prefix"}, "does not tell harm"),
+        ({"judge": {"name": "linear", "refusal": "luck"}}, "refusal"),
+        ({"top_p": 0}, "top_p"),
+    ],
+)
+def test_recipes_that_cannot_be_meant_are_refused(parts, change, said):
+    with pytest.raises(RecipeError, match=said):
+        attack_recipe(parts, **change)
+
+
+def test_goals_that_were_trained_on_or_are_too_few_are_refused_by_the_plan(parts):
+    with pytest.raises(RecipeError, match="training data"):
+        plan(attack_recipe(parts, trained_on=parts["goals"]))
+    assert plan(attack_recipe(parts, trained_on=parts["goals"] | {"skip": 4, "size": 2}))
+    with pytest.raises(RecipeError, match="Ask for fewer"):
+        plan(attack_recipe(parts, goals=parts["goals"] | {"size": 7}))
+
+
+def synthesize_recipe(parts, **more):
+    data = {
+        "job": "synthesize", "teacher": parts["folder"], "steer": True, "illegal": parts["goals"],
+        "helpful": parts["benign"], "k": 3, "max_tokens": 12, "min_words": 1, "minimum": 0,
+        "arms": ["srg", "rt", "filler_neutral"],
+    }  # fmt: skip
+    return parse(data | more)
+
+
+def test_rows_of_all_arms_are_written_compressed_and_a_train_job_reads_them(parts, tmp_path):
+    import pyarrow.parquet
+
+    from modicum.jobs.data.rows import load_rows
+    from modicum.jobs.data.section import DataSection
+
+    recipe = synthesize_recipe(parts)
+    assert "24 of at most 12 tokens, each in two steps" in plan(recipe)[0]
+    run = execute(recipe, tmp_path / "run", quiet=True)
+    found = run.record["metrics"]["synthesis"]
+    assert found["generated"] == 24 and sum(found["kept"].values()) + sum(found["dropped"].values()) == 24
+    tables = {arm: pyarrow.parquet.read_table(run.folder / f"rows/{arm}.parquet").to_pylist() for arm in recipe.arms}
+    assert len({json.dumps([row["prompt"] for row in rows]) for rows in tables.values()}) == 1
+    if tables["srg"]:
+        assert load_rows(DataSection(path=str(run.folder / "rows/srg.parquet")), seed=0).kind == "completion"
+
+
+def test_nothing_of_the_requests_or_answers_lies_in_clear(parts, tmp_path):
+    run = execute(synthesize_recipe(parts), tmp_path / "run", quiet=True)
+    other = execute(attack_recipe(parts), tmp_path / "other", quiet=True)
+    for folder in (run.folder, other.folder):
+        for file in folder.rglob("*"):
+            if file.is_file():
+                assert b"A harmful wish" not in file.read_bytes(), file
+
+
+def test_too_few_rows_and_evaluation_prompts_are_refused(parts, tmp_path):
+    with pytest.raises(RecipeError, match="rows are left after the filters"):
+        execute(synthesize_recipe(parts, minimum=99), tmp_path / "run", quiet=True)
+
+
+def test_a_killed_synthesis_draws_no_reply_twice(parts, tmp_path):
+    recipe = synthesize_recipe(parts, k=2)
+    full = execute(recipe, tmp_path / "full", quiet=True)
+    replies = (tmp_path / "full/replies.jsonl").read_bytes()
+    half = tmp_path / "half"
+    execute(recipe, half, quiet=True)
+    (half / "record.json").write_text((half / "record.json").read_text().replace('"done"', '"running"'))
+    for cut in (len(replies) // 2, len(replies) - 1, 0):
+        (half / "replies.jsonl").write_bytes(replies[:cut])
+        again = execute(recipe, half, quiet=True)
+        assert again.record["metrics"] == full.record["metrics"]
+        (half / "record.json").write_text((half / "record.json").read_text().replace('"done"', '"running"'))
+
+
+KILLED = """
+import sys
+from modicum.evaluate.chat import AttackedPrompt, GenParams, Goal, Verdict, user
+from modicum.jobs.chat.scripted import Scripted
+from modicum.jobs.safety.drawing import Drawing, Verdicts
+import pathlib, time
+class Judge:
+    name, needs = "j", frozenset()
+    def judge(self, items):
+        time.sleep(0.002)
+        return [Verdict(len(item.response) % 3 > 0) for item in items]
+prompts = [AttackedPrompt(Goal(f"g{i}", f"goal {i}"), user(f"goal {i}"), "plain") for i in range(60)]
+target = Scripted(lambda request: "x" * (request.params.seed % 97))
+store = Verdicts(pathlib.Path(sys.argv[1]))
+print("ready", flush=True)
+rows = Drawing(target, Judge(), store, params=GenParams(), seed=0, batch=7).samples(prompts, 64, early_stop=True)
+print([len(row) for row in rows])
+"""
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_lose_and_repeat_nothing(tmp_path):
+    command = [sys.executable, "-c", KILLED]
+    whole = subprocess.run([*command, str(tmp_path / "whole.jsonl")], capture_output=True, text=True, check=True).stdout
+    path = tmp_path / "killed.jsonl"
+    for attempt in range(50):
+        process = subprocess.Popen([*command, str(path)], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(0.001 * (attempt % 17))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout == whole
+    lines = [json.loads(line)["key"] for line in path.read_bytes().split(b"\n") if line.endswith(b"}")]
+    assert len(lines) == len(set(lines)) == len((tmp_path / "whole.jsonl").read_bytes().splitlines())
