@@ -1,0 +1,306 @@
+r"""Which data each worker trains on next, chosen by the workers together, without a centre.
+
+Agents are data-parallel workers; a round is a stretch of optimiser steps; worker ``i``'s action ``d`` is to train on
+domain ``d`` next. Probes ``j``, held-out examples of every domain, have needs :math:`w_j` that follow their losses, and
+domain ``d`` serves probe ``j`` with a similarity :math:`s_{jd}`:
+
+.. math::
+    f_t(A) = \sum_j w_{t,j} \max_{(i,d) \in A} s_{jd} \quad\text{or}\quad
+    f_t(A) = \sum_j w_{t,j} \Bigl(1 - \prod_{(i,d) \in A} (1 - s_{jd})\Bigr)
+
+Both are monotone and submodular, and once the needs are known every action's gain can be computed without training on
+it. This application is ours, not the publications'. With a global all-reduce a central greedy costs the same messages;
+the policies earn their keep where workers only reach neighbours. Higher coverage is not lower loss: measure both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modicum.errors import RecipeError
+from modicum.submodular.draws import keys, uniform
+from modicum.submodular.functions.base import SetFunction
+from modicum.submodular.functions.coverage import ProbabilisticCoverage
+from modicum.submodular.functions.facility import FacilityLocation
+from modicum.submodular.graphs import metropolis_weights, ring
+from modicum.submodular.policies.make import make_policy
+
+Utility = Literal["coverage", "facility"]
+
+
+def similarities(features: Any, probes: Any | None = None) -> Tensor:
+    """Return the clipped cosines between probes and domains.
+
+    Args:
+        features: A vector for each domain, (K, d), such as mean embeddings or counts of n-grams.
+        probes: A vector for each probe, (m, d); the domains' own where not given.
+
+    Returns:
+        Numbers in [0, 1], (m, K).
+
+    Raises:
+        RecipeError: Features are not finite, or of two lengths.
+
+    Example:
+        >>> similarities([[1.0, 0.0], [1.0, 1.0]])[0].tolist()
+        [1.0, 0.7071067811865475]
+    """
+    x, y = (torch.as_tensor(np.asarray(part)).double() for part in (features, features if probes is None else probes))
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not bool(x.isfinite().all() and y.isfinite().all()):
+        raise RecipeError(f"features {tuple(x.shape)} and probes {tuple(y.shape)}: expected finite (number, length).")
+    x, y = (part / part.norm(dim=1, keepdim=True).clamp(min=1e-12) for part in (x, y))
+    return (y @ x.T).clamp(0, 1)
+
+
+class Needs:
+    """How much each probe still needs, from its losses.
+
+    .. math::
+        e_j = \\max(0, \\text{loss}_j - \\text{reference}_j), \\qquad
+        w \\leftarrow m w + (1 - m) e, \\quad \\text{normalised to sum 1}
+
+    Args:
+        probes: How many there are.
+        reference: Loss of each probe that is good enough; 0 where not given.
+        memory: Share of the past that is kept, in [0, 1).
+        floor: Share that is spread evenly, so that no probe is ever forgotten, in [0, 1].
+
+    Raises:
+        RecipeError: A knob is out of range.
+
+    Example:
+        >>> needs = Needs(2, memory=0.0, floor=0.0)
+        >>> needs.observe([3.0, 1.0]).tolist()
+        [0.75, 0.25]
+    """
+
+    def __init__(
+        self, probes: int, *, reference: Sequence[float] | None = None, memory: float = 0.5, floor: float = 0.1
+    ) -> None:
+        if probes < 1 or not 0 <= memory < 1 or not 0 <= floor <= 1:
+            raise RecipeError(
+                f"probes {probes}, memory {memory}, floor {floor}: expected 1 or more, [0, 1) and [0, 1]."
+            )
+        self.reference = torch.zeros(probes) if reference is None else torch.as_tensor(reference)
+        self.reference = self.reference.double()
+        if self.reference.shape != (probes,):
+            raise RecipeError(f"reference has {len(self.reference)} losses, expected {probes}, one for each probe.")
+        self.memory, self.floor = memory, floor
+        self.excess = torch.full((probes,), math.nan, dtype=torch.float64)
+
+    @property
+    def weights(self) -> Tensor:
+        """The needs, which sum to 1; even before anything was observed, and once nothing is needed."""
+        even = torch.full_like(self.excess, 1 / len(self.excess))
+        total = self.excess.sum()
+        known = bool(torch.isfinite(total)) and float(total) > 0
+        return (1 - self.floor) * (self.excess / total if known else even) + self.floor * even
+
+    def observe(self, losses: Any) -> Tensor:
+        """Take in a loss for each probe and return the needs.
+
+        Raises:
+            RecipeError: There are more or fewer losses than probes, or one is not finite.
+        """
+        found = torch.as_tensor(losses).double().cpu()
+        if found.shape != self.excess.shape or not bool(found.isfinite().all()):
+            raise RecipeError(
+                f"losses {found.tolist()}: expected {len(self.excess)} finite losses, one for each probe."
+            )
+        now = (found - self.reference).clamp(min=0)
+        first = bool(self.excess.isnan().any())
+        self.excess = now if first else self.memory * self.excess + (1 - self.memory) * now
+        return self.weights
+
+
+class DomainScheduler:
+    """Which domain each worker trains on, round by round.
+
+    Every process holds the same scheduler and feeds it the same losses: all draws are named by worker and round, so
+    that all agree on everybody's choice without a message. What the policy would send is simulated and counted.
+
+    Args:
+        similarity: How well each domain serves each probe, (probes, domains), in [0, 1].
+        workers: How many workers choose.
+        domains: Names of the domains.
+        policy: A policy's name.
+        worker: The worker that this process trains, whose domain :meth:`next_domain` returns.
+        utility: ``coverage`` (a second worker on a domain still helps) or ``facility`` (it does not).
+        W: Weights between the workers; a ring where not given.
+        horizon: Number of rounds, which some policies must know.
+        needs: How needs follow from losses.
+        floor: Share of choices that are uniform, so that no domain is ever left out.
+        seed: Seed of all draws.
+        knobs: The policy's own knobs.
+
+    Raises:
+        RecipeError: A knob does not fit.
+
+    Example:
+        >>> scheduler = DomainScheduler(torch.eye(3), workers=2, policy="ma_spl", knobs={"eta": 1.0})
+        >>> scheduler.next_domains()
+        [0, 1]
+        >>> scheduler.observe([2.0, 1.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        similarity: Any,
+        *,
+        workers: int,
+        domains: Sequence[str] | None = None,
+        policy: str = "ma_spl",
+        worker: int = 0,
+        utility: Utility = "coverage",
+        W: Any = None,
+        horizon: int = 1000,
+        needs: Needs | None = None,
+        floor: float = 0.05,
+        seed: int = 0,
+        knobs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.similarity = torch.as_tensor(np.asarray(similarity)).double()
+        if self.similarity.ndim != 2 or not bool(((self.similarity >= 0) & (self.similarity <= 1)).all()):
+            raise RecipeError(
+                f"similarity of shape {tuple(self.similarity.shape)}: expected (probes, domains) in [0, 1]."
+            )
+        probes, count = self.similarity.shape
+        self.domains = list(domains) if domains is not None else [str(d) for d in range(count)]
+        if len(self.domains) != count:
+            raise RecipeError(f"{len(self.domains)} domains are named, but similarity has {count} columns.")
+        if workers < 1 or not 0 <= floor <= 1:
+            raise RecipeError(f"workers {workers}, floor {floor}: expected at least 1 worker and a share in [0, 1].")
+        if utility not in ("coverage", "facility"):
+            raise RecipeError(f"utility is {utility!r}, expected coverage or facility.")
+        if not 0 <= worker < workers:
+            raise RecipeError(f"worker is {worker}, expected 0 to {workers - 1}.")
+        self.worker, self.workers, self.utility, self.floor = worker, workers, utility, floor
+        self.needs = needs or Needs(probes)
+        self._columns = list(range(count)) * workers
+        weights = metropolis_weights(ring(workers)) if W is None else W
+        blocks = [count] * workers
+        self.policy = make_policy(policy, blocks, W=weights, horizon=horizon, seed=seed, knobs=knobs)
+        self._keys = keys([seed], "domain-floor", range(workers))[0]
+        self.round = 0
+        self.current: list[int] | None = None
+
+    def objective(self) -> SetFunction:
+        """Return the objective of the present needs."""
+        if self.utility == "facility":
+            return FacilityLocation(self.similarity, weights=self.needs.weights, columns=self._columns)
+        return ProbabilisticCoverage(self.similarity[:, self._columns], weights=self.needs.weights)
+
+    def next_domains(self) -> list[int]:
+        """Choose a domain for every worker; until the next observation the choice stands."""
+        if self.current is None:
+            seen = self.objective() if self.policy.sees == "now" else None
+            chosen = self.policy.act(seen)
+            draws = uniform(self._keys, self.round, 2)
+            other = (draws[:, 1] * len(self.domains)).long()
+            chosen = torch.where((draws[:, 0] < self.floor) | (chosen < 0), other, chosen)
+            self.current = [int(d) for d in chosen]
+        return list(self.current)
+
+    def next_domain(self) -> int:
+        """Choose for all and return this worker's domain."""
+        return self.next_domains()[self.worker]
+
+    def observe(self, losses: Any) -> None:
+        """End the round: take in a loss for each probe, and let the policy learn what its actions were worth."""
+        self.next_domains()
+        self.needs.observe(losses)
+        self.policy.update(self.objective())
+        self.round += 1
+        self.current = None
+
+    def shares(self) -> Tensor:
+        """Return the probability of each domain for each worker, floor included, (workers, domains)."""
+        p = self.policy.probabilities().reshape(self.workers, -1)
+        return (1 - self.floor) * p + self.floor / len(self.domains)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state as tensors."""
+        current = torch.tensor(self.current if self.current is not None else [-1] * self.workers)
+        own = {"round": torch.tensor(self.round), "current": current, "excess": self.needs.excess}
+        return own | {f"policy.{name}": part for name, part in self.policy.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state.
+
+        Raises:
+            RecipeError: It is the state of another policy, or of other workers or domains.
+        """
+        if state["excess"].shape != self.needs.excess.shape or len(state["current"]) != self.workers:
+            raise RecipeError("the scheduler's state is of other workers or probes. Take those it was saved with.")
+        self.round = int(state["round"])
+        self.current = None if int(state["current"][0]) < 0 else [int(d) for d in state["current"]]
+        self.needs.excess = state["excess"].double().clone()
+        inner = {n.removeprefix("policy."): part for n, part in state.items() if n.startswith("policy.")}
+        self.policy.load_state_dict(inner)
+
+
+class SelectionWorld:
+    """Needs that fall where workers train and rise elsewhere: data selection without the training.
+
+    Args:
+        similarity: How well each domain serves each probe, (probes, domains), in [0, 1].
+        workers: How many workers choose.
+        utility: See :class:`DomainScheduler`.
+        learn: How much of a probe's need one round of full service takes away.
+        drift: How fast needs return to 1 of themselves.
+        seed: Seeds of the first needs; several for as many worlds.
+
+    Example:
+        >>> world = SelectionWorld(torch.eye(3), workers=2)
+        >>> world.step(torch.tensor([0, 1]))
+        >>> bool(world.need[0, 2] > world.need[0, 0])
+        True
+    """
+
+    def __init__(
+        self,
+        similarity: Any,
+        *,
+        workers: int,
+        utility: Utility = "coverage",
+        learn: float = 0.3,
+        drift: float = 0.05,
+        seed: int | Sequence[int] = 0,
+    ) -> None:
+        self.similarity = torch.as_tensor(np.asarray(similarity)).double()
+        self.workers, self.utility, self.learn, self.drift = workers, utility, learn, drift
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+        self.worlds: tuple[int, ...] = () if isinstance(seed, int) else (len(seeds),)
+        probes, count = self.similarity.shape
+        self.blocks = [count] * workers
+        self.need = 0.5 + 0.5 * uniform(keys(seeds, "selection-need", [0])[:, 0], 0, probes)
+        self._last = self.need
+        self._columns = list(range(count)) * workers
+
+    def objective(self) -> SetFunction:
+        """Return the objective of the present needs."""
+        return self._of(self.need)
+
+    def predict(self) -> SetFunction:
+        """Return the objective of the needs one round ago."""
+        return self._of(self._last)
+
+    def _of(self, need: Tensor) -> SetFunction:
+        weights = need / need.sum(-1, keepdim=True)
+        table = self.similarity[:, self._columns].expand(len(need), -1, -1)
+        made = FacilityLocation if self.utility == "facility" else ProbabilisticCoverage
+        return made(table, weights=weights) if self.worlds else made(table[0], weights=weights[0])
+
+    def step(self, actions: Tensor) -> None:
+        """Train on the chosen domains."""
+        chosen = actions.reshape(len(self.need), -1)
+        served = self.similarity[:, chosen.clamp(min=0)] * (chosen >= 0)
+        missed = (1 - self.learn * served).prod(-1).T
+        self._last = self.need
+        self.need = self.need * missed + self.drift * (1 - self.need)
