@@ -99,13 +99,18 @@ class Simulated(Communication):
         self.agents = torch.arange(self.count, device=self.device)
         self._keys = keys([seed], "drop", range(self.count), device=self.device)[0] if drop else None
         self._sent: list[Tensor] = []
-        self._links = int((self.W > 0).sum() - (self.W.diagonal() > 0).sum())
+        self._size: tuple[Tensor, Partition, int] | None = None
+
+    def _round_bytes(self, partition: Partition) -> int:
+        """Return what all agents send in a round over the present weights."""
+        if self._size is None or self._size[0] is not self.W or self._size[1] is not partition:
+            self._size = (self.W, partition, message_bytes(partition, self.foreign, self.W))
+        return self._size[2]
 
     def weights(self, turn: int) -> Tensor:
         """Return the weights of a round, those of lost messages given to the receivers themselves."""
         if self._of is not None:
             self.W = check_weights(self._of(turn), adjacency=self.adjacency, agents=self.count)
-            self._links = int((self.W > 0).sum() - (self.W.diagonal() > 0).sum())
         if self._keys is None:
             return self.W
         lost = uniform(self._keys, turn, self.count) < self.drop
@@ -116,7 +121,7 @@ class Simulated(Communication):
     def average(self, x: Tensor, partition: Partition, turn: int, *, scratch: bool = False) -> Tensor:
         """Return every agent's weighted mean (see :meth:`Communication.average`)."""
         W = self.weights(turn)
-        self.bytes += message_bytes(partition, self.foreign, self.W) * (x.shape[:-2].numel())
+        self.bytes += self._round_bytes(partition) * x.shape[:-2].numel()
         if self.foreign == "float64" and not self.delay:
             return W @ x
         sent = x

@@ -11,8 +11,11 @@ Reference: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generator
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from modicum.random import derive_seed
@@ -59,10 +62,31 @@ def uniform(key: Tensor, turn: int, count: int) -> Tensor:
         >>> bool((a == b[..., :3]).all())
         True
     """
+    if key.device.type == "cpu":
+        return torch.from_numpy(_host(key.numpy(), turn, count))
     turned = _mix(key + _wrap(turn * STEP))
     places = torch.arange(1, count + 1, device=key.device) * STEP
     bits = _mix(turned[..., None] + places)
     return bits.bitwise_right_shift_(11).bitwise_and_((1 << 53) - 1).double().mul_(LEVELS)
+
+
+def _host(key: NDArray[np.int64], turn: int, count: int) -> NDArray[np.float64]:
+    """Return the same numbers from NumPy, whose small operations cost a fraction of a tensor's to call."""
+    turned = _host_mix(key.view(np.uint64) + np.uint64(turn * STEP % (1 << 64)))
+    bits = _host_mix(turned[..., None] + _places(count))
+    return (bits >> np.uint64(11)).astype(np.float64) * LEVELS
+
+
+@cache
+def _places(count: int) -> NDArray[np.uint64]:
+    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(STEP % (1 << 64))
+
+
+def _host_mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    for shift, factor in ((30, FIRST), (27, SECOND)):
+        z = z ^ (z >> np.uint64(shift))
+        z *= np.uint64(factor % (1 << 64))
+    return z ^ (z >> np.uint64(31))
 
 
 def _mix(z: Tensor) -> Tensor:

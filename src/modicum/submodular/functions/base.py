@@ -197,9 +197,10 @@ def matrix(values: Matrix, name: str, *, most: float | None = None) -> Tensor:
     found = found if found.dtype == torch.float32 else found.double()
     if found.ndim not in (2, 3) or 0 in found.shape:
         raise RecipeError(f"{name} has shape {tuple(found.shape)}, expected (rows, elements), neither of them 0.")
-    # One pass: the comparison is false for NaN too.
-    good = (found >= 0) & (found <= (most if most is not None else torch.finfo(found.dtype).max))
-    if not bool(good.all()):
+    top = most if most is not None else torch.finfo(found.dtype).max
+    low, high = torch.aminmax(found)
+    if not (float(low) >= 0 and float(high) <= top):  # false for NaN too, which the extremes keep
+        good = (found >= 0) & (found <= top)
         place = tuple(int(i) for i in (~good).nonzero()[0])
         expected = "finite numbers of at least 0" if most is None else f"numbers in [0, {most:g}]"
         raise RecipeError(f"{name}{list(place)} is {float(found[place]):g}, expected {expected}.")

@@ -205,9 +205,9 @@ class FacilityLocation(SetFunction):
 
     def last_gains(self) -> Tensor:
         """Return what each element adds to all others, (worlds, n)."""
-        best, place = self._columns_of_all().max(-2)
-        others = self._columns_of_all().scatter(-2, place[..., None, :], 0).amax(-2)
-        lead = (best - others) * self.weights
+        columns = self._columns_of_all()
+        best, place = columns.max(-2)
+        lead = (best - columns.scatter(-2, place[..., None, :], 0).amax(-2)) * self.weights
         out = torch.zeros(*self.worlds, self.n, dtype=self.dtype, device=self.device)
         return out.scatter_add_(-1, place, lead)
 

@@ -7,6 +7,7 @@ each world goes exactly as it would alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -92,8 +93,7 @@ class Policy:
     def probabilities(self) -> Tensor:
         """Return the probabilities of the next choice, block by block, (worlds, n)."""
         shares = self._shares()
-        valid = self.partition.valid if self._all else self.partition.valid[self.agents]
-        return shares[..., valid]
+        return shares[..., self._valid]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as tensors: what was learnt, how far the draws went, and their seeds."""
@@ -154,10 +154,29 @@ class Policy:
             self._keys[purpose] = made if self.worlds else made[0]
         return uniform(self._keys[purpose], turn, count)
 
+    @cached_property
+    def _index(self) -> Tensor:
+        """Elements of each held agent's block, (held, widest)."""
+        return self.partition.index if self._all else self.partition.index[self.agents]
+
+    @cached_property
+    def _valid(self) -> Tensor:
+        """Which of these are actions."""
+        return self.partition.valid if self._all else self.partition.valid[self.agents]
+
+    @cached_property
+    def _sizes(self) -> int:
+        """Number of actions of the held agents."""
+        return int(self._valid.sum())
+
+    @cached_property
+    def _uniform_choice(self) -> Tensor:
+        valid = self._valid.double()
+        return (valid / valid.sum(-1, keepdim=True)).expand(*self.worlds, *valid.shape)
+
     def _even(self) -> Tensor:
         """Return uniform probabilities, (worlds, held, widest)."""
-        valid = self.partition.valid[self.agents].double()
-        return (valid / valid.sum(-1, keepdim=True)).expand(*self.worlds, *valid.shape).clone()
+        return self._uniform_choice.clone()
 
     def _check(self, f: Objective) -> None:
         n = getattr(f, "n", None)
@@ -174,8 +193,8 @@ class Policy:
         Raises:
             RecipeError: A gain is negative or no number: the objective is not monotone.
         """
-        block = self.partition.index[self.agents] if block is None else block
-        self.evaluations += 2 * int(self.partition.sizes[self.agents].sum()) if mask.ndim else 0
+        block = self._index if block is None else block
+        self.evaluations += 2 * self._sizes
         if isinstance(f, SetFunction):
             gains = f.gains(mask, block)
             if not f.trusted:

@@ -171,8 +171,17 @@ class Gossip(Policy):
         if hint is not None:
             for number in range(rounds):
                 x = self._round(x, hint, self.acts * HINTS + number, scratch=True)
-        u = self._uniform("act", self.acts, 1)[..., 0]
-        return sample_actions(self._shares(x), u, residual=self.settings.residual)
+        u = self._uniform("act", self.acts, 1)
+        own = self.partition.own(x, self._rows)
+        steps = own.cumsum(-1)
+        if self.settings.residual == "idle":
+            place = (steps <= u).sum(-1)
+            return torch.where(place < steps.shape[-1], place, -1)
+        mass = steps[..., -1:]
+        if bool((mass == 0).any()):
+            return sample_actions(self._shares(x), u[..., 0])
+        # A number below 1 of 53 bits times the mass stays below it: the place is that of a positive probability.
+        return (steps <= u * mass).sum(-1)
 
     def _learn(self, f: Objective) -> None:
         self._x = self._round(self._x, f, self.updates)
@@ -183,7 +192,7 @@ class Gossip(Policy):
             return own
         mass = own.sum(-1, keepdim=True)
         # A block without mass says nothing: any action is better than none, and none is better than another.
-        return torch.where(mass > 0, own / torch.where(mass > 0, mass, 1), self._even())
+        return torch.where(mass > 0, own / torch.where(mass > 0, mass, 1), self._uniform_choice)
 
     def _state(self) -> dict[str, Tensor]:
         return {"x": self._x, **{f"network.{k}": v for k, v in self.communication.state_dict().items()}}

@@ -70,6 +70,7 @@ class MAOSMA(Gossip):
         self, blocks: Blocks, W: Weights, *, eta: Positive | tuple[Positive, ...], **shared: Unpack[Shared]
     ) -> None:
         super().__init__(blocks, W, Settings(eta=eta, **known(MAOSMA, shared)))
+        self._ratio = surrogate_ratio(self.settings.c) if self.settings.surrogate else 1.0
 
     def _gradient(self, f: Objective, point: Tensor, turn: int, purpose: str) -> Tensor:
         settings = self.settings
@@ -88,12 +89,15 @@ class MAOSMA(Gossip):
             present = sample_scale(u, c=settings.c)[..., None] * point[..., None, :]
         else:
             present = point[..., None, :]
-        block = self.partition.index[self.agents][:, None]
-        gains = self._gains(f, draws < present, block).mean(-2)
-        return gains * (surrogate_ratio(settings.c) if settings.surrogate else 1.0)
+        self.evaluations += 2 * self._sizes * (samples - 1)
+        if samples == 1:
+            gains = self._gains(f, (draws < present)[..., 0, :])
+        else:
+            gains = self._gains(f, draws < present, self._index[:, None]).mean(-2)
+        return gains * self._ratio
 
     def _step(self, own: Tensor, gradient: Tensor) -> Tensor:
         moved = own + self._eta * gradient
         if not self.partition.even:
-            moved = torch.where(self.partition.valid[self.agents], moved, -1)
+            moved = torch.where(self._valid, moved, -1)
         return project_capped_simplex(moved)

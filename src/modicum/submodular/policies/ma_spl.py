@@ -82,13 +82,12 @@ class MASPL(Gossip):
         return (1 - 1 / math.e) * self._over(f, members) + self._linear(f) / math.e
 
     def _over(self, f: Objective, members: Tensor) -> Tensor:
-        block = self.partition.index[self.agents]
         if type(f) is FacilityLocation:
             # Own actions are never among the others', so that no second best is needed.
             self.evaluations += self._sizes + len(self.agents)
-            return f.gains_of(members, block, disjoint=True).double()
+            return f.gains_of(members, self._index, disjoint=True).double()
         mask = torch.zeros(*members.shape[:-1], self.n + 1, dtype=torch.bool, device=members.device)
-        return self._gains(f, mask.scatter_(-1, members, True)[..., :-1], block)
+        return self._gains(f, mask.scatter_(-1, members, True)[..., :-1])
 
     def _linear(self, f: Objective) -> Tensor:
         """Return what each own action adds to all others; computed once for an objective."""
@@ -98,14 +97,11 @@ class MASPL(Gossip):
                 self.evaluations += self._sizes + 1
             else:
                 full = torch.ones(len(self.agents), self.n, dtype=torch.bool, device=self.device)
-                found = self._gains(f, full, self.partition.index[self.agents])
+                found = self._gains(f, full)
                 last = self.partition.put(torch.zeros_like(full, dtype=torch.float64), found, self._rows).sum(0)
-            self._last = (f, self.partition.cut(last)[..., self.agents, :])
+            cut = self.partition.cut(last)
+            self._last = (f, cut if self._all else cut[..., self.agents, :])
         return self._last[1]
-
-    @property
-    def _sizes(self) -> int:
-        return int(self.partition.sizes[self.agents].sum())
 
     def _exact(self, f: Objective, point: Tensor) -> Tensor:
         if not isinstance(f, SetFunction) or not f.exact:
@@ -119,5 +115,5 @@ class MASPL(Gossip):
     def _step(self, own: Tensor, gradient: Tensor) -> Tensor:
         moved = own + self._eta * gradient
         if not self.partition.even:
-            moved = torch.where(self.partition.valid[self.agents], moved, -1)
+            moved = torch.where(self._valid, moved, -1)
         return project_capped_simplex(moved)
