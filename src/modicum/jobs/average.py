@@ -93,6 +93,7 @@ def open_checkpoints(recipe: AverageRecipe) -> list[Checkpoint]:
 
 def plan(recipe: AverageRecipe) -> list[str]:
     """Describe what would be read and written; an averager that learns is not asked, as that is the job's work."""
+    from modicum.jobs.data.packing_trial import foresee_batches
     from modicum.jobs.data.rows import load_rows
     from modicum.weights.average import choose, plan_average
 
@@ -104,8 +105,9 @@ def plan(recipe: AverageRecipe) -> list[str]:
         told = [f"{c.name}: {w:.4g}" for c, w in zip(checkpoints, coefficients)]
     else:
         coefficients = [1 / len(checkpoints)] * len(checkpoints)
-        rows = len(load_rows(recipe.data, seed=recipe.seed))
-        told = [f"{recipe.method.name} learns the coefficients from {rows} rows of {recipe.data.path}"]
+        rows = load_rows(recipe.data, seed=recipe.seed)
+        told = [f"{recipe.method.name} learns the coefficients from {len(rows)} rows of {recipe.data.path}"]
+        told += foresee_batches(recipe.data, rows, checkpoints[-1].name)
     shape = plan_average(checkpoints, coefficients, dtype=recipe.dtype, exclude=recipe.exclude, device=recipe.device)
     return [*shape.describe(), *told]
 

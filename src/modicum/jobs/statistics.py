@@ -55,15 +55,17 @@ class StatisticsRecipe(Recipe):
 
 def plan(recipe: StatisticsRecipe) -> list[str]:
     """Say what would be measured; reads headers and data, but no weights."""
+    from modicum.jobs.data.packing_trial import foresee_batches
     from modicum.jobs.data.rows import load_rows
     from modicum.weights.checkpoint import Checkpoint
 
-    rows = len(load_rows(recipe.data, seed=recipe.seed))
+    rows = load_rows(recipe.data, seed=recipe.seed)
     checkpoint = Checkpoint(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     what = {"fisher": "mean squared gradients", "gram": "Gram matrices of the linear layers' inputs"}[recipe.kind]
     return [
-        f"{what} of {recipe.model} ({checkpoint.nbytes / 1e6:.0f} MB) on {rows} rows of {recipe.data.path}",
+        f"{what} of {recipe.model} ({checkpoint.nbytes / 1e6:.0f} MB) on {len(rows)} rows of {recipe.data.path}",
         f"holds at most {max(1, recipe.memory // 10**6)} MB of sums at a time, or those of one tensor",
+        *foresee_batches(recipe.data, rows, recipe.model, remote_code=recipe.remote_code),
     ]
 
 

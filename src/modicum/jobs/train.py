@@ -53,6 +53,8 @@ def plan(recipe: TrainRecipe) -> list[str]:
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     for data in read.values():
         try_rows(data, tokenizer, notes.append)
+    for part in parts:
+        part.foresee(notes.append)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     what = next((part.trains for part in parts if part.trains), "all weights")
     start = f"{weights / 1e6:.0f} MB of weights" if recipe.model.scratch is None else "random weights"

@@ -24,7 +24,20 @@ SIZES = {
 }
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
 BY_POSITION = {
+    "deepseek_v3": {
+        **LATENT,
+        "q_lora_rank": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "glm4": {"head_dim": 8, "pad_token_id": 0},
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
@@ -65,6 +78,37 @@ REFUSED = {
         "attn_layer_indices": [1],
     },
     "nemotron_h": {},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+    },
+    "zamba2": {
+        "mamba_d_state": 8,
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "adapter_rank": 4,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
+    "minimax": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+    },
+    "falcon_mamba": {"state_size": 8},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+    "openai-gpt": GPT,
     "xlstm": {},
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
@@ -95,7 +139,8 @@ def made(kind, extra):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | extra))
+    sizes = {key: value for key, value in SIZES.items() if kind != "xlnet" or key != "max_position_embeddings"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | extra))
     return model.float().train()
 
 

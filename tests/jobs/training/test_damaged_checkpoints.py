@@ -148,6 +148,12 @@ def test_another_number_of_processes_is_refused(tiny_model, rows, whole, tmp_pat
         execute(recipe(tiny_model, rows), tmp_path / "r", quiet=True)
 
 
+@pytest.mark.parametrize("name", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "adalomo"])
+def test_an_optimizer_whose_state_no_checkpoint_holds_is_refused(tiny_model, rows, name):
+    with pytest.raises(RecipeError, match=f"trainer.optim: {name} keeps its state where no checkpoint holds it"):
+        plan(recipe(tiny_model, rows, trainer={"optim": name}))
+
+
 @pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip"])
 def test_arguments_that_a_run_cannot_go_on_with_exactly_are_refused_before_it_begins(tiny_model, rows, tmp_path, key):
     wanted = recipe(tiny_model, rows, trainer={key: True})

@@ -13,7 +13,7 @@ from modicum.jobs.training.parts import parts_of
 from modicum.jobs.training.parts.interruption import SIGNALS
 from modicum.jobs.training.trainer import PartsTrainer
 from modicum.recipe import parse
-from modicum.record import read_record
+from modicum.record import read_log, read_record
 
 MEZO = {"name": "mezo", "lr": 1e-3}
 
@@ -73,6 +73,23 @@ def test_a_signal_saves_at_the_end_of_its_step_and_the_run_goes_on_from_there(
     assert [signal.getsignal(known) for known in SIGNALS] == before
     resumed = execute(recipe(tiny_model, rows, **changes), tmp_path / "r", quiet=True)
     assert resumed.done and weights(resumed.folder / name) == weights(whole.folder / name)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])  # the second ends an epoch of four batches
+def test_an_interruption_is_no_end_of_an_epoch(tiny_model, rows, tmp_path, monkeypatch, step):
+    trainer = {"gradient_accumulation_steps": 2, "save_strategy": "epoch", "eval_strategy": "epoch", "logging_steps": 1}
+    wanted = recipe(tiny_model, rows, trainer=trainer, eval_data={"path": str(rows), "max_length": 64, "size": 3})
+    whole = execute(wanted, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        signalled(patched, step, SIGNALS[0])
+        execute(wanted, tmp_path / "r", quiet=True)
+    resumed = execute(wanted, tmp_path / "r", quiet=True)
+    assert weights(resumed.folder / "model") == weights(whole.folder / "model")
+    lines = [
+        [(x["event"], x["step"], x.get("loss"), x.get("eval_loss")) for x in read_log(r.folder)]
+        for r in (resumed, whole)
+    ]
+    assert lines[0] == lines[1] and [line[1] for line in lines[0] if line[0] == "eval"] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("numbers", [SIGNALS, SIGNALS[::-1], SIGNALS[:1] * 2])

@@ -140,11 +140,11 @@ def test_a_new_part_is_a_key_of_the_recipe_and_every_hook_is_called_in_order(tin
     assert recipe.toy.factor == 2 and list(type(recipe).model_fields)[-2:] == ["toy", "trainer"]
     calls.clear()
     plan(recipe)
-    assert [name for name in calls if name not in ("fit", "inputs")] == ["arguments", "check", "data"]
+    assert [name for name in calls if name not in ("fit", "inputs")] == ["arguments", "check", "data", "foresee"]
     calls.clear()
     execute(recipe, tmp_path / "r", quiet=True)
     assert list(dict.fromkeys(calls)) == [*expected, "around", "finish", "save", "verify"]
-    assert {*calls, "fit", "remember", "recall"} == {*hooks}  # the last two where there are checkpoints
+    assert {*calls, "fit", "foresee", "remember", "recall"} == {*hooks}  # the last two where there are checkpoints
 
 
 def test_a_part_may_bring_a_loss_a_collator_state_in_checkpoints_and_another_order(tiny_model, rows, tmp_path, table):

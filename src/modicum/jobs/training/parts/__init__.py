@@ -92,7 +92,7 @@ class Part:
     """A mechanism of training. Every hook does nothing until a part overrides it.
 
     The constructor runs when a recipe is parsed and refuses keys that do not fit each other. ``arguments``, ``check``
-    and ``data`` run for ``modicum check`` too, and must not write anything.
+    and ``data`` run for ``modicum check`` too, ``foresee`` for it alone, and must not write anything.
 
     Attributes:
         name: Its name in the table, which is its key in the recipe.
@@ -137,6 +137,9 @@ class Part:
 
     def check(self, arguments: TrainingArguments) -> None:
         """Refuse arguments, and knobs under them, that cannot work."""
+
+    def foresee(self, _note: Callable[[str], None]) -> None:
+        """Refuse, for ``modicum check`` and once ``data`` is read, what the run would refuse on meeting the model."""
 
     def begin(self, run: Run) -> None:
         """Keep the run, whose folder, notes and log the part may use from now on."""

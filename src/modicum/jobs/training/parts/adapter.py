@@ -123,6 +123,7 @@ class Adapter(Part):
         if hasattr(model, "peft_config"):
             raise UnsupportedError(f"{base} is an adapter already. Merge it into its base first (job: merge).")
         config = self._config(fields)
+        embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
         try:
             # PEFT draws the first factors from the global generator; the fork keeps that to these lines.
             with torch.random.fork_rng():
@@ -130,6 +131,11 @@ class Adapter(Part):
                 wrapped = get_peft_model(model, config)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"adapter.config: {error}") from None
+        if fields.get("trainable_token_indices") and embedding in wrapped.base_model.targeted_module_names:
+            raise UnsupportedError(
+                f"adapter.config.target_modules: {embedding} gets an adapter, and the objective trains the row of its "
+                "mask token there. PEFT cannot do both. Leave the embedding out."
+            )
         wrapped.peft_config["default"].base_model_name_or_path = base
         return wrapped
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum import processes
 from modicum.durable import follow_umask
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.training.parts import Build, Part
 from modicum.registry import training_part
 
@@ -49,9 +49,16 @@ class Checkpoint(Part):
         for key, why in INEXACT.items():
             if getattr(arguments, key):
                 raise RecipeError(f"trainer.{key}: {why}. Leave it out; trainer.save_total_limit saves space.")
+        optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+        if "layerwise" in optimizer or optimizer == "adalomo":
+            raise RecipeError(
+                f"trainer.optim: {optimizer} keeps its state where no checkpoint holds it, so a killed run could not "
+                "go on. Take one that is not layer-wise."
+            )
 
     def trainer(self, build: Build) -> None:
         """Add the callback."""
+        import torch
         from transformers import TrainerCallback
         from transformers.trainer_callback import ExportableState
 
@@ -69,7 +76,10 @@ class Checkpoint(Part):
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step:
                     folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                    remembered = _read(folder / MEMORY.format(rank=rank))
+                    file = folder / MEMORY.format(rank=rank)
+                    if WRITER in state.stateful_callbacks and not file.exists():
+                        raise CheckpointError(f"{file} is missing. Copy the checkpoint to this machine, whole.")
+                    remembered = _read(file)
                     part.resumed, args.eval_on_start = state.global_step, False
                     state.stateful_callbacks.setdefault(WRITER, {})
                     best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
@@ -81,7 +91,9 @@ class Checkpoint(Part):
                     control.should_training_stop = True
 
             def on_epoch_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-                part.begin_epoch(resumed=state.global_step == part.resumed)
+                if state.global_step == part.resumed:
+                    part.go_on(between=float(state.epoch).is_integer())
+                part.draws["begin"] = torch.get_rng_state()
 
             def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
                 part.ended = False
@@ -109,13 +121,16 @@ class Checkpoint(Part):
 
         build.add_callback(CheckpointCallback())
 
-    def begin_epoch(self, *, resumed: bool) -> None:
-        """Let the order of the rows be drawn from where it was, where it is drawn from torch's own generator."""
+    def go_on(self, *, between: bool) -> None:
+        """Let the order of the rows be drawn from where it was, where it is drawn from torch's own generator.
+
+        Args:
+            between: The run goes on between two epochs.
+        """
         import torch
 
-        if resumed and self.draws:
-            torch.set_rng_state(self.draws["end" if self.ended else "begin"])
-        self.draws["begin"] = torch.get_rng_state()
+        if self.draws:
+            torch.set_rng_state(self.draws["end" if between else "begin"])
 
     def remember(self) -> dict[str, Tensor]:
         """Return whether the epoch has ended, and the draws."""

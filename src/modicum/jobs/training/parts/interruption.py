@@ -43,15 +43,22 @@ class Interruption(Part):
         part, self.build = self, build
 
         class InterruptionCallback(TrainerCallback):
+            stopping = False
+
             def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
                 self.last = time.monotonic()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 stop, due = part.agreed(part.asked > 0, part.due(time.monotonic() - self.last, state), args)
+                self.stopping = stop
                 if stop:
                     control.should_training_stop = control.should_save = True
                 if due:
                     control.should_save = True
+
+            def on_epoch_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+                if self.stopping and not float(state.epoch).is_integer():  # it goes on: its end is still to come
+                    control.should_save = control.should_evaluate = control.should_log = False
 
             def on_save(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
                 self.last = time.monotonic()

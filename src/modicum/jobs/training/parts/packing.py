@@ -37,6 +37,30 @@ class Packing(Part):
         watched: Callable[..., Any] = encode
         return replace(data, encode=watched)
 
+    def foresee(self, note: Callable[[str], None]) -> None:
+        """Try a small model of the same architecture."""
+        from modicum.jobs.data.packing_trial import LATER, foresee
+
+        section = self.recipe.model
+        if not self.packed:
+            return
+        if section.convert is not None:
+            note(LATER)
+        elif told := foresee(
+            section.path,
+            max_length=self.longest,
+            fields=section.scratch,
+            attention=section.attention,
+            remote_code=section.remote_code,
+        ):
+            note(told)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that may come."""
+        sections = [section for section in (self.recipe.data, self.recipe.eval_data) if section is not None]
+        return max(section.max_length for section in sections)
+
     def model(self, model: Any, tokenizer: Any) -> Any:
         """Keep some tokens to try with."""
         from modicum.jobs.data.packing import ordinary_ids
@@ -53,9 +77,7 @@ class Packing(Part):
         arguments = batches.arguments
         if model.device.type != arguments.device.type and not (arguments.fsdp or arguments.deepspeed):
             model.to(arguments.device)  # as the Trainer does; kernels differ from one device to the other
-        sections = [section for section in (self.recipe.data, self.recipe.eval_data) if section is not None]
-        longest = max(section.max_length for section in sections)
-        found = isolating(model, batches.collator, ids=self.ids, max_length=longest)
+        found = isolating(model, batches.collator, ids=self.ids, max_length=self.longest)
         if found is not batches.collator:
             self.run.note(
                 f"{model.config.model_type} keeps packed samples apart with a mask of tokens by tokens, built for each "
