@@ -123,7 +123,6 @@ class Adapter(Part):
         if hasattr(model, "peft_config"):
             raise UnsupportedError(f"{base} is an adapter already. Merge it into its base first (job: merge).")
         config = self._config(fields)
-        embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
         try:
             # PEFT draws the first factors from the global generator; the fork keeps that to these lines.
             with torch.random.fork_rng():
@@ -131,10 +130,10 @@ class Adapter(Part):
                 wrapped = get_peft_model(model, config)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"adapter.config: {error}") from None
-        if fields.get("trainable_token_indices") and embedding in wrapped.base_model.targeted_module_names:
+        if (name := _doubly_adapted(wrapped)) is not None:
             raise UnsupportedError(
-                f"adapter.config.target_modules: {embedding} gets an adapter, and the objective trains the row of its "
-                "mask token there. PEFT cannot do both. Leave the embedding out."
+                f"adapter.config: {name} is to be trained, and the objective trains the row of its mask token there. "
+                "PEFT cannot do both. Take it out of target_modules and modules_to_save."
             )
         wrapped.peft_config["default"].base_model_name_or_path = base
         return wrapped
@@ -258,6 +257,17 @@ def _linear_names(model: Any) -> list[str]:
     head = model.get_output_embeddings()
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     return sorted({name.rpartition(".")[2] for name, module in modules if module is not head})
+
+
+def _doubly_adapted(wrapped: Any) -> str | None:
+    """Return the embedding or head whose rows are trained one by one and as a whole at once, if there is one."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from torch import nn
+
+    for name, module in wrapped.named_modules():
+        if isinstance(module, TrainableTokensLayer) and not isinstance(module.base_layer, (nn.Embedding, nn.Linear)):
+            return name.removesuffix(".token_adapter").rpartition(".")[2]
+    return None
 
 
 def hub_id(reference: str) -> tuple[str, str | None] | None:
