@@ -26,7 +26,7 @@ def parts(tmp_path, monkeypatch):
     tiny_llama(seed=3, initializer_range=0.3, max_position_embeddings=4096).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     for name in ("harmful", "harmless"):
-        rows = [{"prompt": f"A {name} wish, number {i}"} for i in range(6)]
+        rows = [{"prompt": f"A {name} wish, number {i}", "completion": "Here it is."} for i in range(6)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     items = [JudgeItem(f"g{i}", "p", text) for i, text in enumerate(TEXTS * 3)]
     labels = {"harm": [False, False, True, True] * 3, "refusal": [True, True, False, False] * 3}
@@ -257,3 +257,17 @@ def test_kills_at_any_moment_lose_and_repeat_nothing(tmp_path):
     assert subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout == whole
     lines = [json.loads(line)["key"] for line in path.read_bytes().split(b"\n") if line.endswith(b"}")]
     assert len(lines) == len(set(lines)) == len((tmp_path / "whole.jsonl").read_bytes().splitlines())
+
+
+def test_a_train_stage_reads_the_rows_that_an_earlier_stage_made(parts, tmp_path):
+    """The data of a stage may be the output of another: the pipeline knows the file, not the recipe."""
+    train = {
+        "name": "rt", "job": "train", "model": parts["folder"], "data": {"path": "stage:rows/rt", "max_length": 256},
+        "adapter": {"rank": 2}, "trainer": {"max_steps": 1, "per_device_train_batch_size": 1},
+    }  # fmt: skip
+    made = synthesize_recipe(parts, helpful_mode="answer_only", k=1)
+    rows = {**made.model_dump(exclude_none=True, exclude={"out"}), "name": "rows"}
+    recipe = parse({"job": "pipeline", "stages": [rows, train]})
+    assert any("rt: train after rows/rt" in line for line in plan(recipe))
+    run = execute(recipe, tmp_path / "run", quiet=True)
+    assert run.record["status"] == "done"
