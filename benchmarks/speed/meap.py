@@ -50,7 +50,7 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 def collator() -> dict[str, float]:
     """Time the collators on rows as they come in pre-training, and masking alone on a million tokens."""
     from modicum.objectives import MEAPCollator, mask_inputs
-    from modicum.objectives.philox import row_keys
+    from modicum.philox import row_keys
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ from modicum.schema import describe_type
 
 TITLES = {
     "merge_methods": "Merge methods",
+    "expert_stores": "Stores of experts",
     "averagers": "Averaging checkpoints",
     "gradient_rules": "Gradient rules",
     "objectives": "Objectives",

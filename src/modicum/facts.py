@@ -346,11 +346,6 @@ class MeasureFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts(Facts):
-    """Facts of a conversion of models."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class JobFacts(Facts):
     """Facts of a job.
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 Role = Literal["embedding", "positions", "head", "router"]
+Unit = Literal["block", "sublayer", "matrix"]
 
 ADAPTER_PREFIX = "base_model.model."  # PEFT writes it before every name of an adapter's file
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -134,6 +135,39 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
         if layer := layer_of(name):
             found[layer.stack] = max(found.get(layer.stack, 0), layer.number + 1)
     return found
+
+
+def unit_of(name: str, kind: Unit = "block") -> str | None:
+    """Return the part of a model that a tensor belongs to, ``None`` outside the stacks of layers.
+
+    Args:
+        name: The tensor.
+        kind: ``block`` is a whole layer, ``sublayer`` one of its direct parts, such as its attention, ``matrix`` a
+            single module.
+
+    Example:
+        >>> [unit_of("model.layers.3.mlp.up_proj.weight", kind) for kind in ("block", "sublayer", "matrix")]
+        ['model.layers.3', 'model.layers.3.mlp', 'model.layers.3.mlp.up_proj']
+    """
+    layer = layer_of(name)
+    if layer is None:
+        return None
+    block = f"{layer.stack}.{layer.number}"
+    if kind == "block":
+        return block
+    module = layer.rest.removesuffix(".weight").removesuffix(".bias")
+    return f"{block}.{module.partition('.')[0] if kind == 'sublayer' else module}"
+
+
+def natural(name: object) -> tuple[object, ...]:
+    """Return a sorting key under which numbers in a name count as numbers.
+
+    Example:
+        >>> sorted(["h.10", "h.9"], key=natural)
+        ['h.9', 'h.10']
+    """
+    parts = re.split(r"(\d+)", str(name))
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
 
 
 def role(name: str) -> Role | None:

@@ -50,6 +50,7 @@ models.zero_loop        models.zero_token.loop
 models.zero_pool        models.zero_token.pool
 models.zero_schedule    models.zero_token.schedule
 models.zero_visit       models.zero_token.visit
+objectives.philox       philox
 optim.adagc             optim.gradient.adagc
 optim.aggc              optim.gradient.aggc
 optim.backward          optim.gradient.backward

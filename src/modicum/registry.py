@@ -40,7 +40,6 @@ from modicum.facts import (
     JudgeFacts,
     MeasureFacts,
     MergeFacts,
-    ModelFacts,
     ObjectiveFacts,
     PartFacts,
     PolicyFacts,
@@ -49,6 +48,7 @@ from modicum.facts import (
     ZerothOrderFacts,
 )
 from modicum.knobs import parameters
+from modicum.model_facts import ModelFacts, StoreFacts
 from modicum.schema import explain
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ class Registry(Mapping[str, Entry[T]], Generic[P, T]):
 
 
 merge_method = Registry("merge_methods", "merge method", "modicum.weights.methods", MergeFacts)
+expert_store = Registry("expert_stores", "expert store", "modicum.weights.stores", StoreFacts)
 averager = Registry("averagers", "averager", "modicum.weights.averagers", AveragerFacts)
 gradient_rule = Registry("gradient_rules", "gradient rule", "modicum.optim.gradient", GradientFacts)
 objective = Registry("objectives", "objective", "modicum.objectives", ObjectiveFacts)
@@ -222,6 +223,7 @@ REGISTRIES: Mapping[str, Registry[..., Facts]] = MappingProxyType(
         table.kind: table
         for table in (
             merge_method,
+            expert_store,
             averager,
             gradient_rule,
             objective,

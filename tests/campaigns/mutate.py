@@ -53,7 +53,7 @@ TARGETS: dict[str, list[str]] = {
     "optim/zeroth_order/moments.py": STEPS,
     "optim/zeroth_order/lifts.py": STEPS,
     "adapters/hrp.py": ["tests/adapters/test_hrp.py"],
-    "objectives/philox.py": ["tests/objectives/test_philox.py", "tests/objectives/test_objective_oracles.py"],
+    "philox.py": ["tests/test_philox.py", "tests/objectives/test_objective_oracles.py"],
     "objectives/meap.py": ["tests/objectives/test_meap.py", "tests/objectives/test_objective_oracles.py"],
     "linalg.py": ["tests/weights/test_method_oracles.py", "tests/adapters/test_hrp.py"],
     "models/zero_token/schedule.py": ["tests/models/zero_token/test_zero_schedule.py"],

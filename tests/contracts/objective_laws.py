@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modicum.objectives.batch import Batch
-from modicum.objectives.philox import row_keys
+from modicum.philox import row_keys
 from modicum.registry import Entry, objective
 from modicum.types import IGNORED, UnitInterval
 

@@ -3,7 +3,7 @@ import torch
 
 from modicum.errors import ModicumError
 from modicum.objectives.masked_thought import masked_thought
-from modicum.objectives.philox import row_keys
+from modicum.philox import row_keys
 
 MASK = 999
 

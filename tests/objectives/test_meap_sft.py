@@ -4,8 +4,8 @@ import torch
 from modicum.errors import ModicumError, UnsupportedError
 from modicum.objectives import chat_row, copies_attention, expand_sft, expand_sft_example, meap_sft_loss
 from modicum.objectives.meap_sft import meap_sft
-from modicum.objectives.philox import row_keys
 from modicum.objectives.sft_rows import CLEAN, MASKED, SHARED, masked_copy
+from modicum.philox import row_keys
 from oracles import meap as oracle
 from support import tiny_llama
 

@@ -4,7 +4,7 @@ import torch
 
 from modicum.errors import ModicumError
 from modicum.objectives.neftune import neftune
-from modicum.objectives.philox import row_keys
+from modicum.philox import row_keys
 
 
 @pytest.mark.oracle("objectives", "neftune")

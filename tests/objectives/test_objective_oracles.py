@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modicum.objectives.philox import dense_uniform, row_keys
+from modicum.philox import dense_uniform, row_keys
 from modicum.registry import objective
 from oracles import objectives as oracle
 

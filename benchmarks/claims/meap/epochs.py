@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modicum.evaluate.attention import measure_contrast
 from modicum.objectives import mask_inputs
-from modicum.objectives.philox import row_keys
+from modicum.philox import row_keys
 from modicum.random import generator
 
 MASK, VOCABULARY, CONTEXT = 256, 257, 64

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modicum.objectives import mask_inputs
-from modicum.objectives.philox import row_keys
+from modicum.philox import row_keys
 from modicum.random import generator
 
 KEYS, VALUES, FILLERS, FACTS, FILLER, QUERIES = 8, 8, 8, 8, 8, 8

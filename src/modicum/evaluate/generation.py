@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,14 +134,28 @@ def sample(
         )
     stops = torch.tensor(sorted(stop), device=model.device, dtype=torch.long)
     answers: list[list[Sample]] = [[] for _ in prompts]
-    for batch in _batches(prompts, seeds, batch_size):
-        drawn = _Drawn([seed for _, part in batch for seed in part], temperature, top_p, max_new_tokens, model.device)
-        ids, counts = [prompts[index] for index, _ in batch], [len(part) for _, part in batch]
-        rows = iter(_continue(model, ids, counts, drawn, max_new_tokens, stops, pad, logprobs))
-        for index, part in batch:
-            answers[index] += [next(rows) for _ in part]
-        progress(sum(counts))
+    for numbers, within in _requests(model, prompts):
+        with within:
+            for batch in _batches([prompts[i] for i in numbers], [seeds[i] for i in numbers], batch_size):
+                of_rows = [seed for _, part in batch for seed in part]
+                drawn = _Drawn(of_rows, temperature, top_p, max_new_tokens, model.device)
+                ids, counts = [prompts[numbers[index]] for index, _ in batch], [len(part) for _, part in batch]
+                rows = iter(_continue(model, ids, counts, drawn, max_new_tokens, stops, pad, logprobs))
+                for index, part in batch:
+                    answers[numbers[index]] += [next(rows) for _ in part]
+                progress(sum(counts))
     return answers
+
+
+def _requests(
+    model: Any, prompts: Sequence[Sequence[int]]
+) -> Iterable[tuple[Sequence[int], AbstractContextManager[None]]]:
+    """Yield prompts that may share a batch: all, or with a routed model those of the same weights of its experts."""
+    if not hasattr(model, "requests"):
+        yield range(len(prompts)), nullcontext()
+        return
+    for weights, numbers in model.requests(prompts):
+        yield numbers, model.fixed(weights) if weights else nullcontext()
 
 
 def _batches(

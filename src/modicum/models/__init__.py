@@ -3,6 +3,7 @@
 Importing this package makes ``AutoModelForCausalLM.from_pretrained`` know them.
 """
 
+from modicum.models.routed import RoutedConfig, RoutedForCausalLM
 from modicum.models.zero_token.calibrate import ExitPoint, calibrate_threshold
 from modicum.models.zero_token.config import ZeroTokenConfig
 from modicum.models.zero_token.conversion import (
@@ -17,6 +18,8 @@ from modicum.models.zero_token.model import ZeroTokenForCausalLM, ZeroTokenOutpu
 __all__ = [
     "CycleRange",
     "ExitPoint",
+    "RoutedConfig",
+    "RoutedForCausalLM",
     "ZeroTokenConfig",
     "ZeroTokenForCausalLM",
     "ZeroTokenOutput",

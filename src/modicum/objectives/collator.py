@@ -19,8 +19,8 @@ from torch.utils.data import get_worker_info
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.objectives.batch import Batch, documents
 from modicum.objectives.meap import Schedule, Scope, meap
-from modicum.objectives.philox import row_keys
 from modicum.objectives.selection import Sampling, check_ratio
+from modicum.philox import row_keys
 from modicum.types import IGNORED
 
 SAMPLE_ID = "sample_id"

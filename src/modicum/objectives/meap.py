@@ -22,8 +22,8 @@ from torch import Tensor
 
 from modicum.errors import ModicumError, RecipeError
 from modicum.objectives.batch import Batch, by_document, require_mask_token, with_ids
-from modicum.objectives.philox import row_keys
 from modicum.objectives.selection import Sampling, check_ratio, select_positions
+from modicum.philox import row_keys
 from modicum.registry import objective
 from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
 
@@ -72,7 +72,7 @@ def mask_inputs(
         eligible_mask: Positions that may be masked, for example all that hold no padding; every position by default.
         spans: Length of the contiguous stretches that are masked together.
         generator: Draws the rows' keys; on the device of ``input_ids``.
-        keys: The rows' keys, from :func:`~modicum.objectives.philox.row_keys`.
+        keys: The rows' keys, from :func:`~modicum.philox.row_keys`.
 
     Returns:
         Masked ids of the same shape, type and device.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modicum.errors import ModicumError
 from modicum.objectives.batch import Batch, keys_of
-from modicum.objectives.philox import dense_uniform
+from modicum.philox import dense_uniform
 from modicum.registry import objective
 from modicum.types import NonNegative
 

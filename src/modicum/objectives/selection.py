@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.objectives.philox import words
+from modicum.philox import words
 from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
 
 Sampling: TypeAlias = Literal["fixed_count", "bernoulli"]
@@ -48,7 +48,7 @@ def select_positions(
         shared: Use the first row's words, by column, for every row.
 
     Example:
-        >>> from modicum.objectives.philox import row_keys
+        >>> from modicum.philox import row_keys
         >>> keys = row_keys(range(2), seed=0, method="doc")
         >>> select_positions(torch.ones(2, 10, dtype=torch.bool), keys, ratio=0.3).sum(-1)
         tensor([3, 3])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.objectives.batch import Batch, by_document, require_mask_token, with_ids
-from modicum.objectives.philox import words
 from modicum.objectives.selection import select_positions
+from modicum.philox import words
 from modicum.registry import objective
 from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
 

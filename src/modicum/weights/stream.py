@@ -40,7 +40,7 @@ SHARD_BYTES = 5_000_000_000
 MAPPED = hasattr(os, "posix_fallocate")  # results are written straight into the file's pages, see _prepare
 Statistics = dict[str, Any]
 T = TypeVar("T")
-Maker = Callable[[str], tuple[Tensor, Statistics]]
+Made = tuple[Tensor | Mapping[str, Tensor], Statistics]
 
 
 def cores() -> int:
@@ -119,11 +119,12 @@ def _work_in_copy(name: str) -> Any:
 
 
 def map_tensors(
-    make: Maker,
+    make: Callable[[str], Made],
     specs: Mapping[str, Spec],
     out: Path,
     *,
     identity: object,
+    groups: Mapping[str, Sequence[str]] | None = None,
     companions: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
     stem: str = "model",
@@ -140,6 +141,7 @@ def map_tensors(
         specs: What will be written.
         out: The folder to appear.
         identity: What the result depends on; an unfinished run of the same identity is continued.
+        groups: Tensors that are made together, by the name that ``make`` is then called with, to return them by name.
         companions: Other files of the folder.
         shard_bytes: Largest file, unless one tensor alone is larger.
         stem: What the weight files are called.
@@ -150,7 +152,7 @@ def map_tensors(
         check: Called when all is made, and raises where an input changed meanwhile.
 
     Returns:
-        The statistics of each tensor; nothing on the other processes than the first.
+        The statistics of each tensor or group; nothing on the other processes than the first.
 
     Raises:
         CheckpointError: The result cannot be written, or another process writes it. Nothing of ours is left.
@@ -162,18 +164,21 @@ def map_tensors(
     beside = out.with_name(f".{out.name}.partial")
     files = {beside / file: group for file, group in plan_files(specs, shard_bytes=shard_bytes, stem=stem).items()}
 
+    members = {name: [name] for name in specs} if groups is None else groups
+    sizes = {name: sum(specs[member].nbytes for member in group) for name, group in members.items()}
+
     def share() -> None:
         statistics = _read_journals(beside)
-        mine = names_by_size(specs)[rank::world]
+        mine = sorted(sizes, key=lambda name: (-sizes[name], name))[rank::world]  # the largest first
         todo = [name for name in mine if name not in statistics]
-        with _open_files(make, specs, files) as work, (beside / f"journal.{rank}.jsonl").open("a") as journal:
+        with _open_files(make, specs, files, groups) as work, (beside / f"journal.{rank}.jsonl").open("a") as journal:
             journal.write("\n")  # A cut-off last line is closed first, so that the next one stands on its own.
             done = run_all(work, todo, workers=workers or cores(), fork=fork)
-            with _progress(sum(specs[name].nbytes for name in todo), progress) as advance:
+            with _progress(sum(sizes[name] for name in todo), progress) as advance:
                 for name, found in done:
                     journal.write(json.dumps([name, found]) + "\n")
                     journal.flush()
-                    advance(specs[name].nbytes)
+                    advance(sizes[name])
         check()
 
     with _told(out, check):
@@ -191,10 +196,10 @@ def map_tensors(
             _prepare(beside, files, key)
             company.admit(out, beside)
             share()
-            company.wait_for_followers(lambda: len(_read_journals(beside)) == len(specs), out, beside, world)
+            company.wait_for_followers(lambda: len(_read_journals(beside)) == len(members), out, beside, world)
             measured = _read_journals(beside)
             _finish(beside, out, files, companions or {})
-    return {name: measured[name] for name in specs}
+    return {name: measured[name] for name in members}
 
 
 def _boot() -> str:
@@ -246,7 +251,10 @@ def _read_journals(beside: Path) -> dict[str, Statistics]:
 
 @contextmanager
 def _open_files(
-    make: Maker, specs: Mapping[str, Spec], files: Mapping[Path, Mapping[str, Spec]]
+    make: Callable[[str], Made],
+    specs: Mapping[str, Spec],
+    files: Mapping[Path, Mapping[str, Spec]],
+    groups: Mapping[str, Sequence[str]] | None,
 ) -> Iterator[Callable[[str], Statistics]]:
     """Give a function that has a tensor made and puts its bytes in place; any worker may call it."""
     slots: dict[str, Slot] = {}
@@ -256,15 +264,26 @@ def _open_files(
         descriptors = {path: stack.enter_context(path.open("r+b")).fileno() for path in files}
         maps = {path: mmap.mmap(descriptor, 0) for path, descriptor in descriptors.items()} if MAPPED else {}
 
-        def work(name: str) -> Statistics:
+        def place_of(name: str) -> Tensor | None:
+            return map_slot(maps[slots[name].path], slots[name]) if maps else None
+
+        def store(name: str, tensor: Tensor, place: Tensor | None) -> None:
             spec, slot = specs[name], slots[name]
-            place = map_slot(maps[slot.path], slot) if maps else None
-            with result_in(place):
-                tensor, statistics = make(name)
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise TypeError(f"{name}: made {tuple(tensor.shape)} {tensor.dtype}, announced {spec}")
             if place is None or tensor.data_ptr() != place.data_ptr() or not tensor.is_contiguous():
                 put(descriptors[slot.path], slot, tensor)
+
+        def work(name: str) -> Statistics:
+            if groups is not None:
+                parts, statistics = make(name)
+                for member in groups[name]:
+                    store(member, parts[member], None)  # type: ignore[index]
+                return statistics
+            place = place_of(name)
+            with result_in(place):
+                tensor, statistics = make(name)
+            store(name, tensor, place)  # type: ignore[arg-type]
             return statistics
 
         yield work

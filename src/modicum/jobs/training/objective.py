@@ -23,7 +23,7 @@ from modicum.errors import UnsupportedError
 from modicum.objectives.batch import Batch
 from modicum.objectives.collator import ObjectiveCollator, check_mask_id, special_ids
 from modicum.objectives.mask_token import check_causal, drop_mask_token, ensure_mask_token, suppress_mask_token
-from modicum.objectives.philox import row_keys
+from modicum.philox import row_keys
 from modicum.registry import objective
 from modicum.types import IGNORED
 

@@ -37,6 +37,13 @@ class ModelSection(Section):
     allow_pickle: bool = False
     remote_code: bool = False
 
+    @field_validator("convert")
+    @classmethod
+    def _is_made_of_one_model(cls, value: Any) -> Any:
+        if value is not None and registry.model[value.name].facts.several:
+            raise ValueError(f"a {value.name} model is made of several trained ones. Train these, then use job: route")
+        return value
+
 
 class TrainRecipe(Recipe):
     """The model to train, its data, and the mechanisms of training.

@@ -34,29 +34,33 @@ def row_keys(names: Iterable[str | int], *, seed: int, method: str, epoch: int =
     return torch.tensor([derive_seed(seed, method, epoch, name) for name in names], dtype=torch.int64)
 
 
-def words(keys: Int64[Tensor, " b"], count: int, *, stream: int = 0) -> Int64[Tensor, "b count"]:
+VERSION = 1  # of the words: what stores a seed in place of the numbers drawn stores this beside it
+
+
+def words(keys: Int64[Tensor, " b"], count: int, *, stream: int = 0, start: int = 0) -> Int64[Tensor, "b count"]:
     """Return ``count`` independent 32-bit words for each key.
 
     Args:
         keys: One 64-bit key per row.
         count: How many words; word ``i`` does not depend on it.
         stream: Number of an independent sequence under the same key.
+        start: Number of the first word; a multiple of 4.
 
     Example:
         >>> [hex(int(w)) for w in words(torch.zeros(1, dtype=torch.int64), 4)[0]]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    blocks = (count + 3) // 4
+    blocks, first = (count + 3) // 4, start // 4
     device = keys.device
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.from_numpy(_host_words(keys.numpy(), blocks, stream))[:, :count]
+        return torch.from_numpy(_host_words(keys.numpy(), blocks, stream, first))[:, :count]
     multipliers = torch.tensor(MULTIPLIERS, device=device)[:, None, None]
     # Both multiplications of a round, and both halves of the key, go as one tensor of two: half as many operations.
     key = torch.stack((keys & WORD, (keys >> 32) & WORD))[:, :, None]
     step = torch.tensor(INCREMENTS, device=device)[:, None, None]
     even = torch.zeros(2, keys.shape[0], blocks, dtype=torch.int64, device=device)
     odd = torch.zeros_like(even)
-    even[0] = torch.arange(blocks, device=device)
+    even[0] = torch.arange(first, first + blocks, device=device)
     odd[0] = stream
     for _ in range(10):
         # A product of two 32-bit words may pass 2^63; the wrapped sign bit does no harm, because both halves are cut
@@ -67,14 +71,14 @@ def words(keys: Int64[Tensor, " b"], count: int, *, stream: int = 0) -> Int64[Te
     return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1).reshape(keys.shape[0], 4 * blocks)[:, :count]
 
 
-def _host_words(keys: NDArray[np.int64], blocks: int, stream: int) -> NDArray[np.int64]:
+def _host_words(keys: NDArray[np.int64], blocks: int, stream: int, first: int) -> NDArray[np.int64]:
     """Return the same words from NumPy, whose many small operations cost less to call than those of tensors."""
     multipliers = np.array(MULTIPLIERS, np.uint64)[:, None, None]
     key = np.stack((keys & WORD, (keys >> 32) & WORD)).astype(np.uint32)[:, :, None]
     step = np.array(INCREMENTS, np.uint32)[:, None, None]
     even = np.zeros((2, keys.size, blocks), np.uint32)
     odd = np.zeros_like(even)
-    even[0] = np.arange(blocks)
+    even[0] = np.arange(first, first + blocks)
     odd[0] = stream
     for _ in range(10):
         product = even * multipliers

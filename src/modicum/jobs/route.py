@@ -1,0 +1,394 @@
+"""Build one routed model of several fine-tunes: measure their conflict, store what must stay apart, fit the router."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Gt, Lt
+from pydantic import Field, model_validator
+
+from modicum.durable import whole_folder
+from modicum.errors import RecipeError
+from modicum.jobs.data.section import DataSection
+from modicum.recipe import Recipe, Section, choice
+from modicum.record import Run
+from modicum.registry import expert_store, job, merge_method
+from modicum.types import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+
+if TYPE_CHECKING:
+    from modicum.weights.checkpoint import Checkpoint
+    from modicum.weights.expert_plan import Experts
+    from modicum.weights.plan import Plan
+    from modicum.weights.stores.base import Store
+
+Selection = Literal["entropy_gated", "soft", "top1", "nucleus", "uniform", "standardised"]
+RULES = Literal[
+    "mean_std", "topk", "quantile", "absolute", "chance", "budget_bytes", "all", "none", "first", "least", "random"
+]
+
+
+class ConflictSection(Section):
+    """How conflict is measured; see :func:`modicum.weights.mediator.layer_conflict`."""
+
+    aggregate: Literal["pairwise_mean", "any"] = "pairwise_mean"
+    weight: Literal["count", "magnitude"] = "count"
+    denoise: Literal["topk", "sigma", "none"] = "topk"
+    keep: Fraction = 0.2
+    sigma: Positive = 1.0
+    scope: Literal["tensor", "unit"] = "tensor"
+    unit: Literal["block", "sublayer", "matrix"] = "block"
+
+
+class RuleSection(Section):
+    """Which layers are routed; see :func:`modicum.weights.mediator.select_layers`."""
+
+    name: RULES = "mean_std"
+    c: NonNegative = 1.0
+    k: Positive | None = None
+    q: Annotated[float, Field(ge=0, le=1)] = 0.8
+    threshold: float = 0.5
+
+
+class RouterSection(Section):
+    """How the router is fitted and what it sees; see :func:`modicum.models.router.fit_router`."""
+
+    kind: Literal["linear", "mlp", "subspace", "entropy"] = "linear"
+    tap: NonNegativeInt | Literal["auto"] = Field(
+        default="auto", description="block whose input is looked at; auto: the first routed one"
+    )
+    pooling: Literal["mean", "last"] = "mean"
+    second_prefill: bool = Field(default=False, description="read each prompt by the dense weights first")
+    held_out: Annotated[float, Gt(0), Lt(1)] = Field(default=0.25, description="share of the prompts to calibrate on")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gate: Annotated[float, Gt(0), Lt(1)] | None = Field(
+        default=None, description="quantile of the held-out distances beyond which a prompt is unknown"
+    )
+    u_lo: Annotated[float, Field(ge=0, le=1)] = 0.1
+    u_hi: Annotated[float, Field(ge=0, le=1)] = 0.9
+    nucleus: Fraction = 0.9
+    centred: bool = False
+    batch_size: PositiveInt = 16
+
+
+class RouteRecipe(Recipe):
+    """A base, its experts, prompts of each expert's task, and how much memory they may take."""
+
+    job: Literal["route"] = "route"
+    base: str = Field(description="model that the experts were trained from")
+    experts: dict[str, str] = Field(description="name: folder, Hub id or adapter; at least two")
+    data: dict[str, DataSection] = Field(default={}, description="prompts of each expert's task, by the expert's name")
+    unknown: dict[str, DataSection] = Field(default={}, description="prompts that no expert knows, to look at only")
+    conflict: ConflictSection = ConflictSection()
+    rule: RuleSection = RuleSection()
+    budget_bytes: PositiveInt | None = Field(
+        default=None, description="bytes of all stored experts; layers of most conflict come first"
+    )
+    budget_share: Fraction | None = Field(
+        default=None, description="the same, as the whole folder's share of all experts as whole models"
+    )
+    store: choice(expert_store) = Field(  # type: ignore[valid-type]
+        default_factory=lambda: {"name": "random_rescaled"}, validate_default=True
+    )
+    dense: Literal["average", "base"] = "average"
+    average: choice(merge_method) = Field(  # type: ignore[valid-type]
+        default_factory=lambda: {"name": "linear"}, validate_default=True, description="how all other layers are merged"
+    )
+    router: RouterSection | None = RouterSection()
+    selection: Selection = "entropy_gated"
+    variants: list[Selection] = Field(default=[], description="further folders that differ in their selection alone")
+    shard_bytes: PositiveInt = 5_000_000_000
+    allow_pickle: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        named = {key: {"name": data[key]} for key in ("rule",) if isinstance(data.get(key), str)}
+        sections = {
+            key: {name: {"path": part} if isinstance(part, str) else part for name, part in data[key].items()}
+            for key in ("data", "unknown")
+            if isinstance(data.get(key), Mapping)
+        }
+        return {**data, **named, **sections}
+
+    @model_validator(mode="after")
+    def _fits(self) -> RouteRecipe:
+        if len(self.experts) < 2:
+            raise RecipeError(f"experts: got {len(self.experts)}, expected at least 2. A single one needs no route.")
+        if bad := [name for name in self.experts if not name or set(name) & set("/\\\0.")]:
+            raise RecipeError(f"experts: {bad[0]!r} cannot be a name, expected letters, digits, - and _.")
+        budgets = [value for value in (self.budget_bytes, self.budget_share) if value is not None]
+        if len(budgets) > 1 or (budgets and self.rule.name not in ("mean_std", "budget_bytes")):
+            raise RecipeError("budget_bytes, budget_share and another rule exclude each other. Keep one.")
+        if self.rule.name == "budget_bytes" and not budgets:
+            raise RecipeError("rule budget_bytes needs budget_bytes or budget_share. Set one.")
+        if self.rule.name in ("topk", "first", "least", "random") and self.rule.k is None:
+            raise RecipeError(f"rule {self.rule.name} needs k, a number of layers or a share below 1. Set rule.k.")
+        if self.router is not None and self.router.kind != "entropy" and set(self.data) != set(self.experts):
+            raise RecipeError(
+                f"data has prompts of {', '.join(self.data) or 'nothing'}, expected one entry for each expert: "
+                f"{', '.join(self.experts)}. Add them, or set router: null."
+            )
+        if self.router is not None and self.router.u_lo > self.router.u_hi:
+            raise RecipeError(f"router.u_lo is {self.router.u_lo}, above u_hi {self.router.u_hi}. Turn them round.")
+        store: Any = self.store
+        if expert_store[store.name].facts.factors and self.dense != "base":
+            raise RecipeError("store lora needs dense: base, because an expert less the average has no thin factors.")
+        return self
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the models and the data."""
+        yield self.base
+        for expert in self.experts.values():
+            model, plus, adapter = expert.partition("+")
+            yield from (model, adapter) if plus and not Path(expert).expanduser().exists() else (expert,)
+        for section in (*self.data.values(), *self.unknown.values()):
+            yield from section.inputs()
+
+
+@dataclass(frozen=True)
+class Build:
+    """What will be built: decided, before anything is written."""
+
+    base: Checkpoint
+    experts: list[Checkpoint]
+    conflict: dict[str, float]
+    about: Experts
+    stores: dict[str, dict[int, Store]]
+    merge: Plan
+    sizes: dict[str, int]  # bytes of each layer, were it routed
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all stored differences."""
+        return sum(store.nbytes for of_expert in self.stores.values() for store in of_expert.values())
+
+    @property
+    def whole(self) -> int:
+        """Bytes of one whole model."""
+        return sum(step.spec.nbytes for step in self.merge.steps)
+
+
+def plan_build(recipe: RouteRecipe) -> Build:
+    """Open the models, measure their conflict and choose the routed layers."""
+    from modicum.weights.checkpoint import Checkpoint
+    from modicum.weights.expert_plan import bytes_by_layer, describe, plan_stores
+    from modicum.weights.mediator import chance_level, layer_conflict, select_layers, units_of
+    from modicum.weights.plan import plan_merge
+
+    def opened(reference: str) -> Checkpoint:
+        model, plus, adapter = reference.partition("+")
+        apart = plus and not Path(reference).expanduser().exists()
+        return Checkpoint(
+            adapter if apart else reference, base=model if apart else None, allow_pickle=recipe.allow_pickle
+        )
+
+    base, experts = opened(recipe.base), [opened(expert) for expert in recipe.experts.values()]
+    store: Any = recipe.store
+    average: Any = recipe.average
+    unit = recipe.conflict.unit
+    about = describe(
+        base,
+        experts,
+        [],
+        dense=recipe.dense,
+        store=store.name,
+        knobs=store.knobs,
+        unit=unit,
+        seed=recipe.seed,
+        names=list(recipe.experts),
+    )
+    merge = plan_merge(base, experts, method=average.name, knobs=average.knobs, seed=recipe.seed)
+    conflict = layer_conflict(base, experts, **recipe.conflict.model_dump())
+    units = list(units_of(base, unit=unit))
+    everything = replace(about, routed=units)
+    sizes = bytes_by_layer(plan_stores(base, experts, everything), everything)
+    whole = sum(step.spec.nbytes for step in merge.steps)
+    rule = recipe.rule.model_dump()
+    budget = recipe.budget_bytes
+    if recipe.budget_share is not None:
+        budget = int(recipe.budget_share * len(experts) * whole) - whole
+    if budget is not None:
+        rule["name"] = "budget_bytes"
+    chance = chance_level(
+        len(experts), aggregate=recipe.conflict.aggregate, denoise=recipe.conflict.denoise, keep=recipe.conflict.keep
+    )
+    routed = select_layers(
+        conflict,
+        rule=rule.pop("name"),
+        **rule,
+        chance=chance,
+        budget=budget,
+        unit_bytes={unit: sizes.get(unit, 0) for unit in conflict},
+        seed=recipe.seed,
+    )
+    about = replace(about, routed=sorted(routed, key=units.index))
+    if recipe.dense == "base" and routed:
+        pattern = "^(" + "|".join(re.escape(unit) for unit in routed) + r")(\.|$)"
+        merge = plan_merge(base, experts, method=average.name, knobs=average.knobs, seed=recipe.seed, exclude=pattern)
+    return Build(base, experts, conflict, about, plan_stores(base, experts, about), merge, sizes)
+
+
+def plan(recipe: RouteRecipe) -> list[str]:
+    """Say which layers would be routed and what the folder would take; reads all models once."""
+    from modicum.jobs.routing import check_tap
+
+    build = plan_build(recipe)
+    check_tap(recipe, build.about)
+    routed, t = set(build.about.routed), len(build.experts)
+    lines = [
+        f"{unit}: conflict {d:.4f}, {'routed' if unit in routed else 'averaged'} ({build.sizes.get(unit, 0)} bytes)"
+        for unit, d in build.conflict.items()
+    ]
+    lines.append(f"{len(routed)} of {len(build.conflict)} layers routed, stored by {build.about.store}")
+    for name, size in bytes_by_store(build).items():
+        lines.append(f"stored by {name}: {size} bytes")
+    total = build.whole + build.stored
+    lines.append(
+        f"on disk {total} bytes and headers: {total / (t * build.whole):.3f} of {t} whole models; in memory one model "
+        f"of {build.whole} bytes, the rest stays mapped"
+    )
+    if recipe.router is not None and recipe.router.kind == "entropy":
+        lines.append(f"router entropy: each prompt is read {t} times, once by every expert")
+    if recipe.router is not None:
+        lines += [f"router: prompts of {name} from {section.path}" for name, section in recipe.data.items()]
+    return lines
+
+
+def bytes_by_store(build: Build) -> dict[str, int]:
+    """Return what the routed layers would take in each store; random masks as many as expected."""
+    from modicum.weights.expert_plan import plan_stores
+
+    found = {build.about.store: build.stored}
+    density = dict(build.about.knobs).get("density", 0.1)
+    for name, knobs in (
+        ("sign", {}),
+        ("magnitude", {"density": density}),
+        ("low_rank", {"density": density}),
+        ("whole", {}),
+    ):
+        if name not in found:
+            about = replace(build.about, store=name, knobs=expert_store[name].knobs(knobs))
+            stores = plan_stores(build.base, build.experts, about)
+            found[name] = sum(store.nbytes for of_expert in stores.values() for store in of_expert.values())
+    return found
+
+
+@job("route", plan=plan)
+def route(recipe: RouteRecipe, run: Run) -> None:
+    """Build a routed model: dense weights, stored experts and a router.
+
+    Args:
+        recipe: Base, experts, prompts, rule or budget, and store.
+        run: Gets ``model/``, which transformers loads as one model, and a folder for each variant; ``record.json``
+            holds the conflict of every layer, the bytes, and how well the router tells the tasks apart.
+    """
+    from modicum.jobs.routing import check_tap, fit, prompts_of, summary
+    from modicum.weights.merge import run_plan
+
+    rows = {} if recipe.router is None else prompts_of(recipe, run.note)
+    build = plan_build(recipe)
+    check_tap(recipe, build.about)
+    run.record["metrics"] = summary(recipe, build, bytes_by_store(build))
+    run.save()
+    work = run.folder / ".building"
+    work.mkdir(exist_ok=True)
+    if not (work / "dense").is_dir():
+        run_plan(build.merge, work / "dense", shard_bytes=recipe.shard_bytes, progress=not run.quiet)
+    if build.stores and not (work / "experts").is_dir():
+        _write_experts(recipe, build, work, progress=not run.quiet)
+    run.inputs.check()
+    with whole_folder(run.folder / "model") as folder:
+        _assemble(work, folder, build)
+        if recipe.router is not None:
+            run.record["metrics"]["router"] = fit(recipe, folder, rows, run.note)
+        _finish_config(folder)
+    run.output("model", run.folder / "model")
+    for selection in dict.fromkeys(recipe.variants):
+        with whole_folder(run.folder / "variants" / selection) as folder:
+            _variant(run.folder / "model", folder, selection)
+        run.output(selection, run.folder / "variants" / selection)
+    shutil.rmtree(work)
+
+
+def _write_experts(recipe: RouteRecipe, build: Build, work: Path, *, progress: bool) -> None:
+    from modicum.weights.checkpoint import Checkpoint
+    from modicum.weights.expert_plan import part_name, specs_of
+    from modicum.weights.stream import map_tensors
+
+    dense = Checkpoint(work / "dense")
+    groups = {
+        f"{t}.{name}": [part_name(t, name, part) for part in store.specs]
+        for name, of_expert in build.stores.items()
+        for t, store in of_expert.items()
+    }
+
+    def make(group: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        number, _, name = group.partition(".")
+        t = int(number)
+        parts = build.stores[name][t].encode(dense[name], build.experts[t][name])
+        return {part_name(t, name, part): tensor for part, tensor in parts.items()}, {}
+
+    map_tensors(
+        make,
+        specs_of(build.stores),
+        work / "experts",
+        identity=[asdict(build.about), build.merge.identity],
+        groups=groups,
+        shard_bytes=recipe.shard_bytes,
+        stem="experts",
+        progress=progress,
+    )
+
+
+def _assemble(work: Path, folder: Path, build: Build) -> None:
+    """Put all files in one folder, with a configuration that transformers opens."""
+    from transformers import AutoConfig
+
+    from modicum.models.routed.config import RoutedConfig
+
+    for path in sorted((work / "dense").iterdir()):
+        _link(path, folder / path.name)
+    if (work / "experts").is_dir():
+        for path in sorted((work / "experts").iterdir()):
+            _link(path, folder / path.name.replace("model.safetensors.index", "experts.safetensors.index"))
+    host = AutoConfig.from_pretrained(work / "dense")
+    (folder / "config.json").unlink()
+    RoutedConfig(host=host, experts=asdict(build.about)).save_pretrained(folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a finished file a second name, or copy it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _finish_config(folder: Path) -> None:
+    from modicum.models.routed.config import RoutedConfig
+    from modicum.models.routed.folder import checksums
+
+    config = RoutedConfig.from_pretrained(folder)
+    config.architectures = ["RoutedForCausalLM"]
+    config.checksums = checksums(folder)
+    config.save_pretrained(folder)
+
+
+def _variant(model: Path, folder: Path, selection: str) -> None:
+    """Make a folder that differs in its selection alone; its weights are the same files."""
+    from modicum.models.routed.config import RoutedConfig
+
+    for path in sorted(model.iterdir()):
+        if path.name != "config.json":
+            _link(path, folder / path.name)
+    config = RoutedConfig.from_pretrained(model)
+    config.routing = {**config.routing, "selection": selection}
+    config.save_pretrained(folder)

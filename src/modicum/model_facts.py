@@ -1,0 +1,35 @@
+"""What a seam needs to know of a conversion of models and of a store of experts; see :mod:`modicum.facts`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from modicum.facts import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreFacts(Facts):
+    """Facts of a way to store an expert's difference from a dense layer.
+
+    Attributes:
+        drawn: What is kept is drawn from a seed, whatever the weights: its places need not be stored.
+        unbiased: The stored difference is the true one on average over seeds.
+        factors: It takes an adapter's factors as they are; the dense layer is then the base.
+    """
+
+    drawn: bool = False
+    unbiased: bool = False
+    factors: bool = False
+    supplied: Collection[str] = frozenset({"key"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(Facts):
+    """Facts of a conversion of models.
+
+    Attributes:
+        several: It is made of several models, so a training cannot convert its one to it.
+    """
+
+    several: bool = False

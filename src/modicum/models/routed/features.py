@@ -1,0 +1,74 @@
+"""What a router sees of a prompt: a hidden state of the host, or how sure each expert is."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Reached(Exception):  # noqa: N818 - no error, but the end of a pass that needs to go no further
+    pass
+
+
+def pooled(
+    host: nn.Module,
+    block: nn.Module,
+    *,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pooling: str = "mean",
+    **inputs: Any,
+) -> Tensor:
+    """Return the mean, or the last, of the states that reach a block, over each prompt's real tokens ``(n, d)``.
+
+    The pass ends at the block: what lies behind it is not computed. Neither padding nor other rows count.
+    """
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        host(**_inputs(host, input_ids, attention_mask, inputs))
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    states = found[0].to(torch.float64)
+    if attention_mask is None:
+        return (states.mean(1) if pooling == "mean" else states[:, -1]).cpu()
+    real = attention_mask[:, -states.shape[1] :].to(states)
+    if pooling == "mean":
+        return ((states * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)).cpu()
+    return states[torch.arange(len(states)), _last(real)].cpu()
+
+
+def entropies(
+    host: nn.Module, *, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any
+) -> Tensor:
+    """Return the entropy of the next token after each prompt, in nats ``(n)``."""
+    logits = host(**_inputs(host, input_ids, attention_mask, inputs)).logits
+    if attention_mask is None:
+        last = logits[:, -1]
+    else:
+        last = logits[torch.arange(len(logits)), _last(attention_mask[:, -logits.shape[1] :])]
+    logs = last.double().log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1).cpu()
+
+
+def _last(real: Tensor) -> Tensor:
+    """Return the place of the last real token of each row, padded left or right."""
+    places = torch.arange(real.shape[1], device=real.device)
+    return (real > 0).mul(places + 1).amax(1).sub(1).clamp_min(0).long()
+
+
+def _inputs(host: Any, ids: Tensor | None, mask: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **inputs}
+    if mask is not None and mask.ndim == 2 and "position_ids" in signature(host.forward).parameters:
+        given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    return {key: value for key, value in given.items() if value is not None}

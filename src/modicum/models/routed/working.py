@@ -1,0 +1,98 @@
+"""The weights that a routed model computes with: the host's own tensors, overwritten when the mixture changes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from modicum.errors import CheckpointError
+from modicum.weights.experts import ExpertSet
+
+
+class WorkingWeights:
+    """Writes mixtures of experts into the host's tensors.
+
+    The tensors stay where they are, so a compiled or captured model stays valid. A mixture is left by writing the dense
+    weights again, never by subtracting what was added, which would not give back the same bits.
+
+    Args:
+        host: The model.
+        experts: Dense weights and stored differences.
+        memory_bytes: How much copies of mixtures used before may take; 0 keeps none.
+    """
+
+    def __init__(self, host: nn.Module, experts: ExpertSet, *, memory_bytes: int = 0) -> None:
+        self.experts = experts
+        self.names = _own_names(host, experts)
+        state = dict(host.named_parameters()) | dict(host.named_buffers())
+        # The parameters themselves: moving the model to another device or dtype gives them other memory.
+        self.targets = {name: state[own] for name, own in self.names.items()}
+        for name, target in self.targets.items():
+            if tuple(target.shape) != experts.shapes[name]:
+                raise CheckpointError(
+                    f"tensor {name!r} is {list(target.shape)} in the host and {list(experts.shapes[name])} in the "
+                    "experts: they were built for another host. Use that one."
+                )
+        self.size = sum(target.nbytes for target in self.targets.values())
+        self.room = memory_bytes // self.size if self.size else 0
+        self.current: tuple[float, ...] = ()  # what the host holds is known once something was written
+        self.written = 0  # mixtures made from the stored differences
+        self._copies: OrderedDict[tuple[float, ...], list[Tensor]] = OrderedDict()
+
+    @torch.no_grad()
+    def set(self, weights: Sequence[float], *, centred: bool = False) -> None:
+        """Let the host compute with these weights of the experts.
+
+        Args:
+            weights: One for each expert; rounded to a thousandth, so that near mixtures are one.
+            centred: See :meth:`ExpertSet.state_dict`.
+        """
+        self.experts.about.coefficients(weights)  # refuses what are no weights, before they are rounded
+        rounded = [round(float(w), 3) for w in weights]
+        total = sum(rounded)
+        kept = list(weights) if total == 0 or max(weights) - min(weights) < 1e-6 else [w / total for w in rounded]
+        wanted = tuple(self.experts.about.coefficients(kept, centred=centred))
+        if wanted == self.current:
+            return
+        self.current = ()  # if writing fails half way, nothing is current
+        if wanted in self._copies:
+            self._copies.move_to_end(wanted)
+            for target, copy in zip(self.targets.values(), self._copies[wanted]):
+                target.detach().copy_(copy)
+        else:
+            self._write(wanted)
+        self.current = wanted
+
+    def _write(self, wanted: tuple[float, ...]) -> None:
+        for name, target in self.targets.items():
+            self.experts.write_(target.detach(), name, wanted)
+        self.written += 1
+        if self.room and any(wanted):
+            while len(self._copies) >= self.room:
+                self._copies.popitem(last=False)
+            self._copies[wanted] = [target.detach().clone() for target in self.targets.values()]
+
+    def dense(self) -> None:
+        """Let the host compute with the dense weights."""
+        n = len(self.experts.about.names)
+        if any(self.current) or len(self.current) != n:
+            self._write((0.0,) * n)
+            self.current = (0.0,) * n
+
+
+def _own_names(host: nn.Module, experts: ExpertSet) -> Mapping[str, str]:
+    """Return what the host calls each routed tensor: a checkpoint may leave its prefix out."""
+    own = {name for name, _ in host.named_parameters()} | {name for name, _ in host.named_buffers()}
+    prefix = getattr(host, "base_model_prefix", "")
+    found = {}
+    for name in experts.routed:
+        match = next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in own), None)
+        if match is None:
+            raise CheckpointError(
+                f"The experts change {name!r}, which the host does not have: they were built for another. Use that one."
+            )
+        found[name] = match
+    return found

@@ -1,0 +1,101 @@
+"""The numerics of fitting a router: features in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modicum.random import derive_seed, generator
+
+
+def fit_linear(x: Tensor, y: Tensor, count: int, *, smoothing: float, decay: float, **_: Any) -> dict[str, Tensor]:
+    """Return weight and bias of the least penalised cross-entropy."""
+    weight = torch.zeros(count, x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(count, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = nn.functional.cross_entropy(x @ weight.T + bias, y, label_smoothing=smoothing)
+        value = value + decay / 2 * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    solver.step(loss)  # type: ignore[no-untyped-call]
+    return {"weight": weight.detach(), "bias": bias.detach()}
+
+
+def fit_mlp(
+    x: Tensor, y: Tensor, count: int, *, smoothing: float, decay: float, epochs: int, seed: int
+) -> dict[str, Tensor]:
+    """Train, and fold the batch norms into the weights before them."""
+    x, d = x.float(), x.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "router"))  # layers and dropout draw from the global generator
+        hidden = [
+            m for n in (d, 2 * d) for m in (nn.Linear(n, 2 * d), nn.BatchNorm1d(2 * d), nn.LeakyReLU(), nn.Dropout(0.5))
+        ]
+        net = nn.Sequential(*hidden, nn.Linear(2 * d, count))
+        solver = torch.optim.AdamW(net.parameters(), lr=5e-4, weight_decay=decay)
+        rng = generator(seed, "router", "order")
+        for _ in range(epochs):
+            for rows in torch.split(torch.randperm(len(x), generator=rng), 256):
+                if len(rows) > 1:  # a batch norm needs two
+                    solver.zero_grad()
+                    loss: Any = nn.functional.cross_entropy(net(x[rows]), y[rows], label_smoothing=smoothing)
+                    loss.backward()
+                    solver.step()
+    net.eval()
+    found: dict[str, Tensor] = {}
+    for i, place in enumerate((0, 4)):
+        linear: Any = net[place]
+        norm: Any = net[place + 1]
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        found[f"w{i}"] = (linear.weight * factor[:, None]).detach().double()
+        found[f"b{i}"] = ((linear.bias - norm.running_mean) * factor + norm.bias).detach().double()
+    last: Any = net[-1]
+    return found | {"w2": last.weight.detach().double(), "b2": last.bias.detach().double()}
+
+
+def _hidden(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU(), nn.Dropout(0.5)]
+
+
+def directions(x: Tensor, rank: int) -> Tensor:
+    """Return the leading right singular vectors ``(rank, d)``; zeros where there are fewer."""
+    found = torch.linalg.svd(x, full_matrices=False).Vh[:rank]
+    return torch.cat([found, found.new_zeros(rank - len(found), x.shape[1])])
+
+
+def residuals(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    """Return how much of each row every task's directions leave: lengths ``(n, T)``.
+
+    Example:
+        >>> residuals(torch.tensor([[3.0, 4]]), [torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 1]])]).tolist()
+        [[4.0, 3.0]]
+    """
+    return torch.stack([(x - x @ basis.T @ basis).norm(dim=1) for basis in bases], 1)
+
+
+def centers(x: Tensor, y: Tensor, count: int) -> dict[str, Tensor]:
+    """Return the tasks' means and the inverse of the covariance around them, a little of the identity mixed in."""
+    centers = torch.stack([x[y == t].mean(0) for t in range(count)])
+    around = x - centers[y]
+    covariance = around.T @ around / len(x)
+    level = covariance.diagonal().mean().clamp_min(1e-12)
+    mixed = 0.9 * covariance + 0.1 * level * torch.eye(x.shape[1], dtype=x.dtype)
+    return {"centers": centers, "precision": torch.linalg.inv(mixed)}
+
+
+def mahalanobis(features: Tensor, centers: Tensor, precision: Tensor) -> Tensor:
+    """Return each row's distance to the nearest center, in deviations.
+
+    Example:
+        >>> mahalanobis(torch.tensor([[3.0, 0]]), torch.zeros(1, 2), torch.eye(2)).tolist()
+        [3.0]
+    """
+    apart = features.to(centers.dtype)[:, None] - centers
+    return torch.einsum("ntd,de,nte->nt", apart, precision, apart).clamp_min(0).sqrt().amin(1)

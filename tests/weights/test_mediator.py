@@ -1,0 +1,305 @@
+"""Conflict, rules and mixtures: the numbered cases of the spec, an independent version, and laws."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modicum.errors import ModicumError
+from modicum.weights import merge_state_dicts
+from modicum.weights.mediator import build_experts, chance_level, layer_conflict, select_layers, units_of
+from oracles import mediator as oracle
+
+T1, T2, T3 = (1.0, -2, 0, 3), (2.0, 1, 5, -1), (-1.0, -2, 4, 1)
+A, B = (1.0, -2, 3, 4), (-2.0, -1, 5, -3)
+
+
+def model(*values, name="w"):
+    return {name: torch.tensor(values)}
+
+
+def d_of(*experts, **knobs):
+    base = {"w": torch.zeros(len(experts[0]))}
+    return layer_conflict(base, [model(*e) for e in experts], **{"denoise": "none", **knobs})["w"]
+
+
+@pytest.mark.parametrize(
+    ("experts", "knobs", "value"),
+    [
+        ((T1, T2), {}, 2 / 3),
+        ((T1, T3), {}, 1 / 3),
+        ((T2, T3), {}, 3 / 4),
+        ((T1, T2, T3), {}, 0.583333),
+        ((T1, T2), {"weight": "magnitude"}, 2 / 3),
+        ((T1, T3), {"weight": "magnitude"}, 1 / 4),
+        ((T2, T3), {"weight": "magnitude"}, 3 / 7),
+        ((T1, T2, T3), {"weight": "magnitude"}, 0.448413),
+        ((T1, T2, T3), {"aggregate": "any"}, 3 / 4),
+        ((A, B), {"denoise": "topk", "keep": 0.5}, 0.5),
+        ((A, B), {"denoise": "topk", "keep": 1.0}, 0.5),
+        ((T1, T2), {"denoise": "topk", "keep": 0.5}, 0.0),
+    ],
+)
+def test_m1_m2_m3_m5_conflicts(experts, knobs, value):
+    assert d_of(*experts, **knobs) == pytest.approx(value, abs=1e-6)
+
+
+def test_m4_counts_are_summed_before_they_are_divided():
+    one = {"h.0.a": torch.ones(3), "h.0.b": torch.ones(97)}
+    two = {"h.0.a": torch.tensor([-1.0, -1, 1]), "h.0.b": torch.ones(97)}
+    base = {name: torch.zeros_like(t) for name, t in one.items()}
+    assert layer_conflict(base, [one, two], denoise="none") == {"h.0": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("values", "routed"),
+    [((0.2, 0.3, 0.25, 0.7), ["d"]), ((0, 0, 0.9, 1), ["d"]), ((0, 1), []), ((0.1, 0.1, 0.1), []), ((), [])],
+)
+def test_m6_mean_and_deviation(values, routed):
+    assert select_layers(dict(zip("abcd", values))) == routed
+
+
+@pytest.mark.parametrize(("budget", "routed"), [(12, ["a", "b"]), (11, ["a", "b"]), (10, ["a"])])
+def test_m7_a_budget(budget, routed):
+    conflict, sizes = dict(zip("abcd", (0.7, 0.3, 0.25, 0.2))), dict(zip("abcd", (10, 1, 5, 1)))
+    assert select_layers(conflict, rule="budget_bytes", budget=budget, unit_bytes=sizes) == routed
+    with pytest.raises(ModicumError, match="budget is 9 bytes.*Give at least 10"):
+        select_layers(conflict, rule="budget_bytes", budget=9, unit_bytes=sizes)
+
+
+SIZES = st.integers(1, 30)
+KNOBS = st.fixed_dictionaries(
+    {"aggregate": st.sampled_from(["pairwise_mean", "any"]), "weight": st.sampled_from(["count", "magnitude"])}
+)
+
+
+def drawn(data, n, sizes, base=True):
+    seed = data.draw(st.integers(0, 999))
+    rng = torch.Generator().manual_seed(seed)
+    # Few different numbers, so that zeros and equal magnitudes occur.
+    made = [
+        {f"h.{i}.w": torch.randint(-3, 4, (s,), generator=rng).float() for i, s in enumerate(sizes)} for _ in range(n)
+    ]
+    return {k: torch.randint(-3, 4, t.shape, generator=rng).float() for k, t in made[0].items()}, made
+
+
+@given(data=st.data(), n=st.integers(2, 4), size=SIZES, keep=st.sampled_from([None, 0.2, 0.5, 1.0]), knobs=KNOBS)
+def test_conflict_is_the_oracle_s(data, n, size, keep, knobs):
+    base, experts = drawn(data, n, [size, 3])
+    denoise = {"denoise": "none"} if keep is None else {"keep": keep}
+    got = layer_conflict(base, experts, **knobs, **denoise)
+    for name, value in got.items():
+        tensor = f"{name}.w"
+        deltas = [(e[tensor] - base[tensor]).double().numpy() for e in experts]
+        if keep is not None:
+            deltas = [oracle.trimmed(d, max(1, int(keep * d.size))) for d in deltas]
+        assert value == pytest.approx(oracle.conflict([[d] for d in deltas], **knobs), abs=1e-6)
+        assert 0 <= value <= 1
+
+
+@given(data=st.data(), knobs=KNOBS, factor=st.sampled_from([0.25, 8.0]))
+def test_conflict_knows_neither_order_nor_scale(data, knobs, factor):
+    base, experts = drawn(data, 3, [9, 5])
+    base = {name: torch.zeros_like(t) for name, t in base.items()}
+    first = layer_conflict(base, experts, **knobs)
+    turned = layer_conflict(dict(reversed(base.items())), experts[::-1], **knobs)
+    assert turned == pytest.approx(first)
+    if knobs["weight"] == "count":
+        scaled = [{k: t * factor for k, t in experts[0].items()}, *experts[1:]]
+        assert layer_conflict(base, scaled, **knobs) == pytest.approx(first)
+
+
+def test_extreme_conflicts():
+    assert d_of(T1, T1) == 0 and d_of(T1, tuple(-x for x in T1)) == 1
+    assert d_of((1.0, 0, 0, 2), (0.0, 1, 1, 0)) == 0
+
+
+def test_independent_signs_are_at_the_chance_level():
+    rng = torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(40_000)}
+    experts = [{"w": torch.randn(40_000, generator=rng)} for _ in range(3)]
+    for aggregate in ("pairwise_mean", "any"):
+        for denoise in ("none", "topk"):
+            got = layer_conflict(base, experts, aggregate=aggregate, denoise=denoise)["w"]
+            assert got == pytest.approx(chance_level(3, aggregate=aggregate, denoise=denoise), abs=0.03)
+
+
+def test_only_the_layer_of_turned_signs_is_routed():
+    rng = torch.Generator().manual_seed(1)
+    one = {f"h.{i}.w": torch.randn(64, generator=rng) for i in range(4)}
+    two = {name: -t if name == "h.2.w" else t for name, t in one.items()}
+    base = {name: torch.zeros_like(t) for name, t in one.items()}
+    assert select_layers(layer_conflict(base, [one, two])) == ["h.2"]
+
+
+def test_a_threshold_over_a_whole_layer_keeps_the_larger_tensor():
+    one = {"h.0.a": torch.full((10,), 9.0), "h.0.b": torch.full((10,), 1.0)}
+    two = {"h.0.a": torch.full((10,), 9.0), "h.0.b": torch.full((10,), -1.0)}
+    base = {name: torch.zeros(10) for name in one}
+    assert layer_conflict(base, [one, two], keep=0.5)["h.0"] == 0.5
+    assert layer_conflict(base, [one, two], keep=0.5, scope="unit")["h.0"] == 0.0
+
+
+def test_units():
+    tensors = {
+        "model.layers.10.mlp.up.weight": torch.ones(2, 2),
+        "model.layers.2.mlp.up.weight": torch.ones(2, 2),
+        "model.layers.2.mlp.up.bias": torch.ones(2),
+        "model.layers.2.norm.weight": torch.ones(2),
+        "model.embed_tokens.weight": torch.ones(2, 2),
+    }
+    assert list(units_of(tensors)) == ["model.layers.2", "model.layers.10"]
+    assert next(iter(units_of(tensors, unit="matrix"))) == "model.layers.2.mlp.up"
+    assert len(units_of(tensors, unit="matrix")["model.layers.2.mlp.up"]) == 2
+
+
+CONFLICT = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0, 1), min_size=1)
+
+
+@given(CONFLICT, st.sampled_from([0.5, 1.0, 2.0]))
+def test_mean_std_is_the_oracle_s(conflict, c):
+    got = select_layers(conflict, c=c)
+    assert set(got) == oracle.mean_std(conflict, c) or max(conflict.values()) - min(conflict.values()) < 1e-9
+    assert got == sorted(got, key=lambda n: (-conflict[n], n))
+
+
+@given(CONFLICT, st.integers(1, 9), st.integers(0, 60), st.integers(0, 10))
+def test_a_larger_budget_routes_a_superset(conflict, size, budget, more):
+    sizes = {name: size + i % 3 for i, name in enumerate(conflict)}
+
+    def chosen(budget):
+        try:
+            return select_layers(conflict, rule="budget_bytes", budget=budget, unit_bytes=sizes)
+        except ModicumError:
+            return []
+
+    assert chosen(budget) == oracle.within(conflict, sizes, budget)
+    assert set(chosen(budget)) <= set(chosen(budget + more))
+
+
+@given(CONFLICT, st.integers(1, 8))
+def test_the_controls(conflict, k):
+    n = min(k, len(conflict))
+    first, least = (select_layers(conflict, rule=rule, k=k) for rule in ("first", "least"))
+    assert set(first) == set(list(conflict)[:n])
+    assert sorted(conflict[x] for x in least) == sorted(conflict.values())[:n]
+    drawn = [tuple(select_layers(conflict, rule="random", k=k, seed=s)) for s in range(12)]
+    assert all(len(r) == n for r in drawn) and drawn[0] == tuple(select_layers(conflict, rule="random", k=k))
+    assert len(select_layers(conflict, rule="all")) == len(conflict) and not select_layers(conflict, rule="none")
+
+
+def two_models(shape=(6, 8), layers=3):
+    rng = torch.Generator().manual_seed(3)
+    made = [
+        {f"h.{i}.{p}.weight": torch.randn(s, generator=rng) for i in range(layers) for p, s in (("a", shape), ("n", 4))}
+        | {"wte.weight": torch.randn(5, 4, generator=rng)}
+        for _ in range(4)
+    ]
+    return made[0], made[1:]
+
+
+def test_no_routed_layer_is_the_plain_merge_bit_for_bit():
+    base, experts = two_models()
+    for average, method, knobs in (("uniform", "linear", {}), ("ties", "ties", {"density": 0.5})):
+        given = average if average == "uniform" else {"name": average, **knobs}
+        built = build_experts(base, experts, [], average=given)
+        plain = merge_state_dicts(base, experts, method=method, **knobs)
+        found = built.state_dict([0.2, 0.3, 0.5])
+        assert built.nbytes == 0 and all(torch.equal(found[n], plain[n]) for n in plain)
+
+
+@pytest.mark.parametrize("dense", ["average", "base"])
+def test_all_routed_at_density_one_is_the_whole_expert(dense):
+    base, experts = two_models()
+    built = build_experts(base, experts, ["h.0", "h.1", "h.2"], density=1.0, values="f32", dense=dense)
+    for t, expert in enumerate(experts):
+        found = built.state_dict([float(t == s) for s in range(3)])
+        for name in base:
+            if name != "wte.weight":
+                torch.testing.assert_close(found[name], expert[name], rtol=2e-6, atol=1e-6)
+
+
+def test_density_one_in_bfloat16_is_off_by_a_unit_in_the_last_place():
+    base, experts = two_models()
+    base, *experts = ({n: t.bfloat16() for n, t in m.items()} for m in (base, *experts))
+    built = build_experts(base, experts, ["h.0"], density=1.0)
+    found, want = built.state_dict([0, 1, 0])["h.0.a.weight"], experts[1]["h.0.a.weight"]
+    dense = built.dense["h.0.a.weight"]
+    largest = torch.stack([want.abs(), dense.abs(), (want - dense).abs()]).amax(0).float()
+    step = 2.0 ** (torch.floor(torch.log2(largest)) - 7)
+    assert bool(((found - want).abs().float() <= step).all())
+
+
+@pytest.mark.parametrize("store", ["random_rescaled", "magnitude", "sign", "low_rank", "whole"])
+def test_uniform_weights_are_the_dense_model_bit_for_bit(store):
+    base, experts = two_models()
+    built = build_experts(base, experts, ["h.0", "h.1"], sparsifier=store)
+    even, mixed = built.state_dict([1 / 3] * 3), built.state_dict([1, 0, 0])
+    assert all(torch.equal(even[n], built.dense[n]) for n in base)
+    assert not torch.equal(mixed["h.0.a.weight"], built.dense["h.0.a.weight"])
+    assert all(torch.equal(mixed[n], built.dense[n]) for n in base if n.startswith("h.2"))
+
+
+def test_a_mixture_is_the_oracle_s():
+    base, experts = two_models()
+    built = build_experts(base, experts, ["h.1"], sparsifier="sign")
+    w, name = [0.5, 0.25, 0.25], "h.1.a.weight"
+    dense = built.dense[name].double().numpy()
+    stored = [oracle.sign((e[name] - built.dense[name]).double().numpy()) for e in experts]
+    want = dense + sum(x * s for x, s in zip(w, stored))
+    np.testing.assert_allclose(built.tensor(name, w).numpy(), want, rtol=1e-5, atol=1e-6)
+    centred = dense + sum((x - 1 / 3) * s for x, s in zip(w, stored))
+    np.testing.assert_allclose(built.tensor(name, w, centred=True).numpy(), centred, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_beside_a_matrix_are_stored_whole():
+    base, experts = two_models()
+    built = build_experts(base, experts, ["h.0"], density=0.1, values="f32")
+    found = built.state_dict([0, 0, 1])["h.0.n.weight"]
+    torch.testing.assert_close(found, experts[2]["h.0.n.weight"], rtol=1e-6, atol=1e-6)
+
+
+def test_identical_experts_give_that_expert():
+    base, (expert, *_) = two_models()
+    same = [expert, dict(expert)]
+    conflict = layer_conflict(base, same)
+    assert set(conflict.values()) == {0.0} and select_layers(conflict) == []
+    found = build_experts(base, same, select_layers(conflict)).state_dict([1, 0])
+    assert all(torch.equal(found[n], expert[n]) for n in expert)
+
+
+BASE = {"h.0.w": torch.zeros(3, 3)}
+ONE = {"h.0.w": torch.ones(3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: layer_conflict(BASE, [ONE]), "experts: got 1, expected at least 2"),
+        (lambda: layer_conflict(BASE, [ONE, ONE], keep=0.0), "keep is 0.0"),
+        (lambda: layer_conflict(BASE, [ONE, ONE], denoise="sigma", sigma=0), "sigma is 0"),
+        (lambda: layer_conflict(BASE, [ONE, ONE], aggregate="mean"), "aggregate 'mean' is not known"),
+        (lambda: layer_conflict(BASE, [ONE, {"h.0.w": torch.ones(3, 2)}]), "shape"),
+        (lambda: layer_conflict(BASE, [ONE, {"h.0.v": torch.ones(3, 3)}]), "no tensor"),
+        (lambda: layer_conflict(BASE, [ONE, {"h.0.w": torch.full((3, 3), float("nan"))}]), "NaN or infinite"),
+        (lambda: layer_conflict({"h.0.w.qweight": torch.ones(2)}, [{"h.0.w.qweight": torch.ones(2)}] * 2), "quantised"),
+        (lambda: build_experts({"h.0.qweight": torch.ones(2)}, [{"h.0.qweight": torch.ones(2)}] * 2, []), "quantised"),
+        (lambda: select_layers({"a": float("nan")}), "conflict of 'a'"),
+        (lambda: select_layers({"a": 0.5}, rule="topk"), "needs k"),
+        (lambda: select_layers({"a": 0.5}, rule="budget_bytes"), "needs budget"),
+        (lambda: select_layers({"a": 0.5}, rule="quantile", q=2), "q is 2"),
+        (lambda: build_experts(BASE, [ONE], ["h.0"]), "expected at least 2"),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.1"]), "routed names 'h.1'"),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], density=0.0), "density"),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], density=1.5), "density"),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], sparsifier="best"), "no expert store 'best'"),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], sparsifier="lora"), "is a whole model"),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.0"]).state_dict([1.0]), "expected 2"),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.0"]).state_dict([2.0, -1.0]), "not negative"),
+    ],
+)
+def test_bad_input_is_one_line(call, message):
+    with pytest.raises(ModicumError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value) and isinstance(caught.value, ValueError)
