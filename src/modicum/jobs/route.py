@@ -17,7 +17,7 @@ from modicum.durable import whole_folder
 from modicum.errors import RecipeError
 from modicum.jobs.data.section import DataSection
 from modicum.recipe import Recipe, Section, choice
-from modicum.record import Run
+from modicum.record import Run, digest
 from modicum.registry import expert_store, job, merge_method
 from modicum.types import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from modicum.weights.plan import Plan
     from modicum.weights.stores.base import Store
 
+BUILDING = ".building"
 Selection = Literal["entropy_gated", "soft", "top1", "nucleus", "uniform", "standardised"]
 RULES = Literal[
     "mean_std", "topk", "quantile", "absolute", "chance", "budget_bytes", "all", "none", "first", "least", "random"
@@ -298,8 +299,9 @@ def route(recipe: RouteRecipe, run: Run) -> None:
     check_tap(recipe, build.about)
     run.record["metrics"] = summary(recipe, build, bytes_by_store(build))
     run.save()
-    work = run.folder / ".building"
-    work.mkdir(exist_ok=True)
+    # What a stopped run has finished is used again under the same plan and inputs alone.
+    work = run.folder / BUILDING / digest([asdict(build.about), build.merge.identity])
+    work.mkdir(parents=True, exist_ok=True)
     if not (work / "dense").is_dir():
         run_plan(build.merge, work / "dense", shard_bytes=recipe.shard_bytes, progress=not run.quiet)
     if build.stores and not (work / "experts").is_dir():
@@ -315,7 +317,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
         with whole_folder(run.folder / "variants" / selection) as folder:
             _variant(run.folder / "model", folder, selection)
         run.output(selection, run.folder / "variants" / selection)
-    shutil.rmtree(work)
+    shutil.rmtree(run.folder / BUILDING)
 
 
 def _write_experts(recipe: RouteRecipe, build: Build, work: Path, *, progress: bool) -> None:
