@@ -16,6 +16,7 @@ Unit = Literal["block", "sublayer", "matrix"]
 
 ADAPTER_PREFIX = "base_model.model."  # PEFT writes it before every name of an adapter's file
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 STATE_FILES = re.compile(r"^(optimizer|scheduler|rng_state|scaler|training_args|trainer_state)[\w.-]*$")
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 

@@ -11,11 +11,14 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from modicum.errors import UnsupportedError
+from modicum.errors import CheckpointError, UnsupportedError
+from modicum.jobs.loading.serving import export_adapter
 from modicum.layout import is_turned
-from modicum.weights import Checkpoint, extract_lora
-from modicum.weights.adapter import UNDERSTOOD
+from modicum.weights import Checkpoint, extract_lora, merge_loras
+from modicum.weights.adapter import UNDERSTOOD, residual
+from modicum.weights.plan import plan_merge
 from support import tiny_llama
 
 FIELDS = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
@@ -92,8 +95,70 @@ def check(base: Path, adapter: Path) -> bool:
 def test_an_adapter_is_what_peft_loads_or_refused(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     save(base, tmp_path, options)
     more = {"lora_bias", "use_dora", "trainable_token_indices", "layer_replication", "target_parameters"}
-    shifted = options.get("init_lora_weights") in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")
+    shifted = options.get("init_lora_weights") in ("pissa_niter_4", "loftq", "corda", "lora_ga")
     assert check(base, tmp_path) == (not shifted and more.isdisjoint(options))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_start_left_of_the_base_is_found_again(tmp_path: Path, start: str, dtype: torch.dtype) -> None:
+    tiny_llama(seed=4, num_key_value_heads=4).to(dtype).save_pretrained(tmp_path / "base")
+    options = {"init_lora_weights": start, "use_rslora": True, "rank_pattern": {"down_proj": 3}}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=5, lora_alpha=7, target_modules=MODULES, **options))
+    wrapped.save_pretrained(tmp_path / "untrained")
+    left = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    read = Checkpoint(tmp_path / "untrained", base=tmp_path / "base")
+    for name, change in read.adapter.factors.items():  # type: ignore[union-attr]
+        made = residual(read.base[name], change, name)
+        assert made.dtype == dtype
+        torch.testing.assert_close(made, left[name], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    for name in read:  # an adapter that has not been trained is its base
+        torch.testing.assert_close(read[name].float(), read.base[name].float(), rtol=1e-2, atol=2e-3)
+    with pytest.raises(CheckpointError, match="Use merge"):
+        merge_loras([tmp_path / "untrained"] * 2, tmp_path / "out", method="tsv")
+    with pytest.raises(UnsupportedError, match="Merge it into its base"):
+        export_adapter(tmp_path / "untrained", tmp_path / "served")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_whose_directions_rounding_decides_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama(seed=4)
+    for layer in model.model.layers:
+        torch.nn.init.orthogonal_(layer.self_attn.q_proj.weight)  # all singular values are one
+    model.save_pretrained(tmp_path / "base")
+    save(tmp_path / "base", tmp_path / "a", {"init_lora_weights": "pissa", "target_modules": ["q_proj"]})
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(UnsupportedError, match=f"{name}: two singular values"):
+        Checkpoint(tmp_path / "a", base=tmp_path / "base")[name]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pissa_of_turned_layers_is_found_again_and_olora_is_refused(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_proj", "c_attn"], "fan_in_fan_out": True}
+    save(tmp_path / "base", tmp_path / "a", options | {"init_lora_weights": "pissa"})
+    assert check(tmp_path / "base", tmp_path / "a")
+    rewrite(tmp_path / "a", {"init_lora_weights": "olora"})
+    assert not check(tmp_path / "base", tmp_path / "a")
+
+
+def test_a_pickled_adapter_is_read_when_asked(base: Path, tmp_path: Path) -> None:
+    save(base, tmp_path / "a", {})
+    expected = dict(Checkpoint(tmp_path / "a", base=base))
+    file = tmp_path / "a/adapter_model.safetensors"
+    torch.save(load_file(file), tmp_path / "a/adapter_model.bin")
+    file.unlink()
+    with pytest.raises(CheckpointError, match="set allow_pickle: true"):
+        Checkpoint(tmp_path / "a", base=base)
+    found = Checkpoint(tmp_path / "a", base=base, allow_pickle=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "adapter_model.bin" in [item[0] for item in found.identity]
+    torch.save({"weights": {}}, tmp_path / "a/adapter_model.bin")
+    with pytest.raises(CheckpointError, match="not a mapping of names to tensors"):
+        Checkpoint(tmp_path / "a", base=base, allow_pickle=True)
 
 
 def test_every_start_that_peft_names_is_tried() -> None:
@@ -164,8 +229,14 @@ def test_a_tied_embedding_changes_with_its_head_or_not_at_all(tied: Path, tmp_pa
     if not both and key == "modules_to_save":
         with pytest.raises(UnsupportedError, match="ensure_weight_tying: true"):
             Checkpoint(tmp_path, base=tied)
-    elif both:
+        return
+    if both:
         assert_same_answers(tied, tmp_path)
+    expected = [] if both else ["without ensure_weight_tying"]
+    opened = Checkpoint(tmp_path, base=tied)
+    assert [word for word in expected for note in opened.notes if word in note] == expected
+    assert len(opened.notes) == len(expected)
+    assert set(opened.notes) <= set(plan_merge(None, [opened, opened], method="linear", knobs={}).notes)
 
 
 def assert_same_answers(base: Path, adapter: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_turned, role
+from modicum.errors import CheckpointError, UnsupportedError, first_line
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_turned, role
 from modicum.references import pinned
 from modicum.weights.files import MappedFile, read_header
 
@@ -40,16 +40,22 @@ UNDERSTOOD = frozenset(
     }
 )  # fmt: skip
 UNSHIFTED = ("gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
+REBUILT = ("pissa", "olora")  # starts whose shift follows from the base's weight alone
+GAP = 1e-5  # of the largest singular value: between closer ones, rounding decides which directions PiSSA takes
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank change ``scale * B @ A`` of one weight; ``transposed`` when the weight is stored ``(in, out)``."""
+    """A low-rank change ``scale * B @ A`` of one weight; ``transposed`` when the weight is stored ``(in, out)``.
+
+    ``start`` names the start whose first factors were taken out of the base's weight, which the change adds to.
+    """
 
     A: Tensor
     B: Tensor
     scale: float
     transposed: bool = False
+    start: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,18 +72,25 @@ class LowRank:
 class Adapter:
     """The changes in one adapter folder, by the names of the base's tensors."""
 
-    def __init__(self, folder: Path, *, owner: str) -> None:
+    def __init__(self, folder: Path, *, owner: str, allow_pickle: bool = False) -> None:
         self.owner = owner
+        self.notes: list[str] = []
         self.config = read_json(folder / ADAPTER_CONFIG, owner)
         self._refuse_unknown()
-        path = folder / ADAPTER_WEIGHTS
-        if not path.exists() and (folder / "adapter_model.bin").exists():
-            raise CheckpointError(
-                f"{owner}: the adapter is pickled (adapter_model.bin). Save it again as safetensors with PEFT."
-            )
-        slots = read_header(path, owner=owner)
-        file = MappedFile(path)
-        self.factors, self.replaced = self._sort({name: file.tensor(slot) for name, slot in slots.items()})
+        self.file = folder / ADAPTER_WEIGHTS
+        pickled = folder / ADAPTER_PICKLE
+        if not self.file.exists() and pickled.exists():
+            if not allow_pickle:
+                raise CheckpointError(
+                    f"{owner}: the adapter is pickled ({ADAPTER_PICKLE}), which can run code when it is read. Save it "
+                    "again as safetensors with PEFT, or set allow_pickle: true if you trust its source."
+                )
+            self.file, tensors = pickled, load_pickle(pickled, owner)
+        else:
+            slots = read_header(self.file, owner=owner)
+            file = MappedFile(self.file)
+            tensors = {name: file.tensor(slot) for name, slot in slots.items()}
+        self.factors, self.replaced = self._sort(tensors)
 
     @property
     def base(self) -> str:
@@ -95,6 +108,12 @@ class Adapter:
                 name: replace(factors, transposed=name in self._tables or is_turned(name, kind))
                 for name, factors in self.factors.items()
             }
+        for name, factors in self.factors.items():
+            if factors.start and (name in self._tables or (factors.transposed and factors.start == "olora")):
+                raise UnsupportedError(
+                    f"{self.owner}: init_lora_weights {factors.start!r} is not defined for {name!r}. "
+                    "Merge it into its base with PEFT first."
+                )
 
     def tie(self, head: str) -> None:
         """Leave out the output layer of a base whose output layer is its embedding, where both change alike.
@@ -114,6 +133,12 @@ class Adapter:
                     f"{self.owner}: the adapter stores {table!r} anew and leaves the output layer {head!r} as it was, "
                     "and the base ties both. Train it with ensure_weight_tying: true, or on a base that is untied."
                 )
+            elif table in self.factors and head not in self.factors:
+                self.notes.append(
+                    f"{self.owner} changes the embedding {table!r}, to which its base ties the output layer, without "
+                    "ensure_weight_tying: both change, as in PEFT's merged model, while in training the output layer "
+                    "stayed as it was"
+                )
             if head in self.factors and table in self.factors:
                 a, b = self.factors[head], self.factors[table]
                 if a.scale == b.scale and torch.equal(a.A, b.B.T) and torch.equal(a.B, b.A.T):
@@ -132,7 +157,7 @@ class Adapter:
                     "Merge it into its base with PEFT first."
                 )
         start = self.config.get("init_lora_weights", True)
-        if start not in (True, False, None) and str(start).lower() not in UNSHIFTED:
+        if start not in (True, False, None) and str(start).lower() not in UNSHIFTED and start not in REBUILT:
             raise UnsupportedError(
                 f"{self.owner}: adapter with init_lora_weights {start!r}, which changes the base's weights, to which "
                 "the factors are added. Save it for the original base, by save_pretrained(folder, "
@@ -174,7 +199,14 @@ class Adapter:
         alpha = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         # An embedding's table is (vocabulary, width), while its factors multiply the other way round.
-        return LowRank(A, B, scale, transposed=embedding or bool(self.config.get("fan_in_fan_out")))
+        start = self.config.get("init_lora_weights")
+        return LowRank(
+            A,
+            B,
+            scale,
+            transposed=embedding or bool(self.config.get("fan_in_fan_out")),
+            start=start if start in REBUILT else None,
+        )
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
@@ -197,6 +229,55 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
     return value
 
 
-def fold_delta(weight: Tensor, change: LowRank) -> Tensor:
+def load_pickle(path: Path, owner: str) -> dict[str, Tensor]:
+    """Return the tensors in a pickled file, which is read in a way that runs no code.
+
+    Raises:
+        CheckpointError: There is more in it than tensors by their names.
+    """
+    try:
+        loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # torch raises several kinds for a file that is not a plain state dict
+        raise CheckpointError(f"{owner}: {path.name} cannot be read safely: {first_line(error)}") from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{owner}: {path.name} is not a mapping of names to tensors. Convert it to safetensors.")
+    return loaded
+
+
+def residual(weight: Tensor, change: LowRank, name: str = "a weight") -> Tensor:
+    """Return what a start that takes its first factors out of the base's weight left of it.
+
+    The factors are found in the way that PEFT finds them, and their product does not depend on the signs of its
+    columns. The result has the weight's dtype, as it had in training.
+
+    Args:
+        weight: Of the base, as it is stored.
+        change: The adapter's factors, which give rank, scale and start.
+        name: For messages.
+
+    Raises:
+        UnsupportedError: The start's directions are not determined by the weight.
+    """
+    matrix = weight.float().T if change.transposed else weight.float()
+    rank = min(change.A.shape[0], *matrix.shape)
+    if change.start == "olora":
+        Q, R = torch.linalg.qr(matrix)
+        first = change.scale * (Q[:, :rank] @ R[:rank])
+    else:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        if rank < len(S) and float(S[rank - 1] - S[rank]) < GAP * float(S[0]):
+            raise UnsupportedError(
+                f"{name}: two singular values of the base nearly coincide at the adapter's rank {rank}, so that the "
+                "first factors of PiSSA cannot be found again. Save it for the original base, by save_pretrained("
+                "folder, path_initial_model_for_weight_conversion=…) in PEFT."
+            )
+        first = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    left = (matrix - first).to(weight.dtype)
+    return left.T if change.transposed else left
+
+
+def fold_delta(weight: Tensor, change: LowRank, name: str = "a weight") -> Tensor:
     """Return ``weight`` with the adapter's change added, in float32 so that nothing of a small change is lost."""
+    if change.start:
+        return residual(weight, change, name).float().add_(change.delta())
     return weight.to(torch.float32).add_(change.delta()) if weight.dtype != torch.float32 else weight + change.delta()

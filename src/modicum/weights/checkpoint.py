@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
-from modicum.errors import CheckpointError, UnsupportedError, first_line
-from modicum.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, role
+from modicum.errors import CheckpointError, UnsupportedError
+from modicum.layout import ADAPTER_CONFIG, role
 from modicum.references import beside, find_model
-from modicum.weights.adapter import Adapter, fold_delta, read_json
+from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -137,15 +137,12 @@ class Checkpoint(Mapping[str, Tensor]):
                 "Convert them to safetensors, or set allow_pickle: true if you trust their source."
             )
         for file in files:
-            try:
-                self._stamps[file] = Stamp.of(file)
-                self._loaded.update(torch.load(file, weights_only=True, map_location="cpu", mmap=True))
-            except Exception as error:  # torch raises several kinds for a file that is not a plain state dict
-                raise CheckpointError(f"{self.name}: {file.name} cannot be read safely: {first_line(error)}") from None
+            self._stamps[file] = Stamp.of(file)
+            self._loaded.update(load_pickle(file, self.name))
 
     def _open_adapter(self, folder: Path, resolve: Resolver, base: str | Path | None, allow_pickle: bool) -> None:
-        self.adapter = adapter = Adapter(folder, owner=self.name)
-        self._stamps = {folder / name: Stamp.of(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+        self.adapter = adapter = Adapter(folder, owner=self.name, allow_pickle=allow_pickle)
+        self._stamps = {path: Stamp.of(path) for path in (folder / ADAPTER_CONFIG, adapter.file)}
         reference = str(base or beside(folder, adapter.base))
         if not reference:
             raise CheckpointError(f"{self.name}: {ADAPTER_CONFIG} names no base model. Give the base.")
@@ -202,6 +199,11 @@ class Checkpoint(Mapping[str, Tensor]):
         """The model beneath an adapter; this one itself when there is none."""
         return self._beneath or self
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how it is read."""
+        return self.adapter.notes if self.adapter else []
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Contents of ``config.json``; empty when there is none."""
@@ -241,7 +243,7 @@ class Checkpoint(Mapping[str, Tensor]):
         if self._beneath and self.adapter:
             weight = self.adapter.replaced[name] if name in self.adapter.replaced else self._beneath[name]
             change = self.adapter.factors.get(name)
-            return fold_delta(weight, change) if change else weight
+            return fold_delta(weight, change, f"{self.name}: {name}") if change else weight
         if name in self._slots:
             slot = self._slots[name]
             return self._files[slot.path].tensor(slot)

@@ -58,13 +58,15 @@ def check_agreement(reference: Tensors, others: Sequence[Tensors], *, names: Seq
 
 
 def notes_on_configs(models: Sequence[Tensors], names: Sequence[str]) -> list[str]:
-    """Say where the models' configurations differ in what the same weights compute; the result keeps the first one's.
+    """Say what is to be known of the models, and where their configurations compute otherwise with the same weights.
+
+    The result keeps the first one's configuration.
 
     Args:
         models: The first one gives the result its ``config.json``.
         names: What to call them.
     """
-    notes = []
+    notes = [note for model in models for note in getattr(model, "notes", [])]
     for model, name in zip(models[1:], names[1:]):
         found = differences(_config(models[0]), _config(model))
         told = ", ".join(f"{key} ({b}, {a})" for key, (a, b) in list(found.items())[:5])

@@ -298,6 +298,11 @@ def _check_lora(checkpoint: Checkpoint, base: Checkpoint) -> None:
         name = next(iter(adapter.replaced))
         raise CheckpointError(f"{checkpoint.name} also stores {name!r} whole. Use merge, which makes a full model.")
     for name, factors in adapter.factors.items():
+        if factors.start:
+            raise CheckpointError(
+                f"{checkpoint.name} is added to what {factors.start} left of its base, not to the base itself. "
+                "Use merge, which makes a full model."
+            )
         if factors.transposed:
             raise CheckpointError(
                 f"{checkpoint.name} changes {name!r}, an embedding or a transposed layer. "

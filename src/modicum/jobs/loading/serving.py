@@ -42,6 +42,10 @@ def export_adapter(source: str | Path, out: str | Path) -> dict[str, Any]:
         raise UnsupportedError(
             f"{source} also replaces {what!r}, which servers refuse. Merge it into its base instead."
         )
+    if start := next((change.start for change in read.factors.values() if change.start), None):
+        raise UnsupportedError(
+            f"{source} is added to what {start} left of its base, not to the base itself. Merge it into its base."
+        )
     rank = max(change.A.shape[0] for change in read.factors.values())
     own = read.config["lora_alpha"] / read.config["r"] ** (0.5 if read.config.get("use_rslora") else 1.0)
     # A whole alpha at the adapter's own scaling keeps the other modules' bytes as they are.
