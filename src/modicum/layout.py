@@ -61,6 +61,18 @@ _FIRST = frozenset(
         "embedding_hidden_mapping_in", "patch_embed", "patch_embedding", "pre_layrnorm",
     }
 )  # fmt: skip
+# Parts of a model of text and more, by parts of the names of its tensors; the first that is found counts.
+_MODULES = {
+    "multi_modal_projector": frozenset(
+        {
+            "multi_modal_projector", "mm_projector", "connector", "merger", "deepstack_merger_list", "aligner",
+            "embed_vision", "embed_audio", "modality_projection",
+        }
+    ),
+    "vision_tower": frozenset({"vision_tower", "vision_model", "vision_encoder", "visual", "vision"}),
+    "audio_tower": frozenset({"audio_tower", "audio_model", "audio_encoder"}),
+}  # fmt: skip
+_TEXT_MODULES = ("text_decoder", "language_model", "text_model", "text", "default")
 _RECOMPUTED = frozenset({"inv_freq", "position_ids", "masked_bias"})
 _STATISTICS = frozenset({"running_mean", "running_var"})  # buffers of torch's normalisation layers
 _MASKS = ("attn.bias", "attention.bias")  # causal masks of GPT-2 and GPT-NeoX, of shape (1, 1, n, n)
@@ -96,6 +108,39 @@ class Layer(NamedTuple):
     def name(self) -> str:
         """The tensor's name."""
         return f"{self.stack}.{self.number}.{self.rest}"
+
+
+def modules(names: Iterable[str]) -> dict[str, str]:
+    """Return the module of each tensor: the text's, that of pictures or sound, or encoder and decoder.
+
+    Example:
+        >>> found = modules(["model.language_model.norm.weight", "model.visual.merger.mlp.0.weight"])
+        >>> list(found.values())
+        ['text_decoder', 'multi_modal_projector']
+    """
+    listed = list(names)
+    both = {"encoder", "decoder"} <= {part for stack in stacks(listed) for part in stack.split(".")[:2]}
+    return {name: _module_of(name, both) for name in listed}
+
+
+def _module_of(name: str, both: bool) -> str:
+    parts = name.split(".")
+    if both:
+        side = next((part for part in parts[:2] if part in ("encoder", "decoder")), None)
+        return side or ("decoder" if role(name) == "head" else "shared")
+    return next((module for module, known in _MODULES.items() if not known.isdisjoint(parts)), _TEXT_MODULES[0])
+
+
+def module_called(name: str) -> str:
+    """Return the module that a file calls ``name``.
+
+    Example:
+        >>> module_called("visual"), module_called("language_model"), module_called("encoder")
+        ('vision_tower', 'text_decoder', 'encoder')
+    """
+    if name in _TEXT_MODULES:
+        return _TEXT_MODULES[0]
+    return next((module for module, known in _MODULES.items() if name in known), name)
 
 
 def unwrapped(name: str) -> str:

@@ -88,7 +88,11 @@ Data: TypeAlias = dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: a key may stand once, and ``1e-4`` is a number."""
+    """YAML as people expect it: ``1e-4`` is a number, and keys that stand twice are noticed."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.twice: list[str] = []
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -98,8 +102,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                line = key_node.start_mark.line + 1
-                raise RecipeError(f"line {line}: key {key!r} stands twice. Keep one.")
+                self.twice.append(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -125,15 +128,39 @@ def parse_yaml(text: str, source: str = "the recipe") -> Any:
         >>> parse_yaml("lr: 1e-4")
         {'lr': 0.0001}
     """
+    found = parse_documents(text, source)
+    if len(found) > 1:
+        raise RecipeError(f"{source} holds {len(found)} YAML documents, expected one. Only mergekit's may be several.")
+    return found[0] if found else None
+
+
+def parse_documents(text: str, source: str) -> list[Any]:
+    """Return the documents of a YAML file.
+
+    Of a key that stands twice the last one counts in a mergekit file, which then says so under ``twice``; in all others
+    it is refused.
+    """
+    found = []
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except RecipeError as error:
-        raise RecipeError(f"{source}, {error}") from None
+        loader = _Loader(text)
+        while loader.check_data():  # type: ignore[no-untyped-call]
+            loader.twice = []
+            data = loader.get_data()
+            if loader.twice and _is_mergekit(data):
+                data |= {"twice": loader.twice}
+            elif loader.twice:
+                raise RecipeError(f"{source}, {loader.twice[0]}. Keep one.")
+            found += [] if data is None else [data]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{source}{where} is not valid YAML: {problem}.") from None
+    return found
+
+
+def _is_mergekit(data: object) -> bool:
+    return isinstance(data, dict) and "merge_method" in data
 
 
 def shipped() -> list[str]:
@@ -158,8 +185,10 @@ def text_of(source: str) -> str:
 
 def read(source: str) -> Data:
     """Return the recipe in file ``source``, or the shipped recipe of that name, as plain data."""
-    text = text_of(source)
-    data = parse_yaml(text, source)
+    documents = parse_documents(text_of(source), source)
+    if len(documents) > 1 and all(map(_is_mergekit, documents)):
+        return {"job": "pipeline", "documents": documents}
+    data = documents[0] if len(documents) == 1 else parse_yaml(text_of(source), source)
     if not isinstance(data, dict):
         raise RecipeError(f"{source} is {type(data).__name__}, expected a mapping that begins with 'job: …'.")
     return data
@@ -217,7 +246,7 @@ def parse(data: Data, where: str = "recipe") -> Recipe:
     Raises:
         RecipeError: A key is unknown or missing, or a value is out of range; one line for each.
     """
-    if "merge_method" in data:
+    if _is_mergekit(data):
         data = {"job": "merge", **data}
     name = data.get("job")
     if not isinstance(name, str):

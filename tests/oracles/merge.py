@@ -174,9 +174,38 @@ def model_stock(base: Array, experts: Sequence[Array], clamp: bool = True) -> Ar
     """Jang et al. 2024, Equation 2, with the mean cosine over pairs."""
     taus, n = deltas(base, experts), len(experts)
     mean = np.mean([cosine(taus[i], taus[j]) for i in range(n) for j in range(i + 1, n)])
-    t = n * mean / (1 + (n - 1) * mean)
+    pole = 1 + (n - 1) * mean
+    t = n * mean / pole if pole > 1e-6 else 0.0
     t = min(1.0, max(0.0, t)) if clamp else t
     return t * np.mean(np.stack(experts), 0) + (1 - t) * base
+
+
+def model_stock_rows(base: Array, experts: Sequence[Array], clamp: bool = True) -> Array:
+    """The same with a t for each row."""
+    if not base.ndim:
+        return model_stock(base, experts, clamp)
+    width = base.shape[-1]
+    rows = zip(base.reshape(-1, width), *(e.reshape(-1, width) for e in experts))
+    return np.stack([model_stock(row[0], list(row[1:]), clamp) for row in rows]).reshape(base.shape)
+
+
+def nearswap(base: Array, expert: Array, t: float) -> Array:
+    """Weigh the expert by t over the difference, at most 1."""
+    difference = np.abs(expert - base)
+    weight = np.where(difference > t, t / np.where(difference > 0, difference, 1), 1.0)
+    return weight * expert + (1 - weight) * base
+
+
+def arcee_fusion(base: Array, expert: Array) -> Array:
+    """Replace the entries whose |delta| times the row's divergence lies above the fence."""
+    a, b = np.atleast_1d(base), np.atleast_1d(expert)
+    scores = np.zeros_like(a)
+    for place in np.ndindex(a.shape[:-1]):
+        p, q = (np.exp(row - row.max()) / np.exp(row - row.max()).sum() + 1e-8 for row in (b[place], a[place]))
+        scores[place] = np.abs(b[place] - a[place]) * max(0.0, float((p * np.log(p / q)).sum()))
+    ordered = np.sort(scores, axis=None)
+    low, middle, high = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
+    return np.where(scores >= middle + 1.5 * (high - low), b, a).reshape(base.shape)
 
 
 def slerp(a: Array, b: Array, t: float, straight: float = 0.9995) -> Array:

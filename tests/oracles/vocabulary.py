@@ -9,7 +9,7 @@ import numpy as np
 
 
 def unified(
-    tokens: Sequence[str],
+    tokens: Sequence[str | None],
     tables: Mapping[str, np.ndarray],
     ids: Mapping[str, Mapping[str, int]],
     base: str,
@@ -18,10 +18,13 @@ def unified(
 ) -> np.ndarray:
     """Return ``model``'s table for ``tokens``: its own row, else the base's, else the mean of all others that have it.
 
-    ``chosen`` maps tokens to ``(donor, row, force)``, a donor ``None`` meaning zeros.
+    ``None`` stands for a row of no token, which gets the mean of the rows that are made. ``chosen`` maps tokens to
+    ``(donor, row, force)``, a donor ``None`` meaning zeros.
     """
     out = []
     for token in tokens:
+        if token is None:
+            continue
         donor, row, force = chosen.get(token, ("", 0, False))
         if token in ids[model] and not force:
             out.append(tables[model][ids[model][token]])
@@ -32,4 +35,4 @@ def unified(
         else:
             rows = [tables[name][ids[name][token]] for name in tables if token in ids[name]]
             out.append(np.mean(rows, 0) if rows else tables[model].mean(0))
-    return np.stack(out)
+    return np.stack([*out, *[np.mean(out, 0)] * sum(token is None for token in tokens)])

@@ -39,6 +39,14 @@ def write_model(folder: Path, tensors: dict[str, Tensor], **config: object) -> P
     return folder
 
 
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of families of models, which the mergekit files call ``$R``."""
+    from weights.families import make_all
+
+    return make_all(tmp_path_factory.mktemp("zoo"))
+
+
 @pytest.fixture
 def make_family(tmp_path: Path) -> MakeFamily:
     def make(experts: int = 2, dtype: torch.dtype = torch.bfloat16) -> Family:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 NAMES = ("base", "a", "b", "c")
 SIZES = {
@@ -21,7 +22,7 @@ SIZES = {
 }  # fmt: skip
 EXPERTS = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "num_local_experts": 4}
 TOWER = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 8,
-         "patch_size": 4}  # fmt: skip
+         "patch_size": 4, "vision_use_head": False}  # fmt: skip
 
 
 def _gemma3_of_two(name: str, settings: dict[str, Any]) -> Any:
@@ -46,7 +47,9 @@ def _t5(name: str, settings: dict[str, Any]) -> Any:
     import transformers
 
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=24, d_model=16, d_kv=4, d_ff=24, num_layers=3, num_heads=4)
+        transformers.T5Config(
+            vocab_size=24, d_model=16, d_kv=4, d_ff=24, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
+        )
     )
 
 
@@ -84,29 +87,46 @@ WORDS = {
 }
 
 
+def _as_published(family: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors by the names of published files, where transformers writes others or leaves some out."""
+    if family == "gemma3vl":
+        return {name.replace("vision_tower.", "vision_tower.vision_model."): each for name, each in tensors.items()}
+    if family == "neox":
+        mask = torch.ones(32, 32, dtype=torch.bool).tril()[None, None]
+        for layer in range(4):
+            at = f"gpt_neox.layers.{layer}.attention"
+            tensors |= {f"{at}.bias": mask.clone(), f"{at}.masked_bias": torch.tensor(-1e9),
+                        f"{at}.rotary_emb.inv_freq": torch.ones(1)}  # fmt: skip
+    return tensors
+
+
 def make_family(folder: Path, family: str, *, dtype: torch.dtype = torch.float32, shards: bool = False) -> None:
     """Write the models of a family."""
-    torch.manual_seed(sorted(FAMILIES).index(family))
     base = FAMILIES[family]("base", SIZES).to(dtype)
-    start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for seed, name in enumerate(NAMES):
-        noise = torch.Generator().manual_seed(seed)
-        for key, tensor in base.state_dict().items():
+        # Numbers of our own, not those of transformers' initialisation, which may change with its versions.
+        start, change = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+        for _, tensor in sorted(base.state_dict().items()):
             if tensor.is_floating_point():
-                change = torch.randn(tensor.shape, generator=noise).to(dtype) * (0.02 if seed else 0)
-                tensor.copy_(start[key] + change)
+                made = 0.2 * torch.randn(tensor.shape, generator=start)
+                tensor.copy_(made + 0.02 * bool(seed) * torch.randn(tensor.shape, generator=change))
         base.tie_weights()
         size = "20KB" if shards and name in ("base", "b") else "1GB"
         base.save_pretrained(folder / name, max_shard_size=size)
+        if not shards:
+            file = folder / name / "model.safetensors"
+            save_file(_as_published(family, load_file(file)), file, {"format": "pt"})
 
 
 def make_vocabularies(folder: Path, *, tied: bool = False) -> None:
     """Write Llamas with a tokenizer each, which share most of their tokens, in other rows."""
     for seed, (name, words) in enumerate(WORDS.items()):
-        torch.manual_seed(100 + seed)
-        _causal("Llama", tie_word_embeddings=tied)(name, SIZES | {"vocab_size": len(words)}).save_pretrained(
-            folder / name
-        )
+        model = _causal("Llama", tie_word_embeddings=tied)(name, SIZES | {"vocab_size": len(words)})
+        numbers = torch.Generator().manual_seed(100 + seed)
+        for _, tensor in sorted(model.state_dict().items()):
+            tensor.copy_(0.2 * torch.randn(tensor.shape, generator=numbers))
+        model.tie_weights()
+        model.save_pretrained(folder / name)
         write_tokenizer(folder / name, words)
 
 

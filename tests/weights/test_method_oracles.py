@@ -119,6 +119,10 @@ CASES: dict[str, tuple[Ours, Theirs]] = {
     ),
     "model_stock": (ours("model_stock"), oracle.model_stock),
     "model_stock, unclamped": (ours("model_stock", clamp=False), partial(oracle.model_stock, clamp=False)),
+    "model_stock, rows": (ours("model_stock", filter_wise=True), oracle.model_stock_rows),
+    "nearswap": (ours("nearswap", t=0.4), lambda b, e: oracle.nearswap(b, e[0], 0.4)),
+    "nearswap, still": (ours("nearswap", t=0.0), lambda b, e: b),
+    "arcee_fusion": (ours("arcee_fusion"), lambda b, e: oracle.arcee_fusion(b, e[0])),
     "slerp": (ours("slerp", t=0.3), lambda b, e: oracle.slerp(b, e[0], 0.3)),
     "nuslerp": (
         ours("nuslerp", weights=weights),

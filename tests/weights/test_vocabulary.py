@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from modicum.errors import ModicumError
-from modicum.jobs import plan
+from modicum.jobs import execute, plan
 from modicum.recipe import parse
 from modicum.weights import Checkpoint
-from modicum.weights.mergekit.vocabulary import TEMPLATES, with_vocabulary
+from modicum.weights.mergekit.tokenizers import TEMPLATES
+from modicum.weights.mergekit.vocabulary import with_vocabulary
 from oracles.vocabulary import unified
+from support import tiny_llama
+from weights.families import write_tokenizer
 
 TABLES = {"gpt_neox.embed_in.weight": (5,), "embed_out.weight": (5,), "lm_head.bias": ()}
 
@@ -67,10 +70,10 @@ def test_every_row_is_the_oracle_s(words: list[list[str]], data: st.DataObject) 
         document = {"tokenizer": {"source": source, "tokens": setting, "pad_to_multiple_of": 4}}
         found = with_vocabulary(document, models, "m0")
         owner = ids["m0" if source in ("union", "base") else source]
-        more = sorted({word for each in words for word in each} - owner.keys()) if source == "union" else []
-        tokens = [*owner, *more]
-        tokens += [token for token in setting if token not in tokens]
-        tokens += [f"padding {i}" for i in range(-len(tokens) % 4)]
+        tokens: list[str | None] = [*owner]
+        for each in [*(words if source == "union" else []), list(setting)]:  # models in order, then what is asked for
+            tokens += [word for word in each if word not in tokens]
+        tokens += [None] * (-len(tokens) % 4)
         assert found.config == {"vocab_size": len(tokens)}
         for table in TABLES:
             plain = {name: model[table].double().numpy() for name, model in models.items()}
@@ -159,3 +162,86 @@ def test_templates_say_every_message_in_its_role(template: Any) -> None:
         assert (
             made.render(messages=messages[1:3], bos_token="<s>", eos_token="</s>") == "<s>[INST] ASK [/INST]ANSWER</s>"
         )
+
+
+def words(folder: Path, tokens: Sequence[str], seed: int = 0, **config: Any) -> Path:
+    """Write a Llama with a tokenizer of whole words; the configuration's ids are those of its own tokens."""
+    tiny_llama(seed=seed, vocab_size=len(tokens), tie_word_embeddings=False, **config).save_pretrained(folder)
+    write_tokenizer(folder, tokens)
+    return folder
+
+
+def test_settings_go_by_the_vocabulary_of_the_result(tmp_path: Path) -> None:
+    ours = words(tmp_path / "a", ["<pad>", "<s>", "</s>", "<unk>", "a", "b"], pad_token_id=0, bos_token_id=1)
+    (ours / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "max_length": 7}))
+    words(tmp_path / "c", ["b", "</s>", "<pad>", "<unk>", "a"], seed=1)
+    models = [{"model": str(ours), "parameters": {"weight": 1.0}}]
+    document = {"merge_method": "linear", "models": models, "tokenizer_source": str(tmp_path / "c")}
+    execute(parse(document), tmp_path / "run", quiet=True)
+    folder = tmp_path / "run/model"
+    config, generation = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "generation_config"))
+    assert (config["vocab_size"], config["eos_token_id"], config["pad_token_id"]) == (5, 1, 2)
+    assert generation == {"eos_token_id": [1, 0], "max_length": 7}
+    assert any("bos_token_id keep the ids" in line for line in plan(parse(document)))  # c has no <s>
+    assert Checkpoint(folder)["lm_head.weight"].shape[0] == 5
+
+
+@pytest.mark.parametrize("setting", ["union", {"source": "union", "pad_to_multiple_of": 8}])
+def test_a_recipe_of_our_own_brings_vocabularies_together(tmp_path: Path, setting: Any) -> None:
+    folders = [words(tmp_path / "a", ["<unk>", "a", "b"]), words(tmp_path / "b", ["<unk>", "b", "c", "a"], seed=1)]
+    recipe = {"job": "merge", "experts": [str(f) for f in folders], "method": {"name": "linear"}, "dtype": "float32"}
+    with pytest.raises(ModicumError, match="Set tokenizer: union to bring their tokens together"):
+        plan(parse(recipe))
+    execute(parse(recipe | {"tokenizer": setting}), tmp_path / "run", quiet=True)
+    made, a, b = (Checkpoint(f)["model.embed_tokens.weight"] for f in (tmp_path / "run/model", *folders))
+    expected = torch.stack([(a[0] + b[0]) / 2, (a[1] + b[3]) / 2, (a[2] + b[1]) / 2, b[2]])
+    torch.testing.assert_close(made[:4], expected)
+    if setting != "union":
+        torch.testing.assert_close(made[4:], expected.mean(0).repeat(4, 1))
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert config["vocab_size"] == len(made)
+    for wrong, told in (({"output": "lora"}, "no vocabulary of its own"), ({"tokenizer": {"sauce": 1}}, "unknown key")):
+        with pytest.raises(ModicumError, match=told):
+            plan(parse(recipe | {"tokenizer": "union"} | wrong))
+
+
+def test_an_older_tokenizer_is_converted(tmp_path: Path) -> None:
+    import transformers
+
+    for seed, (name, tokens) in enumerate({"a": ["[UNK]", "x", "y"], "b": ["[UNK]", "y", "z"]}.items()):
+        tiny_llama(seed=seed, vocab_size=3).save_pretrained(tmp_path / name)
+        (tmp_path / name / "vocab.txt").write_text("\n".join(tokens) + "\n")
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    experts = [str(tmp_path / name) for name in "ab"]
+    recipe = {"job": "merge", "experts": experts, "method": {"name": "linear"}, "tokenizer": "union"}
+    execute(parse(recipe), tmp_path / "run", quiet=True)
+    made = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    ids = made.convert_tokens_to_ids(["x", "y", "z"])
+    table, a, b = (Checkpoint(f)["model.embed_tokens.weight"] for f in (tmp_path / "run/model", *experts))
+    for row, expected in zip(ids, [a[1], (a[2] + b[1]) / 2, b[2]]):
+        torch.testing.assert_close(table[row], expected)
+    assert not (tmp_path / "run/model/vocab.txt").exists()
+    (tmp_path / "b/vocab.txt").rename(tmp_path / "b/spiece.model")
+    with pytest.raises(ModicumError, match=r"its tokenizer has no tokenizer.json, and transformers makes none"):
+        plan(parse(recipe))
+    (tmp_path / "b/spiece.model").unlink()
+    assert any("has no tokenizer: its rows are taken for those of" in line for line in plan(parse(recipe)))
+
+
+@pytest.mark.parametrize("kept", ["one", "several", "file"])
+def test_the_commonest_chat_template_is_found_wherever_it_is_kept(tmp_path: Path, kept: str) -> None:
+    template = "{{ messages }} of a"
+    for seed, name in enumerate("ab"):
+        words(tmp_path / name, ["<unk>", "a"], seed=seed)
+        file = tmp_path / name / "tokenizer_config.json"
+        settings = json.loads(file.read_text()) | {"chat_template": "{{ messages }} of b"}
+        if name == "a" and kept == "file":
+            (tmp_path / name / "chat_template.jinja").write_text(template)
+        elif name == "a":
+            several = [{"name": "tools", "template": "x"}, {"name": "default", "template": template}]
+            settings["chat_template"] = template if kept == "one" else several
+        file.write_text(json.dumps(settings))
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 1.0}} for name in "ab"]
+    execute(parse({"merge_method": "linear", "models": models, "chat_template": "auto"}), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run/model/chat_template.jinja").read_text() == template
+    assert "chat_template" not in json.loads((tmp_path / "run/model/tokenizer_config.json").read_text())

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import yaml
 from pydantic import AliasChoices, Field, model_validator
 
 from modicum.errors import CheckpointError, RecipeError, first_line
+from modicum.jobs.card import CARD, model_card
 from modicum.jobs.loading.folders import note_code
-from modicum.recipe import Recipe, choice
+from modicum.recipe import Recipe, choice, dump
 from modicum.record import Run
 from modicum.registry import job, merge_method
 from modicum.types import PositiveInt
@@ -42,6 +44,11 @@ class MergeRecipe(Recipe):
         default="model", description="lora: merge adapters of one base into an adapter, for methods that can"
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
+    tokenizer: str | dict[str, Any] | None = Field(
+        default=None,
+        description="bring vocabularies together: union, base, a model whose tokenizer the result gets, or a mapping "
+        "of source, tokens and pad_to_multiple_of as in mergekit files",
+    )
     exclude: str | None = Field(
         default=None, description="regular expression of tensor names that stay as they are in the base"
     )
@@ -68,6 +75,9 @@ class MergeRecipe(Recipe):
     remote_code: bool = Field(default=False, description="fetch and carry the code that comes with a model")
 
     mergekit: dict[str, Any] | None = Field(default=None, description="a mergekit file's content, in place of the rest")
+    twice: list[str] = Field(
+        default=[], description="keys that stand twice in a mergekit file; the last one counts, as in mergekit"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +94,7 @@ class MergeRecipe(Recipe):
     @model_validator(mode="after")
     def _complete(self) -> MergeRecipe:
         if self.mergekit is not None:
-            ours = ("method", "experts", "base", "dtype", "exclude", "base_fingerprint")
+            ours = ("method", "experts", "base", "dtype", "exclude", "base_fingerprint", "tokenizer")
             if given := [name for name in ours if getattr(self, name)]:
                 raise RecipeError(f"a mergekit file says {', '.join(given)} itself, or has no such thing. Remove ours.")
             if self.output == "lora":
@@ -100,6 +110,8 @@ class MergeRecipe(Recipe):
         from modicum.weights.statistics import check_statistics
 
         check_statistics(self.method.name, len(self.experts), len(self.statistics))
+        if self.output == "lora" and self.tokenizer is not None:
+            raise RecipeError("an adapter has no vocabulary of its own. Remove tokenizer, or output: lora.")
         if self.output == "lora" and self.diagnostics:
             raise RecipeError("diagnostics looks at whole matrices, which output: lora does not make. Remove one.")
         return self
@@ -124,6 +136,7 @@ def _model_and_adapter(reference: str) -> tuple[str, str | None]:
 
 def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
     """Open the models and decide what happens to each tensor; reads headers only."""
+    from modicum.jobs.loading.tokenizers import find_tokenizer, tokenizer_json
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.lora import plan_loras
     from modicum.weights.plan import check_fingerprint, plan_merge
@@ -136,8 +149,9 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
     if recipe.mergekit is not None:
         from modicum.weights.mergekit.planning import plan_mergekit
 
-        plan = plan_mergekit(recipe.mergekit, opened, statistics)
-        plan = replace(plan, seed=recipe.seed, device=recipe.device)
+        plan = plan_mergekit(recipe.mergekit, opened, statistics, find=find_tokenizer, convert=tokenizer_json)
+        twice = [f"{place}: the last one counts, as in mergekit" for place in recipe.twice]
+        plan = replace(plan, seed=recipe.seed, device=recipe.device, notes=[*twice, *plan.notes])
         _refuse_config(plan)
         return plan.diagnosed() if recipe.diagnostics else plan
     method: Any = recipe.method
@@ -158,6 +172,9 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         statistics=statistics,
         seed=recipe.seed,
         device=recipe.device,
+        tokenizer=recipe.tokenizer,
+        find=find_tokenizer,
+        convert=tokenizer_json,
     )
     _refuse_config(plan)
     return plan.diagnosed() if recipe.diagnostics else plan
@@ -236,9 +253,16 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     out = run.folder / kind
     metrics: dict[str, Any]
     rows: Measured
+    card = described(recipe, plan)
     if isinstance(plan, LoraPlan):
         rows = measured = run_loras(
-            plan, out, dtype=recipe.dtype, device=recipe.device, progress=not run.quiet, replace=True
+            plan,
+            out,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            progress=not run.quiet,
+            replace=True,
+            companions=card,
         )
         experts = [model.name for model in plan.models]
         metrics = {"modules": len(rows), "rank": max(row["rank"] for row in rows.values())}
@@ -246,7 +270,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
         for note in plan.notes:
             run.note(note)
         measured = run_plan(
-            plan,
+            replace(plan, companions={**plan.companions, **card}),
             out,
             shard_bytes=recipe.shard_bytes,
             fork=recipe.device == "cpu",
@@ -265,6 +289,37 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     if warning := _uncertain(measured):
         run.note(warning)
     run.output(kind, out)
+
+
+def described(recipe: MergeRecipe, plan: Plan | LoraPlan) -> dict[str, bytes]:
+    """Return the files that tell of a merge: its model card, and the mergekit file where there is one."""
+    from modicum.weights.checkpoint import Checkpoint
+    from modicum.weights.lora import LoraPlan
+
+    opened = [model for model in plan.models if isinstance(model, Checkpoint)]
+    opened = [one for model in opened for one in ((model.base, model) if model.adapter else (model,))]
+    lora = isinstance(plan, LoraPlan)
+    written: Mapping[str, Any] = {k: v for k, v in dump(recipe).items() if k not in ("out", "mergekit", "twice")}
+    base, said = recipe.base, {}
+    if recipe.mergekit is not None:
+        from modicum.weights.mergekit.document import CARD_KEYS, Reference
+
+        written, base = recipe.mergekit, recipe.mergekit.get("base_model")
+        base = Reference.parse(base, "base_model").model if base else None
+        said = {key: value for key, value in written.items() if key in CARD_KEYS}
+    card = model_card(
+        {model.name: [model.folder] for model in opened},
+        base=base,
+        method=recipe.method.name if recipe.method else str(written["merge_method"]),
+        recipe=written,
+        said=said,
+        mergekit=recipe.mergekit is not None,
+        adapter=lora,
+    )
+    files = {CARD: card}
+    if recipe.mergekit is not None:
+        files["mergekit_config.yml"] = yaml.safe_dump(recipe.mergekit, sort_keys=False, allow_unicode=True).encode()
+    return files
 
 
 def comparable(plan: Plan, measured: Measured) -> tuple[Measured, list[str]]:

@@ -31,6 +31,18 @@ class PipelineRecipe(Recipe):
     job: Literal["pipeline"] = "pipeline"
     stages: list[Data] = Field(min_length=1, description="recipes, each with a `name` beside its `job`")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_documents(cls, data: object) -> object:
+        """Make stages of several mergekit documents; what is set beside them holds for each."""
+        if not isinstance(data, Mapping) or "documents" not in data:
+            return data
+        from modicum.weights.mergekit.several import stages_of
+
+        own = {key: value for key, value in data.items() if key in ("job", "seed", "out")}
+        shared = {key: value for key, value in data.items() if key not in (*own, "documents")}
+        return own | {"stages": [shared | stage for stage in stages_of(data["documents"])]}
+
     @model_validator(mode="after")
     def _check_stages(self) -> PipelineRecipe:
         seen: list[str] = []
@@ -44,7 +56,7 @@ class PipelineRecipe(Recipe):
                 raise RecipeError(f"stage {name!r} is a pipeline. Put its stages into this one.")
             parse(_without_name(stage, self.seed), f"stage {name!r}")
             for reference in _references(stage):
-                target = reference.removeprefix(PREFIX).partition("/")[0]
+                target = reference.removeprefix(PREFIX).partition("+")[0].partition("/")[0]
                 if target not in seen:
                     raise RecipeError(f"stage {name!r} uses {reference!r}, no earlier stage. {_earlier(target, seen)}")
             seen.append(name)
@@ -138,6 +150,9 @@ def _resolve(value: Any, folders: dict[str, Path]) -> Any:
         return [_resolve(item, folders) for item in value]
     if not isinstance(value, str) or not value.startswith(PREFIX):
         return value
+    value, plus, adapter = value.partition("+")  # model+adapter, as mergekit files write it
+    if plus:
+        return f"{_resolve(value, folders)}+{_resolve(adapter, folders)}"
     name, _, output = value.removeprefix(PREFIX).partition("/")
     outputs: dict[str, str] = read_record(folders[name])["outputs"]
     if not outputs:

@@ -19,7 +19,7 @@ from modicum.registry import averager
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, label
 from modicum.weights.merge import open_checkpoint, run_plan, run_step
-from modicum.weights.mergekit.vocabulary import notes_on_tokenizers
+from modicum.weights.mergekit.tokenizers import notes_on_tokenizers
 from modicum.weights.motion import aliases, latest
 from modicum.weights.plan import Plan, Source, Step, excluded, kept, plan_merge
 from modicum.weights.search import Landscape, Loss

@@ -137,7 +137,7 @@ def _check_spec(tensor: str, one: Tensors, other: Tensors, a_name: str, b_name: 
     a, b, own = spec_of(one, tensor), spec_of(other, tensor), _own(other, tensor)
     if a.shape != b.shape:
         hint = (
-            "Vocabularies of different sizes? Set tokenizer: {source: union} in a mergekit file."
+            "Vocabularies of different sizes? Set tokenizer: union to bring their tokens together."
             if a.shape[1:] == b.shape[1:] and is_vocabulary(tensor)
             else "Merge models of one size."
         )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -128,6 +129,7 @@ def _write_adapter(
     *,
     read: Sequence[Checkpoint],
     replace: bool = False,
+    companions: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     def check() -> None:
         for model in read:
@@ -156,7 +158,7 @@ def _write_adapter(
         {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
         out,
         identity=[config, identity_of(tensors)],  # they are in memory: their very bytes tell what they depend on
-        companions={ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()},
+        companions={**companions, ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()},
         shard_bytes=1 << 62,
         stem="adapter_model",
         progress=progress,
@@ -355,8 +357,12 @@ def run_loras(
     device: str = "cpu",
     progress: bool = True,
     replace: bool = False,
+    companions: Mapping[str, bytes] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
-    """Carry out ``plan`` and write the adapter; see :func:`merge_loras`, and :func:`~.stream.map_tensors`."""
+    """Carry out ``plan`` and write the adapter beside its ``companions``; see :func:`merge_loras`.
+
+    ``replace`` is that of :func:`~.stream.map_tensors`.
+    """
 
     def one(name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         method, knobs = plan.of(name)
@@ -376,5 +382,7 @@ def run_loras(
         ranks[module] = A.shape[0]
         for key in list(tensors)[-2:]:
             refuse_overflow(key, tensors[key], method=plan.method)
-    _write_adapter(out, tensors, ranks, plan.base, [], progress, read=plan.models, replace=replace)
+    _write_adapter(
+        out, tensors, ranks, plan.base, [], progress, read=plan.models, replace=replace, companions=companions
+    )
     return {name: merged[name][2] | {"rank": merged[name][0].shape[0]} for name in plan.modules}

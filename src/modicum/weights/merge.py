@@ -196,6 +196,7 @@ def merge(
     exclude: str | None = None,
     base_fingerprint: str | None = None,
     diagnostics: bool = False,
+    tokenizer: str | Mapping[str, Any] | None = None,
     **knobs: Any,
 ) -> dict[str, dict[str, Any]]:
     """Merge checkpoints on disk, a tensor at a time.
@@ -216,6 +217,8 @@ def merge(
         base_fingerprint: Refuse another base than this one, as :func:`modicum.content.fingerprint` and the records of
             training runs name it.
         diagnostics: Also measure what :func:`modicum.weights.kernels.diagnose.diagnose` tells; takes longer.
+        tokenizer: Bring the models' vocabularies together: ``union``, ``base``, a model whose tokenizer the result
+            gets, or a mapping as in mergekit files.
         **knobs: The method's.
 
     Returns:
@@ -237,6 +240,7 @@ def merge(
         base_fingerprint=base_fingerprint,
         seed=seed,
         device=device,
+        tokenizer=tokenizer,
     )
     return run_plan(
         plan.diagnosed() if diagnostics else plan,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.facts import MergeFacts
 from modicum.layout import is_linear_map, is_vocabulary
 from modicum.record import NUMERICS
+from modicum.references import find_model
 from modicum.registry import Entry, merge_method
 from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.companions import companion_files, unified
 from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
-from modicum.weights.configs import rewritten
 from modicum.weights.files import Spec, digest_tensor
-from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers
+from modicum.weights.mergekit.tokenizers import Converter, notes_on_tokenizers
+from modicum.weights.mergekit.vocabulary import Result, Vocabulary, companions_with
 from modicum.weights.rehearsal import rehearse
 from modicum.weights.statistics import check_origin, check_statistics, shape_of
 from modicum.weights.stream import cores
@@ -228,8 +230,14 @@ def plan_merge(
     base_fingerprint: str | None = None,
     seed: int = 0,
     device: str = "cpu",
+    tokenizer: str | Mapping[str, Any] | None = None,
+    find: Callable[[str], Path] = find_model,
+    convert: Converter | None = None,
 ) -> Plan:
     """Return the plan of a plain merge, having checked that the models fit together.
+
+    ``tokenizer``, ``find`` and ``convert`` bring vocabularies together; see
+    :func:`modicum.weights.mergekit.vocabulary.with_vocabulary`.
 
     Raises:
         CheckpointError: The models differ, or the base is not the one of the fingerprint.
@@ -245,6 +253,8 @@ def plan_merge(
     names = [label(model, name) for model, name in zip(models, names)]
     if base_fingerprint is not None:
         check_fingerprint(base, base_fingerprint)
+    vocabulary = Result() if tokenizer is None else unified(tokenizer, models, names, find, convert)
+    plain, models = models, [vocabulary.tables.get(name, model) for name, model in zip(names, models)]
     shared = check_agreement(models[0], models[1:], names=names)
     untouched = excluded(models[0], exclude)
     if untouched and base is None:
@@ -262,11 +272,14 @@ def plan_merge(
         steps.append(with_statistics(Step(name, out, method, head, tail, checked), statistics))
     check_origins(method, experts, statistics)
     rehearse(steps)
-    first = models[0]
-    companions = companion_files(first, wanted) if isinstance(first, Checkpoint) else {}
-    notes = [*_foreign_adapters(base, experts), *notes_on_statistics(method, steps)]
-    notes += [*notes_on_configs(models, names), *notes_on_tokenizers(dict(zip(names, models)))]
-    return Plan(steps, models, companions, notes, seed, device)
+    first = plain[0]
+    companions = companion_files(first, wanted, **vocabulary.config) if isinstance(first, Checkpoint) else {}
+    companions = companions_with(vocabulary, companions)
+    notes = [*vocabulary.notes, *_foreign_adapters(base, experts), *notes_on_statistics(method, steps)]
+    notes += notes_on_configs(plain, names)
+    if not vocabulary.tables:
+        notes += notes_on_tokenizers(dict(zip(names, plain)))
+    return Plan(steps, plain, companions, notes, seed, device)
 
 
 def with_statistics(step: Step, statistics: Sequence[Tensors]) -> Step:
@@ -382,13 +395,3 @@ def _foreign_adapters(base: Tensors | None, experts: Sequence[Tensors]) -> list[
         for a in others
         if fingerprint(a.base.folder) != fingerprint(base.base.folder)
     ]
-
-
-def companion_files(model: Checkpoint, dtype: torch.dtype | None = None, **changes: Any) -> dict[str, bytes]:
-    """Return the files that a result takes over from ``model``, with ``config.json`` telling the truth about it."""
-    found = {path.name: path.read_bytes() for path in model.companions()}
-    if "config.json" in found and (dtype is not None or changes):
-        kind = None if dtype is None else str(dtype).removeprefix("torch.")
-        config = rewritten(json.loads(found["config.json"]), dtype=kind, **changes)
-        found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    return found

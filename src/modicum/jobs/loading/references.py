@@ -17,7 +17,8 @@ from modicum.durable import follow_umask, sync, sync_tree
 from modicum.errors import CheckpointError, did_you_mean, first_line
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+WEIGHTS = "*.safetensors"
+HUB_FILES = (WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 # Raise the revision whenever the builder makes other bytes, so that an old cache is not taken for the new one.
 # The builder is the function `build` of a module in `builtins`.
 BUILTINS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -25,13 +26,16 @@ BUILTINS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 
 
-def resolve_model(ref: str | Path, *, allow_pickle: bool = False, remote_code: bool = False) -> Path:
+def resolve_model(
+    ref: str | Path, *, allow_pickle: bool = False, remote_code: bool = False, weights: bool = True
+) -> Path:
     """Return the local folder of a model, fetching or building it when needed.
 
     Args:
         ref: A folder, ``builtin:NAME``, or a Hub id (``org/name``, ``org/name@revision``).
         allow_pickle: Also download pickled weights from the Hub.
         remote_code: Also download the model's own code from the Hub.
+        weights: Download its weights from the Hub.
 
     Raises:
         CheckpointError: There is no such folder, builtin or Hub repository.
@@ -52,7 +56,7 @@ def resolve_model(ref: str | Path, *, allow_pickle: bool = False, remote_code: b
         raise CheckpointError(f"{text} is a file, expected the folder of a model.")
     if _is_path(text):
         raise CheckpointError(f"There is no model folder {text}. Check the path.")
-    return _download(text, allow_pickle=allow_pickle, remote_code=remote_code)
+    return _download(text, allow_pickle=allow_pickle, remote_code=remote_code, weights=weights)
 
 
 def revision_of(reference: str) -> str:
@@ -101,12 +105,14 @@ def _is_path(text: str) -> bool:
     return inside or folder.is_absolute() or text.startswith((".", "~")) or len(folder.parts) > 2
 
 
-def _download(ref: str, *, allow_pickle: bool, remote_code: bool) -> Path:
+def _download(ref: str, *, allow_pickle: bool, remote_code: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = ref.partition("@")
     patterns = [*HUB_FILES, *(PICKLES if allow_pickle else ()), *(["*.py"] if remote_code else ())]
+    if not weights:
+        patterns = [pattern for pattern in patterns if pattern != WEIGHTS]
     try:
         with no_progress_bars():
             return Path(

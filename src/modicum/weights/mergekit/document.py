@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.errors import RecipeError, did_you_mean
 from modicum.registry import merge_method
 from modicum.weights.mergekit.methods import METHODS
 
@@ -23,6 +23,7 @@ MODULE_KEYS = {"models", "slices", "parameters"}
 MODEL_KEYS = {"model", "parameters"}
 SLICE_KEYS = {"sources", "base_model", "parameters"}
 SOURCE_KEYS = {"model", "layer_range", "parameters"}
+ALIKE = 0.7  # how much an unknown key looks like one that is read, from 0 to 1, to be taken for a slip
 CARD_KEYS = {"license", "tags", "language", "library_name", "pipeline_tag"}  # of model cards, which people copy here
 Data = Mapping[str, Any]
 
@@ -73,6 +74,7 @@ class Slice:
     parts: tuple[Part, ...]
     base: Reference | None
     scopes: tuple[Data, ...]
+    module: str | None = None  # what the file calls the module that it is part of
 
     @property
     def references(self) -> list[Reference]:
@@ -115,36 +117,50 @@ def read_slices(document: Data) -> list[Slice]:
     if len(present) != 1:
         raise RecipeError(f"A mergekit file needs exactly one of models, slices and modules; got {present or 'none'}.")
     scopes: tuple[Data, ...] = (document.get("parameters") or {},)
-    body = document
-    if present == ["modules"]:
-        modules = document["modules"]
-        if len(modules) != 1:
-            raise UnsupportedError(f"The file merges {len(modules)} modules; only models of one module are supported.")
-        (body,) = modules.values()
-        _check_keys(body, MODULE_KEYS, "module")
-        scopes = (body.get("parameters") or {}, *scopes)
     base = Reference.parse(document["base_model"], "base_model") if document.get("base_model") else None
-    if body.get("models"):
-        parts = tuple(_part(model, f"models[{i}]", ranged=False) for i, model in enumerate(body["models"]))
-        return [Slice(parts, base, scopes)]
-    return [_slice(piece, f"slices[{i}]", base, scopes) for i, piece in enumerate(body["slices"])]
+    found = []
+    for module, body in _bodies(document):
+        inner = (body.get("parameters") or {}, *scopes) if module else scopes
+        where = f"modules.{module}." if module else ""
+        if body.get("models"):
+            parts = tuple(_part(model, f"{where}models[{i}]", ranged=False) for i, model in enumerate(body["models"]))
+            found.append(Slice(parts, base, inner, module))
+        else:
+            slices = body.get("slices") or []
+            found += [_slice(piece, f"{where}slices[{i}]", base, inner, module) for i, piece in enumerate(slices)]
+    return found
+
+
+def _bodies(document: Data) -> list[tuple[str | None, Data]]:
+    """Return what holds models or slices: the document, or each of its modules, which have a name."""
+    modules = document.get("modules")
+    if not modules:
+        return [(None, document)]
+    if not isinstance(modules, Mapping):
+        raise RecipeError(f"modules: expected a mapping, got {modules!r}.")
+    for name, body in modules.items():
+        _check_keys(body, MODULE_KEYS, f"modules.{name}")
+        if bool(body.get("models")) == bool(body.get("slices")):
+            raise RecipeError(f"modules.{name}: expected either models or slices.")
+    return [(str(name), body) for name, body in modules.items()]
 
 
 def unknown_keys(document: Data) -> list[str]:
     """Return the keys of a document, its slices and its sources that nobody reads, each with its place."""
-    (body,) = document["modules"].values() if document.get("modules") else (document,)
     places: list[tuple[str, Data, set[str]]] = [("", document, KEYS)]
-    if body is not document:
-        places.append(("modules.", body, MODULE_KEYS))
-    for i, model in enumerate(body.get("models") or []):
-        places.append((f"models[{i}].", model, MODEL_KEYS))
-    for i, piece in enumerate(body.get("slices") or []):
-        places.append((f"slices[{i}].", piece, SLICE_KEYS))
-        places += [(f"slices[{i}].sources[{j}].", part, SOURCE_KEYS) for j, part in enumerate(piece["sources"])]
+    for module, body in _bodies(document):
+        at = f"modules.{module}." if module else ""
+        places += [(at, body, MODULE_KEYS)] if module else []
+        places += [(f"{at}models[{i}].", model, MODEL_KEYS) for i, model in enumerate(body.get("models") or [])]
+        for i, piece in enumerate(body.get("slices") or []):
+            places.append((f"{at}slices[{i}].", piece, SLICE_KEYS))
+            places += [(f"{at}slices[{i}].sources[{j}].", part, SOURCE_KEYS) for j, part in enumerate(piece["sources"])]
     return [f"{where}{key}" for where, value, known in places for key in value if key not in known]
 
 
-def _slice(piece: Data, where: str, base: Reference | None, scopes: tuple[Data, ...]) -> Slice:
+def _slice(
+    piece: Data, where: str, base: Reference | None, scopes: tuple[Data, ...], module: str | None = None
+) -> Slice:
     _check_keys(piece, SLICE_KEYS, where)
     parts = tuple(
         _part(part, f"{where}.sources[{i}]", ranged=True) for i, part in enumerate(piece.get("sources") or [])
@@ -154,7 +170,7 @@ def _slice(piece: Data, where: str, base: Reference | None, scopes: tuple[Data, 
         raise RecipeError(f"{where}: its sources have layer ranges of lengths {sorted(lengths)}, expected one length.")
     if piece.get("base_model"):
         base = Reference.parse(piece["base_model"], f"{where}.base_model")
-    return Slice(parts, base, (piece.get("parameters") or {}, *scopes))
+    return Slice(parts, base, (piece.get("parameters") or {}, *scopes), module)
 
 
 def _part(value: Data, where: str, *, ranged: bool) -> Part:
@@ -178,7 +194,7 @@ def _check_keys(value: object, known: set[str], where: str) -> None:
         raise RecipeError(f"{where}: expected a mapping, got {value!r}.")
     for key in value:
         # mergekit ignores a key that it does not know; one that looks like a slip of the pen is too much to ignore.
-        if key not in known and key not in CARD_KEYS and get_close_matches(str(key), known):
+        if key not in known and key not in CARD_KEYS and get_close_matches(str(key), known, cutoff=ALIKE):
             raise RecipeError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")
 
 

@@ -80,11 +80,15 @@ def _epsilon(get: Getter) -> Data:
     return _rescale(get) | {"epsilon": get.each("epsilon", 0.15)}
 
 
+def _required(get: Getter, method: str, name: str) -> Any:
+    value = get.shared(name, None)
+    if value is None:
+        raise RecipeError(f"{method}: parameter {name!r} is missing. Set it.")
+    return value
+
+
 def _slerp(get: Getter) -> Translation:
-    t = get.shared("t", None)
-    if t is None:
-        raise RecipeError("slerp: parameter 't' is missing. Set it.")
-    return Translation("slerp", {"t": t}, True)
+    return Translation("slerp", {"t": _required(get, "slerp", "t")}, True)
 
 
 def _nuslerp(get: Getter) -> Translation:
@@ -109,9 +113,11 @@ def _karcher(get: Getter) -> Translation:
 
 
 def _model_stock(get: Getter) -> Translation:
-    if get.shared("filter_wise", False):
-        raise UnsupportedError("model_stock with filter_wise is not supported. Remove it.")
-    return Translation("model_stock", {"clamp": False}, True)
+    return Translation("model_stock", {"clamp": False, "filter_wise": bool(get.shared("filter_wise", False))}, True)
+
+
+def _nearswap(get: Getter) -> Translation:
+    return Translation("nearswap", {"t": max(0.0, _required(get, "nearswap", "t"))}, True)
 
 
 def _ram(plus: bool) -> Reader:
@@ -138,6 +144,8 @@ METHODS: dict[str, Reader] = {
     "della_linear": _sparse("della", normalize=False, elect="none", more=_epsilon),
     "model_stock": _model_stock,
     "slerp": _slerp,
+    "nearswap": _nearswap,
+    "arcee_fusion": lambda _: Translation("arcee_fusion", {}, True),
     "nuslerp": _nuslerp,
     "multislerp": _multislerp,
     "karcher": _karcher,

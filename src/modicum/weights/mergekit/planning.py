@@ -1,22 +1,23 @@
 """The plan of a mergekit file: which tensors meet, with which knobs, under which names.
 
 A file is turned into the steps that our own merges are made of. Each source of a slice is seen through a
-:class:`Window` of its layers, so the check of a plain merge decides about slices too. What we do otherwise than
-mergekit on purpose is said in the plan's notes.
+:class:`~.windows.Window` of its layers, so the check of a plain merge decides about slices too. What we do otherwise
+than mergekit on purpose is said in the plan's notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.layout import DEPTH_KEYS, LAYER_LISTS, Layer, comes_first, layer_of, stacks
+from modicum.layout import DEPTH_KEYS, LAYER_LISTS, comes_first, layer_of, modules, stacks
+from modicum.references import find_model
 from modicum.registry import merge_method
 from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.companions import companion_files
 from modicum.weights.compatibility import Tensors, check_agreement, notes_on_configs
 from modicum.weights.configs import drafts, text_of
 from modicum.weights.files import Spec
@@ -31,62 +32,32 @@ from modicum.weights.mergekit.document import (
     unknown_keys,
 )
 from modicum.weights.mergekit.methods import Getter, Translation, method_of, parameters_of
-from modicum.weights.mergekit.vocabulary import Vocabulary, notes_on_tokenizers, with_vocabulary
-from modicum.weights.plan import Plan, Source, Step, attach_statistics, check_count, companion_files, parse_dtype
+from modicum.weights.mergekit.tokenizers import Converter, notes_on_tokenizers
+from modicum.weights.mergekit.vocabulary import companions_with, with_vocabulary
+from modicum.weights.mergekit.windows import TEXT, Table, Window, by_module, renumbered
+from modicum.weights.plan import Plan, Source, Step, attach_statistics, check_count, kept, parse_dtype
 from modicum.weights.rehearsal import rehearse
 
 Opener = Callable[[str, str | None], Checkpoint]
-Table = Checkpoint | Vocabulary
 REQUIRED = object()
 
 
-class Window(Mapping[str, Tensor]):
-    """Some layers of a model, numbered from zero, and all its tensors outside the layers.
-
-    Args:
-        tensors: The model.
-        layers: The first layer and the one behind the last; all layers when not given.
-    """
-
-    def __init__(self, tensors: Table, layers: tuple[int, int] | None) -> None:
-        self.tensors, self.name, self.config = tensors, tensors.name, tensors.config
-        self.first, end = layers or (0, None)
-        self._names: dict[str, str] = {}
-        for name in tensors:
-            layer = layer_of(name)
-            if layer is None or (self.first <= layer.number and (end is None or layer.number < end)):
-                self._names[_renumbered(name, -self.first)] = name
-
-    def own(self, name: str) -> str:
-        """Return what the model itself calls a tensor, or would call it."""
-        return _renumbered(name, self.first)
-
-    def spec(self, name: str) -> Spec:
-        """Return shape and dtype of a tensor."""
-        return self.tensors.spec(self._names[name])
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _renumbered(name: str, shift: int) -> str:
-    layer = layer_of(name)
-    return Layer(layer.stack, layer.number + shift, layer.rest).name if layer and shift else name
-
-
-def plan_mergekit(document: Data, open_model: Opener, statistics: Sequence[Tensors] = ()) -> Plan:
+def plan_mergekit(
+    document: Data,
+    open_model: Opener,
+    statistics: Sequence[Tensors] = (),
+    *,
+    find: Callable[[str], Path] = find_model,
+    convert: Converter | None = None,
+) -> Plan:
     """Return the plan of a mergekit document.
 
     Args:
         document: The parsed file.
         open_model: Opens a model, folding an adapter into it when one is given.
         statistics: For methods that weigh by data: of each model that is merged, in the file's order.
+        find: Returns the folder of a tokenizer by reference.
+        convert: Makes a ``tokenizer.json`` of a tokenizer's other files.
 
     Raises:
         RecipeError: The document is malformed.
@@ -101,22 +72,29 @@ def plan_mergekit(document: Data, open_model: Opener, statistics: Sequence[Tenso
     dtype = parse_dtype(document.get("out_dtype") or document.get("dtype"))
     first = slices[0].references[0]
     named = {str(reference): checkpoint for reference, checkpoint in opened.items()}
-    vocabulary = with_vocabulary(document, named, str(first))
+    vocabulary = with_vocabulary(document, named, str(first), find=find, convert=convert)
     tables: dict[Reference, Table] = {
         reference: vocabulary.tables.get(str(reference), checkpoint) for reference, checkpoint in opened.items()
     }
-    sliced = any(part.layers for piece in slices for part in piece.parts)
-    if sliced:
-        _check_slices(slices, tables)
-    steps, depth = _steps(document, slices, tables)
+    steps: list[Step] = []
+    changes: dict[str, Any] = dict(vocabulary.config)
+    for module, group in by_module(slices, tables[first]).items():
+        sliced = any(part.layers for piece in group for part in piece.parts)
+        if sliced:
+            _check_slices(group, tables, module)
+        made, depth = _steps(document, group, tables, module)
+        steps += made
+        if sliced and module in TEXT:
+            changes |= _layers_in_config(group, tables, depth)
+        elif sliced and depth != (have := max(stacks(Window(tables[first], None, module)).values(), default=0)):
+            raise UnsupportedError(
+                f"modules.{module}: its slices have {depth} layers, {first} has {have}. Only the number of the text's "
+                "layers can change."
+            )
     steps = [replace(step, spec=Spec(step.spec.shape, dtype)) if dtype and step.spec.dtype.is_floating_point else step
              for step in steps]  # fmt: skip
-    changes: dict[str, Any] = dict(vocabulary.config)
-    if sliced:
-        changes |= _layers_in_config(slices, tables, depth)
     companions = companion_files(opened[first], dtype, **changes)
-    companions = {name: text for name, text in companions.items() if name not in vocabulary.removed}
-    companions |= vocabulary.files
+    companions = companions_with(vocabulary, companions)
     notes = [*_notes(document, slices, steps), *vocabulary.notes, *notes_on_configs([*opened.values()], [*named])]
     if not vocabulary.tables:
         notes += notes_on_tokenizers(named)
@@ -125,7 +103,7 @@ def plan_mergekit(document: Data, open_model: Opener, statistics: Sequence[Tenso
     return plan
 
 
-def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table]) -> None:
+def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table], module: str | None) -> None:
     """Refuse ranges that a model does not have, and models that differ where their layers are not sliced.
 
     Tensors outside the layers come from the first or the last slice, and ``config.json`` from one model: all models
@@ -133,15 +111,18 @@ def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table]) ->
     """
     depths = {}
     for reference, table in tables.items():
-        found = stacks(table)
+        found = stacks(Window(table, None, module))
         if len(found) > 1:
+            parts = list(dict.fromkeys(modules(table).values()))
             raise UnsupportedError(
                 f"{reference} has {len(found)} stacks of layers ({', '.join(found)}), and layer_range does not say "
-                "which one it means. Merge whole models: list them under models."
+                "which one it means. "
+                + (f"Write them under modules ({', '.join(parts)}), or merge" if len(parts) > 1 else "Merge")
+                + " whole models: list them under models."
             )
         depths[reference] = depth = next(iter(found.values()), 0)
         said = {text_of(table.config)[key] for key in DEPTH_KEYS if key in text_of(table.config)}
-        if said - {depth}:
+        if said - {depth} and module in TEXT:
             raise UnsupportedError(
                 f"{reference} has {depth} layers, of which its config.json counts {', '.join(map(str, said))}: some "
                 "draft further tokens, or are shared. layer_range cannot choose among them. Merge whole models: list "
@@ -152,18 +133,20 @@ def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table]) ->
             if part.layers and part.layers[1] > (have := depths[part.reference]):
                 raise RecipeError(f"{part.reference} has {have} layers, layer_range asks for {list(part.layers)}.")
     common = (0, min(depths.values()))
-    first, *others = (Window(table, common) for table in tables.values())
+    first, *others = (Window(table, common, module) for table in tables.values())
     check_agreement(first, others, names=[str(reference) for reference in tables])
 
 
-def _steps(document: Data, slices: Sequence[Slice], tables: Mapping[Reference, Table]) -> tuple[list[Step], int]:
+def _steps(
+    document: Data, slices: Sequence[Slice], tables: Mapping[Reference, Table], module: str | None
+) -> tuple[list[Step], int]:
     """Return the steps, and how many layers the result has."""
-    make = method_of(str(document["merge_method"]))
+    make, several = method_of(str(document["merge_method"])), len(slices) > 1 or module is not None
     steps: list[Step] = []
     depth = 0
     for position, piece in enumerate(slices):
-        seen = [_Seen.of(part, tables) for part in piece.parts]
-        base = _Seen.of(piece.base_part, tables) if piece.base_part else None
+        seen = [_Seen.of(part, tables, module) for part in piece.parts]
+        base = _Seen.of(piece.base_part, tables, module) if piece.base_part else None
         members = [base, *(one for one in seen if one.part != base.part)] if base else seen
         labels = [str(member.part.reference) for member in members]
         names = check_agreement(members[0].window, [member.window for member in members[1:]], names=labels)
@@ -178,7 +161,7 @@ def _steps(document: Data, slices: Sequence[Slice], tables: Mapping[Reference, T
                 if position != (0 if comes_first(name) else len(slices) - 1):
                     continue
                 t = 0.0 if comes_first(name) else 1.0
-            steps.append(_step(make, piece, base, seen, name, _renumbered(name, depth), t))
+            steps.append(_step(make, piece, base, seen, name, renumbered(name, depth), t, several))
         depth += max(lengths.values(), default=0)
     return steps, depth
 
@@ -192,10 +175,10 @@ class _Seen:
     window: Window
 
     @classmethod
-    def of(cls, part: Part, tables: Mapping[Reference, Table]) -> _Seen:
+    def of(cls, part: Part, tables: Mapping[Reference, Table], module: str | None) -> _Seen:
         """Open the window of a source."""
         table = tables[part.reference]
-        return cls(part, table, Window(table, part.layers))
+        return cls(part, table, Window(table, part.layers, module))
 
     def source(self, name: str) -> Source:
         """Return the tensor that the slice calls ``name``."""
@@ -249,6 +232,7 @@ def _step(
     name: str,
     out: str,
     t: float,
+    several: bool,
 ) -> Step:
     experts = [one for one in everyone if base is None or one.part != base.part]
     lookup = _Lookup(piece, everyone, experts, name, out, t)
@@ -262,9 +246,11 @@ def _step(
             else f"{method} merges differences from a base model. Set base_model."
         )
     used = experts if based else everyone
-    check_count(merge_method[method], len(used))
     origin = base if based else None
     spec = (origin or used[0]).window.spec(name)
+    if origin and not used and several:  # a module or slice of the base alone, beside others that merge
+        return replace(kept(spec, origin.source(name)), name=out)
+    check_count(merge_method[method], len(used))
     sources = tuple(one.source(name) for one in used)
     return Step(out, spec, method, origin.source(name) if origin else None, sources, merge_method[method].knobs(knobs))
 

@@ -6,10 +6,8 @@ Rows are gathered with one indexed selection for each model, never token by toke
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from modicum.layout import TOKENIZER_FILES, VOCABULARY_FILES, VOCABULARY_PARTS, is_vocabulary
+from modicum.references import find_model
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.files import Spec, digest_tensor
+from modicum.weights.mergekit.document import Reference
+from modicum.weights.mergekit.tokenizers import (
+    TOKENIZER,
+    Converter,
+    extended,
+    read_tokenizer,
+    renumbered_ids,
+    template_of,
+    token_ids,
+    without_template,
+)
 
-MISSING, ZEROS = -1, -2  # in place of a model's own row
-TEMPLATES = resources.files("modicum.weights.mergekit") / "templates"
+MISSING, ZEROS, PADDING = -1, -2, -3  # in place of a model's own row
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Result:
     removed: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ids: tuple[Mapping[int, str], Mapping[str, int]] | None = None  # where another model's settings are renumbered
 
 
 class Vocabulary(Mapping[str, Tensor]):
@@ -44,7 +54,8 @@ class Vocabulary(Mapping[str, Tensor]):
     Args:
         model: The checkpoint.
         size: Rows of the result.
-        rows: For each row of the result, the model's own row, or −1 where it has none, or −2 for zeros.
+        rows: For each row of the result, the model's own row, −1 where it has none, −2 for zeros, −3 where there is no
+            token at all: the mean of all others.
         donors: Where such a row comes from: for each, a checkpoint and its rows or −1; the mean of all that have it.
     """
 
@@ -83,6 +94,9 @@ class Vocabulary(Mapping[str, Tensor]):
         missing = (self.rows == MISSING).nonzero().view(-1)
         if len(missing):
             out[missing] = self._donated(name, missing).to(out.dtype)
+        padding = self.rows == PADDING
+        if bool(padding.any()):
+            out[padding] = out[~padding].mean(0, dtype=torch.float32).to(out.dtype)
         return out
 
     def _donated(self, name: str, missing: Tensor) -> Tensor:
@@ -96,18 +110,36 @@ class Vocabulary(Mapping[str, Tensor]):
                 total[have] += donor[name].index_select(0, wanted[have]).float()
                 count[have] += 1
         count = count.view(-1, *(1 for _ in shape[1:]))
-        # A row that nobody has, such as padding, gets the mean of the model's own.
+        # A row that nobody has gets the mean of the model's own.
         mean = self.model[name].mean(0, dtype=torch.float32)
         return torch.where(count > 0, total / count.clamp_min(1), mean)
 
 
-def with_vocabulary(document: Mapping[str, Any], models: Mapping[str, Checkpoint], base: str) -> Result:
+@dataclass(frozen=True)
+class _Owner:
+    """Whose tokenizer the result gets: its ``tokenizer.json`` and all its files."""
+
+    name: str
+    tokenizer: Mapping[str, Any]
+    files: Mapping[str, bytes]
+
+
+def with_vocabulary(
+    document: Mapping[str, Any],
+    models: Mapping[str, Checkpoint],
+    base: str,
+    *,
+    find: Callable[[str], Path] = find_model,
+    convert: Converter | None = None,
+) -> Result:
     """Read the tokenizer and chat template settings of a mergekit document.
 
     Args:
         document: The document.
         models: The opened models by reference.
         base: Which of them is the base, or the first.
+        find: From a reference to the folder of a tokenizer that none of the models has.
+        convert: See :func:`.tokenizers.read_tokenizer`.
 
     Raises:
         RecipeError: The settings contradict each other or name what is not there.
@@ -115,69 +147,57 @@ def with_vocabulary(document: Mapping[str, Any], models: Mapping[str, Checkpoint
     setting, short = document.get("tokenizer"), document.get("tokenizer_source")
     if setting and short:
         raise RecipeError("tokenizer and tokenizer_source are both set. Keep one.")
-    files: dict[str, bytes] = {}
     result = Result()
     if setting or short:
-        full = {"source": short} if short else dict(setting or {})
+        full = dict(setting) if isinstance(setting, Mapping) else {"source": setting or short}
         for key in full:
             if key not in ("source", "tokens", "pad_to_multiple_of"):
                 raise RecipeError(f"tokenizer: unknown key {key!r}. {did_you_mean(key, ['source', 'tokens'])}")
-        result = _unify(full, models, base)
-        files |= result.files
-    if document.get("chat_template"):
-        files["chat_template.jinja"] = _template(str(document["chat_template"]), models).encode()
-    return Result(result.tables, files, result.removed, result.config, result.notes)
+        result = _unify(full, models, base, find, convert)
+    if not document.get("chat_template"):
+        return result
+    files = dict(result.files)
+    settings = "tokenizer_config.json"
+    if not result.tables and (path := next((p for p in models[base].companions() if p.name == settings), None)):
+        files[settings] = path.read_bytes()
+    if settings in files:
+        files[settings] = without_template(files[settings])
+    files["chat_template.jinja"] = template_of(str(document["chat_template"]), models).encode()
+    return replace(result, files=files)
 
 
-def notes_on_tokenizers(models: Mapping[str, object]) -> list[str]:
-    """Say where models give a row to different tokens, as tokenizers of one size may.
-
-    Args:
-        models: By what to call them; the first one gives the result its tokenizer.
-    """
-    found: dict[str, bytes] = {}
-    for name, model in models.items():
-        if isinstance(model, Checkpoint) and (path := _tokenizer_of(model)):
-            found[name] = path.read_bytes()
-    if len(set(found.values())) < 2:
-        return []
-    first, *others = found
-    mine = _tokens_by_row(found[first])
+def _unify(
+    setting: Mapping[str, Any],
+    models: Mapping[str, Checkpoint],
+    base: str,
+    find: Callable[[str], Path],
+    convert: Converter | None,
+) -> Result:
+    source = str(Reference.parse(setting.get("source") or "union", "tokenizer.source"))
+    folder = None if source in ("union", "base", *models) else _found(source, find)
+    read = {name: read_tokenizer(model, convert) for name, model in models.items()}
     notes = []
-    for other in others:
-        theirs = _tokens_by_row(found[other])
-        rows = [row for row, token in mine.items() if theirs.get(row, token) != token]
-        if rows:
-            notes.append(
-                f"{other} has other tokens than {first} in {len(rows)} rows, such as {theirs[rows[0]]!r} for "
-                f"{mine[rows[0]]!r}, and they are merged all the same; tokenizer: {{source: union}} in a mergekit file "
-                "brings equal tokens together"
-            )
-    return notes
-
-
-def _tokens_by_row(text: bytes) -> dict[int, str]:
-    """Return the token of each row in a ``tokenizer.json``; nothing where it cannot be read."""
-    try:
-        return {row: token for token, row in _token_ids(json.loads(text), "").items()}
-    except (ValueError, UnsupportedError):
-        return {}
-
-
-def _unify(setting: Mapping[str, Any], models: Mapping[str, Checkpoint], base: str) -> Result:
-    source = str(setting.get("source") or "union")
-    if source not in ("union", "base", *models):
-        raise RecipeError(f"tokenizer.source is {source!r}, expected union, base or a model of the file.")
-    owner = base if source in ("union", "base") else source
-    tokenizers = {name: read_json(_tokenizer_path(model), model.name) for name, model in models.items()}
-    known = {name: _token_ids(tokenizer, models[name].name) for name, tokenizer in tokenizers.items()}
+    for name in [name for name, tokenizer in read.items() if tokenizer is None and read[base] is not None]:
+        read[name] = read[base]
+        notes.append(f"{name} has no tokenizer: its rows are taken for those of {base}'s tokens")
+    tokenizers = {name: tokenizer for name, tokenizer in read.items() if tokenizer is not None}
+    if len(tokenizers) < len(models):
+        raise UnsupportedError(f"{models[base].name} has no tokenizer, whose tokens tokenizer could bring together.")
+    if folder is None:
+        name = base if source in ("union", "base") else source
+        paths = [path for path in models[name].companions() if path.name in TOKENIZER_FILES]
+        owner = _Owner(models[name].name, tokenizers[name], {path.name: path.read_bytes() for path in paths})
+    else:
+        owner = _stranger(source, folder, convert)
+    known = {name: token_ids(tokenizer, models[name].name) for name, tokenizer in tokenizers.items()}
     forced: dict[str, Mapping[str, Any]] = dict(setting.get("tokens") or {})
     for token, choice in forced.items():
         if not isinstance(choice, Mapping):
             raise RecipeError(f"tokenizer.tokens[{token!r}] is {choice!r}, expected {{source: …}}, perhaps with force.")
-    tokens = dict(known[owner])
-    others = sorted({token for ids in known.values() for token in ids} - tokens.keys()) if source == "union" else []
-    wanted = dict.fromkeys([*others, *forced])
+    tokens = token_ids(owner.tokenizer, owner.name)
+    # Models in their order, and their tokens in the order of their rows.
+    others = [token for ids in known.values() for token in sorted(ids, key=ids.__getitem__)]
+    wanted = dict.fromkeys([*(others if source == "union" else []), *forced])
     added = dict(zip((token for token in wanted if token not in tokens), count(max(tokens.values(), default=-1) + 1)))
     tokens |= added
     multiple = int(setting.get("pad_to_multiple_of") or 1)
@@ -186,18 +206,58 @@ def _unify(setting: Mapping[str, Any], models: Mapping[str, Checkpoint], base: s
     chosen = {tokens[token]: _choice(token, choice, models, known) for token, choice in forced.items()}
     always = [tokens[token] for token, choice in forced.items() if choice.get("force")]
     tables = {name: _vocabulary(name, models, rows, base, chosen, always) for name in models}
-    notes = [f"vocabulary: {size} rows, {len(added)} tokens added to {models[owner].name}'s"]
-    files = {path.name: path.read_bytes() for path in models[owner].companions() if path.name in TOKENIZER_FILES}
-    if added:
+    notes.insert(0, f"vocabulary: {size} rows, {len(added)} tokens added to {owner.name}'s")
+    unknown = [token for token, row in tokens.items() if row not in chosen and all(r[row] < 0 for r in rows.values())]
+    if unknown:
+        notes.append(f"no model has a row for {len(unknown)} tokens, such as {unknown[0]!r}: they get the mean row")
+    files = dict(owner.files)
+    if added or TOKENIZER not in files:
         # Only tokenizer.json learns of the new tokens, so that no older form of the vocabulary may stay beside it.
         files = {name: text for name, text in files.items() if name not in (*VOCABULARY_FILES, *VOCABULARY_PARTS)}
-        files["tokenizer.json"] = _extended(tokenizers[owner], added, tokenizers)
-    return Result(tables, files, [name for name in TOKENIZER_FILES if name not in files], {"vocab_size": size}, notes)
+        files[TOKENIZER] = extended(owner.tokenizer, added, tokenizers.values())
+    removed = [name for name in TOKENIZER_FILES if name not in files]
+    ids = None if owner.name == models[base].name else ({row: token for token, row in known[base].items()}, tokens)
+    return Result(tables, files, removed, {"vocab_size": size}, notes, ids)
+
+
+def _found(source: str, find: Callable[[str], Path]) -> Path:
+    try:
+        return find(source)
+    except CheckpointError as error:
+        raise RecipeError(
+            f"tokenizer.source is {source!r}, expected union, base, a model of the file or another model. {error}"
+        ) from None
+
+
+def _stranger(name: str, folder: Path, convert: Converter | None) -> _Owner:
+    """Return the tokenizer of a model that is not merged."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name in TOKENIZER_FILES]
+    files = {path.name: path.read_bytes() for path in paths}
+    if TOKENIZER in files:
+        return _Owner(name, read_json(folder / TOKENIZER, name), files)
+    if convert is None or not any(older in files for older in VOCABULARY_FILES):
+        raise UnsupportedError(f"{name} has no {TOKENIZER}. Save its tokenizer with transformers first.")
+    return _Owner(name, json.loads(convert(folder)), files)
+
+
+def companions_with(result: Result, companions: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return a result's files with those of its vocabulary, ids of tokens in its settings being of that vocabulary."""
+    made = {**{name: text for name, text in companions.items() if name not in result.removed}, **result.files}
+    if result.ids is None:
+        return made
+    for name in ("config.json", "generation_config.json"):
+        if name in made:
+            changed, lost = renumbered_ids(json.loads(made[name]), *result.ids)
+            made[name] = (json.dumps(changed, indent=2) + "\n").encode()
+            if lost:
+                result.notes.append(f"{name}: {', '.join(lost)} keep the ids of tokens that the vocabulary lacks")
+    return made
 
 
 def _rows(tokens: Mapping[str, int], ids: Mapping[str, int], size: int, limit: int) -> Tensor:
     """Return a model's own row for each row of the result; −1 where its tokenizer or its tables do not have it."""
-    rows = torch.full((size,), MISSING)
+    rows = torch.full((size,), PADDING)
+    rows[torch.tensor(list(tokens.values()), dtype=torch.long)] = MISSING
     shared = [(place, ids[token]) for token, place in tokens.items() if ids.get(token, limit) < limit]
     if shared:
         places, own = torch.tensor(shared).T
@@ -266,58 +326,3 @@ def _choice(
     if not 0 <= int(row) < (limit := _table_rows(models[model])):
         raise RecipeError(f"tokenizer.tokens[{token!r}]: {model} has {limit} rows, so there is no row {row}.")
     return model, int(row)
-
-
-def _token_ids(tokenizer: Mapping[str, Any], owner: str) -> dict[str, int]:
-    """Return the vocabulary in a model's ``tokenizer.json``."""
-    vocabulary = tokenizer.get("model", {}).get("vocab")
-    if isinstance(vocabulary, list):
-        ids = {str(item[0]): position for position, item in enumerate(vocabulary)}
-    elif isinstance(vocabulary, dict):
-        ids = {str(token): int(position) for token, position in vocabulary.items()}
-    else:
-        raise UnsupportedError(f"{owner}: its tokenizer.json holds no vocabulary that can be read.")
-    return ids | {str(item["content"]): int(item["id"]) for item in tokenizer.get("added_tokens") or []}
-
-
-def _tokenizer_of(model: Checkpoint) -> Path | None:
-    return next((path for path in model.companions() if path.name == "tokenizer.json"), None)
-
-
-def _tokenizer_path(model: Checkpoint) -> Path:
-    found = _tokenizer_of(model)
-    if found is None:
-        raise UnsupportedError(f"{model.name} has no tokenizer.json. Save its tokenizer with transformers first.")
-    return found
-
-
-def _extended(tokenizer: Mapping[str, Any], added: Mapping[str, int], others: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Return a tokenizer with tokens appended, which keep the settings that they had in their own."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    settings: dict[str, Mapping[str, Any]] = {}
-    for other in others.values():
-        for item in other.get("added_tokens") or []:
-            settings.setdefault(str(item["content"]), item)
-    entries = [
-        {**plain, **settings.get(token, {}), "id": position, "content": token} for token, position in added.items()
-    ]
-    data = {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or []), *entries]}
-    return (json.dumps(data, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-def _template(setting: str, models: Mapping[str, Checkpoint]) -> str:
-    shipped = {path.name.removesuffix(".jinja"): path for path in TEMPLATES.iterdir()}
-    if setting in shipped:
-        return shipped[setting].read_text(encoding="utf-8").removesuffix("\n")
-    if setting == "auto":
-        texts = [
-            path.read_text() for m in models.values() for path in m.companions() if path.name == "chat_template.jinja"
-        ]
-        if not texts:
-            raise RecipeError(
-                "chat_template is auto, but no model has a chat template. Name one, or remove the setting."
-            )
-        return Counter(texts).most_common(1)[0][0]
-    if "{" in setting:
-        return setting
-    raise RecipeError(f"chat_template {setting!r} is not known. {did_you_mean(setting, [*sorted(shipped), 'auto'])}")

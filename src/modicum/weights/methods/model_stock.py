@@ -24,7 +24,7 @@ SINGULAR = 1e-6  # of 1 + (N - 1) cos: below it, rounding of the inner products 
     experts=2,
     bound=10.0,
 )
-def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) -> Tensor:
+def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True, filter_wise: bool = False) -> Tensor:
     r"""Interpolate between the base and the experts' average by the cosine between their deltas.
 
     .. math::
@@ -35,6 +35,7 @@ def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) 
         base: The tensor that the experts were trained from.
         experts: One tensor of each of at least two experts.
         clamp: Keep t within [0, 1]; experts that point apart otherwise give a t below 0, as far as -10.
+        filter_wise: One t for each row, along the last dimension, instead of one for the tensor.
 
     Returns:
         The merged tensor.
@@ -56,6 +57,8 @@ def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) 
         Equation 2.
     """
     n = len(experts)
+    if filter_wise and base.ndim:
+        return _by_rows(base, experts, furthest=0.0 if clamp else -FURTHEST)
     products = gram(base, experts)
     norms = products.diagonal().sqrt().clamp_min(1e-12)
     cosines = products / torch.outer(norms, norms)
@@ -67,3 +70,18 @@ def model_stock(base: Tensor, experts: Sequence[Tensor], *, clamp: bool = True) 
     t = n * cosine / pole if pole > SINGULAR else 0.0
     share = min(1.0, max(0.0 if clamp else -FURTHEST, t))
     return fold(base, experts, lambda deltas: share * deltas.mean(0))
+
+
+def _by_rows(base: Tensor, experts: Sequence[Tensor], *, furthest: float) -> Tensor:
+    n, row = len(experts), base.shape[-1]
+
+    def kernel(deltas: Tensor) -> Tensor:
+        parts = deltas.view(n, -1, row)
+        units = torch.nn.functional.normalize(parts.double(), dim=-1, eps=1e-12)
+        # |Σ u|² = Σ |u|² + 2 Σ cos over pairs
+        pairs = (units.sum(0).square().sum(-1) - units.square().sum((0, -1))) / (n * (n - 1))
+        pole = 1 + (n - 1) * pairs
+        t = torch.where(pole > SINGULAR, n * pairs / pole.clamp_min(SINGULAR), 0.0).clamp(furthest, 1.0)
+        return (t.to(deltas.dtype)[:, None] * parts.mean(0)).view(-1)
+
+    return fold(base, experts, kernel, row=row)

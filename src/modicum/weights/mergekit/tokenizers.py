@@ -1,0 +1,182 @@
+"""Tokenizers as data: which token each row is of, other tokens appended, chat templates."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from modicum.errors import RecipeError, UnsupportedError, did_you_mean
+from modicum.layout import VOCABULARY_FILES
+from modicum.weights.adapter import read_json
+from modicum.weights.checkpoint import Checkpoint
+
+TEMPLATES = resources.files("modicum.weights.mergekit") / "templates"
+TOKENIZER = "tokenizer.json"
+Converter = Callable[[Path], bytes]
+
+
+def read_tokenizer(model: Checkpoint, convert: Converter | None = None) -> Mapping[str, Any] | None:
+    """Return a model's ``tokenizer.json``, made of its other files where it has none; ``None`` without a tokenizer.
+
+    Args:
+        model: The model.
+        convert: From a folder with a tokenizer to the text of a ``tokenizer.json``.
+
+    Raises:
+        UnsupportedError: It cannot be converted.
+    """
+    files = {path.name: path for path in model.companions()}
+    if TOKENIZER in files:
+        return read_json(files[TOKENIZER], model.name)
+    older = next((name for name in VOCABULARY_FILES if name in files), None)
+    if older is None:
+        return None
+    if convert is None:
+        raise UnsupportedError(
+            f"{model.name} has no {TOKENIZER} beside {older}. Save its tokenizer with transformers first."
+        )
+    found: Mapping[str, Any] = json.loads(convert(files[older].parent))
+    return found
+
+
+def notes_on_tokenizers(models: Mapping[str, object]) -> list[str]:
+    """Say where models give a row to different tokens, as tokenizers of one size may.
+
+    Args:
+        models: By what to call them; the first one gives the result its tokenizer.
+    """
+    found: dict[str, bytes] = {}
+    for name, model in models.items():
+        if isinstance(model, Checkpoint) and (path := _file(model, TOKENIZER)):
+            found[name] = path.read_bytes()
+    if len(set(found.values())) < 2:
+        return []
+    first, *others = found
+    mine = _tokens_by_row(found[first])
+    notes = []
+    for other in others:
+        theirs = _tokens_by_row(found[other])
+        rows = [row for row, token in mine.items() if theirs.get(row, token) != token]
+        if rows:
+            notes.append(
+                f"{other} has other tokens than {first} in {len(rows)} rows, such as {theirs[rows[0]]!r} for "
+                f"{mine[rows[0]]!r}, and they are merged all the same; tokenizer: union brings equal tokens together"
+            )
+    return notes
+
+
+def _tokens_by_row(text: bytes) -> dict[int, str]:
+    """Return the token of each row in a ``tokenizer.json``; nothing where it cannot be read."""
+    try:
+        return {row: token for token, row in token_ids(json.loads(text), "").items()}
+    except (ValueError, UnsupportedError):
+        return {}
+
+
+def token_ids(tokenizer: Mapping[str, Any], owner: str) -> dict[str, int]:
+    """Return the vocabulary in a model's ``tokenizer.json``."""
+    vocabulary = tokenizer.get("model", {}).get("vocab")
+    if isinstance(vocabulary, list):
+        ids = {str(item[0]): position for position, item in enumerate(vocabulary)}
+    elif isinstance(vocabulary, dict):
+        ids = {str(token): int(position) for token, position in vocabulary.items()}
+    else:
+        raise UnsupportedError(f"{owner}: its tokenizer.json holds no vocabulary that can be read.")
+    return ids | {str(item["content"]): int(item["id"]) for item in tokenizer.get("added_tokens") or []}
+
+
+def extended(tokenizer: Mapping[str, Any], added: Mapping[str, int], others: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return a tokenizer with tokens appended, which keep the settings that they had in their own."""
+    # What was no added token in its own vocabulary stands for text as the normalizer leaves it.
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    settings: dict[str, Mapping[str, Any]] = {}
+    for other in others:
+        for item in other.get("added_tokens") or []:
+            settings.setdefault(str(item["content"]), item)
+    entries = [
+        {**plain, **settings.get(token, {}), "id": position, "content": token} for token, position in added.items()
+    ]
+    data = {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or []), *entries]}
+    return (json.dumps(data, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _file(model: Checkpoint, name: str) -> Path | None:
+    return next((path for path in model.companions() if path.name == name), None)
+
+
+def renumbered_ids(config: Any, old: Mapping[int, str], new: Mapping[str, int]) -> tuple[Any, list[str]]:
+    """Return settings in which ids of tokens are those of another vocabulary, and the settings whose token it lacks.
+
+    Args:
+        config: Of a ``config.json`` or ``generation_config.json``.
+        old: The token of each id that stands there.
+        new: The id of each token in the result.
+
+    Example:
+        >>> renumbered_ids({"eos_token_id": [2, 3], "pad_token_id": 9}, {2: "x", 3: "y"}, {"x": 5, "y": 2})
+        ({'eos_token_id': [5, 2], 'pad_token_id': 9}, ['pad_token_id'])
+    """
+    lost: list[str] = []
+
+    def change(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: change(name, inner) for name, inner in value.items()}
+        if not key.endswith(("_token_id", "_token_index")):
+            return value
+        if isinstance(value, list):
+            return [change(key, item) for item in value]
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if value in old and old[value] in new:
+            return new[old[value]]
+        lost.append(key)
+        return value
+
+    return change("", config), lost
+
+
+def template_of(setting: str, models: Mapping[str, Checkpoint]) -> str:
+    """Return the chat template that a mergekit file asks for: by name, by ``auto``, or the template itself.
+
+    Raises:
+        RecipeError: There is none of that name, or no model has one.
+    """
+    shipped = {path.name.removesuffix(".jinja"): path for path in TEMPLATES.iterdir()}
+    if setting in shipped:
+        return shipped[setting].read_text(encoding="utf-8").removesuffix("\n")
+    if setting == "auto":
+        texts = [text for model in models.values() for text in _templates(model)]
+        if not texts:
+            raise RecipeError(
+                "chat_template is auto, but no model has a chat template. Name one, or remove the setting."
+            )
+        return Counter(texts).most_common(1)[0][0]
+    if "{" in setting:
+        return setting
+    raise RecipeError(f"chat_template {setting!r} is not known. {did_you_mean(setting, [*sorted(shipped), 'auto'])}")
+
+
+def _templates(model: Checkpoint) -> Iterator[str]:
+    """Yield a model's chat template, wherever it is kept: a file of its own counts before the tokenizer's settings."""
+    file = _file(model, "chat_template.jinja")
+    if file:
+        yield file.read_text(encoding="utf-8")
+        return
+    settings = _file(model, "tokenizer_config.json")
+    found = read_json(settings, model.name).get("chat_template") if settings else None
+    if isinstance(found, list):  # several by name
+        found = next((item.get("template") for item in found if item.get("name") == "default"), None)
+    if isinstance(found, str):
+        yield found
+
+
+def without_template(text: bytes) -> bytes:
+    """Return a ``tokenizer_config.json`` without its chat template, which another one replaces."""
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.pop("chat_template", None) is None:
+        return text
+    return (json.dumps(data, ensure_ascii=False, indent=2) + "\n").encode()
