@@ -92,6 +92,8 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Lists in config.json with an entry for each layer.
 LAYER_LISTS = frozenset({"layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers"})
 
+# Published with experts `block_sparse_moe.experts.0.w1`, which transformers fuses into `mlp.experts.gate_up_proj`.
+_NUMBERED_EXPERTS = frozenset({"mixtral"})
 # transformers' models with layers that store their weight as (inputs, outputs), by the names of these layers.
 _TURNED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _TURNED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -281,6 +283,43 @@ def is_turned(name: str, model_type: str) -> bool:
         (True, False)
     """
     return model_type in _TURNED_MODELS and name.split(".")[-2] in _TURNED
+
+
+def unfused(name: str, shape: Sequence[int], model_type: str) -> dict[str, tuple[int | tuple[int, int], ...]]:
+    """Return the names that a tensor has where each expert is stored by itself, and which part of it each is.
+
+    Example:
+        >>> unfused("model.layers.0.mlp.experts.down_proj", (2, 4, 3), "qwen3_moe")
+        {'model.layers.0.mlp.experts.0.down_proj.weight': (0,), 'model.layers.0.mlp.experts.1.down_proj.weight': (1,)}
+        >>> unfused("model.layers.0.mlp.gate.weight", (2, 4), "mixtral")
+        {'model.layers.0.block_sparse_moe.gate.weight': ()}
+    """
+    old = model_type in _NUMBERED_EXPERTS
+    module, _, kind = name.rpartition(".")
+    own = module.replace(".mlp.", ".block_sparse_moe.") if old else module
+    if not (module.endswith(".experts") and len(shape) == 3 and kind in ("gate_up_proj", "down_proj")):
+        return {f"{own}.{kind}" if old and module.endswith(".mlp.gate") else name: ()}
+    gate, up, down = ("w1", "w3", "w2") if old else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, tuple[int | tuple[int, int], ...]] = {}
+    for expert in range(shape[0]):
+        at = f"{own}.{expert}"
+        if kind == "down_proj":
+            found[f"{at}.{down}.weight"] = (expert,)
+        else:
+            half = shape[1] // 2
+            found |= {f"{at}.{gate}.weight": (expert, (0, half)), f"{at}.{up}.weight": (expert, (half, shape[1]))}
+    return found
+
+
+def also_called(name: str) -> tuple[str, ...]:
+    """Return the names by which people know a tensor: that of published files, and that of transformers' class.
+
+    Example:
+        >>> also_called("model.layers.0.block_sparse_moe.gate.weight")[1]
+        'model.layers.0.mlp.gate.weight'
+    """
+    other = name.replace(".block_sparse_moe.", ".mlp.")
+    return (name,) if other == name else (name, other)
 
 
 def comes_first(name: str) -> bool:

@@ -94,6 +94,13 @@ def test_parameters_are_values_gradients_or_filters(setting: object, t: float, e
     assert evaluate(setting, "model.layers.1.mlp.up_proj.weight", t, "x") == expected
 
 
+@pytest.mark.parametrize("wanted", ["mlp", "block_sparse_moe"])
+def test_filters_see_both_names_of_a_mixture(wanted: str) -> None:
+    setting = [{"filter": wanted, "value": 1}, {"value": 2}]
+    assert evaluate(setting, "model.layers.0.block_sparse_moe.gate.weight", 0, "x") == 1
+    assert evaluate(setting, "model.layers.0.self_attn.q_proj.weight", 0, "x") == 2
+
+
 def ties(**changes: Any) -> dict[str, Any]:
     models = [{"model": "$R/a", "parameters": {"weight": 1.0}}, {"model": "$R/b", "parameters": {"weight": 1.0}}]
     return {"merge_method": "ties", "base_model": "$R/base", "models": models} | changes

@@ -17,7 +17,9 @@ from modicum.weights.plan import Source, plan_merge
 from support import measured
 from weights.conftest import Family, MakeFamily, random_tensors, statistics_of, write_model
 
-REQUIRED = {name: {"density": 0.5} for name in ("ties", "dare", "della", "breadcrumbs")} | {"slerp": {"t": 0.3}}
+REQUIRED = {name: {"density": 0.5} for name in ("ties", "dare", "della", "breadcrumbs")} | {
+    name: {"t": 0.3} for name in ("slerp", "nearswap")
+}
 
 
 @pytest.fixture(params=list(merge_method))

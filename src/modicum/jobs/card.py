@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 CARD = "README.md"
+STAGES = "stages"  # where a pipeline has its runs
 LICENCE = ("license", "license_name", "license_link")
 SHARED = ("language", "pipeline_tag")  # kept where all inputs that say it say the same
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
@@ -77,6 +79,23 @@ def model_card(
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def beside(value: Any, folder: Path) -> Any:
+    """Return settings in which paths to runs beside ``folder`` are relative: those of a pipeline move with it.
+
+    Example:
+        >>> beside({"base": "/runs/p/stages/first/model", "seed": 1}, Path("/runs/p/stages/second"))
+        {'base': '../first/model', 'seed': 1}
+    """
+    if isinstance(value, dict):
+        return {key: beside(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [beside(item, folder) for item in value]
+    above = str(folder.resolve().parent)
+    if not isinstance(value, str) or folder.parent.name != STAGES or not value.startswith(above + os.sep):
+        return value
+    return f"..{value[len(above) :]}"
 
 
 def front_matter(folders: Sequence[Path]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import AliasChoices, Field, model_validator
 
 from modicum.errors import CheckpointError, RecipeError, first_line
-from modicum.jobs.card import CARD, model_card
+from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
 from modicum.recipe import Recipe, choice, dump
 from modicum.record import Run
@@ -253,7 +253,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     out = run.folder / kind
     metrics: dict[str, Any]
     rows: Measured
-    card = described(recipe, plan)
+    card = described(recipe, plan, run.folder)
     if isinstance(plan, LoraPlan):
         rows = measured = run_loras(
             plan,
@@ -291,8 +291,8 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     run.output(kind, out)
 
 
-def described(recipe: MergeRecipe, plan: Plan | LoraPlan) -> dict[str, bytes]:
-    """Return the files that tell of a merge: its model card, and the mergekit file where there is one."""
+def described(recipe: MergeRecipe, plan: Plan | LoraPlan, folder: Path) -> dict[str, bytes]:
+    """Return the files that tell of a merge in ``folder``: its model card, and the mergekit file where there is one."""
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.lora import LoraPlan
 
@@ -308,17 +308,18 @@ def described(recipe: MergeRecipe, plan: Plan | LoraPlan) -> dict[str, bytes]:
         base = Reference.parse(base, "base_model").model if base else None
         said = {key: value for key, value in written.items() if key in CARD_KEYS}
     card = model_card(
-        {model.name: [model.folder] for model in opened},
-        base=base,
+        {beside(model.name, folder): [model.folder] for model in opened},
+        base=beside(base, folder) if base else None,
         method=recipe.method.name if recipe.method else str(written["merge_method"]),
-        recipe=written,
+        recipe=beside(written, folder),
         said=said,
         mergekit=recipe.mergekit is not None,
         adapter=lora,
     )
     files = {CARD: card}
     if recipe.mergekit is not None:
-        files["mergekit_config.yml"] = yaml.safe_dump(recipe.mergekit, sort_keys=False, allow_unicode=True).encode()
+        document = beside(recipe.mergekit, folder)
+        files["mergekit_config.yml"] = yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
     return files
 
 

@@ -2,7 +2,8 @@
 
 from modicum.weights.average import average, average_state_dicts
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.lora import extract_lora, merge_loras
+from modicum.weights.extract import extract_lora
+from modicum.weights.lora import merge_loras
 from modicum.weights.merge import merge, merge_state_dicts
 from modicum.weights.normalisation import refresh_batch_norm
 from modicum.weights.snapshots import Snapshots

@@ -1,9 +1,8 @@
-"""Low-rank adapters as weights: extract one from two full models, and merge several without leaving their factors."""
+"""Low-rank adapters as weights: written for PEFT, and several merged without leaving their factors."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,112 +13,19 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, is_linear_map, role
-from modicum.linalg import SVD, truncated_svd
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, is_linear_map
+from modicum.linalg import truncated_svd
 from modicum.registry import merge_method
 from modicum.weights.adapter import LowRank
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import check_agreement
 from modicum.weights.files import Spec
 from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.merge import open_checkpoint
 from modicum.weights.plan import check_count, excluded, identity_of, parse_dtype
-from modicum.weights.stream import cores, map_tensors, names_by_size, run_all
+from modicum.weights.stream import cores, map_tensors, run_all
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """What became of one module: its rank, and the share of the delta's squared norm that the adapter holds."""
-
-    module: str
-    rank: int
-    energy: float
-
-
-def extract_lora(
-    model: str | Path | Checkpoint,
-    base: str | Path | Checkpoint,
-    out: str | Path,
-    *,
-    max_rank: int = 32,
-    energy: float | None = None,
-    exclude: str | None = None,
-    save_rest: bool = False,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = True,
-) -> list[Extracted]:
-    """Write the PEFT adapter that comes closest to what distinguishes ``model`` from ``base``.
-
-    Args:
-        model: The fine-tuned model.
-        base: What it was trained from.
-        out: Folder to write; it must not hold anything yet.
-        max_rank: Largest rank of a module.
-        energy: Take the smallest rank that holds this share of a delta's squared norm, up to ``max_rank``.
-        exclude: Regular expression of tensor names to leave as they are in the base.
-        save_rest: Also store tensors that have no low-rank form (norms, embeddings) whole.
-        dtype: Of the factors.
-        progress: Show a bar when standard error is a terminal.
-
-    Returns:
-        Rank and energy of each module that changed.
-
-    Raises:
-        ModicumError: The models differ, nothing changed, or the result cannot be written.
-    """
-    if max_rank < 1 or (energy is not None and not 0 < energy <= 1):
-        raise RecipeError(f"max_rank {max_rank} should be at least 1, and energy {energy} in (0, 1].")
-    tuned, origin = open_checkpoint(model), open_checkpoint(base)
-    shared = check_agreement(origin, [tuned], names=[origin.name, tuned.name])
-    names = [name for name in shared if origin.spec(name).dtype.is_floating_point]
-    names = [name for name in names if not (exclude and re.search(exclude, name))]
-    matrices = [name for name in names if len(origin.spec(name).shape) == 2 and is_linear_map(name)]
-
-    def decompose(name: str) -> tuple[SVD, float] | None:
-        models = [tuned[name], origin[name]]
-        refuse_non_finite(name, models, [tuned.name, origin.name])
-        delta = models[0].float() - models[1].float()
-        svd = truncated_svd(delta, min(max_rank, *delta.shape))
-        total = float(delta.double().square().sum())
-        held = svd.S.double().square().cumsum(0)
-        k = len(held) if energy is None else min(len(held), int((held < energy * total * (1 - 1e-12)).sum()) + 1)
-        k = min(k, int(svd.S.gt(1e-6 * svd.S.max()).sum())) if total else 0
-        if not k:
-            return None
-        return SVD(svd.U[:, :k].clone(), svd.S[:k].clone(), svd.V[:, :k].clone()), float(held[k - 1]) / total
-
-    parts = dict(run_all(decompose, names_by_size({n: origin.spec(n) for n in matrices}), workers=cores()))
-    found = {name: part for name in matrices if (part := parts[name])}
-    others = [name for name in names if save_rest and name not in matrices]
-    rest = {name: tuned[name] for name in others if not torch.equal(tuned[name], origin[name])}
-    if not found and not rest:
-        raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
-    tensors = _peft_tensors({name: svd for name, (svd, _) in found.items()}, dtype)
-    for name, tensor in rest.items():
-        refuse_non_finite(name, [tensor, origin[name]], [tuned.name, origin.name])
-    table = next((name for name in rest if role(name) == "embedding"), None)
-    if origin.tied and table and origin.tied not in rest:  # PEFT would leave the output layer as it was
-        rest[origin.tied] = rest[table]
-    tensors |= {f"{ADAPTER_PREFIX}{name}": tensor.clone() for name, tensor in rest.items()}
-    ranks = {name.removesuffix(".weight"): len(svd.S) for name, (svd, _) in found.items()}
-    for name, tensor in tensors.items():
-        refuse_overflow(name, tensor, method="extract_lora")
-    _write_adapter(Path(out), tensors, ranks, origin, list(rest), progress, read=[tuned, origin])
-    return [Extracted(name.removesuffix(".weight"), len(svd.S), held) for name, (svd, held) in sorted(found.items())]
-
-
-def _peft_tensors(parts: Mapping[str, SVD], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Share each singular value evenly between the two factors, so that both have the same scale."""
-    tensors = {}
-    for name, part in parts.items():
-        root = part.S.sqrt()
-        module = ADAPTER_PREFIX + name.removesuffix(".weight")
-        tensors[f"{module}.lora_A.weight"] = (root[:, None] * part.V.T).to(dtype).contiguous()
-        tensors[f"{module}.lora_B.weight"] = (part.U * root).to(dtype).contiguous()
-    return tensors
-
-
-def _write_adapter(
+def write_adapter(
     out: Path,
     tensors: Mapping[str, Tensor],
     ranks: Mapping[str, int],
@@ -130,7 +36,23 @@ def _write_adapter(
     read: Sequence[Checkpoint],
     replace: bool = False,
     companions: Mapping[str, bytes] = MappingProxyType({}),
+    turned: bool = False,
 ) -> None:
+    """Write a PEFT adapter.
+
+    Args:
+        out: The folder.
+        tensors: By their names in the file.
+        ranks: Of each module.
+        base: What the adapter is of.
+        whole: Names of the tensors that are stored whole.
+        progress: Show a bar when standard error is a terminal.
+        read: The checkpoints that were read, which must not have changed meanwhile.
+        replace: See :func:`~.stream.map_tensors`.
+        companions: Other files of the folder.
+        turned: The modules' weights are stored as (inputs, outputs).
+    """
+
     def check() -> None:
         for model in read:
             model.check()
@@ -150,7 +72,7 @@ def _write_adapter(
         "ensure_weight_tying": base.tied in whole,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": turned,
         "inference_mode": True,
     }
     map_tensors(
@@ -382,7 +304,7 @@ def run_loras(
         ranks[module] = A.shape[0]
         for key in list(tensors)[-2:]:
             refuse_overflow(key, tensors[key], method=plan.method)
-    _write_adapter(
+    write_adapter(
         out, tensors, ranks, plan.base, [], progress, read=plan.models, replace=replace, companions=companions
     )
     return {name: merged[name][2] | {"rank": merged[name][0].shape[0]} for name in plan.modules}

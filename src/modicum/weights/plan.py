@@ -20,6 +20,7 @@ from modicum.layout import is_linear_map, is_vocabulary
 from modicum.record import NUMERICS
 from modicum.references import find_model
 from modicum.registry import Entry, merge_method
+from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files, unified
 from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
@@ -248,7 +249,7 @@ def plan_merge(
         raise RecipeError(f"{method} merges differences from a base model, and none is given. Set base.")
     check_count(entry, len(experts))
     checked, wanted = entry.knobs(knobs), parse_dtype(dtype)
-    models = [*([base] if base is not None else []), *experts]
+    models = aligned([*([base] if base is not None else []), *experts])
     names = [*(["base"] if base is not None else []), *(f"experts[{i}]" for i in range(len(experts)))]
     names = [label(model, name) for model, name in zip(models, names)]
     if base_fingerprint is not None:

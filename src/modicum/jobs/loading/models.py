@@ -61,6 +61,28 @@ def load_model(
     return model.to(device)
 
 
+def linear_modules(folder: Path) -> list[str] | None:
+    """Return the layers of transformers' own class for a model that LoRA can change; ``None`` where it has none."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, pytorch_utils
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not (folder / "config.json").is_file():
+        return None
+    written = read_json(folder / "config.json")
+    if written.get("model_type") not in CONFIG_MAPPING or "auto_map" in written:
+        return None
+    classes = [getattr(transformers, name, None) for name in written.get("architectures") or []]
+    if len(classes) != 1 or classes[0] is None:
+        return None
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = classes[0]._from_config(AutoConfig.from_pretrained(folder))
+    kinds = (torch.nn.Linear, pytorch_utils.Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
 def model_shape(ref: str | Path, fields: Mapping[str, Any], *, remote_code: bool = False) -> PreTrainedConfig:
     """Return the configuration of a model with some fields changed; its weights are not read, if it has any.
 

@@ -27,6 +27,9 @@ def tokenizer_json(folder: Path) -> bytes:
 
     try:
         made = AutoTokenizer.from_pretrained(folder)
+        files = set(type(made).vocab_files_names.values())
+        if not any((folder / name).is_file() for name in files):  # it would be one of special tokens alone
+            raise ValueError(f"{type(made).__name__} is made of {' or '.join(sorted(files))}, and there is none")
         text: str = made.backend_tokenizer.to_str()
     except Exception as error:  # of several libraries, each with errors of its own
         raise UnsupportedError(

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from modicum.errors import RecipeError, did_you_mean
+from modicum.layout import also_called
 from modicum.registry import merge_method
 from modicum.weights.mergekit.methods import METHODS
 
@@ -224,7 +225,7 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
         for choice in setting:
             _check_keys(choice, {"filter", "value"}, where)
             wanted = choice.get("filter")
-            if wanted in (None, "*") or str(wanted) in tensor:
+            if wanted in (None, "*") or any(str(wanted) in name for name in also_called(tensor)):
                 return evaluate(choice.get("value"), tensor, t, where)
         return None
     if not all(isinstance(value, bool | int | float | str) for value in setting):

@@ -16,6 +16,7 @@ from modicum.errors import RecipeError, UnsupportedError
 from modicum.layout import DEPTH_KEYS, LAYER_LISTS, comes_first, layer_of, modules, stacks
 from modicum.references import find_model
 from modicum.registry import merge_method
+from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files
 from modicum.weights.compatibility import Tensors, check_agreement, notes_on_configs
@@ -69,6 +70,7 @@ def plan_mergekit(
         for reference in piece.references:
             if reference not in opened:
                 opened[reference] = open_model(reference.model, reference.adapter)
+    opened = dict(zip(opened, aligned([*opened.values()])))
     dtype = parse_dtype(document.get("out_dtype") or document.get("dtype"))
     first = slices[0].references[0]
     named = {str(reference): checkpoint for reference, checkpoint in opened.items()}

@@ -1,0 +1,196 @@
+"""A low-rank adapter taken out of two full models: what distinguishes one from the other, as far as a rank holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from modicum.errors import CheckpointError, RecipeError
+from modicum.layout import ADAPTER_PREFIX, is_linear_map, is_turned, role
+from modicum.linalg import SVD, truncated_svd
+from modicum.weights.aliases import aligned
+from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.compatibility import check_agreement
+from modicum.weights.kernels.compare import refuse_non_finite, refuse_overflow
+from modicum.weights.lora import write_adapter
+from modicum.weights.merge import open_checkpoint
+from modicum.weights.plan import excluded
+from modicum.weights.stream import cores, names_by_size, run_all
+
+Modules = Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What became of one module: its rank, and the share of the delta's squared norm that the adapter holds."""
+
+    module: str
+    rank: int
+    energy: float
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Two models that fit together, and what is compared of them."""
+
+    tuned: Checkpoint
+    origin: Checkpoint
+    matrices: Mapping[str, str]  # the module of each, as the adapter calls it
+    rest: tuple[str, ...]  # tensors that have no low-rank form
+    homeless: tuple[str, ...]  # matrices that are no module's of their own
+
+    def turned(self, name: str) -> bool:
+        """Whether a matrix is stored as (inputs, outputs)."""
+        return is_turned(name, str(self.origin.config.get("model_type") or ""))
+
+
+def plan_extraction(
+    model: str | Path | Checkpoint,
+    base: str | Path | Checkpoint,
+    *,
+    exclude: str | None = None,
+    modules: Modules | None = None,
+) -> Extraction:
+    """Check that two models fit together, and choose what is compared; reads headers only.
+
+    Args:
+        model: The fine-tuned model.
+        base: What it was trained from.
+        exclude: Regular expression of tensor names to leave as they are in the base.
+        modules: From a matrix' module to what the class of the model calls it, ``None`` where it has no such module.
+
+    Raises:
+        ModicumError: The models differ, or nothing is left to compare.
+    """
+    origin, tuned = aligned([open_checkpoint(base), open_checkpoint(model)])
+    shared = check_agreement(origin, [tuned], names=[origin.name, tuned.name])
+    names = [name for name in shared if origin.spec(name).dtype.is_floating_point]
+    untouched = excluded(names, exclude)
+    names = [name for name in names if name not in untouched]
+    found = [name for name in names if len(origin.spec(name).shape) == 2 and is_linear_map(name)]
+    called = {name: name.removesuffix(".weight") for name in found if name.endswith(".weight")}
+    placed = {name: module if modules is None else modules(module) for name, module in called.items()}
+    matrices = {name: module for name, module in placed.items() if module is not None}
+    if not matrices:
+        raise CheckpointError(f"{origin.name} has no matrix of which an adapter could be made. Exclude less.")
+    homeless = tuple(name for name in found if name not in matrices)
+    return Extraction(tuned, origin, matrices, tuple(name for name in names if name not in found), homeless)
+
+
+def extract_lora(
+    model: str | Path | Checkpoint,
+    base: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    max_rank: int = 32,
+    energy: float | None = None,
+    exclude: str | None = None,
+    save_rest: bool = False,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> list[Extracted]:
+    """Write the PEFT adapter that comes closest to what distinguishes ``model`` from ``base``.
+
+    Args:
+        model: The fine-tuned model.
+        base: What it was trained from.
+        out: Folder to write; it must not hold anything yet.
+        max_rank: Largest rank of a module.
+        energy: Take the smallest rank that holds this share of a delta's squared norm, up to ``max_rank``.
+        exclude: Regular expression of tensor names to leave as they are in the base.
+        save_rest: Also store tensors that have no low-rank form (norms, embeddings) whole.
+        dtype: Of the factors.
+        progress: Show a bar when standard error is a terminal.
+
+    Returns:
+        Rank and energy of each module that changed.
+
+    Raises:
+        ModicumError: The models differ, nothing changed, or the result cannot be written.
+    """
+    check_rank(max_rank, energy)
+    plan = plan_extraction(model, base, exclude=exclude)
+    return run_extraction(
+        plan, Path(out), max_rank=max_rank, energy=energy, save_rest=save_rest, dtype=dtype, progress=progress
+    )
+
+
+def check_rank(max_rank: int, energy: float | None) -> None:
+    """Refuse ranks and shares that mean nothing."""
+    if max_rank < 1 or (energy is not None and not 0 < energy <= 1):
+        raise RecipeError(f"max_rank {max_rank} should be at least 1, and energy {energy} in (0, 1].")
+
+
+def run_extraction(
+    plan: Extraction,
+    out: Path,
+    *,
+    max_rank: int,
+    energy: float | None = None,
+    save_rest: bool = False,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+    replace: bool = False,
+    companions: Mapping[str, bytes] = MappingProxyType({}),
+) -> list[Extracted]:
+    """Carry out ``plan``; see :func:`extract_lora`, and for the rest :func:`~.stream.map_tensors`."""
+    tuned, origin = plan.tuned, plan.origin
+
+    def decompose(name: str) -> tuple[SVD, float] | None:
+        models = [tuned[name], origin[name]]
+        refuse_non_finite(name, models, [tuned.name, origin.name])
+        delta = models[0].float() - models[1].float()
+        svd = truncated_svd(delta.T if plan.turned(name) else delta, min(max_rank, *delta.shape))
+        total = float(delta.double().square().sum())
+        held = svd.S.double().square().cumsum(0)
+        k = len(held) if energy is None else min(len(held), int((held < energy * total * (1 - 1e-12)).sum()) + 1)
+        k = min(k, int(svd.S.gt(1e-6 * svd.S.max()).sum())) if total else 0
+        if not k:
+            return None
+        return SVD(svd.U[:, :k].clone(), svd.S[:k].clone(), svd.V[:, :k].clone()), float(held[k - 1]) / total
+
+    order = names_by_size({name: origin.spec(name) for name in plan.matrices})
+    parts = dict(run_all(decompose, order, workers=cores()))
+    found = {name: part for name in plan.matrices if (part := parts[name])}
+    others = plan.rest if save_rest else ()
+    rest = {name: tuned[name] for name in others if not torch.equal(tuned[name], origin[name])}
+    if not found and not rest:
+        raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
+    tensors = _peft_tensors({plan.matrices[name]: svd for name, (svd, _) in found.items()}, dtype)
+    for name, tensor in rest.items():
+        refuse_non_finite(name, [tensor, origin[name]], [tuned.name, origin.name])
+    table = next((name for name in rest if role(name) == "embedding"), None)
+    if origin.tied and table and origin.tied not in rest:  # PEFT would leave the output layer as it was
+        rest[origin.tied] = rest[table]
+    tensors |= {f"{ADAPTER_PREFIX}{name}": tensor.clone() for name, tensor in rest.items()}
+    ranks = {plan.matrices[name]: len(svd.S) for name, (svd, _) in found.items()}
+    for name, tensor in tensors.items():
+        refuse_overflow(name, tensor, method="extract_lora")
+    write_adapter(
+        out,
+        tensors,
+        ranks,
+        origin,
+        list(rest),
+        progress,
+        read=[tuned, origin],
+        replace=replace,
+        companions=companions,
+        turned=any(map(plan.turned, found)),
+    )
+    return [Extracted(plan.matrices[name], len(svd.S), held) for name, (svd, held) in sorted(found.items())]
+
+
+def _peft_tensors(parts: Mapping[str, SVD], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Share each singular value evenly between the two factors, so that both have the same scale."""
+    tensors = {}
+    for module, part in parts.items():
+        root, at = part.S.sqrt(), ADAPTER_PREFIX + module
+        tensors[f"{at}.lora_A.weight"] = (root[:, None] * part.V.T).to(dtype).contiguous()
+        tensors[f"{at}.lora_B.weight"] = (part.U * root).to(dtype).contiguous()
+    return tensors

@@ -1,0 +1,108 @@
+"""Adapters that are taken out of models load in PEFT and give the model back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from modicum.errors import ModicumError
+from modicum.jobs import execute, plan
+from modicum.recipe import parse
+from modicum.weights import Checkpoint
+from weights.families import make_family
+
+FAMILIES = ("llama", "gpt2", "qwen2", "mixtral", "neox")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        make_family(folder / family, family)
+    return folder
+
+
+def recipe(folder: Path, **more: Any) -> dict[str, Any]:
+    return {"job": "extract", "model": str(folder / "a"), "base": str(folder / "base"), "max_rank": 64} | more
+
+
+def load(folder: Path, adapter: Path | None = None) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)
+
+
+@pytest.mark.filterwarnings("error:.*missing adapter keys")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_full_rank_is_the_model(models: Path, tmp_path: Path, family: str) -> None:
+    folder = models / family
+    execute(parse(recipe(folder)), tmp_path / "run", quiet=True)
+    adapter = tmp_path / "run/adapter"
+    merged = load(folder / "base", adapter).merge_and_unload()
+    tuned = load(folder / "a")
+    modules = {name for name, module in tuned.named_modules()
+               if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)}  # fmt: skip
+    made, wanted, base = merged.state_dict(), tuned.state_dict(), load(folder / "base").state_dict()
+    changed = 0
+    for name, tensor in made.items():
+        extracted = name.removesuffix(".weight") in modules and "lm_head" not in name and "embed_out" not in name
+        extracted &= not name.endswith(".gate.weight")
+        torch.testing.assert_close(tensor, (wanted if extracted else base)[name], rtol=1e-4, atol=1e-5)
+        changed += extracted
+    assert changed >= 8
+    again = Checkpoint(adapter, base=folder / "base")  # and our own reading of it is PEFT's
+    for name in again:
+        if name in made:
+            torch.testing.assert_close(again[name], made[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_names_without_a_prefix_find_their_modules(models: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for name in ("base", "a"):
+        file = tmp_path / name / "model.safetensors"
+        file.parent.mkdir()
+        tensors = load_file(models / "gpt2" / name / "model.safetensors")
+        save_file({key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}, file, {"format": "pt"})
+        (file.parent / "config.json").write_bytes((models / "gpt2" / name / "config.json").read_bytes())
+    execute(parse(recipe(tmp_path)), tmp_path / "run", quiet=True)
+    merged = load(tmp_path / "base", tmp_path / "run/adapter").merge_and_unload().state_dict()
+    name = "transformer.h.0.attn.c_attn.weight"
+    torch.testing.assert_close(merged[name], load(models / "gpt2/a").state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_plan_tells_what_is_left_out(models: Path) -> None:
+    lines = plan(parse(recipe(models / "mixtral", max_rank=2)))
+    assert lines[0].startswith("16 matrices of")
+    assert any("48 matrices, such as" in line and "no module of their own" in line for line in lines)
+    assert len(plan(parse(recipe(models / "llama")))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"energy": 1.5}, "energy"),
+        ({"max_rank": 0}, "max_rank"),
+        ({"exclude": "nothing"}, "matches no tensor"),
+        ({"exclude": "weight"}, "Exclude less"),
+        ({"model": "none"}, "no folder none|no model folder"),
+    ],
+)
+def test_bad_recipes_are_refused_by_the_plan(models: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModicumError, match=message):
+        plan(parse(recipe(models / "llama", **change)))
+
+
+def test_ranks_and_shares_are_recorded(models: Path, tmp_path: Path) -> None:
+    run = execute(parse(recipe(models / "llama", max_rank=3, dtype="bfloat16")), tmp_path / "run", quiet=True)
+    metrics = run.record["metrics"]
+    assert (metrics["modules"], metrics["rank"]) == (28, 3)
+    assert 0 < metrics["energy"] < 1
+    assert set(metrics["ranks"]) == set(metrics["energies"])
+    assert "LoRA extraction" in (tmp_path / "run/adapter/README.md").read_text()
