@@ -151,6 +151,7 @@ def test_needs_of_data_selection(tmp_path):
         ({"policies": []}, "policies"),
         ({"graphs": ["torus"]}, "graphs"),
         ({"rounds": 1}, "rounds"),
+        ({"application": "selection"}, "give either similarity or packages"),
         ({"drop": 2}, "drop"),
     ],
 )
@@ -173,5 +174,15 @@ def test_differences_are_paired():
 
 
 def test_shipped_recipes_are_valid():
-    for name in ("tracking", "tracking-csv"):
+    for name in ("tracking", "tracking-csv", "data-selection"):
         assert name in shipped() and parse(read(name)).job == "coordinate"
+
+
+def test_packages_of_the_standard_library_are_domains():
+    names = ["json", "email", "unittest"]
+    recipe = SMALL | {"application": {"name": "selection", "packages": names}, "policies": ["random"]}
+    table = parse(recipe).application.world()([0]).similarity
+    # What a package is needed for is served best by its own text.
+    assert table.argmax(1).tolist() == [0, 1, 2] and float(table.diagonal().min()) > 0
+    with pytest.raises(ModicumError, match="'nosuch' is no package"):
+        plan(parse(recipe | {"application": {"name": "selection", "packages": ["nosuch"]}}))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from modicum.recipe import Choice, Recipe, Section, choice
+from modicum.jobs.applications import ObjectiveFile, Selection, Tracking, application
+from modicum.recipe import Choice, Recipe, choice
 from modicum.record import Run, write_atomic
 from modicum.registry import job, policy
-from modicum.types import NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval
+from modicum.types import NonNegativeInt, Positive, PositiveInt, UnitInterval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,93 +26,11 @@ FRAMES = "frames.json"
 RESULTS = "results.json"
 
 
-class Tracking(Section):
-    """Agents that follow moving targets in a disk."""
-
-    name: Literal["tracking"] = "tracking"
-    agents: PositiveInt = 20
-    targets: PositiveInt = Field(default=30, description="number of simulated targets; a file of tracks brings its own")
-    mixture: tuple[NonNegative, NonNegative, NonNegative] = Field(
-        default=(8, 1, 1), description="shares of targets that turn at random, flee, and keep a course"
-    )
-    preset: Literal["disk", "osg"] = "disk"
-    radius: Positive = 20.0
-    epsilon: Positive | None = Field(default=None, description="added to distances; the preset's when not given")
-    tracks: str | None = Field(default=None, description="CSV of time, id, and x, y or lat, lon")
-    step: Positive = Field(default=10.0, description="seconds between two rounds of the tracks")
-    max_gap: Positive = Field(default=600.0, description="seconds without a report that a track may have")
-    start: NonNegative | None = Field(default=None, description="seconds after the first report at which rounds begin")
-    duration: Positive | None = Field(default=None, description="seconds of the tracks that are used")
-
-    def world(self) -> Callable[[Sequence[int]], Any]:
-        """Return what makes the worlds of some seeds."""
-        from modicum.submodular.tracking import TrackingWorld
-        from modicum.submodular.tracks import read_tracks
-
-        tracks = None
-        if self.tracks is not None:
-            tracks = read_tracks(
-                self.tracks, fit=self.radius, step=self.step, max_gap=self.max_gap, start=self.start,
-                duration=self.duration,
-            )  # fmt: skip
-        return lambda seeds: TrackingWorld(
-            self.agents, self.targets, mixture=self.mixture, preset=self.preset, radius=self.radius,
-            epsilon=self.epsilon, tracks=tracks, seed=seeds,
-        )  # fmt: skip
-
-
-class Selection(Section):
-    """Workers that choose domains to train on, with needs that follow a simple rule in place of a training."""
-
-    name: Literal["selection"] = "selection"
-    workers: PositiveInt = 4
-    similarity: list[list[UnitInterval]] = Field(description="how well each domain serves each probe, a row a probe")
-    utility: Literal["coverage", "facility"] = "coverage"
-    learn: UnitInterval = 0.3
-    drift: UnitInterval = 0.05
-
-    def world(self) -> Callable[[Sequence[int]], Any]:
-        """Return what makes the worlds of some seeds."""
-        from modicum.submodular.data_selection import SelectionWorld
-
-        return lambda seeds: SelectionWorld(
-            self.similarity, workers=self.workers, utility=self.utility, learn=self.learn, drift=self.drift, seed=seeds
-        )
-
-
-class ObjectiveFile(Section):
-    """Facility location whose values stand in a file."""
-
-    name: Literal["objective"] = "objective"
-    path: str = Field(description="safetensors with V (rows, elements), or (rounds, rows, elements)")
-    blocks: list[PositiveInt] = Field(description="number of actions of each agent, in the order of the elements")
-
-    def world(self) -> Callable[[Sequence[int]], Any]:
-        """Return what makes the worlds of some seeds."""
-        from modicum.submodular.file_world import FileWorld
-
-        made = FileWorld(self.path, self.blocks)
-        return made.of
-
-
-APPLICATIONS: Mapping[str, type[Section]] = {"tracking": Tracking, "selection": Selection, "objective": ObjectiveFile}
-
-
-def _application(value: object) -> object:
-    if isinstance(value, Section):
-        return value
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, Mapping) or value.get("name") not in APPLICATIONS:
-        raise ValueError(f"expected one of {', '.join(APPLICATIONS)}, or {{name: …, key: value}}")
-    return APPLICATIONS[value["name"]].model_validate(dict(value))
-
-
 class CoordinateRecipe(Recipe):
     """What is coordinated, by which policies, over which graphs."""
 
     job: Literal["coordinate"] = "coordinate"
-    application: Annotated[Tracking | Selection | ObjectiveFile, BeforeValidator(_application)] = Tracking()
+    application: Annotated[Tracking | Selection | ObjectiveFile, BeforeValidator(application)] = Tracking()
     policies: list[choice(policy, complete=False)] = Field(  # type: ignore[valid-type]
         min_length=1, description="the policies; one whose step is not set here is tuned"
     )

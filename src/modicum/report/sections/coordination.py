@@ -112,8 +112,13 @@ def _table(results: Mapping[str, Any]) -> Markup:
             ]
         )
     first = results["cells"][0]["label"]
-    header = ["Policy", "Graph", "Step", "Utility", "Of greedy optimum", f"Less {first}", "Sent a round", "Evaluations"]
-    return table(header, rows, texts=2, caption="Mean utility by world, and paired differences with 95 % intervals")
+    header = ["Policy", "Graph", "Step", "Utility", "Of the best move", f"Less {first}", "Sent a round", "Evaluations"]
+    drawn = table(header, rows, texts=2, caption="Mean utility by world, and paired differences with 95 % intervals")
+    note = (
+        "Of the best move: utility over what a greedy that sees the objective would have had in that round, from the "
+        "places that this policy had reached. It says how good a policy's moves are, not how good its places are."
+    )
+    return figure(drawn, caption=note)
 
 
 def _graphs(results: Mapping[str, Any]) -> Markup:

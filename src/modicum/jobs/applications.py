@@ -1,0 +1,125 @@
+"""What can be coordinated: moving targets, data selection, objectives of a file. Sections of the job ``coordinate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from modicum.errors import RecipeError
+from modicum.recipe import Section
+from modicum.types import NonNegative, Positive, PositiveInt, UnitInterval
+
+
+class Tracking(Section):
+    """Agents that follow moving targets in a disk."""
+
+    name: Literal["tracking"] = "tracking"
+    agents: PositiveInt = 20
+    targets: PositiveInt = Field(default=30, description="number of simulated targets; a file of tracks brings its own")
+    mixture: tuple[NonNegative, NonNegative, NonNegative] = Field(
+        default=(8, 1, 1), description="shares of targets that turn at random, flee, and keep a course"
+    )
+    preset: Literal["disk", "osg"] = "disk"
+    radius: Positive = 20.0
+    epsilon: Positive | None = Field(default=None, description="added to distances; the preset's when not given")
+    tracks: str | None = Field(default=None, description="CSV of time, id, and x, y or lat, lon")
+    step: Positive = Field(default=10.0, description="seconds between two rounds of the tracks")
+    max_gap: Positive = Field(default=600.0, description="seconds without a report that a track may have")
+    start: NonNegative | None = Field(default=None, description="seconds after the first report at which rounds begin")
+    duration: Positive | None = Field(default=None, description="seconds of the tracks that are used")
+
+    def world(self) -> Callable[[Sequence[int]], Any]:
+        """Return what makes the worlds of some seeds."""
+        from modicum.submodular.tracking import TrackingWorld
+        from modicum.submodular.tracks import read_tracks
+
+        tracks = None
+        if self.tracks is not None:
+            tracks = read_tracks(
+                self.tracks, fit=self.radius, step=self.step, max_gap=self.max_gap, start=self.start,
+                duration=self.duration,
+            )  # fmt: skip
+        return lambda seeds: TrackingWorld(
+            self.agents, self.targets, mixture=self.mixture, preset=self.preset, radius=self.radius,
+            epsilon=self.epsilon, tracks=tracks, seed=seeds,
+        )  # fmt: skip
+
+
+class Selection(Section):
+    """Workers that choose domains to train on, with needs that follow a simple rule in place of a training."""
+
+    name: Literal["selection"] = "selection"
+    workers: PositiveInt = 4
+    similarity: list[list[UnitInterval]] | None = Field(
+        default=None, description="how well each domain serves each probe, a row a probe"
+    )
+    packages: list[str] | None = Field(
+        default=None, description="packages of the standard library as domains, in place of a similarity"
+    )
+    utility: Literal["coverage", "facility"] = Field(
+        default="coverage", description="whether a second worker on a domain still helps"
+    )
+    learn: UnitInterval = 0.3
+    drift: UnitInterval = 0.05
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Selection:
+        if (self.similarity is None) == (self.packages is None):
+            raise ValueError("give either similarity or packages.")
+        return self
+
+    def world(self) -> Callable[[Sequence[int]], Any]:
+        """Return what makes the worlds of some seeds."""
+        from modicum.submodular.data_selection import SelectionWorld, counted, similarities
+
+        table: Any = self.similarity
+        if self.packages is not None:
+            train, held_out = zip(*(_package(name) for name in self.packages))
+            vectors = counted([*train, *held_out])
+            table = similarities(vectors[: len(train)], vectors[len(train) :])
+        return lambda seeds: SelectionWorld(
+            table, workers=self.workers, utility=self.utility, learn=self.learn, drift=self.drift, seed=seeds
+        )
+
+
+def _package(name: str) -> tuple[str, str]:
+    """Return the text of a package of the standard library, every second file apart."""
+    import sysconfig
+
+    folder = Path(sysconfig.get_path("stdlib")) / name
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() and "/" not in name and name != ".." else []
+    if len(files) < 2:
+        raise RecipeError(f"packages: {name!r} is no package of the standard library with two files or more.")
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return "\n".join(texts[::2]), "\n".join(texts[1::2])
+
+
+class ObjectiveFile(Section):
+    """Facility location whose values stand in a file."""
+
+    name: Literal["objective"] = "objective"
+    path: str = Field(description="safetensors with V (rows, elements), or (rounds, rows, elements)")
+    blocks: list[PositiveInt] = Field(description="number of actions of each agent, in the order of the elements")
+
+    def world(self) -> Callable[[Sequence[int]], Any]:
+        """Return what makes the worlds of some seeds."""
+        from modicum.submodular.file_world import FileWorld
+
+        made = FileWorld(self.path, self.blocks)
+        return made.of
+
+
+APPLICATIONS: Mapping[str, type[Section]] = {"tracking": Tracking, "selection": Selection, "objective": ObjectiveFile}
+
+
+def application(value: object) -> object:
+    if isinstance(value, Section):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or value.get("name") not in APPLICATIONS:
+        raise ValueError(f"expected one of {', '.join(APPLICATIONS)}, or {{name: …, key: value}}")
+    return APPLICATIONS[value["name"]].model_validate(dict(value))
