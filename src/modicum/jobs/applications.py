@@ -115,7 +115,7 @@ class ObjectiveFile(Section):
 APPLICATIONS: Mapping[str, type[Section]] = {"tracking": Tracking, "selection": Selection, "objective": ObjectiveFile}
 
 
-def application(value: object) -> object:
+def read_application(value: object) -> object:
     if isinstance(value, Section):
         return value
     if isinstance(value, str):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from modicum.jobs.applications import ObjectiveFile, Selection, Tracking, application
+from modicum.jobs.applications import ObjectiveFile, Selection, Tracking, read_application
 from modicum.recipe import Choice, Recipe, choice
 from modicum.record import Run, write_atomic
 from modicum.registry import job, policy
@@ -30,7 +30,7 @@ class CoordinateRecipe(Recipe):
     """What is coordinated, by which policies, over which graphs."""
 
     job: Literal["coordinate"] = "coordinate"
-    application: Annotated[Tracking | Selection | ObjectiveFile, BeforeValidator(application)] = Tracking()
+    application: Annotated[Tracking | Selection | ObjectiveFile, BeforeValidator(read_application)] = Tracking()
     policies: list[choice(policy, complete=False)] = Field(  # type: ignore[valid-type]
         min_length=1, description="the policies; one whose step is not set here is tuned"
     )
