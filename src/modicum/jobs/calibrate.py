@@ -17,7 +17,7 @@ from modicum.record import Run
 from modicum.registry import job
 from modicum.types import NonNegative, PositiveInt
 
-Criterion: TypeAlias = Literal["zero_attention", "latent", "entropy", "kl", "random"]
+Criterion: TypeAlias = Literal["zero_attention", "confidence", "latent", "entropy", "kl", "random"]
 
 
 class CalibrateRecipe(Recipe):
@@ -86,6 +86,13 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
         run.say(
             f"{criterion}: {chosen.mean_cycles:.2f} of {model.config.depth} cycles, "
             f"loss {chosen.full_loss:.4f} -> {chosen.loss:.4f} at threshold {chosen.threshold:.4g}"
+        )
+    choices = run.record["metrics"]["criteria"]
+    best = min(choices, key=lambda name: (choices[name]["mean_cycles"], choices[name]["loss"]))
+    run.record["metrics"]["best"] = best
+    if len(choices) > 1:
+        run.say(
+            f"fewest cycles for the allowed loss: {best}; the model leaves by {recipe.criteria[0]}, the first named"
         )
     first = recipe.criteria[0]
     model.config.exit_criterion = first

@@ -13,19 +13,31 @@ from modicum.models.zero_token.conversion import (
     resize_pool,
 )
 from modicum.models.zero_token.exit import exit_decision
-from modicum.models.zero_token.model import ZeroTokenForCausalLM, ZeroTokenOutput
+from modicum.models.zero_token.model import (
+    ZeroTokenForCausalLM,
+    ZeroTokenForSequenceClassification,
+    ZeroTokenForTokenClassification,
+    ZeroTokenModel,
+    ZeroTokenOutput,
+)
+from modicum.models.zero_token.training import TrainingStep, parameter_groups
 
 __all__ = [
     "CycleRange",
     "ExitPoint",
     "RoutedConfig",
     "RoutedForCausalLM",
+    "TrainingStep",
     "ZeroTokenConfig",
     "ZeroTokenForCausalLM",
+    "ZeroTokenForSequenceClassification",
+    "ZeroTokenForTokenClassification",
+    "ZeroTokenModel",
     "ZeroTokenOutput",
     "calibrate_threshold",
     "choose_cycle_range",
     "convert_to_zero_token",
     "exit_decision",
+    "parameter_groups",
     "resize_pool",
 ]

@@ -4,6 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
+from modicum.models.zero_token.hosts import TESTED
 
 _SIZES = {
     "vocab_size": 40,
@@ -39,10 +40,29 @@ HOSTS = {
 }
 
 
+# Every host that is said to be tested, at the sizes above.
+_OTHER = {
+    "gemma2": {"head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 4},
+    "gemma3_text": {"head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 4},
+    "gemma": {"head_dim": 4},
+    "gpt_neox": {"num_key_value_heads": None},
+    "mixtral": {"num_local_experts": 4},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, "num_key_value_heads": None, "intermediate_size": None},
+    "phi": {"partial_rotary_factor": 0.5},
+    "qwen3_moe": {"head_dim": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1], "no_rope_layer_interval": 2},
+}
+ALL_HOSTS = HOSTS | {
+    kind: {"model_type": kind, **{n: v for n, v in (_SIZES | _OTHER.get(kind, {})).items() if v is not None}}
+    for kind in TESTED
+    if kind not in HOSTS
+}
+
+
 def base_model(host="llama", seed=0, **overrides):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**HOSTS[host] | overrides))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ALL_HOSTS[host] | overrides))
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -53,7 +73,7 @@ def looped(host="llama", seed=0, host_overrides=None, **knobs):
     settings = {"n_cycles": 3, "zero_key_init_std": 1.0} | knobs
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ZeroTokenForCausalLM(ZeroTokenConfig(host=HOSTS[host] | (host_overrides or {}), **settings))
+        model = ZeroTokenForCausalLM(ZeroTokenConfig(host=ALL_HOSTS[host] | (host_overrides or {}), **settings))
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "cycle_gate", "cycle_embedding", ":B")):
                 parameter.data.add_(0.3 * torch.randn_like(parameter))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.zero_token.support_zero import base_model, looped, tokens
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
@@ -167,15 +168,23 @@ def test_conversions_that_make_no_sense_are_refused(knobs):
 def test_other_models_and_looped_ones_are_refused():
     with pytest.raises(UnsupportedError, match="resize_pool"):
         convert_to_zero_token(looped())
-    from transformers import OPTConfig, OPTForCausalLM
 
-    opt = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=8
-        )
-    )
-    with pytest.raises(UnsupportedError, match="opt"):
-        convert_to_zero_token(opt)
+
+def test_hosts_that_cannot_be_looped_are_refused_by_name():
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+    for kind, knobs in {
+        "bloom": {"n_head": 2, "n_layer": 3},
+        "xglm": {"d_model": 8, "ffn_dim": 8},
+        "deepseek_v3": {},
+        "stablelm": {"intermediate_size": 8, "num_key_value_heads": 2},
+        "falcon": {},
+        "opt": {"layerdrop": 0.1, "ffn_dim": 8, "word_embed_proj_dim": 8},
+        "mamba": {},
+        "bert": {"is_decoder": True, "intermediate_size": 8},
+    }.items():
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | knobs))
+        with pytest.raises(UnsupportedError, match="cannot be looped"):
+            convert_to_zero_token(base)
 
 
 @pytest.mark.parametrize("criterion", ["zero_attention", "latent", "random"])

@@ -14,6 +14,7 @@ Shapes: ``b`` batch, ``h`` query heads, ``g`` key-value heads, ``t`` queries, ``
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -64,8 +65,7 @@ def zero_attention(
         route: How to compute it; all agree. ``"concat"`` puts the zero token in column 0 and runs the stock kernel,
             ``"query_row"`` adds a query as well so that the causal kernel fits, ``"lse"`` gates the stock kernel's
             output by its log-sum-exp (CPU), ``"eager"`` writes the weights out. ``"auto"`` is the cheapest that fits.
-        return_zero_attention: Return :math:`p_0`, the weight on the zero token, as well. It carries gradient by the
-            routes ``"concat"`` and ``"eager"`` only.
+        return_zero_attention: Return :math:`p_0`, the weight on the zero token, as well; it carries gradient.
 
     Returns:
         The output (b, h, t, k), or the output and :math:`p_0` (b, h, t) in float32 or wider. A query that sees no real
@@ -86,6 +86,7 @@ def zero_attention(
             query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout=dropout
         )
     _check(query, key, attn_mask, is_causal=is_causal)
+    query, key, value = as_autocast(query, key, value)
     if route == "auto":
         route = choose_route(query, zero_key, dropout=dropout, return_zero_attention=return_zero_attention)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -103,6 +104,21 @@ def zero_attention(
     else:
         raise UnsupportedError(f"There is no route {route!r}. {did_you_mean(route, get_args(Route))}")
     return (out, p0) if return_zero_attention else out
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in the dtype that autocast would give the stock kernel, which ours stand in for."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def exact(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast rounds no statistics of attention."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def choose_route(
@@ -163,10 +179,11 @@ def zero_logit(
     else:
         groups = zero_key.shape[-3] if zero_key.dim() == 4 else zero_key.shape[0]
         grouped, wide_key = query.to(wide).view(b, groups, h // groups, t, k), zero_key.to(wide)
-        if zero_key.dim() == 2:
-            logit = (grouped @ wide_key[:, None, :, None]).reshape(b, h, t) * scale
-        else:
-            logit = (grouped * wide_key[..., None, :, :]).sum(-1).reshape(b, h, t) * scale
+        with exact(query):
+            if zero_key.dim() == 2:
+                logit = (grouped @ wide_key[:, None, :, None]).reshape(b, h, t) * scale
+            else:
+                logit = (grouped * wide_key[..., None, :, :]).sum(-1).reshape(b, h, t) * scale
     return logit if zero_bias is None else logit + zero_bias.to(wide)[:, None]
 
 
@@ -214,17 +231,28 @@ class _GateByLse(torch.autograd.Function):
         out = out.mul_(torch.sigmoid(lse - s0).to(out.dtype)[..., None])
         ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, s0), p0, attn_mask)
         ctx.is_causal, ctx.scale = is_causal, scale
-        ctx.mark_non_differentiable(p0)
+        ctx.set_materialize_grads(False)
         return out, p0
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_p0: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, p0, attn_mask = ctx.saved_tensors
+        if grad is None and grad_p0 is None:
+            return (None,) * 7
+        grad = torch.zeros_like(out) if grad is None else grad
+        k, rows = out.shape[-1], (grad * out).sum(-1, dtype=p0.dtype)
+        if grad_p0 is not None:
+            # The softmax's gradient subtracts from every logit's what the weights lose on average: rows, and p0 times
+            # its own gradient. The kernel sums grad * out over the head, so that the latter waits in a further column.
+            rows = rows + p0 * grad_p0
+            query, key, value = (F.pad(x, (0, _PADDING)) for x in (query, key, value))
+            grad, out = F.pad(grad, (0, _PADDING)), F.pad(out, (0, _PADDING))
+            grad[..., k], out[..., k] = 1, (p0 * grad_p0).to(out.dtype)
         grads = _FLASH_BACKWARD(
             grad, query, key, value, out, lse, 0.0, ctx.is_causal, attn_mask=attn_mask, scale=ctx.scale
         )
-        grad_s0 = -p0 * (grad * out).sum(-1, dtype=p0.dtype)
-        return *grads, grad_s0, None, None, None
+        grad_s0 = p0 * ((0 if grad_p0 is None else grad_p0) - rows)
+        return *(x[..., :k] for x in grads), grad_s0, None, None, None
 
 
 def gate_by_lse(
@@ -255,18 +283,25 @@ def eager_attention(
     is_causal: bool,
     scale: Positive,
     dropout: UnitInterval = 0.0,
+    softcap: Positive | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the softmax out; return the output, p0, and the weights (b, h, t, s) on the real keys."""
+    """Write the softmax out; return the output, p0, and the weights (b, h, t, s) on the real keys.
+
+    With ``softcap`` all logits, the zero token's too, are bent to lie within plus and minus it.
+    """
     repeats = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    logits = (query.to(s0.dtype) @ keys.to(s0.dtype).mT) * scale
-    if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        logits = logits + float_mask(attn_mask, s0.dtype)
-    weights = torch.cat([s0[..., None], logits], -1).softmax(-1)
-    p0, weights = weights[..., 0], F.dropout(weights[..., 1:], dropout, training=dropout > 0)
-    return (weights @ values.to(s0.dtype)).to(query.dtype), p0, weights
+    with exact(query):
+        logits = (query.to(s0.dtype) @ keys.to(s0.dtype).mT) * scale
+        if softcap is not None:
+            logits, s0 = softcap * torch.tanh(logits / softcap), softcap * torch.tanh(s0 / softcap)
+        if is_causal:
+            attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            logits = logits + float_mask(attn_mask, s0.dtype)
+        weights = torch.cat([s0[..., None], logits], -1).softmax(-1)
+        p0, weights = weights[..., 0], F.dropout(weights[..., 1:], dropout, training=dropout > 0)
+        return (weights @ values.to(s0.dtype)).to(query.dtype), p0, weights
 
 
 def _concat(
@@ -295,11 +330,7 @@ def _concat(
         column = F.pad(zero_bias.to(query.dtype)[:, None, None], (0, s))
         mask = column.expand(-1, t, -1)[None] + (0 if mask is None else float_mask(mask, query.dtype))
     if return_zero_attention:
-        if dropout:
-            raise UnsupportedError("Dropout hides the attention on the zero token. Use route='eager'.")
-        # A further column of the values that is 1 for the zero token alone comes out of the kernel as p0.
-        query, keys, values = (F.pad(x, (0, _PADDING)) for x in (query, keys, values))
-        values[:, :, 0, k] = 1
+        query, keys, values = _with_p0_column(query, keys, values, dropout)
     out = standard_attention(query, keys, values, attn_mask=mask, is_causal=False, scale=scale, dropout=dropout)
     wide = torch.promote_types(query.dtype, torch.float32)
     return out[..., :k], out[..., k:].sum(-1, dtype=wide)
@@ -318,13 +349,26 @@ def _query_row(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if not is_causal or attn_mask is not None or zero_bias is not None or return_zero_attention:
+    if not is_causal or attn_mask is not None or zero_bias is not None:
         raise UnsupportedError("The query_row route does causal attention by a key alone. Use route='concat'.")
+    k = query.shape[-1]
     keys, values = F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))
     keys[:, :, 0] = _constant(zero_key, key, "query_row")
     row = F.pad(query, (0, 0, 1, 0))
+    if return_zero_attention:
+        row, keys, values = _with_p0_column(row, keys, values, dropout)
     out = standard_attention(row, keys, values, attn_mask=None, is_causal=True, scale=scale, dropout=dropout)
-    return out[:, :, 1:], out.new_empty(0)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return out[:, :, 1:, :k], out[:, :, 1:, k:].sum(-1, dtype=wide)
+
+
+def _with_p0_column(query: Tensor, keys: Tensor, values: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Add a column to the values that is 1 for the zero token alone: it comes out of the kernel as p0."""
+    if dropout:
+        raise UnsupportedError("Dropout hides the attention on the zero token. Use route='eager'.")
+    query, keys, values = (F.pad(x, (0, _PADDING)) for x in (query, keys, values))
+    values[:, :, 0, -_PADDING] = 1
+    return query, keys, values
 
 
 def _constant(zero_key: Tensor | None, key: Tensor, route: str) -> Tensor:

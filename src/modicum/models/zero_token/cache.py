@@ -159,6 +159,8 @@ def prepare_cache(cache: Cache, schedule: list[Visit]) -> Cache:
             "Build it with DynamicCache(config=model.config)."
         )
     for slot, layer in enumerate(layers):
+        if getattr(cache, "offloading", False):
+            break  # its own layers come and go between devices
         if type(layer) is DynamicLayer and not layer.is_initialized:
             layers[slot] = SlotLayer()
     return cache

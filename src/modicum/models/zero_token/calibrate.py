@@ -13,8 +13,8 @@ from modicum.errors import RecipeError
 from modicum.models.zero_token.model import ZeroTokenForCausalLM
 from modicum.types import NonNegative, PositiveInt
 
-# Thresholds that nobody reaches: p0 is below 1, a change is not below 0, and no draw is above 1.
-_NEVER = {"zero_attention": 1.0, "latent": 0.0, "entropy": 0.0, "kl": 0.0, "random": 0.0}
+# Thresholds that nobody passes: p0 and a probability are not above 1, a change is not below 0, and no draw is above 1.
+_NEVER = {"zero_attention": 1.0, "confidence": 1.0, "latent": 0.0, "entropy": 0.0, "kl": 0.0, "random": 0.0}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def exit_curve(
     for share in torch.linspace(1, 0, candidates + 1)[1:]:
         # A score is compared strictly: just below a quantile, all tokens at or above it leave.
         threshold = float(torch.nextafter(seen[int(share * (len(seen) - 1))], torch.tensor(-torch.inf)))
-        threshold = {"zero_attention": threshold, "random": 1 - threshold}.get(criterion, -threshold)
+        threshold = {"zero_attention": threshold, "confidence": threshold, "random": 1 - threshold}.get(
+            criterion, -threshold
+        )
         loss, mean_cycles, _ = _measure(model, data, threshold)
         curve.append(ExitPoint(threshold, mean_cycles, loss, full_loss))
     model.train(was_training)

@@ -25,16 +25,18 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.knobs import fields_of
+from modicum.models.zero_token.attention import Route
+from modicum.models.zero_token.hosts import check_config
 from modicum.models.zero_token.schedule import Order, Stages, Visit, cycle_schedule, stages
 from modicum.types import NonNegativeInt, Positive, PositiveInt
 
-HOSTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-
 ZeroKind: TypeAlias = Literal["key", "off_by_one", "sink"]
 Pool: TypeAlias = Literal["layer_cycle", "cycle", "layer"]
-ExitCriterion: TypeAlias = Literal["zero_attention", "latent", "entropy", "kl", "random"]
+ExitCriterion: TypeAlias = Literal["zero_attention", "confidence", "latent", "entropy", "kl", "random"]
 ExitScore: TypeAlias = Literal["cycle_mean", "first_layer", "last_layer", "cycle_max", "layer"]
 ExitScope: TypeAlias = Literal["sequence", "token", "last_token", "prefix", "batch"]
+LABELS = ("id2label", "label2id", "problem_type")  # what a head with labels needs
+CAUSAL_SCOPES = ("token", "prefix")
 TrainCycles: TypeAlias = Literal["fixed", "random", "grow"]
 CachePolicy: TypeAlias = Literal["latest", "propagate", "share_first", "select"]
 
@@ -68,7 +70,9 @@ class ZeroTokenConfig(PreTrainedConfig):
         lora_rank: Rank of the low-rank terms that untie the cycles of a layer; 0 for none.
         exit_threshold: Leave the loop when the score is above it; ``None`` never does. For the criteria ``latent``,
             ``entropy`` and ``kl``, when the change is below it; for ``random`` it is the chance to leave.
-        exit_criterion: What the score is.
+        exit_criterion: What the score is: the attention on the zero token, the probability of the likeliest next token
+            (``confidence``, which runs tail and head after each cycle), or by how much a cycle changed the state, the
+            entropy of the prediction, or the prediction.
         exit_score: How the zero attention of a cycle's layers becomes one score.
         exit_scope: Over which tokens the score is averaged, and who leaves together.
         min_cycles: Cycles that always run.
@@ -84,7 +88,10 @@ class ZeroTokenConfig(PreTrainedConfig):
     """
 
     model_type = "zero_token"
-    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 - transformers declares it so
+    # What Trainer must not gather: all that is no prediction. transformers declares it so.
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "cache", "past_key_values", "cycles", "layer_calls", "exit_scores", "zero_attention",
+    ]  # fmt: skip
 
     host: Any = None
     n_cycles: int = 2
@@ -107,7 +114,7 @@ class ZeroTokenConfig(PreTrainedConfig):
     exit_threshold: float | None = None
     exit_criterion: str = "zero_attention"
     exit_score: str = "cycle_mean"
-    exit_scope: str = "sequence"
+    exit_scope: str = "token"
     min_cycles: int = 1
     cache_policy: str = "latest"
     train_cycles: str = "fixed"
@@ -123,12 +130,15 @@ class ZeroTokenConfig(PreTrainedConfig):
             self.host = {"model_type": "llama"}
         if isinstance(self.host, dict):
             fields = dict(self.host)
-            kind = fields.pop("model_type", None)
-            _check_host(kind)
+            kind = str(fields.pop("model_type", None))
             self.host = AutoConfig.for_model(kind, **fields)
-        _check_host(self.host.model_type)
+        check_config(self.host)
         self.host = copy.deepcopy(self.host)  # what is set here must not reach the model it was taken from
         super().__post_init__(**kwargs)
+        plain = PreTrainedConfig()
+        for name in LABELS:
+            if getattr(self, name) == getattr(plain, name):
+                setattr(self, name, getattr(self.host, name))
         self.check()
 
     def __getattr__(self, name: str) -> Any:
@@ -151,10 +161,8 @@ class ZeroTokenConfig(PreTrainedConfig):
         Raises:
             RecipeError: A value is unknown or out of range.
         """
-        for name, choices in _choices().items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), filter(None, choices))}")
+        for name in _choices():
+            check_choice(name, getattr(self, name))
         schedule = self.schedule
         if self.exit_threshold is not None and math.isnan(self.exit_threshold):
             raise RecipeError("exit_threshold is NaN, expected a number, or null to never exit.")
@@ -166,8 +174,6 @@ class ZeroTokenConfig(PreTrainedConfig):
             raise RecipeError(f"cycle_loss_weights has {len(self.cycle_loss_weights)} entries for {self.depth} cycles.")
         if self.lora_rank < 0:
             raise RecipeError(f"lora_rank is {self.lora_rank}, expected 0 or more.")
-        if self.zero_key_rope == "relative" and self.host.model_type == "gpt2":
-            raise UnsupportedError("zero_key_rope: relative needs rotary positions, which gpt2 does not have.")
         if self.ffn_gate and not self.zero_token:
             raise RecipeError("ffn_gate needs zero_token: true.")
         if len(self.stages.cycles) < self.depth and self.stages.cycles:
@@ -264,7 +270,7 @@ class ZeroTokenKnobs(TypedDict, total=False):
     train_cycles: TrainCycles
     cycle_onset: Annotated[float, Ge(0), Lt(1)]
     cycle_loss_weights: list[float] | None
-    route: Literal["auto", "concat", "lse", "eager"]
+    route: Route
     seed: int
 
 
@@ -303,9 +309,15 @@ def zero_key_shape(host: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _own_names() -> frozenset[str]:
-    return frozenset(ZeroTokenConfig.__dataclass_fields__) | {"num_hidden_layers", "layer_types", "use_cache"}
+    return frozenset(ZeroTokenConfig.__dataclass_fields__) | {"num_hidden_layers", "layer_types"}
 
 
-def _check_host(kind: object) -> None:
-    if kind not in HOSTS:
-        raise UnsupportedError(f"Layers of a {kind!r} model cannot be looped. Known: {', '.join(HOSTS)}.")
+def check_choice(name: str, value: object) -> None:
+    """Refuse a value that the knob ``name`` does not know.
+
+    Raises:
+        RecipeError: The value is unknown.
+    """
+    choices = _choices()[name]
+    if value not in choices:
+        raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), filter(None, choices))}")

@@ -16,9 +16,17 @@ from transformers.pytorch_utils import Conv1D
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.knobs import known
+from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token import hosts
-from modicum.models.zero_token.config import HOSTS, ZeroTokenConfig, ZeroTokenKnobs
-from modicum.models.zero_token.model import ZeroTokenForCausalLM
+from modicum.models.zero_token.body import Call
+from modicum.models.zero_token.config import ZeroTokenConfig, ZeroTokenKnobs
+from modicum.models.zero_token.model import (
+    Looped,
+    ZeroTokenForCausalLM,
+    ZeroTokenForSequenceClassification,
+    ZeroTokenForTokenClassification,
+    ZeroTokenModel,
+)
 from modicum.random import generator
 from modicum.registry import model as model_registry
 from modicum.types import NonNegativeInt, PositiveInt
@@ -84,14 +92,16 @@ def convert_to_zero_token(
         Transformers", 2024, arXiv:2410.20672.
     """
     knobs = known(convert_to_zero_token, knobs)
-    if isinstance(model, ZeroTokenForCausalLM):
+    if isinstance(model, Looped):
         raise UnsupportedError("The model is looped already. Use resize_pool(model, n_cycles) for other cycles.")
-    if model.config.model_type not in HOSTS:
-        raise UnsupportedError(f"A {model.config.model_type!r} model cannot be looped. Known: {', '.join(HOSTS)}.")
+    hosts.check_config(model.config)
     depth = model.config.num_hidden_layers
     config = ZeroTokenConfig(host=model.config, n_head=ends(depth, n_head), n_tail=ends(depth, n_tail), **knobs)
     if mode == "loop":
-        return _loop(model, config)
+        looped = _loop(model, config)
+        if model.config.model_type not in hosts.TESTED:
+            _compare(model, looped)
+        return looped
     if mode == "tie":
         if config.order != "cycle":
             raise UnsupportedError("mode 'tie' needs order 'cycle'.")
@@ -104,20 +114,56 @@ def ends(n_layers: int, asked: int | Literal["auto"]) -> int:
     return max(1, round(n_layers / 3)) if asked == "auto" else asked
 
 
-def _fresh(config: ZeroTokenConfig, model: PreTrainedModel) -> ZeroTokenForCausalLM:
+_KINDS: dict[str, type[Looped]] = {
+    kind.kind: kind
+    for kind in (
+        ZeroTokenModel, ZeroTokenForCausalLM, ZeroTokenForSequenceClassification, ZeroTokenForTokenClassification
+    )
+}  # fmt: skip
+
+
+def _fresh(config: ZeroTokenConfig, model: PreTrainedModel, kind: str) -> Any:
     config.dtype = model.dtype
     with no_init_weights():
-        looped = ZeroTokenForCausalLM(config)
+        looped = _KINDS[kind](config)
     looped.to(device=model.device, dtype=model.dtype)
     # The pool's buffers hold whatever memory held: nothing but its own initialisation may fill them.
     looped.zero_token.initialize()
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         looped.generation_config = copy.deepcopy(model.generation_config)
     return looped.eval()
 
 
-def _loop(model: PreTrainedModel, config: ZeroTokenConfig) -> ZeroTokenForCausalLM:
-    looped = _fresh(config, model)
+@torch.no_grad()
+def _compare(model: PreTrainedModel, looped: Any) -> None:
+    """Hold a host that is not among the tested ones to its own result: one cycle without zero tokens changes nothing.
+
+    Raises:
+        UnsupportedError: It does, so that something happens between the layers of this host.
+    """
+    if looped.config.loop_connection is not None or looped.config.order != "cycle":
+        return
+    model_was_training = model.training
+    model.eval()
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    want = model(input_ids=ids, use_cache=False, return_dict=True)
+    model.train(model_was_training)
+    name = "logits" if "logits" in want else "last_hidden_state"
+    try:
+        got = looped(input_ids=ids, use_cache=False, return_dict=True, looping=Call(n_cycles=1, plain=True))
+        same = torch.equal(want[name], got[name])
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise hosts.refused(model.config, f"its layers failed with {error!r}") from error
+    if not same:
+        raise hosts.refused(
+            model.config, "run once and without zero tokens its layers give another result than the model itself"
+        )
+
+
+def _loop(model: PreTrainedModel, config: ZeroTokenConfig) -> Any:
+    looped = _fresh(config, model, hosts.kind_of(model))
     report = looped.load_state_dict(model.state_dict(), strict=False)
     _complete(report)
     looped.tie_weights()
@@ -132,28 +178,29 @@ def _complete(report: Any) -> None:
         )
 
 
-def _tie(model: PreTrainedModel, config: ZeroTokenConfig, tie_init: TieInit) -> ZeroTokenForCausalLM:
+def _tie(model: PreTrainedModel, config: ZeroTokenConfig, tie_init: TieInit) -> Any:
     depth, n_cycles, head, tail = model.config.num_hidden_layers, config.n_cycles, config.n_head, config.n_tail
     width = (depth - head - tail) // n_cycles  # physical layers in the middle
     if width < 1:
         raise RecipeError(f"{depth} layers less {head} and {tail} are too few to tie {n_cycles} times.")
     host = config.host
     host.num_hidden_layers = head + width + tail
-    if getattr(host, "layer_types", None) is not None:
-        host.layer_types = host.layer_types[: host.num_hidden_layers]
-    looped = _fresh(config, model)
-    source = hosts.host_of(host)
-    layers = getattr(getattr(model, source.prefix), source.layers)
+    for name in LAYER_LISTS:
+        if getattr(host, name, None) is not None:
+            setattr(host, name, getattr(host, name)[: host.num_hidden_layers])
+    looped = _fresh(config, model, hosts.kind_of(model))
+    path = hosts.layers_path(model)
+    layers: Any = model.get_submodule(path)
     # The visit (k, c) stands for this layer; where the cycles do not divide the layers, some are passed over.
     stands = torch.linspace(head, depth - tail - 1, width * n_cycles).round().long().view(n_cycles, width)
-    state = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{source.prefix}.{source.layers}.")}
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{path}.")}
     for new, old in [(i, i) for i in range(head)] + [(head + width + i, depth - tail + i) for i in range(tail)]:
-        state |= _named(layers[old].state_dict(), source, new)
+        state |= _named(layers[old].state_dict(), path, new)
     for k in range(width):
         chosen = tied_layer(
             [layers[i].state_dict() for i in stands[:, k]], k, width, tie_init, layers, head, tail, config.seed
         )
-        state |= _named(chosen, source, head + k)
+        state |= _named(chosen, path, head + k)
         if config.lora_rank:
             _fit_lora(looped, head + k, chosen, [layers[i] for i in stands[:, k]])
     _complete(looped.load_state_dict(state, strict=False))
@@ -161,8 +208,8 @@ def _tie(model: PreTrainedModel, config: ZeroTokenConfig, tie_init: TieInit) -> 
     return looped
 
 
-def _named(state: dict[str, Tensor], host: hosts.Host, layer: int) -> dict[str, Tensor]:
-    return {f"{host.prefix}.{host.layers}.{layer}.{name}": tensor for name, tensor in state.items()}
+def _named(state: dict[str, Tensor], path: str, layer: int) -> dict[str, Tensor]:
+    return {f"{path}.{layer}.{name}": tensor for name, tensor in state.items()}
 
 
 def tied_layer(
@@ -236,7 +283,7 @@ def resize_pool(model: ZeroTokenForCausalLM, n_cycles: PositiveInt) -> ZeroToken
     if config.cycle_loss_weights is not None:
         config.cycle_loss_weights = (config.cycle_loss_weights + config.cycle_loss_weights[-1:] * n_cycles)[:n_cycles]
     config.check()
-    resized = _fresh(config, model)
+    resized: ZeroTokenForCausalLM = _fresh(config, model, model.kind)
     state = {n: t for n, t in model.state_dict().items() if not n.startswith("zero_token.")}
     resized.load_state_dict(state, strict=False)
     old, last = model.config.rows, model.config.depth - 1

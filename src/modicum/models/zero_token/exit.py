@@ -91,6 +91,12 @@ def latent_change(before: Float[Tensor, "b t d"], after: Float[Tensor, "b t d"])
     return (wide - before).norm(dim=-1) / wide.norm(dim=-1).clamp(min=torch.finfo(wide.dtype).tiny)
 
 
+def confidence(logits: Float[Tensor, "b t v"]) -> Float[Tensor, "b t"]:
+    """Return the probability of the likeliest next token."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.exp(wide.amax(-1) - wide.logsumexp(-1))
+
+
 def entropy_change(before: Float[Tensor, "b t v"], after: Float[Tensor, "b t v"]) -> Float[Tensor, "b t"]:
     """Return by how much a cycle changed the entropy of the prediction, in nats."""
     return (_entropy(after) - _entropy(before)).abs()

@@ -1,55 +1,173 @@
-"""Where the host architectures keep their parts."""
+"""What a looped model must know of its host: which class it is, where its layers are, what is inside a layer.
+
+Everything else (embeddings, masks, positions, norms, scalings, heads) stays the host's own code.
+"""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
 from transformers.pytorch_utils import Conv1D
 
 from modicum.errors import UnsupportedError
-from modicum.models.zero_token.visit import ATTENTION
+
+_MAPPINGS = {
+    "base": auto.MODEL_MAPPING,
+    "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "sequence": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "token": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
 
 
-@dataclass(frozen=True)
-class Host:
-    """Names of a host's parts, as its checkpoints spell them."""
-
-    prefix: str
-    layers: str
-    norm: str
-    embedding: str
-    attention: str
+def host_class(config: PreTrainedConfig, kind: str) -> type[PreTrainedModel]:
+    """Return the host's class with the head ``kind``: ``base``, ``causal``, ``sequence`` or ``token``."""
+    found = _MAPPINGS[kind].get(type(config), None)
+    if found is None:
+        raise UnsupportedError(f"transformers has no {kind} model of the type {config.model_type!r}.")
+    return found[0] if isinstance(found, tuple) else found
 
 
-_LLAMA = Host("model", "layers", "norm", "embed_tokens", "self_attn")
-_GPT2 = Host("transformer", "h", "ln_f", "wte", "attn")
+def kind_of(model: PreTrainedModel) -> str:
+    """Return which head ``model`` has."""
+    for kind in ("causal", "sequence", "token", "base"):
+        if type(model.config) in _MAPPINGS[kind] and isinstance(model, host_class(model.config, kind)):
+            return kind
+    raise UnsupportedError(
+        f"A {type(model).__name__} cannot be looped. Give a model for causal language modelling, for sequence or token "
+        "classification, or one without head."
+    )
 
 
-def host_of(config: PreTrainedConfig) -> Host:
-    """Return where ``config``'s architecture keeps its parts."""
-    return _GPT2 if config.model_type == "gpt2" else _LLAMA
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse architectures whose layers are no plain visits of attention, by what their configuration says.
+
+    Raises:
+        UnsupportedError: The layers do more than attend and pass a state on.
+    """
+    reasons = {
+        "layers of its own for an encoder": getattr(config, "is_encoder_decoder", False),
+        "attention in both directions": type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING,
+        "several parts (loop the text model alone)": hasattr(config, "text_config"),
+        "layers that read each other's keys": getattr(config, "num_kv_shared_layers", 0),
+        "compressed keys and values": getattr(config, "kv_lora_rank", None),
+        "attention with reorder_and_upcast_attn": getattr(config, "reorder_and_upcast_attn", False),
+        "cross-attention": getattr(config, "add_cross_attention", False),
+        "layers that are dropped at random (set layerdrop to 0)": getattr(config, "layerdrop", 0),
+    }
+    plain = {"full_attention", "sliding_attention", "chunked_attention"}
+    reasons["layers without attention"] = set(getattr(config, "layer_types", None) or ()) - plain
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found or type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise refused(config, f"it has {found[0]}" if found else "it is no decoder")
 
 
-def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the host without head, its attention going through ours."""
-    if getattr(config, "reorder_and_upcast_attn", False) or getattr(config, "add_cross_attention", False):
-        raise UnsupportedError("reorder_and_upcast_attn and add_cross_attention are not supported. Set them to false.")
-    backbone = AutoModel.from_config(copy.deepcopy(config), attn_implementation=ATTENTION)
-    backbone.config._attn_implementation_internal = ATTENTION
-    return backbone
+def refused(config: PreTrainedConfig, why: str) -> UnsupportedError:
+    """Return the error that names a host that cannot be looped, and those that can."""
+    tested = ", ".join(TESTED)
+    return UnsupportedError(f"A {config.model_type!r} model cannot be looped: {why}. Tested hosts: {tested}.")
 
 
-def embed(backbone: Any, inputs_embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Return the first state and the arguments that every layer takes."""
-    if backbone.config.model_type == "gpt2":
-        return backbone.drop(inputs_embeds + backbone.wpe(position_ids)), {}
-    rotary = backbone.rotary_emb(inputs_embeds, position_ids=position_ids)
-    return inputs_embeds, {"position_embeddings": rotary, "position_ids": position_ids}
+# Hosts for which every feature is tested; other decoders are compared with themselves when they are converted.
+TESTED = (
+    "cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2",
+    "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+)  # fmt: skip
+
+
+def find_layers(model: PreTrainedModel, n_layers: int) -> tuple[PreTrainedModel, str]:
+    """Return the module that runs the layers, and the name by which it holds them.
+
+    Raises:
+        UnsupportedError: There is no such list, or there are several.
+    """
+    found: list[tuple[PreTrainedModel, str]] = [
+        (module, name)
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == n_layers and all(map(_attends, child))
+    ]
+    if len(found) != 1:
+        raise refused(model.config, f"it has {len(found)} lists of {n_layers} layers with attention, expected one")
+    return found[0]
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Return the name of the list of layers, as it stands in the names of ``model``'s tensors."""
+    body, name = find_layers(model, model.config.num_hidden_layers)
+    return next(f"{path}.{name}".lstrip(".") for path, module in model.named_modules() if module is body)
+
+
+def _attentions(block: nn.Module) -> list[nn.Module]:
+    return [child for child in block.children() if "attention" in type(child).__name__.lower()]
+
+
+def _attends(block: nn.Module) -> bool:
+    return len(_attentions(block)) == 1
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """Return the attention of a layer."""
+    return _attentions(block)[0]
+
+
+def feed_forward_of(block: nn.Module) -> nn.Module:
+    """Return what ends the feed-forward branch of a layer: its module, or the last linear map of the layer itself."""
+    words = ("mlp", "moe", "feedforward", "experts")
+    named = [c for c in block.children() if any(word in type(c).__name__.lower() for word in words)]
+    linear = [c for c in block.children() if isinstance(c, nn.Linear | Conv1D)]
+    if not named and not linear:
+        raise UnsupportedError(f"{type(block).__name__} has no feed-forward part that ffn_gate could close.")
+    return (named or linear)[-1]
+
+
+def normed_key(attention: nn.Module, key: Tensor) -> Tensor:
+    """Return the zero keys (g, k) as the host norms its keys; unchanged where it does not."""
+    norm = next((c for name, c in attention.named_children() if name.startswith(("k_norm", "k_layernorm"))), None)
+    if norm is None:
+        return key
+    weights: list[Any] = list(norm.parameters())
+    if weights and weights[0].dim() == 1 and weights[0].numel() == key.numel():
+        return norm(key.flatten()).view_as(key)  # the norm spans all heads
+    if isinstance(getattr(norm, "norms", None), nn.ModuleList):
+        return norm(key[None, :, None])[0, :, 0]  # a norm for each head
+    return norm(key)
+
+
+def rotation_of(attention: nn.Module) -> Any:
+    """Return the function by which the host turns queries and keys.
+
+    Raises:
+        UnsupportedError: The host has no rotary positions.
+    """
+    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if turn is None:
+        raise UnsupportedError(
+            f"zero_key_rope: relative needs rotary positions, which {type(attention).__name__} does not have."
+        )
+    return turn
+
+
+def rotated_key(attention: nn.Module, key: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return the zero keys turned by each query's own position (b, g, t, k), as the host turns its keys.
+
+    Raises:
+        UnsupportedError: The host has no rotary positions, or turns a part of the head alone.
+    """
+    turn = rotation_of(attention)
+    if rotary is None or rotary[0].shape[-1] != key.shape[-1]:
+        raise UnsupportedError(
+            f"zero_key_rope: relative needs rotary positions over the whole head, which {type(attention).__name__} "
+            "does not have. Use zero_key_rope: none."
+        )
+    spread = key[None, :, None].expand(rotary[0].shape[0], -1, rotary[0].shape[1], -1)
+    turned: Tensor = turn(spread, spread, *rotary)[1]
+    return turned
 
 
 def linear_maps(layer: nn.Module) -> dict[str, nn.Module]:
@@ -63,12 +181,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return tuple(weight.shape) if isinstance(module, Conv1D) else tuple(weight.shape[::-1])
 
 
-def scale_residual_init(backbone: Any, visits: int) -> None:
+def scale_residual_init(layers: nn.ModuleList, config: PreTrainedConfig, visits: int) -> None:
     """Scale fresh residual outputs to the logical depth, where the host draws them for its physical one."""
-    if backbone.config.model_type != "gpt2":
+    if config.model_type != "gpt2":
         return
-    factor = (backbone.config.n_layer / visits) ** 0.5
+    factor = (len(layers) / visits) ** 0.5
     with torch.no_grad():
-        for block in backbone.h:
-            block.attn.c_proj.weight.mul_(factor)
-            block.mlp.c_proj.weight.mul_(factor)
+        for block in layers:
+            for name, parameter in block.named_parameters():
+                if name.endswith("c_proj.weight"):
+                    parameter.mul_(factor)

@@ -9,7 +9,7 @@ policy: its own last keys and values (``latest``), its last state through the la
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from transformers import Cache
 
 from modicum.errors import UnsupportedError
 from modicum.models.zero_token.cache import SlotLayer
-from modicum.models.zero_token.config import PlainConfig, zero_key_shape
+from modicum.models.zero_token.config import ExitCriterion, ExitScope, ExitScore, PlainConfig
 from modicum.models.zero_token.exit import (
+    confidence,
     entropy_change,
     latent_change,
     layer_score,
@@ -27,6 +28,7 @@ from modicum.models.zero_token.exit import (
     random_score,
     spread,
 )
+from modicum.models.zero_token.hosts import attention_of
 from modicum.models.zero_token.schedule import Stages
 from modicum.models.zero_token.visit import Visit
 
@@ -38,20 +40,35 @@ class Trace:
     """States, visits and counts that a pass records.
 
     Attributes:
+        first: The state before the first visit.
         states: The state after each visit.
         visits: The visits made.
         cycle_states: The state after each cycle.
         cycles: Cycles that each token ran (b, t); padding leaves at the first decision.
         calls: Number of layer visits made.
         scores: Scores that were compared with the threshold at each decision (b, t).
+        run: The pass itself, when it is over.
     """
 
+    first: Tensor | None = None
     states: list[Tensor] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
     cycle_states: list[Tensor] = field(default_factory=list)
     cycles: Tensor | None = None
     calls: int = 0
     scores: list[Tensor] = field(default_factory=list)
+    run: LoopRun | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Exit:
+    """When tokens leave: the configuration's settings, or what a call asked for instead."""
+
+    threshold: float | None
+    criterion: ExitCriterion
+    score: ExitScore
+    scope: ExitScope
+    min_cycles: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,42 +79,44 @@ class LoopRun:
         config: The model's configuration.
         stages: The visits.
         layers: The host's layers.
-        call: Arguments of the host's layers.
-        masks: Attention mask by layer type.
-        layer_types: Kind of attention of each slot.
         rows: Row of the pool by (layer, cycle).
         pool: The pool's parameters.
         cache: The cache, or None.
         real: Which tokens are no padding (b, t), or None for all.
-        positions: Position of each token.
+        past: Number of tokens in the cache.
         predict: State to logits, for exit criteria that read the prediction.
         n_cycles: Cycles to run.
+        exit: When tokens leave.
         trace: Record of the visits.
         depths: Cycles of each token (b, t), when they are imposed.
-        threshold: Exit threshold, or None.
+        arguments: What the host calls the layer of each slot with, after the state.
     """
 
     config: PlainConfig
     stages: Stages
     layers: nn.ModuleList
-    call: dict[str, Any]
-    masks: dict[str, Any]
-    layer_types: list[str]
     rows: dict[tuple[int, int], int]
     pool: dict[str, Tensor]
     cache: Cache | None
     real: Tensor | None
-    positions: Tensor
+    past: int
     predict: Callable[[Tensor], Tensor]
     n_cycles: int
+    exit: Exit
     trace: Trace  # given, not made by default: torch.compile cannot trace a factory of classes
-    depths: Tensor | None = None
-    threshold: float | None = None
+    depths: Tensor | None
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
     @property
     def may_exit(self) -> bool:
         """Whether tokens may leave before the last cycle."""
-        return (self.threshold is not None or self.depths is not None) and len(self.stages.cycles) > 1
+        return (self.exit.threshold is not None or self.depths is not None) and len(self.stages.cycles) > 1
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a visit's keys and values are read by later ones."""
+        shares = self.config.cache_policy == "share_first"
+        return self.may_exit or shares or (self.cache is not None and self.n_cycles < len(self.stages.cycles))
 
     def visit(
         self,
@@ -110,64 +129,41 @@ class LoopRun:
     ) -> tuple[Tensor, Visit]:
         """Run one layer."""
         layer, cycle, slot = entry
-        row = self.rows.get((layer, cycle))
         shared = self.config.cache_policy == "share_first"
+        args, kwargs = self.arguments[slot]
         if shared and cycle:
             slot = next(s for c in self.stages.cycles for (first, at, s) in c if first == layer and at == 0)
-        visit = Visit(
-            layer,
-            cycle,
-            slot,
-            backend=self.config._attn_implementation_internal or "sdpa",
-            route=self.config.route,
-            cache=self.cache,
-            has_zero=row is not None,
-            zero_key=None if row is None else self._zero_key(layer, row),
-            zero_bias=self.pool["zero_bias"][row] if row is not None and "zero_bias" in self.pool else None,
-            active=active,
-            # Under "propagate" a token that left makes keys of its last state, like the tokens that go on.
-            previous=None if self.config.cache_policy == "propagate" else previous,
-            shared=shared,
-            only_store=only_store,
-            lora=self._lora(layer, cycle) if self.config.lora_rank else None,
-        )
-        mask = self.masks[self.layer_types[slot]]
-        block: Any = self.layers[layer]
-        if only_store:
-            norm, attention = (
-                (block.ln_1, block.attn) if hasattr(block, "ln_1") else (block.input_layernorm, block.self_attn)
+        visit = self.bare_visit((layer, cycle, slot))
+        visit.rotary = kwargs.get("position_embeddings")
+        visit.active = active
+        # Under "propagate" a token that left makes keys of its last state, like the tokens that go on.
+        visit.previous = None if self.config.cache_policy == "propagate" else previous
+        visit.shared = shared
+        new = self.layers[layer](hidden, *args, **kwargs, visit=visit)
+        if not isinstance(new, Tensor) or visit.states is None:
+            why = "it computes attention by code of its own" if visit.states is None else "it returns more than a state"
+            raise UnsupportedError(f"{type(self.layers[layer]).__name__} cannot be looped: {why}.")
+        if torch.is_grad_enabled() and not visit.with_gradient and self.remembers:
+            raise UnsupportedError(
+                "Reentrant checkpointing loses the gradient of keys that a later cycle reads. "
+                "Set gradient_checkpointing_kwargs to {'use_reentrant': False}."
             )
-            attention(norm(hidden), attention_mask=mask, visit=visit, **self.call)
+        if only_store:
             return hidden, visit
-        hidden = block(hidden, attention_mask=mask, visit=visit, use_cache=False, **self.call)
         self.trace.calls += 1
         self.trace.visits.append(visit)
-        self.trace.states.append(hidden)
-        return hidden, visit
+        self.trace.states.append(new)
+        return new, visit
 
-    def _zero_key(self, layer: int, row: int) -> Tensor | None:
-        if self.config.zero_kind == "sink":
-            return None
-        block = self.layers[layer]
-        if self.config.zero_kind == "off_by_one":
-            weight: Tensor = next(block.parameters())
-            return weight.new_zeros(zero_key_shape(self.config.host))
-        key = self.pool["zero_key"][row]
-        norm = getattr(getattr(block, "self_attn", None), "k_norm", None)
-        if norm is not None and self.config.zero_key_norm:
-            key = norm(key)
-        if self.config.zero_key_rope == "relative":
-            cos, sin = (x[:, None] for x in self.call["position_embeddings"])
-            first, second = key.chunk(2, dim=-1)
-            key = key[None, :, None] * cos + torch.cat([-second, first], -1)[None, :, None] * sin
-        return key
+    def without_cache(self) -> LoopRun:
+        """Return the same pass without its cache."""
+        return replace(self, cache=None)
 
-    def _lora(self, layer: int, cycle: int) -> dict[str, tuple[Tensor, Tensor]]:
-        return {
-            name.split(":")[1].replace("/", "."): (a[cycle], self.pool[f"{name[:-1]}B"][cycle])
-            for name, a in self.pool.items()
-            if name.startswith(f"lora.{layer}:") and name.endswith(":A")
-        }
+    def bare_visit(self, entry: Entry) -> Visit:
+        """Return a visit that was not made yet."""
+        layer, cycle, slot = entry
+        row = self.rows.get((layer, cycle))
+        return Visit(layer, cycle, slot, config=self.config, pool=self.pool, row=row, cache=self.cache)
 
 
 def forward(run: LoopRun, hidden: Tensor) -> Tensor:
@@ -194,7 +190,7 @@ def run_tail(run: LoopRun, hidden: Tensor) -> Tensor:
 def _loop(run: LoopRun, hidden: Tensor) -> Tensor:
     config, may_exit = run.config, run.may_exit
     select = config.cache_policy == "select"
-    remembers = may_exit or config.cache_policy == "share_first" or run.n_cycles < len(run.stages.cycles)
+    remembers = run.remembers
     anchor = hidden
     active: Tensor | None = None  # None while nobody has left
     last: dict[int, tuple[Tensor, Tensor]] = {}  # each layer's newest keys and values of these tokens
@@ -217,7 +213,7 @@ def _loop(run: LoopRun, hidden: Tensor) -> Tensor:
             if remembers and visit.states is not None and not (visit.shared and entry[0] in last):
                 last[entry[0]] = visit.states
             chosen = _hold(hidden, chosen, active)
-            if criterion.by_layer and c >= config.min_cycles:
+            if criterion.by_layer and c >= run.exit.min_cycles:
                 active = criterion.after_layer(visit, active)
         running = None if select else active
         connected = _connect(run, before, hidden, anchor, c)
@@ -234,6 +230,13 @@ def _loop(run: LoopRun, hidden: Tensor) -> Tensor:
     _pad_history(run, hidden)
     run.trace.cycles = cycles if len(run.stages.cycles) > 1 else cycles * run.n_cycles
     return chosen
+
+
+def positions(run: LoopRun, hidden: Tensor) -> Tensor:
+    """Return the position of each token, as the host gave it to the layers."""
+    given = next(iter(run.arguments.values()))[1].get("position_ids")
+    count = torch.arange(hidden.shape[1], device=hidden.device)[None] + run.past
+    return count if given is None else given
 
 
 def _hold(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
@@ -268,57 +271,53 @@ def _fill(run: LoopRun, hidden: Tensor, last: dict[int, tuple[Tensor, Tensor]], 
         if run.config.cache_policy == "propagate":
             run.visit(hidden, (layer, cycle, slot), only_store=True)
             continue
-        row = run.rows.get((layer, cycle))
-        visit = Visit(layer, cycle, slot, cache=run.cache, zero_key=None if row is None else run._zero_key(layer, row))
-        visit.zero_bias = run.pool["zero_bias"][row] if row is not None and "zero_bias" in run.pool else None
-        visit.store(*last[layer])
+        visit = run.bare_visit((layer, cycle, slot))
+        visit.rotary = run.arguments[slot][1].get("position_embeddings")
+        key, value = last[layer]
+        visit.store(key, value, visit.zero(attention_of(run.layers[layer]), key))
 
 
 class _Criterion:
     """Decides after each cycle, or layer, who goes on."""
 
     def __init__(self, run: LoopRun) -> None:
-        self.run = run
-        config = run.config
-        self.by_layer = (
-            run.may_exit
-            and run.depths is None
-            and config.exit_criterion == "zero_attention"
-            and config.exit_score == "layer"
-        )
+        self.run, self.exit = run, run.exit
+        by_layer = run.exit.criterion == "zero_attention" and run.exit.score == "layer"
+        self.by_layer = run.may_exit and run.depths is None and by_layer
         self.logits: Tensor | None = None
-        self.scope = config.exit_scope
 
     def after_layer(self, visit: Visit, active: Tensor | None) -> Tensor | None:
         """Let tokens leave in the middle of a cycle."""
         if visit.p0 is None:
             return active
-        assert self.run.threshold is not None  # noqa: S101 - by_layer implies it
-        return self._leave(layer_score([visit.p0], score="layer"), self.run.threshold, active, self._own_slot(visit))
+        assert self.exit.threshold is not None  # noqa: S101 - by_layer implies it
+        return self._leave(layer_score([visit.p0], score="layer"), self.exit.threshold, active, self._own_slot(visit))
 
     def after_cycle(
         self, visits: list[Visit], before: Tensor, after: Tensor, active: Tensor | None, done: int
     ) -> Tensor | None:
         """Let tokens leave at the end of a cycle."""
-        run, config = self.run, self.run.config
+        run = self.run
         if run.depths is not None:
             return run.depths > done if active is None else active & (run.depths > done)
-        if self.by_layer or run.threshold is None:
+        if self.by_layer or self.exit.threshold is None:
             return active
-        threshold = run.threshold
-        if config.exit_criterion == "zero_attention":
+        threshold = self.exit.threshold
+        if self.exit.criterion == "zero_attention":
             p0s = [visit.p0 for visit in visits if visit.p0 is not None]
             if not p0s:
                 raise UnsupportedError(
                     "There is no zero token to exit by. Set zero_token: true or another exit_criterion."
                 )
-            score = layer_score(p0s, score=config.exit_score)
-        elif config.exit_criterion == "random":
-            score = random_score(run.positions, seed=config.seed, cycle=done).expand(after.shape[:2])
+            score = layer_score(p0s, score=self.exit.score)
+        elif self.exit.criterion == "random":
+            score = random_score(positions(run, after), seed=run.config.seed, cycle=done).expand(after.shape[:2])
             threshold = 1 - threshold
+        elif self.exit.criterion == "confidence":
+            score = confidence(run.predict(run_tail(run, after)))
         else:
             score, threshold = self._change(before, after), -threshold
-        if done < config.min_cycles:
+        if done < self.exit.min_cycles:
             return active
         return self._leave(score, threshold, active, self._own_slot(visits[0]))
 
@@ -330,13 +329,13 @@ class _Criterion:
 
     def _change(self, before: Tensor, after: Tensor) -> Tensor:
         """Return minus the change that this cycle made, so that a small change scores high."""
-        if self.run.config.exit_criterion == "latent":
+        if self.exit.criterion == "latent":
             return -latent_change(before, after)
         logits, previous = self.run.predict(run_tail(self.run, after)), self.logits
         self.logits = logits
         if previous is None:
             return after.new_full(after.shape[:2], -torch.inf)
-        measure = entropy_change if self.run.config.exit_criterion == "entropy" else prediction_change
+        measure = entropy_change if self.exit.criterion == "entropy" else prediction_change
         return -measure(previous, logits)
 
     def _leave(self, score: Tensor, threshold: float, active: Tensor | None, slot: int) -> Tensor:
@@ -346,9 +345,9 @@ class _Criterion:
         # NaN takes padding and tokens that have left out of every average.
         score = score.masked_fill(~stays, torch.nan)
         t = score.shape[1]
-        if self.scope == "prefix" and self.run.cache is not None:
+        if self.exit.scope == "prefix" and self.run.cache is not None:
             score = _with_history(self.run.cache, slot, score)
-        pooled = spread(score, scope=self.scope)[:, -t:]
+        pooled = spread(score, scope=self.exit.scope)[:, -t:]
         self.run.trace.scores.append(pooled)
         return stays & ~(pooled > threshold)
 
@@ -364,7 +363,7 @@ def _with_history(cache: Cache, slot: int, score: Tensor) -> Tensor:
 
 def _pad_history(run: LoopRun, hidden: Tensor) -> None:
     """Give the cycles that were not scored NaN, so that every slot has a score for every token."""
-    if run.cache is None or run.config.exit_scope != "prefix" or not run.may_exit:
+    if run.cache is None or run.exit.scope != "prefix" or not run.may_exit:
         return
     length = run.cache.layers[0].get_seq_length()
     for piece in run.stages.cycles:

@@ -4,6 +4,9 @@ The first and last layers of the host run once, the layers between them several 
 a zero token of its own (a trainable key with value zero), by which a shared layer can tell the cycles apart and attend
 to nothing. Where the attention on the zero token is high, the loop may stop.
 
+A looped model *is* its host: its class derives from the host's class with that head, so that embeddings, masks,
+positions, norms, scalings and heads are the host's own code; see :mod:`~modicum.models.zero_token.body`.
+
 Looping saves parameters, not decoding bandwidth: every cycle reads the middle weights again. Looped once more, a
 pre-trained model is at first much worse; it needs training, several free layers at both ends, or
 ``cycle_gate="rezero"``.
@@ -11,34 +14,40 @@ pre-trained model is at first much worse; it needs training, several free layers
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import copy
+import inspect
+from dataclasses import dataclass, fields
+from functools import cache as cached
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
-from transformers.utils.deprecation import deprecate_kwarg
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.models.zero_token import hosts, loop
-from modicum.models.zero_token.cache import prepare_cache
-from modicum.models.zero_token.config import PlainConfig, ZeroTokenConfig
+from modicum.models.zero_token.body import Call, by_name, looped_body, run_body, view_of
+from modicum.models.zero_token.config import CAUSAL_SCOPES, LABELS, ZeroTokenConfig, check_choice
 from modicum.models.zero_token.pool import OTHER_CYCLES, ZeroTokenPool
 from modicum.models.zero_token.visit import ATTENTION, add_gate, add_lora, watch
 from modicum.random import generator
 
 logger = logging.get_logger(__name__)
+
+# What forward takes beyond what the host takes; generate and GenerationConfig take all but the last.
+EXIT_KNOBS = ("exit_threshold", "exit_criterion", "exit_score", "exit_scope", "min_cycles")
+OWN_KNOBS = ("n_cycles", *EXIT_KNOBS, "output_zero_attention")
 
 
 @dataclass
@@ -57,105 +66,105 @@ class ZeroTokenOutput(CausalLMOutputWithPast):
             measure one.
         zero_attention: Attention on the zero token in each visit that has one, as a mapping from (layer, cycle) to
             (b, h, t); meaningless for tokens that had left.
+        aux_loss: What a mixture of experts adds to the loss, when it was asked for.
+        router_logits: What its routers decided by.
     """
 
     cycles: Int[Tensor, "b t"] | None = None
     layer_calls: int | None = None
     exit_scores: tuple[Float[Tensor, "b t"], ...] | None = None
     zero_attention: dict[tuple[int, int], Float[Tensor, "b h t"]] | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
-class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model whose middle layers run several times.
+# Read once: the compiler cannot trace it.
+_REPORTED = frozenset(field.name for field in fields(ZeroTokenOutput))
 
-    Its physical weights have the names that the host's checkpoints give them; what looping adds is in ``zero_token``.
 
-    Example:
-        >>> config = ZeroTokenConfig(host={"model_type": "llama", "vocab_size": 16, "hidden_size": 8,
-        ...     "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1})
-        >>> model = ZeroTokenForCausalLM(config).eval()
-        >>> model(torch.tensor([[1, 2, 3]])).layer_calls
-        4
+class Looped(PreTrainedModel):
+    """What looping adds to a class of the host, whatever its head.
+
+    ``ZeroTokenForCausalLM(config)`` makes an object of a class that derives from both ``ZeroTokenForCausalLM`` and the
+    host's class. Physical weights have the names that the host's checkpoints give them; what looping adds is in
+    ``zero_token``.
     """
 
     config_class = ZeroTokenConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("text",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
+    host_class: ClassVar[type[PreTrainedModel] | None] = None
+    kind: ClassVar[str] = "base"
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = False
-    _skip_keys_device_placement = ["cache"]  # noqa: RUF012 - transformers declares it so
+
+    def __new__(cls, config: ZeroTokenConfig | None = None, *_: Any, **__: Any) -> Any:
+        if cls.host_class is None and config is not None:
+            cls = looped_class(cls, hosts.host_class(config.host, cls.kind))  # type: ignore[arg-type]
+        return super().__new__(cls)
 
     def __init__(self, config: ZeroTokenConfig) -> None:
-        super().__init__(config)
-        host = hosts.host_of(config.host)
-        backbone = hosts.build_backbone(config.host)
-        self.base_model_prefix = host.prefix
-        self.add_module(host.prefix, backbone)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._tied_weights_keys = {"lm_head.weight": f"{host.prefix}.{host.embedding}.weight"}
-        self._no_split_modules = list(backbone._no_split_modules)
-        hosts.scale_residual_init(backbone, config.num_hidden_layers)
-        layers = getattr(backbone, host.layers)
+        host = copy.deepcopy(config.host)
+        for label in LABELS:  # a head's labels may be given when a model is loaded
+            setattr(host, label, getattr(config, label))
+        host._attn_implementation_internal = ATTENTION
+        try:
+            super().__init__(host)
+        except KeyError as error:  # a table of attention classes that has no place for ours
+            raise hosts.refused(config.host, "its attention cannot be replaced") from error
+        name: Any = config._attn_implementation
+        config._attn_implementation_internal = self._check_and_adjust_attn_implementation(name, is_init_check=True)
+        body, self.layers_name = hosts.find_layers(self, config.host.num_hidden_layers)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config = config
+            elif hasattr(module, "config"):
+                module.config._attn_implementation_internal = ATTENTION
+        self._body = (body,)  # no module of its own: the host's names it already
+        if body is not self:
+            body.__class__ = looped_body(type(body))  # type: ignore[arg-type]
+        body.looped_by = (self,)
+        layers = self.layers
+        hosts.scale_residual_init(layers, config.host, config.num_hidden_layers)
         maps = {layer: hosts.linear_maps(layers[layer]) for layer in config.middle} if config.lora_rank else {}
         shapes = {layer: {n: hosts.linear_shape(m) for n, m in found.items()} for layer, found in maps.items()}
         self.zero_token = ZeroTokenPool(config, shapes)
-        for layer in config.middle:
-            if config.lora_rank or config.ffn_gate:
-                switch = watch(getattr(layers[layer], host.attention))
-                for name, module in maps.get(layer, {}).items():
-                    add_lora(module, name, switch)
-                if config.ffn_gate:
-                    add_gate(layers[layer].mlp, switch)
+        if config.zero_key_rope == "relative":
+            hosts.rotation_of(hosts.attention_of(layers[0]))
+        for layer in config.middle if config.lora_rank or config.ffn_gate else ():
+            feed_forward = hosts.feed_forward_of(layers[layer])
+            for path, module in maps.get(layer, {}).items():
+                add_lora(module, f"{layer}:{path.replace('.', '/')}")
+            if config.ffn_gate:
+                add_gate(feed_forward)
+            watch(hosts.attention_of(layers[layer]), feed_forward)
         # The schedule is part of the architecture: it is read once, not at every step of decoding.
-        self._stages, self._rows, self._types = config.stages, config.rows, config.layer_types
-        self._draws = 0
+        self._stages, self._rows, self.depth = config.stages, config.rows, config.depth
         self._progress: float | None = None
-        self.post_init()
         # The host's plan would split the heads among devices, and leave the zero keys of all heads on each.
         self.tp_plan = None
+        self.zero_token.initialize()
 
-    @property
-    def backbone(self) -> Any:
-        """The host without its head."""
-        return getattr(self, self.base_model_prefix)
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers reads the source of the class's module, which for us is the host's.
+        host: Any = cls.host_class
+        return bool(host is not None and host._can_set_experts_implementation())
 
     @property
     def layers(self) -> nn.ModuleList:
         """The physical layers."""
-        return getattr(self.backbone, hosts.host_of(self.config.host).layers)
+        return self._body[0]._modules[self.layers_name]
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.backbone.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the language-model head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the language-model head."""
-        self.lm_head = new_embeddings
+    @property
+    def backbone(self) -> Any:
+        """The host without its head."""
+        return self.base_model
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroTokenPool):
             module.initialize()
         else:
             super()._init_weights(module)
-
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Choose how attention is computed; the host's layers go on calling ours, which reads the choice."""
-        super().set_attn_implementation(*args, **kwargs)
-        self.backbone.config._attn_implementation_internal = ATTENTION
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -174,6 +183,14 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
                 ) from error
             raise
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay must leave alone: those that looping added.
+
+        Decay would shut a gate, or shrink a key whose length is its meaning.
+        """
+        pool = {id(parameter) for parameter in self.zero_token.parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in pool}
+
     def set_training_step(self, step: int, total: int | None = None) -> None:
         """Name the training step, so that its number of cycles does not depend on how it was reached.
 
@@ -181,17 +198,18 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
             step: Optimiser steps done before.
             total: Length of the run, which ``cycle_onset`` and ``train_cycles="grow"`` need to know.
         """
-        self._draws = step << 20
+        self.zero_token.count(step << 20)
         self._progress = step / total if total else None
 
-    def _training_cycles(self) -> int:
+    def training_cycles(self) -> int:
         """Return how many cycles a pass of the current training step runs."""
-        depth, onset, kind = self.config.depth, self.config.cycle_onset, self.config.train_cycles
+        depth, onset, kind = self.depth, self.config.cycle_onset, self.config.train_cycles
         if onset or kind == "grow":
             if self._progress is None:
                 raise RecipeError(
                     "cycle_onset and train_cycles: grow go by the course of training, which is not known. Call "
-                    "model.set_training_step(step, total) before each step."
+                    "model.set_training_step(step, total) before each step, or give the Trainer "
+                    "callbacks=[modicum.models.TrainingStep()], which does."
                 )
             if self._progress < onset:
                 return 1
@@ -200,190 +218,179 @@ class ZeroTokenForCausalLM(PreTrainedModel, GenerationMixin):
         return self._drawn_cycles() if kind == "random" else depth
 
     def _drawn_cycles(self) -> int:
-        draw = generator(self.config.seed, "train_cycles", self._draws)
-        self._draws += 1
-        return int(torch.randint(1, self.config.depth + 1, (), generator=draw))
+        draw = generator(self.config.seed, "train_cycles", self.zero_token.next_count())
+        return int(torch.randint(1, self.depth + 1, (), generator=draw))
 
-    # As its hosts do, the model still takes the cache under the name that it had before transformers 5.24.
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    def forward(
-        self,
-        input_ids: Int[Tensor, "b t"] | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Int[Tensor, "#b t"] | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Float[Tensor, "b t d"] | None = None,
-        labels: Int[Tensor, "b t"] | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_attentions: bool | list[int] | None = None,
-        output_hidden_states: bool | list[int] | None = None,
-        return_dict: bool | None = None,
-        n_cycles: int | Tensor | None = None,
-        exit_threshold: float | None = None,
-        output_zero_attention: bool = False,
-        **kwargs: Any,
-    ) -> ZeroTokenOutput | tuple[Any, ...]:
-        """Run the model.
+    def _call(self, named: dict[str, Any]) -> tuple[Call, bool]:
+        """Take what is ours out of the arguments; return it, and whether to report the zero attention."""
+        own = {name: named.pop(name, None) for name in OWN_KNOBS}
+        exits = {name.removeprefix("exit_"): own[name] for name in EXIT_KNOBS}
+        for name in ("exit_criterion", "exit_score", "exit_scope"):
+            if own[name] is not None:
+                check_choice(name, own[name])
+        call: Call = named.pop("looping", None) or Call(n_cycles=own["n_cycles"], exit=exits)
+        return call, bool(own["output_zero_attention"])
 
-        Args:
-            input_ids: Tokens.
-            attention_mask: 1 for real tokens, cached ones included; or a ready 4D mask.
-            position_ids: Positions; counted on from the cache when not given.
-            cache: Cache with a slot for each layer visit.
-            inputs_embeds: Embeddings instead of tokens.
-            labels: Targets, shifted inside; -100 is ignored.
-            use_cache: Return a cache.
-            logits_to_keep: Compute the logits of the last tokens only, or of these positions.
-            output_attentions: Return attention weights; needs ``attn_implementation="eager"``.
-            output_hidden_states: Return the states, or those of the visits in a list.
-            return_dict: Return an output object rather than a tuple.
-            n_cycles: Cycles to run, instead of all; or how many each sequence (b,) or token (b, t) runs.
-            exit_threshold: Exit threshold, instead of the configuration's.
-            output_zero_attention: Return the attention on the zero tokens.
-            **kwargs: Passed on to the loss function.
+    def _run_host(self, named: dict[str, Any], call: Call) -> Any:
+        """Run the host's forward with the loop in its body."""
+        host: Any = self.host_class
+        if self._body[0] is self:
+            return run_body(self, host, named | {"looping": call})
+        return host.forward(self, **named, looping=call)
 
-        Raises:
-            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds`` were given.
-            ModicumError: The cache or the number of cycles does not fit the model.
-        """
-        config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise RecipeError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if (
-            use_cache
-            and self.training
-            and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
-        ):
-            logger.warning_once("A cache cannot be filled under gradient checkpointing; use_cache is off.")
-            use_cache = False
-        if use_cache and cache is None:
-            cache = DynamicCache(config=config)
-        cache = None if cache is None or not use_cache else prepare_cache(cache, config.schedule)
-        self._check_checkpointing(n_cycles, exit_threshold)
-        hidden, run = self._begin(inputs_embeds, attention_mask, position_ids, cache, n_cycles, exit_threshold)
-        first = hidden
-        hidden = loop.forward(run, hidden)
-        normed = self._norm(hidden)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(normed[:, keep, :])
-        loss = None
-        if labels is not None:
-            loss = self._loss(run, logits, labels, **kwargs)
-        output = ZeroTokenOutput(
-            loss=loss,
-            logits=logits,
-            cache=cache,
-            hidden_states=self._asked(output_hidden_states, "hidden_states", [first, *run.trace.states[:-1], normed]),
-            attentions=self._asked(output_attentions, "attentions", [visit.weights for visit in run.trace.visits]),
-            cycles=run.trace.cycles,
-            layer_calls=run.trace.calls,
-            exit_scores=tuple(run.trace.scores) or None,
-        )
-        if output_zero_attention:
-            output.zero_attention = {(v.layer, v.cycle): v.p0 for v in run.trace.visits if v.p0 is not None}
-        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+    def looped_forward(self, named: dict[str, Any]) -> Any:
+        """Run the model on arguments by name."""
+        call, report = self._call(named)
+        plain = named.pop("return_dict", None)
+        out = self._run_host(named | {"return_dict": True}, call)
+        out = self._reported(out, call.trace, report, named)
+        return out if (self.config.return_dict if plain is None else plain) else out.to_tuple()
 
-    def _check_checkpointing(self, n_cycles: int | Tensor | None, exit_threshold: float | None) -> None:
-        function = getattr(self.layers[0], "_gradient_checkpointing_func", None)
-        if not self.training or function is None or not function.keywords.get("use_reentrant", True):
-            return
-        threshold = self.config.exit_threshold if exit_threshold is None else exit_threshold
-        if self.config.cache_policy == "share_first" or threshold is not None or isinstance(n_cycles, Tensor):
+    def _reported(self, out: Any, trace: loop.Trace, report: bool, _named: dict[str, Any]) -> Any:
+        for name, value in _report(trace, report).items():
+            setattr(out, name, value)
+        return out
+
+    def read_out(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Return the logits of a state that comes after the last layer, by the host's norm and head."""
+        logits: Tensor = self._read_out(hidden).logits
+        return logits
+
+    def _read_out(self, hidden: Tensor, **kwargs: Any) -> Any:
+        if self.kind == "base":
+            raise UnsupportedError("A body without head predicts nothing to leave by. Use another exit_criterion.")
+        width = self.get_input_embeddings().weight.shape[-1]
+        blank = hidden.new_zeros(*hidden.shape[:2], width)
+        call = Call(n_cycles=1, result=hidden)
+        return self._run_host(kwargs | {"inputs_embeds": blank, "use_cache": False, "return_dict": True}, call)
+
+
+def _report(trace: loop.Trace, report: bool) -> dict[str, Any]:
+    zero = {(v.layer, v.cycle): v.p0 for v in trace.visits if v.p0 is not None} if report else None
+    return {
+        "cycles": trace.cycles, "layer_calls": trace.calls, "exit_scores": tuple(trace.scores) or None,
+        "zero_attention": zero,
+    }  # fmt: skip
+
+
+class ZeroTokenModel(Looped):
+    """A looped body: states, no logits."""
+
+
+class ZeroTokenForSequenceClassification(Looped):
+    """A looped model that gives a sequence a label."""
+
+    kind = "sequence"
+
+
+class ZeroTokenForTokenClassification(Looped):
+    """A looped model that gives each token a label."""
+
+    kind = "token"
+
+
+class ZeroTokenForCausalLM(Looped, GenerationMixin):
+    """A causal language model whose middle layers run several times.
+
+    ``forward`` takes what the host's takes, and:
+
+    * ``n_cycles``: cycles to run, instead of all; or how many each sequence (b,) or token (b, t) runs,
+    * ``exit_threshold``, ``exit_criterion``, ``exit_score``, ``exit_scope``, ``min_cycles``: instead of the
+      configuration's; ``generate`` and ``GenerationConfig`` take them too,
+    * ``output_zero_attention``: return the attention on the zero tokens.
+
+    It returns a :class:`ZeroTokenOutput`.
+
+    Example:
+        >>> config = ZeroTokenConfig(host={"model_type": "llama", "vocab_size": 16, "hidden_size": 8,
+        ...     "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1})
+        >>> model = ZeroTokenForCausalLM(config).eval()
+        >>> model(torch.tensor([[1, 2, 3]])).layer_calls
+        4
+    """
+
+    kind = "causal"
+
+    def _reported(self, out: Any, trace: loop.Trace, report: bool, named: dict[str, Any]) -> Any:
+        found = {name: value for name, value in out.items() if name in _REPORTED}
+        if trace.run is not None and named.get("labels") is not None:
+            found["loss"] = self._weighted_loss(found["loss"], trace, named)
+        return ZeroTokenOutput(**found, **_report(trace, report))
+
+    def _weighted_loss(self, loss: Tensor, trace: loop.Trace, named: dict[str, Any]) -> Tensor:
+        """Return the sum of the losses after each cycle that ran, by their weights."""
+        weights, run = self.config.cycle_loss_weights, trace.run
+        if weights is None or not self.training or run is None:
+            return loss
+        tail = run.without_cache()  # these passes through the tail come after the one that filled the cache
+        left_out = ("input_ids", "inputs_embeds", "cache", "attention_mask", "position_ids", "use_cache")
+        kept = {name: value for name, value in named.items() if name not in left_out}
+        terms = [self._read_out(loop.run_tail(tail, s), **kept).loss for s in trace.cycle_states[:-1]] + [loss]
+        return torch.stack([w * term for w, term in zip(weights, terms)]).sum()
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Let a ``GenerationConfig`` hold our knobs; refuse what would not be what it says."""
+        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in ("n_cycles", *EXIT_KNOBS):
+            value = getattr(config, name, None)
+            if value is not None:
+                model_kwargs.setdefault(name, value)
+        asked = {name: model_kwargs.get(name) for name in ("exit_threshold", "exit_scope")}
+        threshold, scope = (getattr(self.config, n) if v is None else v for n, v in asked.items())
+        if threshold is not None and scope not in CAUSAL_SCOPES:
             raise UnsupportedError(
-                "Reentrant checkpointing loses the gradient of keys that a later cycle reads. "
-                "Set gradient_checkpointing_kwargs to {'use_reentrant': False}."
+                f"exit_scope: {scope} lets later tokens choose the depth of earlier ones, so that text cannot be "
+                f"generated with it. Use exit_scope: {' or '.join(CAUSAL_SCOPES)}."
             )
+        if config.assistant_early_exit is not None:
+            raise UnsupportedError(
+                "assistant_early_exit counts layers of a model that is not looped. Draft with another model "
+                "(assistant_model), or set exit_threshold."
+            )
+        return config, model_kwargs
 
-    def _asked(self, asked: bool | list[int] | None, what: str, found: list[Any]) -> tuple[Any, ...] | None:
-        """Return ``found`` when the call or the configuration asks for it; with None for those not in a list."""
-        asked = getattr(self.config, f"output_{what}", False) if asked is None else asked
-        if not isinstance(asked, list):
-            return tuple(found) if asked else None
-        kept = {index % len(found) for index in asked}
-        return tuple(x if index in kept else None for index, x in enumerate(found))
-
-    def _norm(self, hidden: Tensor) -> Tensor:
-        return getattr(self.backbone, hosts.host_of(self.config.host).norm)(hidden)
-
-    def _begin(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        n_cycles: int | Tensor | None,
-        exit_threshold: float | None,
-    ) -> tuple[Tensor, loop.LoopRun]:
-        config, (b, t) = self.config, inputs_embeds.shape[:2]
-        past = 0 if cache is None else cache.get_seq_length()
-        if position_ids is None:
-            position_ids = (torch.arange(t, device=inputs_embeds.device) + past)[None]
-        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        arguments = (config, inputs_embeds, attention_mask, cache, position_ids)
-        masks = {kind: make[kind](*arguments) for kind in set(self._types)}
-        hidden, call = hosts.embed(self.backbone, inputs_embeds, position_ids)
-        real: Bool[Tensor, "b t"] | None = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -t:].bool()
-        cycles, depths = self._cycles(n_cycles, b, t)
-        return hidden, loop.LoopRun(
-            config=PlainConfig(config),
-            stages=self._stages,
-            layers=self.layers,
-            call=call,
-            masks=masks,
-            layer_types=self._types,
-            rows=self._rows,
-            pool=self.zero_token(),
-            cache=cache,
-            real=real,
-            positions=position_ids,
-            predict=lambda state: self.lm_head(self._norm(state)),
-            n_cycles=cycles,
-            trace=loop.Trace(),
-            depths=depths,
-            threshold=config.exit_threshold if exit_threshold is None else exit_threshold,
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refuse: continuous batching keys its cache by the physical layer."""
+        raise UnsupportedError(
+            "Continuous batching keeps keys by the physical layer, and a looped model keeps them by visit. "
+            "Use model.generate."
         )
 
-    def _cycles(self, n_cycles: int | Tensor | None, b: int, t: int) -> tuple[int, Tensor | None]:
-        """Return how many cycles to run at most, and how many each token runs if they differ."""
-        depth = self.config.depth
-        if isinstance(n_cycles, Tensor) and n_cycles.dim() > 0:
-            if len(self._stages.cycles) < depth:
-                raise UnsupportedError(
-                    f"The order {self.config.order!r} runs all tokens equally deep. Use order: cycle."
-                )
-            depths = (n_cycles[:, None] if n_cycles.dim() == 1 else n_cycles).expand(b, t)
-            return depth, depths
-        if n_cycles is None:
-            return (self._training_cycles() if self.training else depth), None
-        if isinstance(n_cycles, bool) or not 1 <= int(n_cycles) <= depth:
-            raise RecipeError(
-                f"n_cycles is {n_cycles!r}, expected 1 to {depth}: the model has zero tokens for {depth} cycles."
-            )
-        return int(n_cycles), None
 
-    def _loss(self, run: loop.LoopRun, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        def cross_entropy(prediction: Tensor) -> Tensor:
-            return self.loss_function(logits=prediction, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+@cached
+def looped_class(kind: type[Looped], host: type[PreTrainedModel]) -> type[Looped]:
+    """Return the class of a looped model of this host: both a ``kind`` and the host's class."""
+    signature = inspect.signature(host.forward)
+    names = list(signature.parameters)[1:]
 
-        weights = self.config.cycle_loss_weights
-        if weights is None or not self.training:
-            loss = cross_entropy(logits)
-        else:
-            tail = replace(run, cache=None)  # these passes through the tail come after the one that filled the cache
-            earlier = [run.predict(loop.run_tail(tail, state)) for state in run.trace.cycle_states[:-1]]
-            terms = [cross_entropy(prediction) for prediction in [*earlier, logits]]
-            loss = torch.stack([w * term for w, term in zip(weights, terms)]).sum()
-        if self.training and run.n_cycles < self.config.depth:
-            # Parameters of cycles that were not drawn take part with weight zero: DDP waits for every gradient.
-            loss = loss + 0 * torch.stack([x.sum() for x in run.pool.values()]).sum() if run.pool else loss
-        return loss
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.looped_forward(by_name(names, args, kwargs))
+
+    *given, rest = signature.parameters.values()
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_KNOBS]
+    forward.__signature__ = signature.replace(parameters=[*given, *own, rest])  # type: ignore[attr-defined]
+    forward.__doc__ = kind.__doc__
+    qualname = f"{kind.__name__}[{host.__module__.replace('.', ':')}:{host.__name__}]"
+    namespace = {"forward": forward, "host_class": host, "__module__": __name__, "__qualname__": qualname}
+    return type(kind.__name__, (kind, host), namespace | {"view_class": view_of(host)})
+
+
+def __getattr__(name: str) -> Any:
+    """Return a looped class by its name, which is how pickle finds it."""
+    if name.endswith("]") and "[" in name:
+        import importlib
+
+        kind, host = name[:-1].split("[")
+        module, _, host = host.rpartition(":")
+        return looped_class(globals()[kind], getattr(importlib.import_module(module.replace(":", ".")), host))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 AutoConfig.register(ZeroTokenConfig.model_type, ZeroTokenConfig)
-AutoModelForCausalLM.register(ZeroTokenConfig, ZeroTokenForCausalLM)
+for _auto, _kind in (
+    (AutoModel, ZeroTokenModel),
+    (AutoModelForCausalLM, ZeroTokenForCausalLM),
+    (AutoModelForSequenceClassification, ZeroTokenForSequenceClassification),
+    (AutoModelForTokenClassification, ZeroTokenForTokenClassification),
+):
+    _auto.register(ZeroTokenConfig, _kind)

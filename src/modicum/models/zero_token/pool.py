@@ -18,8 +18,11 @@ OTHER_CYCLES = (
 )
 
 
-class ZeroTokenPool(nn.Module):
+class ZeroTokenPool(nn.LayerNorm):
     """Zero keys, biases, gates, embeddings of cycles and low-rank terms.
+
+    Weight decay would shut a gate, or shrink a key whose length is its meaning. Trainers know what to spare by the
+    class ``LayerNorm`` and by parts of names, and by nothing else; so the pool is one, although it norms nothing.
 
     Args:
         config: The model's configuration.
@@ -28,9 +31,10 @@ class ZeroTokenPool(nn.Module):
 
     # What no pre-trained model brings: training lets it out of weight decay, and trains and saves it with any adapter.
     is_addition = True
+    draws: Tensor
 
     def __init__(self, config: ZeroTokenConfig, linears: dict[int, dict[str, tuple[int, int]]]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         rows, depth = 1 + max(config.rows.values(), default=-1), config.depth
         heads = config.num_attention_heads
         groups, width = zero_key_shape(config.host)
@@ -53,12 +57,34 @@ class ZeroTokenPool(nn.Module):
                     self.lora[f"{key}:A"] = nn.Parameter(torch.empty(depth, rank, wide_in))
                     self.lora[f"{key}:B"] = nn.Parameter(torch.empty(depth, wide_out, rank))
 
-    def forward(self) -> dict[str, Tensor]:
+        if config.train_cycles == "random":
+            # Passes made in training, by which the next draw is named: a checkpoint holds it, so that training goes on
+            # exactly. A tensor, because tensors are what checkpoints hold.
+            self.register_buffer("draws", torch.zeros((), dtype=torch.long))
+
+    def extra_repr(self) -> str:
+        """Return nothing: there are no sizes to tell."""
+        return ""
+
+    def count(self, draws: int) -> None:
+        """Say how many passes were made in training."""
+        if "draws" in self._buffers:
+            self.draws.fill_(draws)
+
+    def next_count(self) -> int:
+        """Return how many passes were made in training, and count one more."""
+        count = int(self.draws)
+        self.draws.add_(1)
+        return count
+
+    def forward(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parameters by name; through a call, so that wrappers of modules (PEFT, FSDP) see it."""
         return dict(self.named_parameters())
 
     def initialize(self) -> None:
         """Draw the zero keys and the low-rank inputs by name; set the rest to what changes nothing."""
+        for buffer in self.buffers():
+            init.zeros_(buffer)
         for name, parameter in self.named_parameters():
             if name == "cycle_embedding":
                 init.constant_(parameter, self.neutral)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import CompileableContextVar
 
 from modicum.errors import UnsupportedError
 from modicum.models.zero_token.attention import (
     Route,
+    as_autocast,
     attention_with_lse,
     eager_attention,
     float_mask,
@@ -26,11 +29,13 @@ from modicum.models.zero_token.attention import (
     zero_logit,
 )
 from modicum.models.zero_token.cache import SlotLayer
+from modicum.models.zero_token.config import PlainConfig
+from modicum.models.zero_token.hosts import normed_key, rotated_key
 
 ATTENTION = "modicum_zero_token"
+Zero = tuple[Tensor | None, Tensor | None]  # key (g, k) or (b, g, t, k), and bias (h,)
 
 
-@dataclass(eq=False)
 class Visit:
     """Inputs and by-products of one attention call.
 
@@ -38,39 +43,42 @@ class Visit:
         layer: Physical layer.
         cycle: Cycle.
         slot: Where the cache keeps this visit.
-        backend: The attention implementation that the user chose.
-        route: Route of the zero attention.
+        config: The model's configuration.
+        pool: The parameters that looping added, by name.
+        row: Row of the pool, or None when the visit has no zero token.
         cache: The cache, or None.
-        has_zero: Whether there is a zero token.
-        zero_key: Its key, (g, k) or (b, g, t, k).
-        zero_bias: Its bias for each head.
+        rotary: Cosines and sines of the queries' positions, where the host has them.
         active: Which of the new tokens run this cycle, (b, t); None for all.
         previous: Keys and values of the new tokens in the cycle before, for the tokens that do not run.
         shared: Use ``previous`` for all tokens.
-        only_store: Store keys and values, attend to nothing.
-        lora: Low-rank factors by the name of the linear map.
         zero_attention: Attention on the zero token (b, h, t), or what computes it; see :attr:`p0`.
         weights: Attention on the real tokens, by the eager implementation.
         states: Keys and values of the new tokens as they were stored.
+        with_gradient: Whether autograd recorded the call.
     """
 
-    layer: int
-    cycle: int
-    slot: int
-    backend: str = "sdpa"
-    route: Route = "auto"
-    cache: Cache | None = None
-    has_zero: bool = False
-    zero_key: Tensor | None = None
-    zero_bias: Tensor | None = None
-    active: Tensor | None = None
-    previous: tuple[Tensor, Tensor] | None = None
-    shared: bool = False
-    only_store: bool = False
-    lora: dict[str, tuple[Tensor, Tensor]] | None = None
-    zero_attention: Tensor | Callable[[], Tensor] | None = None
-    weights: Tensor | None = None
-    states: tuple[Tensor, Tensor] | None = None
+    # No dataclass: sharded modules copy what is one on its way in, and what the call leaves here would be lost.
+    def __init__(
+        self,
+        layer: int,
+        cycle: int,
+        slot: int,
+        *,
+        config: PlainConfig,
+        pool: dict[str, Tensor],
+        row: int | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        self.layer, self.cycle, self.slot = layer, cycle, slot
+        self.config, self.pool, self.row, self.cache = config, pool, row, cache
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.active: Tensor | None = None
+        self.previous: tuple[Tensor, Tensor] | None = None
+        self.shared = False
+        self.zero_attention: Tensor | Callable[[], Tensor] | None = None
+        self.weights: Tensor | None = None
+        self.states: tuple[Tensor, Tensor] | None = None
+        self.with_gradient = True
 
     @property
     def p0(self) -> Tensor | None:
@@ -79,7 +87,26 @@ class Visit:
             self.zero_attention = self.zero_attention()
         return self.zero_attention
 
-    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
+    def zero(self, attention: nn.Module, key: Tensor) -> Zero | None:
+        """Return key and bias of the zero token, or None when there is none; ``key`` are the real tokens' keys.
+
+        It is computed where it is used, inside the layer, so that a recomputed layer computes it again.
+        """
+        if self.row is None:
+            return None
+        bias = self.pool["zero_bias"][self.row] if "zero_bias" in self.pool else None
+        if self.config.zero_kind == "sink":
+            return None, bias
+        if self.config.zero_kind == "off_by_one":
+            return key.new_zeros(key.shape[1], key.shape[-1]), bias
+        zero_key = self.pool["zero_key"][self.row]
+        if self.config.zero_key_norm:
+            zero_key = normed_key(attention, zero_key)
+        if self.config.zero_key_rope == "relative":
+            zero_key = rotated_key(attention, zero_key, self.rotary)
+        return zero_key, bias
+
+    def store(self, key: Tensor, value: Tensor, zero: Zero | None) -> tuple[Tensor, Tensor, bool]:
         """Store the new keys and values; return all that are visible, and whether the zero token leads them."""
         if self.previous is not None and self.shared:
             key, value = self.previous
@@ -96,8 +123,9 @@ class Visit:
         if not isinstance(layer, SlotLayer):
             return *self.cache.update(key, value, self.slot), False
         # Only a key that is the same for all queries can wait in a column, and only in a slot of its own.
-        waits = self.zero_key is not None and self.zero_key.dim() == 2 and self.zero_bias is None and not self.shared
-        return *layer.update(key, value, zero_key=self.zero_key if waits else None), waits
+        zero_key, bias = zero or (None, None)
+        waits = zero_key is not None and zero_key.dim() == 2 and bias is None and not self.shared
+        return *layer.update(key, value, zero_key=zero_key if waits else None), waits
 
 
 def attend(
@@ -107,59 +135,73 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    visit: Visit,
+    visit: Visit | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as the host would, with the zero token of ``visit`` if it has one; return (b, t, h, k) and weights."""
-    key, value, leads = visit.store(key, value)
-    if visit.only_store:
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-    if not visit.has_zero:
-        out, visit.weights = _host_attention(visit.backend, module)(
+    if visit is None:
+        raise UnsupportedError(
+            f"Layers with {type(module).__name__} cannot be looped: they do not pass on arguments that are not theirs."
+        )
+    query, key, value = as_autocast(query, key, value)
+    visit.with_gradient = torch.is_grad_enabled()
+    zero = visit.zero(module, key)
+    key, value, leads = visit.store(key, value, zero)
+    backend = visit.config._attn_implementation_internal or "sdpa"
+    if zero is None:
+        out, visit.weights = _host_attention(backend, module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return out, visit.weights
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} has sinks or biases of its own ({name}), which a zero token does not join. "
+                "Set zero_token to false."
+            )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if leads and query.shape[2] == 1 and visit.backend == "sdpa" and query.device.type == "cpu":
-        return _decode(query, key, value, attention_mask, visit, scale), None
+    plain = backend == "sdpa" and query.device.type == "cpu" and not torch.is_grad_enabled()
+    if leads and query.shape[2] == 1 and plain and visit.config.route in ("auto", "lse"):
+        return _decode(query, key, value, attention_mask, zero[0], visit, scale), None
     if leads:
         key, value = key[:, :, 1:], value[:, :, 1:]
     is_causal = attention_mask is None and query.shape[2] > 1
-    if visit.backend == "eager":
-        s0 = zero_logit(query, visit.zero_key, visit.zero_bias, scale=scale)
-        out, visit.zero_attention, visit.weights = eager_attention(
-            query, key, value, s0, attn_mask=attention_mask, is_causal=is_causal, scale=scale, dropout=dropout
-        )
-    elif visit.backend == "sdpa":
-        result = zero_attention(
-            query,
-            key,
-            value,
-            visit.zero_key,
-            zero_bias=visit.zero_bias,
-            attn_mask=attention_mask,
-            is_causal=is_causal,
-            scale=scale,
-            dropout=dropout,
-            route=visit.route,
-            return_zero_attention=True,
-        )
-        out, visit.zero_attention = result
+    knobs: dict[str, Any] = {
+        "attn_mask": attention_mask, "is_causal": is_causal, "scale": scale, "dropout": dropout
+    }  # fmt: skip
+    if backend == "eager":
+        s0 = zero_logit(query, *zero, scale=scale)
+        softcap = kwargs.get("softcap")
+        out, visit.zero_attention, visit.weights = eager_attention(query, key, value, s0, softcap=softcap, **knobs)
+    elif backend == "sdpa" and kwargs.get("softcap") is None:
+        out, visit.zero_attention = zero_attention(
+            query, key, value, zero[0], zero_bias=zero[1], route=_route(visit, zero, attention_mask, is_causal),
+            return_zero_attention=True, **knobs,
+        )  # fmt: skip
     else:
-        raise UnsupportedError(
-            f"attn_implementation={visit.backend!r} cannot express a zero token. Use 'sdpa' or 'eager'."
-        )
+        what = f"attn_implementation={backend!r}" + ("" if kwargs.get("softcap") is None else " with softcap")
+        raise UnsupportedError(f"{what} cannot express a zero token. Use 'sdpa' or 'eager'.")
     return out.transpose(1, 2), visit.weights
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, visit: Visit, scale: float) -> Tensor:
+def _route(visit: Visit, zero: Zero, mask: Tensor | None, is_causal: bool) -> Route:
+    """Return the route of the configuration; ``query_row`` fits causal calls without mask, the others take a column."""
+    route: Route = visit.config.route
+    if route == "query_row" and (mask is not None or not is_causal or zero[1] is not None):
+        return "concat"
+    return route
+
+
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, zero_key: Tensor | None, visit: Visit, scale: float
+) -> Tensor:
     """Attend from one token to a cache whose column 0 is the zero token: the stock kernel, nothing copied."""
     if mask is not None:
-        mask = torch.nn.functional.pad(float_mask(mask, query.dtype), (1, 0))
+        mask = F.pad(float_mask(mask, query.dtype), (1, 0))
     out, lse = attention_with_lse(query, key, value, mask, is_causal=False, scale=scale)
-    visit.zero_attention = lambda: torch.exp(zero_logit(query, visit.zero_key, None, scale=scale) - lse)
+    visit.zero_attention = lambda: torch.exp(zero_logit(query, zero_key, None, scale=scale) - lse)
     return out.transpose(1, 2)
 
 
@@ -171,42 +213,47 @@ def _host_attention(backend: str, module: nn.Module) -> Any:
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
 
-
-class Switch:
-    """Tells the linear maps and the feed-forward part of a layer which visit is under way."""
-
-    visit: Visit | None = None
+# The visit under way in this thread: linear maps and feed-forward parts are called without the arguments that attention
+# gets. Attention sets it, in a recomputed layer too, and the feed-forward part, which comes last, takes it away.
+_UNDER_WAY = CompileableContextVar("modicum_zero_token_visit")
 
 
-def watch(attention: nn.Module) -> Switch:
-    """Return a switch that follows the calls of ``attention``, those of a recomputed layer too."""
-    switch = Switch()
-
-    def remember(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        switch.visit = kwargs.get("visit")
-
-    attention.register_forward_pre_hook(remember, with_kwargs=True)
-    return switch
+def watch(attention: nn.Module, feed_forward: nn.Module) -> None:
+    """Let linear maps and gates inside a layer know which visit is under way; call this after the hooks were added."""
+    attention.register_forward_pre_hook(_begin, with_kwargs=True)
+    feed_forward.register_forward_hook(_end)
 
 
-def add_lora(linear: nn.Module, name: str, switch: Switch) -> None:
-    """Add the visit's low-rank term to the output of ``linear``."""
-
-    def relax(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if switch.visit is None or switch.visit.lora is None:
-            return output
-        a, b = switch.visit.lora[name]
-        return output + (inputs[0] @ a.mT) @ b.mT
-
-    linear.register_forward_hook(relax)
+def add_lora(linear: nn.Module, key: str) -> None:
+    """Add the visit's low-rank term, which the pool holds under ``key``, to the output of ``linear``."""
+    linear.register_forward_hook(partial(_relax, key))
 
 
-def add_gate(feed_forward: nn.Module, switch: Switch) -> None:
+def add_gate(feed_forward: nn.Module) -> None:
     """Multiply the output of ``feed_forward`` by 1 - p0, averaged over the heads."""
+    feed_forward.register_forward_hook(_gate)
 
-    def gate(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if switch.visit is None or switch.visit.p0 is None:
-            return output
-        return output * (1 - switch.visit.p0.mean(1))[..., None].to(output.dtype)
 
-    feed_forward.register_forward_hook(gate)
+def _begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _UNDER_WAY.set(kwargs.get("visit"))
+
+
+def _end(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
+    _UNDER_WAY.set(None)
+
+
+def _relax(key: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    visit: Visit | None = _UNDER_WAY.get()
+    if visit is None:
+        return output
+    a, b = visit.pool[f"lora.{key}:A"][visit.cycle], visit.pool[f"lora.{key}:B"][visit.cycle]
+    return output + (inputs[0] @ a.mT) @ b.mT
+
+
+def _gate(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    visit: Visit | None = _UNDER_WAY.get()
+    if visit is None or visit.p0 is None:
+        return output
+    first = output[0] if isinstance(output, tuple) else output
+    gated = first * (1 - visit.p0.mean(1)).to(first.dtype).reshape(*first.shape[:-1], 1)
+    return (gated, *output[1:]) if isinstance(output, tuple) else gated

@@ -1,0 +1,110 @@
+"""Give a looped model away as a plain one of its host's class, which any tool loads without modicum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from modicum.errors import CheckpointError, UnsupportedError
+from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.recipe import Recipe
+from modicum.record import Run, whole_folder
+from modicum.registry import job
+from modicum.types import PositiveInt
+
+COLUMNS = "zero_columns.safetensors"
+
+
+class ExportRecipe(Recipe):
+    """Which looped model, and in which form."""
+
+    job: Literal["export"] = "export"
+    model: str = Field(description="folder, Hub id or adapter of a looped model")
+    format: Literal["unrolled"] = Field(
+        default="unrolled", description="a checkpoint of the host's own class with as many layers as visits"
+    )
+    n_cycles: PositiveInt | None = Field(default=None, description="cycles to unroll; all when not given")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the model."""
+        yield self.model
+
+
+def plan(recipe: ExportRecipe) -> list[str]:
+    """Say what would be written; refuse what cannot be."""
+    from modicum.jobs.loading.folders import is_adapter
+    from modicum.jobs.loading.references import resolve_model
+
+    folder = resolve_model(recipe.model)
+    if is_adapter(folder):
+        return [f"merge {recipe.model} and write one layer for each visit"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "zero_token":
+        raise UnsupportedError(f"{recipe.model} is no looped model, so there is nothing to unroll.")
+    from modicum.models import ZeroTokenConfig
+    from modicum.models.zero_token.export import check_unrollable, unrolled_schedule
+
+    looped = ZeroTokenConfig.from_pretrained(folder)
+    check_unrollable(looped)
+    visits = unrolled_schedule(looped, recipe.n_cycles)
+    physical = looped.host.num_hidden_layers
+    return [f"write {physical} layers as {len(visits)} of a plain {looped.host.model_type!r} model"]
+
+
+@job("export", plan=plan)
+def export(recipe: ExportRecipe, run: Run) -> None:
+    """Write a looped model as a plain one, and compare the two before it counts as done.
+
+    Args:
+        recipe: Model and form.
+        run: ``model/`` is the plain checkpoint. A model with zero tokens in all layers also leaves
+            ``zero_columns.safetensors``, the keys that go into the first column of the cache; the plain model alone
+            then is the looped one without its zero tokens.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from modicum.models.zero_token.export import column_cache, unroll, zero_columns
+    from modicum.models.zero_token.model import ZeroTokenForCausalLM
+
+    model: Any = load_model(recipe.model, dtype=recipe.dtype)
+    model = getattr(model, "merge_and_unload", lambda: model)()
+    if not isinstance(model, ZeroTokenForCausalLM):
+        raise UnsupportedError(f"{recipe.model} is no looped model, so there is nothing to unroll.")
+    if model.config.exit_threshold is not None:
+        run.note("The plain model runs all its layers for every token: the exit threshold is left behind.")
+        model.config.exit_threshold = None
+    plain = unroll(model, n_cycles=recipe.n_cycles)
+    columns = zero_columns(model, n_cycles=recipe.n_cycles) if model.config.zero_token else None
+    tokenizer = load_tokenizer(recipe.model)
+    with whole_folder(run.folder / "model") as folder:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if columns is not None:
+            save_file(columns, folder / COLUMNS)
+        ids = torch.arange(16)[None] % model.config.vocab_size
+        call: dict[str, Any] = {"input_ids": ids}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=plain.dtype).eval()
+        if columns is not None:
+            call["cache"] = column_cache(loaded, columns, 1)
+            call |= {"position_ids": torch.arange(16)[None], "attention_mask": torch.ones(1, 17, dtype=torch.long)}
+        with torch.no_grad():
+            want = model(input_ids=ids, n_cycles=recipe.n_cycles, use_cache=False).logits
+            difference = float((loaded(**call).logits - want).abs().max() / want.abs().max().clamp(min=1e-9))
+        # Sums are made in another order, in the weights' own precision.
+        allowed = 64 * torch.finfo(plain.dtype).eps
+        if not difference <= allowed:
+            raise CheckpointError(
+                f"The plain model's logits differ from the looped one's by {difference:.1e} of the largest, more than "
+                f"{allowed:.1e}: nothing was written."
+            )
+    run.record["metrics"] = {"layers": plain.config.num_hidden_layers, "logits_differ_by": difference}
+    run.say(f"{plain.config.num_hidden_layers} layers; logits differ by {difference:.1e} of the largest")
+    if columns is not None:
+        run.say(f"zero tokens are in {COLUMNS}: a plain tool that cannot put them into its cache runs without them")
+    run.output("model", run.folder / "model")

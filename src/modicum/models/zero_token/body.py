@@ -1,0 +1,250 @@
+"""The host's body runs the loop: its own forward is handed a list of layers in which every visit is an entry.
+
+The entries do not compute. Each notes what the host calls it with (masks, positions, the rotation of its kind of
+attention) and passes the state on; the last one runs head, loop and tail with what was noted. So the host's code makes
+embeddings, masks and rotations, norms and scales the result, and the loop may hold tokens back, leave early or look
+ahead. The list belongs to one call: nothing about it stays on a module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from functools import cache as cached
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import logging
+
+from modicum.errors import RecipeError, UnsupportedError
+from modicum.models.zero_token import loop
+from modicum.models.zero_token.cache import prepare_cache
+from modicum.models.zero_token.config import PlainConfig
+
+logger = logging.get_logger(__name__)
+
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+
+
+@dataclass(eq=False)
+class Call:
+    """What a call asks of the loop beyond what the host takes, and the trace that it gets back.
+
+    Attributes:
+        n_cycles: Cycles to run, or how many each sequence (b,) or token (b, t) runs; None for the model's own.
+        exit: Fields of :class:`~modicum.models.zero_token.loop.Exit` that replace the configuration's.
+        plain: Leave the zero tokens out.
+        result: Last state, when the layers are not to run at all.
+        trace: Record of the visits.
+    """
+
+    n_cycles: int | Tensor | None = None
+    exit: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
+    result: Tensor | None = None
+    trace: loop.Trace = field(default_factory=loop.Trace)
+
+
+class View:
+    """A module with one attribute replaced, for one call; everything else is read from it and written to it."""
+
+    def __init__(self, module: nn.Module, name: str, value: Any) -> None:
+        self.__dict__["_module"] = module
+        self.__dict__[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_module"], name, value)
+
+
+def view_of(host: type) -> type[View]:
+    """Return the class of views of a host's body; capture_outputs knows the host by its name."""
+    return type("View", (View,), {"__module__": host.__module__, "__qualname__": host.__qualname__})
+
+
+class Entry:
+    """Stands in the list for a visit of ``block``: notes its arguments, and passes the state on."""
+
+    def __init__(self, block: nn.Module, slot: int, arguments: dict[int, Any]) -> None:
+        self.block, self.slot, self.arguments = block, slot, arguments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Note the arguments; return the state."""
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        # The visit keeps the cache: its slot is no layer's own.
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
+        kwargs = {name: None if name in CACHE_NAMES else value for name, value in kwargs.items()}
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        self.arguments[self.slot] = (args, kwargs)
+        state: Tensor = hidden
+        return state
+
+
+class Last(Entry):
+    """The last entry, which knows the arguments of all and runs them."""
+
+    def __init__(self, block: nn.Module, slot: int, run: loop.LoopRun, result: Tensor | None) -> None:
+        super().__init__(block, slot, run.arguments)
+        self.run, self.result = run, result
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the visits, or return the state that is there already."""
+        hidden = super().__call__(*args, **kwargs)
+        if self.result is not None:
+            return self.result
+        self.run.trace.first = hidden
+        return loop.forward(self.run, hidden)
+
+
+def by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the host's forward, all by their ``names``; the cache under its name of today."""
+    named = dict(zip(names, args)) | kwargs
+    if "past_key_values" in named:
+        named["cache"] = named.pop("past_key_values")
+    return named
+
+
+def run_body(body: Any, host: type, kwargs: dict[str, Any]) -> Any:
+    """Run the host's body over the visits; return what it returns, with the states and attentions of the visits."""
+    owner, config = body.looped_by[0], body.config
+    call: Call = kwargs.pop("looping", None) or Call()
+    asked = {
+        what: kwargs.pop(f"output_{what}", None)
+        for what in ("hidden_states", "attentions")
+    }  # fmt: skip
+    return_dict = kwargs.pop("return_dict", None)
+    use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in owner.layers)
+    if checkpointing and body.training and torch.is_grad_enabled() and (use_cache or kwargs.get("cache") is not None):
+        logger.warning_once("A cache cannot be filled under gradient checkpointing; use_cache is off.")
+        use_cache = kwargs["cache"] = None
+    cache = kwargs.get("cache")
+    if use_cache and cache is None:
+        cache = DynamicCache(config=config)
+    if cache is not None:
+        cache = prepare_cache(cache, config.schedule)
+    kwargs |= {"use_cache": bool(use_cache), "cache": cache}
+    run = _begin(owner, config, call, cache, kwargs)
+    slots = [layer for layer, _ in config.schedule]
+    blocks = [run.layers[layer] for layer in slots]
+    entries: list[Entry] = [Entry(block, slot, run.arguments) for slot, block in enumerate(blocks)]
+    entries[-1] = Last(blocks[-1], len(blocks) - 1, run, call.result)
+    view = body.view_class(body, owner.layers_name, entries)
+    out = host.forward(view, output_hidden_states=False, output_attentions=False, return_dict=True, **kwargs)  # type: ignore[attr-defined]
+    if len(run.arguments) < len(entries):
+        raise UnsupportedError(f"{host.__name__} ran {len(run.arguments)} of {len(entries)} visits.")
+    trace = call.trace
+    trace.run = run
+    if call.result is None:
+        normed = out.last_hidden_state
+        states = [trace.first, *trace.states[:-1], normed]
+        found = {"hidden_states": states, "attentions": [visit.weights for visit in trace.visits]}
+        for what, value in asked.items():
+            chosen = _asked(getattr(config, f"output_{what}", False) if value is None else value, found[what])
+            if chosen is not None:
+                out[what] = chosen
+        if body.training and run.n_cycles < config.depth and run.pool:
+            # Parameters of cycles that were not drawn take part with weight zero: DDP waits for every gradient.
+            nothing = 0 * torch.stack([x.sum() for x in run.pool.values()]).sum()
+            out["last_hidden_state"] = normed + nothing.to(normed.dtype)
+    plain = config.return_dict if return_dict is None else return_dict
+    return out if plain else out.to_tuple()
+
+
+def _asked(asked: bool | int | list[int] | None, found: list[Any]) -> tuple[Any, ...] | None:
+    """Return ``found`` when it is asked for; with None for those not in a list."""
+    if isinstance(asked, bool) or asked is None:
+        return tuple(found) if asked else None
+    kept = {index % len(found) for index in ([asked] if isinstance(asked, int) else asked)}
+    return tuple(x if index in kept else None for index, x in enumerate(found))
+
+
+def _begin(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs: dict[str, Any]) -> loop.LoopRun:
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
+        raise RecipeError("Give exactly one of input_ids and inputs_embeds.")
+    b, t = tokens.shape[:2]
+    mask, real = kwargs.get("attention_mask"), None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        real = mask[:, -t:].bool()
+    plain = PlainConfig(config)
+    settings = {
+        name: getattr(plain, f"exit_{name}") for name in ("threshold", "criterion", "score", "scope")
+    } | {"min_cycles": plain.min_cycles}  # fmt: skip
+    if owner.training:
+        settings["threshold"] = None  # a threshold was chosen for the trained model; a call may still ask for one
+    settings |= {name: value for name, value in call.exit.items() if value is not None}
+    n_cycles, depths = _cycles(owner, call.n_cycles, b, t)
+    return loop.LoopRun(
+        config=plain,
+        stages=owner._stages,
+        layers=owner.layers,
+        rows={} if call.plain else owner._rows,
+        pool=owner.zero_token(),
+        cache=cache,
+        real=real,
+        past=0 if cache is None else cache.get_seq_length(),
+        predict=owner.read_out,
+        n_cycles=n_cycles,
+        exit=loop.Exit(**settings),
+        trace=call.trace,
+        depths=depths,
+        arguments={},
+    )
+
+
+def _cycles(owner: Any, n_cycles: int | Tensor | None, b: int, t: int) -> tuple[int, Tensor | None]:
+    """Return how many cycles to run at most, and how many each token runs if they differ."""
+    depth = owner.depth
+    if isinstance(n_cycles, Tensor) and n_cycles.dim() > 0:
+        if len(owner._stages.cycles) < depth:
+            raise UnsupportedError(f"The order {owner.config.order!r} runs all tokens equally deep. Use order: cycle.")
+        depths = (n_cycles[:, None] if n_cycles.dim() == 1 else n_cycles).expand(b, t)
+        return depth, depths
+    if n_cycles is None:
+        return (owner.training_cycles() if owner.training else depth), None
+    if isinstance(n_cycles, bool) or not 1 <= int(n_cycles) <= depth:
+        raise RecipeError(
+            f"n_cycles is {n_cycles!r}, expected 1 to {depth}: the model has zero tokens for {depth} cycles."
+        )
+    return int(n_cycles), None
+
+
+@cached
+def looped_body(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the class of a body that runs the loop: the host's own, with another forward."""
+    signature = inspect.signature(host.forward)
+    names = list(signature.parameters)[1:]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run_body(self, host, by_name(names, args, kwargs))
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = host.forward.__doc__
+    view = view_of(host)
+    name = f"{host.__name__}[{host.__module__.replace('.', ':')}]"
+    return type(
+        host.__name__, (host,), {"forward": forward, "view_class": view, "__module__": __name__, "__qualname__": name}
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Return a body's class by its name, which is how pickle finds it."""
+    if name.endswith("]") and "[" in name:
+        import importlib
+
+        host, module = name[:-1].split("[")
+        return looped_body(getattr(importlib.import_module(module.replace(":", ".")), host))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
