@@ -203,7 +203,7 @@ def part_features() -> dict[str, Any]:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     return {
         "n": 50_000,
-        "rows": 5_000,
+        "rows": 50_000,
         "k": 10,
         "cpu_s": float(out[0]),
         "before_gb": float(out[1]),

@@ -56,13 +56,14 @@ def complete(n: PositiveInt) -> Tensor:
     return _adjacency(n, ((i, j) for i in range(n) for j in range(i)))
 
 
-def grid(rows: PositiveInt, columns: PositiveInt) -> Tensor:
-    """Return the adjacency of agents on a grid.
+def grid(rows: PositiveInt, columns: PositiveInt | None = None) -> Tensor:
+    """Return the adjacency of agents on a grid, a square one where only one side is given.
 
     Example:
         >>> int(grid(3, 3).sum())
         24
     """
+    columns = rows if columns is None else columns
     right = ((r * columns + c, r * columns + c + 1) for r in range(rows) for c in range(columns - 1))
     down = ((r * columns + c, (r + 1) * columns + c) for r in range(rows - 1) for c in range(columns))
     return _adjacency(rows * columns, [*right, *down])

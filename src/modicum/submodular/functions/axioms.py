@@ -42,13 +42,13 @@ class Axioms:
             raise RecipeError(f"The objective is not what the policies need: {self.violations[0]}")
 
 
-def check_axioms(f: Objective, *, samples: int = 200, rng: torch.Generator | None = None) -> Axioms:
+def check_axioms(f: Objective, *, samples: int = 200, rng: torch.Generator | int = 0) -> Axioms:
     r"""Try the axioms on random pairs of sets :math:`A \subseteq B` and elements outside ``B``.
 
     Args:
         f: The objective.
         samples: How many pairs are tried; all elements outside are tried with each.
-        rng: Draws the sets; seeded with 0 where not given.
+        rng: A generator that draws the sets, or its seed.
 
     Returns:
         What holds, and the sets that break an axiom. A check that finds nothing is no proof.
@@ -62,7 +62,7 @@ def check_axioms(f: Objective, *, samples: int = 200, rng: torch.Generator | Non
     Cost:
         ``samples`` times 2n gains and two values.
     """
-    rng = rng or torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(rng) if isinstance(rng, int) else rng
     n, found = f.n, []
     normalised = monotone = submodular = True
     empty = float(f.value(torch.zeros(n, dtype=torch.bool)))

@@ -65,8 +65,10 @@ class FeatureLocation(FacilityLocation):
 
     def _lookup(self, elements: Tensor, world: Tensor | None) -> Tensor:  # noqa: ARG002
         flat = elements.flatten()
-        found = torch.zeros(len(flat), self.rows, dtype=self.dtype, device=self.device)
         known = flat < self.n
+        if bool(known.all()):
+            return self.similarities(flat).reshape(*elements.shape, self.rows)
+        found = torch.zeros(len(flat), self.rows, dtype=self.dtype, device=self.device)
         found[known] = self.similarities(flat[known])
         return found.reshape(*elements.shape, self.rows)
 
