@@ -10,8 +10,7 @@ from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
 from modicum.models import RoutedForCausalLM
 from modicum.recipe import parse
-from modicum.weights import Checkpoint
-from modicum.weights.lora import extract_lora
+from modicum.weights import Checkpoint, extract_lora
 from support import byte_tokenizer, tiny_llama
 
 WORDS = {"low": "abcdef", "high": "uvwxyz"}

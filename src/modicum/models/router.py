@@ -11,6 +11,7 @@ uncertainty of its task; the router's shape, its features and the thresholds are
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
@@ -266,7 +267,7 @@ def routing_weights(
 
     Returns:
         The weights in float64, of the logits' shape. Uniform ones mean the dense model. Logits that are NaN or
-        infinite give uniform weights: such a prompt is as unknown as can be.
+        infinite give uniform weights, with a warning: such a prompt is as unknown as can be.
 
     Raises:
         RecipeError: A knob is out of range.
@@ -296,6 +297,9 @@ def routing_weights(
     rows = z.reshape(-1, z.shape[-1])
     # A logit of −∞ is a probability of zero; any other number that is not finite says nothing.
     known = ~(rows.isnan() | rows.isposinf()).any(1) & torch.isfinite(rows).any(1)
+    if not bool(known.all()):
+        said = f"The router's logits of {int((~known).sum())} prompts are not finite: the experts weigh alike there."
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
     rows = torch.where(known[:, None], rows, 0.0)
     n = rows.shape[1]
     p = (rows / temperature).softmax(1)

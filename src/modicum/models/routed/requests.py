@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.models.routed.features import entropies, pooled
@@ -16,7 +15,6 @@ from modicum.models.routed.working import WorkingWeights
 from modicum.models.router import Router, is_uniform, routing_weights, uncertainty
 from modicum.weights.experts import ExpertSet
 
-logger = logging.get_logger(__name__)
 FIXED = "_modicum_weights"  # what a cache remembers of the weights that filled it
 Groups: TypeAlias = Mapping[tuple[float, ...], list[int]]
 
@@ -74,8 +72,6 @@ class Requests:
         route = self.config.route
         found = self.features(input_ids, attention_mask, **inputs)
         logits, distance = self.router.logits(found), self.router.distance(found)
-        if not bool(torch.isfinite(logits).all()):
-            logger.warning_once("The router's logits are not finite; the dense model answers.")
         weights = routing_weights(
             logits,
             temperature=route.temperature,
@@ -118,16 +114,16 @@ class Requests:
         self, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
     ) -> list[tuple[list[float], list[int]]]:
         """Return the weights that occur among many prompts, each with the numbers of its prompts."""
-        groups: dict[tuple[float, ...], list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found: dict[int, list[float]] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             length = max(len(prompts[i]) for i in chosen)
             ids = torch.tensor([[0] * (length - len(prompts[i])) + list(prompts[i]) for i in chosen])
             mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
             weights = self._weights(ids.to(self.device), mask.to(self.device), None, None, {})
-            for i, row in zip(chosen, weights.tolist() if weights is not None else [[]] * len(chosen)):
-                groups.setdefault(tuple(round(w, 3) for w in row), []).append(i)
+            found |= dict(zip(chosen, [[]] * len(chosen) if weights is None else weights.tolist()))
+        groups = groups_of(torch.tensor([found[i] for i in range(len(prompts))], dtype=torch.float64))
         return [(list(row), sorted(numbers)) for row, numbers in sorted(groups.items(), reverse=True)]
 
     def _weights(
@@ -177,8 +173,10 @@ def _kept(known: Tensor, asked: Tensor | None, n: int) -> Tensor:
 def groups_of(weights: Tensor) -> dict[tuple[float, ...], list[int]]:
     """Return the different weights among rows, to a thousandth, each with the numbers of its rows."""
     groups: dict[tuple[float, ...], list[int]] = {}
+    first: dict[tuple[float, ...], tuple[float, ...]] = {}  # rounded weights need not sum to 1: the first row stands
     for i, row in enumerate(weights.tolist()):
-        groups.setdefault(tuple(round(w, 3) for w in row), []).append(i)
+        key = first.setdefault(tuple(round(w, 3) for w in row), tuple(row))
+        groups.setdefault(key, []).append(i)
     return groups
 
 
