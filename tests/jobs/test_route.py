@@ -138,6 +138,7 @@ def test_an_evaluation_routes_every_prompt(parts, tmp_path):
         (lambda r: r["data"].pop("low"), "data has prompts of high"),
         (lambda r: r.update(budget_bytes=5, rule="mean_std"), "Give at least"),
         (lambda r: r.update(budget_bytes=5), "exclude each other"),
+        (lambda r: r.update(budget_share=0.4, rule="mean_std"), "budget_share is 0.4.*Give at least 0.5"),
         (lambda r: r.update(store={"name": "magnitude", "density": 0}), "density"),
         (lambda r: r.update(store={"name": "magnitude", "density": 1.5}), "density"),
         (lambda r: r.update(store="lora"), "needs dense: base"),

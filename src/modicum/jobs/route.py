@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -215,7 +215,7 @@ def plan_build(recipe: RouteRecipe) -> Build:
     rule = recipe.rule.model_dump()
     budget = recipe.budget_bytes
     if recipe.budget_share is not None:
-        budget = int(recipe.budget_share * len(experts) * whole) - whole
+        budget = _share_of(recipe.budget_share, conflict, sizes, whole, len(experts))
     if budget is not None:
         rule["name"] = "budget_bytes"
     chance = chance_level(
@@ -235,6 +235,19 @@ def plan_build(recipe: RouteRecipe) -> Build:
         pattern = "^(" + "|".join(re.escape(unit) for unit in routed) + r")(\.|$)"
         merge = plan_merge(base, experts, method=average.name, knobs=average.knobs, seed=recipe.seed, exclude=pattern)
     return Build(base, experts, conflict, about, plan_stores(base, experts, about), merge, sizes)
+
+
+def _share_of(share: float, conflict: Mapping[str, float], sizes: Mapping[str, int], whole: int, n: int) -> int:
+    """Return the bytes that a share of all experts as whole models leaves for their differences."""
+    budget = int(share * n * whole) - whole
+    first = max(conflict, key=lambda unit: conflict[unit])
+    least = (whole + sizes.get(first, 0)) / (n * whole)
+    if budget < sizes.get(first, 0):
+        raise RecipeError(
+            f"budget_share is {share}, and the shared weights with {first}, the layer of most conflict, take "
+            f"{least:.4f} of {n} whole models. Give at least {math.ceil(least * 1e4) / 1e4}, or choose a smaller store."
+        )
+    return budget
 
 
 def plan(recipe: RouteRecipe) -> list[str]:
@@ -291,7 +304,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
         run: Gets ``model/``, which transformers loads as one model, and a folder for each variant; ``record.json``
             holds the conflict of every layer, the bytes, and how well the router tells the tasks apart.
     """
-    from modicum.jobs.routing import check_tap, fit, prompts_of, summary
+    from modicum.jobs.routing import assemble, check_tap, finish_config, fit, prompts_of, summary, variant
     from modicum.weights.merge import run_plan
 
     rows = {} if recipe.router is None else prompts_of(recipe, run.note)
@@ -308,14 +321,14 @@ def route(recipe: RouteRecipe, run: Run) -> None:
         _write_experts(recipe, build, work, progress=not run.quiet)
     run.inputs.check()
     with whole_folder(run.folder / "model") as folder:
-        _assemble(work, folder, build)
+        assemble(work, folder, build)
         if recipe.router is not None:
             run.record["metrics"]["router"] = fit(recipe, folder, rows, run.note)
-        _finish_config(folder)
+        finish_config(folder)
     run.output("model", run.folder / "model")
     for selection in dict.fromkeys(recipe.variants):
         with whole_folder(run.folder / "variants" / selection) as folder:
-            _variant(run.folder / "model", folder, selection)
+            variant(run.folder / "model", folder, selection)
         run.output(selection, run.folder / "variants" / selection)
     shutil.rmtree(run.folder / BUILDING)
 
@@ -348,49 +361,3 @@ def _write_experts(recipe: RouteRecipe, build: Build, work: Path, *, progress: b
         stem="experts",
         progress=progress,
     )
-
-
-def _assemble(work: Path, folder: Path, build: Build) -> None:
-    """Put all files in one folder, with a configuration that transformers opens."""
-    from transformers import AutoConfig
-
-    from modicum.models.routed.config import RoutedConfig
-
-    for path in sorted((work / "dense").iterdir()):
-        _link(path, folder / path.name)
-    if (work / "experts").is_dir():
-        for path in sorted((work / "experts").iterdir()):
-            _link(path, folder / path.name.replace("model.safetensors.index", "experts.safetensors.index"))
-    host = AutoConfig.from_pretrained(work / "dense")
-    (folder / "config.json").unlink()
-    RoutedConfig(host=host, experts=asdict(build.about)).save_pretrained(folder)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a finished file a second name, or copy it where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _finish_config(folder: Path) -> None:
-    from modicum.models.routed.config import RoutedConfig
-    from modicum.models.routed.folder import checksums
-
-    config = RoutedConfig.from_pretrained(folder)
-    config.architectures = ["RoutedForCausalLM"]
-    config.checksums = checksums(folder)
-    config.save_pretrained(folder)
-
-
-def _variant(model: Path, folder: Path, selection: str) -> None:
-    """Make a folder that differs in its selection alone; its weights are the same files."""
-    from modicum.models.routed.config import RoutedConfig
-
-    for path in sorted(model.iterdir()):
-        if path.name != "config.json":
-            _link(path, folder / path.name)
-    config = RoutedConfig.from_pretrained(model)
-    config.routing = {**config.routing, "selection": selection}
-    config.save_pretrained(folder)

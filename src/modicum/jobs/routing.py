@@ -1,8 +1,11 @@
-"""The router of the job ``route``: prompts in, a fitted and calibrated router in the folder, and what it is worth."""
+"""The folder and the router of the job ``route``: files put together, a router fitted, calibrated and measured."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,3 +210,50 @@ def summary(recipe: RouteRecipe, build: Build, stores: Mapping[str, int]) -> dic
             "by_store": dict(stores),
         },
     }
+
+
+def assemble(work: Path, folder: Path, build: Build) -> None:
+    """Put all files in one folder, with a configuration that transformers opens."""
+    from transformers import AutoConfig
+
+    from modicum.models.routed.config import RoutedConfig
+
+    for path in sorted((work / "dense").iterdir()):
+        _link(path, folder / path.name)
+    if (work / "experts").is_dir():
+        for path in sorted((work / "experts").iterdir()):
+            _link(path, folder / path.name.replace("model.safetensors.index", "experts.safetensors.index"))
+    host = AutoConfig.from_pretrained(work / "dense")
+    (folder / "config.json").unlink()
+    RoutedConfig(host=host, experts=asdict(build.about)).save_pretrained(folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a finished file a second name, or copy it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def finish_config(folder: Path) -> None:
+    """Name the class and the checksum of every file in the configuration."""
+    from modicum.models.routed.config import RoutedConfig
+    from modicum.models.routed.folder import checksums
+
+    config = RoutedConfig.from_pretrained(folder)
+    config.architectures = ["RoutedForCausalLM"]
+    config.checksums = checksums(folder)
+    config.save_pretrained(folder)
+
+
+def variant(model: Path, folder: Path, selection: str) -> None:
+    """Make a folder that differs in its selection alone; its weights are the same files."""
+    from modicum.models.routed.config import RoutedConfig
+
+    for path in sorted(model.iterdir()):
+        if path.name != "config.json":
+            _link(path, folder / path.name)
+    config = RoutedConfig.from_pretrained(model)
+    config.routing = {**config.routing, "selection": selection}
+    config.save_pretrained(folder)
