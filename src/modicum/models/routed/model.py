@@ -20,7 +20,7 @@ from modicum.models.routed.config import RoutedConfig
 from modicum.models.routed.requests import FIXED, Groups, Requests, groups_of, rows_of
 from modicum.models.routed.working import WorkingWeights
 from modicum.models.router import Router
-from modicum.references import find_model
+from modicum.references import find_model, pinned
 from modicum.weights.experts import ExpertSet
 
 
@@ -109,11 +109,11 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         """
         if options.get("quantization_config") is not None:
             raise UnsupportedError("A routed model writes its weights anew, which packed numbers do not allow.")
-        path = find_model(folder)
+        path = find_model(pinned(str(folder), options.pop("revision", None)))
         config = config or RoutedConfig.from_pretrained(path)
         if verify and config.checksums:
             files.check_files(path, config.checksums)
-        for key in ("cache_dir", "revision", "token", "subfolder", "force_download", "local_files_only"):
+        for key in ("cache_dir", "token", "subfolder", "force_download", "local_files_only"):
             options.pop(key, None)  # the folder is here by now
         host, info = AutoModelForCausalLM.from_pretrained(path, config=config.host, output_loading_info=True, **options)
         experts, router = files.read_experts(path, config), files.read_router(path, config)
