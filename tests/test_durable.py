@@ -9,6 +9,7 @@ import pytest
 
 from modicum import durable
 from modicum.durable import commit, restore, whole_file, whole_folder, write_atomic
+from modicum.errors import CheckpointError
 
 
 @pytest.fixture
@@ -126,3 +127,30 @@ def test_disks_that_cannot_sync_a_folder_are_used_all_the_same(tmp_path, monkeyp
     monkeypatch.setattr(os, "fsync", unable)
     write_atomic(tmp_path / "a", "x")
     assert (tmp_path / "a").read_text() == "x"
+
+
+FULL = [
+    OSError(28, "No space left on device"),
+    OSError(122, "Disk quota exceeded"),
+    Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0: PytorchStreamWriter failed"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:20])
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(durable, "_free", lambda _: 1_500_000)
+    (tmp_path / "large").write_bytes(bytes(3_000_000))
+    with pytest.raises(CheckpointError) as told, durable.full_disks_told(tmp_path):
+        raise error
+    assert str(told.value).startswith(
+        f"The disk of {tmp_path} is full: 2 MB are free; the largest file of this run has 3 MB"
+    )
+    assert "Free some" in str(told.value) and "\n" not in str(told.value)
+
+
+def test_other_errors_are_none_of_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(durable, "_free", lambda _: 10**12)
+    for error in (ValueError("x"), RuntimeError("PytorchStreamWriter failed"), OSError(13, "Permission denied")):
+        with pytest.raises(type(error)), durable.full_disks_told(tmp_path):
+            raise error

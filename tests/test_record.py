@@ -129,3 +129,24 @@ def test_fingerprints_follow_content_and_names_but_not_times(tmp_path):
 def test_digest_tells_types_apart():
     assert digest({"a": 1}) != digest({"a": "1"})
     assert digest(json.loads('{"a": 1, "b": 2}')) == digest({"b": 2, "a": 1})
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next_run(tmp_path):
+    with run(tmp_path / "r"):
+        (tmp_path / "r" / "items").mkdir()
+    for name in (".record.json.123", "items/.m.say.jsonl.77", ".keep", "items/.x.5a"):
+        (tmp_path / "r" / name).write_text("half")
+    (tmp_path / "r" / "record.json").write_text((tmp_path / "r" / "record.json").read_text().replace("done", "running"))
+    with run(tmp_path / "r"):
+        pass
+    left = {str(path.relative_to(tmp_path / "r")) for path in (tmp_path / "r").rglob(".*")}
+    assert left == {".keep", "items/.x.5a"}
+
+
+def test_a_record_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RuntimeError, match="the first"), run(tmp_path / "r"):
+        monkeypatch.setattr("modicum.record.write_atomic", full)
+        raise RuntimeError("the first")

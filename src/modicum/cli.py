@@ -6,6 +6,7 @@ Everything modicum does is written in a recipe, a short YAML file. Start with:  
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import json
 import signal
@@ -136,11 +137,23 @@ def verify(
         if status != "done":
             raise CheckpointError(f"{folder} is {status}, not done. Run its recipe again to finish it.")
         found = verify(folder)
-        if found.damaged:
-            told = ", ".join(f"{name} {problem}" for name, problem in list(found.damaged.items())[:5])
-            more = f" and {len(found.damaged) - 5} more" if len(found.damaged) > 5 else ""
+        damaged = {**found.damaged, **_damaged_checkpoints(folder)}
+        if damaged:
+            told = ", ".join(f"{name} {problem}" for name, problem in list(damaged.items())[:5])
+            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
             raise CheckpointError(f"{folder}: {told}{more}. Run its recipe again to make it anew.")
         print(f"{folder}: {found.files} files, {found.nbytes / 1e6:.1f} MB, all as the record says")
+
+
+def _damaged_checkpoints(folder: Path) -> dict[str, str]:
+    from modicum.jobs.training.checkpoints import checkpoints, trouble
+
+    found = {}
+    for place in (folder, *sorted(folder.glob("stages/*"))):
+        for path in checkpoints(place / "checkpoints"):
+            if (why := trouble(path)) is not None:
+                found[str(path.relative_to(folder))] = f"is not whole ({why})"
+    return found
 
 
 @app.command()
@@ -193,6 +206,15 @@ def _interrupt(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _of_the_system(error: OSError) -> str:
+    """Say in one line what the system refused, and what to do."""
+    place = str(error.filename or "a file of the run")
+    place = place if len(place) < 300 else f"{place[:297]}..."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place}: no space is left on its disk. Free some, and run the same command again to go on."
+    return f"{place}: {error.strerror or error}. Check the path and its permissions."
+
+
 def main() -> None:
     """Run the command line: exit status 0 done, 2 wrong input (one line), 1 anything else."""
     # Importing torch makes objects that all stay: looking through them again and again is a tenth of every start.
@@ -213,6 +235,11 @@ def main() -> None:
         if ended.code == 130:  # what typer makes of a KeyboardInterrupt
             print("modicum: interrupted; run the same command again to go on.", file=sys.stderr)
         raise
+    except OSError as error:
+        if "--traceback" in sys.argv or error.errno is None:
+            raise
+        print(f"modicum: {_of_the_system(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except Exception as error:
         if "--traceback" in sys.argv:
             raise

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from modicum.errors import CheckpointError, ModicumError
 
 UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems that have no such call
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -140,6 +143,43 @@ def whole_folder(path: Path, *, keep_partial: bool = False, check: Callable[[], 
         if not keep_partial:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+FULL = re.compile(
+    r"no space left|os error 28|quota exceeded|PytorchStreamWriter failed|file write failed", re.IGNORECASE
+)
+LITTLE = 256 << 20  # free bytes under which a write that failed in other words failed for want of space
+
+
+@contextmanager
+def full_disks_told(folder: Path) -> Iterator[None]:
+    """Turn the many words in which libraries say that a disk is full into one line, with the folder and what is free.
+
+    Raises:
+        CheckpointError: The disk of ``folder`` is full.
+    """
+    try:
+        yield
+    except ModicumError:
+        raise
+    except Exception as error:
+        known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        free = _free(folder)
+        if not known and not (FULL.search(str(error)) and free < LITTLE):
+            raise
+        wanted = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        need = f"; the largest file of this run has {max(wanted) / 1e6:.0f} MB" if wanted else ""
+        raise CheckpointError(
+            f"The disk of {folder} is full: {free / 1e6:.0f} MB are free{need}. Free some, and run the same command "
+            "again to go on, or choose another --out."
+        ) from None
+
+
+def _free(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def follow_umask(path: Path) -> None:

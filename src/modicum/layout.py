@@ -17,7 +17,10 @@ Unit = Literal["block", "sublayer", "matrix"]
 ADAPTER_PREFIX = "base_model.model."  # PEFT writes it before every name of an adapter's file
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
-STATE_FILES = re.compile(r"^(optimizer|scheduler|rng_state|scaler|training_args|trainer_state)[\w.-]*$")
+# What a trainer keeps beside a model: nothing of the model depends on it.
+STATE_FILES = re.compile(
+    r"^(optimizer|scheduler|rng_state|scaler|training_args|trainer_state)[\w.-]*$|^manifest\.json$|^parts-\d+\.state$"
+)
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # Names of modules, by their last parts. A name of the first table is unmistakable wherever it stands.

@@ -7,27 +7,38 @@ schema. Methods inside a recipe are written ``{name: ties, density: 0.2}`` and a
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import Annotated, Any, Self, TypeAlias, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from modicum import registry
-from modicum.errors import RecipeError, did_you_mean
+from modicum.credentials import secrets_in
+from modicum.errors import RecipeError, did_you_mean, first_line
 from modicum.inputs import Inputs, look
 from modicum.registry import Registry
-from modicum.schema import explain
+from modicum.schema import explain, not_finite
 from modicum.types import NonNegativeInt
 
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _numbers_are_finite(self) -> Self:
+        """Look where another library's schema begins; pydantic looks at the numbers that have a type here."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for where, found in () if isinstance(value, BaseModel) else not_finite(value, name):
+                raise ValueError(f"{where} is {found}, expected a finite number")
+        return self
 
 
 class Recipe(Section):
@@ -85,6 +96,8 @@ def choice(table: Registry[..., Any], *, complete: bool = True) -> Any:
 
 
 Data: TypeAlias = dict[str, Any]
+MOST_NODES = 100_000
+LARGEST = 16 << 20  # bytes of a recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -93,6 +106,12 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.twice: list[str] = []
+
+    def compose_document(self) -> yaml.Node | None:
+        node = super().compose_document()
+        if node is not None:
+            _expanded(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -105,6 +124,25 @@ class _Loader(yaml.SafeLoader):
                 self.twice.append(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many nodes a document has once its aliases are written out.
+
+    Raises:
+        MarkedYAMLError: So many that nobody wrote them, or without end.
+    """
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1  # what is met again inside itself has no end
+        parts = node.value if isinstance(node.value, list) else []
+        inner = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_expanded(child, known) for child in inner)
+    if known[id(node)] > MOST_NODES:
+        raise yaml.MarkedYAMLError(
+            problem=f"its aliases (*name) stand for more than {MOST_NODES} values, write them out",
+            problem_mark=node.start_mark,
+        )
+    return known[id(node)]
 
 
 def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
@@ -156,6 +194,9 @@ def parse_documents(text: str, source: str) -> list[Any]:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{source}{where} is not valid YAML: {problem}.") from None
+    except (RecursionError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        kind = "nested too deeply" if isinstance(error, RecursionError) else first_line(error).rstrip(".")
+        raise RecipeError(f"{source} is not YAML that can be read: {kind}.") from None
     return found
 
 
@@ -171,8 +212,10 @@ def shipped() -> list[str]:
 def text_of(source: str) -> str:
     """Return the text of the recipe file ``source``, or of the shipped recipe of that name."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(source):  # noqa: PTH113 - pathlib raises for a name that is too long
         try:
+            if path.stat().st_size > LARGEST:
+                raise RecipeError(f"{source} has more than {LARGEST >> 20} MiB, which is no recipe. Check the path.")
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"Cannot read {source}: {error}.") from None
@@ -251,11 +294,15 @@ def parse(data: Data, where: str = "recipe") -> Recipe:
     name = data.get("job")
     if not isinstance(name, str):
         raise RecipeError(f"{where}: 'job' is missing. Set job to one of: {', '.join(registry.job)}.")
+    for place, variable in secrets_in(data):
+        raise RecipeError(f"{where}: {place} holds a key or a password. Put it into {variable}, and take it out here.")
     schema = job_schema(name)
     try:
         return schema.model_validate(data)
     except ValidationError as error:
         raise RecipeError(explain(error, where, schema)) from None
+    except RecursionError:
+        raise RecipeError(f"{where} is nested too deeply. Write it flatter.") from None
 
 
 def job_schema(name: str) -> type[Recipe]:

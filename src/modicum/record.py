@@ -19,11 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
@@ -32,6 +34,7 @@ import yaml
 from modicum import lock, processes
 from modicum.content import fingerprint as fingerprint
 from modicum.content import hash_files, is_old, old_fingerprint
+from modicum.credentials import redact
 from modicum.durable import follow_umask as follow_umask
 from modicum.durable import whole_folder as whole_folder
 from modicum.durable import write_atomic as write_atomic
@@ -215,6 +218,7 @@ class Run:
             stack.enter_context(lock.hold(self.folder / lock.NAME, self.folder))
             # Another process may have worked here since the record was read.
             self.record = self._read()
+            self._remove_leftovers()
             if self.record["status"] == "new" and self._on_change == "replace":
                 self._empty()
             if self.done and (damaged := damage(self.folder, self.record)):
@@ -223,6 +227,14 @@ class Run:
             text = yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True)
             write_atomic(self.folder / "recipe.yaml", text)
             self._held = stack.pop_all()
+
+    def _remove_leftovers(self) -> None:
+        """Remove files that a killed process was writing; stages and checkpoints are looked after by their own."""
+        for place, folders, files in os.walk(self.folder):
+            folders[:] = [name for name in folders if name not in ("stages", "checkpoints")]
+            for name in files:
+                if re.fullmatch(r"\..+\.\d+", name):
+                    Path(place, name).unlink(missing_ok=True)
 
     def _begin(self) -> None:
         self._started = time.monotonic()
@@ -267,10 +279,11 @@ class Run:
             self.record.pop("error", None)
             if error is not None and not stopped:
                 known = isinstance(error, ModicumError)
-                self.record["error"] = str(error) if known else f"{type(error).__name__}: {error}"
+                self.record["error"] = redact(str(error) if known else f"{type(error).__name__}: {error}")
             if error is None and self.main:
                 self.record["files"] = self._hashes()
-            self.save()
+            with suppress(OSError) if error is not None else nullcontext():
+                self.save()  # a full disk is what the error tells of already
             # A run that the user's input stopped before it made anything leaves no folder to trip over.
             if self.main and isinstance(error, ModicumError) and not self._made_something():
                 shutil.rmtree(self.folder)
@@ -301,6 +314,7 @@ class Run:
 
     def note(self, text: str) -> None:
         """Keep (and say) what the user should know: a fallback taken, a default that matters."""
+        text = redact(text)
         if text not in self.record["notes"]:
             self.record["notes"].append(text)
             self.save()

@@ -49,7 +49,7 @@ from modicum.facts import (
 )
 from modicum.knobs import parameters
 from modicum.model_facts import ModelFacts, StoreFacts
-from modicum.schema import explain
+from modicum.schema import explain, numbers_in
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -111,8 +111,8 @@ class Entry(Generic[T]):
             if parameter.kind is parameter.VAR_KEYWORD or parameter.annotation is parameter.empty:
                 raise TypeError(f"{self.noun} {self.name!r}: knob {name!r} needs a name and an annotation")
             default = ... if parameter.default is parameter.empty else parameter.default
-            fields[name] = (parameter.annotation, default)
-        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=False)
+            fields[name] = (numbers_in(parameter.annotation), default)
+        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=False, allow_inf_nan=False)
         return create_model(self.name, __config__=config, **fields)
 
     def knobs(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from modicum.errors import did_you_mean
+from modicum.types import Unbounded
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -38,6 +40,37 @@ def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
             line = "\n".join(": ".join(filter(None, (where, path, part))) for part in ended.splitlines())
         lines.setdefault(path, line)
     return "\n".join(lines.values())
+
+
+def numbers_in(annotation: Any) -> Any:
+    """Return the type of a knob as pydantic reads it: a number is finite, unless its infinity stands for no limit."""
+    if not any(isinstance(mark, Unbounded) for mark in getattr(annotation, "__metadata__", ())):
+        return annotation
+    from pydantic import AfterValidator, Field
+
+    def is_number(value: float) -> float:
+        if math.isnan(value):
+            raise ValueError("Input should be a number, got nan")
+        return value
+
+    return Annotated[annotation, Field(allow_inf_nan=True), AfterValidator(is_number)]
+
+
+def not_finite(value: Any, where: str = "") -> Iterator[tuple[str, float]]:
+    """Yield place and value of every number that is not finite, in data whose schema belongs to somebody else.
+
+    Example:
+        >>> list(not_finite({"lr": 0.1, "betas": [0.9, float("nan")]}))
+        [('betas.1', nan)]
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from not_finite(item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from not_finite(item, f"{where}.{position}".lstrip("."))
 
 
 _BRANCHES = frozenset(

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from modicum.borders import border, check_plain, read_json
 from modicum.content import hash_files
 from modicum.errors import CheckpointError
 
@@ -17,12 +18,12 @@ from modicum.errors import CheckpointError
 def read_record(folder: str | Path) -> dict[str, Any]:
     """Return the record of the run in ``folder``."""
     path = Path(folder) / "record.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a run: it holds no record.json.") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Delete the folder and run again.") from None
+    if not path.exists():
+        raise CheckpointError(f"{folder} is not a run: it holds no record.json.")
+    record = read_json(path, str(folder), "Delete the folder and run again.")
+    for key, kind in KINDS.items():
+        if not isinstance(record.get(key, kind()), kind):
+            raise CheckpointError(f"{path}: {key} is no {kind.__name__}. Delete the folder and run again.")
     return record
 
 
@@ -49,13 +50,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file of JSON lines, if there is one; a line cut off by a crash is left out."""
     if not path.exists():
         return []
+    check_plain(path)
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
+
+
+# What a record holds under its keys, where it has them.
+KINDS = {"job": str, "status": str, "hash": str, "inputs": dict, "metrics": dict, "outputs": dict, "notes": list,
+         "files": dict, "stages": list, "environment": dict}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,21 @@ def damage(folder: str | Path, record: Mapping[str, Any] | None = None, *, cache
     """
     folder = Path(folder)
     record = read_record(folder) if record is None else record
+    with border(folder / "record.json", "Delete the folder and run again."):
+        return _damage(folder, record, cached)
+
+
+def _damage(folder: Path, record: Mapping[str, Any], cached: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     known: Mapping[str, list[Any]] = record.get("files") or {}
     if "files" not in record:  # of version 0.1.0
-        found = {path: "is missing" for path in list(record["outputs"].values())[:1] if not (folder / path).exists()}
+        found = {
+            path: "is missing" for path in list(record.get("outputs", {}).values())[:1] if not (folder / path).exists()
+        }
+    if outside := [name for name in known if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise CheckpointError(
+            f"{folder}/record.json points outside its folder, to {outside[0]!r}. Do not use this run."
+        )
     there = {name: folder / name for name in known if (folder / name).is_file()}
     sized = {name: path for name, path in there.items() if path.stat().st_size == known[name][0]}
     hashes = hash_files(list(sized.values()), cached=cached)
@@ -123,7 +143,7 @@ def damage(folder: str | Path, record: Mapping[str, Any] | None = None, *, cache
         elif name not in sized or hashes[sized[name]] != expected:
             found[name] = "changed"
     for stage in record.get("stages") or []:
-        inner = folder / stage["folder"]
+        inner = folder / "stages" / Path(stage["folder"]).name
         lost = not (inner / "record.json").is_file()
         within = {"record.json": "is missing"} if lost else damage(inner, cached=cached)
         found |= {f"{stage['folder']}/{name}": problem for name, problem in within.items()}

@@ -14,4 +14,11 @@ NonNegative: TypeAlias = Annotated[float, Ge(0)]
 PositiveInt: TypeAlias = Annotated[int, Gt(0)]
 NonNegativeInt: TypeAlias = Annotated[int, Ge(0)]
 
+
+class Unbounded:
+    """Marks a knob whose infinity means something: no limit. Any other number that is not finite is refused."""
+
+
+PositiveOrInfinite: TypeAlias = Annotated[float, Gt(0), Unbounded()]  # inf: no limit
+
 IGNORED = -100  # the label that carries no loss, as everywhere in PyTorch and transformers

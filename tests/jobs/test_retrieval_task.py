@@ -55,7 +55,7 @@ def test_the_file_identifies_the_run(tmp_path):
     (tmp_path / "nq.jsonl").write_text("{}")
     task = retrieval_task(suite="ruler", file=str(tmp_path / "nq.jsonl"))
     assert list(task.inputs())[1:] == [str(tmp_path / "nq.jsonl")]
-    assert list(retrieval_task(suite="needle").inputs()) == []
+    assert all(name.startswith("python==") for name in retrieval_task(suite="needle").inputs())
 
 
 def test_a_file_belongs_to_the_public_suites_alone():

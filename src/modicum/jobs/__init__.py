@@ -6,10 +6,11 @@ import their engine when they run, so that listing and checking stay instant.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from modicum import lock, registry
-from modicum.durable import commit
+from modicum.durable import commit, full_disks_told
 from modicum.errors import CheckpointError
 from modicum.recipe import Recipe, dump, inputs_of, parse
 from modicum.record import OnChange, Run
@@ -39,18 +40,24 @@ def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_chang
         return run
     if run.foreign and on_change == "replace":
         return _replace(recipe, run)
-    with run:
+    if on_change == "replace" and run.main:
+        shutil.rmtree(_beside(run.folder), ignore_errors=True)  # of a recipe that was changed back
+    with run, full_disks_told(run.folder):
         registry.job[recipe.job].function(recipe, run)
     return run
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.next")
 
 
 def _replace(recipe: Recipe, other: Run) -> Run:
     """Run ``recipe`` beside the run of another one, whose place it takes once it is done."""
     folder, quiet = other.folder, other.quiet
-    beside = folder.with_name(f".{folder.name}.next")
+    beside = _beside(folder)
     run = open_run(recipe, beside, quiet=quiet, on_change="replace", home=folder)
     if not run.done or damage(beside, run.record):
-        with run:
+        with run, full_disks_told(run.folder):
             registry.job[recipe.job].function(recipe, run)
     if run.main:
         with lock.hold(folder / lock.NAME, folder):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from modicum import lock
+from modicum.borders import read_json
 from modicum.durable import write_atomic
 from modicum.errors import CheckpointError
 from modicum.jobs.data.section import DataSection
@@ -154,7 +155,7 @@ def decide(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], run: Run) -
     path = run.folder / "choice.json"
 
     def known() -> Choice | None:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = read_json(path, str(run.folder), "Delete it and run again.") if path.exists() else {}
         return Choice(**found["choice"]) if found.get("hash") == run.hash else None
 
     if not run.main:

@@ -8,6 +8,7 @@ a cell holds depends on when it was computed.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 
 from modicum.cells import Cell, fill
 from modicum.durable import write_atomic
-from modicum.errors import RecipeError, did_you_mean, first_line
+from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
 from modicum.evaluate.rows import Rows
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
 from modicum.jobs.loading.references import resolve_model
@@ -140,6 +141,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
             run.inputs.check_mapped()
             _write_items(run, _key(model, name), items)
             found = task.ask(task.measure.facts.estimate, items, level=recipe.level)._asdict()
+            _refuse_not_finite(model, name, task.metric, found)
             details = task.ask(task.measure.facts.details, items, level=recipe.level) or {}
             # Loading the model is no part of the time: a later cell of the same model would seem faster.
             seconds = round(time.monotonic() - began, 3)
@@ -171,6 +173,14 @@ class Finished:
 def _measure(subject: Subject, task: Task, rows: Rows, seed: int) -> list[Result]:
     items: list[Result] = task.ask(task.measure.function, rows, subject, seed=seed)
     return items
+
+
+def _refuse_not_finite(model: str, task: str, metric: str, found: Mapping[str, Any]) -> None:
+    if isinstance(found["value"], float) and not math.isfinite(found["value"]):
+        raise CheckpointError(
+            f"{model} on {task}: {metric} is {found['value']}, so the model's own numbers overflow. Evaluate it with "
+            "dtype: float32, or leave it out."
+        )
 
 
 def _load(recipe: EvaluateRecipe, name: str, progress: Progress) -> LocalSubject:

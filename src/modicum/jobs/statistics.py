@@ -82,6 +82,7 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
     from modicum.jobs.data.batches import load_batches
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.files import Spec
+    from modicum.weights.kernels.compare import refuse_overflow
     from modicum.weights.statistics import FILE, weights_of
     from modicum.weights.stream import map_tensors, names_by_size
 
@@ -113,7 +114,9 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
             share = next(share for share in shares if name in share)
             shown = _shown(batches, f"{shares.index(share) + 1}/{len(shares)}", quiet=run.quiet)
             done.update(measure(model, share, shown, recipe, batches))
-        return done.pop(name).cpu(), {}
+        found = done.pop(name).cpu()
+        refuse_overflow(name, found, method=recipe.kind)
+        return found, {}
 
     rows = sum(len(batch["input_ids"]) for batch in batches)
     tokens = sum(batch["input_ids"].numel() for batch in batches)

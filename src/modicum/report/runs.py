@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from modicum.credentials import redact
 from modicum.errors import CheckpointError
 from modicum.record import read_log, read_record
-from modicum.report.text import redact
 
 GROUP = "group"  # the job of the root that holds several runs given side by side
 

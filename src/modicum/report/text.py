@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import TypeGuard
+
+from modicum.credentials import redact as redact
 
 MISSING = "–"
 MINUS = "\N{MINUS SIGN}"
-
-# A value under such a key, or text of such a shape, never reaches the page.
-_SECRET_KEY = re.compile(
-    r"(?i)(password|passwd|secret|authorization|api_?key|credential)$|(^|_)(?:hub_|auth_|access_)?token$"
-)
-_NOT_SECRET = re.compile(r"(?i)(mask|pad|eos|bos|unk|sep|cls)_token$")
-_SECRET_TEXT = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[opsu]_[A-Za-z0-9]{20,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-HIDDEN = "(hidden)"
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -132,22 +123,3 @@ def plural(count: int, noun: str) -> str:
 def plain(name: str) -> str:
     """Write the name of a metric or job without underscores."""
     return name.replace("_", " ")
-
-
-def redact(value: Any) -> Any:
-    """Return JSON-like ``value`` with whatever looks like a key or password hidden.
-
-    Example:
-        >>> redact({"hub_token": "x", "mask_token": "<m>", "error": "at https://me:pw@host"})
-        {'hub_token': '(hidden)', 'mask_token': '<m>', 'error': 'at https://(hidden)@host'}
-    """
-    if isinstance(value, Mapping):
-        return {
-            key: HIDDEN
-            if item not in (None, "") and _SECRET_KEY.search(str(key)) and not _NOT_SECRET.search(str(key))
-            else redact(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [redact(item) for item in value]
-    return _SECRET_TEXT.sub(HIDDEN, value) if isinstance(value, str) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modicum.borders import read_json as read_json
 from modicum.errors import CheckpointError, UnsupportedError, first_line
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_turned, role
 from modicum.references import pinned
@@ -196,8 +196,17 @@ class Adapter:
                 "expected (r, in) and (out, r). Convolutions must be merged with PEFT first."
             )
         rank = A.shape[0]
-        alpha = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
+        try:
+            alpha = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
+        except (TypeError, ValueError, AttributeError, re.error):
+            raise CheckpointError(
+                f"{self.owner}: lora_alpha or alpha_pattern is no number or table of numbers. Correct {ADAPTER_CONFIG}."
+            ) from None
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        if not math.isfinite(scale):
+            raise CheckpointError(
+                f"{self.owner}: {module} has lora_alpha {alpha}, expected a finite number. Correct {ADAPTER_CONFIG}."
+            )
         # An embedding's table is (vocabulary, width), while its factors multiply the other way round.
         start = self.config.get("init_lora_weights")
         return LowRank(
@@ -214,19 +223,6 @@ def _pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
         if re.match(rf"(.*\.)?({key})$", module):
             return float(value)
     return float(default)
-
-
-def read_json(path: Path, owner: str) -> dict[str, Any]:
-    """Return the JSON mapping in ``path``."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{owner}: cannot read {path}: {error.strerror}. Check the folder.") from None
-    except ValueError:
-        raise CheckpointError(f"{owner}: {path.name} is not valid JSON. Download it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{owner}: {path.name} is not a mapping. Download it again.")
-    return value
 
 
 def load_pickle(path: Path, owner: str) -> dict[str, Tensor]:

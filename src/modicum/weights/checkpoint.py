@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modicum.borders import border, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.layout import ADAPTER_CONFIG, role
@@ -77,12 +78,14 @@ class Checkpoint(Mapping[str, Tensor]):
         self._slots: dict[str, Slot] = {}
         self._loaded: dict[str, Tensor] = {}
         self._stamps: dict[Path, Stamp] = {}
-        if path.is_dir() and (path / ADAPTER_CONFIG).exists():
-            self._open_adapter(path, resolve, base, allow_pickle)
-        else:
-            self._open_weights(path, allow_pickle)
-            self._refuse_packed()
-            self._drop_tied()
+        check_plain_folder(path) if path.is_dir() else check_plain(path)
+        with border(self.name):
+            if path.is_dir() and (path / ADAPTER_CONFIG).exists():
+                self._open_adapter(path, resolve, base, allow_pickle)
+            else:
+                self._open_weights(path, allow_pickle)
+                self._refuse_packed()
+                self._drop_tied()
 
     def _open_weights(self, path: Path, allow_pickle: bool) -> None:
         if path.is_file():
@@ -296,12 +299,27 @@ class Checkpoint(Mapping[str, Tensor]):
             return self._beneath.companions()
         files = (path for path in sorted(self.folder.iterdir()) if path.is_file())
         return [
-            path
+            inside(path, self.name)
             for path in files
             if (path.suffix in CARRIED and not NOT_CARRIED.search(path.name))
             or (path.suffix == ".py" and self.remote_code)
             or path.stem.upper() in ("LICENSE", "NOTICE")
         ]
+
+
+def inside(path: Path, owner: str) -> Path:
+    """Return a file of a model's folder, unless it is a link to somewhere else: that would be copied into results.
+
+    The Hub's cache keeps files in a folder of its own, beside that of their links.
+
+    Raises:
+        CheckpointError: It leads out of the folder.
+    """
+    target, folder = path.resolve(), path.parent.resolve()
+    cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if folder not in target.parents and cache not in target.parents:
+        raise CheckpointError(f"{owner}: {path.name} is a link to {target}, outside its folder. Copy the file there.")
+    return path
 
 
 def _is_float8(dtype: torch.dtype) -> bool:

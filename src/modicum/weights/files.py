@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modicum.borders import check_plain
 from modicum.content import Stamp, changed
-from modicum.errors import CheckpointError, InputGoneError
+from modicum.errors import CheckpointError, InputGoneError, first_line
 
 DTYPES = {
     "F64": torch.float64,
@@ -79,6 +80,7 @@ def read_header(path: Path, *, owner: str) -> dict[str, Slot]:
         CheckpointError: The file is missing, truncated or corrupt.
     """
     corrupt = f"{owner}: {path.name} is not a valid safetensors file"
+    check_plain(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -92,14 +94,26 @@ def read_header(path: Path, *, owner: str) -> dict[str, Slot]:
         raise CheckpointError(f"{owner}: {path} does not exist. Download the model again.") from None
     except OSError as error:
         raise CheckpointError(f"{owner}: cannot read {path}: {error.strerror}. Check its permissions.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError, MemoryError):
         raise CheckpointError(f"{corrupt}: its header is not JSON. Download it again.") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{corrupt}: its header is not a mapping. Download it again.")
     header.pop("__metadata__", None)
     slots = {name: _slot(path, name, entry, 8 + length, corrupt) for name, entry in header.items()}
     _check_cover(slots, 8 + length, size, corrupt)
+    _ask_the_library(path, corrupt)
     return slots
+
+
+def _ask_the_library(path: Path, corrupt: str) -> None:
+    """Refuse what the format's own library refuses, such as a name that stands twice."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{corrupt}: {first_line(error)} Download it again.") from None
 
 
 def _slot(path: Path, name: str, entry: object, data: int, corrupt: str) -> Slot:

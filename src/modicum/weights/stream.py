@@ -34,11 +34,11 @@ from modicum.errors import CheckpointError, InputGoneError, ModicumError
 from modicum.record import digest
 from modicum.weights import company
 from modicum.weights.files import Slot, Spec, lay_out, map_slot, plan_files, put
+from modicum.weights.finished import Finished, Statistics, read_journals, to_disk
 from modicum.weights.kernels.blocks import result_in
 
 SHARD_BYTES = 5_000_000_000
 MAPPED = hasattr(os, "posix_fallocate")  # results are written straight into the file's pages, see _prepare
-Statistics = dict[str, Any]
 T = TypeVar("T")
 Made = tuple[Tensor | Mapping[str, Tensor], Statistics]
 
@@ -160,7 +160,7 @@ def map_tensors(
     """
     rank, world = processes.rank(), processes.world()
     layout = {name: (list(spec.shape), str(spec.dtype)) for name, spec in specs.items()}
-    key = digest({"identity": identity, "layout": layout, "shard": shard_bytes, "boot": _boot()})
+    key = digest({"identity": identity, "layout": layout, "shard": shard_bytes})
     beside = out.with_name(f".{out.name}.partial")
     files = {beside / file: group for file, group in plan_files(specs, shard_bytes=shard_bytes, stem=stem).items()}
 
@@ -168,16 +168,15 @@ def map_tensors(
     sizes = {name: sum(specs[member].nbytes for member in group) for name, group in members.items()}
 
     def share() -> None:
-        statistics = _read_journals(beside)
+        statistics = read_journals(beside)
         mine = sorted(sizes, key=lambda name: (-sizes[name], name))[rank::world]  # the largest first
         todo = [name for name in mine if name not in statistics]
-        with _open_files(make, specs, files, groups) as work, (beside / f"journal.{rank}.jsonl").open("a") as journal:
-            journal.write("\n")  # A cut-off last line is closed first, so that the next one stands on its own.
+        opened = _open_files(make, specs, files, groups)
+        with opened as (work, descriptors), Finished(beside, rank, descriptors) as journal:
             done = run_all(work, todo, workers=workers or cores(), fork=fork)
             with _progress(sum(sizes[name] for name in todo), progress) as advance:
                 for name, found in done:
-                    journal.write(json.dumps([name, found]) + "\n")
-                    journal.flush()
+                    journal.add(name, found, sizes[name])
                     advance(sizes[name])
         check()
 
@@ -196,16 +195,10 @@ def map_tensors(
             _prepare(beside, files, key)
             company.admit(out, beside)
             share()
-            company.wait_for_followers(lambda: len(_read_journals(beside)) == len(members), out, beside, world)
-            measured = _read_journals(beside)
+            company.wait_for_followers(lambda: len(read_journals(beside)) == len(members), out, beside, world)
+            measured = read_journals(beside)
             _finish(beside, out, files, companions or {})
     return {name: measured[name] for name in members}
-
-
-def _boot() -> str:
-    # What a killed process wrote is safe in the page cache; what a crashed machine wrote is not to be trusted.
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text() if path.exists() else ""
 
 
 def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -> None:
@@ -227,6 +220,8 @@ def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
+            file.flush()
+            to_disk(file.fileno())  # the journal speaks of tensors alone
     (beside / "key").write_text(key)
 
 
@@ -237,26 +232,14 @@ def _read_key(beside: Path) -> str | None:
         return None
 
 
-def _read_journals(beside: Path) -> dict[str, Statistics]:
-    found: dict[str, Statistics] = {}
-    for path in beside.glob("journal.*.jsonl"):
-        for line in path.read_text().splitlines():
-            try:
-                name, statistics = json.loads(line)
-            except ValueError:
-                continue  # the line that was being written when the process was killed
-            found[name] = statistics
-    return found
-
-
 @contextmanager
 def _open_files(
     make: Callable[[str], Made],
     specs: Mapping[str, Spec],
     files: Mapping[Path, Mapping[str, Spec]],
     groups: Mapping[str, Sequence[str]] | None,
-) -> Iterator[Callable[[str], Statistics]]:
-    """Give a function that has a tensor made and puts its bytes in place; any worker may call it."""
+) -> Iterator[tuple[Callable[[str], Statistics], list[int]]]:
+    """Give a function that has a tensor made and puts its bytes in place, for any worker, and their descriptors."""
     slots: dict[str, Slot] = {}
     for path, group in files.items():
         slots.update(lay_out(path, group)[1])
@@ -286,7 +269,7 @@ def _open_files(
             store(name, tensor, place)  # type: ignore[arg-type]
             return statistics
 
-        yield work
+        yield work, list(descriptors.values())
 
 
 def _finish(beside: Path, out: Path, files: Mapping[Path, Mapping[str, Spec]], companions: Mapping[str, bytes]) -> None:
@@ -318,6 +301,8 @@ def _told(out: Path, check: Callable[[], None]) -> Iterator[None]:
             raise CheckpointError(
                 f"The disk of {out} is full: {detail}. Free some, or choose another folder."
             ) from None
+        if error.filename is not None and out.parent not in Path(os.fsdecode(error.filename)).parents:
+            raise CheckpointError(f"Cannot use {error.filename}: {error.strerror or error}. Check the path.") from None
         raise CheckpointError(f"Cannot write {out}: {error.strerror or error}. Choose another folder.") from None
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum import borders
 from modicum.errors import CheckpointError, first_line
 from modicum.jobs.loading.references import PICKLES
 from modicum.layout import ADAPTER_CONFIG
@@ -76,10 +76,5 @@ def check_weights(folder: Path, *, allow_pickle: bool = False) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"Cannot read {path}: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is {type(value).__name__}, expected a JSON object.")
-    return value
+    """Return the mapping in a JSON file of a model's folder."""
+    return borders.read_json(path, str(path.parent))

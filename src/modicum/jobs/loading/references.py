@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
+from modicum.borders import check_plain_folder
 from modicum.content import cache_folder
 from modicum.durable import follow_umask, sync, sync_tree
 from modicum.errors import CheckpointError, did_you_mean, first_line
@@ -51,6 +52,7 @@ def resolve_model(
         raise CheckpointError(f"{text} names a stage, which only a later stage of the same pipeline can read.")
     folder = Path(text).expanduser()
     if folder.is_dir():
+        check_plain_folder(folder)
         return folder
     if folder.exists():
         raise CheckpointError(f"{text} is a file, expected the folder of a model.")

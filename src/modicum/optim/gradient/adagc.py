@@ -28,7 +28,7 @@ from torch import Tensor
 
 from modicum.optim.gradient.clipper import PER_UNIT, Granularity, Nonfinite, NormClipper
 from modicum.registry import gradient_rule
-from modicum.types import Decay, NonNegative, NonNegativeInt, Positive
+from modicum.types import Decay, NonNegative, NonNegativeInt, Positive, PositiveOrInfinite
 
 Init: TypeAlias = Literal["min", "mean", "ema", "last"]
 
@@ -192,7 +192,7 @@ class AdaGC(NormClipper):
         self,
         params: Iterable[Any],
         *,
-        relative: Positive = 1.04,
+        relative: PositiveOrInfinite = 1.04,
         absolute: Positive = 1.0,
         beta: Decay = 0.99,
         warmup: NonNegativeInt = 100,

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from modicum.registry import gradient_rule
-from modicum.types import Decay, Positive, PositiveInt
+from modicum.types import Decay, Positive, PositiveInt, PositiveOrInfinite
 
 Norms = Float[Tensor, " n"]
 EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to a norm before it divides
@@ -142,7 +142,7 @@ def zclip(
     z: Positive = 2.5,
     decay: Decay = 0.97,
     warmup: PositiveInt = 25,
-    limit: Positive = 1.0,
+    limit: PositiveOrInfinite = 1.0,
     eps: Positive = 1e-6,
 ) -> tuple[Norms, Moments]:
     r"""Clip the global norm when it lies too many standard deviations above its moving mean.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, TypedDict
 
 from modicum.errors import RecipeError, UnsupportedError
@@ -77,6 +78,11 @@ class Settings:
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise RecipeError(f"{field.name} is {value}, expected a finite number.")
         for name, ok, expected in (
             ("lr", self.lr >= 0, "at least 0"),
             ("eps", self.eps > 0, "above 0"),

@@ -92,7 +92,7 @@ def _read_jsonl(file: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             row = BadRow(f"{file}, line {number} is not valid JSON: {first_line(error).partition(': line')[0]}.")
         if not isinstance(row, dict):
             row = BadRow(f"{file}, line {number} is {type(row).__name__}, expected an object.")
@@ -103,7 +103,7 @@ def _read_jsonl(file: Path) -> list[Row]:
 def _read_json(file: Path) -> list[Row]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return _read_jsonl(file)  # many call a file of JSON lines .json
     rows = [rows] if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -1,0 +1,101 @@
+"""Where bytes of others become data of ours: whatever is wrong with them is one line, and never a traceback.
+
+:func:`border` surrounds a parser, ours or a library's: what it raises for malformed content becomes a
+:class:`~modicum.errors.CheckpointError` that names the file. :func:`parse_json` and :func:`read_json` are such parsers.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modicum.errors import CheckpointError, ModicumError, first_line
+
+MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError, MemoryError)
+LARGEST = 256 << 20  # bytes of a text that is read whole, tokenizers being the largest
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+@contextmanager
+def border(what: str | Path, remedy: str = "Download it again.") -> Iterator[None]:
+    """Turn whatever malformed content makes a parser raise into one line.
+
+    Args:
+        what: Whose content it is.
+        remedy: What to do about it.
+
+    Raises:
+        CheckpointError: The content is malformed, or the file cannot be read.
+
+    Example:
+        >>> with border("mine.json"):
+        ...     {"a": 1}["b"]
+        Traceback (most recent call last):
+            ...
+        modicum.errors.CheckpointError: mine.json is malformed (KeyError: 'b'). Download it again.
+    """
+    try:
+        yield
+    except ModicumError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {what}: {error.strerror or error}. Check the path.") from None
+    except MALFORMED as error:
+        told = first_line(error).rstrip(".")
+        kind = type(error).__name__
+        said = kind if told == kind else f"{kind}: {told}"
+        raise CheckpointError(f"{what} is malformed ({said[:200]}). {remedy}") from None
+
+
+def check_plain(path: Path) -> None:
+    """Refuse what is there but is no plain file or folder, whose reading would never end, and texts beyond all measure.
+
+    Raises:
+        CheckpointError: It is a pipe, a socket or a device.
+    """
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return  # whoever opens it says why it cannot
+    if (kind := KINDS.get(stat.S_IFMT(found.st_mode))) is not None:
+        raise CheckpointError(f"{path} is {kind}, expected a file. Give the file itself.")
+
+
+def check_plain_folder(folder: Path) -> None:
+    """Refuse a folder that holds a pipe, a socket or a device in the place of a file; see :func:`check_plain`."""
+    try:
+        found = list(folder.iterdir())
+    except OSError:
+        return
+    for path in found:
+        check_plain(path)
+
+
+def read_json(path: Path, owner: str, remedy: str = "Download it again.") -> dict[str, Any]:
+    """Return the mapping in a JSON file.
+
+    Args:
+        path: The file.
+        owner: What it belongs to, for the error.
+        remedy: What to do when it is malformed.
+
+    Raises:
+        CheckpointError: It cannot be read, is no JSON, or holds something else than a mapping.
+    """
+    check_plain(path)
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise CheckpointError(f"{owner}: {path.name} has {size / 1e6:.0f} MB, which is no text to read. {remedy}")
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{owner}: cannot read {path}: {error.strerror}. Check the folder.") from None
+    except (ValueError, RecursionError, MemoryError):
+        raise CheckpointError(f"{owner}: {path.name} is not valid JSON. {remedy}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{owner}: {path.name} is not a mapping. {remedy}")
+    return value

@@ -1,0 +1,102 @@
+"""Keys, tokens and passwords by their looks: recipes that hold one are refused, and none reaches a record or a page.
+
+The shapes are those that the services document for their own secret scanning. What has no shape of its own is known by
+the name that it stands under.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+HIDDEN = "(hidden)"
+# What it looks like, and the variable in which the service's own tools look for it.
+SHAPES: Mapping[str, str] = MappingProxyType(
+    {
+        r"\bhf_[A-Za-z0-9]{16,}": "HF_TOKEN",
+        r"\bapi_org_[A-Za-z0-9]{16,}": "HF_TOKEN",
+        r"\bsk-ant-[A-Za-z0-9_-]{16,}": "ANTHROPIC_API_KEY",
+        r"\bsk-[A-Za-z0-9_-]{16,}": "OPENAI_API_KEY",
+        r"\bgh[opsur]_[A-Za-z0-9]{20,}": "GITHUB_TOKEN",
+        r"\bgithub_pat_[A-Za-z0-9_]{20,}": "GITHUB_TOKEN",
+        r"\bgl(?:pat|dt|rt|cbt|ptt|ft|soat)-[A-Za-z0-9_-]{16,}": "GITLAB_TOKEN",
+        r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b": "AWS_ACCESS_KEY_ID",
+        r"\bnvapi-[A-Za-z0-9_-]{20,}": "NVIDIA_API_KEY",
+        r"\bAIza[A-Za-z0-9_-]{35}": "GOOGLE_API_KEY",
+        r"\bya29\.[A-Za-z0-9_-]{20,}": "GOOGLE_API_KEY",
+        r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}": "SLACK_TOKEN",
+        r"\bnpm_[A-Za-z0-9]{30,}": "NPM_TOKEN",
+        r"\bpypi-[A-Za-z0-9_-]{40,}": "PYPI_TOKEN",
+        r"\bglsa_[A-Za-z0-9_]{20,}": "GRAFANA_TOKEN",
+        r"\br8_[A-Za-z0-9]{30,}": "REPLICATE_API_TOKEN",
+        r"\bgsk_[A-Za-z0-9]{30,}": "GROQ_API_KEY",
+        r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}": "a variable of its own",
+        r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[^-]*": "a file of its own",
+        r"(?i)(?<=\bbearer )[A-Za-z0-9._~+/=-]{12,}": "a variable of its own",
+        r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)": "a variable, or git's credential store",
+        r"(?<=://)[^/\s:@]{12,}(?=@)": "a variable, or git's credential store",
+        r"(?i)(?<=[?&;])(?:access_token|api_?key|token|sig|signature|secret)=[^&\s]{6,}": "a variable of its own",
+        r"\b[A-Z][A-Z0-9_]*_(?:TOKEN|KEY|SECRET|PASSWORD)\s*[=:]\s*[^\s,;'\"]{6,}": "that variable itself",
+    }
+)
+_ANY = re.compile("|".join(f"(?:{shape.removeprefix('(?i)')})" for shape in SHAPES if not shape.startswith("(?i)")))
+_ANY_CASE = re.compile("|".join(f"(?:{shape[4:]})" for shape in SHAPES if shape.startswith("(?i)")), re.IGNORECASE)
+_KEY = re.compile(
+    r"(?i)(password|passwd|passphrase|secret|authorization|credentials?|(api|access|private|secret|encryption)_?key)$"
+    r"|(^|_)(hub|auth|access|api|hf|bearer|refresh|session|github|gitlab)?_?token$|_(TOKEN|KEY|SECRET)$"
+)
+_NOT_KEY = re.compile(r"(?i)(mask|pad|eos|bos|unk|sep|cls|image|audio|video|special|stop|start|end)_token$")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what stands under this name is a secret.
+
+    Example:
+        >>> [is_secret_name(name) for name in ("hub_token", "API_KEY", "mask_token", "tokens", "monkey")]
+        [True, True, False, False, False]
+    """
+    return bool(_KEY.search(name)) and not _NOT_KEY.search(name)
+
+
+def redact(value: Any) -> Any:
+    """Return JSON-like ``value`` with whatever looks like a key or password hidden.
+
+    Example:
+        >>> redact({"hub_token": "x", "mask_token": "<m>", "error": "at https://me:pw@host"})
+        {'hub_token': '(hidden)', 'mask_token': '<m>', 'error': 'at https://(hidden)@host'}
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if item not in (None, "") and is_secret_name(str(key)) else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    return _ANY_CASE.sub(HIDDEN, _ANY.sub(HIDDEN, value)) if isinstance(value, str) else value
+
+
+def secrets_in(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Yield where JSON-like ``value`` holds a secret, and which variable should hold it instead.
+
+    Example:
+        >>> list(secrets_in({"trainer": {"hub_token": "x"}, "eos_token": "</s>"}))
+        [('trainer.hub_token', 'HF_TOKEN')]
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            place = f"{where}.{key}".lstrip(".")
+            if isinstance(item, str) and item and is_secret_name(str(key)):
+                yield place, _variable(item) or ("HF_TOKEN" if "hub" in str(key) else "a variable of the environment")
+            else:
+                yield from secrets_in(item, place)
+    elif isinstance(value, (list, tuple)):
+        for position, item in enumerate(value):
+            yield from secrets_in(item, f"{where}.{position}".lstrip("."))
+    elif isinstance(value, str) and (variable := _variable(value)) is not None:
+        yield where, variable
+
+
+def _variable(text: str) -> str | None:
+    return next((name for shape, name in SHAPES.items() if re.search(shape, text)), None)

@@ -1,0 +1,180 @@
+"""No knob of any method, and no number of any recipe, may be NaN or infinite, however deep it lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from modicum import registry
+from modicum.errors import CheckpointError, RecipeError
+from modicum.recipe import job_schema, override, parse
+from modicum.registry import REGISTRIES, Entry
+from modicum.schema import not_finite
+from modicum.types import Unbounded
+
+BAD: tuple[Any, ...] = (math.nan, math.inf, -math.inf, "nan", "inf", "-Infinity")
+ENTRIES = [
+    pytest.param(entry, id=f"{entry.noun}-{entry.name}") for table in REGISTRIES.values() for entry in table.values()
+]
+
+
+def placed(annotation: Any, bad: Any) -> Iterator[Any]:
+    """Yield values of a type with ``bad`` in the place of each float."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is float:
+        yield bad
+    elif origin is Annotated:
+        yield from placed(arguments[0], bad)
+    elif origin in (Union, UnionType):
+        for part in arguments:
+            yield from placed(part, bad)
+    elif origin is tuple and ... not in arguments:
+        for i, part in enumerate(arguments):
+            rest = [next(placed(other, 0.5), None) for other in arguments]
+            yield from ((*rest[:i], value, *rest[i + 1 :]) for value in placed(part, bad))
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        yield from ({"a": value} for value in placed(arguments[-1], bad))
+    elif origin is not None and arguments and origin is not type:
+        yield from ([value] for value in placed(arguments[0], bad))
+
+
+def unbounded(entry: Entry, name: str) -> bool:
+    annotation = entry.parameters[1][name].annotation
+    return any(isinstance(mark, Unbounded) for mark in getattr(annotation, "__metadata__", ()))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_knob_that_is_not_finite_is_named(entry: Entry) -> None:
+    for name, parameter in entry.parameters[1].items():
+        for bad in BAD:
+            if unbounded(entry, name) and bad in (math.inf, "inf"):
+                continue
+            for value in placed(parameter.annotation, bad):
+                with pytest.raises(RecipeError, match=name):
+                    entry.knobs({name: value})
+
+
+def test_many_knobs_are_numbers_and_few_may_be_infinite() -> None:
+    knobs = [
+        (entry.name, name)
+        for table in REGISTRIES.values()
+        for entry in table.values()
+        for name, parameter in entry.parameters[1].items()
+        if any(placed(parameter.annotation, 0.5))
+    ]
+    assert len(knobs) > 150
+    free = {(e.name, n) for t in REGISTRIES.values() for e in t.values() for n in e.parameters[1] if unbounded(e, n)}
+    assert free == {("adagc", "relative"), ("zclip", "limit")}
+    assert registry.gradient_rule["adagc"].knobs({"relative": math.inf})["relative"] == math.inf
+
+
+def test_defaults_are_finite() -> None:
+    for table in REGISTRIES.values():
+        for entry in table.values():
+            for name, parameter in entry.parameters[1].items():
+                default = parameter.default
+                assert default is parameter.empty or not list(not_finite(default)), (entry.name, name)
+
+
+@pytest.mark.parametrize("table", ["gradient_rules", "zeroth_order"])
+@pytest.mark.parametrize("bad", BAD[:3])
+def test_an_optimiser_of_a_loop_of_ones_own_refuses_them_too(table: str, bad: float) -> None:
+    for entry in REGISTRIES[table].values():
+        if not isinstance(entry.function, type):
+            continue
+        needed = {n: 0.1 for n, p in entry.parameters[1].items() if p.default is p.empty}
+        for name, parameter in entry.parameters[1].items():
+            if parameter.annotation is float and not (unbounded(entry, name) and bad == math.inf):
+                with pytest.raises(RecipeError, match=name):
+                    entry.function([torch.nn.Parameter(torch.ones(2, 2))], **(needed | {name: bad}))
+
+
+def fields_of(schema: type[BaseModel], where: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in schema.model_fields.items():
+        path = f"{where}{name}"
+        inner = [a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type)]
+        for model in inner:
+            if issubclass(model, BaseModel):
+                yield from fields_of(model, f"{path}.")
+        yield path, field.annotation
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "merge": {"experts": ["a"], "method": "linear"},
+    "average": {"checkpoints": ["a"]},
+    "evaluate": {"model": "m", "tasks": {"t": {"kind": "exact_match", "data": {"path": "d"}}}},
+    "statistics": {"model": "m", "kind": "gram", "data": {"path": "d"}},
+    "calibrate": {"model": "m", "data": {"path": "d"}},
+    "train": {"model": "m", "data": {"path": "d"}},
+}
+
+
+@pytest.mark.parametrize("job", RECIPES)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_number_of_a_recipe_is_finite(job: str, bad: Any) -> None:
+    for path, annotation in fields_of(job_schema(job)):
+        for value in placed(annotation, bad):
+            data = override({"job": job, **RECIPES[job]}, [])
+            *parents, last = path.split(".")
+            target = data
+            for part in parents:
+                found = target.get(part)
+                target[part] = found if isinstance(found, dict) else {"path": found} if found else {}
+                target = target[part]
+            target[last] = value
+            with pytest.raises(RecipeError, match=last):
+                parse(data)
+
+
+@pytest.mark.parametrize("bad", BAD[:3])
+@pytest.mark.parametrize(
+    ("job", "path"),
+    [
+        ("train", "trainer.learning_rate"),
+        ("train", "trainer.lr_scheduler_kwargs.min_lr"),
+        ("train", "adapter.config.lora_alpha"),
+        ("train", "adapter.config.alpha_pattern.q_proj"),
+        ("train", "model.scratch.rope_theta"),
+        ("train", "data.config.x"),
+        ("train", "objective.alpha"),
+        ("merge", "method.weights"),
+        ("evaluate", "tasks.t.data.config.x"),
+    ],
+)
+def test_settings_that_another_library_checks_are_finite_too(job: str, path: str, bad: float) -> None:
+    data = {"job": job, **RECIPES[job]}
+    if path.startswith("objective"):
+        data["objective"] = {"name": "neftune"}
+    if path.startswith("model"):
+        data["model"] = {"path": "m"}
+    if path == "method.weights":
+        data["method"] = {"name": "linear"}
+    with pytest.raises(RecipeError, match=path.rpartition(".")[2]):
+        parse(override(data, [f"{path}={'.nan' if bad != bad else '.inf' if bad > 0 else '-.inf'}"]))
+
+
+def test_a_mergekit_file_is_finite() -> None:
+    document = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": math.nan}}]}
+    with pytest.raises(RecipeError, match="weight is nan"):
+        parse(document)
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "1e999", '"x"', "[]"])
+@pytest.mark.parametrize("pattern", [False, True])
+def test_an_adapter_whose_scale_is_no_number_is_refused(tmp_path: Any, alpha: str, pattern: bool) -> None:
+    from safetensors.torch import save_file
+
+    from modicum.weights.adapter import Adapter
+
+    scale = f'"lora_alpha": 8, "alpha_pattern": {{"proj": {alpha}}}' if pattern else f'"lora_alpha": {alpha}'
+    (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": 1, {scale}}}')
+    prefix = "base_model.model.proj.lora_"
+    save_file({f"{prefix}{s}.weight": torch.ones(1, 1) for s in "AB"}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="lora_alpha"):
+        Adapter(tmp_path, owner="mine")
