@@ -16,6 +16,7 @@ from modicum.submodular import (
     BestResponse,
     ConcaveOverModular,
     FacilityLocation,
+    Hedge,
     LastGreedy,
     Mixture,
     NoCommunication,
@@ -245,6 +246,17 @@ def test_best_responses():
         done = policy.act().tolist()
         policy.update(f)
         assert policy.act().tolist() == oracle.responses(g, BLOCKS, done)
+
+
+@pytest.mark.oracle("policies", "hedge")
+def test_hedge_weighs_actions_by_their_own_values():
+    policy, weights = Hedge(BLOCKS, eta=0.7, gamma=0.1), [np.ones(len(block)) for block in BLOCKS]
+    for seed in range(4):
+        f, g = tables("facility", seed=seed)
+        policy.update(f)
+        weights = [w * np.exp(0.7 * np.array([g({a}) for a in block])) for w, block in zip(weights, BLOCKS)]
+        expected = [0.9 * w / w.sum() + 0.1 / len(w) for w in weights]
+        np.testing.assert_allclose(policy.probabilities(), np.concatenate(expected), atol=1e-12)
 
 
 @pytest.mark.oracle("policies", "random")

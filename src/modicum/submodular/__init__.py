@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from modicum.submodular.policies.best_response import BestResponse
     from modicum.submodular.policies.bsg import BSG
+    from modicum.submodular.policies.hedge import Hedge
     from modicum.submodular.policies.last_greedy import LastGreedy
     from modicum.submodular.policies.ma_osea import MAOSEA
     from modicum.submodular.policies.ma_osma import MAOSMA
@@ -67,6 +68,7 @@ __all__ = [
     "BestResponse",
     "ConcaveOverModular",
     "FacilityLocation",
+    "Hedge",
     "LastGreedy",
     "Mixture",
     "NoCommunication",

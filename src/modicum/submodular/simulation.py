@@ -43,7 +43,7 @@ class Trace:
         optimum_kind: ``exact`` when all joint actions were tried, ``greedy`` for a greedy that sees the objective,
             which is a lower bound of the optimum.
         bytes: What all agents sent, in all rounds.
-        evaluations: Evaluations of objectives by the policy, in all rounds.
+        evaluations: Evaluations of the objective of one world by the policy, in all rounds.
     """
 
     actions: Tensor

@@ -108,7 +108,7 @@ def _table(results: Mapping[str, Any]) -> Markup:
                 f"{_mean(cell['ratio']):.1%}" if cell.get("ratio") else None,
                 _interval(difference) if difference else None,
                 f"{cell['bytes'] / rounds / 1e3:.1f} kB" if cell.get("bytes") else None,
-                number(round(cell["evaluations"] / rounds / max(1, len(cell["utility"])))),
+                number(round(cell["evaluations"] / rounds)),
             ]
         )
     first = results["cells"][0]["label"]

@@ -30,7 +30,7 @@ class Policy:
         device: Where it computes.
 
     Attributes:
-        evaluations: Evaluations of objectives so far, two for a gain.
+        evaluations: Evaluations of the objective of one world so far, two for a gain.
     """
 
     sees: ClassVar[Literal["past", "now"]] = "past"  # "now": act is given the objective of the round itself
