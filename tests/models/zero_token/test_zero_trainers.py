@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, StaticCache
 
-from models.zero_token.support_zero import looped, tokens
+from models.zero_token.support_zero import decode, looped, tokens
 from models.zero_token.test_zero_seams import trainer_of
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.models import TrainingStep, parameter_groups
@@ -100,6 +100,23 @@ def test_the_default_scope_is_causal_and_rows_do_not_depend_on_each_other():
         torch.testing.assert_close(alone.logits, out.logits[row : row + 1], atol=1e-4, rtol=0)
     padded = torch.cat([ids, torch.zeros(3, 4, dtype=torch.long)], 1)
     torch.testing.assert_close(model(padded, use_cache=False).logits[:, :9], out.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["latest", "share_first"])
+@pytest.mark.parametrize("prefill", [0, 3])
+def test_rows_that_leave_are_not_computed_any_more(policy, prefill):
+    model, ran = looped(cache_policy=policy), []
+    depths, ids = torch.tensor([1, 3, 2, 1]), tokens(4, 6)
+    hook = model.layers[1].register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    logits, cycles, _ = decode(model, ids, prefill=prefill, n_cycles=depths)
+    hook.remove()
+    assert ran == [4, 2, 1] * (1 + 6 - prefill if prefill else 6)
+    for row, depth in enumerate(depths.tolist()):
+        alone, _, _ = decode(model, ids[row : row + 1], prefill=prefill, n_cycles=depth)
+        torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-4, rtol=0)
+        assert (cycles[row] == depth).all()
+    out = model(ids, n_cycles=depths, use_cache=False, output_zero_attention=True)
+    assert all(p0.shape == (4, 4, 6) for p0 in out.zero_attention.values())
 
 
 def test_use_cache_survives_saving(tmp_path):

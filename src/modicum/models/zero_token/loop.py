@@ -126,11 +126,14 @@ class LoopRun:
         active: Tensor | None = None,
         previous: tuple[Tensor, Tensor] | None = None,
         only_store: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Visit]:
-        """Run one layer."""
+        """Run one layer, on some ``rows`` of the batch or on all."""
         layer, cycle, slot = entry
         shared = self.config.cache_policy == "share_first"
         args, kwargs = self.arguments[slot]
+        if rows is not None:
+            args, kwargs = _of_rows((args, kwargs), rows, hidden.shape[0])
         if shared and cycle:
             slot = next(s for c in self.stages.cycles for (first, at, s) in c if first == layer and at == 0)
         visit = self.bare_visit((layer, cycle, slot))
@@ -138,8 +141,8 @@ class LoopRun:
         visit.active = active
         # Under "propagate" a token that left makes keys of its last state, like the tokens that go on.
         visit.previous = None if self.config.cache_policy == "propagate" else previous
-        visit.shared = shared
-        new = self.layers[layer](hidden, *args, **kwargs, visit=visit)
+        visit.shared, visit.rows = shared, rows
+        new = self.layers[layer](hidden if rows is None else hidden[rows], *args, **kwargs, visit=visit)
         if not isinstance(new, Tensor) or visit.states is None:
             why = "it computes attention by code of its own" if visit.states is None else "it returns more than a state"
             raise UnsupportedError(f"{type(self.layers[layer]).__name__} cannot be looped: {why}.")
@@ -150,6 +153,9 @@ class LoopRun:
             )
         if only_store:
             return hidden, visit
+        if rows is not None:
+            b, new = hidden.shape[0], hidden.index_copy(0, rows, new)
+            visit.zero_attention, visit.weights = visit.whole(visit.p0, b), visit.whole(visit.weights, b)
         self.trace.calls += 1
         self.trace.visits.append(visit)
         self.trace.states.append(new)
@@ -164,6 +170,15 @@ class LoopRun:
         layer, cycle, slot = entry
         row = self.rows.get((layer, cycle))
         return Visit(layer, cycle, slot, config=self.config, pool=self.pool, row=row, cache=self.cache)
+
+
+def _of_rows(value: Any, rows: Tensor, batch: int) -> Any:
+    """Return a layer's arguments for some rows of the batch; what is the same for all of them has one row, or none."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() > 1 and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: _of_rows(part, rows, batch) for name, part in value.items()}
+    return tuple(_of_rows(part, rows, batch) for part in value) if isinstance(value, tuple) else value
 
 
 def forward(run: LoopRun, hidden: Tensor) -> Tensor:
@@ -204,11 +219,12 @@ def _loop(run: LoopRun, hidden: Tensor) -> Tensor:
         if len(run.stages.cycles) == 1:
             piece = tuple(entry for entry in piece if entry[1] < run.n_cycles)
         before, first = hidden, len(run.trace.visits)
+        rows = _rows(run, active)
         running = None if select else active
         hidden = _hold(_embed(run, hidden, c), before, running)
         for entry in piece:
             running = None if select else active
-            new, visit = run.visit(hidden, entry, active=running, previous=last.get(entry[0]))
+            new, visit = run.visit(hidden, entry, active=running, previous=last.get(entry[0]), rows=rows)
             hidden = _hold(new, hidden, running)
             if remembers and visit.states is not None and not (visit.shared and entry[0] in last):
                 last[entry[0]] = visit.states
@@ -242,6 +258,17 @@ def positions(run: LoopRun, hidden: Tensor) -> Tensor:
 def _hold(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
     """Keep the old state of tokens that have left."""
     return new if active is None or new is old else torch.where(active[..., None], new, old)
+
+
+def _rows(run: LoopRun, active: Tensor | None) -> Tensor | None:
+    """Return the rows of the batch of which some token still runs, when others have none: only they are computed.
+
+    Not for ``select``, which runs all, and ``propagate``, under which those that left still make keys.
+    """
+    if active is None or run.config.cache_policy in ("select", "propagate"):
+        return None
+    rows = active.any(-1).nonzero()[:, 0]
+    return rows if 0 < len(rows) < len(active) else None
 
 
 def _embed(run: LoopRun, hidden: Tensor, cycle: int) -> Tensor:

@@ -48,6 +48,7 @@ class Visit:
         row: Row of the pool, or None when the visit has no zero token.
         cache: The cache, or None.
         rotary: Cosines and sines of the queries' positions, where the host has them.
+        rows: Which sequences of the batch the layer runs on; None for all. Tensors beside these rows are whole.
         active: Which of the new tokens run this cycle, (b, t); None for all.
         previous: Keys and values of the new tokens in the cycle before, for the tokens that do not run.
         shared: Use ``previous`` for all tokens.
@@ -72,6 +73,7 @@ class Visit:
         self.layer, self.cycle, self.slot = layer, cycle, slot
         self.config, self.pool, self.row, self.cache = config, pool, row, cache
         self.rotary: tuple[Tensor, Tensor] | None = None
+        self.rows: Tensor | None = None
         self.active: Tensor | None = None
         self.previous: tuple[Tensor, Tensor] | None = None
         self.shared = False
@@ -79,6 +81,12 @@ class Visit:
         self.weights: Tensor | None = None
         self.states: tuple[Tensor, Tensor] | None = None
         self.with_gradient = True
+
+    def whole(self, x: Tensor | None, batch: int) -> Tensor | None:
+        """Return ``x`` of all sequences, zero for those that the layer did not run on."""
+        if x is None or self.rows is None:
+            return x
+        return x.new_zeros(batch, *x.shape[1:]).index_copy(0, self.rows, x)
 
     @property
     def p0(self) -> Tensor | None:
@@ -111,9 +119,17 @@ class Visit:
         if self.previous is not None and self.shared:
             key, value = self.previous
         elif self.previous is not None and self.active is not None:
+            if self.rows is not None:  # those that left keep what they have
+                key, value = (x.index_copy(0, self.rows, y) for x, y in zip(self.previous, (key, value)))
             runs = self.active[:, None, :, None]
             key, value = torch.where(runs, key, self.previous[0]), torch.where(runs, value, self.previous[1])
         self.states = key, value
+        keys, values, leads = self._visible(key, value, zero)
+        if self.rows is not None:
+            keys, values = keys[self.rows], values[self.rows]
+        return keys, values, leads
+
+    def _visible(self, key: Tensor, value: Tensor, zero: Zero | None) -> tuple[Tensor, Tensor, bool]:
         if self.cache is None:
             return key, value, False
         layer = self.cache.layers[self.slot]
