@@ -119,6 +119,18 @@ def test_rows_that_leave_are_not_computed_any_more(policy, prefill):
     assert all(p0.shape == (4, 4, 6) for p0 in out.zero_attention.values())
 
 
+def test_a_scope_that_reads_the_future_says_so(caplog):
+    from transformers.utils import logging
+
+    logging.get_logger("modicum.models.zero_token.body").warning_once.cache_clear()
+    logging.get_logger("modicum").propagate = True
+    with caplog.at_level("WARNING"):
+        looped(exit_threshold=0.1)(tokens())
+        assert "exit_scope" not in caplog.text
+        looped(exit_threshold=0.1, exit_scope="sequence")(tokens())
+    assert "no likelihood" in caplog.text
+
+
 def test_use_cache_survives_saving(tmp_path):
     model = looped()
     model.config.use_cache = False

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.models.zero_token import loop
 from modicum.models.zero_token.cache import prepare_cache
-from modicum.models.zero_token.config import PlainConfig
+from modicum.models.zero_token.config import CAUSAL_SCOPES, PlainConfig
 
 logger = logging.get_logger(__name__)
 
@@ -186,6 +186,16 @@ def _begin(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs: dic
     if owner.training:
         settings["threshold"] = None  # a threshold was chosen for the trained model; a call may still ask for one
     settings |= {name: value for name, value in call.exit.items() if value is not None}
+    if (
+        settings["threshold"] is not None
+        and settings["scope"] not in CAUSAL_SCOPES
+        and owner.kind == "causal"
+        and t > 1
+    ):
+        logger.warning_once(
+            f"exit_scope {settings['scope']!r} lets later tokens, and in a packed row other texts, choose the depth of "
+            f"earlier ones: these logits give no likelihood of a text. Use exit_scope {' or '.join(CAUSAL_SCOPES)}."
+        )
     n_cycles, depths = _cycles(owner, call.n_cycles, b, t)
     return loop.LoopRun(
         config=plain,
