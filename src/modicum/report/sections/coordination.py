@@ -17,6 +17,7 @@ from modicum.report.sections import Section, Stat, section
 from modicum.report.text import MINUS, number
 
 FILMS = 3  # how many are shown at most
+BANDS = 4  # more policies than this in a picture hide the single worlds
 Cell = Mapping[str, Any]
 
 
@@ -43,7 +44,9 @@ def _results(run: RunView) -> dict[str, Any] | None:
 
 def _one(run: RunView, results: Mapping[str, Any]) -> Markup:
     charts = grid((_chart(results["cells"], graph) for graph in results["graphs"]), wide=True)
-    course = figure(charts, caption="Thick lines are means over the worlds, faint ones single worlds.")
+    course = figure(
+        charts, caption="Means over the worlds; where there are few policies, single worlds are faint behind them."
+    )
     return _films(run, results) + course + _table(results) + _graphs(results) + _tuning(results)
 
 
@@ -80,7 +83,7 @@ def _chart(cells: Sequence[Cell], graph: str) -> Markup:
     shown = [cell for cell in cells if cell["graph"] == graph and isinstance(cell.get("course"), Mapping)]
     for color, cell in enumerate(shown):
         rounds, worlds = cell["course"]["rounds"], cell["course"]["worlds"]
-        if len(shown) <= 4:
+        if len(shown) <= BANDS:
             lines += [
                 Line([(float(t), finite(u)) for t, u in zip(rounds, world)], color, style="faint") for world in worlds
             ]
