@@ -229,7 +229,8 @@ def main() -> None:
     except ModicumError as error:
         if "--traceback" in sys.argv:
             raise
-        print(f"modicum: {error}", file=sys.stderr)
+        told = str(error)
+        print(f"modicum: {told if len(told) <= 4000 else told[:3997] + '...'}", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as ended:
         if ended.code == 130:  # what typer makes of a KeyboardInterrupt

@@ -106,7 +106,7 @@ def read_header(path: Path, *, owner: str) -> dict[str, Slot]:
 
 
 def _ask_the_library(path: Path, corrupt: str) -> None:
-    """Refuse what the format's own library refuses, such as a name that stands twice."""
+    """Refuse what the format's own library refuses."""
     from safetensors import SafetensorError, safe_open
 
     try:
