@@ -81,6 +81,23 @@ def routers() -> str:
     return markdown(["router", "prompts", "accuracy", "calibration error", "calibrated"], rows)
 
 
+def real() -> str:
+    """Return the evaluation of a run on real fine-tunes: models by tasks."""
+    cells = load("mediator-smollm2.json").get("cells", [])
+    tasks, models = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("task", "model"))
+    told = {(c["model"], c["task"]): f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells}
+    return markdown(["exact match", *tasks], ([model, *(told[model, task] for task in tasks)] for model in models))
+
+
+def real_layers() -> str:
+    found = load("mediator-smollm2.json").get("routing_conflict", {})
+    rows = [
+        [name.rpartition(".")[2], f"{value:.3f}"]
+        for name, value in zip(found.get("layers", []), found.get("values", []))
+    ]
+    return markdown(["block", "conflict"], rows[::3])
+
+
 def speed() -> str:
     rows = []
     for part, found in load("routed-speed.json").get("parts", {}).items():
@@ -106,6 +123,10 @@ def main() -> None:
         selections(),
         "Routers:\n",
         routers(),
+        "Real fine-tunes of SmolLM2-135M, one seed, 16 steps each; see `benchmarks/claims/mediator/record.py`:\n",
+        real(),
+        "Conflict of every third block there:\n",
+        real_layers(),
         f"Speed, SmolLM2-135M's shape, one thread ({environment.get('cpu', 'CPU')}), ratios of processor time:\n",
         speed(),
     )

@@ -23,6 +23,8 @@ from modicum.models.router import Router
 from modicum.references import find_model, pinned
 from modicum.weights.experts import ExpertSet
 
+CACHES = ("cache", "past_key_values")  # what transformers calls it: the second name is the older one
+
 
 class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
     """A host model with several experts in little more memory than one.
@@ -295,7 +297,8 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
 
 def _remembered(output: Any, rows: Tensor, *caches: Any) -> Any:
     """Let every cache of a request remember the weights that filled it."""
-    for cache in (*caches, *(getattr(output, name, None) for name in ("cache", "past_key_values"))):
+    made = next((output[name] for name in CACHES if isinstance(output, Mapping) and name in output), None)
+    for cache in (*caches, made):
         if cache is not None:
             setattr(cache, FIXED, rows)
     return output
