@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.registry import averager
-from modicum.weights import Checkpoint, average
+from modicum.weights import Checkpoint, average, average_state_dicts
 from modicum.weights.average import choose, plan_average
 from modicum.weights.merge import run_plan
 from modicum.weights.search import Landscape
@@ -275,6 +275,33 @@ def test_draws_come_from_the_seed() -> None:
 def test_a_rule_that_learns_needs_data() -> None:
     with pytest.raises(RecipeError, match="toy_descent learns its coefficients from a loss on data"):
         choose(models(2), method="toy_descent")
+
+
+def test_what_cannot_be_written_is_refused_before_the_search(tmp_path: Path) -> None:
+    folders = [write_model(tmp_path / str(i), random_tensors(i)) for i in range(2)]
+
+    def searched(weights: dict[str, Tensor], batch: object) -> float:
+        raise AssertionError
+
+    told: dict[str, Any] = {"method": "best", "loss": searched, "batches": [0], "progress": False}
+    with pytest.raises(CheckpointError, match="exists already"):
+        average(folders, folders[0], **told)
+    with pytest.raises(RecipeError, match="dtype"):
+        average(folders, tmp_path / "out", dtype="float3", **told)
+
+
+def test_weights_that_ask_for_gradients_are_averaged_without_them() -> None:
+    known = [{name: torch.nn.Parameter(tensor) for name, tensor in model.items()} for model in models(3)]
+    made, _ = average_state_dicts(known, method="sewa", loss=quadratic, batches=models(2), k=2, iters=3)
+    assert not any(tensor.requires_grad for tensor in made.values())
+    assert all(p.grad is None for model in known for p in model.values())
+
+
+def test_coefficients_may_be_a_tensor() -> None:
+    landscape = Landscape(quadratic, models(4), models(2))
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64)
+    assert landscape.value(weights) == landscape.value(WEIGHTS)  # type: ignore[arg-type]
+    assert torch.equal(landscape.gradient(weights, 1)[1], landscape.gradient(WEIGHTS, 1)[1])  # type: ignore[arg-type]
 
 
 def test_a_plan_of_tensors_in_memory_is_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from modicum.weights import average_state_dicts
 from modicum.weights.average import Choice, choose
+from modicum.weights.kernels import surrogate
 from modicum.weights.kernels.surrogate import Surrogate
 from modicum.weights.search import Landscape
 from oracles import sewa as oracle
@@ -124,6 +126,19 @@ def test_on_a_bowl_the_surrogate_is_exact(seed: int) -> None:
     for start, length, loss in free.trace["windows"]:
         assert loss == pytest.approx(value(oracle.mean(range(start, start + length), n)), abs=1e-7)
     assert free.passes["gradients"] == 2 * (n + 1) and len(free.trace["tried"]) == 3
+
+
+def test_subsets_are_enumerated_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    points = rng.normal(size=(8, 5))
+    fit = Surrogate(0.0, points @ rng.normal(size=5), 2 * points @ points.T)
+    whole = [fit.subset(k) for k in range(1, 9)]
+    monkeypatch.setattr(surrogate, "CHUNK", 7)
+    for k, found in enumerate(whole, 1):
+        again = fit.subset(k)
+        assert [chosen for _, chosen in again] == [chosen for _, chosen in found]
+        assert [loss for loss, _ in again] == pytest.approx([loss for loss, _ in found])
+        assert found == sorted(found) and len(found) == min(3, math.comb(8, k))
 
 
 def test_many_subsets_are_sought_by_exchanges() -> None:

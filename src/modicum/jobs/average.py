@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from modicum import lock
+from modicum import processes
 from modicum.borders import read_json
 from modicum.durable import write_atomic
 from modicum.errors import CheckpointError
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.loading.folders import note_code
-from modicum.recipe import Recipe, choice
+from modicum.jobs.training.checkpoints import checkpoints as saved_in
+from modicum.recipe import Recipe, Section, choice
 from modicum.record import Run
 from modicum.registry import averager, job
 from modicum.types import PositiveInt
@@ -29,22 +31,37 @@ if TYPE_CHECKING:
     from modicum.weights.search import Landscape
 
 
+class CurveSection(Section):
+    """The loss of a rolling mean along the run: what a decay of the rate would give at each checkpoint."""
+
+    last: PositiveInt = Field(description="checkpoints of the mean")
+
+
 class AverageRecipe(Recipe):
     """Checkpoints of one run, and how to average them."""
 
     job: Literal["average"] = "average"
-    checkpoints: list[str] = Field(min_length=1, description="folders, oldest first; * stands for anything")
+    checkpoints: list[str] = Field(
+        min_length=1,
+        description="folders, oldest first; * stands for anything, a folder of checkpoints for all of them",
+    )
     method: choice(averager) = Field(default="uniform", validate_default=True)  # type: ignore[valid-type]
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
     exclude: str | None = Field(
         default=None, description="regular expression of tensor names that stay as they are in the last checkpoint"
     )
-    data: DataSection | None = Field(default=None, description="for averagers that learn: what their loss is of")
-    held_out: DataSection | None = Field(default=None, description="what a learnt choice is judged by; else data is")
+    data: DataSection | None = Field(default=None, description="whose loss is searched and measured")
+    held_out: DataSection | None = Field(default=None, description="what choices are judged by; else data is")
     batch_size: PositiveInt = 8
     fallback: bool = Field(
-        default=True, description="take the plain mean of as many of the latest where a learnt choice is no better"
+        default=True, description="take the plain mean of as many of the latest where a learnt choice is worse"
     )
+    compare: list[choice(averager)] = Field(  # type: ignore[valid-type]
+        default_factory=list, description="rules that are measured beside the choice"
+    )
+    curve: CurveSection | None = Field(default=None, description="measure a rolling mean along the run")
+    output: Literal["model", "lora"] = Field(default="model", description="lora: an adapter, of checkpoints that are")
+    rank: PositiveInt | None = Field(default=None, description="of output: lora; the sum of all ranks when not given")
     device: str = Field(default="cpu", description="where the arithmetic happens, for example cuda")
     allow_pickle: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
     remote_code: bool = Field(default=False, description="fetch and carry the code that comes with a model")
@@ -55,8 +72,13 @@ class AverageRecipe(Recipe):
 
         method: Any = self.method
         check_request(len(self.checkpoints), method.name, learning=self.data is not None)
-        if self.held_out is not None and self.data is None:
-            raise ValueError("held_out judges what was learnt from data, and data is not given")
+        for key in ("held_out", "compare", "curve"):
+            if getattr(self, key) and self.data is None:
+                raise ValueError(f"{key} measures losses, and data is not given. Set data, or remove {key}.")
+        if self.rank is not None and self.output != "lora":
+            raise ValueError("rank is that of an adapter. Set output: lora, or remove rank.")
+        if self.exclude is not None and self.output == "lora":
+            raise ValueError("exclude leaves tensors of a model as they are. Set output: model, or remove exclude.")
         return self
 
     def inputs(self) -> Iterator[str]:
@@ -69,13 +91,17 @@ class AverageRecipe(Recipe):
 def find_checkpoints(patterns: list[str]) -> list[str]:
     """Return the folders that ``patterns`` stand for; those of one pattern in the order of the numbers in their names.
 
+    A folder that holds ``checkpoint-<step>`` stands for all of them.
+
     Raises:
         CheckpointError: A pattern matches nothing.
     """
     found: list[str] = []
     for pattern in patterns:
         if not glob.has_magic(pattern):
-            found.append(pattern)
+            # The folder of a run holds its checkpoints, and no weights itself.
+            saved = saved_in(Path(pattern).expanduser())
+            found += [str(path) for path in saved] or [pattern]
             continue
         matches = [path for path in glob.glob(str(Path(pattern).expanduser())) if Path(path).is_dir()]  # noqa: PTH207
         if not matches:
@@ -96,21 +122,61 @@ def plan(recipe: AverageRecipe) -> list[str]:
     """Describe what would be read and written; an averager that learns is not asked, as that is the job's work."""
     from modicum.jobs.data.packing_trial import foresee_batches
     from modicum.jobs.data.rows import load_rows
-    from modicum.weights.average import choose, plan_average
+    from modicum.weights.average import choose
 
     checkpoints = open_checkpoints(recipe)
-    if recipe.data is None:
-        coefficients = choose(
-            checkpoints, method=recipe.method.name, seed=recipe.seed, **recipe.method.knobs
-        ).coefficients
-        told = [f"{c.name}: {w:.4g}" for c, w in zip(checkpoints, coefficients)]
+    n, method = len(checkpoints), recipe.method
+    told = []
+    for rule in (method, *recipe.compare):
+        _check_number(rule, n)
+    if recipe.curve is not None and recipe.curve.last > n:
+        raise CheckpointError(f"curve.last is {recipe.curve.last}, but there are {n} checkpoints. Lower it.")
+    if averager[method.name].facts.learns:
+        coefficients = [1 / n] * n
     else:
-        coefficients = [1 / len(checkpoints)] * len(checkpoints)
-        rows = load_rows(recipe.data, seed=recipe.seed)
-        told = [f"{recipe.method.name} learns the coefficients from {len(rows)} rows of {recipe.data.path}"]
-        told += foresee_batches(recipe.data, rows, checkpoints[-1].name)
-    shape = plan_average(checkpoints, coefficients, dtype=recipe.dtype, exclude=recipe.exclude, device=recipe.device)
-    return [*shape.describe(), *told]
+        coefficients = choose(checkpoints, method=method.name, seed=recipe.seed, **method.knobs).coefficients
+        told = [f"{c.name}: {w:.4g}" for c, w in zip(checkpoints, coefficients)]
+    lines = _result(recipe, checkpoints, coefficients).describe()
+    if recipe.data is not None:
+        sections = [section for section in (recipe.data, recipe.held_out) if section is not None]
+        read = [load_rows(section, seed=recipe.seed) for section in sections]
+        batches = [math.ceil(len(rows) / recipe.batch_size) for rows in read]
+        if averager[method.name].facts.learns:
+            lines.append(f"{method.name} learns the coefficients from {len(read[0])} rows of {recipe.data.path}")
+        lines += _work(recipe, checkpoints, batches[0], batches[-1])
+        for section, rows in zip(sections, read):
+            lines += foresee_batches(section, rows, checkpoints[-1].name)
+    return [*lines, *told]
+
+
+def _check_number(rule: Any, n: int) -> None:
+    """Refuse knobs that ask for more checkpoints than there are; a rule is asked, of one that learns K is compared."""
+    from modicum.weights.average import choose
+    from modicum.weights.averagers.support import check_k
+
+    if not averager[rule.name].facts.learns:
+        choose(range(n), method=rule.name, **rule.knobs)
+        return
+    for knob in ("k", "most"):
+        if isinstance(wanted := rule.knobs.get(knob), int):
+            check_k(rule.name, wanted, n, knob=knob)
+
+
+def _work(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], batches: int, held: int) -> list[str]:
+    """Say how many passes over a batch the searches and measurements take, and what they hold in memory."""
+    n, gradients, values = len(checkpoints), 0, 0
+    for rule in (recipe.method, *recipe.compare):
+        work = averager[rule.name].facts.work
+        more = work(n, batches, **rule.knobs) if work else (0, 0)
+        gradients, values = gradients + more[0], values + more[1]
+    values += held * (n + 2 + len(recipe.compare) + (n - recipe.curve.last + 1 if recipe.curve else 0))
+    newest = checkpoints[-1]
+    size = 4 * sum(newest.spec(name).numel for name in newest) / 1e9
+    passes = f"about {gradients} forward and backward passes and {values} forward passes of {recipe.batch_size} rows"
+    if not gradients:
+        passes = f"about {values} forward passes of {recipe.batch_size} rows"
+    held_at_once = f"a mean and its gradient, {2 * size:.2f} GB" if gradients else f"a mean, {size:.2f} GB"
+    return [f"{passes}, each on a mean of the checkpoints", f"holds {held_at_once}, and one batch's activations"]
 
 
 @job("average", plan=plan, distributed=True)
@@ -119,75 +185,80 @@ def average(recipe: AverageRecipe, run: Run) -> None:
 
     Args:
         recipe: The checkpoints and the averager.
-        run: Gets ``model/``, and each checkpoint's coefficient in its metrics.
+        run: Gets ``model/`` or ``adapter/``, and in its metrics each checkpoint's coefficient and what was measured.
     """
-    from modicum.weights.average import plan_average
+    from modicum.weights.lora_mean import LoraMean, run_lora_mean
     from modicum.weights.merge import run_plan
 
     checkpoints = open_checkpoints(recipe)
     note_code(checkpoints, run)
-    chosen = decide(recipe, checkpoints, run)
+    # Shapes, names and architectures are compared before anything is searched.
+    _result(recipe, checkpoints, [1 / len(checkpoints)] * len(checkpoints))
+    chosen, measured = decide(recipe, checkpoints, run)
     if chosen.note:
         run.note(chosen.note)
-    plan = plan_average(
-        checkpoints, chosen.coefficients, dtype=recipe.dtype, exclude=recipe.exclude, device=recipe.device
-    )
+    result = _result(recipe, checkpoints, chosen.coefficients)
     run.inputs.check()
-    out = run.folder / "model"
-    run_plan(plan, out, progress=not run.quiet, replace=True)
+    name = "adapter" if recipe.output == "lora" else "model"
+    out = run.folder / name
+    if isinstance(result, LoraMean):
+        run_lora_mean(result, out, dtype=recipe.dtype, progress=not run.quiet, replace=True)
+    else:
+        run_plan(result, out, progress=not run.quiet, replace=True)
     run.record["metrics"] = {"coefficients": {c.name: w for c, w in zip(checkpoints, chosen.coefficients)}}
     if chosen.scores:
         run.record["metrics"]["loss"] = chosen.scores
-    run.output("model", out)
+    if measured:
+        searched = {"method": recipe.method.name, "passes": chosen.passes, "trace": chosen.trace}
+        run.record["metrics"]["averaging"] = searched | measured
+    run.output(name, out)
 
 
-def decide(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], run: Run) -> Choice:
-    """Return the coefficients; what was learnt is kept in the run's folder.
+def _result(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], coefficients: Sequence[float]) -> Any:
+    """Return the plan of what is written."""
+    from modicum.weights.average import plan_average
+    from modicum.weights.lora_mean import plan_lora_mean
 
-    The other processes of a launch take what the first one learnt: sums that differ in their last bits would make them
-    write other models. And a run that was killed afterwards need not search again.
+    if recipe.output == "lora":
+        return plan_lora_mean(checkpoints, coefficients, rank=recipe.rank)
+    return plan_average(checkpoints, coefficients, dtype=recipe.dtype, exclude=recipe.exclude, device=recipe.device)
+
+
+def decide(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], run: Run) -> tuple[Choice, dict[str, Any]]:
+    """Return the coefficients, and what was measured beside them.
+
+    Every answer of the loss is kept in the run's folder while the search lasts, so that a run which was killed goes on
+    where it was; the choice is kept in their place. The processes of a launch search together.
     """
     from modicum.weights.average import Choice, choose
 
-    wanted: dict[str, Any] = {"method": recipe.method.name, "seed": recipe.seed, **recipe.method.knobs}
+    method: Any = recipe.method
+    wanted: dict[str, Any] = {"method": method.name, "seed": recipe.seed, **method.knobs}
     if recipe.data is None:
-        return choose(checkpoints, **wanted)
-    path = run.folder / "choice.json"
+        return choose(checkpoints, **wanted), {}
+    from modicum.jobs.averaging.loss import connected
+    from modicum.jobs.averaging.measure import measure
+    from modicum.weights.journal import Journal
 
-    def known() -> Choice | None:
-        found = read_json(path, str(run.folder), "Delete it and run again.") if path.exists() else {}
-        return Choice(**found["choice"]) if found.get("hash") == run.hash else None
+    path, answers = run.folder / "choice.json", run.folder / "search.jsonl"
+    with connected():
+        found = read_json(path, str(run.folder), "Delete it and run again.") if run.main and path.exists() else {}
+        found = processes.broadcast_object(found)
+        if found.get("hash") != run.hash:
+            journal = Journal(answers, run.hash)
+            landscape = make_landscape(recipe, checkpoints, run, journal)
+            choice = choose(checkpoints, landscape=landscape, fallback=recipe.fallback, **wanted)
+            found = {"hash": run.hash, "choice": asdict(choice), "measured": measure(recipe, landscape, choice)}
+            if run.main:
+                write_atomic(path, json.dumps(found, indent=2) + "\n")
+                answers.unlink(missing_ok=True)
+    return Choice(**found["choice"]), found.get("measured", {})
 
-    if not run.main:
-        lock.wait(lambda: known() is not None, run.folder / lock.NAME, path)
-    if (choice := known()) is None:
-        landscape = make_landscape(recipe, checkpoints, run.note)
-        choice = choose(checkpoints, landscape=landscape, fallback=recipe.fallback, **wanted)
-        write_atomic(path, json.dumps({"hash": run.hash, "choice": asdict(choice)}, indent=2) + "\n")
-    return choice
 
-
-def make_landscape(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], note: Callable[[str], None]) -> Landscape:
+def make_landscape(
+    recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], run: Run, journal: Any = None
+) -> Landscape:
     """Return the language modelling loss of a mean of the checkpoints on the recipe's data."""
-    import torch
+    from modicum.jobs.averaging import loss
 
-    from modicum.jobs.data.batches import load_batches
-    from modicum.jobs.loading.models import load_model, load_tokenizer
-    from modicum.weights.search import Landscape
-
-    reference = checkpoints[-1].name
-    tokenizer = load_tokenizer(reference)
-    model = load_model(reference, dtype="float32", device=recipe.device, allow_pickle=recipe.allow_pickle)
-    # Its weights are only a place to put means in: they need no gradients of their own.
-    model = getattr(model, "merge_and_unload", lambda: model)().requires_grad_(False)
-    options: dict[str, Any] = {"batch_size": recipe.batch_size, "seed": recipe.seed, "note": note, "model": model}
-    batches, held_out = (
-        load_batches(section, tokenizer, **options) if section else None for section in (recipe.data, recipe.held_out)
-    )
-
-    def loss(weights: dict[str, torch.Tensor], batch: dict[str, Any]) -> torch.Tensor:
-        batch = {key: value.to(recipe.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        mean: torch.Tensor = torch.func.functional_call(model, weights, kwargs=batch).loss
-        return mean
-
-    return Landscape(loss, checkpoints, batches or (), held_out, recipe.exclude, recipe.device)
+    return loss.make_landscape(recipe, checkpoints, run.note, journal=journal)

@@ -259,7 +259,20 @@ def _checkpoint(folder: Path, run: Run, *, best: bool) -> Path | None:
 
 
 def _save(recipe: TrainRecipe, parts: Sequence[Part], trainer: PartsTrainer, run: Run) -> None:
+    """Save the model, and beside it what the parts put in its place."""
     name = next((part.output for part in parts if part.output), "model")
+    _save_as(name, recipe, parts, trainer, run)
+    for part in parts:
+        for other, in_place in part.variants().items():
+            with in_place:
+                _save_as(other, recipe, parts, trainer, run, verify=False)  # other weights than those remembered
+    if run.main and checkpoints(run.folder / "checkpoints"):
+        run.output("checkpoints", run.folder / "checkpoints", kept=False)  # whoever needs the space removes them
+
+
+def _save_as(
+    name: str, recipe: TrainRecipe, parts: Sequence[Part], trainer: PartsTrainer, run: Run, *, verify: bool = True
+) -> None:
     target = run.folder / name
     # Every process takes part in gathering sharded weights; only the first one writes.
     run.inputs.check_mapped()
@@ -272,9 +285,7 @@ def _save(recipe: TrainRecipe, parts: Sequence[Part], trainer: PartsTrainer, run
             load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code).save_pretrained(folder)
             for part in parts:
                 part.save(folder)
-            for part in parts:
+            for part in parts if verify else ():
                 part.verify(folder, parts)
     if run.main:
         run.output(name, target)
-        if checkpoints(run.folder / "checkpoints"):
-            run.output("checkpoints", run.folder / "checkpoints", kept=False)  # whoever needs the space removes them

@@ -23,7 +23,7 @@ from modicum.weights.mergekit.tokenizers import notes_on_tokenizers
 from modicum.weights.motion import aliases, latest
 from modicum.weights.plan import Plan, Source, Step, excluded, kept, plan_merge
 from modicum.weights.search import Landscape, Loss
-from modicum.weights.stream import cores, run_all
+from modicum.weights.stream import check_vacant, cores, run_all
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ def average(
     """
     opened = [open_checkpoint(checkpoint, allow_pickle=allow_pickle) for checkpoint in checkpoints]
     landscape = _landscape(method, opened, loss, batches, held_out, exclude, device)
+    if landscape is not None:  # what would be refused when it is written is refused before the search
+        plan_average(opened, [1 / len(opened)] * len(opened), dtype=dtype, exclude=exclude, device=device)
+        check_vacant(Path(out))
     choice = choose(opened, method=method, landscape=landscape, fallback=fallback, seed=seed, **knobs)
     plan = plan_average(opened, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
     run_plan(plan, Path(out), progress=progress)
@@ -140,20 +143,41 @@ def average_state_dicts(
         >>> average_state_dicts(known, method="lawa", last=2)
         ({'w': tensor([1.5000])}, [0.0, 0.5, 0.5])
     """
-    known = [dict(state) for state in state_dicts]
+    known = [{name: tensor.detach() for name, tensor in state.items()} for state in state_dicts]
     landscape = _landscape(method, known, loss, batches, held_out, exclude, device)
     choice = choose(known, method=method, landscape=landscape, fallback=fallback, seed=seed, **knobs)
-    plan = plan_average(known, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
-    steps, shared, newest = {step.name: step for step in plan.steps}, aliases(known), known[-1]
+    mean = weighted_mean(known, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
+    return mean, choice.coefficients
+
+
+def weighted_mean(
+    state_dicts: Sequence[Tensors],
+    coefficients: Sequence[float],
+    *,
+    dtype: str | torch.dtype | None = None,
+    exclude: str | None = None,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """Return the mean of checkpoints in memory with given coefficients; see :func:`average_state_dicts`.
+
+    Args:
+        state_dicts: Oldest first.
+        coefficients: One for each.
+        dtype: Of the result.
+        exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
+        device: Where the arithmetic happens.
+    """
+    plan = plan_average(state_dicts, coefficients, dtype=dtype, exclude=exclude, device=device)
+    steps, shared, newest = {step.name: step for step in plan.steps}, aliases(state_dicts), state_dicts[-1]
 
     def one(name: str) -> Tensor:
-        tensor = run_step(steps[name], seed=seed, device=device)[0].to(newest[name].device)
+        tensor = run_step(steps[name], device=device)[0].to(newest[name].device)
         # Where nothing was computed, the step has handed on the tensor of a checkpoint.
-        return tensor.clone() if any(tensor.data_ptr() == model[name].data_ptr() for model in known) else tensor
+        return tensor.clone() if any(tensor.data_ptr() == model[name].data_ptr() for model in state_dicts) else tensor
 
     with torch.no_grad():
         made = dict(run_all(one, [name for name in steps if name not in shared], workers=cores()))
-    return {name: made[shared.get(name, name)].detach() for name in steps}, choice.coefficients
+    return {name: made[shared.get(name, name)].detach() for name in steps}
 
 
 def _landscape(
@@ -204,6 +228,7 @@ def choose(
     if "report" in asked:
         checked["report"] = reports
     learning = landscape if entry.facts.learns else None
+    before = dict(learning.counts) if learning is not None else {}
     if learning is not None:
         learning.check_finite()
     told = () if learning is None else (learning,)
@@ -218,7 +243,8 @@ def choose(
         return Choice(found, trace=trace)
     learning.check_followed()
     choice = guard(method, found, learning) if fallback else Choice(found)
-    return replace(choice, trace=trace, passes=dict(learning.counts))
+    passes = {kind: count - before[kind] for kind, count in learning.counts.items()}
+    return replace(choice, trace=trace, passes=passes)
 
 
 def guard(method: str, found: list[float], landscape: Landscape) -> Choice:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modicum import processes
-from modicum.record import write_atomic
+from modicum.durable import write_atomic
 
 
 class Journal:

@@ -201,7 +201,7 @@ def plan_loras(
     opened = [open_checkpoint(adapter) for adapter in adapters]
     base = base or opened[0].base
     for checkpoint in opened:
-        _check_lora(checkpoint, base)
+        check_lora(checkpoint, base)
     loras = [checkpoint.adapter.factors for checkpoint in opened if checkpoint.adapter]
     names = sorted({name for factors in loras for name in factors})
     untouched = excluded(names, exclude)
@@ -214,7 +214,8 @@ def plan_loras(
     return LoraPlan(base, opened, modules, method, entry.knobs(knobs))
 
 
-def _check_lora(checkpoint: Checkpoint, base: Checkpoint) -> None:
+def check_lora(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Refuse what is no plain LoRA adapter of ``base``."""
     adapter = checkpoint.adapter
     if adapter is None:
         raise CheckpointError(f"{checkpoint.name} is a full model, expected a LoRA adapter. Use merge instead.")

@@ -158,11 +158,11 @@ class Landscape:
             step: As in :meth:`value`.
             held_out: On the held-out batches, where there are some.
         """
-        self._check(weights)
+        weights = self._checked(weights)
         held_out = held_out and self.held_out is not None
         batches = self.held_out if held_out and self.held_out is not None else self._turn(step)
         turn = None if step is None else step % len(self.batches)
-        key = (held_out, turn, tuple(map(float, weights)))
+        key = (held_out, turn, tuple(weights))
         if key not in self._known:
             self.counts["values"] += len(batches)
             found = self._answer(key, lambda: self._evaluate(weights, batches))
@@ -183,11 +183,11 @@ class Landscape:
             RecipeError: The loss does not look at the weights.
             CheckpointError: The loss or its slope is not finite.
         """
-        self._check(weights)
+        weights = self._checked(weights)
         turn = None if step is None else step % len(self.batches)
         self.counts["gradients"] += len(self._turn(step))
         value, *slope = self._answer(
-            ("gradient", turn, tuple(map(float, weights))), lambda: self._differentiate(weights, self._turn(step))
+            ("gradient", turn, tuple(weights)), lambda: self._differentiate(weights, self._turn(step))
         )
         self._slopes.append(any(slope))
         return value, torch.tensor(slope, dtype=torch.float64)
@@ -214,9 +214,10 @@ class Landscape:
     def _turn(self, step: int | None) -> Sequence[Any]:
         return self.batches if step is None else [self.batches[step % len(self.batches)]]
 
-    def _check(self, weights: Sequence[float]) -> None:
+    def _checked(self, weights: Sequence[float]) -> list[float]:
         if len(weights) != len(self.checkpoints):
             raise ValueError(f"got {len(weights)} coefficients for {len(self.checkpoints)} checkpoints")
+        return [float(weight) for weight in weights]
 
     def _answer(self, key: tuple[object, ...], ask: Callable[[], list[float]]) -> list[float]:
         if self.journal is None:

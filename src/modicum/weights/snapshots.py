@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.errors import RecipeError
+from modicum.layout import unwrapped
 
 
 class Snapshots:
@@ -21,6 +22,7 @@ class Snapshots:
     Args:
         model: Whose weights are taken.
         keep: How many; the oldest one gives way to the next.
+        trained: Take the parameters that are trained alone, and no frozen ones or buffers.
         device: Where copies go. From a GPU to ``"cpu"`` they go into pinned memory without waiting for the GPU.
 
     Example:
@@ -36,10 +38,12 @@ class Snapshots:
         ``keep`` times the bytes of the model, and one copy each time.
     """
 
-    def __init__(self, model: nn.Module, *, keep: int = 20, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, *, keep: int = 20, device: str | torch.device = "cpu", trained: bool = False
+    ) -> None:
         if keep < 1:
             raise RecipeError(f"keep is {keep}, expected at least 1 snapshot.")
-        self.model, self.keep, self.device = model, keep, torch.device(device)
+        self.model, self.keep, self.device, self.trained = model, keep, torch.device(device), trained
         self._taken: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=keep)
 
     @property
@@ -55,10 +59,7 @@ class Snapshots:
         """Copy the model's weights and buffers as they are now; a second one of the same step replaces the first."""
         copies: dict[tuple[object, ...], Tensor] = {}
         state = {}
-        for name, tensor in self.model.state_dict().items():
-            if not torch.is_tensor(tensor):  # what a module stores beside its tensors
-                continue
-            mine = local(tensor)
+        for name, mine in self._now().items():
             key = (mine.data_ptr(), mine.shape, mine.stride(), mine.dtype) if mine.numel() else (name,)
             if key not in copies:
                 copies[key] = self._copy(mine)
@@ -84,7 +85,7 @@ class Snapshots:
         Raises:
             RecipeError: They are not of this model.
         """
-        expected = {name: local(t) for name, t in self.model.state_dict().items() if torch.is_tensor(t)}
+        expected = self._now()
         self._taken.clear()
         for step, tensors in zip(state["steps"], state["states"], strict=True):
             if unlike := sorted(expected.keys() ^ tensors.keys()):
@@ -102,6 +103,13 @@ class Snapshots:
                 taken[name] = known if same and known is not None else self._copy(tensor)
                 copies[tensor.data_ptr()] = taken[name]
             self._taken.append((int(step), taken))
+
+    def _now(self) -> dict[str, Tensor]:
+        """Return what is to be taken, as it is now: not copies."""
+        if self.trained:
+            return {unwrapped(name): local(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        # A module may store other things than tensors there.
+        return {name: local(t) for name, t in self.model.state_dict().items() if torch.is_tensor(t)}
 
     def _copy(self, tensor: Tensor) -> Tensor:
         pinned = tensor.is_cuda and self.device.type == "cpu"

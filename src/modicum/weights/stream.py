@@ -190,8 +190,8 @@ def map_tensors(
             return {}
         with company.leading(out), _nothing_left(beside):
             restore(out)
-            if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise CheckpointError(f"{out} exists already. Choose another folder, or delete it.")
+            if not replace:
+                check_vacant(out)
             _prepare(beside, files, key)
             company.admit(out, beside)
             share()
@@ -199,6 +199,16 @@ def map_tensors(
             measured = read_journals(beside)
             _finish(beside, out, files, companions or {})
     return {name: measured[name] for name in members}
+
+
+def check_vacant(out: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already. Choose another folder, or delete it.")
 
 
 def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -> None:

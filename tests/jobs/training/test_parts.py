@@ -143,7 +143,7 @@ def test_a_new_part_is_a_key_of_the_recipe_and_every_hook_is_called_in_order(tin
     assert [name for name in calls if name not in ("fit", "inputs")] == ["arguments", "check", "data", "foresee"]
     calls.clear()
     execute(recipe, tmp_path / "r", quiet=True)
-    assert list(dict.fromkeys(calls)) == [*expected, "around", "finish", "save", "verify"]
+    assert list(dict.fromkeys(calls)) == [*expected, "around", "finish", "save", "verify", "variants"]
     assert {*calls, "fit", "foresee", "remember", "recall"} == {*hooks}  # the last two where there are checkpoints
 
 

@@ -9,7 +9,12 @@ from modicum.weights.averagers.support import mean_of
 from modicum.weights.search import Landscape
 
 
-@averager("best", learns="value")
+def work(n: int, batches: int) -> tuple[int, int]:
+    """Return the passes with gradient and without."""
+    return 0, n * batches
+
+
+@averager("best", learns="value", work=work)
 def best(landscape: Landscape, checkpoints: Sequence[object]) -> list[float]:
     r"""Take the checkpoint of the lowest loss; of equal ones the newest.
 

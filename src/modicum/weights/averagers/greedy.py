@@ -11,7 +11,12 @@ from modicum.weights.averagers.support import check_k, mean_of
 from modicum.weights.search import Landscape
 
 
-@averager("greedy", learns="value", paper="arXiv:2203.05482", supplied={"report"})
+def work(n: int, batches: int, **_: Any) -> tuple[int, int]:
+    """Return the passes with gradient and without."""
+    return 0, (2 * n - 1) * batches
+
+
+@averager("greedy", learns="value", paper="arXiv:2203.05482", supplied={"report"}, work=work)
 def greedy(
     landscape: Landscape,
     checkpoints: Sequence[object],

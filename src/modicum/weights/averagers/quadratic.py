@@ -15,7 +15,12 @@ from modicum.weights.kernels.surrogate import Surrogate
 from modicum.weights.search import Landscape
 
 
-@averager("quadratic", learns="gradient", supplied={"report"})
+def work(n: int, batches: int, **_: Any) -> tuple[int, int]:
+    """Return the passes with gradient and without."""
+    return (n + 1) * batches, 3 * batches
+
+
+@averager("quadratic", learns="gradient", supplied={"report"}, work=work)
 def quadratic(
     landscape: Landscape,
     checkpoints: Sequence[object],

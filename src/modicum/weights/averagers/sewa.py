@@ -29,7 +29,17 @@ Estimator: TypeAlias = Literal["exact_k", "bernoulli", "soft", "reinforce", "pub
 Start: TypeAlias = Literal["prior", "stride", "random"]
 
 
-@averager("sewa", learns="gradient", paper="arXiv:2502.10119", supplied={"report"})
+def work(
+    n: int, batches: int, *, k: int | str, estimator: str, iters: int, samples: int | None, refine: bool, **_: Any
+) -> tuple[int, int]:
+    """Return the passes with gradient and without; one round of exchanges at least."""
+    size = k if isinstance(k, int) else min(5, math.ceil(n / 2))
+    values = batches * ((n if k == "auto" else 0) + (1 + size * (n - size) if refine else 0))
+    drawn = samples or (4 if estimator == "reinforce" else 1)
+    return (0, values + iters * drawn) if estimator == "reinforce" else (iters * drawn, values)
+
+
+@averager("sewa", learns="gradient", paper="arXiv:2502.10119", supplied={"report"}, work=work)
 def sewa(
     landscape: Landscape,
     checkpoints: Sequence[object],

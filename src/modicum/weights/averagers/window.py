@@ -11,7 +11,13 @@ from modicum.weights.averagers.support import check_k, mean_of
 from modicum.weights.search import Landscape
 
 
-@averager("window", learns="value", paper="arXiv:2102.08604", supplied={"report"})
+def work(n: int, batches: int, *, most: int | None = None) -> tuple[int, int]:
+    """Return the passes with gradient and without."""
+    longest = min(most or n, n)
+    return 0, sum(n - length + 1 for length in range(1, longest + 1)) * batches
+
+
+@averager("window", learns="value", paper="arXiv:2102.08604", supplied={"report"}, work=work)
 def window(
     landscape: Landscape,
     checkpoints: Sequence[object],

@@ -9,9 +9,9 @@ with A symmetric and :math:`A u = 0`, which is all that matters where the coeffi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class Surrogate:
         if math.comb(n, k) > ENUMERATED:
             return [self._exchanged(k)]
         best: list[tuple[float, tuple[int, ...]]] = []
-        for chunk in _chunks(combinations(range(n), k), k):
+        for chunk in _chunks(combinations(range(n), k)):
             w = np.zeros((len(chunk), n))
             np.put_along_axis(w, chunk, 1 / k, 1)
             losses = self(w)
@@ -117,13 +117,9 @@ class Surrogate:
         return np.where(found < 1e-9, 0, found) / found[found >= 1e-9].sum()
 
 
-def _chunks(subsets: Iterable[tuple[int, ...]], k: int) -> Iterable[NDArray[np.intp]]:
-    flat = chain.from_iterable(subsets)
-    while True:
-        part = np.fromiter((value for value, _ in zip(flat, range(CHUNK * k))), dtype=np.intp)
-        if not len(part):
-            return
-        yield part.reshape(-1, k)
+def _chunks(subsets: Iterator[tuple[int, ...]]) -> Iterator[NDArray[np.intp]]:
+    while part := list(islice(subsets, CHUNK)):
+        yield np.array(part, dtype=np.intp)
 
 
 def _project(v: Array) -> Array:

@@ -1,0 +1,124 @@
+"""Every rule on the snapshots of one run: tuned alike, judged alike, reported on data that no rule has seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from modicum.registry import averager
+from modicum.weights.average import Choice, choose
+from modicum.weights.search import Landscape, Loss
+
+LENGTHS = (1, 2, 3, 5, 8, 12, 20)  # windows and numbers of checkpoints
+DECAYS = (0.5, 0.7, 0.8, 0.9)
+K = 5  # where a number is fixed, as the publication fixes it
+DRAWS = 5
+
+Report = Callable[[list[float]], dict[str, float]]
+State = dict[str, Tensor]
+
+
+def rules(n: int) -> dict[str, list[tuple[str, dict[str, Any], int]]]:
+    """Return the grid of each rule: method, knobs, and how many of the latest checkpoints it is given."""
+    lengths = sorted({min(length, n) for length in LENGTHS})
+    return {
+        "last": [("last", {}, n)],
+        "uniform": [("uniform", {}, n)],
+        f"lawa {K}": [("lawa", {"last": K}, n)],
+        "lawa, tuned": [("lawa", {"last": length}, n) for length in lengths],
+        "ema, tuned": [("ema", {"decay": decay}, n) for decay in DECAYS],
+        "wma, tuned": [("wma", {}, length) for length in lengths],
+        "wsm sqrt, tuned": [("wsm", {"decay": "sqrt"}, length) for length in lengths],
+        "power_ema, tuned": [("power_ema", {"sigma_rel": s}, n) for s in (0.05, 0.1, 0.15, 0.2, 0.25)],
+    }
+
+
+LEARNT: dict[str, tuple[str, dict[str, Any]]] = {
+    "best": ("best", {}),
+    "greedy": ("greedy", {}),
+    "window": ("window", {}),
+    f"sewa, k {K}": ("sewa", {"k": K}),
+    f"sewa, k {K}, no exchanges": ("sewa", {"k": K, "refine": False}),
+    "sewa, k auto": ("sewa", {}),
+    "sewa, k auto, no exchanges": ("sewa", {"refine": False}),
+    "sewa bernoulli, k auto, no exchanges": ("sewa", {"estimator": "bernoulli", "refine": False}),
+    f"sewa published, k {K}": ("sewa", {"k": K, "estimator": "published", "refine": False}),
+    f"sewa published, k {K}, lr 0.01": ("sewa", {"k": K, "estimator": "published", "refine": False, "lr": 0.01}),
+    "simplex": ("simplex", {}),
+    f"quadratic, k {K}": ("quadratic", {"k": K}),
+    "quadratic, k auto": ("quadratic", {"k": "auto"}),
+    "quadratic": ("quadratic", {}),
+}
+
+
+def measure(
+    states: Sequence[State],
+    loss: Loss,
+    report: Report,
+    *,
+    batches: Sequence[Any],
+    held_out: Sequence[Any],
+    seed: int,
+    leave_out: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """Return what each rule chose, and what came of it on the reporting data.
+
+    Args:
+        states: The snapshots, oldest first.
+        loss: What the searches see.
+        report: From coefficients to figures on data that nothing else looks at.
+        batches: Selection.
+        held_out: The guard's; rules with a grid are tuned on it.
+        seed: Of the draws.
+        leave_out: Learnt rules that would take too long.
+    """
+    n = len(states)
+    judge, found = Landscape(loss, states, held_out), dict[str, dict[str, Any]]()
+    for name, grid in rules(n).items():
+        began, tries = time.perf_counter(), []
+        for method, knobs, given in grid:
+            entry = averager[method]
+            coefficients = [0.0] * (n - given) + list(entry.function(states[n - given :], **entry.knobs(knobs)))
+            tries.append((judge.value(coefficients) if len(grid) > 1 else 0.0, coefficients, knobs | {"of": given}))
+        _, coefficients, knobs = min(tries, key=lambda item: item[0])
+        found[name] = _cell(coefficients, report, began, knobs=knobs)
+    began = time.perf_counter()
+    draws = [choose(states, method="random", k=min(K, n), seed=100 * seed + i).coefficients for i in range(DRAWS)]
+    figures = [report(coefficients) for coefficients in draws]
+    means = {key: round(sum(f[key] for f in figures) / DRAWS, 6) for key in figures[0]}
+    found[f"random {K}, mean of {DRAWS}"] = means | {"seconds": round(time.perf_counter() - began, 2)}
+    for name, (method, knobs) in LEARNT.items():
+        if name in leave_out:
+            continue
+        began = time.perf_counter()
+        landscape = Landscape(loss, states, batches, held_out)
+        free = choose(states, method=method, landscape=landscape, fallback=False, seed=seed, **knobs)
+        found[name] = _cell(free.coefficients, report, began, choice=free)
+        if name in ("sewa, k auto", "greedy", "quadratic"):
+            kept = _guarded(method, free, landscape)
+            found[f"{name}, guard"] = _cell(kept.coefficients, report, began, choice=free, fell_back=bool(kept.note))
+    # The same search on the guard's data: what choosing on training data costs.
+    began = time.perf_counter()
+    free = choose(states, method="sewa", landscape=Landscape(loss, states, held_out), fallback=False, seed=seed)
+    found["sewa, k auto, on held-out data"] = _cell(free.coefficients, report, began, choice=free)
+    return found
+
+
+def _guarded(method: str, free: Choice, landscape: Landscape) -> Choice:
+    from modicum.weights.average import guard
+
+    return guard(method, free.coefficients, landscape)
+
+
+def _cell(
+    coefficients: list[float], report: Report, began: float, *, choice: Choice | None = None, **more: Any
+) -> dict[str, Any]:
+    seconds = round(time.perf_counter() - began, 2)
+    cell: dict[str, Any] = {key: round(value, 6) for key, value in report(coefficients).items()}
+    cell |= {"coefficients": [round(c, 4) for c in coefficients], "seconds": seconds} | more
+    if choice is not None:
+        cell["passes"] = choice.passes
+    return cell
