@@ -15,14 +15,22 @@ from modicum.content import hash_files
 from modicum.errors import CheckpointError
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """Return the record of the run in ``folder``."""
+def read_record(folder: str | Path, *, strict: bool = True) -> dict[str, Any]:
+    """Return the record of the run in ``folder``.
+
+    Args:
+        folder: The run folder.
+        strict: Refuse a record whose parts are not what they should be, rather than leave them to whoever reads them.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
     path = Path(folder) / "record.json"
     if not path.exists():
         raise CheckpointError(f"{folder} is not a run: it holds no record.json.")
     record = read_json(path, str(folder), "Delete the folder and run again.")
     for key, kind in KINDS.items():
-        if not isinstance(record.get(key, kind()), kind):
+        if strict and not isinstance(record.get(key, kind()), kind):
             raise CheckpointError(f"{path}: {key} is no {kind.__name__}. Delete the folder and run again.")
     return record
 

@@ -84,7 +84,7 @@ def _view(folder: Path, name: str) -> RunView:
         inside = sorted(path.parent.name for path in folder.glob("*/record.json"))
         hint = f" It holds runs, though: try {folder / inside[0]}." if inside else ""
         raise CheckpointError(f"{folder} is not a run: it holds no record.json.{hint}")
-    record = read_record(folder)
+    record = read_record(folder, strict=False)
     if not isinstance(record, dict):
         raise CheckpointError(f"{folder / 'record.json'} is {type(record).__name__}, expected an object.")
     recipe = _recipe(folder)
