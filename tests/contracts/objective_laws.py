@@ -52,8 +52,16 @@ def answers(draw: Draw) -> dict[str, Tensor]:
     }
 
 
+def preferences(draw: Draw) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    count = draw(st.integers(1, 4))
+    names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+    tokens = {f"{side}_tokens": torch.randint(1, 9, (count,), generator=rng) for side in ("chosen", "rejected")}
+    return {name: -20 * torch.rand(count, generator=rng) for name in names} | tokens
+
+
 def is_of_batches(entry: Entry[Any]) -> bool:
-    return entry.facts.acts_on != "answers"
+    return entry.facts.acts_on not in ("answers", "pairs")
 
 
 def chosen(entry: Entry[Any], draw: Draw, **fixed: Any) -> dict[str, Any]:
@@ -158,7 +166,7 @@ def clean_rows_kept(entry: Entry[Any], draw: Draw) -> None:
 
 @law(objective, "what came is left alone, and results repeat", broken=zeroes_labels_in_place)
 def leaves_alone(entry: Entry[Any], draw: Draw) -> None:
-    given = batch(draw, packed=draw(st.booleans())) | answers(draw)
+    given = batch(draw, packed=draw(st.booleans())) | answers(draw) | preferences(draw)
     before = {name: value.clone() for name, value in given.items()}
     state = torch.get_rng_state()
     values = chosen(entry, draw)
@@ -212,10 +220,32 @@ def padding_moves_nothing(entry: Entry[Any], draw: Draw) -> None:
 @law(objective, "the better the answer the smaller the loss", broken=rewards_errors, acts_on="answers")
 def prefers_right(entry: Entry[Any], draw: Draw) -> None:
     given, values = answers(draw), chosen(entry, draw)
-    if is_of_batches(entry):
+    if entry.facts.acts_on != "answers":
         return
     right = torch.zeros_like(given["scores"]).scatter_(1, given["answers"][:, None], 0.5)
     better = {"scores": given["scores"] + right, "answers": given["answers"], "rewards": given["rewards"] + 0.5}
     loss, lower = apply(entry, given, values), apply(entry, better, values)
     assert loss.ndim == 0 and loss.isfinite()
     assert lower < loss or given["scores"].shape[1] == 1
+
+
+def prefers_rejected(
+    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
+) -> Tensor:
+    return (policy_chosen - reference_chosen - policy_rejected + reference_rejected).exp().mean()
+
+
+@law(objective, "the likelier the chosen answer the smaller the loss", broken=prefers_rejected, acts_on="pairs")
+def prefers_chosen(entry: Entry[Any], draw: Draw) -> None:
+    given, values = preferences(draw), chosen(entry, draw)
+    if entry.facts.acts_on != "pairs":
+        return
+    # From the reference, and by a step that no variant takes for too far.
+    given |= {"policy_chosen": given["reference_chosen"], "policy_rejected": given["reference_rejected"]}
+    step = 0.01 / values.get("beta", 1.0) * (1 - 2 * values.get("label_smoothing", 0.0))
+    better = given | {"policy_chosen": given["policy_chosen"] + step}
+    worse = given | {"policy_rejected": given["policy_rejected"] + step}
+    loss, lower, higher = (apply(entry, part, values).double() for part in (given, better, worse))
+    assert loss.ndim == 0 and loss.isfinite()
+    rounding = 1e-6 * loss.abs()
+    assert lower - rounding <= loss <= higher + rounding

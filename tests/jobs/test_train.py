@@ -22,6 +22,8 @@ def rows(tmp_path_factory):
 
 def recipe(model, rows, /, **changes):
     trainer = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 2}
+    if "optimizer" in changes:  # it has a rate of its own
+        del trainer["learning_rate"]
     data = {
         "job": "train",
         "model": str(model),

@@ -27,7 +27,8 @@ def rows(tmp_path_factory):
 
 def recipe(model, rows, /, trainer=None, **changes):
     data = {"path": str(rows), "max_length": 64}
-    trainer = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2} | (trainer or {})
+    rate = {} if "optimizer" in changes else {"learning_rate": 1e-2}
+    trainer = {"max_steps": 6, "per_device_train_batch_size": 2} | rate | (trainer or {})
     return parse({"job": "train", "model": str(model), "data": data, "trainer": trainer} | changes)
 
 

@@ -44,6 +44,8 @@ def data(model, rows, /, **changes):
 def objective_on(name):
     """Return what a recipe needs besides the objective."""
     answers = registry.objective[name].facts.answers
+    if registry.objective[name].facts.acts_on == "pairs":
+        return {"data": {"path": "preference:instructions", "size": 8}}
     if registry.objective[name].facts.acts_on != "answers":
         return {}
     knobs = {"name": name, "max_new_tokens": 2} if answers == "generated" else name

@@ -45,6 +45,8 @@ def objectives():
         changes = {"objective": choice(name)}
         if entry.facts.acts_on == "answers":
             changes |= {"data": LETTERS} | ({} if entry.facts.differentiable else {"optimizer": MEZO})
+        if entry.facts.acts_on == "pairs":
+            changes |= {"data": {"path": "preference:unanswerable", "size": 7}}
         yield name, changes
 
 
@@ -87,8 +89,9 @@ AROUND = {
     },
 }
 QUICK = [
-    "gradient adagc", "gradient spam", "objective dropout", "objective neftune", "objective meap", "init adalora",
-    "init hrp", "init lora_xs", "optimizer tezo", "optimizer mezo in two passes", "several draws", "rows by length",
+    "gradient adagc", "gradient spam", "objective dropout", "objective neftune", "objective meap", "objective dpo",
+    "init adalora", "init hrp", "init lora_xs", "optimizer tezo", "optimizer mezo in two passes", "several draws",
+    "rows by length",
 ]  # fmt: skip
 
 
@@ -120,7 +123,8 @@ def rows(tmp_path_factory):
 
 def recipe(model, rows, /, trainer=None, packing=False, model_dtype="float32", **changes):
     steps = {"max_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    steps |= {"learning_rate": 1e-2, "logging_steps": 3, "save_steps": 1, "save_total_limit": 9}
+    steps |= {"logging_steps": 3, "save_steps": 1, "save_total_limit": 9}
+    steps |= {} if "optimizer" in changes else {"learning_rate": 1e-2}  # it has a rate of its own
     data = {"path": str(rows), "max_length": 64, "packing": packing}
     settings = {"job": "train", "model": {"path": str(model), "dtype": model_dtype}, "data": data}
     if (trainer or {}).get("eval_strategy"):

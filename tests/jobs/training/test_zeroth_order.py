@@ -99,9 +99,8 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, uneven):
     # The model computes its loss in float32, so the coefficients agree to about 1e-4.
     assert (flat(one) - flat(tiny_llama().double())).abs().max() > 1e-2
     torch.testing.assert_close(flat(one), flat(many), rtol=0, atol=3e-4)
-    if not uneven:  # else the log is the mean of the micro-batches' means
-        losses = [[line["loss"] for line in made.state.log_history if "loss" in line] for made in (whole, split)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    losses = [[line["loss"] for line in made.state.log_history if "loss" in line] for made in (whole, split)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
 
 
 def test_paired_losses_follow_the_kept_positions():
@@ -168,9 +167,10 @@ def test_knobs_are_refused_without_a_model_as_they_are_with_one(name):
 
 
 def test_sharded_trainers_are_refused(tmp_path):
-    from types import SimpleNamespace
+    from transformers import TrainingArguments
 
-    args = SimpleNamespace(deepspeed=None, fsdp=["full_shard"])
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    args.fsdp = ["full_shard"]
     with pytest.raises(UnsupportedError, match="one process or with DDP"):
         zeroth_order_trainer("tezo", {"lr": 1e-3}, model=tiny_llama(), args=args)
 

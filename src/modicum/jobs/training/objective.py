@@ -116,6 +116,8 @@ def use_objective(trainer: Trainer | Build, name: str, *, seed: int | None = Non
             f"{name} judges answers and needs rows with candidates. Use job: train with data.path: task:NAME, or "
             "modicum.jobs.training.answers.use_answers before a PartsTrainer is made."
         )
+    if entry.facts.acts_on == "pairs":
+        raise UnsupportedError(f"{name} compares two answers to a prompt. Use job: train with rows of preferences.")
     gather = entry.facts.loss_head and _takes_a_loss(trainer)
     collator = build_collator(
         trainer.data_collator,

@@ -7,12 +7,14 @@ checkpoints, resuming, and several processes, which tell each other a few number
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import UnsupportedError
+from modicum.jobs.training.zeroth_order_arguments import check_arguments
 from modicum.layout import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from modicum.registry import zeroth_order
 from modicum.types import IGNORED
@@ -26,19 +28,6 @@ if TYPE_CHECKING:
 
 BY_NAME = frozenset({"include", "exclude", "dense"})  # knobs that pick parameters by their names
 PAIRED = "engine='paired' computes the model's own loss. Use engine='adapter' for this one."
-
-
-def check_arguments(args: Any) -> None:
-    """Refuse sharded training.
-
-    Raises:
-        UnsupportedError: The Trainer is set up for DeepSpeed or FSDP.
-    """
-    if args.deepspeed or args.fsdp:
-        raise UnsupportedError(
-            "Zeroth-order training in the Trainer runs on one process or with DDP. Remove trainer.fsdp and "
-            "trainer.deepspeed; there are no gradients or optimizer copies to shard."
-        )
 
 
 def check_knobs(name: str, knobs: Mapping[str, Any]) -> None:
@@ -61,7 +50,14 @@ def check_knobs(name: str, knobs: Mapping[str, Any]) -> None:
     zeroth_order[name].function(parameters, **kept)
 
 
-def attach_optimizer(name: str, knobs: Mapping[str, Any], model: Any, *, seed: int = 0) -> ZerothOrder:
+def attach_optimizer(
+    name: str,
+    knobs: Mapping[str, Any],
+    model: Any,
+    *,
+    seed: int = 0,
+    note: Callable[[str], object] = warnings.warn,
+) -> ZerothOrder:
     """Return a zeroth-order optimizer of all trainable parameters, and put its hooks on the model.
 
     Args:
@@ -69,11 +65,20 @@ def attach_optimizer(name: str, knobs: Mapping[str, Any], model: Any, *, seed: i
         knobs: Its knobs.
         model: Goes into evaluation mode, in which it stays: both points of a probe must see the same function.
         seed: Seed of the draws, where the knobs leave it at 0.
+        note: Is told that the model's dropout is off, if it has any.
     """
+    from modicum.optim.zeroth_order.engines import dropouts
+
     given = dict(knobs)
     if "seed" in given and not given["seed"]:
         given["seed"] = seed
     optimizer: ZerothOrder = zeroth_order[name].function(model.named_parameters(), **given)
+    if found := dropouts(model):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        note(
+            f"Dropout is off in zeroth-order training, where two losses are compared ({found[0]}{more} would drop): "
+            "the model stays in evaluation mode."
+        )
     model.eval()
     optimizer.attach(model)
     return optimizer
@@ -90,7 +95,8 @@ def zeroth_order_trainer(name: str, knobs: Mapping[str, Any], *, seed: int = 0, 
             not read: the learning rate is the optimizer's knob, and the schedule multiplies it.
 
     Raises:
-        UnsupportedError: The Trainer is set up for DeepSpeed or FSDP, or the model draws at random in evaluation mode.
+        UnsupportedError: An argument asks for something that has no effect here, such as ``weight_decay``, or the model
+            draws at random in evaluation mode.
     """
     from modicum.jobs.training.trainer import PartsTrainer
 
@@ -112,7 +118,7 @@ class ZerothOrderStep:
     optimizer: ZerothOrder
 
     def __call__(self, trainer: PartsTrainer, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the mean loss of the points, as its share of the step."""
+        """Return by how much the micro-batch changes the step's mean loss, which is 0 before the first."""
         model.eval()
         branches = self.optimizer.branches
 
@@ -127,10 +133,14 @@ class ZerothOrderStep:
                 return paired_losses(model, inputs, branches)
 
         paired = self.optimizer.settings.engine == "paired"
+        before = self.optimizer.mean_loss()
         if paired and (trainer.compute_loss_func is not None or trainer.label_smoother is not None):
             raise UnsupportedError(PAIRED)
-        value = self.optimizer.probe(losses if paired else loss, weight=_targets(inputs))
-        return value.float() / trainer.current_gradient_accumulation_steps
+        self.optimizer.probe(losses if paired else loss, weight=_targets(inputs))
+        # The Trainer adds up what it gets. With differences of the mean so far, the sum is the step's mean loss,
+        # however it is cut into micro-batches and shared among processes.
+        now = self.optimizer.mean_loss(whole=trainer.accelerator.sync_gradients)
+        return now.float() - before.float()
 
 
 def zeroth_order_callback(optimizer: ZerothOrder) -> TrainerCallback:
@@ -138,7 +148,11 @@ def zeroth_order_callback(optimizer: ZerothOrder) -> TrainerCallback:
     from transformers import TrainerCallback
 
     class ZerothOrderCallback(TrainerCallback):
-        def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        def on_init_end(self, args: Any, _state: Any, _control: Any, **_: Any) -> None:
+            check_arguments(args)
+
+        def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+            check_arguments(args)  # anybody may have changed them
             spent = max((line["seconds"] for line in state.log_history if "seconds" in line), default=0.0)
             self.begun = time.monotonic() - spent  # a resumed run goes on counting
 
@@ -159,7 +173,9 @@ def zeroth_order_callback(optimizer: ZerothOrder) -> TrainerCallback:
             logs.update(costs)
             state.log_history[-1].update(costs)
 
-        def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        def on_train_end(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+            if args.load_best_model_at_end and state.best_model_checkpoint:
+                optimizer.discard_()  # the weights are those of a checkpoint
             optimizer.settle_()
             optimizer.detach()
 

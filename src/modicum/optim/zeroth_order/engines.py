@@ -14,7 +14,7 @@ there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -39,6 +39,15 @@ class Branch:
     dense: Mapping[Leaf, Tensor]
 
 
+def dropouts(model: nn.Module) -> list[str]:
+    """Return the modules of a model that drop at random in training mode, with the rates."""
+    return [
+        f"{name or 'the model'} ({type(module).__name__}, {rate})"
+        for name, module in model.named_modules()
+        if (rate := _dropout(module))
+    ]
+
+
 def require_deterministic(model: nn.Module) -> None:
     """Raise when a module would give two answers to one question.
 
@@ -46,15 +55,20 @@ def require_deterministic(model: nn.Module) -> None:
         UnsupportedError: Dropout or batch normalization is in training mode.
     """
     for name, module in model.named_modules():
-        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        drops = drops or bool(
-            getattr(module, "attention_dropout", 0.0) and not isinstance(module.attention_dropout, nn.Module)
-        )
-        if module.training and (drops or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        if module.training and (_dropout(module) or isinstance(module, nn.modules.batchnorm._BatchNorm)):
             raise UnsupportedError(
                 f"{name or 'the model'} ({type(module).__name__}) is in training mode, so the two losses of a step "
                 "would differ by chance. Call model.eval() first."
             )
+
+
+def random_states(devices: Iterable[torch.device]) -> list[Tensor]:
+    """Return where the global streams of random numbers stand, the processor's and those of some devices."""
+    states = [torch.get_rng_state()]
+    for device in devices:
+        if device.type != "cpu" and hasattr(module := torch.get_device_module(device), "get_rng_state"):
+            states.append(module.get_rng_state(device))
+    return states
 
 
 def trainable_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -316,6 +330,15 @@ def expand_batch(batch: Mapping[str, Any], branches: int) -> dict[str, Any]:
         key: value.repeat(branches, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) and value.dim() else value
         for key, value in batch.items()
     }
+
+
+def _dropout(module: nn.Module) -> str:
+    """Return the rate at which a module drops in training mode; nothing where it does not."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return f"p {module.p:g}" if module.p > 0 else ""
+    # Modules that call the function keep its rate under a name of their own.
+    rates = ((key, rate) for key, rate in vars(module).items() if "drop" in key and isinstance(rate, float))
+    return ", ".join(f"{key} {rate:g}" for key, rate in rates if rate > 0)
 
 
 def _kind(module: nn.Module) -> str:

@@ -129,6 +129,31 @@ class Leaf:
         return lift.factors(self.basis, part)
 
 
+def checked(params: Any) -> list[Any]:
+    """Return the parameters as a list, refusing empty lists and duplicates."""
+    if isinstance(params, Tensor):
+        raise RecipeError("params is one tensor, expected an iterable of parameters such as model.named_parameters().")
+    items = list(params)
+    if not items:
+        raise RecipeError("params is empty, expected parameters such as model.named_parameters().")
+    flat: list[Any] = []
+    for item in items:
+        if isinstance(item, dict):
+            if unread := sorted(item.keys() - {"params", "lr", "initial_lr", "param_names", "name"}):
+                raise UnsupportedError(
+                    f"A parameter group sets {', '.join(unread)}, which would be ignored: a zeroth-order optimizer has "
+                    "lr alone for each group. Give it to the optimizer, or leave parameters out by exclude."
+                )
+            item["params"] = [item["params"]] if isinstance(item["params"], Tensor) else list(item["params"])
+            flat += item["params"]
+        else:
+            flat.append(item)
+    tensors = [item[1] if isinstance(item, tuple) else item for item in flat]
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        raise RecipeError("params holds a parameter twice. Give each one once; named_parameters() does.")
+    return items
+
+
 def collect(
     groups: Sequence[dict[str, Any]], *, include: Sequence[str] | None, exclude: Sequence[str], vectors: str
 ) -> list[Leaf]:

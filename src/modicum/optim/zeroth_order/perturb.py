@@ -7,22 +7,23 @@ another and may update the weights on the way, so that restoring and updating is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.optim.zeroth_order.leaves import Chunk, Leaf, Ranks, assign_ranks, collect
+from modicum.optim.zeroth_order.leaves import Chunk, Leaf, Ranks, assign_ranks, checked, collect
 from modicum.optim.zeroth_order.lifts import Lift
 from modicum.optim.zeroth_order.moments import ENTRYWISE, UPDATES, Knobs
-from modicum.optim.zeroth_order.rounding import add_, is_low_precision, place_noise
+from modicum.optim.zeroth_order.offsets import Key, Move, Offset
+from modicum.optim.zeroth_order.restoring import Undo
+from modicum.optim.zeroth_order.rounding import is_low_precision, place_noise, stochastic_round
 from modicum.optim.zeroth_order.settings import Settings
 from modicum.random import derive_seed, generator
 
-Key: TypeAlias = tuple[int, int]  # (step, query) names a direction
-Offset: TypeAlias = dict[Key, float]  # the directions in the weights, in units of eps
+ByRows: TypeAlias = Callable[[slice], Tensor]  # what to add to some rows of a matrix
 
 BLOCK = 1 << 18  # entries of a temporary, so that a processor's cache holds the few that an update needs
 KEPT = 1 << 20  # numbers of dense noise that a step keeps at most, instead of drawing them for every pass
@@ -35,7 +36,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, settings: Settings) -> None:
         self.settings = settings
-        super().__init__(_checked(params), {"lr": settings.lr})
+        super().__init__(checked(params), {"lr": settings.lr})
         self.leaves = collect(
             self.param_groups, include=settings.include, exclude=settings.exclude, vectors=settings.vectors
         )
@@ -45,6 +46,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         self.position: Tensor | None = None
         self._update, self._remembers = UPDATES[settings.update]
         self._offset: Offset = {}
+        self._undo = Undo()
         self._drawn: dict[Key, Tensor] = {}
         self._kept: dict[tuple[Key, str, str, int], Tensor] = {}
         self._room = KEPT
@@ -115,25 +117,40 @@ class PerturbedOptimizer(torch.optim.Optimizer):
 
     def _transition(self, target: Offset, kappas: Tensor | None = None) -> None:
         """Bring the weights to another offset and, given ``kappas``, update them in the same pass."""
-        keys = dict.fromkeys([*self._offset, *target])
-        shift = {key: target.get(key, 0.0) - self._offset.get(key, 0.0) for key in keys}
-        shift = {key: amount for key, amount in shift.items() if amount}
-        if shift or kappas is not None:
+        move = Move(self._offset, target)
+        if move.shift or kappas is not None:
             self.passes += 1
             if self._size:
-                self._transition_factors(shift, kappas)
+                self._transition_factors(move, kappas)
             for leaf in self.leaves:
                 if not leaf.rank:
-                    self._transition_dense(leaf, shift, kappas)
+                    self._transition_dense(leaf, move, kappas)
         self._offset = dict(target)
 
-    def _transition_factors(self, shift: Offset, kappas: Tensor | None) -> None:
-        settings = self.settings
-        move = self._shift(shift)
-        if kappas is None:
-            for leaf in self.factored:
-                self._add_factors(leaf, move, updating=False)
+    def _transition_factors(self, move: Move, kappas: Tensor | None) -> None:
+        shift = self._shift(move.shift)
+        here, there = (self._shift(offset) if offset else None for offset in (move.here, move.there))
+        entries, step = (None, None) if kappas is None else self._factor_update(kappas)
+        if step is not None and self.position is not None:
+            self.position += step
             return
+        for leaf in self.factored:
+            still = not leaf.group["lr"]  # adding zeros would turn a -0 into a 0
+            change = None if entries is None or still else entries(leaf)
+            if is_low_precision(leaf.param.dtype):
+                change = self._lifted(leaf, step) if step is not None and not still else change
+                self._rewrite_factors(leaf, move, self._lifted(leaf, here), self._lifted(leaf, there), change)
+            elif change is not None:
+                matrix, beside = leaf.matrix(), self._lifted(leaf, shift if move.shift else None)
+                for rows in _blocks(matrix):
+                    delta = change(rows)
+                    matrix[rows].add_(delta if beside is None else delta.add_(beside(rows)))
+            else:
+                self._add_factors(leaf, shift if step is None else shift + step)
+
+    def _factor_update(self, kappas: Tensor) -> tuple[Callable[[Leaf], ByRows] | None, Tensor | None]:
+        """Return an update that is made entry by entry, or else the change of the coordinates."""
+        settings = self.settings
         gradient = self._zeros()
         for query, kappa in enumerate(kappas.to(gradient)):
             gradient.addcmul_(self._coordinates((self.steps, query)), kappa / len(kappas))
@@ -142,78 +159,89 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         knobs = Knobs(settings.betas, settings.adam_eps, self.age if settings.bias_correction else 0)
         if settings.entrywise:
             entry, lifted, state = ENTRYWISE[settings.update](gradient, tuple(self.memory), knobs)
-            for leaf in self.factored:
-                self._add_entrywise(leaf, move if shift else None, entry, lifted)
             self.memory = list(state)
-            return
+            return lambda leaf: _entries(leaf, entry, lifted), None
         step, state = self._update(gradient, tuple(self.memory), knobs)
         self.memory = list(state)
-        target = move if self.position is None else self.position
+        change = self._zeros()
         for leaf in self.factored:
-            target[leaf.coordinates] -= leaf.group["lr"] * step[leaf.coordinates]
-            if self.position is None:
-                self._add_factors(leaf, move, updating=True)
+            change[leaf.coordinates] = -leaf.group["lr"] * step[leaf.coordinates]
+        return None, change
 
-    def _add_factors(self, leaf: Leaf, coordinates: Tensor, *, updating: bool) -> None:
-        """Add the lift of ``coordinates`` to a weight; only a lasting change is worth rounding by chance."""
+    def _lifted(self, leaf: Leaf, coordinates: Tensor | None) -> ByRows | None:
+        """Return the direction with these coordinates, in the precision of the computation."""
+        if coordinates is None:
+            return None
+        left, right = leaf.factors(_known(self.settings.lift), coordinates)
+        stacked = len(leaf.shape) == 3
+        return lambda rows: left[rows] @ (right[rows] if stacked else right).to(left.dtype).mT
+
+    def _add_factors(self, leaf: Leaf, coordinates: Tensor) -> None:
+        """Add the direction with these coordinates to a weight of full precision."""
         left, right = leaf.factors(_known(self.settings.lift), coordinates)
         matrix = leaf.matrix()
-        if updating and is_low_precision(matrix.dtype):
-            for rows in _blocks(matrix):
-                delta = left[rows] @ (right if matrix.dim() == 2 else right[rows]).to(left.dtype).mT
-                add_(matrix[rows], delta, noise=self._noise(leaf, rows))
-        elif matrix.dim() == 2:
-            matrix.addmm_(left.to(matrix.dtype), right.mT)
-        else:
-            matrix.baddbmm_(left.to(matrix.dtype), right.mT)
+        add = matrix.addmm_ if matrix.dim() == 2 else matrix.baddbmm_
+        add(left.to(matrix.dtype), right.mT)
 
-    def _add_entrywise(
-        self, leaf: Leaf, move: Tensor | None, entry: Callable[..., Tensor], parts: tuple[Tensor, ...]
+    def _rewrite_factors(
+        self, leaf: Leaf, move: Move, here: ByRows | None, there: ByRows | None, change: ByRows | None
     ) -> None:
-        """Add a step that is made entry by entry, and the lift of ``move``, to a weight."""
-        matrix, dtype = leaf.matrix(), leaf.compute_dtype
-        left, right = leaf.basis
-        shift = None if move is None else leaf.factors(_known(self.settings.lift), move)[0]
-        stacked = matrix.dim() == 3
-        shape = (*leaf.shape[:-2], 1, leaf.rank)
-        local = [part[leaf.coordinates].view(shape)[leaf.rows() if stacked else ...] for part in parts]
+        matrix = leaf.matrix()
         for rows in _blocks(matrix):
-            there = (right[rows] if stacked else right).to(dtype)
-            values = [part[rows] if stacked else part for part in local]
-            delta = entry(left[rows].to(dtype), there, *values).mul_(-leaf.group["lr"])
-            if shift is not None:
-                delta += shift[rows] @ there.mT
-            add_(matrix[rows], delta, noise=self._noise(leaf, rows))
+            undo, step = (None if part is None else part(rows) for part in (here, change))
+            redo = None if there is None else -undo if undo is not None and move.turns else there(rows)
+            self._rewrite(leaf, matrix[rows], rows, undo=undo, redo=redo, step=step)
 
-    def _noise(self, leaf: Leaf, rows: slice) -> Tensor | None:
+    def _rewrite(
+        self, leaf: Leaf, part: Tensor, rows: slice, *, undo: Tensor | None, redo: Tensor | None, step: Tensor | None
+    ) -> None:
+        """Bring some rows of a 16-bit tensor from one perturbation to another, by way of the weights themselves."""
+        place = (leaf.name, rows.start)
+        values = part if undo is None else self._undo.restored(place, part, undo)
+        if step is not None:
+            values = stochastic_round(values + step, part.dtype, noise=self._noise(leaf, rows))
+        if redo is not None:
+            values = self._undo.perturbed(place, values, redo)
+        part.copy_(values)
+
+    def _noise(self, leaf: Leaf, rows: slice, purpose: str = "rounding") -> Tensor:
         """Draw the rounding noise of some local rows: fresh in each step, and the same however the tensor is cut."""
         local = leaf.local()
-        if not is_low_precision(local.dtype):
-            return None
         start, stop, _ = rows.indices(len(local) if local.dim() else 1)
-        key = derive_seed(self.settings.seed, "rounding", self.steps, leaf.name)
+        key = derive_seed(self.settings.seed, purpose, self.steps, leaf.name)
         width = math.prod(local.shape[1:])
         return place_noise(key, leaf.rows().start + start, stop - start, width, device=local.device)
 
-    def _transition_dense(self, leaf: Leaf, shift: Offset, kappas: Tensor | None) -> None:
+    def _transition_dense(self, leaf: Leaf, move: Move, kappas: Tensor | None) -> None:
         target = leaf.local()
         target = target if target.dim() else target.view(1)
+        exact = is_low_precision(target.dtype)
         queries = [] if kappas is None else [(self.steps, query) for query in range(len(kappas))]
+        needed = dict.fromkeys([*([*move.here, *move.there] if exact else move.shift), *queries])
         memory = self._dense_memory_of(leaf) if kappas is not None or self.shaped else []
         for chunk in leaf.chunks:
-            directions = {key: self._direction(leaf, chunk, key) for key in dict.fromkeys([*shift, *queries])}
-            delta = torch.zeros_like(next(iter(directions.values())))
-            for key, amount in shift.items():
-                delta.add_(directions[key], alpha=amount * self.settings.eps)
-            if kappas is None:
-                target[chunk.rows].add_(delta)
+            directions = {key: self._direction(leaf, chunk, key) for key in needed}
+            undo = self._mixed(directions, move.here if exact else {})
+            redo = self._mixed(directions, move.there if exact else move.shift)
+            step = None
+            if kappas is not None:
+                old = tuple(part[chunk.rows] for part in memory)
+                known = [directions[key] for key in queries]
+                step, new = self._dense_update(leaf, chunk, kappas.to(known[0]), known, old)
+                for part, value in zip(old, new, strict=True):
+                    part.copy_(value)
+                step = step * -lr if (lr := leaf.group["lr"]) else None
+            if exact:
+                self._rewrite(leaf, target[chunk.rows], chunk.rows, undo=undo, redo=redo, step=step)
                 continue
-            old = tuple(part[chunk.rows] for part in memory)
-            step, new = self._dense_update(leaf, chunk, kappas.to(delta), [directions[key] for key in queries], old)
-            for part, value in zip(old, new, strict=True):
-                part.copy_(value)
-            delta.sub_(step, alpha=leaf.group["lr"])
-            add_(target[chunk.rows], delta, noise=self._noise(leaf, chunk.rows))
+            for change in (redo, step):
+                if change is not None:
+                    target[chunk.rows].add_(change)
+
+    def _mixed(self, directions: Mapping[Key, Tensor], offset: Offset) -> Tensor | None:
+        """Return what an offset adds to a chunk."""
+        scaled = [directions[key] * (amount * self.settings.eps) for key, amount in offset.items()]
+        return torch.stack(scaled).sum(0) if len(scaled) > 1 else next(iter(scaled), None)
 
     def _dense_memory_of(self, leaf: Leaf) -> list[Tensor]:
         if leaf.name not in self.dense_memory:
@@ -286,35 +314,40 @@ class PerturbedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def fold_(self) -> None:
         """Write an adapter engine's learned coordinates into the weights, which then are the trained model."""
-        if self.position is None or self.settings.lift is None:
+        if self.position is None or self.settings.lift is None or not self.position.any():
             return
         for leaf in self.factored:
             if leaf.stands_for_quantized:
                 if self.position[leaf.coordinates].any():
                     raise UnsupportedError(f"{leaf.name} is quantized: nothing can be folded into it. Export a LoRA.")
                 continue
-            self._add_factors(leaf, self.position, updating=True)
+            if is_low_precision(leaf.param.dtype):
+                self._rewrite_factors(leaf, Move({}, {}), None, None, self._lifted(leaf, self.position))
+            else:
+                self._add_factors(leaf, self.position)
         self.position.zero_()
 
+    @torch.no_grad()
+    def discard_(self) -> None:
+        """Forget the perturbation in the weights and what was learned beside them: other weights have been loaded."""
+        self._offset, self._undo = {}, Undo()
+        if self.position is not None:
+            self.position.zero_()
 
-def _checked(params: Any) -> list[Any]:
-    """Return the parameters as a list, refusing empty lists and duplicates."""
-    if isinstance(params, Tensor):
-        raise RecipeError("params is one tensor, expected an iterable of parameters such as model.named_parameters().")
-    items = list(params)
-    if not items:
-        raise RecipeError("params is empty, expected parameters such as model.named_parameters().")
-    flat: list[Any] = []
-    for item in items:
-        if isinstance(item, dict):
-            item["params"] = [item["params"]] if isinstance(item["params"], Tensor) else list(item["params"])
-            flat += item["params"]
-        else:
-            flat.append(item)
-    tensors = [item[1] if isinstance(item, tuple) else item for item in flat]
-    if len({id(tensor) for tensor in tensors}) < len(tensors):
-        raise RecipeError("params holds a parameter twice. Give each one once; named_parameters() does.")
-    return items
+
+def _entries(leaf: Leaf, entry: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> ByRows:
+    """Return a step that is made entry by entry from a leaf's factors."""
+    dtype, (left, right) = leaf.compute_dtype, leaf.basis
+    stacked = len(leaf.shape) == 3
+    shape = (*leaf.shape[:-2], 1, leaf.rank)
+    local = [part[leaf.coordinates].view(shape)[leaf.rows() if stacked else ...] for part in parts]
+
+    def step(rows: slice) -> Tensor:
+        values = [part[rows] if stacked else part for part in local]
+        there = (right[rows] if stacked else right).to(dtype)
+        return entry(left[rows].to(dtype), there, *values).mul_(-leaf.group["lr"])
+
+    return step
 
 
 def _blocks(matrix: Tensor) -> list[slice]:

@@ -1,4 +1,4 @@
-"""In-place addition that does not lose what is smaller than the last bit of a 16-bit weight."""
+"""Rounding by chance, which on average does not lose what is smaller than the last bit of a 16-bit weight."""
 
 from __future__ import annotations
 
@@ -72,11 +72,3 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, *, noise: Tensor) -> Te
     # Adding noise below the kept bits carries into them with just the right probability; the mask then truncates.
     rounded = (noise.view(bits.shape).bitwise_and(low - 1).add_(bits)).bitwise_and_(-low).view(torch.float32)
     return torch.where(torch.isfinite(values), rounded, values).to(dtype)
-
-
-def add_(target: Tensor, delta: Tensor, *, noise: Tensor | None = None) -> None:
-    """Add ``delta`` to ``target`` in place; given ``noise``, round a short dtype by chance."""
-    if noise is None or not is_low_precision(target.dtype):
-        target.add_(delta)
-    else:
-        target.copy_(stochastic_round(target.float() + delta, target.dtype, noise=noise))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modicum.knobs import known
 from modicum.optim.zeroth_order.leaves import Chunk, Leaf
-from modicum.optim.zeroth_order.perturb import Key
+from modicum.optim.zeroth_order.offsets import Key
 from modicum.optim.zeroth_order.settings import Settings, Shared
 from modicum.optim.zeroth_order.step import ZerothOrder
 from modicum.registry import zeroth_order

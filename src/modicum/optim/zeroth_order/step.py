@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from modicum import processes
 from modicum.errors import ModicumError, UnsupportedError
 from modicum.optim.zeroth_order import state
-from modicum.optim.zeroth_order.engines import Branch, ProbeHooks, require_deterministic
+from modicum.optim.zeroth_order.engines import Branch, ProbeHooks, random_states, require_deterministic
 from modicum.optim.zeroth_order.forward_mode import derivative
 from modicum.optim.zeroth_order.moments import spsa_coefficient
-from modicum.optim.zeroth_order.perturb import Offset, PerturbedOptimizer
+from modicum.optim.zeroth_order.offsets import Offset
+from modicum.optim.zeroth_order.perturb import PerturbedOptimizer
+from modicum.optim.zeroth_order.rounding import is_low_precision, stochastic_round
 from modicum.optim.zeroth_order.settings import Settings
 
 Closure: TypeAlias = Callable[[], Any]
@@ -132,7 +134,7 @@ class ZerothOrder(PerturbedOptimizer):
         if self._pending is None:
             self._begin()
         try:
-            losses = self._losses(closure)
+            losses = self._losses(self._steady(closure))
         except BaseException:
             self.settle_()
             raise
@@ -140,6 +142,38 @@ class ZerothOrder(PerturbedOptimizer):
         sums, total = self._pending or (torch.zeros_like(losses), 0.0)
         self._pending = sums + losses * weight, total + weight
         return losses[-1] if self.settings.engine == "jvp" else losses.mean()
+
+    def mean_loss(self, *, whole: bool = False) -> Tensor:
+        """Return the mean loss of what was probed since the last step, 0 for nothing.
+
+        Args:
+            whole: Over all processes that share the batch; every one of them must ask.
+        """
+        if self._pending is None:
+            return torch.zeros((), device=self.leaves[0].local().device)
+        sums, weight = self._pending
+        losses = processes.mean(sums, weight) if whole and self.settings.parallel == "data" else sums / weight
+        return losses[-1] if self.settings.engine == "jvp" else losses.mean()
+
+    def _steady(self, closure: Closure) -> Closure:
+        """Return the closure, watched for random numbers: of two calls both must leave the streams at one place.
+
+        A closure that sets a seed does; one with active dropout, whose two losses would differ by chance, does not.
+        """
+        devices = list(dict.fromkeys(leaf.local().device for leaf in self.leaves))
+        seen: list[list[Tensor]] = []
+
+        def watched() -> Any:
+            value = closure()
+            seen.append(random_states(devices))
+            if len(seen) > 1 and not all(map(torch.equal, seen[-2], seen[-1])):
+                raise UnsupportedError(
+                    "The closure draws random numbers, so the two losses of a step would differ by chance. Call "
+                    "model.eval() to turn off dropout, or set the seed inside the closure."
+                )
+            return value
+
+        return watched
 
     @torch.no_grad()
     def replay(self, kappas: Sequence[Tensor]) -> None:
@@ -271,14 +305,22 @@ class ZerothOrder(PerturbedOptimizer):
         """Shrink matrices; norms and biases are left alone, whatever their names."""
         self._transition({})
         for leaf in self.leaves:
-            if leaf.param.dim() >= 2:
-                leaf.local().mul_(1 - leaf.group["lr"] * self.settings.weight_decay)
+            kept, data = 1 - leaf.group["lr"] * self.settings.weight_decay, leaf.local()
+            if leaf.param.dim() < 2:
+                continue
+            if not is_low_precision(data.dtype):
+                data.mul_(kept)
+                continue
+            for chunk in leaf.chunks:  # rounded to nearest, a small decay would change nothing
+                part, noise = data[chunk.rows], self._noise(leaf, chunk.rows, "decay")
+                part.copy_(stochastic_round(part.float() * kept, data.dtype, noise=noise))
 
     def report(self) -> dict[str, int]:
         """Count what is kept and what a step costs, in numbers and in bytes.
 
         ``parameters`` and ``weight_bytes`` are those it moves; ``state_`` is what it remembers of the estimates,
-        ``factor_`` the kept factors, ``draws_`` the random numbers and ``weight_passes_`` the passes of one step.
+        ``factor_`` the kept factors, ``undo_`` the most that restoring 16-bit weights took so far, ``draws_`` the
+        random numbers and ``weight_passes_`` the passes of one step.
         """
         dense = sum(leaf.local().numel() for leaf in self.leaves if not leaf.rank)
         kept = [*self.memory, *(x for parts in self.dense_memory.values() for x in parts)]
@@ -292,6 +334,7 @@ class ZerothOrder(PerturbedOptimizer):
             "state_numbers": sum(x.numel() for x in kept),
             "state_bytes": sum(x.nbytes for x in kept),
             "factor_bytes": sum(f.nbytes for leaf in self.factored for f in leaf.basis),
+            "undo_bytes": self._undo.peak,
             "forwards_per_step": len(self._plan()),
             "draws_per_step": queries * (self._size + dense),
             "weight_passes_per_step": len(self._plan()) + self.settings.passes - 2 if mutate else writes,

@@ -37,10 +37,11 @@ class Optimizer(Part):
                 )
 
     def check(self, arguments: TrainingArguments) -> None:
-        """Refuse sharded training, knobs that exclude each other, and losses that the engine does not compute."""
-        from modicum.jobs.training.zeroth_order import PAIRED, check_arguments, check_knobs
+        """Refuse arguments without effect, knobs that exclude each other, and losses that no engine computes."""
+        from modicum.jobs.training.zeroth_order import PAIRED, check_knobs
+        from modicum.jobs.training.zeroth_order_arguments import check_arguments
 
-        check_arguments(arguments)
+        check_arguments(arguments, given=self.recipe.trainer)
         check_knobs(self.section.name, self.section.knobs)
         objective: Choice | None = self.recipe.section("objective")
         gathered = objective is not None and registry.objective[objective.name].facts.loss_head
@@ -51,7 +52,9 @@ class Optimizer(Part):
         """Attach the optimiser to the model, before other parts put their hooks there."""
         from modicum.jobs.training.zeroth_order import attach_optimizer
 
-        self.optimizer = attach_optimizer(self.section.name, self.section.knobs, model, seed=self.recipe.seed)
+        self.optimizer = attach_optimizer(
+            self.section.name, self.section.knobs, model, seed=self.recipe.seed, note=self.run.note
+        )
 
     def trainer(self, build: Build) -> None:
         """Replace optimiser and training step."""

@@ -1,0 +1,159 @@
+"""Log-probabilities of pairs under the model from which a run starts, computed once and kept for every other run.
+
+They depend on the weights, on the tokens of the pair and on the precision, and on nothing else of a run: an expert for
+each dimension, mixtures of them and all seeds share them. The store is a folder of small files in the user's cache,
+each written whole, so that several runs and machines may add to it at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from modicum import processes
+from modicum.content import cache_folder
+from modicum.durable import write_atomic
+from modicum.jobs.data.pairs import Pair, PairCollator, with_reference
+from modicum.jobs.training.objective import LabelHead
+
+Known: TypeAlias = dict[str, tuple[float, float]]
+
+
+def fingerprint(model: Any, precision: str) -> str:
+    """Return a name for a model's function: its configuration, all its weights, and how it computes.
+
+    Args:
+        model: The model itself, without an adapter.
+        precision: What else decides its numbers, such as autocast.
+
+    Cost:
+        One pass over the weights.
+    """
+    from xxhash import xxh3_128
+
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "use_cache")}
+    digest = xxh3_128(json.dumps([precision, type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        data = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def key_of(pair: Pair) -> str:
+    """Return the name of a pair: its tokens and where its parts begin."""
+    from xxhash import xxh3_128_hexdigest
+
+    return xxh3_128_hexdigest(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+
+
+class ReferenceStore:
+    """What is known of pairs under one model.
+
+    Args:
+        name: Of the model; see :func:`fingerprint`.
+        folder: Where all models' folders lie; the user's cache where not given.
+    """
+
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        self.folder = (folder or cache_folder() / "references") / name
+
+    def read(self, note: Callable[[str], object]) -> Known:
+        """Return all that is known; a file that cannot be read is left out, and said."""
+        known: Known = {}
+        for file in sorted(self.folder.glob("*.json")):
+            try:
+                known |= {key: (float(a), float(b)) for key, (a, b) in json.loads(file.read_text()).items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                note(f"{file} cannot be read ({type(error).__name__}): what it held is computed again.")
+        return known
+
+    def add(self, found: Known) -> None:
+        """Keep what was found, in a file of its own."""
+        from xxhash import xxh3_128_hexdigest
+
+        text = json.dumps(found, sort_keys=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / f"{xxh3_128_hexdigest(text.encode())}.json", text)
+
+
+def referenced(
+    sets: Sequence[Sequence[Pair]],
+    model: Any,
+    collator: PairCollator,
+    *,
+    precision: str,
+    autocast: torch.dtype | None = None,
+    note: Callable[[str], object],
+    folder: Path | None = None,
+) -> list[list[Pair]]:
+    """Return sets of pairs with the log-probabilities of their answers under ``model``.
+
+    Each pair that the store does not know goes through the model by itself, so that its numbers depend on no other
+    pair; processes share the pairs out.
+
+    Args:
+        sets: Training and evaluation pairs.
+        model: The model from which training starts, on the device that is to compute.
+        collator: Lays a pair out.
+        precision: See :func:`fingerprint`.
+        autocast: Type in which the Trainer is going to compute, where it is not the weights' own.
+        note: Told how many were computed and how many were known.
+        folder: See :class:`ReferenceStore`.
+    """
+    store = ReferenceStore(fingerprint(model, f"{precision} {autocast} shared={collator.shared}"), folder)
+    known = processes.broadcast_object(store.read(note))  # other runs may add to it at any moment
+    by_key = {key_of(pair): pair for pairs in sets for pair in pairs}
+    missing = sorted(by_key.keys() - known.keys())
+    if missing:
+        values = _computed([by_key[key] for key in missing], model, collator, autocast)
+        found = {key: (a, b) for key, (a, b) in zip(missing, values.tolist())}
+        known |= found
+        if processes.main():
+            store.add(found)
+    note(
+        f"Reference log-probabilities of {len(by_key)} pairs: {len(missing)} computed, "
+        f"{len(by_key) - len(missing)} known from earlier runs."
+    )
+    return [[with_reference(pair, known[key_of(pair)]) for pair in pairs] for pairs in sets]
+
+
+def _computed(pairs: Sequence[Pair], model: Any, collator: PairCollator, autocast: torch.dtype | None) -> Tensor:
+    values = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    training, head = model.training, LabelHead(model)
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+            for index in range(processes.rank(), len(pairs), processes.world()):
+                values[index] = log_probabilities(model, collator([pairs[index]]))[0].double().cpu()
+    finally:
+        head.detach()
+        model.train(training)
+    if processes.world() > 1:
+        shared = values.to(model.device, torch.float32 if model.device.type == "mps" else torch.float64)
+        processes.average([shared])  # a mean over the processes, of which one has a number and all others have 0
+        values = shared.double().cpu() * processes.world()
+    return values
+
+
+def log_probabilities(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return the summed log-probabilities of the answers of a batch, (pairs, 2), chosen first; in float32.
+
+    Args:
+        model: With a :class:`~modicum.jobs.training.objective.LabelHead` on it.
+        batch: Of :class:`~modicum.jobs.data.pairs.PairCollator`.
+
+    Cost:
+        A forward pass, with logits where an answer's tokens are predicted and nowhere else.
+    """
+    device = getattr(model, "device", batch["input_ids"].device)
+    read = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "attention_mask")}
+    places, targets = batch["reads"].to(device), batch["targets"].to(device)
+    logits = model(**read, use_cache=False, label_positions=places).logits[0]
+    tokens = -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.stack([part.sum() for part in torch.split(tokens, batch["counts"])]).view(-1, 2)

