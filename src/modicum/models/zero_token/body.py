@@ -133,10 +133,10 @@ def run_body(body: Any, host: type, kwargs: dict[str, Any]) -> Any:
     if use_cache and cache is None:
         cache = DynamicCache(config=config)
     if cache is not None:
-        cache = prepare_cache(cache, config.schedule)
+        cache = prepare_cache(cache, owner.schedule)
     kwargs |= {"use_cache": bool(use_cache), "cache": cache}
     run = _begin(owner, config, call, cache, kwargs)
-    slots = [layer for layer, _ in config.schedule]
+    slots = [layer for layer, _ in owner.schedule]
     blocks = [run.layers[layer] for layer in slots]
     entries: list[Entry] = [Entry(block, slot, run.arguments) for slot, block in enumerate(blocks)]
     entries[-1] = Last(blocks[-1], len(blocks) - 1, run, call.result)

@@ -138,7 +138,7 @@ class Looped(PreTrainedModel):
                 add_gate(feed_forward)
             watch(hosts.attention_of(layers[layer]), feed_forward)
         # The schedule is part of the architecture: it is read once, not at every step of decoding.
-        self._stages, self._rows, self.depth = config.stages, config.rows, config.depth
+        self.schedule, self._stages, self._rows, self.depth = config.schedule, config.stages, config.rows, config.depth
         self._progress: float | None = None
         # The host's plan would split the heads among devices, and leave the zero keys of all heads on each.
         self.tp_plan = None
