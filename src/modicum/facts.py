@@ -58,7 +58,8 @@ class MergeFacts(Facts):
         matrix: It decomposes matrices; all other tensors are averaged.
         factors: It gives the same result in any orthonormal basis of a matrix' outputs (``"left"``), or of outputs and
             inputs (``"both"``), so it can merge LoRA experts without leaving their factors.
-        whole: It holds float32 copies of whole tensors; for the bound on memory.
+        floats: How many float32 numbers it holds for each entry of a tensor at a time, besides blocks and its result,
+            or ``(experts, knobs)`` that returns it; for the bound on memory.
         statistics: It weighs the experts by what was measured on their data, and is refused without.
         measure: What the job ``statistics`` measures for it: squared gradients, or Gram matrices of layers' inputs.
         survey: Looks at the whole model first: ``(each, **knobs) -> knobs``.
@@ -84,7 +85,7 @@ class MergeFacts(Facts):
     two: bool = False
     matrix: bool = False
     factors: Literal["left", "both"] | None = None
-    whole: bool = False
+    floats: float | Callable[[int, Mapping[str, Any]], float] = 0.0
     statistics: Literal["required"] | None = None
     measure: Literal["fisher", "gram"] | None = None
     survey: Callable[..., Mapping[str, Any]] | None = None

@@ -92,10 +92,11 @@ def beside(value: Any, folder: Path) -> Any:
         return {key: beside(item, folder) for key, item in value.items()}
     if isinstance(value, list):
         return [beside(item, folder) for item in value]
-    above = str(folder.resolve().parent)
-    if not isinstance(value, str) or folder.parent.name != STAGES or not value.startswith(above + os.sep):
-        return value
-    return f"..{value[len(above) :]}"
+    if isinstance(value, str) and folder.parent.name == STAGES:
+        for above in (str(folder.parent), str(folder.parent.resolve())):
+            if value.startswith(above + os.sep):
+                return f"..{value[len(above) :]}"
+    return value
 
 
 def front_matter(folders: Sequence[Path]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ adapter folded in. Nothing is pickled unless the caller asks for it, and an inde
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from torch import Tensor
 from modicum.borders import border, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_CONFIG, role
+from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, is_vocabulary, role
 from modicum.references import beside, find_model
 from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
+from modicum.weights.configs import rewritten
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
 
 INDEX = "model.safetensors.index.json"
 PICKLES = "pytorch_model*.bin"
+PICKLED = (".bin", ".pt", ".pth")
 CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 NOT_CARRIED = re.compile(
     r"\.index\.json$|^adapter_config\.json$|^trainer_state\.json$|^manifest\.json$|^all_results\.json$|^record\.json$"
@@ -75,6 +77,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = path if path.is_dir() else path.parent
         self.adapter: Adapter | None = None
         self._beneath: Checkpoint | None = None
+        self.rows: int | None = None  # of the vocabulary, where an adapter brings another one along
         self._slots: dict[str, Slot] = {}
         self._loaded: dict[str, Tensor] = {}
         self._stamps: dict[Path, Stamp] = {}
@@ -89,6 +92,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _open_weights(self, path: Path, allow_pickle: bool) -> None:
         if path.is_file():
+            if path.suffix in PICKLED:
+                return self._load_pickled([path], allow_pickle)
             if path.suffix != ".safetensors":
                 raise CheckpointError(f"{self.name} is a {path.suffix or 'file'}, expected .safetensors or a folder.")
             self._slots = self._header(path)
@@ -99,12 +104,24 @@ class Checkpoint(Mapping[str, Tensor]):
             single = path / "model.safetensors"
             if single in files or len(files) == 1:
                 self._slots = self._header(single if single in files else files[0])
+            elif files and not (path / "config.json").exists():
+                self._slots = self._read_all(files)
             elif files:
                 raise CheckpointError(
                     f"{self.name} has {len(files)} safetensors files but no {INDEX}. Download it again."
                 )
             else:
                 self._open_pickled(path, allow_pickle)
+
+    def _read_all(self, files: Sequence[Path]) -> dict[str, Slot]:
+        """Return the tensors of a folder that is no model of transformers', and so has no index."""
+        slots: dict[str, Slot] = {}
+        for file in files:
+            found = self._header(file)
+            if twice := sorted(slots.keys() & found.keys()):
+                raise CheckpointError(f"{self.name}: {file.name} and another file both have {twice[0]!r}. Remove one.")
+            slots |= found
+        return slots
 
     def _read_index(self, folder: Path) -> dict[str, Slot]:
         listed = read_json(folder / INDEX, self.name).get("weight_map")
@@ -134,6 +151,9 @@ class Checkpoint(Mapping[str, Tensor]):
         files = sorted(folder.glob(PICKLES))
         if not files:
             raise CheckpointError(f"{self.name} holds no weights: expected model.safetensors or {INDEX} in {folder}.")
+        self._load_pickled(files, allow_pickle)
+
+    def _load_pickled(self, files: Sequence[Path], allow_pickle: bool) -> None:
         if not allow_pickle:
             raise CheckpointError(
                 f"{self.name} has pickled weights only ({files[0].name}), which can run code when they are read. "
@@ -155,10 +175,28 @@ class Checkpoint(Mapping[str, Tensor]):
         adapter.fit(beneath.config)
         if beneath.tied and beneath.tied not in beneath:
             adapter.tie(beneath.tied)
+        self.rows = self._resized(beneath, adapter)
         for name, change in adapter.factors.items():
             self._check_change(beneath, name, change.shape)
         for name, tensor in adapter.replaced.items():
             self._check_change(beneath, name, tuple(tensor.shape))
+
+    def _resized(self, beneath: Checkpoint, adapter: Adapter) -> int | None:
+        """Return how many rows the vocabulary has that the adapter brings along; ``None`` where it brings none."""
+        stored = {name: tensor.shape for name, tensor in adapter.replaced.items() if is_vocabulary(name)}
+        other = {
+            name: shape[0] for name, shape in stored.items() if name in beneath and shape != beneath.spec(name).shape
+        }
+        if not other:
+            return None
+        rows = next(iter(other.values()))
+        tables = [name for name in beneath if is_vocabulary(name)]
+        if left := next((name for name in tables if stored.get(name, (0,))[0] != rows), None):
+            raise CheckpointError(
+                f"{self.name}: the adapter stores {next(iter(other))!r} with {rows} rows, and {left!r} has "
+                f"{beneath.spec(left).shape[0]}. Save it with all its embeddings: save_embedding_layers=True in PEFT."
+            )
+        return rows
 
     def _check_change(self, beneath: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
         if name not in beneath:
@@ -167,10 +205,13 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{self.name}: the adapter changes {name!r}, which its base {beneath.name} does not have{tied}. "
                 "Use the base that it was trained on."
             )
-        if shape != beneath.spec(name).shape:
+        expected = beneath.spec(name).shape
+        if self.rows is not None and is_vocabulary(name):
+            expected = (self.rows, *expected[1:])
+        if shape != expected:
             raise CheckpointError(
                 f"{self.name}: the adapter changes {name!r} of shape {list(shape)}, "
-                f"its base {beneath.name} has {list(beneath.spec(name).shape)}. Use the base that it was trained on."
+                f"its base {beneath.name} has {list(expected)}. Use the base that it was trained on."
             )
 
     def _refuse_packed(self) -> None:
@@ -211,7 +252,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def config(self) -> dict[str, Any]:
         """Contents of ``config.json``; empty when there is none."""
         if self._beneath:
-            return self._beneath.config
+            config = self._beneath.config
+            return config if self.rows is None else rewritten(config, vocab_size=self.rows)
         path = self.folder / "config.json"
         return read_json(path, self.name) if path.exists() else {}
 
@@ -228,6 +270,8 @@ class Checkpoint(Mapping[str, Tensor]):
         """Return shape and dtype of a tensor, without reading it."""
         if self._beneath:
             spec = self._beneath.spec(name)
+            if self.rows is not None and is_vocabulary(name):
+                spec = Spec((self.rows, *spec.shape[1:]), spec.dtype)
             return Spec(spec.shape, torch.float32) if name in self._changed else spec
         if name in self._slots:
             return self._slots[name].spec
@@ -296,8 +340,13 @@ class Checkpoint(Mapping[str, Tensor]):
     def companions(self) -> list[Path]:
         """Files that belong to the model besides its weights: config, tokenizer, generation defaults, license."""
         if self._beneath:
-            return self._beneath.companions()
-        files = (path for path in sorted(self.folder.iterdir()) if path.is_file())
+            files = self._beneath.companions()
+            own = {path.name: path for path in sorted(self.folder.iterdir()) if path.name in TOKENIZER_FILES}
+            if self.rows is None or not own:
+                return files
+            # Other rows are other tokens, whose tokenizer lies beside the adapter.
+            return sorted([*(path for path in files if path.name not in TOKENIZER_FILES), *own.values()])
+        files = [path for path in sorted(self.folder.iterdir()) if path.is_file()]
         return [
             inside(path, self.name)
             for path in files

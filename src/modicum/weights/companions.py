@@ -20,6 +20,8 @@ from modicum.weights.mergekit.vocabulary import Result, with_vocabulary
 def companion_files(model: Checkpoint, dtype: torch.dtype | None = None, **changes: Any) -> dict[str, bytes]:
     """Return the files that a result takes over from ``model``, with ``config.json`` telling the truth about it."""
     found = {path.name: path.read_bytes() for path in model.companions()}
+    if model.rows is not None:
+        changes = {"vocab_size": model.rows} | changes
     if "config.json" in found and (dtype is not None or changes):
         kind = None if dtype is None else str(dtype).removeprefix("torch.")
         config = rewritten(json.loads(found["config.json"]), dtype=kind, **changes)

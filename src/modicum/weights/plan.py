@@ -16,7 +16,7 @@ from torch import Tensor
 from modicum.content import fingerprint, is_old, old_fingerprint
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.facts import MergeFacts
-from modicum.layout import is_linear_map, is_vocabulary
+from modicum.layout import is_linear_map
 from modicum.record import NUMERICS
 from modicum.references import find_model
 from modicum.registry import Entry, merge_method
@@ -25,8 +25,9 @@ from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files, unified
 from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
 from modicum.weights.files import Spec, digest_tensor
+from modicum.weights.memory import needed
 from modicum.weights.mergekit.tokenizers import Converter, notes_on_tokenizers
-from modicum.weights.mergekit.vocabulary import Result, Vocabulary, companions_with
+from modicum.weights.mergekit.vocabulary import Result, companions_with
 from modicum.weights.rehearsal import rehearse
 from modicum.weights.statistics import check_origin, check_statistics, shape_of
 from modicum.weights.stream import cores
@@ -96,24 +97,7 @@ class Step:
     @property
     def memory(self) -> int:
         """Bytes of anonymous memory that making the tensor takes at most."""
-        if (self.entry.facts.matrix and not self.averaged) or self.diagnosed:
-            # Deltas, their factors and the stacks of both, in float64 where they are decomposed.
-            return self.spec.numel * 8 * 3 * (len(self.experts) + 1)
-        if self.entry.facts.whole:
-            return self.spec.nbytes + self.spec.numel * 4 * (len(self.experts) + 3)
-        folded = sum(s.tensors.adapter is not None for s in self.sources if isinstance(s.tensors, Checkpoint))
-        # Selection buffers: threshold candidates, or one mask bit per entry and expert.
-        selection = self.spec.numel * len(self.experts) // 4 if "density" in self.knobs else 0
-        return self.spec.nbytes + 4 * folded * self.spec.numel + self._remade + selection + (8 << 20)
-
-    @property
-    def _remade(self) -> int:
-        """Bytes of embedding tables that are put together from rows of several models."""
-        return sum(
-            source.tensors.spec(source.name).nbytes
-            for source in self.sources
-            if isinstance(source.tensors, Vocabulary) and is_vocabulary(source.name)
-        )
+        return needed(self)
 
 
 @dataclass(frozen=True)

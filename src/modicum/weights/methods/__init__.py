@@ -3,8 +3,9 @@
 What a method states about itself in its decorator: ``base=False``, it needs no base; ``experts``, ``most`` and ``two``,
 how many it takes; ``matrix=True``, it decomposes matrices, so that all else is averaged; ``factors``, it gives the
 same result in any orthonormal bases of a matrix' outputs (``"left"``) or of outputs and inputs (``"both"``), so that
-it can merge LoRA experts without leaving their factors; ``whole=True``, it holds float32 copies of whole tensors, for
-the bound on memory; ``statistics="required"``, it weighs by data, of which ``measure`` says what is measured;
+it can merge LoRA experts without leaving their factors; ``floats``, how much
+memory it takes for each entry; ``statistics="required"``, it weighs by data, of which ``measure`` says what is
+measured;
 ``survey``, a function that looks at the whole model first;
 ``supplied``, parameters that are no knobs, of which ``report`` is a list that gets what the method chose for
 each matrix.

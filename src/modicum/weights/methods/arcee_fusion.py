@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
-from modicum.weights.kernels.blocks import working_dtype
+from modicum.weights.kernels.blocks import BLOCK, delta_blocks, fold, working_dtype
 
 FLOOR = 1e-8  # of the probabilities, whose logarithm is taken
 FENCE = 1.5  # interquartile ranges above the median
 
 
-@merge_method("arcee_fusion", laws={"bounded", "zero_delta"}, most=1, two=True, whole=True)
+@merge_method("arcee_fusion", laws={"bounded", "zero_delta"}, most=1, two=True, floats=2.0)
 def arcee_fusion(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     r"""Keep the entries of the delta whose importance is an outlier.
 
@@ -47,14 +48,26 @@ def arcee_fusion(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     Reference:
         Arcee AI, "Arcee Fusion", in mergekit's documentation of merge methods, 2025.
     """
-    start, end = (tensor.to(working_dtype(base)) for tensor in (base, experts[0]))
-    if not start.numel():
+    if not base.numel():
         return base.clone()
-    rows = (start, end) if start.ndim else (start[None], end[None])
-    q, p = (torch.softmax(row, -1) + FLOOR for row in rows)
+    width = base.shape[-1] if base.ndim else 1
+    importance = torch.empty(base.numel(), dtype=working_dtype(base), device=base.device)
+    for where, start, deltas in delta_blocks(base, experts, row=width):
+        importance[where] = _importance(start.view(-1, width), deltas[0].view(-1, width)).view(-1)
+    low, middle, high = _quartiles(importance)
+    fence = middle + FENCE * (high - low)
+    blocks = iter(torch.split(importance, max(1, BLOCK // width) * width))
+    return fold(base, experts, lambda deltas: deltas[0].mul_(next(blocks) >= fence), row=width)
+
+
+def _importance(start: Tensor, delta: Tensor) -> Tensor:
+    q, p = (torch.softmax(rows, -1).add_(FLOOR) for rows in (start, start + delta))
     moved = (p * (p / q).log()).sum(-1, keepdim=True).clamp_min(0)
-    importance = ((rows[1] - rows[0]).abs() * moved).reshape(-1)
-    last = importance.numel() - 1
-    low, middle, high = (importance.kthvalue(int(share * last) + 1).values for share in (0.25, 0.5, 0.75))
-    taken = (importance >= middle + FENCE * (high - low)).view_as(start)
-    return torch.where(taken, end, start).to(base.dtype)
+    return delta.abs() * moved
+
+
+def _quartiles(numbers: Tensor) -> list[float]:
+    places = [int(share * (len(numbers) - 1)) for share in (0.25, 0.5, 0.75)]
+    if numbers.device.type != "cpu":
+        return [float(numbers.kthvalue(place + 1).values) for place in places]
+    return [float(x) for x in np.partition(numbers.numpy(), places)[places]]

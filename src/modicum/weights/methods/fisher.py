@@ -25,7 +25,7 @@ from modicum.weights.statistics import required
     supplied={"statistics"},
     statistics="required",
     measure="fisher",
-    whole=True,
+    floats=7.0,
 )
 def fisher(
     base: Tensor | None,

@@ -5,7 +5,8 @@ Better than Iso-C for many experts. ``common`` 0.8 is the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,16 @@ from modicum.weights.kernels.matrices import merge_matrices
 from modicum.weights.methods.iso_c import flatten_spectrum
 
 
+def _floats(n: int, _: Mapping[str, Any]) -> float:
+    return 9 * (n + 1)
+
+
 @merge_method(
-    "iso_cts", paper="arXiv:2502.04959", laws={"bounded", "permutation", "zero_delta", "scale", "shift"}, matrix=True
+    "iso_cts",
+    paper="arXiv:2502.04959",
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift"},
+    matrix=True,
+    floats=_floats,
 )
 def iso_cts(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, common: UnitInterval = 0.8) -> Tensor:
     r"""Join the leading directions of the summed delta and those of each expert's rest, all equally strong.

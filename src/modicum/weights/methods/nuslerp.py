@@ -5,7 +5,8 @@ Like :mod:`modicum.weights.methods.slerp`, but weighted, and with a base it goes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from modicum.weights.kernels.blocks import cancels, gram, per_expert, weighted_s
 from modicum.weights.methods.slerp import NEARLY_PARALLEL
 
 
-@merge_method("nuslerp", laws={"bounded"}, base=False, experts=2, most=2, whole=True, bound=32.0)
+def _floats(_: int, knobs: Mapping[str, Any]) -> float:
+    return 0.0 if knobs["flatten"] else 9.0
+
+
+@merge_method("nuslerp", laws={"bounded"}, base=False, experts=2, most=2, floats=_floats, bound=32.0)
 def nuslerp(
     base: Tensor | None,
     experts: Sequence[Tensor],

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,16 @@ from modicum.weights.kernels.blocks import working_dtype
 CLIP = 1e-4  # share of magnitudes cut off at each end before they are normalised
 
 
-@merge_method("pcb", paper="arXiv:2410.02396", laws={"bounded", "permutation", "zero_delta", "shift"}, whole=True)
+def _floats(n: int, _: Mapping[str, Any]) -> float:
+    return n + 10
+
+
+@merge_method(
+    "pcb",
+    paper="arXiv:2410.02396",
+    laws={"bounded", "permutation", "zero_delta", "shift"},
+    floats=_floats,
+)
 def pcb(base: Tensor, experts: Sequence[Tensor], *, ratio: Fraction = 0.1, scale: float = 1.2) -> Tensor:
     r"""Average deltas with weights from competition within and between experts, for the top share of entries.
 

@@ -17,7 +17,10 @@ from modicum.weights.kernels.selection import find_cuts
 
 
 @merge_method(
-    "sce", paper="arXiv:2408.07990", laws={"bounded", "permutation", "zero_delta", "scale", "shift"}, whole=True
+    "sce",
+    paper="arXiv:2408.07990",
+    laws={"bounded", "permutation", "zero_delta", "scale", "shift"},
+    floats=0.1,
 )
 def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> Tensor:
     r"""Average deltas over the elected signs, with one weight for each expert and tensor.
