@@ -110,8 +110,8 @@ def test_a_preheated_start_is_the_function_on_what_preheating_learned(name):
 
 
 def test_directions_that_complete_a_preheated_start_follow_the_seed():
-    # One learned position teaches few directions, and a high rtol counts most as missing. The first one sees itself alone
-    # and teaches a query nothing but rounding.
+    # One learned position teaches few directions, and a high rtol counts most as missing. The first position sees
+    # itself alone, and teaches a query nothing but rounding.
     ids = torch.tensor([[5, 6, 7]])
     data = [{"input_ids": ids, "labels": ids}] * 2
     rows = []
