@@ -27,7 +27,7 @@ jobs.adapters           jobs.training.adapter
 jobs.additions          jobs.training.extra_modules
 jobs.answers            jobs.training.answers
 jobs.byte_llama         jobs.loading.builtins.byte_llama
-jobs.hooks              jobs.training.gradient optim.gradient.clipping_log
+jobs.hooks              jobs.training.gradient optim.gradient.clipping_log jobs.training.domains
 jobs.models             jobs.loading.models jobs.loading.references jobs.loading.folders
 jobs.objectives         jobs.training.objective
 jobs.rows               jobs.data.section evaluate.rows

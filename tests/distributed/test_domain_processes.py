@@ -22,7 +22,7 @@ def worker(rank, port, folder, resume, seed, queue):
     from transformers import Trainer, TrainingArguments
 
     from modicum.errors import ModicumError
-    from modicum.jobs.hooks import DomainCallback, DomainStream
+    from modicum.jobs.training.domains import DomainCallback, DomainStream
     from modicum.submodular.data_selection import DomainScheduler
     from support import tiny_llama
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from modicum.errors import ModicumError
-from modicum.jobs.hooks import FILE, DomainCallback, DomainStream
+from modicum.jobs.training.domains import FILE, DomainCallback, DomainStream
 from modicum.submodular.data_selection import DomainScheduler, Needs, SelectionWorld, similarities
 from support import tiny_llama
 
