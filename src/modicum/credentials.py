@@ -60,6 +60,11 @@ def is_secret_name(name: str) -> bool:
     return bool(_KEY.search(name)) and not _NOT_KEY.search(name)
 
 
+def _hides(value: Mapping[Any, Any], key: object) -> bool:
+    """Whether a mapping holds a secret under ``key``; a token of a tokenizer's vocabulary is none."""
+    return is_secret_name(str(key)) and not (key == "token" and value.get("kind") == "model_token")
+
+
 def redact(value: Any) -> Any:
     """Return JSON-like ``value`` with whatever looks like a key or password hidden.
 
@@ -69,7 +74,7 @@ def redact(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if item not in (None, "") and is_secret_name(str(key)) else redact(item)
+            key: HIDDEN if item not in (None, "") and _hides(value, key) else redact(item)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -87,7 +92,7 @@ def secrets_in(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             place = f"{where}.{key}".lstrip(".")
-            if isinstance(item, str) and item and is_secret_name(str(key)):
+            if isinstance(item, str) and item and _hides(value, key):
                 yield place, _variable(item) or ("HF_TOKEN" if "hub" in str(key) else "a variable of the environment")
             else:
                 yield from secrets_in(item, place)

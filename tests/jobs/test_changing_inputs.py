@@ -129,14 +129,14 @@ def test_a_model_that_is_gone_costs_nothing_that_is_finished(models, tmp_path, m
 
 
 def test_an_extraction_watches_its_models(models, tmp_path, monkeypatch):
-    lora = sys.modules["modicum.weights.lora"]
-    real = lora._write_adapter
+    extract = sys.modules["modicum.weights.extract"]
+    real = extract.write_adapter
 
     def late(*args, **settings):
         overwrite(models / "one" / "model.safetensors")
         return real(*args, **settings)
 
-    monkeypatch.setattr(lora, "_write_adapter", late)
+    monkeypatch.setattr(extract, "write_adapter", late)
     with pytest.raises(CheckpointError, match="one/model.safetensors changed while it was read"):
         extract_lora(models / "one", models / "base", tmp_path / "out", max_rank=2, progress=False)
     assert not (tmp_path / "out").exists()

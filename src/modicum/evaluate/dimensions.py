@@ -88,8 +88,8 @@ def normalised(scores: Scores, own: Scores) -> list[Share]:
     """Return each score as a share of that of the dimension's own expert; ``None`` where that one has 0.
 
     Example:
-        >>> normalised([0.6, 0.9], [0.8, 0.9])
-        [0.75, 1.0]
+        >>> normalised([0.5, 0.9], [1.0, 0.9])
+        [0.5, 1.0]
     """
     _same(scores, own)
     return [None if best == 0 else score / best for score, best in zip(scores, own)]
@@ -99,8 +99,8 @@ def normalised_average(scores: Scores, own: Scores) -> Share:
     """Return the mean of :func:`normalised`: 1 is as good as all experts; ``None`` where a share is undefined.
 
     Example:
-        >>> normalised_average([0.6, 0.9], [0.8, 0.9])
-        0.875
+        >>> normalised_average([0.5, 0.9], [1.0, 0.9])
+        0.75
     """
     return _mean(normalised(scores, own))
 
@@ -109,8 +109,8 @@ def worst_dimension(scores: Scores, own: Scores) -> Share:
     """Return the least of :func:`normalised`: a mean hides what was given up; ``None`` where a share is undefined.
 
     Example:
-        >>> worst_dimension([0.6, 0.9], [0.8, 0.9])
-        0.75
+        >>> worst_dimension([0.5, 0.9], [1.0, 0.9])
+        0.5
     """
     known = [share for share in normalised(scores, own) if share is not None]
     return min(known) if len(known) == len(scores) else None

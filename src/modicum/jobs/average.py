@@ -99,8 +99,9 @@ def find_checkpoints(patterns: list[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         if not glob.has_magic(pattern):
-            # The folder of a run holds its checkpoints, and no weights itself.
-            saved = saved_in(Path(pattern).expanduser())
+            folder = Path(pattern).expanduser()
+            # The folder of a run holds its checkpoints and no weights; one with weights of its own is meant itself.
+            saved = [] if any(folder.glob("*.safetensors")) else saved_in(folder)
             found += [str(path) for path in saved] or [pattern]
             continue
         matches = [path for path in glob.glob(str(Path(pattern).expanduser())) if Path(path).is_dir()]  # noqa: PTH207

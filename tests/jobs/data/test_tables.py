@@ -15,17 +15,17 @@ from support import byte_tokenizer
 
 
 @pytest.fixture
-def preference(monkeypatch):
-    """Rows with two answers to one prompt, as preference learning has them."""
+def pair(monkeypatch):
+    """Rows with two answers to one prompt."""
     monkeypatch.setattr(row_kind, "_entries", dict(row_kind._entries))
 
     def pairs(rows, tokenizer, section, note):
-        examples = [(ids, ids) for row in rows.rows for ids in tokenizer([row["chosen"], row["rejected"]]).input_ids]
+        examples = [(ids, ids) for row in rows.rows for ids in tokenizer([row["left"], row["right"]]).input_ids]
         return dataset(examples, section, note)
 
-    @row_kind("preference", fields=("prompt", "chosen", "rejected"), order=5, tokenize=pairs)
+    @row_kind("pair", fields=("prompt", "left", "right"), order=5, tokenize=pairs)
     def read(section, row, index):
-        return {field: text_of(section, row, field, index) for field in ("prompt", "chosen", "rejected")}
+        return {field: text_of(section, row, field, index) for field in ("prompt", "left", "right")}
 
 
 @pytest.fixture
@@ -42,19 +42,19 @@ def write(path, *rows):
     return str(path)
 
 
-def test_a_kind_of_rows_tells_its_fields_and_its_tokens(preference, tmp_path):
-    row = {"question": "p", "chosen": "good", "rejected": "bad", "completion": "x"}
+def test_a_kind_of_rows_tells_its_fields_and_its_tokens(pair, tmp_path):
+    row = {"question": "p", "left": "good", "right": "bad", "completion": "x"}
     section = DataSection(path=write(tmp_path / "a.jsonl", row), fields={"prompt": "question"})
     rows = load_rows(section)
-    assert (rows.kind, rows.rows) == ("preference", [{"prompt": "p", "chosen": "good", "rejected": "bad"}])
+    assert (rows.kind, rows.rows) == ("pair", [{"prompt": "p", "left": "good", "right": "bad"}])
     assert len(tokenize(rows, byte_tokenizer(), section)) == 2
-    assert DataSection(path="x", format="preference").format == "preference"
+    assert DataSection(path="x", format="pair").format == "pair"
     renamed = DataSection(path=write(tmp_path / "b.jsonl", {"prompt": "p", "better": "a", "worse": "b"}),
-                          fields={"chosen": "better", "rejected": "worse"})  # fmt: skip
-    assert load_rows(renamed).rows[0]["rejected"] == "b"
+                          fields={"left": "better", "right": "worse"})  # fmt: skip
+    assert load_rows(renamed).rows[0]["right"] == "b"
     # What a section says of fields is unchanged by new kinds: the hashes of older runs stay.
     assert set(DataSection(path="x").model_dump()["fields"]) == {"text", "messages", "prompt", "completion"}
-    with pytest.raises(RecipeError, match="expected 'prompt' and 'chosen' and 'rejected', 'messages', "):
+    with pytest.raises(RecipeError, match="expected 'prompt' and 'left' and 'right', "):
         load_rows(DataSection(path=write(tmp_path / "c.jsonl", {"x": "y"})))
 
 

@@ -145,7 +145,7 @@ def only_pickles(folder: Path) -> None:
 
 DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
-    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "Cannot read"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
     "unknown architecture": (lambda f: set_config(f, "config.json", model_type="martian"), "cannot load the model"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
     "cut short": (cut_short, "corrupt or cut short"),

@@ -146,6 +146,7 @@ def test_what_is_saved_is_what_was_trained(models, rows, tmp_path, monkeypatch, 
     check(CASES[number], models, rows, tmp_path / "r", monkeypatch)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_head_that_is_saved_and_holds_the_row_of_a_mask_token_is_refused(models, rows, tmp_path):
     case = {"init": "default", "objective": "meap", "gradient": None, "optimizer": None, "tied": True}
     for targets in ("saved", "embedding"):
