@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -253,8 +254,8 @@ def _scores(columns: Sequence[str]) -> Callable[[str, Sequence[tuple[str, str]]]
     def parse(_: str, texts: Sequence[tuple[str, str]]) -> list[tuple[str, str, float]]:
         found = []
         for _name, text in texts:
-            # The first lines say which version of the data it is.
-            body = "\n".join(line for line in text.split("\n") if not line.startswith("# dataset_version"))
+            # Comments stand before the header alone: an answer may hold lines that look like them.
+            body = "\n".join(dropwhile(lambda line: line.startswith("#"), text.split("\n")))
             for row in csv.DictReader(io.StringIO(body)):
                 given = [float(row[column]) for column in columns if row.get(column) not in (None, "")]
                 if given and row.get("assistant_response"):

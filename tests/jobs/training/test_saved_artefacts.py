@@ -88,7 +88,9 @@ def rows(tmp_path_factory):
 def recipe(case, models, rows):
     data = {"job": "train", "model": {"path": str(models[case["tied"]]), "dtype": "float32"}}
     data["data"] = {"path": str(rows), "max_length": 48}
-    data["trainer"] = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "save_strategy": "no"}
+    data["trainer"] = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    if not case["optimizer"]:  # a zeroth-order optimizer has a rate of its own
+        data["trainer"]["learning_rate"] = 2e-2
     if case["init"]:
         data["adapter"] = {"rank": 2, "init": choice(case["init"]), "config": TARGETS[case["targets"]]}
     if case["objective"]:
@@ -164,7 +166,8 @@ def test_what_is_saved_is_what_was_trained_over_all_tables(models, rows, tmp_pat
     for number, case in enumerate(CASES):
         with pytest.MonkeyPatch.context() as patch:
             outcomes.append(check(case, models, rows, tmp_path / str(number), patch))
-    assert outcomes.count("saved") >= 0.7 * len(CASES)
+    # Zeroth-order optimizers refuse objectives and adapters that would do nothing beside them.
+    assert outcomes.count("saved") >= len(CASES) / 2
     for key, entries in tables().items():  # no entry is refused in all of its cases
         for entry in {*entries} - {None}:
             tried = [outcome for case, outcome in zip(CASES, outcomes) if case[key] == entry]

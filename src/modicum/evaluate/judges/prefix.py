@@ -23,7 +23,7 @@ class PrefixRefusal:
     """Tell refusals by how an answer begins. Labelled approximate wherever it appears.
 
     It says nothing about harm: an answer that does not begin as a refusal may still be one, or be harmless. On answers
-    labelled by people such rules miss more than half of all refusals, so ``unsafe`` is always unknown.
+    labelled by people such rules miss more than a third of all refusals, so ``unsafe`` is always unknown.
 
     Args:
         beginnings: Further first words of a refusal, beside the usual English ones; case does not count.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from modicum import registry
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError
+from modicum.evaluate.calibration import Calibration, calibrate
 from modicum.evaluate.chat import ChatModel, Judge, JudgeItem, Verdict
 from modicum.evaluate.judging import unjudged
 from modicum.jobs.safety.prompts import guideline_text, load_guidelines
@@ -102,8 +103,9 @@ class JudgeSection(Section):
     )
     backend: Target | None = Field(default=None, description="the model that a judge asks")
     knobs: dict[str, Any] = Field(default_factory=dict, description="knobs of the judge")
-    refusal: str = Field(
-        default="linear", description="judge of refusals, where the first one does not tell them; prefix is approximate"
+    refusal: Literal["prefix"] = Field(
+        default="prefix",
+        description="who tells refusals where the judge does not: first words, approximate, with its measured errors",
     )
 
     @model_validator(mode="before")
@@ -120,8 +122,6 @@ class JudgeSection(Section):
             raise ValueError("an ensemble is made in Python; a recipe names one judge of harm and one of refusals")
         if "unsafe" not in entry.facts.answers:
             raise ValueError(f"judge {self.name!r} does not tell harm; name it as `refusal`")
-        if self.refusal not in ("linear", "prefix"):
-            raise ValueError(f"refusal is {self.refusal!r}, expected 'linear' or 'prefix'")
         return self
 
     def inputs(self) -> Iterator[str]:
@@ -160,31 +160,32 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
     entry = registry.judge[section.name]
     known: dict[str, Any] = {"judge": section.name, "approximate": entry.facts.approximate}
     if section.name == "linear":
-        harm: Judge = LinearGuard(**section.knobs).fit(*labelled("harm"))
-        known |= _errors(harm)
+        guard = LinearGuard(**section.knobs).fit(*labelled("harm"))
+        known |= {"auroc": guard.area} | _errors(guard.calibration)
+        harm: Judge = guard
     else:
         knobs = entry.knobs(section.knobs)
         backend = None if section.backend is None else open_target(section.backend)
         harm = entry.function(backend, **knobs) if backend is not None else entry.function(**knobs)
     if "refusal" in entry.facts.answers and section.name != "linear":
         return harm, known
-    if section.refusal == "prefix":
-        known["refusal"] = {"judge": "prefix", "approximate": True}
-        return Both(harm, PrefixRefusal()), known
-    refusal = LinearGuard(tells="refusal", l2=0.1, features=2048).fit(*labelled("refusal"))
-    known["refusal"] = {"judge": "linear", "approximate": False} | _errors(refusal)
-    return Both(harm, refusal), known
+    prefix = PrefixRefusal()
+    known["refusal"] = {"judge": "prefix", "approximate": True}
+    try:
+        items, labels = labelled("refusal")
+    except CheckpointError:  # without the package of labelled answers its errors stay unknown, which the report says
+        return Both(harm, prefix), known
+    known["refusal"] |= _errors(calibrate([verdict.refusal for verdict in prefix.judge(items)], labels))
+    return Both(harm, prefix), known
 
 
-def _errors(guard: Any) -> dict[str, Any]:
-    found = guard.calibration
+def _errors(found: Calibration | None) -> dict[str, Any]:
     if found is None:
         return {}
     return {
         "agreement": found.agreement._asdict(),
         "fpr": found.fpr._asdict(),
         "fnr": found.fnr._asdict(),
-        "auroc": guard.area,
         "positives": found.positives,
         "negatives": found.negatives,
     }

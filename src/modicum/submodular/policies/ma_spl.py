@@ -56,8 +56,8 @@ class MASPL(Gossip):
         [0, 0]
 
     Cost:
-        Two times |V_i| + 1 evaluations an agent, half of which depend on the objective alone; n numbers to each
-        neighbour.
+        Two evaluations for each action of an agent, and one more, half of which depend on the objective alone; n
+        numbers to each neighbour.
 
     Deviates:
         Put together from a summary of the publication, and checked against its inequality. An agent that has not been
