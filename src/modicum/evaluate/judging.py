@@ -22,6 +22,7 @@ from modicum.evaluate.chat import (
     Message,
     Verdict,
     split_reasoning,
+    user,
 )
 
 Part: TypeAlias = Literal["answer", "reasoning", "both"]
@@ -133,6 +134,18 @@ class ModelJudge(PartJudge):
     def verdicts(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         """Ask the model about each item."""
         return ask(self.backend, [self.render(item) for item in items], self)
+
+
+class TemplateJudge(ModelJudge):
+    """A judge whose question is a text with the slots ``{goal}`` and ``{response}``; subclasses read the answer."""
+
+    def __init__(self, backend: ChatModel, *, template: str, part: Part = "answer") -> None:
+        super().__init__(backend, part=part)
+        self.template = slots(template)
+
+    def render(self, item: JudgeItem) -> tuple[Message, ...]:
+        """Return the template with goal and answer."""
+        return user(filled(self.template, item))
 
 
 def ask(backend: ChatModel, questions: Sequence[tuple[Message, ...]], judge: ModelJudge) -> list[Verdict]:

@@ -8,7 +8,6 @@ with the next answer.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -122,7 +121,7 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     """
     from modicum.evaluate.chat import GenParams
     from modicum.jobs.chat.targets import open_judge, open_target, require_sampling
-    from modicum.jobs.safety.drawing import Drawing, Verdicts
+    from modicum.jobs.safety.drawing import Drawing, Verdicts, teller
 
     goals, benign = _goals(recipe)
     cells = Document(run.folder / "cells.json", {"hash": run.hash})
@@ -142,8 +141,9 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
             if recipe.samples > 1:
                 require_sampling(model)
             store = Verdicts(folder / f"{name}.jsonl", save_completions=recipe.save_completions)
+            tell = teller(run, f"{name}: answers judged")
             opened[name] = Drawing(
-                model, judge, store, params=params, seed=recipe.seed, system=target.system, tell=_teller(run, name)
+                model, judge, store, params=params, seed=recipe.seed, system=target.system, tell=tell
             )
         return opened[name]
 
@@ -272,16 +272,3 @@ def _summary(cells: Sequence[Cell]) -> Cell:
     if all("asr_all" in cell for cell in wrapped):
         found["asr_all_at_most"] = sum(cell["asr_all"][-1]["value"] for cell in wrapped) / len(wrapped)
     return found
-
-
-def _teller(run: Run, name: str) -> Any:
-    """Return a function that shows on a terminal how many answers have been judged."""
-    if run.quiet or not sys.stderr.isatty():
-        return lambda _: None
-    seen = [0]
-
-    def tell(count: int) -> None:
-        seen[0] += count
-        print(f"\r{name}: {seen[0]} answers judged", end="", file=sys.stderr, flush=True)
-
-    return tell

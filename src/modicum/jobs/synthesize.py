@@ -6,7 +6,6 @@ requests that nobody should read by accident: they are stored compressed, never 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -97,12 +96,13 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     """
     from modicum.jobs.chat.cache import Cached
     from modicum.jobs.chat.targets import open_judge, open_target
+    from modicum.jobs.safety.drawing import teller
     from modicum.jobs.safety.steering import Steered
     from modicum.jobs.safety_data import build_filler_rows, build_rt_rows, build_srg_rows, decontaminate
 
     illegal, helpful = _requests(recipe)
     judge, errors = open_judge(recipe.judge)
-    teacher: Any = open_target(recipe.teacher, progress=_teller(run))
+    teacher: Any = open_target(recipe.teacher, progress=teller(run, "replies of the teacher"))
     if recipe.steer:
         # The names of tags are those that the rows get.
         tags = {_id(given, f"illegal-{i}"): True for i, given in enumerate(illegal)}
@@ -198,16 +198,3 @@ def _write(path: Any, rows: Sequence[Mapping[str, Any]], form: str) -> None:
     )
     with whole_file(path) as partial:
         pyarrow.parquet.write_table(table, partial, compression="zstd", write_statistics=False)
-
-
-def _teller(run: Run) -> Any:
-    """Return a function that shows on a terminal how many replies have been drawn."""
-    if run.quiet or not sys.stderr.isatty():
-        return lambda _: None
-    seen = [0]
-
-    def tell(count: int) -> None:
-        seen[0] += count
-        print(f"\rteacher: {seen[0]} replies", end="", file=sys.stderr, flush=True)
-
-    return tell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 from annotated_types import Ge, Le
@@ -20,14 +20,24 @@ MORSE: Mapping[str, str] = dict(
 )
 
 
-def _shifted(text: str, shift: int) -> str:
+def _moved(text: str, to: Callable[[int], int]) -> str:
+    """Return a text whose letters of the English alphabet stand at other places of it; case stays."""
+
     def letter(char: str) -> str:
         for first in "aA":
             if ord(first) <= ord(char) < ord(first) + 26:
-                return chr((ord(char) - ord(first) + shift) % 26 + ord(first))
+                return chr(ord(first) + to(ord(char) - ord(first)) % 26)
         return char
 
     return "".join(map(letter, text))
+
+
+def _shifted(text: str, shift: int) -> str:
+    return _moved(text, lambda place: place + shift)
+
+
+def _mirrored(text: str) -> str:
+    return _moved(text, lambda place: 25 - place)
 
 
 def _asked(how: str, text: str) -> str:
@@ -64,16 +74,6 @@ def caesar(goal: str, *, shift: Annotated[int, Ge(1), Le(25)] = 3) -> str:
         Y. Yuan et al., "GPT-4 Is Too Smart To Be Safe: Stealthy Chat with LLMs via Cipher", 2023, arXiv:2308.06463.
     """
     return _asked(f"a Caesar cipher that shifts letters by {shift}", _shifted(goal, shift))
-
-
-def _mirrored(text: str) -> str:
-    def letter(char: str) -> str:
-        for first in "aA":
-            if ord(first) <= ord(char) < ord(first) + 26:
-                return chr(2 * ord(first) + 25 - ord(char))
-        return char
-
-    return "".join(map(letter, text))
 
 
 @attack("atbash", laws={"reversible"}, decode=lambda prompt: _mirrored(body(prompt)))

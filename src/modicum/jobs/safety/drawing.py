@@ -7,6 +7,7 @@ only if the user asks. A run that was killed reads the file and draws what is mi
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -30,6 +31,7 @@ from modicum.evaluate.chat import (
 )
 from modicum.jobs.chat.cache import end_last_line, read_lines_of
 from modicum.random import derive_seed
+from modicum.record import Run
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,20 @@ class Drawing:
             self.tell(len(part))
         # One answer that never came must not cost the report: it has no verdict, and the next run asks again.
         return [self.store.known.get(key, Drawn(Verdict(None, outcome="error"), 0)) for key in keys]
+
+
+def teller(run: Run, what: str) -> Callable[[int], None]:
+    """Return a function that shows on a terminal how many have been drawn so far, of ``what`` it is told."""
+    if run.quiet or not sys.stderr.isatty():
+        return lambda _: None
+    seen = 0
+
+    def tell(count: int) -> None:
+        nonlocal seen
+        seen += count
+        print(f"\r{what}: {seen}", end="", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def saves(drawn: Drawn) -> bool:
