@@ -94,6 +94,18 @@ TOKENIZER_FILES = (
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Lists in config.json with an entry for each layer.
 LAYER_LISTS = frozenset({"layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers"})
+# Lists in config.json of the numbers of some layers, and numbers of the first layers that are of another kind.
+LAYER_NUMBERS = frozenset(
+    {
+        "mlp_only_layers",
+        "attn_layer_indices",
+        "full_attn_idxs",
+        "cross_attention_layers",
+        "hybrid_layer_ids",
+        "moe_layers",
+    }
+)
+FIRST_LAYERS = frozenset({"first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"})
 
 # Published with experts `block_sparse_moe.experts.0.w1`, which transformers fuses into `mlp.experts.gate_up_proj`.
 _NUMBERED_EXPERTS = frozenset({"mixtral"})

@@ -151,4 +151,5 @@ def test_a_config_that_transformers_would_not_open_is_refused_by_the_plan(tmp_pa
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ModicumError, match="transformers would not open"):
         patch.setattr(planning, "LAYER_LISTS", frozenset())
+        patch.setattr("modicum.jobs.merging.layers.settled", lambda plan: plan)
         plan(parse(sliced(tmp_path / "m", (0, 2), (0, 1))))

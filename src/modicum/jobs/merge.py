@@ -147,11 +147,12 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
 
     statistics = [opened(reference) for reference in recipe.statistics]
     if recipe.mergekit is not None:
+        from modicum.jobs.merging.layers import settled
         from modicum.weights.mergekit.planning import plan_mergekit
 
         plan = plan_mergekit(recipe.mergekit, opened, statistics, find=find_tokenizer, convert=tokenizer_json)
         twice = [f"{place}: the last one counts, as in mergekit" for place in recipe.twice]
-        plan = replace(plan, seed=recipe.seed, device=recipe.device, notes=[*twice, *plan.notes])
+        plan = settled(replace(plan, seed=recipe.seed, device=recipe.device, notes=[*twice, *plan.notes]))
         _refuse_config(plan)
         return plan.diagnosed() if recipe.diagnostics else plan
     method: Any = recipe.method

@@ -1,0 +1,1 @@
+"""What the jobs that merge share with transformers' classes."""
