@@ -306,8 +306,9 @@ class MeasureFacts(Facts):
     """Facts of a measure of models.
 
     Its functions are given by keyword what their signatures ask for: the knobs, and what the job supplies, which is the
-    confidence ``level``, the ``seed``, the data section's ``max_length``, ``tokens_of(model)`` to count tokens, and
-    ``read_lines(file)`` to read lines of JSON. Keyword-only parameters of ``estimate`` and ``prepare`` are knobs too.
+    confidence ``level``, the ``seed``, the data section's ``max_length``, ``tokens_of(model)`` to count tokens,
+    ``read_lines(file)`` to read lines of JSON, and ``reference_of(model)`` to ask another model the same. Keyword-only
+    parameters of ``estimate`` and ``prepare`` are knobs too.
 
     Attributes:
         rows: Kind of the rows of data that it needs.
@@ -342,7 +343,7 @@ class MeasureFacts(Facts):
     work: Callable[..., str] | None = None
     check: Callable[..., None] | None = None
     reads: tuple[str, ...] = ()
-    supplied: Collection[str] = frozenset({"level", "seed", "max_length", "tokens_of", "read_lines"})
+    supplied: Collection[str] = frozenset({"level", "seed", "max_length", "tokens_of", "read_lines", "reference_of"})
 
     @property
     def further(self) -> tuple[Callable[..., Any], ...]:

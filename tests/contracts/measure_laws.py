@@ -16,7 +16,14 @@ from modicum.evaluate.subject import Likelihood, Result, Subject
 from modicum.registry import Entry, measure, row_kind, wanted
 
 TEXT = "def add(a, b):\n    return a + b\n\nA harbour is a place where ships may anchor. "
-SUPPLIED = {"level": 0.9, "seed": 0, "max_length": 32, "tokens_of": lambda _: len, "read_lines": lambda _: iter(())}
+SUPPLIED: dict[str, Any] = {
+    "level": 0.9,
+    "seed": 0,
+    "max_length": 32,
+    "tokens_of": lambda _: len,
+    "read_lines": lambda _: iter(()),
+}
+SUPPLIED["reference_of"] = lambda _: Scripted(1.0)
 
 
 class Scripted:
@@ -32,17 +39,33 @@ class Scripted:
         return [rng.random() < self.right for _ in rows]
 
     def generate(self, rows: Sequence[Any], **_: Any) -> list[str]:
-        wrong = "I could not say. " * 3
-        return [row["completion"] if luck else wrong for row, luck in zip(rows, self._luck(rows))]
+        wrong = "Something else. " * 3
+        return [row["completion"] if luck else row.get("wrong", wrong) for row, luck in zip(rows, self._luck(rows))]
 
     def likelihoods(self, rows: Sequence[Any], **_: Any) -> list[Likelihood]:
         texts = [row.get("text") or row["completion"] for row in rows]
         return [Likelihood(len(t) * (0.5 if luck else 2.0), len(t)) for t, luck in zip(texts, self._luck(rows))]
 
+    def alternatives(self, rows: Sequence[Sequence[Any]], **_: Any) -> list[list[Likelihood] | None]:
+        """Find the answer that begins with the word of the right one likelier, where it is right."""
+
+        def likelihood(text: str, luck: bool) -> Likelihood:
+            right = text.startswith(("chosen", "right"))
+            return Likelihood(len(text) * (0.5 if right == luck else 2.0), len(text))
+
+        return [[likelihood(r["completion"], luck) for r in each] for each, luck in zip(rows, self._luck(rows))]
+
 
 def row(kind: str, i: int) -> dict[str, Any]:
     if kind == "text":
         return {"text": f"{TEXT}{i} " * 30}
+    if kind == "choice":
+        return {"prompt": f"prompt {i}", "choices": [f"wrong {i}", f"right {i}", f"no {i}"], "answer": 1}
+    if kind == "instruction":
+        return {"prompt": f"prompt {i}", "checks": [{"kind": "ends_with", "text": f"n{i}"}], "completion": f"n{i}"}
+    if kind == "question":
+        answers = [f"n{i}"] if i % 2 else []
+        return {"prompt": f"prompt {i}", "answers": answers, "completion": f"n{i}" if i % 2 else "That is not known."}
     return {field: f"{field} {i}" for field in row_kind[kind].facts.fields} | {"completion": f"n{i}"}
 
 
@@ -67,7 +90,7 @@ def difference(entry: Entry[Any], values: dict[str, Any], a: Sequence[Result], b
 def usual(entry: Entry[Any], draw: Draw) -> dict[str, Any]:
     """Draw knobs; files and tokenizers are not at hand, and few questions suffice."""
     fixed = {"file": None, "tokenizer": None, "answer": None, "suite": "needle", "lengths": (160,), "per_cell": 1}
-    fixed |= {"stride": None, "max_bytes": None, "depths": (0.0, 0.5)}
+    fixed |= {"stride": None, "max_bytes": None, "score": "mean", "reference": None, "depths": (0.0, 0.5)}
     return knobs(entry, draw, **fixed)
 
 

@@ -29,7 +29,10 @@ EXCEPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "judges": ("ask a model and read its words; tests/evaluate/judges compares the reading with texts by hand", ()),
     "attacks": ("rewrite a goal; tests/evaluate/attacks reads the goal back", ()),
-    "measures": ("counts answers to questions of its own, whose answers are known; tests go by hand", ("retrieval",)),
+    "measures": (
+        "count answers to questions whose answers are known; tests go by hand",
+        ("retrieval", "instructions", "decline"),
+    ),
     "models": ("writes stored experts into a host; tests/models/routed compares it with plain models", ("routed",)),
     "objectives": ("returns what came; a law says so", ("ntp",)),
 }

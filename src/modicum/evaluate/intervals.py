@@ -99,6 +99,35 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], *, level: 
     return Estimate(value, value - half, value + half, n)
 
 
+def ratio_difference(
+    a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]], *, level: float = 0.95
+) -> Estimate:
+    r"""Difference of two ratios over the same items, a − b, such as two F1 scores; see :func:`ratio`.
+
+    Args:
+        a: Numerator and denominator of each item for the first model.
+        b: The same for the second, in the same order.
+        level: Confidence, in (0, 1).
+
+    Returns:
+        The difference; the interval linearises both ratios, with their covariance.
+
+    Example:
+        >>> ratio_difference([(1.0, 1.0), (1.0, 2.0)], [(0.0, 1.0), (1.0, 1.0)]).value
+        0.166...
+    """
+    sums = [tuple(math.fsum(column) for column in zip(*rows, strict=True)) for rows in (a, b)]
+    if len(a) != len(b) or not a or any(not y > 0 for _, y in sums):
+        raise RecipeError(f"{len(a)} and {len(b)} items, expected the same items with positive denominators.")
+    (one, whole), (other, rest) = sums
+    first, second, n = one / whole, other / rest, len(a)
+    if n == 1:
+        return Estimate(first - second, None, None, 1)
+    gaps = [(x - first * y) / whole - (u - second * v) / rest for (x, y), (u, v) in zip(a, b, strict=True)]
+    half = _student(level, n - 1) * math.sqrt(math.fsum(gap * gap for gap in gaps) * n / (n - 1))
+    return Estimate(first - second, first - second - half, first - second + half, n)
+
+
 def paired_proportions(a: Sequence[bool], b: Sequence[bool], *, level: float = 0.95) -> Estimate:
     r"""Difference of two success rates on the same items, a − b, with the interval of Agresti and Min.
 
@@ -132,6 +161,66 @@ def paired_proportions(a: Sequence[bool], b: Sequence[bool], *, level: float = 0
     difference = (only_a - only_b) / adjusted
     half = _normal(level) * math.sqrt(only_a + only_b + 1 - adjusted * difference**2) / adjusted
     return Estimate((only_a - only_b) / n, max(difference - half, -1.0), min(difference + half, 1.0), n)
+
+
+def by_group(values: Sequence[float], groups: Sequence[object], *, level: float = 0.95) -> Estimate:
+    """Mean of values in [0, 1] whose groups, such as questions, are the unit of sampling.
+
+    Where each value is a group of its own and all are 0 or 1, or where all are the same, this is :func:`wilson` on the
+    groups; else the linearised ratio of :func:`ratio`, cut to [0, 1].
+
+    Args:
+        values: One number per item, at least one.
+        groups: The group of each.
+        level: Confidence, in (0, 1).
+
+    Returns:
+        The mean over the items, and how many there are.
+
+    Example:
+        >>> by_group([1.0, 1.0, 0.0, 0.0], ["a", "a", "b", "c"]).value
+        0.5
+    """
+    sums = _by_group(values, groups)
+    value = math.fsum(values) / len(values) if values else math.nan
+    if values and (value in (0, 1) or (len(sums) == len(values) and {*values} <= {0, 1})):
+        return wilson(round(value * len(sums)), len(sums), level=level)._replace(value=value, n=len(values))
+    _, low, high, _ = ratio([x for x, _ in sums], [n for _, n in sums], level=level)
+    return Estimate(value, low and max(low, 0.0), high and min(high, 1.0), len(values))
+
+
+def by_group_difference(
+    a: Sequence[float], b: Sequence[float], groups: Sequence[object], *, level: float = 0.95
+) -> Estimate:
+    """Difference of two means of the same items, a − b; see :func:`by_group` and :func:`paired_proportions`.
+
+    Args:
+        a: One number in [0, 1] per item for the first model.
+        b: The same for the second, in the same order.
+        groups: The group of each item.
+        level: Confidence, in (0, 1).
+
+    Example:
+        >>> by_group_difference([1.0, 1.0, 0.0], [1.0, 0.0, 0.0], ["a", "a", "b"]).value
+        0.333...
+    """
+    gaps = [x - y for x, y in zip(a, b, strict=True)]
+    sums = _by_group(gaps, groups)
+    if len({*gaps}) == 1 or (len(sums) == len(gaps) and {*a, *b} <= {0, 1}):
+        # Without spread the linearised interval would have no width.
+        size, plain = len(sums), {*a, *b} <= {0, 1}
+        first, second = (a, b) if plain and size == len(gaps) else ([gaps[0] > 0] * size, [gaps[0] < 0] * size)
+        found = paired_proportions([*map(bool, first)], [*map(bool, second)], level=level)
+        return found._replace(value=math.fsum(gaps) / len(gaps), n=len(gaps))
+    return ratio([x for x, _ in sums], [n for _, n in sums], level=level)._replace(n=len(gaps))
+
+
+def _by_group(values: Sequence[float], groups: Sequence[object]) -> list[tuple[float, int]]:
+    """Return sum and number of the values of each group, in the order in which groups first come."""
+    found: dict[object, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        found.setdefault(group, []).append(value)
+    return [(math.fsum(each), len(each)) for each in found.values()]
 
 
 def bootstrap(values: Sequence[float], *, resamples: int = 1000, level: float = 0.95, rng: torch.Generator) -> Estimate:

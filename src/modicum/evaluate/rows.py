@@ -30,3 +30,28 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def answered(row: Row, answer: str) -> Row:
+    """Return the prompt of a row with an answer to it, as an ordinary chat or completion.
+
+    Example:
+        >>> answered({"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}, "2")
+        {'prompt': '1 + 1?', 'completion': '2'}
+    """
+    if "messages" in row:
+        return {"messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+    return {key: row[key] for key in ("system", "prompt", "plain") if key in row} | {"completion": answer}
+
+
+def question_of(row: Row) -> str:
+    """Return the text that asks a row's question: its prompt, or all turns before the answer.
+
+    Example:
+        >>> question_of({"prompt": "1 + 1?", "completion": "2"})
+        '1 + 1?'
+    """
+    if "messages" in row:
+        spoken = [m["content"] for m in row["messages"] if m["role"] != "system"]
+        return "\n".join(spoken[:-1] if row["messages"][-1]["role"] == "assistant" else spoken)
+    return str(row.get("prompt", ""))

@@ -51,3 +51,18 @@ class Subject(Protocol):
             batch_size: Windows at a time.
         """
         ...
+
+    def alternatives(
+        self, rows: Sequence[Sequence[Row]], *, max_length: int | None = None, batch_size: int = 8
+    ) -> list[list[Likelihood] | None]:
+        """Return how probable the model finds each of several answers to one prompt.
+
+        Args:
+            rows: For each question, its prompt with each of the answers, as chats or completions.
+            max_length: A question of which an answer ends after so many tokens is not read.
+            batch_size: Questions at a time.
+
+        Returns:
+            For each question the likelihoods of its answers, ``None`` where it was not read.
+        """
+        ...

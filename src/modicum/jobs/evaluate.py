@@ -26,7 +26,7 @@ from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_lin
 from modicum.evaluate.rows import Rows
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
 from modicum.jobs.loading.references import resolve_model
-from modicum.jobs.subject import LocalSubject
+from modicum.jobs.subject import LocalSubject, Reference
 from modicum.jobs.task import Task
 from modicum.recipe import Recipe
 from modicum.record import Run, read_log
@@ -119,6 +119,12 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
     run.inputs.check()
     (run.folder / "items").mkdir(exist_ok=True)
     loaded: list[LocalSubject] = []
+    references: dict[str, Reference] = {}
+
+    def reference_of(reference: str) -> Reference:
+        # No model that is measured stays in memory for it: its answers are kept instead.
+        found = Reference(lambda: _subject(recipe, "reference", reference, lambda _: None))
+        return references.setdefault(reference, found)
 
     def keep(**more: Any) -> None:
         cells = [_described(recipe, finished[key]) for key in pairs if key in finished]
@@ -134,10 +140,10 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
         def cell(model: str, name: str) -> Cell:
             if [subject.name for subject in loaded] != [model]:
                 loaded.clear()  # frees the memory of the model before
-                loaded.append(_load(recipe, model, step))
+                loaded.append(_subject(recipe, model, recipe.models[model], step))
                 run.inputs.check()
             task, began = recipe.tasks[name], time.monotonic()
-            items = _measure(loaded[0], task, rows[name], recipe.seed)
+            items = _measure(loaded[0], task, rows[name], recipe.seed, reference_of)
             run.inputs.check_mapped()
             _write_items(run, _key(model, name), items)
             found = task.ask(task.measure.facts.estimate, items, level=recipe.level)._asdict()
@@ -170,8 +176,10 @@ class Finished:
         self._cells[key] = cell
 
 
-def _measure(subject: Subject, task: Task, rows: Rows, seed: int) -> list[Result]:
-    items: list[Result] = task.ask(task.measure.function, rows, subject, seed=seed)
+def _measure(
+    subject: Subject, task: Task, rows: Rows, seed: int, reference_of: Callable[[str], Reference]
+) -> list[Result]:
+    items: list[Result] = task.ask(task.measure.function, rows, subject, seed=seed, reference_of=reference_of)
     return items
 
 
@@ -183,12 +191,11 @@ def _refuse_not_finite(model: str, task: str, metric: str, found: Mapping[str, A
         )
 
 
-def _load(recipe: EvaluateRecipe, name: str, progress: Progress) -> LocalSubject:
+def _subject(recipe: EvaluateRecipe, name: str, reference: str, progress: Progress) -> LocalSubject:
     device = _device(recipe.device)
     dtype = recipe.dtype
     if dtype == "auto" and not native_bfloat16(device):
         dtype = "float32"
-    reference = recipe.models[name]
     model = load_model(
         reference, dtype=dtype, device=device, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from modicum.evaluate.rows import Row
+from modicum.evaluate.rows import Row, question_of
 from modicum.evaluate.subject import Likelihood
 from modicum.jobs.data.collators import pad_id
+from modicum.jobs.data.pairs import Alternatives, Pair, PairCollator, encode_alternatives
 from modicum.jobs.data.tokens import encode, prompt_ids
 from modicum.types import IGNORED
 
@@ -31,6 +34,7 @@ class LocalSubject:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     progress: Callable[[float], None] = lambda _: None
+    _layouts: list[PairCollator] = field(default_factory=list, repr=False)
 
     def generate(self, rows: Sequence[Row], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Return the model's greedy answer to the prompt of each row."""
@@ -72,6 +76,51 @@ class LocalSubject:
         )
         return [Likelihood(value, len(ids) - context) for value, (ids, context) in zip(nats, asked, strict=True)]
 
+    def alternatives(
+        self, rows: Sequence[Sequence[Row]], *, max_length: int | None = None, batch_size: int = 8
+    ) -> list[list[Likelihood] | None]:
+        """Return how probable the model finds each of several answers to one prompt, which is read once for all."""
+        import torch
+
+        from modicum.jobs.training.objective import LabelHead
+        from modicum.jobs.training.references import answer_log_probabilities
+
+        asked = [
+            encode_alternatives(row, self.tokenizer, f"question {index}: {question_of(row[0])!r:.60}")
+            for index, row in enumerate(rows)
+        ]
+        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        most = min(limit, max_length or limit)
+        long = [len(each.prompt) + max(map(len, each.answers)) for each in asked]
+        # Rows of one length fill a batch best. Where answers share a prompt, all of them are in one row.
+        order = sorted((i for i in range(len(asked)) if long[i] <= most), key=lambda i: (-long[i], i))
+        found: list[list[Likelihood] | None] = [None] * len(asked)
+        collator = self._layout([asked[i] for i in order])
+        head = LabelHead(self.model)
+        try:
+            with torch.inference_mode():
+                for begin in range(0, len(order), batch_size):
+                    chosen = order[begin : begin + batch_size]
+                    values = iter(answer_log_probabilities(self.model, collator([asked[i] for i in chosen])).tolist())
+                    for i in chosen:
+                        found[i] = [Likelihood(-next(values), len(answer)) for answer in asked[i].answers]
+                    self.progress(len(chosen) / len(order))
+        finally:
+            head.detach()
+        return found
+
+    def _layout(self, asked: Sequence[Alternatives]) -> PairCollator:
+        """Return how the model takes several answers to one prompt; it is tried once."""
+        from modicum.jobs.training.preferences import layout
+
+        if not asked:
+            return PairCollator(pad_id(self.tokenizer))
+        if not self._layouts:
+            first = asked[0]
+            tried = Pair(first.prompt, first.answers[0], first.answers[-1])
+            self._layouts.append(layout(self.model, [tried], pad_id(self.tokenizer), lambda _: None))
+        return self._layouts[0]
+
     def _document(self, text: str) -> tuple[list[int], int]:
         """Return the ids of a text after one token of context, so that its own first token is scored too."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -85,3 +134,23 @@ class LocalSubject:
         # A chat template may put a line feed behind the answer, which is no part of it.
         end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED), len(ids))
         return ids[:end], context
+
+
+class Reference:
+    """What another model thinks of the same questions: it is loaded when they are new, and not kept.
+
+    Args:
+        load: Loads the model.
+    """
+
+    def __init__(self, load: Callable[[], LocalSubject]) -> None:
+        self._load, self._known = load, dict[str, list[list[Likelihood] | None]]()
+
+    def alternatives(
+        self, rows: Sequence[Sequence[Row]], *, max_length: int | None = None, batch_size: int = 8
+    ) -> list[list[Likelihood] | None]:
+        """Return what :meth:`LocalSubject.alternatives` does, computed once for each list of questions."""
+        key = json.dumps([max_length, rows])
+        if key not in self._known:
+            self._known[key] = self._load().alternatives(rows, max_length=max_length, batch_size=batch_size)
+        return self._known[key]

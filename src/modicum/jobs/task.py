@@ -41,6 +41,7 @@ class Task(Section):
             raise ValueError(f"'kind' is missing. Set it to one of: {', '.join(measure)}")
         entry = measure[value["kind"]]
         data = value.get("data", entry.facts.data)
+        data = {"path": data} if isinstance(data, str) else data
         knobs = entry.knobs({key: item for key, item in value.items() if key not in ("kind", "data")})
         return {"kind": entry.name, **({} if data is None else {"data": data}), **knobs}
 
@@ -100,8 +101,8 @@ class Task(Section):
         return made
 
     def _load(self, seed: int, note: Callable[[str], None] | None) -> Rows:
-        rows = load_rows(self.data, seed=seed, note=note)
         expected = self.measure.facts.rows
+        rows = load_rows(self.data, seed=seed, note=note, prefer=expected)
         if rows.kind != expected:
             fields = " and ".join(row_kind[expected].facts.fields)
             raise RecipeError(f"{self.data.path} holds {rows.kind} rows; a task of kind {self.kind} needs {fields}.")

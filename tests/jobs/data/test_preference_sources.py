@@ -5,7 +5,9 @@ from importlib.metadata import distributions
 import pytest
 
 from modicum.errors import CheckpointError
-from modicum.jobs.data.made_pairs import KINDS, Draws
+from modicum.evaluate.checks import kept
+from modicum.jobs.data.made.instructions import KINDS
+from modicum.jobs.data.made.words import Draws
 from modicum.jobs.data.overlap import same_text
 from modicum.jobs.data.rows import DataSection, load_rows
 
@@ -19,7 +21,7 @@ def rows(name, split="train", **section):
 def test_chosen_answers_keep_their_instruction_and_rejected_ones_do_not(kind):
     for number in range(40):
         task = kind(Draws("test", number, seed=0))
-        assert task.check(task.kept) and not task.check(task.broken), task
+        assert kept(task.check, task.kept) and not kept(task.check, task.broken), task
 
 
 @pytest.mark.parametrize("name", ["instructions", "unanswerable"])

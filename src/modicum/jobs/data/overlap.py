@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modicum.errors import RecipeError
-from modicum.evaluate.rows import Row, Rows
-
-
-def question_of(row: Row) -> str:
-    """Return the text that asks a row's question: its prompt, or all turns before the answer."""
-    if "messages" in row:
-        spoken = [m["content"] for m in row["messages"] if m["role"] != "system"]
-        return "\n".join(spoken if "chosen" in row else spoken[:-1])
-    return str(row.get("prompt", ""))
+from modicum.evaluate.rows import Rows, question_of
 
 
 def same_text(text: str) -> str:

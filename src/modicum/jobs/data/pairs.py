@@ -9,12 +9,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum.errors import CheckpointError
+from modicum.evaluate.rows import answered
 from modicum.jobs.data.bad_rows import each
-from modicum.jobs.data.kinds.preference import SIDES, answered
+from modicum.jobs.data.kinds.preference import SIDES
 from modicum.jobs.data.tokens import encode
 from modicum.types import IGNORED
 
@@ -85,18 +86,43 @@ def encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Pai
     Raises:
         CheckpointError: The tokens before both answers differ, or both answers are the same tokens.
     """
-    parts = []
-    for side in SIDES:
-        ids, labels = encode(answered(row, side), tokenizer, completion_only=True, where=f"{where}, {side}")
-        end = max(place for place, label in enumerate(labels) if label != IGNORED) + 1
-        start = max((place for place in range(end) if labels[place] == IGNORED), default=-1) + 1
-        parts.append((tuple(ids[:start]), tuple(ids[start:end])))
-    (prompt, chosen), (other, rejected) = parts
-    if prompt != other or not prompt:
-        raise CheckpointError(f"{where}: the tokens before the two answers differ, so they share no prompt.")
+    found = encode_alternatives([answered(row, row[side]) for side in SIDES], tokenizer, where)
+    chosen, rejected = found.answers
     if chosen == rejected:
         raise CheckpointError(f"{where}: chosen and rejected are the same tokens, so there is nothing to prefer.")
-    return Pair(prompt, chosen, rejected)
+    return Pair(found.prompt, chosen, rejected)
+
+
+def encode_alternatives(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, where: str) -> Alternatives:
+    """Return the tokens of one prompt with several answers, each of which ends as it does when it is generated.
+
+    Args:
+        rows: The prompt with each of the answers, as chats or completions.
+        tokenizer: The model's own.
+        where: Names them in errors.
+
+    Raises:
+        CheckpointError: The tokens before the answers differ.
+    """
+    prompts, answers = [], []
+    for row in rows:
+        ids, labels = encode(row, tokenizer, completion_only=True, where=where)
+        end = max(place for place, label in enumerate(labels) if label != IGNORED) + 1
+        start = max((place for place in range(end) if labels[place] == IGNORED), default=-1) + 1
+        prompts.append(tuple(ids[:start]))
+        answers.append(tuple(ids[start:end]))
+    if len({*prompts}) > 1 or not prompts[0]:
+        raise CheckpointError(f"{where}: the tokens before the answers differ, so they share no prompt.")
+    return Alternatives(prompts[0], tuple(answers))
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """A prompt with any number of answers as tokens, of which nothing is known yet."""
+
+    prompt: Tokens
+    answers: tuple[Tokens, ...]
+    reference: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +131,7 @@ class PairCollator:
 
     Args:
         pad: Token to fill rows with.
-        shared: Whether both answers follow one copy of the prompt; else each has a row of its own.
+        shared: Whether all answers follow one copy of the prompt; else each has a row of its own.
         mask: Type of the mask of tokens by tokens of shared rows: boolean, or a type of numbers that are added.
     """
 
@@ -113,7 +139,7 @@ class PairCollator:
     shared: bool = True
     mask: torch.dtype | None = None
 
-    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+    def __call__(self, pairs: Sequence[Pair | Alternatives]) -> dict[str, Any]:
         """Return the inputs of the model and what :func:`~modicum.jobs.training.preferences.log_probabilities` reads.
 
         The first entry has one row for each pair, which is how the Trainer counts a batch.
@@ -150,8 +176,8 @@ class PairCollator:
             "counts": [len(answer) for pair in pairs for answer in pair.answers],
         }
 
-    def _segments(self, pair: Pair) -> list[_Segment]:
-        """Lay a pair out. An answer's last token predicts nothing and is not read; the prompt's last predicts both."""
+    def _segments(self, pair: Pair | Alternatives) -> list[_Segment]:
+        """Lay a pair out. An answer's last token predicts nothing and is not read; the prompt's last predicts all."""
         start = len(pair.prompt)
         bodies = [list(answer[:-1]) for answer in pair.answers]
         own = [list(range(start, start + len(body))) for body in bodies]
@@ -162,13 +188,13 @@ class PairCollator:
                 )
                 for body, at in zip(bodies, own)
             ]
-        later = [place + len(bodies[0]) for place in own[1]]
+        ends = list(accumulate(map(len, bodies), initial=start))
         return [
             _Segment(
-                [*pair.prompt, *bodies[0], *bodies[1]],
-                [*range(start), *own[0], *own[1]],
-                [0] * start + [1] * len(bodies[0]) + [2] * len(bodies[1]),
-                [[start - 1, *own[0]], [start - 1, *later]],
+                [*pair.prompt, *chain(*bodies)],
+                [*range(start), *chain(*own)],
+                [0] * start + [number for number, body in enumerate(bodies, 1) for _ in body],
+                [[start - 1, *range(at, end)] for at, end in pairwise(ends)],
             )
         ]
 

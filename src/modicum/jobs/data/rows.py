@@ -23,13 +23,16 @@ from modicum.registry import Entry, row_kind, wanted
 __all__ = ["DataSection", "Fields", "LabelledLogits", "PaddingCollator", "Rows", "collate", "load_rows", "tokenize"]
 
 
-def load_rows(section: DataSection, *, seed: int = 0, note: Callable[[str], None] | None = None) -> Rows:
+def load_rows(
+    section: DataSection, *, seed: int = 0, note: Callable[[str], None] | None = None, prefer: str | None = None
+) -> Rows:
     """Read or generate the rows of ``section``.
 
     Args:
         section: Where rows come from.
         seed: Used when the section has no seed of its own.
         note: Told when bad rows were left out.
+        prefer: Kind of rows that is meant where the fields of a row fit several kinds.
 
     Raises:
         CheckpointError: The file, folder, split or task does not exist, is empty or cannot be read.
@@ -52,7 +55,7 @@ def load_rows(section: DataSection, *, seed: int = 0, note: Callable[[str], None
         order = torch.randperm(len(found), generator=generator(seed, "data", section.split))
         found = [found[i] for i in order.tolist()]
     found = found[: section.size]
-    kind = _kind(section, found)
+    kind = _kind(section, found, prefer)
     return Rows(kind.name, each(found, lambda index, row: kind.function(section, row, index), section, note))
 
 
@@ -67,11 +70,11 @@ def _config(section: DataSection) -> dict[str, Any]:
         raise RecipeError(f"{section.path}: config: {error}") from None
 
 
-def _kind(section: DataSection, rows: list[Row]) -> Entry[RowKindFacts]:
+def _kind(section: DataSection, rows: list[Row], prefer: str | None = None) -> Entry[RowKindFacts]:
     """Return the kind of the first row; where bad rows are left out, the kind of most rows."""
     if section.format != "auto":
         return row_kind[section.format]
-    kinds = sorted(row_kind.values(), key=lambda kind: kind.facts.order)
+    kinds = sorted(row_kind.values(), key=lambda kind: (kind.name != prefer, kind.facts.order))
     counts: Counter[str] = Counter()
     for row in rows if section.on_bad_row == "skip" else rows[:1]:
         names = (kind.name for kind in kinds if all(section.fields.of(field) in row for field in kind.facts.fields))

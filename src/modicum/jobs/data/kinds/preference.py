@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import RecipeError
-from modicum.evaluate.rows import Row, Rows
+from modicum.evaluate.rows import Row, Rows, answered
 from modicum.jobs.data.kinds.completion import prompted
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.data.tokens import is_text, text_of, tokenize_answers
@@ -28,15 +28,8 @@ def tokenize_chosen(
     """Learn the chosen answers alone, for objectives over tokens."""
     if note:
         note(f"{section.path}: rows are pairs, and only their chosen answers are learned. objective: dpo learns pairs.")
-    answers = [answered(row, "chosen") for row in rows.rows]
+    answers = [answered(row, row["chosen"]) for row in rows.rows]
     return tokenize_answers(replace(rows, rows=answers), tokenizer, section, note)
-
-
-def answered(row: Row, side: str) -> Row:
-    """Return a pair with one of its answers as an ordinary chat or completion."""
-    if "messages" in row:
-        return {"messages": [*row["messages"], {"role": "assistant", "content": row[side]}]}
-    return {key: value for key, value in row.items() if key not in SIDES} | {"completion": row[side]}
 
 
 @row_kind("preference", fields=SIDES, order=5, tokenize=tokenize_chosen)

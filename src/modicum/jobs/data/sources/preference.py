@@ -9,12 +9,11 @@ from typing import Any, TypeAlias
 from modicum.errors import CheckpointError, did_you_mean
 from modicum.evaluate.rows import Row
 from modicum.jobs.attack_data import RHO, Packaged, labelled, read
-from modicum.jobs.data.made_pairs import MADE
+from modicum.jobs.data.made import MADE, MADE_SIZE
 from modicum.jobs.data.section import DataSection
 from modicum.random import derive_seed
 from modicum.registry import source
 
-MADE_SIZE = 500  # rows of a made set when the recipe does not say
 TESTED = 4  # one question in so many is for tests
 Pairs: TypeAlias = Iterator[tuple[str, Row]]  # the question by which sets are split, and the row
 

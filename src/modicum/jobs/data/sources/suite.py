@@ -19,6 +19,8 @@ import torch
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.evaluate.measures.exact_match import exact_match, f1
 from modicum.evaluate.rows import Rows
+from modicum.jobs.data.made import MADE
+from modicum.jobs.data.made import MADE_SIZE as PAIRS
 from modicum.jobs.data.section import DataSection
 from modicum.random import generator
 from modicum.registry import source
@@ -203,12 +205,15 @@ def _saved(section: DataSection, name: str) -> Iterator[str]:
 @source("task", inputs=_saved)
 def task_rows(
     section: DataSection, name: str, *, shots: int | None = None, path: str | None = None, seed: int = 0
-) -> Rows:
-    """Return a task of the large-model suite, with a scorer of answers.
+) -> Rows | list[dict[str, Any]]:
+    """Return a task of the large-model suite, with a scorer of answers, or a set of pairs that is made from the seed.
+
+    ``task:instructions`` and ``task:unanswerable`` hold pairs of answers, and what the measures ``instructions`` and
+    ``decline`` ask of an answer.
 
     Args:
         section: ``split``, ``size`` and ``template`` are read.
-        name: A key of :data:`TASKS`.
+        name: A key of :data:`TASKS`, or a set of :mod:`modicum.jobs.data.made`.
         shots: Keep so many examples of each answer, chosen by the seed.
         path: Folder of a saved data set, instead of the Hub.
         seed: Seed of the choice.
@@ -217,7 +222,9 @@ def task_rows(
         RecipeError: There is no such task, or a setting that tasks do not have.
 
     Example:
-        >>> from modicum.jobs.data.section import DataSection
+        >>> from modicum.jobs.data.made import MADE
+    from modicum.jobs.data.made import MADE_SIZE as PAIRS
+    from modicum.jobs.data.section import DataSection
         >>> task_rows(DataSection(path="task:parity", size=1), "parity").rows[0]["candidates"]
         (' even', ' odd')
 
@@ -230,6 +237,10 @@ def task_rows(
     Reference:
         S. Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv:2305.17333.
     """
+    if name in MADE:
+        if shots is not None or path is not None:
+            raise RecipeError(f"{section.path} is made from the seed, without shots or path. Drop config.")
+        return MADE[name](section.split, section.size or PAIRS, seed)
     if section.system is not None:
         raise RecipeError(f"{section.path}: a task's prompt is continued as it is, without a system message. Drop it.")
     every = MADE_SIZE if path is None and not (name in TASKS and TASKS[name].path) else sys.maxsize
