@@ -111,6 +111,8 @@ FIRST_LAYERS = frozenset({"first_k_dense_replace", "moe_layer_start_index", "num
 _NUMBERED_EXPERTS = frozenset({"mixtral"})
 # transformers' models with layers that store their weight as (inputs, outputs), by the names of these layers.
 _TURNED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+_PREFIXES = frozenset({"model", "language_model", "transformer", "vision_model", "text_model"})
 _TURNED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
@@ -324,6 +326,27 @@ def unfused(name: str, shape: Sequence[int], model_type: str) -> dict[str, tuple
             half = shape[1] // 2
             found |= {f"{at}.{gate}.weight": (expert, (0, half)), f"{at}.{up}.weight": (expert, (half, shape[1]))}
     return found
+
+
+def are_experts_turned(model_type: str) -> bool:
+    """Whether the class of a model stores the matrices of its experts as (inputs, outputs).
+
+    Example:
+        >>> are_experts_turned("gpt_oss"), are_experts_turned("qwen3_moe")
+        (True, False)
+    """
+    return model_type in _TURNED_EXPERTS
+
+
+def inner(name: str) -> str:
+    """Return a tensor's name without the prefixes that differ between files and classes.
+
+    Example:
+        >>> inner("model.language_model.layers.0.mlp.up_proj.weight"), inner("transformer.h.0.ln_1.weight")
+        ('layers.0.mlp.up_proj.weight', 'h.0.ln_1.weight')
+    """
+    parts = name.replace(".block_sparse_moe.", ".mlp.").split(".")
+    return ".".join(part for part in parts if part not in _PREFIXES)
 
 
 def also_called(name: str) -> tuple[str, ...]:

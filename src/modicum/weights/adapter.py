@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from modicum.borders import read_json as read_json
 from modicum.errors import CheckpointError, UnsupportedError, first_line
-from modicum.layout import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_turned, role
+from modicum.layout import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_PREFIX, ADAPTER_WEIGHTS, inner, is_turned, role
 from modicum.references import pinned
 from modicum.weights.files import MappedFile, read_header
+
+if TYPE_CHECKING:
+    from modicum.weights.checkpoint import Checkpoint
 
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
 
@@ -34,7 +37,7 @@ UNDERSTOOD = frozenset(
         "velora_config",
         # Factors, their scale, and tensors that are stored whole; `lora_bias` shows in the tensors' names.
         "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias", "modules_to_save",
-        "ensure_weight_tying",
+        "ensure_weight_tying", "target_parameters",
         # Written by PEFT before 0.4, or by the tools that sit on it.
         "enable_lora", "merge_weights", "unsloth_version",
     }
@@ -49,6 +52,8 @@ class LowRank:
     """A low-rank change ``scale * B @ A`` of one weight; ``transposed`` when the weight is stored ``(in, out)``.
 
     ``start`` names the start whose first factors were taken out of the base's weight, which the change adds to.
+    ``parameter`` marks a change of a parameter that is no module of its own; of a stack of experts, ``A`` and ``B`` are
+    stacks of factors.
     """
 
     A: Tensor
@@ -56,17 +61,23 @@ class LowRank:
     scale: float
     transposed: bool = False
     start: str | None = None
+    parameter: bool = False
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def plain(self) -> bool:
+        """Whether it adds a product of two matrices to the base's weight, in a module of its own."""
+        return self.start is None and not self.parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
         """Shape of the weight that it changes."""
-        rows, columns = self.B.shape[0], self.A.shape[1]
-        return (columns, rows) if self.transposed else (rows, columns)
+        rows, columns = self.B.shape[-2], self.A.shape[-1]
+        return (*self.A.shape[:-2], columns, rows) if self.transposed else (*self.A.shape[:-2], rows, columns)
 
     def delta(self) -> Tensor:
-        """Return the change as a float32 matrix."""
+        """Return the change in float32."""
         product = self.scale * (self.B.float() @ self.A.float())
-        return product.T if self.transposed else product
+        return product.mT if self.transposed else product
 
 
 class Adapter:
@@ -90,6 +101,8 @@ class Adapter:
             slots = read_header(self.file, owner=owner)
             file = MappedFile(self.file)
             tensors = {name: file.tensor(slot) for name, slot in slots.items()}
+        self._tables: set[str] = set()
+        self.parameters: dict[str, dict[int, dict[str, Tensor]]] = {}  # by module and depth of nesting
         self.factors, self.replaced = self._sort(tensors)
 
     @property
@@ -97,17 +110,31 @@ class Adapter:
         """What the adapter says it was trained on."""
         return pinned(str(self.config.get("base_model_name_or_path") or ""), self.config.get("revision"))
 
-    def fit(self, base_config: Mapping[str, Any]) -> None:
-        """Turn the factors the way in which the base stores each weight.
+    def fit(self, base: Checkpoint) -> None:
+        """Call each weight what the base calls it, and turn the factors the way in which it is stored there.
 
         ``fan_in_fan_out`` says it for the adapter as a whole, and PEFT corrects it by each module's class.
         """
-        kind = str(base_config.get("model_type") or "")
-        if kind and "auto_map" not in base_config:
+        from modicum.weights.parameter_factors import resolve
+
+        called, made = name_in(base), {}
+        for module, levels in self.parameters.items():
+            names = list(dict.fromkeys(each.rpartition(".")[2] for each in self._targets(module)))
+            pairs = [levels[depth] for depth in sorted(levels, reverse=True)]  # the innermost first
+            found = resolve(base, module, pairs, names, called=called, scale=self._scale, owner=self.owner)
+            if found is None:  # a module like others
+                self.factors[f"{module}.weight"] = self._factors(module, False, levels[0])
+            made.update(found or {})
+        self.factors = {called(name): change for name, change in self.factors.items()}
+        self.replaced = {called(name): tensor for name, tensor in self.replaced.items()}
+        self._tables = {called(name) for name in self._tables}
+        kind = str(base.config.get("model_type") or "")
+        if kind and "auto_map" not in base.config:
             self.factors = {
                 name: replace(factors, transposed=name in self._tables or is_turned(name, kind))
                 for name, factors in self.factors.items()
             }
+        self.factors |= made
         for name, factors in self.factors.items():
             if factors.start and (name in self._tables or (factors.transposed and factors.start == "olora")):
                 raise UnsupportedError(
@@ -179,13 +206,27 @@ class Adapter:
                 )
             else:
                 replaced[name.replace(".base_layer.", ".")] = tensor
+        for module, embedding in list(pairs):
+            own = module.removesuffix(".base_layer")
+            while own.endswith(".base_layer"):
+                own = own.removesuffix(".base_layer")
+            if not embedding and self._targets(own):
+                pair = pairs.pop((module, embedding))
+                self._whole_pair(module, pair)
+                self.parameters.setdefault(own, {})[module.count(".base_layer")] = pair
         self._tables = {f"{module}.weight" for module, embedding in pairs if embedding}
         factors = {
             f"{module}.weight": self._factors(module, embedding, pair) for (module, embedding), pair in pairs.items()
         }
         return factors, replaced
 
-    def _factors(self, module: str, embedding: bool, pair: Mapping[str, Tensor]) -> LowRank:
+    def _targets(self, module: str) -> list[str]:
+        """Return those of ``target_parameters`` that may be a module's."""
+        named = self.config.get("target_parameters") or []
+        owned = ((target, f"{module}.{target.rpartition('.')[2]}") for target in map(str, named))
+        return [target for target, name in owned if name == target or name.endswith(f".{target}")]
+
+    def _whole_pair(self, module: str, pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         if set(pair) != {"A", "B"}:
             missing = "lora_B" if "A" in pair else "lora_A"
             raise CheckpointError(f"{self.owner}: {module} has no {missing}. Save the adapter again.")
@@ -195,7 +236,9 @@ class Adapter:
                 f"{self.owner}: {module} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, "
                 "expected (r, in) and (out, r). Convolutions must be merged with PEFT first."
             )
-        rank = A.shape[0]
+        return A, B
+
+    def _scale(self, module: str, rank: int) -> float:
         try:
             alpha = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
         except (TypeError, ValueError, AttributeError, re.error):
@@ -207,6 +250,11 @@ class Adapter:
             raise CheckpointError(
                 f"{self.owner}: {module} has lora_alpha {alpha}, expected a finite number. Correct {ADAPTER_CONFIG}."
             )
+        return scale
+
+    def _factors(self, module: str, embedding: bool, pair: Mapping[str, Tensor]) -> LowRank:
+        A, B = self._whole_pair(module, pair)
+        scale = self._scale(module, A.shape[0])
         # An embedding's table is (vocabulary, width), while its factors multiply the other way round.
         start = self.config.get("init_lora_weights")
         return LowRank(
@@ -216,6 +264,23 @@ class Adapter:
             transposed=embedding or bool(self.config.get("fan_in_fan_out")),
             start=start if start in REBUILT else None,
         )
+
+
+def name_in(names: Iterable[str]) -> Callable[[str], str]:
+    """Return what finds a tensor of a model's class among ``names``, where files call it otherwise.
+
+    GPT-2 is published without its prefix, and models of text and more with other ones than their classes have now.
+    """
+    known = set(names)
+    by_inner: dict[str, list[str]] = {}
+    for name in known:
+        by_inner.setdefault(inner(name), []).append(name)
+
+    def find(name: str) -> str:
+        alike = by_inner.get(inner(name), [])
+        return alike[0] if name not in known and len(alike) == 1 else name
+
+    return find
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:

@@ -172,7 +172,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self._beneath = beneath = Checkpoint(
             reference, resolve=resolve, allow_pickle=allow_pickle, remote_code=self.remote_code
         )
-        adapter.fit(beneath.config)
+        adapter.fit(beneath)
         if beneath.tied and beneath.tied not in beneath:
             adapter.tie(beneath.tied)
         self.rows = self._resized(beneath, adapter)

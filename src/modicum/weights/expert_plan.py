@@ -191,7 +191,7 @@ def _factors_of(model: Tensors, about: Experts, t: int, name: str, shape: Sequen
     adapter = model.adapter if isinstance(model, Checkpoint) else None
     if adapter is None or not (name in adapter.factors or name in adapter.replaced):
         return None
-    if name in adapter.replaced:
+    if name in adapter.replaced or not adapter.factors[name].plain:
         return about.store_of(t, name, shape, whole=True)
     change = adapter.factors[name]
     a, b = (change.B.T, change.A.T) if change.transposed else (change.A, change.B)

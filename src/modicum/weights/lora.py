@@ -228,6 +228,11 @@ def check_lora(checkpoint: Checkpoint, base: Checkpoint) -> None:
                 f"{checkpoint.name} is added to what {factors.start} left of its base, not to the base itself. "
                 "Use merge, which makes a full model."
             )
+        if factors.parameter:
+            raise CheckpointError(
+                f"{checkpoint.name} changes {name!r}, a parameter that is no module of its own. "
+                "Use merge, which makes a full model."
+            )
         if factors.transposed:
             raise CheckpointError(
                 f"{checkpoint.name} changes {name!r}, an embedding or a transposed layer. "

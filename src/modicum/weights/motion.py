@@ -232,7 +232,7 @@ def motions(models: Sequence[Tensors], labels: Sequence[str], exclude: str | Non
         else:
             adapters = [model.adapter for model in models if isinstance(model, Checkpoint) and model.adapter]
             changes = [adapter.factors.get(name) for adapter in adapters]
-            if any(name in adapter.replaced for adapter in adapters):
+            if any(name in adapter.replaced for adapter in adapters) or any(c and not c.plain for c in changes):
                 found[name] = Stored(name, models, labels)
             elif any(change is not None for change in changes):
                 found[name] = Products(name, base, changes, labels)

@@ -46,6 +46,8 @@ def export_adapter(source: str | Path, out: str | Path) -> dict[str, Any]:
         raise UnsupportedError(
             f"{source} is added to what {start} left of its base, not to the base itself. Merge it into its base."
         )
+    if targets := read.config.get("target_parameters"):
+        raise UnsupportedError(f"{source} targets parameters ({targets[0]}), which servers refuse. Merge it instead.")
     rank = max(change.A.shape[0] for change in read.factors.values())
     own = read.config["lora_alpha"] / read.config["r"] ** (0.5 if read.config.get("use_rslora") else 1.0)
     # A whole alpha at the adapter's own scaling keeps the other modules' bytes as they are.
