@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from modicum.errors import CheckpointError, ModicumError, first_line
 
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError, MemoryError)
 LARGEST = 256 << 20  # bytes of a text that is read whole, tokenizers being the largest
+LONGEST, DEEPEST = 4096, 200  # bytes of a path, and its folders
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -63,6 +65,18 @@ def check_plain(path: Path) -> None:
         return  # whoever opens it says why it cannot
     if (kind := KINDS.get(stat.S_IFMT(found.st_mode))) is not None:
         raise CheckpointError(f"{path} is {kind}, expected a file. Give the file itself.")
+
+
+def check_name(path: str | Path) -> None:
+    """Refuse the name of a place to write to that no file system has.
+
+    Raises:
+        CheckpointError: It is empty, too long, or holds a NUL.
+    """
+    name = str(path)
+    if not name or "\0" in name or len(os.fsencode(name)) >= LONGEST or len(Path(name).parts) > DEEPEST:
+        told = name if len(name) < 80 else f"{name[:77]}..."
+        raise CheckpointError(f"{told!r} is no name that a file or folder can have. Choose another.")
 
 
 def check_plain_folder(folder: Path) -> None:

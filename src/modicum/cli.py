@@ -17,7 +17,9 @@ from typing import Annotated, Any
 
 import typer
 
-from modicum.errors import ModicumError, RecipeError, did_you_mean
+from modicum.errors import ModicumError, RecipeError, did_you_mean, printable
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # whatever is wrong with the arguments themselves
 
 app = typer.Typer(
     name="modicum",
@@ -56,9 +58,10 @@ def run(
 
     Examples:  `modicum run quickstart` · `modicum run merge.yaml --out merged` · `modicum run train.yaml -s seed=1`
     """
-    from modicum import shortened
+    from modicum import processes, shortened
     from modicum.jobs import execute
 
+    processes.end_with_launcher()
     shortened.install()
     recipe = _load(source, assignments)
     folder = out or Path(recipe.out or f"runs/{Path(source).stem}")
@@ -80,8 +83,8 @@ def check(source: Source, assignments: Set = None, traceback: Traceback = False)
     recipe = _load(source, assignments)
     lines = plan(recipe)
     print(yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True).rstrip())
-    print("\n".join(["", "plan:", *(f"  {line}" for line in lines)]) if lines else "")
-    print(f"{source} is valid.", file=sys.stderr)
+    print("\n".join(["", "plan:", *(f"  {printable(line)}" for line in lines)]) if lines else "")
+    print(f"{printable(source)} is valid.", file=sys.stderr)
 
 
 @app.command(name="list")
@@ -215,6 +218,19 @@ def _of_the_system(error: OSError) -> str:
     return f"{place}: {error.strerror or error}. Check the path and its permissions."
 
 
+def _say(text: str) -> None:
+    """Print one line about what went wrong: several are put after each other, and none may steer the terminal."""
+    text = printable(" ".join(text.split("\n")))
+    print(f"modicum: {text if len(text) <= 4000 else text[:3997] + '...'}", file=sys.stderr)
+
+
+def _say_usage(error: Any) -> None:
+    if error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        _say(f"{error.format_message()} See: {error.ctx.command_path} --help")
+
+
 def main() -> None:
     """Run the command line: exit status 0 done, 2 wrong input (one line), 1 anything else."""
     # Importing torch makes objects that all stay: looking through them again and again is a tenth of every start.
@@ -225,24 +241,25 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to say Ctrl-C: the run's record tells of it
     try:
-        app(standalone_mode=True)
+        status = app(standalone_mode=False)
+        if status == 130:  # what typer makes of a KeyboardInterrupt
+            _say("interrupted; run the same command again to go on.")
+        raise SystemExit(status)
+    except UsageError as error:
+        _say_usage(error)
+        raise SystemExit(2) from None
     except ModicumError as error:
         if "--traceback" in sys.argv:
             raise
-        told = str(error)
-        print(f"modicum: {told if len(told) <= 4000 else told[:3997] + '...'}", file=sys.stderr)
+        _say(str(error))
         raise SystemExit(2) from None
-    except SystemExit as ended:
-        if ended.code == 130:  # what typer makes of a KeyboardInterrupt
-            print("modicum: interrupted; run the same command again to go on.", file=sys.stderr)
-        raise
     except OSError as error:
         if "--traceback" in sys.argv or error.errno is None:
             raise
-        print(f"modicum: {_of_the_system(error)}", file=sys.stderr)
+        _say(_of_the_system(error))
         raise SystemExit(2) from None
     except Exception as error:
         if "--traceback" in sys.argv:
             raise
-        print(f"modicum: {type(error).__name__}: {error} (--traceback shows where)", file=sys.stderr)
+        _say(f"{type(error).__name__}: {error} (--traceback shows where)")
         raise SystemExit(1) from None

@@ -48,6 +48,20 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(".") + "."
 
 
+def printable(text: str) -> str:
+    """Return text as a terminal may get it: control characters, which could steer it, and line ends are written out.
+
+    Example:
+        >>> printable("a\\x1b[2Jb\\nc")
+        'a\\\\x1b[2Jb\\\\nc'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that names the closest known name, or all of them when none is close.
 

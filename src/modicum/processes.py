@@ -7,7 +7,10 @@ with ``torch.distributed``, a merge does not. Importing this module imports no t
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +20,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+LOOK, GRACE = 0.5, 5.0  # seconds between two looks at the launcher, and those that a process has to stop by itself
+
+
+def end_with_launcher() -> None:
+    """End this process soon after the one that started it, where several share a run.
+
+    A launcher that is killed (a shell closed, a job cancelled) leaves its processes behind, which would go on alone, or
+    wait for each other for ever. This one is told to stop, as by Ctrl-C, and ended when it does not.
+    """
+    if world() > 1 and os.name == "posix":
+        threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(LOOK)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)  # it waits inside a library that hears no signal
 
 
 def _group() -> Any:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeAlias, get_type_hints
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from modicum import registry
 from modicum.credentials import secrets_in
-from modicum.errors import RecipeError, did_you_mean, first_line
+from modicum.documents import is_mergekit, parse_documents
+from modicum.documents import parse_yaml as parse_yaml
+from modicum.errors import RecipeError, did_you_mean
 from modicum.inputs import Inputs, look
 from modicum.registry import Registry
 from modicum.schema import explain, not_finite
@@ -96,112 +96,8 @@ def choice(table: Registry[..., Any], *, complete: bool = True) -> Any:
 
 
 Data: TypeAlias = dict[str, Any]
-MOST_NODES = 100_000
 LARGEST = 16 << 20  # bytes of a recipe
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: ``1e-4`` is a number, and keys that stand twice are noticed."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.twice: list[str] = []
-
-    def compose_document(self) -> yaml.Node | None:
-        node = super().compose_document()
-        if node is not None:
-            _expanded(node, {})
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            # A merge key (<<) may come several times by the standard.
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                self.twice.append(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many nodes a document has once its aliases are written out.
-
-    Raises:
-        MarkedYAMLError: So many that nobody wrote them, or without end.
-    """
-    if id(node) not in known:
-        known[id(node)] = MOST_NODES + 1  # what is met again inside itself has no end
-        parts = node.value if isinstance(node.value, list) else []
-        inner = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
-        known[id(node)] = 1 + sum(_expanded(child, known) for child in inner)
-    if known[id(node)] > MOST_NODES:
-        raise yaml.MarkedYAMLError(
-            problem=f"its aliases (*name) stand for more than {MOST_NODES} values, write them out",
-            problem_mark=node.start_mark,
-        )
-    return known[id(node)]
-
-
-def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
-    text = str(loader.construct_scalar(node))
-    try:
-        return float(text.replace("_", ""))
-    except ValueError:
-        return text
-
-
-_Loader.add_implicit_resolver(
-    "!scientific", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-_Loader.add_constructor("!scientific", _float)
-
-
-def parse_yaml(text: str, source: str = "the recipe") -> Any:
-    """Parse YAML, refusing duplicate keys and reading ``1e-4`` as a number.
-
-    Example:
-        >>> parse_yaml("lr: 1e-4")
-        {'lr': 0.0001}
-    """
-    found = parse_documents(text, source)
-    if len(found) > 1:
-        raise RecipeError(f"{source} holds {len(found)} YAML documents, expected one. Only mergekit's may be several.")
-    return found[0] if found else None
-
-
-def parse_documents(text: str, source: str) -> list[Any]:
-    """Return the documents of a YAML file.
-
-    Of a key that stands twice the last one counts in a mergekit file, which then says so under ``twice``; in all others
-    it is refused.
-    """
-    found = []
-    try:
-        loader = _Loader(text)
-        while loader.check_data():  # type: ignore[no-untyped-call]
-            loader.twice = []
-            data = loader.get_data()
-            if loader.twice and _is_mergekit(data):
-                data |= {"twice": loader.twice}
-            elif loader.twice:
-                raise RecipeError(f"{source}, {loader.twice[0]}. Keep one.")
-            found += [] if data is None else [data]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{source}{where} is not valid YAML: {problem}.") from None
-    except (RecursionError, ValueError, TypeError, OverflowError, AttributeError) as error:
-        kind = "nested too deeply" if isinstance(error, RecursionError) else first_line(error).rstrip(".")
-        raise RecipeError(f"{source} is not YAML that can be read: {kind}.") from None
-    return found
-
-
-def _is_mergekit(data: object) -> bool:
-    return isinstance(data, dict) and "merge_method" in data
+DEEPEST = 50  # levels of a value that is set from outside
 
 
 def shipped() -> list[str]:
@@ -229,7 +125,7 @@ def text_of(source: str) -> str:
 def read(source: str) -> Data:
     """Return the recipe in file ``source``, or the shipped recipe of that name, as plain data."""
     documents = parse_documents(text_of(source), source)
-    if len(documents) > 1 and all(map(_is_mergekit, documents)):
+    if len(documents) > 1 and all(map(is_mergekit, documents)):
         return {"job": "pipeline", "documents": documents}
     data = documents[0] if len(documents) == 1 else parse_yaml(text_of(source), source)
     if not isinstance(data, dict):
@@ -250,6 +146,8 @@ def override(data: Data, assignments: Sequence[str]) -> Data:
         if not key or not equals:
             raise RecipeError(f"--set {assignment}: expected key=value, for example trainer.max_steps=10.")
         *parents, last = key.split(".")
+        if len(parents) > DEEPEST:
+            raise RecipeError(f"--set {key[:40]}…: {len(parents)} levels, expected at most {DEEPEST}.")
         target: Any = data
         for part in parents:
             target = _descend(target, part, assignment)
@@ -272,7 +170,7 @@ def _descend(target: Any, part: str, assignment: str) -> Any:
 
 
 def _index(items: list[Any], part: str, assignment: str) -> int:
-    if part.isdigit() and int(part) < len(items):
+    if part.isascii() and part.isdigit() and len(part) < 10 and int(part) < len(items):
         return int(part)
     for index, item in enumerate(items):
         if isinstance(item, dict) and item.get("name") == part:
@@ -289,7 +187,7 @@ def parse(data: Data, where: str = "recipe") -> Recipe:
     Raises:
         RecipeError: A key is unknown or missing, or a value is out of range; one line for each.
     """
-    if _is_mergekit(data):
+    if is_mergekit(data):
         data = {"job": "merge", **data}
     name = data.get("job")
     if not isinstance(name, str):

@@ -32,14 +32,16 @@ from typing import Any, Literal, Self, TypeAlias
 import yaml
 
 from modicum import lock, processes
+from modicum.borders import MALFORMED, check_name
 from modicum.content import fingerprint as fingerprint
 from modicum.content import hash_files, is_old, old_fingerprint
 from modicum.credentials import redact
+from modicum.documents import stored_yaml
 from modicum.durable import follow_umask as follow_umask
 from modicum.durable import whole_folder as whole_folder
 from modicum.durable import write_atomic as write_atomic
 from modicum.environment import environment
-from modicum.errors import CheckpointError, ModicumError
+from modicum.errors import CheckpointError, ModicumError, printable
 from modicum.inputs import Inputs
 from modicum.stored import damage, outputs_in
 from modicum.stored import read_lines as read_lines
@@ -102,6 +104,7 @@ class Run:
         complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
         home: str | Path | None = None,
     ) -> None:
+        check_name(folder)
         self.folder, self.home = Path(folder), Path(home or folder)
         self.main = processes.main()
         self.quiet = quiet or not self.main
@@ -152,7 +155,7 @@ class Run:
             return None
         other = "its recipe.yaml says more"
         try:
-            recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8"))
+            recipe = stored_yaml(self.folder / "recipe.yaml")
             job, inputs, numerics = previous["job"], previous["inputs"], previous.get("numerics")
             # A recipe that was edited afterwards tells nothing about what ran.
             if identity(job, recipe, inputs, numerics) != previous["hash"] or job != self._job:
@@ -161,7 +164,7 @@ class Run:
                 return other
             names = inputs if numerics is None else {**inputs, **self.inputs.hashes}
             differing = [name for name in names if not self._is_input(name, inputs.get(name), numerics is None)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        except MALFORMED:
             return other
         if (numerics or 1) != NUMERICS:
             return "this version of modicum computes other numbers"
@@ -323,7 +326,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line to the terminal's error stream, so that standard output stays clean for results."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def output(self, name: str, path: Path, *, kept: bool = True) -> None:
         """Name something that the run made; the first is what other stages get.

@@ -24,6 +24,8 @@ def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
         location = [
             part for part in item["loc"] if isinstance(part, int) or (part not in _BRANCHES and "[" not in part)
         ]
+        if item["type"] == "extra_forbidden" and location[-1:] != [item["loc"][-1]]:
+            location.append(item["loc"][-1])  # a key of the user's own, whatever it is called
         path = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
             parent = _model_at(schema, location[:-1])

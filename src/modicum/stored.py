@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from modicum.borders import border, check_plain, read_json
 from modicum.content import hash_files
+from modicum.documents import stored_yaml
 from modicum.errors import CheckpointError
 
 
@@ -42,8 +41,8 @@ def stored_recipe(folder: str | Path) -> dict[str, Any] | None:
         return None
     found = {"job": read_record(folder).get("job")}
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        recipe = stored_yaml(folder / "recipe.yaml")
+    except CheckpointError:
         return found
     return recipe | found if isinstance(recipe, dict) else found
 

@@ -10,7 +10,12 @@ from typing import Any
 
 import yaml
 
+from modicum.borders import check_plain
+from modicum.documents import parse_yaml
+from modicum.errors import RecipeError
+
 CARD = "README.md"
+HEAD = 64 << 10  # letters of a card that are looked at
 STAGES = "stages"  # where a pipeline has its runs
 LICENCE = ("license", "license_name", "license_link")
 SHARED = ("language", "pipeline_tag")  # kept where all inputs that say it say the same
@@ -105,10 +110,12 @@ def front_matter(folders: Sequence[Path]) -> dict[str, Any]:
         file = folder / CARD
         if not file.is_file():
             continue
-        match = re.match(r"---\s*\n(.*?)\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        check_plain(file)
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            match = re.match(r"---[ \t]*\n(.*?)\n---", opened.read(HEAD), re.DOTALL)
         try:
-            found = yaml.safe_load(match[1]) if match else None
-        except yaml.YAMLError:
+            found = parse_yaml(match[1]) if match else None
+        except RecipeError:
             continue
         if isinstance(found, dict):
             return found

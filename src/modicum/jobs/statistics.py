@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -13,6 +12,7 @@ from pydantic import Field
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.patterns import Pattern
 from modicum.recipe import Recipe
 from modicum.record import Run
 from modicum.registry import job
@@ -98,7 +98,8 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
         recipe.data, tokenizer, batch_size=size, seed=recipe.seed, note=run.note, one_length=one_length, model=model
     )
     known = measured_tensors(model, recipe.kind)
-    names = [name for name in known if name in checkpoint and not (recipe.exclude and re.search(recipe.exclude, name))]
+    left_out = Pattern(recipe.exclude, "exclude") if recipe.exclude else None
+    names = [name for name in known if name in checkpoint and not (left_out and left_out.finds(name))]
     if not names:
         raise RecipeError(f"exclude {recipe.exclude!r} leaves no tensor to measure. Correct it, or leave it out.")
     # Shapes as they are stored: of a layer, its inputs; of a parameter, its own.

@@ -7,16 +7,17 @@ Everything under ``trainer:`` goes to ``TrainingArguments`` verbatim. Run it on 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from modicum import processes
+from modicum.borders import MALFORMED
 from modicum.durable import whole_folder
-from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError, did_you_mean
+from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError, did_you_mean, first_line
 from modicum.jobs.data.rows import DataSection, collate, load_rows, tokenize
 from modicum.jobs.loading.models import (
     fresh_model,
@@ -118,6 +119,7 @@ def training_arguments(recipe: TrainRecipe, parts: Sequence[Part], folder: Path)
     for key in recipe.trainer:
         if key not in known:
             raise RecipeError(f"trainer: transformers.TrainingArguments has no {key!r}. {did_you_mean(key, known)}")
+    _check_types(recipe.trainer)
     defaults: dict[str, Any] = {
         "report_to": "none",
         "logging_steps": 10,
@@ -133,8 +135,8 @@ def training_arguments(recipe: TrainRecipe, parts: Sequence[Part], folder: Path)
     seeds = {"seed": recipe.seed, "data_seed": recipe.seed}
     try:
         arguments = TrainingArguments(**defaults | fields | seeds, output_dir=str(folder))
-    except (TypeError, ValueError, ImportError) as error:
-        raise RecipeError(f"trainer: {error}") from None
+    except (*MALFORMED, ImportError, OSError) as error:
+        raise RecipeError(f"trainer: {first_line(error)}") from None
     if arguments.eval_strategy != "no" and recipe.eval_data is None:
         raise RecipeError("trainer.eval_strategy asks for evaluations on the way, but there is no eval_data. Set it.")
     for part in parts:
@@ -145,6 +147,24 @@ def training_arguments(recipe: TrainRecipe, parts: Sequence[Part], folder: Path)
                 "Drop one."
             )
     return arguments
+
+
+def _check_types(fields: Mapping[str, Any]) -> None:
+    """Refuse values of other types than transformers says, which it would stumble over much later.
+
+    Raises:
+        RecipeError: One is of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    for key, value in fields.items():
+        try:
+            TypeAdapter(hints[key], config={"arbitrary_types_allowed": True}).validate_python(value)
+        except ValidationError as error:
+            told = error.errors(include_url=False)[0]["msg"]
+            raise RecipeError(f"trainer.{key} is {value!r:.60}: {told[0].lower()}{told[1:]}.") from None
 
 
 def _steps(arguments: TrainingArguments, rows: int) -> int:

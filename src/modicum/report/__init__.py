@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+MARK = b'name="generator" content="modicum"'  # by which a page is known as one of ours
+
 __all__ = ["print_summary", "terminal_table", "write"]
 
 
@@ -26,8 +28,9 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
             folder, that of several in the first one's.
 
     Raises:
-        CheckpointError: A folder is no run, or the report cannot be written.
+        CheckpointError: A folder is no run, the report cannot be written, or something else than a report lies there.
     """
+    from modicum.borders import check_name, check_plain
     from modicum.durable import write_atomic
     from modicum.errors import CheckpointError
     from modicum.report.page import render
@@ -35,14 +38,23 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
 
     root = load(runs)
     path = out or Path(runs[0])
-    if path.is_dir() or not path.suffix:
-        path = path / "report.html"
+    check_name(path)
     try:
+        if path.is_dir() or not path.suffix:
+            path = path / "report.html"
+        check_plain(path)
+        if path.exists() and not _is_report(path):
+            raise CheckpointError(f"{path} is no report of modicum's, so it is not overwritten. Choose another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, render(root))
     except OSError as error:
         raise CheckpointError(f"Cannot write {path}: {error.strerror}. Choose another --out.") from None
     return path
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return MARK in file.read(1000)
 
 
 def terminal_table(record: Mapping[str, Any]) -> Table:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from modicum.credentials import redact
+from modicum.documents import stored_yaml
 from modicum.errors import CheckpointError
 from modicum.record import read_log, read_record
 
@@ -57,7 +57,14 @@ class RunView:
 
     def log(self, event: str) -> list[dict[str, Any]]:
         """Return the log's lines of one kind."""
-        return [line for line in read_log(self.folder, event) if isinstance(line, dict)]
+        return self._events.get(event, [])
+
+    @cached_property
+    def _events(self) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for line in read_log(self.folder):
+            found.setdefault(str(line.get("event")), []).append(line)
+        return found
 
 
 def load(folders: Sequence[Path]) -> RunView:
@@ -113,14 +120,9 @@ def _stage(pipeline: Path, listed: dict[str, Any]) -> RunView:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "recipe.yaml").exists():
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise CheckpointError(
-            f"{folder / 'recipe.yaml'} cannot be read. Restore it, or delete it to go without."
-        ) from None
+    data = stored_yaml(folder / "recipe.yaml")
     return data if isinstance(data, dict) else {}
 
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from modicum.errors import CheckpointError
+from modicum.errors import CheckpointError, printable
 from modicum.report.evaluations import Board, boards
 from modicum.report.runs import RunView, load
 from modicum.report.text import duration, measure, plain
@@ -35,10 +35,14 @@ def summarize(folder: Path, console: Console | None = None) -> None:
     if found:
         console.print(_table(found))
     for name, path in _made(run):
-        console.print(f"[dim]{escape(name)}[/dim]  {escape(path)}", soft_wrap=True)
-    console.print(
-        f"[dim]{run.status} in {duration(run.record.get('seconds'))}[/dim]  {escape(str(folder))}", soft_wrap=True
-    )
+        console.print(f"[dim]{_shown(name)}[/dim]  {_shown(path)}", soft_wrap=True)
+    took = f"{_shown(run.status)} in {duration(run.record.get('seconds'))}"
+    console.print(f"[dim]{took}[/dim]  {_shown(str(folder))}", soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    """Return untrusted text as it may stand in markup for the terminal."""
+    return escape(printable(text))
 
 
 def _made(run: RunView) -> Iterator[tuple[str, str]]:
@@ -61,16 +65,16 @@ def _table(found: list[Board]) -> Table:
     result.add_column("model")
     columns: list[tuple[Board, Mapping[str, float], str | None]] = []
     for board in found:
-        label = f"{plain(board.metric)}{' ↓' if board.better == 'lower' else ''}"
+        label = f"{printable(plain(board.metric))}{' ↓' if board.better == 'lower' else ''}"
         columns += [(board, board.column(task), task) for task in board.tasks]
-        headers = [f"{task}\n{label}" for task in board.tasks]
+        headers = [f"{printable(task)}\n{label}" for task in board.tasks]
         if len(board.tasks) > 1:
             columns += [(board, board.means, None), (board, board.worst_tasks, None)]
             headers += [f"mean\n{label}", f"worst task\n{label}"]
         for header in headers:
             result.add_column(Text(header), justify="right", no_wrap=True)
     for model in dict.fromkeys(model for board in found for model in board.models):
-        result.add_row(Text(model), *(_cell(board, model, values, task) for board, values, task in columns))
+        result.add_row(Text(printable(model)), *(_cell(board, model, values, task) for board, values, task in columns))
     return result
 
 

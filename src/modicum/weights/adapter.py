@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from modicum.borders import read_json as read_json
-from modicum.errors import CheckpointError, UnsupportedError, first_line
+from modicum.errors import CheckpointError, ModicumError, UnsupportedError, first_line
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_PREFIX, ADAPTER_WEIGHTS, inner, is_turned, role
+from modicum.patterns import Pattern
 from modicum.references import pinned
 from modicum.weights.files import MappedFile, read_header
 
@@ -241,7 +242,9 @@ class Adapter:
     def _scale(self, module: str, rank: int) -> float:
         try:
             alpha = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
-        except (TypeError, ValueError, AttributeError, re.error):
+        except ModicumError:
+            raise
+        except (TypeError, ValueError, AttributeError, OverflowError):
             raise CheckpointError(
                 f"{self.owner}: lora_alpha or alpha_pattern is no number or table of numbers. Correct {ADAPTER_CONFIG}."
             ) from None
@@ -285,7 +288,7 @@ def name_in(names: Iterable[str]) -> Callable[[str], str]:
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if Pattern(rf"(.*\.)?({key})$", "alpha_pattern").begins(module):
             return float(value)
     return float(default)
 

@@ -8,7 +8,6 @@ Adapters of one base differ by low-rank products, which are never formed one by 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modicum.layout import is_running_statistic
+from modicum.patterns import Pattern
 from modicum.weights.adapter import LowRank
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, spec_of
@@ -220,10 +220,11 @@ def motions(models: Sequence[Tensors], labels: Sequence[str], exclude: str | Non
     """
     newest, found = models[-1], dict[str, Motion]()
     base = shared_base(models)
+    left_out = None if exclude is None else Pattern(exclude, "exclude")
     for name in newest:
         if not spec_of(newest, name).dtype.is_floating_point:
             continue
-        if exclude is not None and re.search(exclude, name):
+        if left_out is not None and left_out.finds(name):
             found[name] = Still(name, newest, labels[-1])
         elif is_running_statistic(name):
             found[name] = Latest(name, models, labels)

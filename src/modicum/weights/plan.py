@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from modicum.content import fingerprint, is_old, old_fingerprint
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.facts import MergeFacts
 from modicum.layout import is_linear_map
+from modicum.patterns import Pattern
 from modicum.record import NUMERICS
 from modicum.references import find_model
 from modicum.registry import Entry, merge_method
@@ -343,10 +343,8 @@ def excluded(names: Iterable[str], pattern: str | None) -> set[str]:
     """
     if pattern is None:
         return set()
-    try:
-        found = {name for name in names if re.search(pattern, name)}
-    except re.error as error:
-        raise RecipeError(f"exclude {pattern!r} is no regular expression: {error}. Correct it.") from None
+    expression = Pattern(pattern, "exclude")
+    found = {name for name in names if expression.finds(name)}
     if not found:
         raise RecipeError(f"exclude {pattern!r} matches no tensor. Correct it, or leave it out.")
     return found

@@ -18,6 +18,7 @@ from modicum.errors import RecipeError
 from modicum.evaluate.intervals import Estimate, paired_proportions, wilson
 from modicum.evaluate.rows import Normalization, Rows
 from modicum.evaluate.subject import Result, Subject
+from modicum.patterns import Pattern
 from modicum.registry import measure
 from modicum.types import PositiveInt
 
@@ -131,16 +132,13 @@ def extract(text: str, pattern: str | None) -> str:
     """
     if pattern is None:
         return text.strip()
-    found = re.findall(compiled(pattern), text)
+    found = compiled(pattern).all_in(text)
     return (found[-1] if found else text).strip()
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str) -> Pattern:
     """Return ``pattern`` compiled, when it is a regular expression with one group."""
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"{pattern!r} is not a regular expression: {error}.") from None
+    expression = Pattern(pattern, "answer")
     if expression.groups != 1:
         raise RecipeError(f"{pattern!r} has {expression.groups} groups, expected one around the answer.")
     return expression

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.evaluate.chat import THINK, ChatRequest, ChatResult, Choice, GenParams, Usage, split_reasoning
 from modicum.evaluate.generation import Sample, sample, stop_tokens
+from modicum.jobs.data import chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,9 +97,7 @@ class LocalHF:
         """Return the ids of a prompt, and whether it ends inside the reasoning."""
         if not self.tokenizer.chat_template:
             raise CheckpointError(f"The tokenizer of {self.name} has no chat template. Use an instruction-tuned model.")
-        text: str = self.tokenizer.apply_chat_template(
-            list(request.messages), tokenize=False, add_generation_prompt=True
-        )
+        text = chat_template.apply(self.tokenizer, request.messages, prompt=True)
         text += request.prefill or ""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         start, end = self.tags

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Row, Rows
+from modicum.jobs.data import chat_template
 from modicum.jobs.data.bad_rows import each
 from modicum.registry import row_kind
 from modicum.types import IGNORED
@@ -260,14 +261,7 @@ def _whole(said: str, rendered: str, where: str, *, opened: str = "") -> None:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise CheckpointError(f"The chat template refuses a conversation of {roles}: {error}") from None
-    return text
+    return chat_template.apply(tokenizer, messages, prompt=prompt)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

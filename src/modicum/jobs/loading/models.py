@@ -12,16 +12,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modicum import registry
+from modicum import borders, registry
 from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
-from modicum.jobs.loading.folders import adapter_base, check_weights, is_adapter, read_json
+from modicum.jobs.loading.folders import (
+    adapter_base,
+    check_sizes,
+    check_weights,
+    is_adapter,
+    read_json,
+    try_patterns,
+)
 from modicum.jobs.loading.references import no_progress_bars, resolve_model
-from modicum.layout import VOCABULARY_FILES
+from modicum.layout import ADAPTER_CONFIG, VOCABULARY_FILES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+MOST_LAYERS, MOST_ENTRIES = 10_000, 10**11  # of models that are made without weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -76,7 +84,8 @@ def linear_modules(folder: Path) -> list[str] | None:
     classes = [getattr(transformers, name, None) for name in written.get("architectures") or []]
     if len(classes) != 1 or classes[0] is None:
         return None
-    with torch.device("meta"), warnings.catch_warnings():
+    check_sizes(written, str(folder), MOST_LAYERS, MOST_ENTRIES)
+    with borders.border(f"{folder}/config.json"), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = classes[0]._from_config(AutoConfig.from_pretrained(folder))
     kinds = (torch.nn.Linear, pytorch_utils.Conv1D)
@@ -101,6 +110,7 @@ def model_shape(ref: str | Path, fields: Mapping[str, Any], *, remote_code: bool
     _know_architecture(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     known = config.to_dict()
+    check_sizes(known | dict(fields), "scratch", MOST_LAYERS, MOST_ENTRIES)
     for key in fields:
         if key not in known or key == "model_type":
             raise RecipeError(f"scratch: {ref} has no field {key!r} to set. {did_you_mean(key, known)}")
@@ -141,7 +151,7 @@ def fresh_model(
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code
             )
-    except (TypeError, ValueError) as error:
+    except (*borders.MALFORMED, RuntimeError) as error:  # no room for it, too
         raise RecipeError(f"scratch: {first_line(error)}") from None
 
 
@@ -200,7 +210,7 @@ def _load_whole(
             )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # whatever transformers stumbles over in a configuration that is not one
         raise CheckpointError(f"{folder}: cannot load the model: {first_line(error)}") from None
     if report["missing_keys"]:
         raise CheckpointError(f"{folder} lacks {_some(report['missing_keys'])}, which its config.json asks for.")
@@ -222,12 +232,14 @@ def _know_architecture(folder: Path) -> None:
 def _with_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> PreTrainedModel:
     from peft import PeftModel
 
+    with borders.border(f"{folder}/{ADAPTER_CONFIG}"):
+        try_patterns(read_json(folder / ADAPTER_CONFIG), base, str(folder))
     try:
         with warnings.catch_warnings():
             # PEFT only warns when an adapter lacks tensors, and leaves them at their random start.
             warnings.filterwarnings("error", message=".*missing adapter keys")
             return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable).train(trainable)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
+    except Exception as error:  # whatever PEFT stumbles over
         raise CheckpointError(f"{folder}: the adapter does not fit its base: {first_line(error)}") from None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from modicum.errors import CheckpointError, RecipeError, first_line
 from modicum.evaluate.chat import THINK, Message, split_reasoning, user
+from modicum.jobs.data import chat_template
 from modicum.types import IGNORED
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def render_row(
     reasoning, answer = _parts(row, reasoning_format, tags)
     if not answer.strip():
         raise RecipeError("A row has an empty answer. Drop it.")
-    text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    text = chat_template.apply(tokenizer, prompt, prompt=True)
     opening, closing = _marks(reasoning_format, tags)
     if reasoning is not None and opening.strip() and text.rstrip().endswith(opening.strip()):
         # The template opens the reasoning: its white space is the prompt's, and a second tag would never be generated.

@@ -13,7 +13,6 @@ A rule is a pure function ``(norms, state, *, knobs) -> (factors, state)`` on a 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, fields
 from types import MappingProxyType
@@ -26,6 +25,7 @@ from torch import Tensor
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.optim.gradient.gradients import gradients, named_tensors, scale_, tensor_norms
 from modicum.optim.gradient.step_hook import StepHook
+from modicum.patterns import Pattern
 
 Granularity: TypeAlias = Literal["tensor", "shard", "global"]
 Nonfinite: TypeAlias = Literal["zero", "skip", "raise"]
@@ -221,12 +221,7 @@ class _Layout:
 
 def _renamed(name: str, groups: Mapping[str, str]) -> str:
     for pattern, replacement in groups.items():
-        try:
-            name = re.sub(pattern, replacement, name)
-        except (re.error, IndexError) as error:
-            raise UnsupportedError(
-                f"groups: {pattern!r} → {replacement!r} is not a regular expression: {error}."
-            ) from None
+        name = Pattern(pattern, "groups").replaced(replacement, name)
     return name
 
 

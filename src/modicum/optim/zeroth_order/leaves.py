@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.layout import unwrapped
 from modicum.optim.zeroth_order.lifts import Lift, Scale, scales
+from modicum.patterns import Pattern
 from modicum.random import generator
 
 Distribution: TypeAlias = Literal["normal", "rademacher"]
@@ -172,8 +172,8 @@ def collect(
         # Directions and states are found by name: they must not depend on what surrounds the model.
         for name, param in zip(map(unwrapped, names), group["params"], strict=True):
             check(name, param)
-            wanted = include is None or any(re.search(p, name) for p in include)
-            if not param.requires_grad or not wanted or any(re.search(p, name) for p in exclude):
+            wanted = include is None or _matches(name, include, "include")
+            if not param.requires_grad or not wanted or _matches(name, exclude, "exclude"):
                 continue
             if vectors == "freeze" and param.dim() < 2:
                 continue
@@ -204,7 +204,7 @@ def check(name: str, param: Tensor) -> None:
 
 def assign_ranks(leaves: Iterable[Leaf], lift: Lift, *, ranks: Ranks, dense: Sequence[str], scale: Scale) -> int:
     """Give each matrix its rank, scales and place in the vector of coordinates; return that vector's length."""
-    matrices = {leaf.name: leaf for leaf in leaves if len(leaf.shape) >= 2 and not _matches(leaf.name, dense)}
+    matrices = {leaf.name: leaf for leaf in leaves if len(leaf.shape) >= 2 and not _matches(leaf.name, dense, "dense")}
     chosen = ranks({name: leaf.param.detach() for name, leaf in matrices.items()})
     clamped = []
     offset = 0
@@ -225,5 +225,5 @@ def assign_ranks(leaves: Iterable[Leaf], lift: Lift, *, ranks: Ranks, dense: Seq
     return offset
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
+def _matches(name: str, patterns: Sequence[str], what: str) -> bool:
+    return any(Pattern(pattern, what).finds(name) for pattern in patterns)

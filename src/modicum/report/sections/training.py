@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from markupsafe import Markup
@@ -31,16 +33,14 @@ class Curve:
     def points(self, key: str, lines: Sequence[Mapping[str, Any]] | None = None) -> list[Point]:
         """Return (step, value); a value that is not finite becomes a gap."""
         found = self.train if lines is None else lines
-        return [
-            (float(line["step"]), finite(line[key])) for line in found if is_number(line.get("step")) and key in line
-        ]
+        return [(float(line["step"]), finite(line[key])) for line in found if key in line]
 
-    @property
+    @cached_property
     def losses(self) -> list[Point]:
         """Training loss by step."""
         return self.points("loss")
 
-    @property
+    @cached_property
     def shown(self) -> list[Point]:
         """Training loss as the thick line shows it: smoothed when there are many points."""
         return smooth(self.losses) if len(self.losses) >= SMOOTH_FROM else self.losses
@@ -146,11 +146,13 @@ def _numbers(curves: Sequence[Curve]) -> Markup:
 def smooth(points: Sequence[Point]) -> list[Point]:
     """Return a centered running mean over a twentieth of the series; a gap stays a gap."""
     reach = max(1, len(points) // 40)
+    sums = list(accumulate((value or 0.0 for _, value in points), initial=0.0))
+    counts = list(accumulate((value is not None for _, value in points), initial=0))
     result: list[Point] = []
     for i, (x, y) in enumerate(points):
         # Losses fall steeply at first: a window that reached further to one side would bend the curve there.
-        near = [value for _, value in points[i - min(reach, i) : i + min(reach, i) + 1] if value is not None]
-        result.append((x, sum(near) / len(near) if y is not None else None))
+        first, last = i - min(reach, i), min(i + min(reach, i) + 1, len(points))
+        result.append((x, None if y is None else (sums[last] - sums[first]) / (counts[last] - counts[first])))
     return result
 
 

@@ -33,6 +33,8 @@ from modicum.weights.mergekit.tokenizers import (
     without_template,
 )
 
+LARGEST_MULTIPLE = 65_536  # to which rows of a vocabulary are filled up
+
 MISSING, ZEROS, PADDING = -1, -2, -3  # in place of a model's own row
 
 
@@ -200,7 +202,9 @@ def _unify(
     wanted = dict.fromkeys([*(others if source == "union" else []), *forced])
     added = dict(zip((token for token in wanted if token not in tokens), count(max(tokens.values(), default=-1) + 1)))
     tokens |= added
-    multiple = int(setting.get("pad_to_multiple_of") or 1)
+    multiple = setting.get("pad_to_multiple_of") or 1
+    if not isinstance(multiple, int) or not 1 <= multiple <= LARGEST_MULTIPLE:
+        raise RecipeError(f"pad_to_multiple_of is {multiple!r:.40}, expected a whole number up to {LARGEST_MULTIPLE}.")
     size = -(-(max(tokens.values()) + 1) // multiple) * multiple
     rows = {name: _rows(tokens, known[name], size, _table_rows(model)) for name, model in models.items()}
     chosen = {tokens[token]: _choice(token, choice, models, known) for token, choice in forced.items()}

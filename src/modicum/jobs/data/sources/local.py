@@ -8,12 +8,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from modicum.borders import border, check_plain
 from modicum.errors import CheckpointError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.bad_rows import BadRow
 from modicum.jobs.data.section import DataSection
 from modicum.registry import source
 
+LONGEST = 64 << 20  # letters of a line
+BATCH = 256  # rows of a table that are decoded at once
+SMALL, GROWTH = 256 << 20, 100  # bytes that any table's rows may take, and how many times those of its file
+ROW = 100  # bytes that a row takes at least
 SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "dev": "validation"}
 
 
@@ -70,6 +75,7 @@ def _split_of(file: Path) -> str:
 
 
 def _read(file: Path, text_field: str) -> list[Row]:
+    check_plain(file)
     try:
         if file.suffix in TEXTS:
             text = file.read_text(encoding="utf-8")
@@ -90,6 +96,10 @@ def _read_jsonl(file: Path) -> list[Row]:
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
+        if len(line) > LONGEST:
+            raise CheckpointError(
+                f"{file}, line {number} has {len(line) / 1e6:.0f} million letters, which is no row. Cut it into rows."
+            )
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -115,20 +125,38 @@ def _read_parquet(file: Path) -> list[Row]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    rows: list[Row] = []
+    most, nbytes = max(SMALL, GROWTH * file.stat().st_size), 0
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as error:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(BATCH):
+                # A column of few different values is kept once for all rows, until rows are made of it.
+                nbytes += sum(_dense(column).nbytes for column in batch.columns)
+                if nbytes > most or len(rows) * ROW > most:
+                    raise CheckpointError(
+                        f"{file} has {file.stat().st_size / 1e6:.1f} MB, and its rows take more than "
+                        f"{most / 1e6:.0f} MB: it is no honest table. Save its rows as JSON lines, if it is."
+                    )
+                rows += batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, OverflowError, NotImplementedError) as error:
         raise CheckpointError(f"{file} is not a sound Parquet file: {first_line(error)}") from None
     return rows
+
+
+def _dense(column: Any) -> Any:
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
 
 
 def _saved(section: DataSection, path: Path) -> list[Row]:
     import datasets
 
     try:
-        data = datasets.load_from_disk(str(path), keep_in_memory=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        with border(path):
+            data = datasets.load_from_disk(str(path), keep_in_memory=True)
+    except Exception as error:  # of pyarrow and datasets, each with kinds of its own
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)} Save it again.") from None
     return rows_of(data, section)
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from modicum import registry
 from modicum.durable import whole_folder, write_atomic
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
+from modicum.jobs.loading.folders import try_patterns
 from modicum.jobs.training.parts import Build, Part
 from modicum.layout import ADAPTER_CONFIG
 from modicum.recipe import Choice, Section, choice
@@ -122,6 +123,7 @@ class Adapter(Part):
         base = self._base(model)
         if hasattr(model, "peft_config"):
             raise UnsupportedError(f"{base} is an adapter already. Merge it into its base first (job: merge).")
+        try_patterns(fields, model, "adapter.config")
         config = self._config(fields)
         try:
             # PEFT draws the first factors from the global generator; the fork keeps that to these lines.

@@ -1,0 +1,237 @@
+"""Random kills: a run that is ended at any moment, and started again, ends with the bytes of one that ran in peace.
+
+``python tests/campaigns/kills.py [--seconds 600] [--seed 0] [--only WORDS]`` runs every job, and every method of the
+tables of merging, averaging, training and coordination, on tiny models. A run is ended one to three times: by SIGKILL,
+SIGTERM or SIGINT, of the process, of one of its workers, or of all together. After each time no process of it may
+be left, a record that says ``done`` must be true, and a result that has its name must be whole. At the end the outputs
+must be those of the run in peace, and nothing else may lie around. Counts go into ``benchmarks/results/kills.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+
+from campaigns import forked, tally, workshop  # noqa: E402 - after the settings of their libraries
+
+RESULT = ROOT / "benchmarks/results/kills.json"
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+RARE = ("attack", "synthesize")  # seconds each
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """Return a recipe of every job, and of every method that runs without further inputs."""
+    from modicum.registry import REGISTRIES
+
+    known = workshop.recipes()
+    found = dict(known)
+
+    def vary(table: str, base: str, key: str, **more: Any) -> None:
+        for name in REGISTRIES[table]:
+            found[f"{base}: {name}"] = known[base] | {key: {"name": name}} | more
+
+    vary("merge_methods", "merge", "method", shard_bytes=10_000_000)
+    vary("averagers", "average-search", "method", compare=[])
+    vary("gradient_rules", "train", "gradient")
+    vary("objectives", "train-text", "objective")
+    vary("expert_stores", "route", "store")
+    for name in REGISTRIES["zeroth_order"]:
+        found[f"train-tezo: {name}"] = known["train-tezo"] | {"optimizer": {"name": name, "lr": 1e-4}}
+    for name in REGISTRIES["adapter_inits"]:
+        found[f"train-adapter: {name}"] = known["train-adapter"] | {"adapter": {"rank": 2, "init": {"name": name}}}
+    for name in REGISTRIES["policies"]:
+        found[f"coordinate: {name}"] = known["coordinate"] | {"policies": [name]}
+    return found
+
+
+def made(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return size and hash of every output of a finished run, and what it measured; stages count too."""
+    record = json.loads((run / "record.json").read_text())
+    files = dict(record.get("files") or {})
+    for inner in sorted(run.glob("stages/*/record.json")):
+        known = json.loads(inner.read_text())["files"]
+        files |= {f"{inner.parent.name}/{name}": value for name, value in known.items()}
+    return files, _steady(record["metrics"])
+
+
+def _steady(value: Any) -> Any:
+    """Leave out what a clock says."""
+    words = ("seconds", "time", "speed", "per_second", "runtime", "memory", "peak", "cpu")
+    if isinstance(value, dict):
+        return {key: _steady(item) for key, item in value.items() if not any(word in str(key) for word in words)}
+    return [_steady(item) for item in value] if isinstance(value, list) else value
+
+
+def children(pid: int) -> list[int]:
+    """Return the living descendants of a process, by its session."""
+    found = []
+    for path in Path("/proc").iterdir():
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split() if path.name.isdigit() else []
+        except OSError:
+            continue
+        if fields and int(fields[3]) == pid and fields[0] not in "ZX" and int(path.name) != pid:
+            found.append(int(path.name))
+    return found
+
+
+def end(run: forked.Attempt, rng: random.Random) -> str:
+    """End a process in one of several ways; return which."""
+    number = rng.choice(SIGNALS)
+    way = rng.choice(("process", "process", "worker", "all"))
+    workers = children(run.pid)
+    if way == "worker" and workers:
+        os.kill(rng.choice(workers), signal.SIGKILL)
+        return "worker killed"
+    run.kill(number, group=way == "all")
+    return f"{signal.Signals(number).name} to {'all' if way == 'all' else 'the process'}"
+
+
+def unlawful(run: Path, peace: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+    """Return what no run may leave behind at any moment."""
+    from modicum.errors import ModicumError
+    from modicum.stored import damage, read_record
+
+    found = []
+    if (run / "record.json").exists():
+        try:
+            record = read_record(run)
+            if record.get("status") == "done":
+                found += [f"done, but {name} {why}" for name, why in damage(run, record, cached=False).items()]
+        except ModicumError as error:
+            found.append(str(error))
+    names = {name.partition("/")[0] for name in peace[0]} - {"rows", "verdicts"}
+    for name in names:
+        whole = {key for key in peace[0] if key.partition("/")[0] == name}
+        if (run / name).is_dir() and (lost := [key for key in whole if not (run / key).exists()]):
+            found.append(f"{name} has its name, and lacks {lost[0]}")
+    return found
+
+
+def leftovers(run: Path) -> list[str]:
+    """Return hidden names in a finished run's folder, and beside it."""
+    inside = [str(path.relative_to(run)) for path in run.rglob(".*")]
+    return [*inside, *(path.name for path in run.parent.iterdir() if path.name.startswith("."))]
+
+
+def attempt(name: str, world: Path, lasts: float, peace: Any, rng: random.Random) -> Iterator[tuple[str, str | None]]:
+    """End one run several times; yield for each how, and what was wrong after it."""
+    place = world / "out"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    run, command = place / "run", ["run", f"{_file(name)}.yaml", "--out", "out/run", "--quiet"]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        started = forked.Attempt(command, world)
+        outcome = started.wait(rng.uniform(0.0, 1.1) * lasts)
+        how = "over before" if outcome else end(started, rng)
+        if outcome is None:
+            outcome = started.wait(60.0, reap=False)
+        wrong = None
+        if outcome is None:
+            started.kill(signal.SIGKILL, group=True)
+            outcome, wrong = started.wait(), "did not end"
+        elif how != "over before":
+            wrong = _outlived(started.pid)
+        problems = unlawful(run, peace)
+        if outcome is not None and outcome.status is not None and outcome.status > 0 and "Traceback" in outcome.said:
+            problems.append(f"a traceback: {outcome.said.splitlines()[-1][:200]}")
+        yield how, wrong or "; ".join(problems) or None
+    last = forked.attempt(command, world, seconds=300)
+    if last.status != 0:
+        yield "run again", f"exit status {last.status}: {last.said.strip()[-300:]}"
+    elif made(run) != peace:
+        changed = [key for key, value in made(run)[0].items() if peace[0].get(key) != value]
+        yield "run again", f"other results: {changed[:3] or 'metrics'}"
+    elif left := leftovers(run):
+        yield "run again", f"leftovers: {left[:3]}"
+    else:
+        yield "run again", None
+
+
+def _outlived(pid: int, seconds: float = 10.0) -> str | None:
+    deadline = time.monotonic() + seconds
+    while left := children(pid):
+        if time.monotonic() > deadline:
+            for one in left:
+                os.kill(one, signal.SIGKILL)
+            return f"{len(left)} workers outlived it by {seconds:.0f} s"
+        time.sleep(0.05)
+    return None
+
+
+def _file(name: str) -> str:
+    return name.replace(": ", "--")
+
+
+def prepare(world: Path, only: str) -> dict[str, float]:
+    """Make models, recipes and a run of each in peace; return how long each takes, or nothing of those that cannot."""
+    if not world.exists():
+        workshop.build(world)
+    wanted = {name: recipe for name, recipe in recipes().items() if only in name}
+    for name, recipe in wanted.items():
+        (world / f"{_file(name)}.yaml").write_text(json.dumps(recipe))
+    bases = [name for name in wanted if ": " not in name]
+    forked.warm([["run", f"{name}.yaml", "--out", f"warm/{name}", "--quiet"] for name in bases], world,
+                world.parent / "kill-modules")  # fmt: skip
+    times = {}
+    for name in wanted:
+        command = ["run", f"{_file(name)}.yaml", "--out", f"peace/{_file(name)}", "--quiet"]
+        found = forked.attempt(command, world, seconds=300)
+        if found.status == 0:
+            times[name] = found.seconds
+        else:
+            print("left out:", name, found.said.strip()[-160:], flush=True)
+    return times
+
+
+def main() -> int:
+    """Run the campaign; returns 1 if anything was wrong."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--seconds", type=float, default=600)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--only", default="")
+    arguments.add_argument("--trial", action="store_true", help="count nothing")
+    chosen = arguments.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="kills-"))
+    os.environ["MODICUM_CACHE"] = str(work / "cache")
+    try:
+        world = work / "world"
+        times = prepare(world, chosen.only)
+        count = tally.Tally(RESULT, chosen.seed, resume=not (chosen.only or chosen.trial))
+        peace = {name: made(world / "peace" / _file(name)) for name in times}
+        deadline, number = time.monotonic() + chosen.seconds, count.done
+        names = [name for name in sorted(times) if not name.startswith(RARE)]
+        while time.monotonic() < deadline:
+            rng = random.Random(chosen.seed * 1_000_003 + number)
+            few = rng.random() < 0.02 and not chosen.only
+            rare = [name for name in sorted(times) if name.startswith(RARE)]
+            name = rng.choice(rare if few and rare else names or rare)
+            for how, wrong in attempt(name, world, times[name], peace[name], rng):
+                count.add(how, 0.0, number, wrong and f"{name}, case {number}, {how}: {wrong}")
+                if wrong:
+                    print(number, name, how, wrong, flush=True)
+            number += 1
+        count.write()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(count.told())
+    return 1 if count.wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

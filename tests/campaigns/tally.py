@@ -1,0 +1,66 @@
+"""Counts of a campaign in one committed JSON file: a run of the same seed goes on, another seed adds to it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Tally:
+    """What has been tried so far.
+
+    Args:
+        path: The file.
+        seed: Of the campaign.
+        resume: Go on where the last run of this seed ended; else count what is tried now alone, and write nothing.
+    """
+
+    def __init__(self, path: Path, seed: int, *, resume: bool = True) -> None:
+        self.path, self.key, self._keep = path, str(seed), resume
+        self._began = time.monotonic()
+        known = json.loads(path.read_text()) if resume and path.exists() else {}
+        self._seeds: dict[str, Any] = known.get("seeds", {})
+        mine = self._seeds.get(self.key, {"next": 0, "ends": {}, "seconds": 0.0, "slowest": 0.0, "wrong": []})
+        self.done: int = mine["next"]
+        self.wrong: list[str] = []
+        self._mine = mine
+
+    def add(self, end: str, seconds: float, number: int, wrong: str | None) -> None:
+        """Count one attempt: how it ended, and what was wrong with it."""
+        end = "wrong" if wrong else end
+        self._mine["ends"][end] = self._mine["ends"].get(end, 0) + 1
+        self._mine["slowest"] = max(self._mine["slowest"], round(seconds, 2))
+        self._mine["next"] = self.done = number + 1
+        if wrong:
+            self.wrong.append(wrong)
+            self._mine["wrong"].append(wrong)
+        if self._keep and sum(self._mine["ends"].values()) % 50 == 0:
+            self.write()
+
+    def write(self) -> None:
+        """Write the counts, with the machine and the commit that they belong to."""
+        if not self._keep:
+            return
+        from benchmarks.provenance import origin
+
+        from modicum.durable import write_atomic
+        from modicum.environment import environment
+
+        now = time.monotonic()
+        self._mine["seconds"] = round(self._mine["seconds"] + now - self._began, 1)
+        self._began = now
+        self._mine |= {"environment": environment(), **origin()}
+        self._seeds[self.key] = self._mine
+        total: dict[str, int] = {}
+        for one in self._seeds.values():
+            for end, count in one["ends"].items():
+                total[end] = total.get(end, 0) + count
+        content = {"total": sum(total.values()), "ends": total, "seeds": self._seeds}
+        write_atomic(self.path, json.dumps(content, indent=1) + "\n")
+
+    def told(self) -> str:
+        """Return the counts in words."""
+        ends = self._mine["ends"]
+        return f"{sum(ends.values())} tried: " + ", ".join(f"{count} {end}" for end, count in sorted(ends.items()))
