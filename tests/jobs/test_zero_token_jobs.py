@@ -138,11 +138,23 @@ def test_exits_are_chosen_on_text_and_the_model_leaves_by_them(adapted, text, tm
     run = execute(parse(recipe | {"max_loss_increase": 100.0}), tmp_path / "r", quiet=True)
     metrics = read_record(run.folder)["metrics"]
     chosen = metrics["criteria"]["zero_attention"]
+    assert chosen["visits"] == min(found["visits"] for found in metrics["criteria"].values())
+    assert metrics["best"] in ("zero_attention", "gate", "latent", "random")  # the others run the tail for each cycle
+    assert metrics["criteria"]["confidence"]["visits"] > chosen["visits"]
     assert chosen["mean_cycles"] == 1.0 and chosen["loss"] == pytest.approx(metrics["loss_by_cycles"][0], abs=1e-5)
     assert chosen["full_loss"] == pytest.approx(metrics["loss_by_cycles"][1], abs=1e-5)
-    assert len(read_log(run.folder, "exit")) == 3 * 4
+    assert len(read_log(run.folder, "exit")) == 5 * 4 + 2  # of two cycles, entropy and prediction cannot be compared
     model = load_model(run.folder / "model")
-    assert model.config.exit_threshold == chosen["threshold"] and model.config.exit_scope == "token"
+    assert model.config.exit_criterion == metrics["best"] and model.config.exit_scope == "token"
+    assert model.config.exit_threshold == metrics["criteria"][metrics["best"]]["threshold"]
+    assert "exit_threshold" not in (run.folder / "model/config.json").read_text()
+    scores = {
+        "job": "evaluate",
+        "model": str(run.folder / "model"),
+        "tasks": {"t": {"kind": "perplexity", "data": text}},
+    }
+    (cell,) = execute(parse(scores), tmp_path / "e", quiet=True).record["metrics"]["cells"]
+    assert cell["spent"]["mean_cycles"] < 2 and cell["spent"]["visits_saved"] > 0 and cell["spent"]["tokens"] > 0
     out = model(torch.arange(3, 35)[None])
     assert out.layer_calls < model.config.num_hidden_layers
 
@@ -152,6 +164,17 @@ def test_a_loop_that_may_cost_nothing_stays_as_it_is_or_gets_better(adapted, tex
     run = execute(parse(recipe | {"max_loss_increase": 0.0, "criteria": ["random"]}), tmp_path / "r", quiet=True)
     chosen = read_record(run.folder)["metrics"]["criteria"]["random"]
     assert chosen["loss"] <= chosen["full_loss"]
+
+
+def test_visits_that_matter_least_are_left_out(adapted, text, tmp_path):
+    recipe = {"job": "calibrate", "model": str(adapted / "adapter"), "data": text, "candidates": 1}
+    recipe |= {"criteria": ["random"], "importance": True}
+    run = execute(parse(recipe), tmp_path / "r", quiet=True)
+    found = read_record(run.folder)["metrics"]["importance"]
+    assert {(v["layer"], v["cycle"]) for v in found["visits"]} == {(0, 0), (0, 1)}
+    with pytest.raises(RecipeError, match="only 0 can be"):  # the one visit of a cycle stays
+        execute(parse(recipe | {"prune": 1}), tmp_path / "p", quiet=True)
+    assert "skip each visit" in plan(parse(recipe))[0]
 
 
 def test_a_plain_model_has_no_exits_to_choose(tiny_model, text, tmp_path):

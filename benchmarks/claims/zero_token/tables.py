@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.claims.zero_token import hops as known
 from benchmarks.claims.zero_token import p_hop, smollm2
 from benchmarks.tables import interval, load, markdown, write
 
@@ -88,6 +89,57 @@ def fine_tuning() -> str:
     return markdown(["model", "seeds", "tokens", "loss", "accuracy, %", "loss with 1 cycle"], rows)
 
 
+def hops() -> list[Cell]:
+    return list(load(f"{known.RESULT}.json").get("cells", {}).values())
+
+
+def known_needs() -> str:
+    """Accuracy by variant, and the paired difference from HTC."""
+    plain = {c["seed"]: c["accuracy"] for c in hops() if c["variant"] == "HTC"}
+    rows = []
+    for variant in known.VARIANTS:
+        cells = [c for c in hops() if c["variant"] == variant]
+        if not cells:
+            continue
+        last = [c["accuracy by cycles and hops"][-1] for c in cells]
+        pairs = [c["accuracy"] - plain[c["seed"]] for c in cells if c["seed"] in plain]
+        rows.append([
+            variant, str(len(cells)), f"{cells[0]['parameters']:,}", str(cells[0]["visits"]),
+            mean(c["accuracy"] for c in cells), "–" if variant == "HTC" else mean(pairs),
+            *(mean(by_hops[h] for by_hops in last) for h in range(known.HOPS)),
+        ])  # fmt: skip
+    hopped = [f"{h} hop{'s' * (h > 1)}" for h in range(1, known.HOPS + 1)]
+    return markdown(["model", "seeds", "parameters", "visits", "accuracy", "less HTC", *hopped], rows)
+
+
+def on_hops_curve(cell: Cell, criterion: str, cycles: float) -> float:
+    by_cycles = cell["accuracy by cycles and hops"]
+    ends = [(1.0, cell["accuracy after 1"]), (float(len(by_cycles)), cell["accuracy"])]
+    curve = sorted([ends[0], *map(tuple, cell["exits"][criterion]["curve"]), ends[1]])
+    (x0, y0), (x1, y1) = next(pair for pair in pairwise(curve) if pair[0][0] <= cycles <= pair[1][0])
+    return y0 if x0 == x1 else y0 + (y1 - y0) * (cycles - x0) / (x1 - x0)
+
+
+def known_exits(variant: str) -> str:
+    """AUROC and curve of each criterion."""
+    cells = [c for c in hops() if c["variant"] == variant]
+    names = EXITS | {"confidence": "confidence", "gate": "trained gate", "entropy": "entropy", "kl": "prediction"}
+    rows = [
+        [
+            name,
+            mean((c["exits"][criterion]["auroc"] for c in cells), 2),
+            *(mean(on_hops_curve(c, criterion, n) for c in cells) for n in (1.5, 2.0, 2.5, 3.0)),
+        ]
+        for criterion, name in names.items()
+        if cells and criterion in cells[0]["exits"]
+    ]
+    oracle = [c["exits"]["oracle"]["curve"][0] for c in cells]
+    if oracle:
+        print(f"{variant}: oracle {mean(x for x, _ in oracle)} cycles, accuracy {mean(y for _, y in oracle)}")
+    head = ["exit by", "AUROC after cycle 1", "1.5 cycles", "2 cycles", "2.5 cycles", "3 cycles"]
+    return markdown(head, rows)
+
+
 def routes() -> str:
     rows = [
         [name, *(f"{row['table'][route]['processor / plain']:.2f}" for route in ("lse", "concat", "query_row"))]
@@ -158,6 +210,10 @@ def main() -> None:
             attention_by_cycle(p_hop.RESULT),
             "Accuracy when tokens leave, at equal mean cycles (read between the two nearest thresholds):\n",
             exits(),
+            "### Hops with known needs\n",
+            known_needs(),
+            "Accuracy of ZTT when tokens leave, at equal mean cycles:\n",
+            known_exits("ZTT"),
             "### SmolLM2-135M, layers 11 to 20 run twice\n",
             fine_tuning(),
             "Mean attention on the zero token:\n",

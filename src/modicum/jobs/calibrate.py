@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -15,9 +15,9 @@ from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloa
 from modicum.recipe import Recipe
 from modicum.record import Run
 from modicum.registry import job
-from modicum.types import NonNegative, PositiveInt
+from modicum.types import NonNegative, NonNegativeInt, PositiveInt
 
-Criterion: TypeAlias = Literal["zero_attention", "confidence", "latent", "entropy", "kl", "random"]
+Criterion: TypeAlias = Literal["zero_attention", "confidence", "gate", "latent", "entropy", "kl", "random"]
 
 
 class CalibrateRecipe(Recipe):
@@ -28,11 +28,18 @@ class CalibrateRecipe(Recipe):
     data: DataSection
     max_loss_increase: NonNegative = Field(default=0.01, description="nats for each token")
     criteria: list[Criterion] = Field(
-        default=["zero_attention", "latent", "random"], min_length=1, description="the first one goes into the model"
+        default=["zero_attention", "confidence", "gate", "latent", "entropy", "kl", "random"],
+        min_length=1,
+        description="the one with the fewest layer visits for the allowed loss goes into the model",
     )
     scope: Literal["token", "prefix", "sequence", "last_token", "batch"] = "token"
     candidates: PositiveInt = Field(default=8, description="thresholds tried for each criterion")
     batch_size: PositiveInt = 8
+    importance: bool = Field(default=False, description="measure the loss when each visit of a layer is skipped")
+    prune: NonNegativeInt = Field(default=0, description="visits to leave out for good, the least important ones")
+    prune_by: Literal["loss", "zero_attention"] = Field(
+        default="loss", description="what importance is: the measured loss, or the attention on the zero token"
+    )
 
     def inputs(self) -> Iterator[str]:
         """Yield the model and the data."""
@@ -43,21 +50,25 @@ class CalibrateRecipe(Recipe):
 def plan(recipe: CalibrateRecipe) -> list[str]:
     """Say what would be tried."""
     rows, tried = len(load_rows(recipe.data, seed=recipe.seed)), recipe.candidates + 1
-    return [f"try {tried} thresholds of {', '.join(recipe.criteria)} on {rows} documents of {recipe.data.path}"]
+    lines = [f"try {tried} thresholds of {', '.join(recipe.criteria)} on {rows} documents of {recipe.data.path}"]
+    if recipe.prune or recipe.importance:
+        lines.insert(0, f"skip each visit of a layer once{f', then {recipe.prune} for good' if recipe.prune else ''}")
+    return lines
 
 
 @job("calibrate", plan=plan)
 def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
-    """Measure loss against mean cycles by criterion; write the model with the threshold that was chosen.
+    """Measure loss against mean cycles by criterion; write the model with the exit that is best.
 
     Args:
         recipe: Model, text, and the allowed rise of the loss.
-        run: ``model/`` leaves its loop by the first criterion; an adapter is merged into it. ``record.json`` holds the
-            loss by cycles, and each criterion's curve and choice.
+        run: ``model/`` leaves its loop by the best criterion; an adapter is merged into it. ``record.json`` holds the
+            loss by cycles, and each criterion's curve and choice. A gate is fitted on every second batch, and all
+            criteria are compared on the others.
     """
     import torch
 
-    from modicum.models.zero_token.calibrate import cheapest, exit_curve, loss_by_cycles
+    from modicum.models.zero_token.calibrate import cheapest, exit_curve, fit_exit_gate, loss_by_cycles
     from modicum.models.zero_token.model import ZeroTokenForCausalLM
 
     tokenizer = load_tokenizer(recipe.model)
@@ -66,39 +77,69 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     longest = max(map(len, rows["input_ids"]))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     whole = torch.tensor([ids for ids in rows["input_ids"] if len(ids) == longest], device=device)
-    batches = torch.split(whole, recipe.batch_size)
-    model = load_model(recipe.model, dtype="auto" if native_bfloat16(device) else "float32", device=device)
+    model: Any = load_model(recipe.model, dtype="auto" if native_bfloat16(device) else "float32", device=device)
     model = getattr(model, "merge_and_unload", lambda: model)()
     if not isinstance(model, ZeroTokenForCausalLM):
         raise UnsupportedError(f"{recipe.model} is no looped model. Convert it first: model.convert of a train job.")
-    if model.config.depth < 2:
+    if model.depth < 2:
         raise RecipeError(f"{recipe.model} has a single cycle, so there is nothing to leave.")
-    by_cycles = loss_by_cycles(model, batches)
-    run.record["metrics"] = {"tokens": whole.numel(), "loss_by_cycles": by_cycles, "criteria": {}}
-    model.config.exit_scope = recipe.scope
+    metrics = run.record["metrics"] = {"tokens": whole.numel(), "criteria": {}}
+    if recipe.importance or recipe.prune:
+        model = _prune(recipe, run, model, torch.split(whole, recipe.batch_size))
+    if "gate" in recipe.criteria:
+        if len(whole) < 2:
+            raise RecipeError(
+                "The gate is fitted on other rows than it is compared on, and there is one row. Give more data."
+            )
+        stays = fit_exit_gate(model, torch.split(whole[1::2], recipe.batch_size))
+        run.say(f"gate: after cycle 1, {stays[1]:.0%} of the predictions are those of all cycles")
+        whole = whole[::2]
+    batches = torch.split(whole, recipe.batch_size)
+    metrics["loss_by_cycles"] = loss_by_cycles(model, batches)
+    model.config.exit_scope, has_zero = recipe.scope, bool(model._rows)
     for criterion in recipe.criteria:
+        if criterion == "zero_attention" and not has_zero:
+            run.note("The model has no zero tokens, so that it cannot leave by zero_attention.")
+            continue
         model.config.exit_criterion = criterion
         curve = exit_curve(model, batches, candidates=recipe.candidates)
         chosen = cheapest(curve, max_loss_increase=recipe.max_loss_increase)
         for point in curve:
             run.log("exit", criterion=criterion, **asdict(point))
-        run.record["metrics"]["criteria"][criterion] = asdict(chosen)
+        metrics["criteria"][criterion] = asdict(chosen)
         run.say(
-            f"{criterion}: {chosen.mean_cycles:.2f} of {model.config.depth} cycles, "
-            f"loss {chosen.full_loss:.4f} -> {chosen.loss:.4f} at threshold {chosen.threshold:.4g}"
+            f"{criterion}: {chosen.mean_cycles:.2f} of {model.depth} cycles, {chosen.visits:.1f} of "
+            f"{len(model.schedule)} visits, loss {chosen.full_loss:.4f} -> {chosen.loss:.4f} "
+            f"at threshold {chosen.threshold:.4g}"
         )
-    choices = run.record["metrics"]["criteria"]
-    best = min(choices, key=lambda name: (choices[name]["mean_cycles"], choices[name]["loss"]))
-    run.record["metrics"]["best"] = best
-    if len(choices) > 1:
-        run.say(
-            f"fewest cycles for the allowed loss: {best}; the model leaves by {recipe.criteria[0]}, the first named"
-        )
-    first = recipe.criteria[0]
-    model.config.exit_criterion = first
-    model.config.exit_threshold = run.record["metrics"]["criteria"][first]["threshold"]
+    choices = metrics["criteria"]
+    if not choices:
+        raise RecipeError("No criterion of the recipe fits the model. Name others.")
+    # By visits, not by cycles: what reads the prediction runs tail and head for it.
+    best = min(choices, key=lambda name: (choices[name]["visits"], choices[name]["loss"]))
+    metrics["best"] = best
+    run.say(f"the model leaves by {best}: the fewest visits for the allowed loss")
+    model.config.exit_criterion, model.config.exit_threshold = best, choices[best]["threshold"]
     run.inputs.check()
     with whole_folder(run.folder / "model") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     run.output("model", run.folder / "model")
+
+
+def _prune(recipe: CalibrateRecipe, run: Run, model: Any, batches: Sequence[Any]) -> Any:
+    """Measure how much each visit matters; return the model without the least important ones, if so many are to go."""
+    from modicum.models.zero_token.importance import skip_visits, visit_importance
+
+    found = visit_importance(model, batches)
+    run.record["metrics"]["importance"] = asdict(found)
+    for visit in found.visits:
+        run.log("visit", **asdict(visit))
+    if found.rank_correlation is not None:
+        run.say(f"zero attention against the loss of skipping a visit: rank correlation {found.rank_correlation:.2f}")
+    if not recipe.prune:
+        return model
+    gone = found.least(recipe.prune, by=recipe.prune_by)
+    run.record["metrics"]["skipped"] = gone
+    run.say(f"left out: {', '.join(f'layer {layer} in cycle {cycle}' for layer, cycle in gone)}")
+    return skip_visits(model, gone)

@@ -1,4 +1,4 @@
-"""Give a looped model away as a plain one of its host's class, which any tool loads without modicum."""
+"""Give a looped model away: as a plain one of its host's class, or with the code that it needs beside it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ class ExportRecipe(Recipe):
 
     job: Literal["export"] = "export"
     model: str = Field(description="folder, Hub id or adapter of a looped model")
-    format: Literal["unrolled"] = Field(
-        default="unrolled", description="a checkpoint of the host's own class with as many layers as visits"
+    format: Literal["unrolled", "remote-code"] = Field(
+        default="unrolled",
+        description="unrolled: a checkpoint of the host's own class with as many layers as visits; remote-code: the "
+        "looped model with its code in one file, for trust_remote_code=True",
     )
     n_cycles: PositiveInt | None = Field(default=None, description="cycles to unroll; all when not given")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -49,6 +51,9 @@ def plan(recipe: ExportRecipe) -> list[str]:
     from modicum.models.zero_token.export import check_unrollable, unrolled_schedule
 
     looped = ZeroTokenConfig.from_pretrained(folder)
+    if recipe.format == "remote-code":
+        _check_remote(recipe)
+        return [f"write {recipe.model} with the code of a looped {looped.host.model_type!r} model"]
     check_unrollable(looped)
     visits = unrolled_schedule(looped, recipe.n_cycles)
     physical = looped.host.num_hidden_layers
@@ -76,6 +81,8 @@ def export(recipe: ExportRecipe, run: Run) -> None:
     model = getattr(model, "merge_and_unload", lambda: model)()
     if not isinstance(model, ZeroTokenForCausalLM):
         raise UnsupportedError(f"{recipe.model} is no looped model, so there is nothing to unroll.")
+    if recipe.format == "remote-code":
+        return _with_code(recipe, model, run)
     if model.config.exit_threshold is not None:
         run.note("The plain model runs all its layers for every token: the exit threshold is left behind.")
         model.config.exit_threshold = None
@@ -107,4 +114,26 @@ def export(recipe: ExportRecipe, run: Run) -> None:
     run.say(f"{plain.config.num_hidden_layers} layers; logits differ by {difference:.1e} of the largest")
     if columns is not None:
         run.say(f"zero tokens are in {COLUMNS}: a plain tool that cannot put them into its cache runs without them")
+    run.output("model", run.folder / "model")
+
+
+def _check_remote(recipe: ExportRecipe) -> None:
+    if recipe.n_cycles is not None:
+        raise UnsupportedError("n_cycles is for format: unrolled; a looped model takes n_cycles in its calls.")
+
+
+def _with_code(recipe: ExportRecipe, model: Any, run: Run) -> None:
+    """Write the looped model, and its code in one file that needs torch and transformers alone."""
+    from modicum.models.zero_token import bundle
+
+    _check_remote(recipe)
+    with whole_folder(run.folder / "model") as folder:
+        model.save_pretrained(folder)
+        load_tokenizer(recipe.model).save_pretrained(folder)
+        (folder / bundle.FILE).write_text(bundle.source(), encoding="utf-8")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = json.dumps(config | {"auto_map": bundle.auto_map()}, indent=2, sort_keys=True)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    run.record["metrics"] = {"visits": len(model.schedule)}
+    run.say(f"load it with trust_remote_code=True: {bundle.FILE} holds its code")
     run.output("model", run.folder / "model")

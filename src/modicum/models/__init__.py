@@ -4,7 +4,7 @@ Importing this package makes ``AutoModelForCausalLM.from_pretrained`` know them.
 """
 
 from modicum.models.routed import RoutedConfig, RoutedForCausalLM
-from modicum.models.zero_token.calibrate import ExitPoint, calibrate_threshold
+from modicum.models.zero_token.calibrate import ExitPoint, calibrate_threshold, fit_exit_gate
 from modicum.models.zero_token.config import ZeroTokenConfig
 from modicum.models.zero_token.conversion import (
     CycleRange,
@@ -13,6 +13,7 @@ from modicum.models.zero_token.conversion import (
     resize_pool,
 )
 from modicum.models.zero_token.exit import exit_decision
+from modicum.models.zero_token.importance import Importance, skip_visits, visit_importance
 from modicum.models.zero_token.model import (
     ZeroTokenForCausalLM,
     ZeroTokenForSequenceClassification,
@@ -25,6 +26,7 @@ from modicum.models.zero_token.training import TrainingStep, parameter_groups
 __all__ = [
     "CycleRange",
     "ExitPoint",
+    "Importance",
     "RoutedConfig",
     "RoutedForCausalLM",
     "TrainingStep",
@@ -38,6 +40,9 @@ __all__ = [
     "choose_cycle_range",
     "convert_to_zero_token",
     "exit_decision",
+    "fit_exit_gate",
     "parameter_groups",
     "resize_pool",
+    "skip_visits",
+    "visit_importance",
 ]

@@ -166,8 +166,16 @@ def test_conversions_that_make_no_sense_are_refused(knobs):
 
 
 def test_other_models_and_looped_ones_are_refused():
-    with pytest.raises(UnsupportedError, match="resize_pool"):
-        convert_to_zero_token(looped())
+    for knobs in ({"n_cycles": 2}, {"n_head": 2, "train_cycles": "random"}, {"mode": "tie"}):
+        with pytest.raises(UnsupportedError, match="resize_pool"):
+            convert_to_zero_token(looped(), **knobs)
+
+
+def test_a_looped_model_takes_knobs_of_running_and_training():
+    model = looped()
+    again = convert_to_zero_token(model, train_cycles="random", exit_threshold=-1.0)
+    assert again(tokens()).layer_calls == 4 and model(tokens()).layer_calls == 8
+    assert "draws" in again.zero_token._buffers and "draws" not in model.zero_token._buffers
 
 
 def test_hosts_that_cannot_be_looped_are_refused_by_name():

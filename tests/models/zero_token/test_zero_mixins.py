@@ -1,11 +1,13 @@
-"""transformers' own tests of a model, on the looped one. Its wheel does not hold them, its source distribution does:
+"""transformers' own tests of a model, on the looped one of five hosts. Its wheel does not hold them, its source
+distribution does:
 
     pip install parameterized
     pip download transformers==VERSION --no-deps --no-binary transformers && tar xzf transformers-VERSION.tar.gz
     export TRANSFORMERS_SOURCE=transformers-VERSION PYTHONPATH=tests
-    pytest -c /dev/null --rootdir . tests/models/test_zero_mixins.py
+    pytest -c /dev/null --rootdir . tests/models/zero_token/test_zero_mixins.py
 
-Our own settings of pytest are left out, because they make errors of the unknown marks and of the warnings there.
+Our own settings of pytest are left out, because they make errors of the unknown marks and of the warnings there. The
+distribution leaves out their tests of generation; ours are beside this file.
 """
 
 import importlib
@@ -18,7 +20,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from models.zero_token.support_zero import HOSTS, tokens
+from models.zero_token.support_zero import ALL_HOSTS, tokens
 from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
 
 if "TRANSFORMERS_SOURCE" not in os.environ:
@@ -46,17 +48,21 @@ class Tester:
     batch_size, seq_length, is_training = 2, 7, True
     hidden_size, num_attention_heads, num_hidden_layers = 16, 4, 8  # visits
 
+    def __init__(self, host):
+        self.host = ALL_HOSTS[host] | {"initializer_range": 0.02}
+
     def prepare_config_and_inputs_for_common(self):
-        config = ZeroTokenConfig(host=HOSTS["llama"] | {"initializer_range": 0.02}, n_cycles=3, zero_key_init_std=0.02)
+        config = ZeroTokenConfig(host=self.host, n_cycles=3, zero_key_init_std=0.02)
         return config, {"input_ids": tokens(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
 
 
-class TestCommon(mixin(), unittest.TestCase):
+class Common(mixin()):
     all_model_classes = (ZeroTokenForCausalLM,)
-    all_generative_model_classes = ()  # their tests of generation are in no distribution; ours are beside this file
+    all_generative_model_classes = ()
+    host = "llama"
 
     def setUp(self):
-        self.model_tester = Tester()
+        self.model_tester = Tester(self.host)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
@@ -68,3 +74,31 @@ class TestCommon(mixin(), unittest.TestCase):
     # The host's configuration gives sizes. How attention is computed stands in the looped model's own.
     test_can_set_attention_dynamically = None
     test_config_attn_implementation_setter = None
+
+
+class TestLlama(Common, unittest.TestCase):
+    """The common tests."""
+
+
+class TestGPT2(Common, unittest.TestCase):
+    """The common tests."""
+
+    host = "gpt2"
+
+
+class TestQwen3(Common, unittest.TestCase):
+    """The common tests."""
+
+    host = "qwen3"
+
+
+class TestOlmo2(Common, unittest.TestCase):
+    """The common tests."""
+
+    host = "olmo2"
+
+
+class TestGPTNeoX(Common, unittest.TestCase):
+    """The common tests."""
+
+    host = "gpt_neox"

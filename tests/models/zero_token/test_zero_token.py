@@ -272,11 +272,19 @@ def test_a_selected_or_repeated_batch_keeps_its_slots():
 def test_the_cache_grows_past_its_first_allocation():
     model = looped(host_overrides={"max_position_embeddings": 256})
     ids = tokens(1, 70)
-    logits, _, cache = decode(model, ids, prefill=62)  # room for two more, then the buffers double
+    logits, _, cache = decode(model, ids, prefill=62)  # room for three more, then the buffers grow
     torch.testing.assert_close(logits, full(model, ids), atol=5e-5, rtol=0)
     assert cache.get_seq_length() == 70
     cache.reset()
     assert cache.get_seq_length() == 0
+
+
+def test_the_cache_takes_hardly_more_memory_than_its_tokens():
+    model = looped(host_overrides={"max_position_embeddings": 512})
+    for prefill in (1, 60, 200):
+        cache = decode(model, tokens(1, 260), prefill=prefill)[2]
+        for layer in cache.layers:
+            assert layer._buffers[0].shape[2] <= 1.1 * 260
 
 
 def test_training_with_a_cache_has_the_same_gradients():

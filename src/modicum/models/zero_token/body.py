@@ -9,6 +9,7 @@ ahead. The list belongs to one call: nothing about it stays on a module.
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass, field
 from functools import cache as cached
 from typing import Any
@@ -36,6 +37,8 @@ class Call:
         n_cycles: Cycles to run, or how many each sequence (b,) or token (b, t) runs; None for the model's own.
         exit: Fields of :class:`~modicum.models.zero_token.loop.Exit` that replace the configuration's.
         plain: Leave the zero tokens out.
+        skip: Visits, as (layer, cycle), to leave out; without a cache.
+        stay: Run all cycles, whatever the configuration says.
         result: Last state, when the layers are not to run at all.
         trace: Record of the visits.
     """
@@ -43,6 +46,8 @@ class Call:
     n_cycles: int | Tensor | None = None
     exit: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
+    stay: bool = False
+    skip: frozenset[tuple[int, int]] = frozenset()
     result: Tensor | None = None
     trace: loop.Trace = field(default_factory=loop.Trace)
 
@@ -104,13 +109,14 @@ class Last(Entry):
         if self.result is not None:
             return self.result
         self.run.trace.first = hidden
-        return loop.forward(self.run, hidden)
+        return loop.run_visits(self.run, hidden)
 
 
 def by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the host's forward, all by their ``names``; the cache under its name of today."""
     named = dict(zip(names, args)) | kwargs
     if "past_key_values" in named:
+        warnings.warn("`past_key_values` is deprecated, use `cache`.", FutureWarning, stacklevel=4)
         named["cache"] = named.pop("past_key_values")
     return named
 
@@ -135,13 +141,14 @@ def run_body(body: Any, host: type, kwargs: dict[str, Any]) -> Any:
     if cache is not None:
         cache = prepare_cache(cache, owner.schedule)
     kwargs |= {"use_cache": bool(use_cache), "cache": cache}
-    run = _begin(owner, config, call, cache, kwargs)
+    run = _begin_run(owner, config, call, cache, kwargs)
     slots = [layer for layer, _ in owner.schedule]
     blocks = [run.layers[layer] for layer in slots]
     entries: list[Entry] = [Entry(block, slot, run.arguments) for slot, block in enumerate(blocks)]
     entries[-1] = Last(blocks[-1], len(blocks) - 1, run, call.result)
     view = body.view_class(body, owner.layers_name, entries)
-    out = host.forward(view, output_hidden_states=False, output_attentions=False, return_dict=True, **kwargs)  # type: ignore[attr-defined]
+    kwargs |= {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+    out = host.forward(view, **kwargs)  # type: ignore[attr-defined]
     if len(run.arguments) < len(entries):
         raise UnsupportedError(f"{host.__name__} ran {len(run.arguments)} of {len(entries)} visits.")
     trace = call.trace
@@ -154,8 +161,9 @@ def run_body(body: Any, host: type, kwargs: dict[str, Any]) -> Any:
             chosen = _asked(getattr(config, f"output_{what}", False) if value is None else value, found[what])
             if chosen is not None:
                 out[what] = chosen
-        if body.training and run.n_cycles < config.depth and run.pool:
-            # Parameters of cycles that were not drawn take part with weight zero: DDP waits for every gradient.
+        if body.training and (run.n_cycles < config.depth or "exit_gate" in run.pool) and run.pool:
+            # Parameters of cycles that were not drawn, and of a gate, take part with weight zero: DDP waits for every
+            # gradient.
             nothing = 0 * torch.stack([x.sum() for x in run.pool.values()]).sum()
             out["last_hidden_state"] = normed + nothing.to(normed.dtype)
     plain = config.return_dict if return_dict is None else return_dict
@@ -170,7 +178,7 @@ def _asked(asked: bool | int | list[int] | None, found: list[Any]) -> tuple[Any,
     return tuple(x if index in kept else None for index, x in enumerate(found))
 
 
-def _begin(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs: dict[str, Any]) -> loop.LoopRun:
+def _begin_run(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs: dict[str, Any]) -> loop.LoopRun:
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if tokens is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
@@ -183,7 +191,7 @@ def _begin(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs: dic
     settings = {
         name: getattr(plain, f"exit_{name}") for name in ("threshold", "criterion", "score", "scope")
     } | {"min_cycles": plain.min_cycles}  # fmt: skip
-    if owner.training:
+    if owner.training or call.stay:
         settings["threshold"] = None  # a threshold was chosen for the trained model; a call may still ask for one
     settings |= {name: value for name, value in call.exit.items() if value is not None}
     if (
@@ -199,7 +207,7 @@ def _begin(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs: dic
     n_cycles, depths = _cycles(owner, call.n_cycles, b, t)
     return loop.LoopRun(
         config=plain,
-        stages=owner._stages,
+        stages=owner._stages.without(call.skip) if call.skip else owner._stages,
         layers=owner.layers,
         rows={} if call.plain else owner._rows,
         pool=owner.zero_token(),

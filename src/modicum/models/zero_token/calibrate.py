@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.evaluate.logistic import fit
+from modicum.models.zero_token.body import Call
+from modicum.models.zero_token.exit import unit
 from modicum.models.zero_token.model import ZeroTokenForCausalLM
-from modicum.types import NonNegative, PositiveInt
+from modicum.models.zero_token.spent import counted
+from modicum.types import NonNegative, Positive, PositiveInt
 
 # Thresholds that nobody passes: p0 and a probability are not above 1, a change is not below 0, and no draw is above 1.
-_NEVER = {"zero_attention": 1.0, "confidence": 1.0, "latent": 0.0, "entropy": 0.0, "kl": 0.0, "random": 0.0}
+_NEVER = {
+    "zero_attention": 1.0, "confidence": 1.0, "gate": 1.0, "latent": 0.0, "entropy": 0.0, "kl": 0.0, "random": 0.0
+}  # fmt: skip
+_RISING = ("zero_attention", "confidence", "gate")  # a token leaves above the threshold, not below it
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,18 @@ class ExitPoint:
         mean_cycles: Cycles that a token runs on average.
         loss: Cross-entropy at this threshold.
         full_loss: Cross-entropy with all cycles.
+        visits: Layer visits of a token on average, those by which the criterion decides among them.
     """
 
     threshold: float
     mean_cycles: float
     loss: float
     full_loss: float
+    visits: float
+
+    def __iter__(self) -> Iterator[float]:
+        """Yield threshold, mean cycles and loss."""
+        return iter((self.threshold, self.mean_cycles, self.loss))
 
 
 def calibrate_threshold(
@@ -62,7 +75,7 @@ def calibrate_threshold(
 def cheapest(curve: Sequence[ExitPoint], *, max_loss_increase: NonNegative) -> ExitPoint:
     """Return the point of ``curve`` with the fewest cycles whose loss rises by at most ``max_loss_increase``."""
     allowed = [point for point in curve if point.loss <= point.full_loss + max_loss_increase]
-    return min(allowed, key=lambda point: point.mean_cycles)
+    return min(allowed, key=lambda point: (point.mean_cycles, point.loss))
 
 
 @torch.no_grad()
@@ -89,17 +102,16 @@ def exit_curve(
         )
     was_training = model.training
     model.eval()
-    full_loss, cycles, scores = _measure(model, data, never)
-    curve = [ExitPoint(never, cycles, full_loss, full_loss)]
+    full_loss, cycles, scores, _ = _measure(model, data, never)
+    curve = [ExitPoint(never, cycles, full_loss, full_loss, float(len(model.schedule)))]  # nothing is to be decided
     seen = scores[scores.isfinite()].sort().values
-    for share in torch.linspace(1, 0, candidates + 1)[1:]:
+    # Entropy and prediction are compared with those after the cycle before: of two cycles there is nothing to compare.
+    for share in torch.linspace(1, 0, candidates + 1)[1:] if len(seen) else ():
         # A score is compared strictly: just below a quantile, all tokens at or above it leave.
         threshold = float(torch.nextafter(seen[int(share * (len(seen) - 1))], torch.tensor(-torch.inf)))
-        threshold = {"zero_attention": threshold, "confidence": threshold, "random": 1 - threshold}.get(
-            criterion, -threshold
-        )
-        loss, mean_cycles, _ = _measure(model, data, threshold)
-        curve.append(ExitPoint(threshold, mean_cycles, loss, full_loss))
+        threshold = threshold if criterion in _RISING else 1 - threshold if criterion == "random" else -threshold
+        loss, mean_cycles, _, visits = _measure(model, data, threshold)
+        curve.append(ExitPoint(threshold, mean_cycles, loss, full_loss, visits))
     model.train(was_training)
     return curve
 
@@ -113,14 +125,75 @@ def loss_by_cycles(model: ZeroTokenForCausalLM, batches: Iterable[Int[Tensor, "b
 
 def _measure(
     model: ZeroTokenForCausalLM, data: list[Tensor], threshold: float | None, n_cycles: int | None = None
-) -> tuple[float, float, Tensor]:
-    loss = cycles = 0.0
+) -> tuple[float, float, Tensor, float]:
+    loss = cycles = visits = 0.0
     scores, targets, tokens = [torch.empty(0)], 0, 0
     for input_ids in data:
-        out = model(input_ids, labels=input_ids, use_cache=False, exit_threshold=threshold, n_cycles=n_cycles)
+        with counted() as spent:
+            out = model(input_ids, labels=input_ids, use_cache=False, exit_threshold=threshold, n_cycles=n_cycles)
         count = input_ids[:, 1:].numel()
         loss += float(out.loss) * count
         cycles += float(out.cycles.sum())
         targets, tokens = targets + count, tokens + input_ids.numel()
+        visits += spent.visits
         scores += [score.flatten().float() for score in out.exit_scores or ()]
-    return loss / targets, cycles / tokens, torch.cat(scores)
+    return loss / targets, cycles / tokens, torch.cat(scores), visits / tokens
+
+
+@torch.no_grad()
+def fit_exit_gate(
+    model: ZeroTokenForCausalLM, batches: Iterable[Int[Tensor, "b t"]], *, l2: Positive = 1.0
+) -> dict[int, float]:
+    r"""Add a gate to a trained model and fit it: does the prediction after this cycle stay what it is?
+
+    .. math:: g_c(h) = \sigma\bigl(w_c^\top h / \mathrm{rms}(h) + b_c\bigr)
+
+    A linear probe for each cycle but the last, on the state after it; its label is whether the likeliest token after
+    the cycle is the one after all cycles. The rest of the model is left as it is. Leave by it with
+    ``exit_criterion="gate"``, at a threshold from :func:`calibrate_threshold` on other text.
+
+    Args:
+        model: A looped model; it gets the gate.
+        batches: Token ids without padding; fit on other text than the threshold is chosen on.
+        l2: Penalty on the weights.
+
+    Returns:
+        For each cycle, counted from 1, the share of tokens whose prediction stays.
+
+    Raises:
+        RecipeError: There are no batches, or the model has a single cycle.
+
+    Reference:
+        Zhu et al., "Scaling Latent Reasoning via Looped Language Models", 2025, arXiv:2510.25741, for a linear gate on
+        the state; it is trained there with the model, here after it.
+    """
+    data, depth = list(batches), model.config.depth
+    if not data or depth < 2 or len(model._stages.cycles) < depth:
+        raise RecipeError(
+            f"A gate was to be fitted on {len(data)} batches with {depth} cycles, expected 1 and 2 or more."
+        )
+    was_training = model.training
+    model.eval()
+    states: list[list[Tensor]] = [[] for _ in range(depth - 1)]
+    labels: list[list[Tensor]] = [[] for _ in range(depth - 1)]
+    for ids in data:
+        call = Call(stay=True)
+        last = model(ids, use_cache=False, looping=call).logits.argmax(-1)
+        for cycle in range(depth - 1):
+            now = model(ids, use_cache=False, n_cycles=cycle + 1).logits.argmax(-1)
+            states[cycle].append(unit(call.trace.cycle_states[cycle]).flatten(0, 1))
+            labels[cycle].append((now == last).flatten())
+    model.config.exit_gate = True
+    gate = model.zero_token.add_gate(depth - 1, model.config.hidden_size)
+    stays = {}
+    for cycle in range(depth - 1):
+        stay = torch.cat(labels[cycle])
+        stays[cycle + 1] = float(stay.float().mean())
+        gate[cycle] = 0
+        if bool(stay.all()) or not bool(stay.any()):
+            gate[cycle, -1] = 20.0 if bool(stay.any()) else -20.0  # nothing to tell apart
+            continue
+        probe = fit(torch.cat(states[cycle]), stay, l2=l2)
+        gate[cycle, :-1], gate[cycle, -1] = probe.weight.to(gate), probe.bias
+    model.train(was_training)
+    return stays

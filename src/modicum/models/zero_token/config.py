@@ -22,20 +22,26 @@ from typing import (
 
 from annotated_types import Ge, Lt
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.knobs import fields_of
 from modicum.models.zero_token.attention import Route
 from modicum.models.zero_token.hosts import check_config
-from modicum.models.zero_token.schedule import Order, Stages, Visit, cycle_schedule, stages
+from modicum.models.zero_token.schedule import Order, Stages, VisitId, cycle_schedule, stages
 from modicum.types import NonNegativeInt, Positive, PositiveInt
+
+logger = logging.get_logger(__name__)
 
 ZeroKind: TypeAlias = Literal["key", "off_by_one", "sink"]
 Pool: TypeAlias = Literal["layer_cycle", "cycle", "layer"]
-ExitCriterion: TypeAlias = Literal["zero_attention", "confidence", "latent", "entropy", "kl", "random"]
+ExitCriterion: TypeAlias = Literal["zero_attention", "confidence", "gate", "latent", "entropy", "kl", "random"]
 ExitScore: TypeAlias = Literal["cycle_mean", "first_layer", "last_layer", "cycle_max", "layer"]
 ExitScope: TypeAlias = Literal["sequence", "token", "last_token", "prefix", "batch"]
 LABELS = ("id2label", "label2id", "problem_type")  # what a head with labels needs
+# How a model is run and trained is no part of what it is: config.json holds none of these.
+EXITS = ("exit_threshold", "exit_criterion", "exit_score", "exit_scope", "min_cycles")  # kept in generation_config.json
+TRAINING = ("train_cycles", "cycle_onset", "cycle_loss_weights", "route", "seed")  # kept in the recipe
 CAUSAL_SCOPES = ("token", "prefix")
 TrainCycles: TypeAlias = Literal["fixed", "random", "grow"]
 CachePolicy: TypeAlias = Literal["latest", "propagate", "share_first", "select"]
@@ -47,6 +53,9 @@ class ZeroTokenConfig(PreTrainedConfig):
     What is not listed here (``vocab_size``, ``hidden_size``, ``eos_token_id``, …) is read from ``host`` and written to
     it. ``num_hidden_layers`` is the number of layer visits, which is what a key-value cache needs to know.
 
+    How the model is run and trained (``exit_threshold`` to ``min_cycles``, and ``train_cycles`` to ``seed``) is no part
+    of ``config.json``: exits are saved in ``generation_config.json``, the rest is given anew to whatever trains it.
+
     Args:
         host: Configuration of the architecture whose layers are looped, or its fields with ``model_type``.
         n_cycles: How often the middle layers run.
@@ -54,6 +63,7 @@ class ZeroTokenConfig(PreTrainedConfig):
         n_tail: Last layers that run once.
         order: ``cycle``, ``sequence``, ``cycle_rev`` or a list of physical layers; see
             :func:`~modicum.models.zero_token.schedule.cycle_schedule`.
+        skip: Visits, as (layer, cycle), that are left out of this order: see ``modicum.models.visit_importance``.
         zero_token: Add a zero token to the attention calls.
         zero_kind: ``key`` is a trainable key; ``off_by_one`` a key fixed at zero; ``sink`` a trainable logit per head.
         zero_layers: Give zero tokens to the middle layers or to all.
@@ -68,11 +78,12 @@ class ZeroTokenConfig(PreTrainedConfig):
         cycle_gate: ``rezero`` scales what cycles after the first one change by a trainable number, at first 0.
         loop_connection: Add the state before the loop (``anchor``) or before the cycle (``residual``) after each cycle.
         lora_rank: Rank of the low-rank terms that untie the cycles of a layer; 0 for none.
+        exit_gate: There is a linear gate by which tokens may leave; ``modicum.models.fit_exit_gate`` adds and fits it.
         exit_threshold: Leave the loop when the score is above it; ``None`` never does. For the criteria ``latent``,
             ``entropy`` and ``kl``, when the change is below it; for ``random`` it is the chance to leave.
         exit_criterion: What the score is: the attention on the zero token, the probability of the likeliest next token
-            (``confidence``, which runs tail and head after each cycle), or by how much a cycle changed the state, the
-            entropy of the prediction, or the prediction.
+            (``confidence``, which runs tail and head after each cycle), what a ``gate`` that was fitted says of the
+            state, or by how much a cycle changed the state, the entropy of the prediction, or the prediction.
         exit_score: How the zero attention of a cycle's layers becomes one score.
         exit_scope: Over which tokens the score is averaged, and who leaves together.
         min_cycles: Cycles that always run.
@@ -98,6 +109,7 @@ class ZeroTokenConfig(PreTrainedConfig):
     n_head: int = 1
     n_tail: int = 1
     order: Any = "cycle"
+    skip: Any = None
     zero_token: bool = True
     zero_kind: str = "key"
     zero_layers: str = "middle"
@@ -111,6 +123,7 @@ class ZeroTokenConfig(PreTrainedConfig):
     cycle_gate: str | None = None
     loop_connection: str | None = None
     lora_rank: int = 0
+    exit_gate: bool = False
     exit_threshold: float | None = None
     exit_criterion: str = "zero_attention"
     exit_score: str = "cycle_mean"
@@ -145,6 +158,8 @@ class ZeroTokenConfig(PreTrainedConfig):
         host = self.__dict__.get("host")
         if name.startswith("_") or name == "host" or not isinstance(host, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if name == "auto_map":  # tools read it of any class that transformers does not know, and write into it
+            return self.__dict__.setdefault(name, {})
         return getattr(host, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -155,6 +170,31 @@ class ZeroTokenConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds: the architecture, without how it is run and trained."""
+        left_out = {*EXITS, *TRAINING, "_given"} | (set() if self.__dict__.get("auto_map") else {"auto_map"})
+        return {name: value for name, value in super().to_diff_dict().items() if name not in left_out}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of a dictionary; see ``transformers.PreTrainedConfig.from_dict``."""
+        plain = {name: cls.__dataclass_fields__[name].default for name in (*EXITS, *TRAINING)}
+        found = [n for n, value in plain.items() if config_dict.get(n, value) != value]
+        if found:
+            logger.warning_once(
+                f"This configuration holds {', '.join(found)}, which belong to running and training a model. They act, "
+                "but config.json will not hold them again: exits are saved in generation_config.json, the rest in the "
+                "recipe."
+            )
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._given = [name for name in EXITS if name in kwargs]
+        return made
+
+    def exits(self) -> dict[str, Any]:
+        """Return the fields of the exit that differ from their defaults, or were given when this was loaded."""
+        plain, given = type(self).__dataclass_fields__, self.__dict__.get("_given", ())
+        return {n: getattr(self, n) for n in EXITS if n in given or getattr(self, n) != plain[n].default}
+
     def check(self) -> None:
         """Refuse values that contradict each other.
 
@@ -164,6 +204,14 @@ class ZeroTokenConfig(PreTrainedConfig):
         for name in _choices():
             check_choice(name, getattr(self, name))
         schedule = self.schedule
+        unknown = {tuple(visit) for visit in self.skip or ()} - set(self.whole_schedule)
+        if unknown or {cycle for _, cycle in schedule} != set(range(self.depth)):
+            wrong = f"names {sorted(unknown)[0]}, which is no visit" if unknown else "leaves a cycle without any visit"
+            raise RecipeError(f"skip {wrong}. Visits are (layer, cycle), and every cycle keeps one.")
+        if self.skip and self.cache_policy == "share_first" and any(cycle == 0 for _, cycle in map(tuple, self.skip)):
+            raise UnsupportedError(
+                "cache_policy: share_first reads the keys of cycle 0: none of its visits can be skipped."
+            )
         if self.exit_threshold is not None and math.isnan(self.exit_threshold):
             raise RecipeError("exit_threshold is NaN, expected a number, or null to never exit.")
         if not 1 <= self.min_cycles <= max(1, self.depth):
@@ -191,20 +239,26 @@ class ZeroTokenConfig(PreTrainedConfig):
     @property
     def depth(self) -> int:
         """Cycles of the middle layers; an explicit order decides it itself."""
-        return 1 + max(cycle for _, cycle in self.schedule)
+        return 1 + max(cycle for _, cycle in self.whole_schedule)
 
     @property
-    def schedule(self) -> list[Visit]:
-        """The visits, as (physical layer, cycle)."""
+    def whole_schedule(self) -> list[VisitId]:
+        """The visits, as (physical layer, cycle), before any are skipped."""
         n_layers = self.host.num_hidden_layers
         return cycle_schedule(n_layers, self.n_cycles, n_head=self.n_head, n_tail=self.n_tail, order=self.order)
+
+    @property
+    def schedule(self) -> list[VisitId]:
+        """The visits, as (physical layer, cycle)."""
+        skipped = {tuple(visit) for visit in self.skip or ()}
+        return [visit for visit in self.whole_schedule if visit not in skipped]
 
     @property
     def middle(self) -> list[int]:
         """The layers that may run several times."""
         if isinstance(self.order, str):
             return list(range(self.n_head, self.host.num_hidden_layers - self.n_tail))
-        return sorted({layer for layer, cycle in self.schedule if cycle})
+        return sorted({layer for layer, cycle in self.whole_schedule if cycle})
 
     @property
     def stages(self) -> Stages:
@@ -227,14 +281,14 @@ class ZeroTokenConfig(PreTrainedConfig):
         return [types[layer] for layer, _ in self.schedule]
 
     @property
-    def rows(self) -> dict[Visit, int]:
+    def rows(self) -> dict[VisitId, int]:
         """Which row of the pool each visit with a zero token takes."""
         if not self.zero_token:
             return {}
         found: dict[Any, int] = {}
         layers = set(self.middle) if self.zero_layers == "middle" else set(range(self.host.num_hidden_layers))
-        visits = sorted((v for v in self.schedule if v[0] in layers), key=lambda v: (v[1], v[0]))
-        part: dict[str, Callable[[Visit], Any]] = {
+        visits = sorted((v for v in self.whole_schedule if v[0] in layers), key=lambda v: (v[1], v[0]))
+        part: dict[str, Callable[[VisitId], Any]] = {
             "layer_cycle": lambda v: v,
             "cycle": lambda v: v[1],
             "layer": lambda v: v[0],
@@ -248,8 +302,10 @@ class ZeroTokenKnobs(TypedDict, total=False):
 
     n_cycles: PositiveInt
     order: Order | list[int]
+    skip: list[tuple[int, int]] | None
     zero_token: bool
     lora_rank: NonNegativeInt
+    exit_gate: bool
     zero_kind: ZeroKind
     zero_layers: Literal["middle", "all"]
     pool: Pool

@@ -19,9 +19,9 @@ from modicum.knobs import known
 from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token import hosts
 from modicum.models.zero_token.body import Call
-from modicum.models.zero_token.config import ZeroTokenConfig, ZeroTokenKnobs
+from modicum.models.zero_token.config import EXITS, TRAINING, ZeroTokenConfig, ZeroTokenKnobs
+from modicum.models.zero_token.looped import Looped
 from modicum.models.zero_token.model import (
-    Looped,
     ZeroTokenForCausalLM,
     ZeroTokenForSequenceClassification,
     ZeroTokenForTokenClassification,
@@ -52,7 +52,8 @@ def convert_to_zero_token(
         o = \sigma(\mathrm{lse} - s\,q \cdot k_0^{(c, l)})\; o_{\mathrm{standard}}
 
     Args:
-        model: A causal language model of one of the known architectures; it is left as it is.
+        model: A causal language model of one of the known architectures; it is left as it is. One that is looped
+            already takes the knobs of running and training alone, which no checkpoint holds.
         n_head: First layers that run once; ``"auto"`` is a third of all layers, which a deep pre-trained model needs.
         n_tail: Last layers that run once; ``"auto"`` as above.
         mode: ``"loop"`` keeps all layers and makes the model deeper; ``"tie"`` keeps the depth and drops layers; the
@@ -93,7 +94,7 @@ def convert_to_zero_token(
     """
     knobs = known(convert_to_zero_token, knobs)
     if isinstance(model, Looped):
-        raise UnsupportedError("The model is looped already. Use resize_pool(model, n_cycles) for other cycles.")
+        return _run_otherwise(model, dict(knobs), ends=(n_head, n_tail), mode=mode)
     hosts.check_config(model.config)
     depth = model.config.num_hidden_layers
     config = ZeroTokenConfig(host=model.config, n_head=ends(depth, n_head), n_tail=ends(depth, n_tail), **knobs)
@@ -107,6 +108,21 @@ def convert_to_zero_token(
             raise UnsupportedError("mode 'tie' needs order 'cycle'.")
         return _tie(model, config, tie_init)
     raise RecipeError(f"There is no mode {mode!r}. {did_you_mean(mode, ['loop', 'tie'])}")
+
+
+def _run_otherwise(model: Any, knobs: dict[str, Any], **others: Any) -> Any:
+    """Return a looped model with other knobs of running and training, which need no other weights."""
+    if set(knobs) - {*EXITS, *TRAINING} or others != {"ends": (1, 1), "mode": "loop"}:
+        raise UnsupportedError(
+            f"The model is looped already: it takes {', '.join((*EXITS, *TRAINING))}. For other cycles use "
+            "resize_pool(model, n_cycles)."
+        )
+    again = copy.deepcopy(model)
+    for name, value in knobs.items():
+        setattr(again.config, name, value)
+    again.config.check()
+    again.zero_token.follow(again.config)
+    return again.eval()
 
 
 def ends(n_layers: int, asked: int | Literal["auto"]) -> int:

@@ -97,6 +97,17 @@ def confidence(logits: Float[Tensor, "b t v"]) -> Float[Tensor, "b t"]:
     return torch.exp(wide.amax(-1) - wide.logsumexp(-1))
 
 
+def gate_score(states: Float[Tensor, "b t d"], gate: Float[Tensor, " d+1"]) -> Float[Tensor, "b t"]:
+    """Return the chance, by a gate's weights and bias, that further cycles change no prediction."""
+    return torch.sigmoid(unit(states) @ gate[:-1].to(torch.float32) + gate[-1])
+
+
+def unit(states: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    """Return the states in float32, each with mean square 1."""
+    wide = states.to(torch.float32)
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny))
+
+
 def entropy_change(before: Float[Tensor, "b t v"], after: Float[Tensor, "b t v"]) -> Float[Tensor, "b t"]:
     """Return by how much a cycle changed the entropy of the prediction, in nats."""
     return (_entropy(after) - _entropy(before)).abs()

@@ -20,8 +20,8 @@ from modicum.errors import UnsupportedError
 from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token import hosts
 from modicum.models.zero_token.config import zero_key_shape
-from modicum.models.zero_token.model import Looped
-from modicum.models.zero_token.schedule import Visit
+from modicum.models.zero_token.looped import Looped
+from modicum.models.zero_token.schedule import VisitId
 from modicum.types import PositiveInt
 
 
@@ -96,7 +96,7 @@ def unroll(looped: Looped, *, n_cycles: PositiveInt | None = None) -> PreTrained
     return result
 
 
-def unrolled_schedule(config: Any, n_cycles: int | None) -> list[Visit]:
+def unrolled_schedule(config: Any, n_cycles: int | None) -> list[VisitId]:
     """Return the visits of the first ``n_cycles`` cycles.
 
     Raises:
@@ -104,11 +104,11 @@ def unrolled_schedule(config: Any, n_cycles: int | None) -> list[Visit]:
     """
     if n_cycles is not None and not 1 <= n_cycles <= config.depth:
         raise UnsupportedError(f"n_cycles is {n_cycles}, expected 1 to {config.depth}.")
-    kept: list[Visit] = [visit for visit in config.schedule if n_cycles is None or visit[1] < n_cycles]
+    kept: list[VisitId] = [visit for visit in config.schedule if n_cycles is None or visit[1] < n_cycles]
     return kept
 
 
-def _layer(looped: Looped, visit: Visit) -> dict[str, Tensor]:
+def _layer(looped: Looped, visit: VisitId) -> dict[str, Tensor]:
     """Return the weights of a visit: the layer's, each visit's own copy, with its low-rank terms."""
     layer, cycle = visit
     state = {name: tensor.clone() for name, tensor in looped.layers[layer].state_dict().items()}

@@ -57,7 +57,20 @@ class ZeroTokenPool(nn.LayerNorm):
                     self.lora[f"{key}:A"] = nn.Parameter(torch.empty(depth, rank, wide_in))
                     self.lora[f"{key}:B"] = nn.Parameter(torch.empty(depth, wide_out, rank))
 
-        if config.train_cycles == "random":
+        if config.exit_gate:
+            self.add_gate(depth - 1, config.hidden_size)
+        self.follow(config)
+
+    def add_gate(self, decisions: int, width: int) -> Tensor:
+        """Make the exit gate, or return the one that is there: weights and bias for each decision."""
+        if "exit_gate" not in self._parameters:
+            other = next(self.parameters(), torch.empty(0))
+            self.exit_gate = nn.Parameter(torch.empty(decisions, width + 1, device=other.device, dtype=other.dtype))
+        return self.exit_gate
+
+    def follow(self, config: ZeroTokenConfig) -> None:
+        """Make what the configuration's training needs."""
+        if config.train_cycles == "random" and "draws" not in self._buffers:
             # Passes made in training, by which the next draw is named: a checkpoint holds it, so that training goes on
             # exactly. A tensor, because tensors are what checkpoints hold.
             self.register_buffer("draws", torch.zeros((), dtype=torch.long))

@@ -15,7 +15,7 @@ from modicum.errors import RecipeError
 from modicum.types import NonNegativeInt, PositiveInt
 
 Order: TypeAlias = Literal["cycle", "sequence", "cycle_rev"]
-Visit: TypeAlias = tuple[int, int]
+VisitId: TypeAlias = tuple[int, int]
 
 
 def cycle_schedule(
@@ -25,7 +25,7 @@ def cycle_schedule(
     n_head: NonNegativeInt = 1,
     n_tail: NonNegativeInt = 1,
     order: Order | Sequence[int] = "cycle",
-) -> list[Visit]:
+) -> list[VisitId]:
     """Return the visits of a looped model as ``(physical layer, cycle)``.
 
     Args:
@@ -61,7 +61,7 @@ def cycle_schedule(
             f"n_head={n_head} and n_tail={n_tail} leave none of {n_layers} layers to cycle. "
             f"Lower them to a sum of at most {n_layers - 1}."
         )
-    visits: list[Visit]
+    visits: list[VisitId]
     if order == "sequence":
         visits = [(layer, cycle) for layer in middle for cycle in range(n_cycles)]
     elif order in ("cycle", "cycle_rev"):
@@ -75,7 +75,7 @@ def cycle_schedule(
     return head + visits + tail
 
 
-def _explicit(n_layers: int, order: Sequence[int]) -> list[Visit]:
+def _explicit(n_layers: int, order: Sequence[int]) -> list[VisitId]:
     wrong = [layer for layer in order if isinstance(layer, bool) or layer not in range(n_layers)]
     if wrong or not order:
         raise RecipeError(
@@ -111,8 +111,16 @@ class Stages:
     cycles: tuple[tuple[tuple[int, int, int], ...], ...]
     tail: tuple[tuple[int, int, int], ...]
 
+    def without(self, skip: Collection[VisitId]) -> Stages:
+        """Return the stages without some visits; the others keep their slots."""
 
-def stages(schedule: Sequence[Visit], middle: Collection[int]) -> Stages:
+        def kept(piece: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+            return tuple(entry for entry in piece if entry[:2] not in skip)
+
+        return Stages(kept(self.head), tuple(kept(piece) for piece in self.cycles), kept(self.tail))
+
+
+def stages(schedule: Sequence[VisitId], middle: Collection[int]) -> Stages:
     """Cut ``schedule`` into head, cycles and tail, each visit as ``(layer, cycle, slot)``.
 
     When the visits of the ``middle`` layers do not come cycle by cycle (order ``"sequence"``), they are a single piece

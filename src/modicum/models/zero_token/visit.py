@@ -31,6 +31,7 @@ from modicum.models.zero_token.attention import (
 from modicum.models.zero_token.cache import SlotLayer
 from modicum.models.zero_token.config import PlainConfig
 from modicum.models.zero_token.hosts import normed_key, rotated_key
+from modicum.models.zero_token.some import Some
 
 ATTENTION = "modicum_zero_token"
 Zero = tuple[Tensor | None, Tensor | None]  # key (g, k) or (b, g, t, k), and bias (h,)
@@ -48,7 +49,7 @@ class Visit:
         row: Row of the pool, or None when the visit has no zero token.
         cache: The cache, or None.
         rotary: Cosines and sines of the queries' positions, where the host has them.
-        rows: Which sequences of the batch the layer runs on; None for all. Tensors beside these rows are whole.
+        some: Which tokens the layer runs on; None for all. Only keys and values of the others are there too.
         active: Which of the new tokens run this cycle, (b, t); None for all.
         previous: Keys and values of the new tokens in the cycle before, for the tokens that do not run.
         shared: Use ``previous`` for all tokens.
@@ -73,7 +74,7 @@ class Visit:
         self.layer, self.cycle, self.slot = layer, cycle, slot
         self.config, self.pool, self.row, self.cache = config, pool, row, cache
         self.rotary: tuple[Tensor, Tensor] | None = None
-        self.rows: Tensor | None = None
+        self.some: Some | None = None
         self.active: Tensor | None = None
         self.previous: tuple[Tensor, Tensor] | None = None
         self.shared = False
@@ -82,11 +83,12 @@ class Visit:
         self.states: tuple[Tensor, Tensor] | None = None
         self.with_gradient = True
 
-    def whole(self, x: Tensor | None, batch: int) -> Tensor | None:
-        """Return ``x`` of all sequences, zero for those that the layer did not run on."""
-        if x is None or self.rows is None:
+    def whole(self, x: Tensor | None) -> Tensor | None:
+        """Return ``x`` (b, h, t, …) of all tokens, zero for those that the layer did not run on."""
+        if x is None or self.some is None:
             return x
-        return x.new_zeros(batch, *x.shape[1:]).index_copy(0, self.rows, x)
+        b, t = self.some.size
+        return self.some.put(x, x.new_zeros(b, x.shape[1], t, *x.shape[3:]), dim=2)
 
     @property
     def p0(self) -> Tensor | None:
@@ -119,14 +121,15 @@ class Visit:
         if self.previous is not None and self.shared:
             key, value = self.previous
         elif self.previous is not None and self.active is not None:
-            if self.rows is not None:  # those that left keep what they have
-                key, value = (x.index_copy(0, self.rows, y) for x, y in zip(self.previous, (key, value)))
-            runs = self.active[:, None, :, None]
-            key, value = torch.where(runs, key, self.previous[0]), torch.where(runs, value, self.previous[1])
+            if self.some is not None:  # those that left keep what they have
+                key, value = (self.some.put(x, y, dim=2) for x, y in zip((key, value), self.previous))
+            if self.some is None or self.some.places is None or self.some.active is not self.active:
+                runs = self.active[:, None, :, None]
+                key, value = torch.where(runs, key, self.previous[0]), torch.where(runs, value, self.previous[1])
         self.states = key, value
         keys, values, leads = self._visible(key, value, zero)
-        if self.rows is not None:
-            keys, values = keys[self.rows], values[self.rows]
+        if self.some is not None:
+            keys, values = keys[self.some.rows], values[self.some.rows]
         return keys, values, leads
 
     def _visible(self, key: Tensor, value: Tensor, zero: Zero | None) -> tuple[Tensor, Tensor, bool]:
@@ -166,6 +169,8 @@ def attend(
     zero = visit.zero(module, key)
     key, value, leads = visit.store(key, value, zero)
     backend = visit.config._attn_implementation_internal or "sdpa"
+    if visit.some is not None and attention_mask is None:
+        attention_mask = visit.some.causal(key.shape[2] - leads, query)
     if zero is None:
         out, visit.weights = _host_attention(backend, module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
