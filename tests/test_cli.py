@@ -90,8 +90,8 @@ def test_the_command_line_is_frozen():
     commands = get_command(app).commands
     options = {name: sorted(o for p in c.params for o in p.opts if o.startswith("--")) for name, c in commands.items()}
     assert options == {
-        "run": ["--out", "--quiet", "--set", "--traceback"],
-        "check": ["--set", "--traceback"],
+        "run": ["--on", "--out", "--quiet", "--set", "--traceback", "--workers"],
+        "check": ["--out", "--set", "--traceback"],
         "list": ["--json"],
         "show": [],
         "report": ["--out", "--traceback"],

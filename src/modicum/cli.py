@@ -52,6 +52,8 @@ def run(
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<recipe>.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    on: Annotated[str | None, typer.Option("--on", help="Where stages run: local, ray or slurm.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", "-w", help="Stages that run at a time.")] = None,
     traceback: Traceback = False,  # noqa: ARG001 - read by main, which catches the error
 ) -> None:
     """Run a recipe. Started again after any interruption, it goes on where it stopped.
@@ -65,7 +67,7 @@ def run(
     shortened.install()
     recipe = _load(source, assignments)
     folder = out or Path(recipe.out or f"runs/{Path(source).stem}")
-    finished = execute(recipe, folder, quiet=quiet)
+    finished = execute(recipe, folder, quiet=quiet, on=on, workers=workers)
     if not finished.quiet:
         from modicum.report import print_summary
 
@@ -73,7 +75,12 @@ def run(
 
 
 @app.command()
-def check(source: Source, assignments: Set = None, traceback: Traceback = False) -> None:  # noqa: ARG001
+def check(
+    source: Source,
+    assignments: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<recipe>.")] = None,
+    traceback: Traceback = False,  # noqa: ARG001
+) -> None:
     """Check a recipe and print its plan: what would be read, computed and written. Runs nothing."""
     import yaml
 
@@ -81,7 +88,7 @@ def check(source: Source, assignments: Set = None, traceback: Traceback = False)
     from modicum.recipe import dump
 
     recipe = _load(source, assignments)
-    lines = plan(recipe)
+    lines = plan(recipe, out or Path(recipe.out or f"runs/{Path(source).stem}"))
     print(yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True).rstrip())
     print("\n".join(["", "plan:", *(f"  {printable(line)}" for line in lines)]) if lines else "")
     print(f"{printable(source)} is valid.", file=sys.stderr)

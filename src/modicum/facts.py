@@ -10,7 +10,7 @@ checker for every one of them, so what ``modicum show`` prints has been checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -349,52 +349,3 @@ class MeasureFacts(Facts):
     def further(self) -> tuple[Callable[..., Any], ...]:
         """Whose parameters are knobs too, beside those of the method itself."""
         return (*super().further, self.estimate, *([self.prepare] if self.prepare else []))
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobFacts(Facts):
-    """Facts of a job.
-
-    Attributes:
-        plan: Says what a recipe would read, compute and write, a line each.
-        distributed: It runs on several processes.
-        incremental: It keeps what is done when its recipe changes: ``(old recipe, new recipe)`` tells whether the one
-            is an earlier form of the other.
-    """
-
-    plan: Callable[..., list[str]] | None = None
-    distributed: bool = False
-    incremental: Callable[[Mapping[str, Any], Any], bool] | None = None
-
-
-def _nothing(*_: Any) -> tuple[str, ...]:
-    return ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceFacts(Facts):
-    """Facts of a data source.
-
-    Attributes:
-        open_config: ``data.config`` goes to another library, which checks it; else its keys are the source's knobs.
-        inputs: ``(section, name) -> files``: what of this machine is read, which identifies a run.
-    """
-
-    supplied: Collection[str] = frozenset({"seed"})
-    open_config: bool = False
-    inputs: Callable[[Any, str], Iterable[str]] = _nothing
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowKindFacts(Facts):
-    """Facts of a kind of rows.
-
-    Attributes:
-        fields: Fields that a row has; one that has them all is of this kind.
-        order: Where a row could be of two kinds, it is of that with the smaller number.
-        tokenize: ``(rows, tokenizer, section, note) -> data set`` of token ids and labels.
-    """
-
-    fields: tuple[str, ...]
-    order: int
-    tokenize: Callable[..., Any]

@@ -6,6 +6,7 @@ An adapter brings the model that it was trained on along, and a model its tokeni
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,20 @@ def look(references: Iterable[str]) -> Inputs:
     for name, paths in local.items():
         hashes[name] = combine(Path(name).expanduser(), {path: found[path] for path in paths})
     return Inputs(hashes, {path: (stamp, found[path]) for path, stamp in stamps.items()})
+
+
+def check_readable(references: Iterable[str]) -> None:
+    """Raise where :func:`look` would, without reading the files.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    for name in dict.fromkeys(references):
+        path = Path(name).expanduser()
+        for file in files_in(path) if _exists(path) else ():
+            Stamp.of(file)
+            if not os.access(file, os.R_OK):
+                raise CheckpointError(f"Cannot read {file}: permission denied. Change its mode, or name another file.")
 
 
 def _exists(path: Path) -> bool:

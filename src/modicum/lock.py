@@ -162,6 +162,33 @@ def wait(ready: Callable[[], bool], path: Path, what: str | Path, *, seen: bool 
     return seen
 
 
+def check_exclusive(folder: Path) -> None:
+    """Refuse a folder on whose file system two processes could both make one file, so that no lock would hold.
+
+    Raises:
+        CheckpointError: A second process would not be told that a file exists already.
+    """
+    probe = folder / f".exclusive.{uuid.uuid4().hex}"
+    try:
+        probe.open("x").close()
+        try:
+            probe.open("x").close()
+        except FileExistsError:
+            return
+        raise CheckpointError(
+            f"The file system of {folder} makes a file twice, so several processes would do the same work there. "
+            "Choose a folder on another one."
+        )
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def wait_until_free(path: Path, *, every: float = 0.2) -> None:
+    """Return once nobody who may be alive holds the lock file ``path``."""
+    while (owner := read_owner(path)) is not None and owner.alive() is not False:
+        time.sleep(every)
+
+
 def _refusal(owner: Owner, path: Path, what: str | Path) -> str:
     if owner.alive() is None:
         return (

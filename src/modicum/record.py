@@ -50,6 +50,7 @@ from modicum.stored import read_record as read_record
 
 NUMERICS = 1  # raised whenever the same recipe and inputs give other numbers than before
 ASIDE = "set-aside"
+PATIENCE = 5.0  # seconds in which a folder that was just taken gets its record
 OnChange: TypeAlias = Literal["refuse", "replace", "keep"]
 
 
@@ -87,6 +88,12 @@ class Run:
         complete: Completes a recipe by today's defaults. A run of an earlier version, whose recipe lacks a key that
             has been added since, is recognised by it.
         home: Where the folder will lie once the run is done, when that is elsewhere.
+        shared: While another process has this very run at work, help it rather than refuse.
+
+    Attributes:
+        helps: Another process has the run, and writes its record.
+        on: Executor of the run's stages, where the command line names one.
+        workers: How many of them run at a time, where it says so.
 
     Raises:
         CheckpointError: The folder holds something else; or, when the run is entered, another process works in it.
@@ -103,8 +110,12 @@ class Run:
         on_change: OnChange = "refuse",
         complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
         home: str | Path | None = None,
+        shared: bool = False,
     ) -> None:
         check_name(folder)
+        self._shared, self.helps = shared, False
+        self.on: str | None = None
+        self.workers: int | None = None
         self.folder, self.home = Path(folder), Path(home or folder)
         self.main = processes.main()
         self.quiet = quiet or not self.main
@@ -218,7 +229,14 @@ class Run:
     def _take_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            stack.enter_context(lock.hold(self.folder / lock.NAME, self.folder))
+            try:
+                stack.enter_context(lock.hold(self.folder / lock.NAME, self.folder))
+            except lock.HeldError:
+                if not self._shared or not self._is_at_work():
+                    raise
+                self.main, self.helps = False, True
+                self._begin()
+                return
             # Another process may have worked here since the record was read.
             self.record = self._read()
             self._remove_leftovers()
@@ -256,6 +274,19 @@ class Run:
         told = ", ".join(f"{name} {problem}" for name, problem in list(damaged.items())[:3])
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         self.note(f"made again, since after the run was done {told}{more}; what was there is kept in {ASIDE}/")
+
+    def _is_at_work(self) -> bool:
+        """Whether whoever holds the folder has this very run at work, in another process."""
+        owner = lock.read_owner(self.folder / lock.NAME)
+        if owner is not None and owner.pid == os.getpid() and owner.alive():
+            return False
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:  # the record is written a moment after the folder is taken
+            with suppress(CheckpointError):
+                if self._difference(read_record(self.folder)) is None:
+                    return True
+            time.sleep(0.1)
+        return False
 
     def _is_ours(self) -> bool:
         """Whether the folder holds nothing of another run, which the first process is about to remove."""

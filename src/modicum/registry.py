@@ -36,17 +36,15 @@ from modicum.facts import (
     AveragerFacts,
     Facts,
     GradientFacts,
-    JobFacts,
     JudgeFacts,
     MeasureFacts,
     MergeFacts,
     ObjectiveFacts,
     PartFacts,
     PolicyFacts,
-    RowKindFacts,
-    SourceFacts,
     ZerothOrderFacts,
 )
+from modicum.job_facts import JobFacts, RowKindFacts, SourceFacts
 from modicum.knobs import parameters
 from modicum.model_facts import ModelFacts, StoreFacts
 from modicum.schema import explain, numbers_in
@@ -215,7 +213,8 @@ model = Registry("models", "model", "modicum.models", ModelFacts)
 source = Registry("sources", "data source", "modicum.jobs.data.sources", SourceFacts)
 row_kind = Registry("row_kinds", "kind of rows", "modicum.jobs.data.kinds", RowKindFacts)
 job = Registry("jobs", "job", "modicum.jobs", JobFacts)
-# No methods, but the mechanisms of one job, so it is not listed among the tables below.
+# No methods, but mechanisms of jobs, so they are not listed among the tables below.
+executor: Registry[..., Facts] = Registry("executors", "executor", "modicum.jobs.executors")
 training_part = Registry("training_parts", "training part", "modicum.jobs.training.parts", PartFacts)
 
 REGISTRIES: Mapping[str, Registry[..., Facts]] = MappingProxyType(

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from modicum import lock, registry
-from modicum.facts import JobFacts
+from modicum.job_facts import JobFacts
 from modicum.jobs import execute
 from modicum.recipe import Recipe, parse
 from modicum.record import Run, read_record

@@ -114,6 +114,15 @@ def test_a_wrong_pipeline_is_refused_before_anything_runs(tiny_model, rows, chan
     assert message in str(caught.value)
 
 
+def test_a_pipeline_that_was_stopped_before_it_wrote_its_recipe_goes_on(tiny_model, rows, tmp_path):
+    recipe = parse({"job": "pipeline", "stages": stages(tiny_model, rows)[:1]})
+    run = execute(recipe, tmp_path / "r", quiet=True)
+    record = json.loads((run.folder / "record.json").read_text()) | {"status": "running"}
+    (run.folder / "record.json").write_text(json.dumps(record))
+    (run.folder / "recipe.yaml").unlink()
+    assert execute(recipe, tmp_path / "r", quiet=True).done
+
+
 def test_an_output_that_a_stage_did_not_make_is_named(tiny_model, rows, tmp_path):
     wrong = stages(tiny_model, rows)[:1]
     wrong.append({"name": "next", "job": "merge", "experts": ["stage:first/adaptr"], "method": "linear"})

@@ -11,13 +11,22 @@ from pathlib import Path
 
 from modicum import lock, registry
 from modicum.durable import commit, full_disks_told
-from modicum.errors import CheckpointError
+from modicum.errors import CheckpointError, RecipeError
+from modicum.inputs import check_readable
 from modicum.recipe import Recipe, dump, inputs_of, parse
 from modicum.record import OnChange, Run
 from modicum.stored import damage, stored_recipe
 
 
-def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_change: OnChange = "refuse") -> Run:
+def execute(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    quiet: bool = False,
+    on_change: OnChange = "refuse",
+    on: str | None = None,
+    workers: int | None = None,
+) -> Run:
     """Run ``recipe`` in ``folder``, or return at once when that very run finished there before.
 
     Args:
@@ -26,6 +35,8 @@ def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_chang
         quiet: Print nothing.
         on_change: What to do when the folder holds the run of another recipe: refuse; replace it, once this one is
             done; or keep what is there. Jobs that work incrementally always keep.
+        on: Executor of the stages of a pipeline or grid; see :mod:`modicum.jobs.executors`.
+        workers: How many stages run at a time.
 
     Raises:
         ModicumError: The user's input is wrong; nothing half-written stays.
@@ -34,7 +45,11 @@ def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_chang
         >>> from modicum.recipe import parse, read
         >>> run = execute(parse(read("quickstart")), "runs/quickstart")  # doctest: +SKIP
     """
+    facts = registry.job[recipe.job].facts
+    if not facts.spreads and (on is not None or workers is not None):
+        raise RecipeError(f"--on and --workers spread the stages of a pipeline or grid; a {recipe.job} has none.")
     run = open_run(recipe, folder, quiet=quiet, on_change="keep" if on_change == "replace" else on_change)
+    run.on, run.workers = on, workers
     if run.done and not damage(run.folder, run.record):
         run.say(f"{run.folder} is finished already: nothing to do.")
         return run
@@ -44,7 +59,11 @@ def execute(recipe: Recipe, folder: str | Path, *, quiet: bool = False, on_chang
         shutil.rmtree(_beside(run.folder), ignore_errors=True)  # of a recipe that was changed back
     with run, full_disks_told(run.folder):
         registry.job[recipe.job].function(recipe, run)
-    return run
+    if not run.helps:
+        return run
+    # The first process sums up what all have done; should it have died, this one does.
+    lock.wait_until_free(run.folder / lock.NAME)
+    return execute(recipe, folder, quiet=quiet, on_change=on_change, on=on, workers=workers)
 
 
 def _beside(folder: Path) -> Path:
@@ -71,27 +90,42 @@ def open_run(recipe: Recipe, folder: str | Path, *, quiet: bool, on_change: OnCh
     Raises:
         CheckpointError: The folder holds something that this run must not touch.
     """
-    goes_on = registry.job[recipe.job].facts.incremental
-    if goes_on is not None:
-        on_change = "keep"
-        if (stored := stored_recipe(folder)) is not None and not goes_on(stored, recipe):
-            raise CheckpointError(
-                f"{folder} holds the run of another recipe (job {stored.get('job')}), which a {recipe.job} does not "
-                "overwrite. Choose another --out, or delete the folder."
-            )
-    return Run(
+    facts = registry.job[recipe.job].facts
+    goes_on = facts.incremental
+    run = Run(
         folder,
         job=recipe.job,
         recipe=dump(recipe),
         inputs=inputs_of(recipe),
         quiet=quiet,
-        on_change=on_change,
+        on_change="keep" if goes_on is not None else on_change,
         complete=lambda data: dump(parse(data)),
         home=home,
+        shared=facts.shared,
     )
+    # A run that was stopped before it wrote its recipe is known by its record.
+    if goes_on is not None and run.foreign:
+        stored = stored_recipe(folder)
+        if stored is not None and not goes_on(stored, recipe):
+            raise CheckpointError(
+                f"{folder} holds the run of another recipe (job {stored.get('job')}), which a {recipe.job} does not "
+                "overwrite. Choose another --out, or delete the folder."
+            )
+    return run
 
 
-def plan(recipe: Recipe) -> list[str]:
-    """Return what running ``recipe`` would read, compute and write, a line each; runs nothing."""
-    describe = registry.job[recipe.job].facts.plan
-    return describe(recipe) if describe else []
+def plan(recipe: Recipe, folder: Path | None = None) -> list[str]:
+    """Return what running ``recipe`` would read, compute and write, a line each; runs nothing.
+
+    Args:
+        recipe: A checked recipe.
+        folder: Where it would run; what is finished there is no work any more.
+
+    Raises:
+        ModicumError: It would be refused.
+    """
+    check_readable(recipe.inputs())  # a run begins by reading them
+    facts = registry.job[recipe.job].facts
+    if facts.plan is None:
+        return []
+    return facts.plan(recipe, folder) if facts.spreads else facts.plan(recipe)

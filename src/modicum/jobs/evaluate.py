@@ -100,7 +100,7 @@ def plan(recipe: EvaluateRecipe) -> list[str]:
     return lines
 
 
-@job("evaluate", plan=plan)
+@job("evaluate", plan=plan, foreseeable=lambda _: True)
 def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
     """Evaluate each model on each task.
 

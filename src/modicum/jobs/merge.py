@@ -237,7 +237,13 @@ def _closed(folder: Path) -> str | None:
     return None
 
 
-@job("merge", plan=lambda recipe: make_plan(recipe).describe(), distributed=True)
+@job(
+    "merge",
+    plan=lambda recipe: make_plan(recipe).describe(),
+    distributed=True,
+    makes_like=lambda r: None if r.mergekit or r.tokenizer else r.base or _model_and_adapter(r.experts[0])[0],
+    foreseeable=lambda recipe: recipe.output == "model",
+)
 def merge(recipe: MergeRecipe, run: Run) -> None:
     """Merge models into one, a tensor at a time.
 

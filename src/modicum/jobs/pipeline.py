@@ -3,7 +3,8 @@
 ``stage:NAME`` stands for the first output of stage ``NAME``, ``stage:NAME/OUTPUT`` for the output of that name. A
 stage is a run of its own in ``stages/NAME``. Finished stages are skipped when the pipeline runs again; a stage whose
 recipe or inputs changed is redone, with everything that depends on it: beside the finished one, which it replaces when
-it is done itself.
+it is done itself. Stages run one after another; with ``--workers`` or ``--on``, those that do not use each other run
+side by side (:mod:`modicum.jobs.executors`).
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from modicum import lock, registry
+from modicum import lock, processes, registry
 from modicum.errors import RecipeError, did_you_mean
 from modicum.jobs import execute, open_run
-from modicum.jobs import plan as plan_job
+from modicum.jobs.stages.references import PREFIX, names_in, references, resolve, stage_of
 from modicum.recipe import Data, Recipe, parse
 from modicum.record import Run, read_record
 from modicum.registry import job
-
-PREFIX = "stage:"
 
 
 class PipelineRecipe(Recipe):
@@ -52,11 +51,11 @@ class PipelineRecipe(Recipe):
                 raise RecipeError(f"stages[{position}] needs a name of letters, digits, - and _; got {name!r}.")
             if name in seen:
                 raise RecipeError(f"Two stages are called {name!r}. Rename one.")
-            if stage.get("job") == "pipeline":
-                raise RecipeError(f"stage {name!r} is a pipeline. Put its stages into this one.")
+            if stage.get("job") in ("pipeline", "grid"):
+                raise RecipeError(f"stage {name!r} is a {stage['job']}. Put its stages into this one.")
             parse(_without_name(stage, self.seed), f"stage {name!r}")
-            for reference in _references(stage):
-                target = reference.removeprefix(PREFIX).partition("+")[0].partition("/")[0]
+            for reference in references(stage):
+                target = stage_of(reference)
                 if target not in seen:
                     raise RecipeError(f"stage {name!r} uses {reference!r}, no earlier stage. {_earlier(target, seen)}")
             seen.append(name)
@@ -69,17 +68,11 @@ class PipelineRecipe(Recipe):
             yield from (name for name in recipe.inputs() if not name.startswith(PREFIX))
 
 
-def plan(recipe: PipelineRecipe) -> list[str]:
-    """Describe each stage; what depends on an earlier stage's output can be told only after that stage ran."""
-    lines = []
-    for stage in recipe.stages:
-        inner = parse(_without_name(stage, recipe.seed))
-        uses = sorted({reference.removeprefix(PREFIX) for reference in _references(stage)})
-        after = f" after {', '.join(uses)}" if uses else ""
-        lines.append(f"{stage['name']}: {inner.job}{after}")
-        if not uses:
-            lines += [f"  {line}" for line in plan_job(inner)]
-    return lines
+def plan(recipe: PipelineRecipe, _folder: Path | None = None) -> list[str]:
+    """Describe each stage; one that uses an earlier stage's output is checked on a model of the same shape."""
+    from modicum.jobs.stages.foresight import foresee
+
+    return foresee(_stages(recipe))
 
 
 def goes_on(stored: Mapping[str, Any], recipe: PipelineRecipe) -> bool:
@@ -91,7 +84,7 @@ def goes_on(stored: Mapping[str, Any], recipe: PipelineRecipe) -> bool:
     return any(stage["name"] in names for stage in recipe.stages)
 
 
-@job("pipeline", plan=plan, incremental=goes_on)
+@job("pipeline", plan=plan, incremental=goes_on, spreads=True)
 def pipeline(recipe: PipelineRecipe, run: Run) -> None:
     """Run the stages in order; finished ones are skipped.
 
@@ -99,13 +92,33 @@ def pipeline(recipe: PipelineRecipe, run: Run) -> None:
         recipe: The stages.
         run: The pipeline's own folder; stage ``NAME`` becomes the run ``stages/NAME`` in it.
     """
+    if run.on is None and run.workers is None:
+        _one_by_one(recipe, run)
+        return
+    if processes.world() > 1:
+        raise RecipeError("--on and --workers start processes of their own: start the pipeline without torchrun.")
+    from modicum.jobs.executors import opened
+    from modicum.jobs.stages.running import Stage, run_stages
+
+    records: dict[str, Mapping[str, Any]] = {}
+
+    def tell(stage: Stage, record: Mapping[str, Any]) -> None:
+        records[stage.name] = record
+        for one in recipe.stages:  # in the order of the recipe, whichever is finished first
+            if one["name"] in records:
+                _keep(run, one["name"], records[one["name"]])
+
+    with opened(run.on, run.workers, most=len(recipe.stages)) as executor:
+        run_stages(_stages(recipe), run, executor, tell=tell)
+
+
+def _one_by_one(recipe: PipelineRecipe, run: Run) -> None:
     folders: dict[str, Path] = {}
-    summaries: list[dict[str, Any]] = []
     seen = False  # the first process at work
     for position, stage in enumerate(recipe.stages, 1):
         name = stage["name"]
         folder = run.folder / "stages" / name
-        resolved = _resolve(_without_name(stage, recipe.seed), folders)
+        resolved = resolve(_without_name(stage, recipe.seed), folders)
         inner = parse(resolved, f"stage {name!r}")
         run.say(f"[{position}/{len(recipe.stages)}] {name}: {inner.job}")
         if run.main or registry.job[inner.job].facts.distributed:
@@ -117,49 +130,33 @@ def pipeline(recipe: PipelineRecipe, run: Run) -> None:
             first = open_run(inner, folder, quiet=True, on_change="keep")
             seen = lock.wait(first.finished, run.folder / lock.NAME, folder, seen=seen)
         folders[name] = folder
-        record = read_record(folder)
-        summaries.append(
-            {"name": name, "job": inner.job, "folder": f"stages/{name}"}
-            | {key: record[key] for key in ("status", "seconds")}
-        )
-        run.record["stages"] = summaries
-        run.record["metrics"][name] = record["metrics"]
-        run.save()
+        if position == 1:
+            run.record["stages"] = []
+        _keep(run, name, read_record(folder))
+
+
+def _keep(run: Run, name: str, record: Mapping[str, Any]) -> None:
+    """Note in the pipeline's record what came of a stage."""
+    summary = {"name": name, "job": record["job"], "folder": f"stages/{name}"}
+    summary |= {key: record[key] for key in ("status", "seconds")}
+    others = [one for one in run.record.get("stages", []) if one["name"] != name]
+    run.record["stages"] = [*others, summary]
+    run.record["metrics"][name] = record["metrics"]
+    run.save()
+
+
+def _stages(recipe: PipelineRecipe) -> list[Any]:
+    from modicum.jobs.stages.running import Stage
+
+    found = []
+    for stage in recipe.stages:
+        data = _without_name(stage, recipe.seed)
+        found.append(Stage(stage["name"], data, stage["name"], after=tuple(names_in(data))))
+    return found
 
 
 def _without_name(stage: Data, seed: int) -> Data:
     return {"seed": seed, **{key: value for key, value in stage.items() if key != "name"}}
-
-
-def _references(value: Any) -> Iterator[str]:
-    if isinstance(value, str) and value.startswith(PREFIX):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _references(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _references(item)
-
-
-def _resolve(value: Any, folders: dict[str, Path]) -> Any:
-    """Replace every reference to a stage by the path of what that stage made."""
-    if isinstance(value, dict):
-        return {key: _resolve(item, folders) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_resolve(item, folders) for item in value]
-    if not isinstance(value, str) or not value.startswith(PREFIX):
-        return value
-    value, plus, adapter = value.partition("+")  # model+adapter, as mergekit files write it
-    if plus:
-        return f"{_resolve(value, folders)}+{_resolve(adapter, folders)}"
-    name, _, output = value.removeprefix(PREFIX).partition("/")
-    outputs: dict[str, str] = read_record(folders[name])["outputs"]
-    if not outputs:
-        raise RecipeError(f"{value!r}: stage {name!r} made nothing that another stage could use.")
-    if output and output not in outputs:
-        raise RecipeError(f"{value!r}: stage {name!r} has no output {output!r}. {did_you_mean(output, outputs)}")
-    return str(folders[name] / (outputs[output] if output else next(iter(outputs.values()))))
 
 
 def _earlier(name: str, seen: list[str]) -> str:

@@ -67,7 +67,13 @@ def plan(recipe: TrainRecipe) -> list[str]:
     ]
 
 
-@job("train", plan=plan, distributed=True)
+def makes_like(recipe: TrainRecipe) -> str | None:
+    """Return the model whose shape the result has, where training does not change it."""
+    changed = recipe.model.convert is not None or recipe.model.scratch is not None
+    return None if changed else recipe.model.path
+
+
+@job("train", plan=plan, distributed=True, makes_like=makes_like, foreseeable=lambda _: True)
 def train(recipe: TrainRecipe, run: Run) -> None:
     """Fine-tune a model, saving checkpoints on the way and resuming from the last one.
 

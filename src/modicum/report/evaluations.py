@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 from modicum.report.metrics import Better, Metric, Unit, metric_of
+from modicum.report.runs import RunView
 from modicum.report.text import is_number
 
 
@@ -101,6 +102,13 @@ def boards(evaluations: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Board]:
         named = replace(cell, model=f"{cell.model} · {run}") if cell.model in twice else cell
         sorted_cells.setdefault(named.metric, {})[named.model, named.task] = named
     return [Board(*metric, found) for metric, found in sorted_cells.items()]
+
+
+def evaluations(run: RunView) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield name and metrics of every run that tells results of its own: a grid sums up those of its cells."""
+    yield run.name, run.metrics
+    for stage in () if run.job == "grid" else run.stages:
+        yield from evaluations(stage)
 
 
 def _raw(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:

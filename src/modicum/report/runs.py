@@ -102,7 +102,9 @@ def _view(folder: Path, name: str) -> RunView:
 def _listed(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List a pipeline's stages: the planned ones in order, completed by what the record tells of those that ended."""
     stages: dict[str, dict[str, Any]] = {}
-    for source in (recipe.get("stages"), record.get("stages")):
+    # A grid's recipe lists templates, which are no runs.
+    planned = None if record.get("job") == "grid" else recipe.get("stages")
+    for source in (planned, record.get("stages")):
         for stage in source if isinstance(source, list) else ():
             if isinstance(stage, dict):
                 name = str(stage.get("name", "?"))

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modicum.errors import CheckpointError, printable
-from modicum.report.evaluations import Board, boards
+from modicum.report.evaluations import Board, boards, evaluations
 from modicum.report.runs import RunView, load
 from modicum.report.text import duration, measure, plain
 
@@ -31,7 +31,7 @@ def summarize(folder: Path, console: Console | None = None) -> None:
     """Print what came of the run in ``folder``."""
     console = console or Console(highlight=False)
     run = load([folder])
-    found = boards((part.name, part.metrics) for part in run.walk())
+    found = boards(evaluations(run))
     if found:
         console.print(_table(found))
     for name, path in _made(run):
@@ -46,7 +46,7 @@ def _shown(text: str) -> str:
 
 
 def _made(run: RunView) -> Iterator[tuple[str, str]]:
-    for part in run.walk():
+    for part in (run,) if run.job == "grid" else run.walk():  # a grid's cells are too many to be listed
         outputs = part.record.get("outputs")
         for name, path in outputs.items() if isinstance(outputs, Mapping) else ():
             label = str(name) if part is run else f"{part.name}/{name}"

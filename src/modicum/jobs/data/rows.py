@@ -13,7 +13,7 @@ from typing import Any
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Row, Rows
-from modicum.facts import RowKindFacts
+from modicum.job_facts import RowKindFacts
 from modicum.jobs.data.bad_rows import BadRow, each
 from modicum.jobs.data.collators import LabelledLogits, PaddingCollator, collate
 from modicum.jobs.data.section import DataSection, Fields

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from modicum.errors import RecipeError, did_you_mean
-from modicum.facts import SourceFacts
+from modicum.job_facts import SourceFacts
 from modicum.recipe import Section
 from modicum.registry import Entry, row_kind, source
 from modicum.types import NonNegativeInt, PositiveInt

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from markupsafe import Markup
 
 from modicum.report.axes import ticks
-from modicum.report.evaluations import Board, Cell, boards
+from modicum.report.evaluations import Board, Cell, boards, evaluations
 from modicum.report.html import figure, grid, table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, Stat, section
@@ -20,7 +20,7 @@ READ_BARS = "Bars show the value, the thin line its confidence interval. The bes
 @section(order=10)
 def results(run: RunView) -> Section | None:
     """Draw the results of every evaluation among the runs."""
-    found = boards((part.name, part.metrics) for part in run.walk())
+    found = boards(evaluations(run))
     if not found:
         return None
     body = Markup("").join(
