@@ -86,3 +86,20 @@ def measured(method: str, experts: Sequence[Mapping[str, Any]]) -> list[dict[str
                 numbers = torch.rand(shape, generator=rng) + 0.1
                 found[-1][name] = numbers @ numbers.T if facts.measure == "gram" else numbers
     return found
+
+
+@cache
+def safety_rows(acts_on: str) -> dict[str, Any]:
+    """Return what a train recipe needs beside an objective of safety; its rows lie in a file outside the tests."""
+    import json
+    import tempfile
+    from pathlib import Path
+
+    reasons = {"completion": "<think>\nFine.\n</think>\n\nHere."}
+    contrasts = [{"completion": "No.", "rejected": said, "kind": "illegal"} for said in ("Yes.", "Sure.", "Here.")]
+    rows = [reasons] * 7 if acts_on == "reasoning" else [*contrasts, *contrasts, {**contrasts[0], "kind": "helpful"}]
+    path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {n}", **row}) + "\n" for n, row in enumerate(rows)))
+    return {"data": {"path": str(path), "max_length": 128}} | (
+        {} if acts_on == "reasoning" else {"adapter": {"rank": 2}}
+    )

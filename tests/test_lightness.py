@@ -8,7 +8,11 @@ from importlib import import_module
 
 import pytest
 
-FACES = ("modicum.optim", "modicum.adapters", "modicum.evaluate", "modicum.objectives", "modicum.submodular")
+FACES = (
+    "modicum.optim", "modicum.adapters", "modicum.evaluate", "modicum.evaluate.judges", "modicum.jobs.chat",
+    "modicum.objectives", "modicum.safety", "modicum.safety.data", "modicum.safety.losses",
+    "modicum.safety.representation", "modicum.submodular",
+)  # fmt: skip
 # Modules of ours that a run with `gradient: adagc` may import, apart from training parts: those are all imported, to
 # know what a recipe may say, and import their engines only when they are used.
 MOST = 63  # of its own modules, two of which watch the losses and check what was saved, some hash and commit

@@ -138,9 +138,9 @@ class ObjectiveFacts(Facts):
     """Facts of an objective.
 
     Attributes:
-        acts_on: What it changes (``input_ids``, ``inputs_embeds``, ``hidden_states``), judges (``answers``) or compares
-            (``pairs``). The training part that serves the objective goes by this; a recipe that no part serves is
-            refused.
+        acts_on: What it changes (``input_ids``, ``inputs_embeds``, ``hidden_states``), judges (``answers``), compares
+            (``pairs``), or reads: ``reasoning``, or an answer to be turned away (``contrasts``). The training part that
+            serves the objective goes by this; a recipe that no part serves is refused.
         differentiable: Its loss has a gradient.
         loss_head: It labels a small share of its tokens, or weighs them, so that its loss is taken at these positions
             alone.

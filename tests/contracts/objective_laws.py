@@ -61,7 +61,7 @@ def preferences(draw: Draw) -> dict[str, Tensor]:
 
 
 def is_of_batches(entry: Entry[Any]) -> bool:
-    return entry.facts.acts_on not in ("answers", "pairs")
+    return entry.facts.acts_on in ("input_ids", "inputs_embeds", "hidden_states")
 
 
 def chosen(entry: Entry[Any], draw: Draw, **fixed: Any) -> dict[str, Any]:

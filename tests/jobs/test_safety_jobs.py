@@ -205,6 +205,12 @@ def test_nothing_of_the_requests_or_answers_lies_in_clear(parts, tmp_path):
 
 
 def test_too_few_rows_and_evaluation_prompts_are_refused(parts, tmp_path):
+    shared = synthesize_recipe(parts, evaluation=[parts["goals"]])
+    with pytest.raises(RecipeError, match="one of the evaluation set"):
+        plan(shared)
+    with pytest.raises(RecipeError, match="one of the evaluation set"):
+        execute(shared, tmp_path / "shared", quiet=True)
+    assert not list((tmp_path / "shared").glob("replies*"))
     with pytest.raises(RecipeError, match="rows are left after the filters"):
         execute(synthesize_recipe(parts, minimum=99), tmp_path / "run", quiet=True)
 

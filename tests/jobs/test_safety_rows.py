@@ -9,13 +9,16 @@ from modicum.jobs.chat.scripted import Scripted
 from modicum.jobs.data.tokens import encode
 from modicum.jobs.safety.prompts import SHOWN, completion_text, guideline_hash, guideline_text
 from modicum.jobs.safety_data import (
+    build_contrast_rows,
     build_filler_rows,
+    build_preference_rows,
     build_rt_rows,
     build_srg_rows,
     decontaminate,
     load_guidelines,
     render_row,
     render_teacher_prompt,
+    synthesized,
 )
 from support import byte_tokenizer
 
@@ -65,6 +68,30 @@ BROKEN = {
     "unsafe": "<think>I see no trouble.\nVerdict: safe-complete</think>HARM",
     "complied": "<think>I see no trouble.\nVerdict: comply</think>Sure thing.",
 }
+
+
+@pytest.mark.parametrize("reason", [*BROKEN, "refused"])
+def test_replies_that_a_request_must_not_get_become_pairs_and_contrasts(reason):
+    """Harmful requests: what complies, harms or contradicts itself. Harmless ones: what refuses. Nothing else."""
+    bad = "<think>Better not answer.\nVerdict: refuse</think>NO" if reason == "refused" else BROKEN[reason]
+
+    def script(request, index):
+        asked = request.messages[-1]["content"]
+        wanted = ("HARM" in asked) is (reason != "refused")
+        return bad if index == 0 and wanted else teacher(request, index)
+
+    made = synthesized(ILLEGAL, HELPFUL, GUIDELINES, teacher=Scripted(script), judge=Marks(), k=2, seed=0)
+    pairs, contrasts = build_preference_rows(made.rows, made.worse), build_contrast_rows(made.rows, made.worse)
+    found = reason in ("unsafe", "complied", "refused")
+    assert len(pairs) == (2 if found else 0) and len(contrasts) == 4
+    assert all(pair["chosen"] != pair["rejected"] and "<think>" in pair["rejected"][0]["content"] for pair in pairs)
+    against = [row for row in contrasts if row["rejected"]]
+    assert len(against) == (2 if found and reason != "refused" else 0)
+    assert all(row["meta"]["kind"] == "illegal" for row in against)
+    assert not any("<think>" in row["completion"][0]["content"] for row in contrasts)
+    assert (
+        build_srg_rows(ILLEGAL, HELPFUL, GUIDELINES, teacher=Scripted(script), judge=Marks(), k=2, seed=0) == made[:2]
+    )
 
 
 @pytest.mark.parametrize("reason", BROKEN)

@@ -151,6 +151,7 @@ def test_a_shift_stays_in_its_ball_and_steps_as_adam_does(eps, lr, seed):
             assert torch.allclose(delta, free.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.oracle("objectives", "derta")
 def test_both_rows_of_decoupled_refusal():
     drawn = [derta_rows([1, 2], [8, 9], [4, 5, 6], refusal_token=8, rng=rng(seed))[0] for seed in range(300)]
     lengths = [len(ids) - 4 for ids, _ in drawn]

@@ -71,3 +71,33 @@ def kl(p, q, top=None):
 def logistic_loss(x, y, w, b, l2):
     z = x @ w + b
     return float(np.sum(np.logaddexp(0, -y * z)) + l2 / 2 * w @ w)
+
+
+def _log_softmax(z):
+    z = np.asarray(z, dtype=float)
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def weighted_cross_entropy(logits, targets, reasoning, weight):
+    """Token by token, over a batch."""
+    logs, total, mass = _log_softmax(logits), 0.0, 0.0
+    for row, at in np.argwhere(np.asarray(targets) >= 0):
+        w = weight if reasoning[row, at] else 1.0
+        total -= w * logs[row, at, targets[row, at]]
+        mass += w
+    return total / mass
+
+
+def breakers(step, alpha, horizon):
+    """Coefficients of turning away and of keeping."""
+    return alpha * (horizon - step) / horizon, alpha * step / horizon
+
+
+def latent_adversarial(toward_logits, toward, away_logits, away, divergence):
+    """Half of the cross-entropy, half of -log(1 - p) where log p > -5, a tenth of the divergence."""
+    good = [-_log_softmax(toward_logits)[i, j, toward[i, j]] for i, j in np.argwhere(np.asarray(toward) >= 0)]
+    places = np.argwhere(np.asarray(away) >= 0)
+    logs = [_log_softmax(away_logits)[i, j, away[i, j]] for i, j in places]
+    bad = [-log(1 - exp(value)) if value > -5 else 0.0 for value in logs]
+    return 0.5 * float(np.mean(good)) + 0.5 * float(np.mean(bad)) + 0.1 * divergence

@@ -50,7 +50,7 @@ def test_attack_success_never_stands_alone(tmp_path):
 def test_curves_leave_out_the_family_that_training_saw(tmp_path):
     text = str(drawn(tmp_path, metrics()).body)
     assert "all N samples unsafe" in text and ">srg<" in text and "25.0%" in text
-    assert "not measured" in text and "approximate: goes by first words" in text and "952" in text
+    assert "not measured" in text and "approximate: goes by words" in text and "952" in text
 
 
 def test_synthesis_counts(tmp_path):

@@ -34,9 +34,32 @@ def main() -> None:
         refused = [bool(verdict.refusal) for verdict in PrefixRefusal().judge(items)]
         said = refused if name == "refusal" else [not value for value in refused]
         found[f"prefix.{name}"] = _rates(calibrate(said, labels))
+    found |= _refusals(*labelled("refusal"))
     content = {"cells": found, "data": provenance("harm", "refusal"), "origin": origin()}
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(found, indent=1))
+
+
+def _refusals(items: Any, labels: Any) -> dict[str, Any]:
+    """Return the errors of the rules for refusals, on all answers and on those that are not labelled both ways.
+
+    Some answers stand under two goals, labelled a refusal where the goal was another: there the label says that the
+    goal was not met, not that anything was declined.
+    """
+    from modicum.evaluate.calibration import calibrate
+    from modicum.evaluate.judges.declines import Declines
+    from modicum.evaluate.judges.prefix import PrefixRefusal
+
+    ways = [{item.response for item, label in zip(items, labels, strict=True) if label is way} for way in (True, False)]
+    mixed = ways[0] & ways[1]
+    kept = [i for i, item in enumerate(items) if item.response not in mixed]
+    rules = {"prefix": PrefixRefusal(), "declines": Declines(), "evasion": Declines(off_topic=True)}
+    found: dict[str, Any] = {"mixed": {"answers": len(mixed), "labelled": len(items) - len(kept)}}
+    for name, rule in rules.items():
+        said = [verdict.refusal for verdict in rule.judge(items)]
+        found[f"{name}.refusal"] = _rates(calibrate(said, labels))
+        found[f"{name}.refusal.unmixed"] = _rates(calibrate([said[i] for i in kept], [labels[i] for i in kept]))
+    return found
 
 
 def _rates(found: Any) -> dict[str, Any]:

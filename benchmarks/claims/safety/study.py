@@ -32,7 +32,9 @@ from benchmarks.claims.safety.language import (
     trained_topics,
     tuning_rows,
 )
+from safetensors.torch import load_file, save_file
 
+from modicum.content import cache_folder
 from modicum.evaluate.best_of_n import asr_all
 from modicum.random import generator
 
@@ -43,10 +45,16 @@ ABOUT = {"base": [BASE_STEPS, BASE_BATCH, 3e-3], "tune": [TUNE_STEPS, TUNE_BATCH
 
 @cache
 def base(seed: int, linked: bool) -> dict[str, Any]:
-    """Train the base, and return its weights with its last loss."""
+    """Train the base, and return its weights with its last loss; one that was trained before is read again."""
+    kept = cache_folder() / "studies" / f"safety-language-{seed}-{linked}.safetensors"
+    if kept.exists():
+        known = load_file(kept)
+        return {"loss": float(known.pop("loss")), "weights": known}
     language, model = Language.drawn(), Model(seed)
     rng = generator(seed, "base", str(linked))
     loss = train(model, [base_rows(language, BASE_BATCH, rng, linked=linked) for _ in range(BASE_STEPS)], lr=3e-3)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    save_file({**model.state_dict(), "loss": torch.tensor(loss)}, kept)
     return {"weights": model.state_dict(), "loss": loss}
 
 
@@ -112,8 +120,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # more threads than free cores make a step ten times slower
     recall = resumable("safety-language", minutes=options.minutes, about=ABOUT)
-    for seed in range(options.seeds):
-        for linked in (True, False):
+    for linked in (True, False):
+        for seed in range(options.seeds):
             for arm in ("base", "guided", "rt", "srg", "filler"):
                 name = f"{'linked' if linked else 'unlinked'}.{arm}.{seed}"
                 found = recall(name, lambda s=seed, k=linked, a=arm: cell(s, k, a))  # type: ignore[misc]

@@ -12,9 +12,9 @@ Reference:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from modicum.errors import RecipeError
 from modicum.evaluate.chat import ChatModel, ChatRequest, GenParams, Judge, Verdict
@@ -31,10 +31,13 @@ from modicum.jobs.safety.filters import (
     one_of,
     parsed,
     read_queries,
+    spoken,
 )
 from modicum.jobs.safety.prompts import (
+    CONTRACT,
     Guideline,
     GuidelineSet,
+    completion_text,
     guideline_hash,
     guideline_text,
     load_guidelines,
@@ -45,7 +48,9 @@ from modicum.jobs.safety.prompts import (
 from modicum.random import derive_seed
 
 __all__ = [
+    "build_contrast_rows",
     "build_filler_rows",
+    "build_preference_rows",
     "build_rt_rows",
     "build_srg_rows",
     "decontaminate",
@@ -121,6 +126,69 @@ def build_srg_rows(
     Reference:
         H. Wang et al., 2025, arXiv:2502.04040; knobs are our choice.
     """
+    made = synthesized(
+        illegal,
+        helpful,
+        guidelines,
+        teacher=teacher,
+        judge=judge,
+        k=k,
+        select=select,
+        helpful_mode=helpful_mode,
+        final_answer=final_answer,
+        judge_part=judge_part,
+        seed=seed,
+        guideline_set=guideline_set,
+        hint=hint,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        min_words=min_words,
+        ngram=ngram,
+        most=most,
+    )
+    return made.rows, made.drops
+
+
+class Synthesis(NamedTuple):
+    """What a teacher's replies have become.
+
+    Attributes:
+        rows: Of safety reasoning.
+        drops: How many candidates fell to which filter.
+        worse: For the id of a request a reply that it must not get: unsafe, complying or against its own verdict on a
+            harmful request, a refusal of a harmless one.
+    """
+
+    rows: list[Row]
+    drops: Counter[str]
+    worse: dict[str, Candidate]
+
+
+WORSE = {True: ("unsafe", "complied", "verdict"), False: ("refused",)}
+
+
+def synthesized(
+    illegal: Sequence[Given],
+    helpful: Sequence[Given],
+    guidelines: Sequence[Guideline],
+    *,
+    teacher: ChatModel,
+    judge: Judge,
+    k: int = 8,
+    select: Select = "best_score",
+    helpful_mode: Literal["reason_and_answer", "reason_then_reference", "answer_only"] = "reason_and_answer",
+    final_answer: Literal["shared", "own"] = "shared",
+    judge_part: Literal["answer", "reasoning", "both"] = "both",
+    seed: int,
+    guideline_set: GuidelineSet = "full",
+    hint: Literal["none", "label"] = "none",
+    temperature: float = 0.8,
+    max_tokens: int = 1024,
+    min_words: int = 3,
+    ngram: int = 12,
+    most: int = 1,
+) -> Synthesis:
+    """Return rows, counts, and the replies that preferences are made of; see :func:`build_srg_rows`."""
     one_of(select, ("first_pass", "best_score", "all_pass"), "select")
     one_of(helpful_mode, ("reason_and_answer", "reason_then_reference", "answer_only"), "helpful_mode")
     one_of(final_answer, ("shared", "own"), "final_answer")
@@ -148,7 +216,8 @@ def build_srg_rows(
     replies = draw(teacher, [request(query) for query in asked])
     drops: Counter[str] = Counter()
     candidates: list[Candidate] = []
-    spans = ngrams(guideline_text(seen), ngram)
+    # A small teacher repeats the wish for a form, which is no more its reasoning than the guidelines are.
+    spans = ngrams(guideline_text(seen), ngram) | ngrams(CONTRACT, ngram)
     names = [guideline.title.casefold() for guideline in seen]
     for query, result in zip(asked, replies, strict=True):
         for index, choice in enumerate(result.choices):
@@ -158,9 +227,12 @@ def build_srg_rows(
             else:
                 candidates.append(candidate)
     passed: dict[str, list[tuple[Candidate, Verdict]]] = {}
+    worse: dict[str, Candidate] = {}
     for candidate, verdict, reason in judged(candidates, judge, judge_part):
         if reason:
             drops[reason] += 1
+            if reason in WORSE[candidate.query.harmful]:
+                worse.setdefault(candidate.query.id, candidate)
         else:
             passed.setdefault(candidate.query.id, []).append((candidate, verdict))
     rows: list[Row] = []
@@ -189,7 +261,48 @@ def build_srg_rows(
             }
             rows.append(make_row(query, candidate.reasoning, answer, meta))
         drops["not_selected"] += len(passed.get(query.id, [])) - len(kept)
-    return rows, +drops
+    return Synthesis(rows, +drops, worse)
+
+
+def build_preference_rows(srg_rows: Sequence[Row], worse: Mapping[str, Candidate]) -> list[Row]:
+    """Return pairs for preference training: a row that passed, beside a reply that its request must not get.
+
+    The rejected reply reasons and answers as long as it likes, so the pairs do not teach length.
+
+    Args:
+        srg_rows: Rows of safety reasoning.
+        worse: Of :func:`synthesized`.
+
+    Returns:
+        Rows of ``prompt``, ``chosen`` and ``rejected`` as conversations, the form that TRL reads.
+    """
+    found = []
+    for row in srg_rows:
+        other = worse.get(row["meta"]["id"])
+        if other is None:
+            continue
+        rejected = spoken(completion_text(other.reasoning, other.answer))
+        pair = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected}
+        found.append({**pair, "meta": {**row["meta"], "arm": "preference"}})
+    return found
+
+
+def build_contrast_rows(srg_rows: Sequence[Row], worse: Mapping[str, Candidate]) -> list[Row]:
+    """Return all rows without their reasoning, and beside harmful requests the answer that they must not get.
+
+    Circuit breakers, latent adversarial training and decoupled refusal training learn from these.
+
+    Args:
+        srg_rows: Rows of safety reasoning.
+        worse: Of :func:`synthesized`.
+    """
+    found = []
+    for row in srg_rows:
+        other = worse.get(row["meta"]["id"]) if row["meta"]["kind"] == "illegal" else None
+        meta = {**row["meta"], "arm": "contrast"}
+        rejected = None if other is None else spoken(other.answer)
+        found.append({"prompt": row["prompt"], "completion": spoken(row["answer"]), "rejected": rejected, "meta": meta})
+    return found
 
 
 def _selected(

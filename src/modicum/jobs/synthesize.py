@@ -24,7 +24,7 @@ from modicum.record import Run
 from modicum.registry import job
 from modicum.types import NonNegative, PositiveInt
 
-Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled"]
+Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled", "preference", "contrast"]
 
 
 class SynthesizeRecipe(Recipe):
@@ -75,6 +75,7 @@ class SynthesizeRecipe(Recipe):
 def plan(recipe: SynthesizeRecipe) -> list[str]:
     """Say how many replies would be drawn; reads prompts and guidelines, but no model."""
     illegal, helpful = _requests(recipe)
+    _refuse_evaluated(recipe, [*illegal, *helpful])
     chosen = shown(load_guidelines(recipe.guidelines), recipe.guideline_set)
     replies = recipe.k * (len(illegal) + len(helpful) * (recipe.helpful_mode != "answer_only"))
     return [
@@ -98,18 +99,26 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     from modicum.jobs.chat.targets import open_judge, open_target
     from modicum.jobs.safety.drawing import teller
     from modicum.jobs.safety.steering import Steered
-    from modicum.jobs.safety_data import build_filler_rows, build_rt_rows, build_srg_rows, decontaminate
+    from modicum.jobs.safety_data import (
+        build_contrast_rows,
+        build_filler_rows,
+        build_preference_rows,
+        build_rt_rows,
+        decontaminate,
+        synthesized,
+    )
 
     illegal, helpful = _requests(recipe)
+    tests = _refuse_evaluated(recipe, [*illegal, *helpful])  # before a reply is drawn in vain
     judge, errors = open_judge(recipe.judge)
     teacher: Any = open_target(recipe.teacher, progress=teller(run, "replies of the teacher"))
     if recipe.steer:
         # The names of tags are those that the rows get.
         tags = {_id(given, f"illegal-{i}"): True for i, given in enumerate(illegal)}
         tags |= {_id(given, f"helpful-{i}"): False for i, given in enumerate(helpful)}
-        teacher = Steered(teacher, tags)
+        teacher = Steered(teacher, tags, reasoning_tokens=recipe.max_tokens)
     cached = Cached(teacher, run.folder / "replies.jsonl", revision=run.hash, packed=True)
-    rows, drops = build_srg_rows(
+    rows, drops, worse = synthesized(
         illegal,
         helpful,
         load_guidelines(recipe.guidelines),
@@ -144,26 +153,43 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
             f"{kinds[lacking[0]]} {lacking[0]} rows are left after the filters ({counts}), expected {recipe.minimum:g} "
             "or more. Take a stronger teacher, a larger k, steer: true or hint: label."
         )
-    tests = {
-        section.path: [goal.text for goal in section.load(harmful=_is_harmful(section))]
-        for section in recipe.evaluation
-    }
     decontaminate(rows, tests)
     made: Mapping[str, Any] = {
         "srg": lambda: rows,
         "rt": lambda: build_rt_rows([], [], srg_rows=rows),
         "filler_neutral": lambda: build_filler_rows(rows, filler="neutral", seed=recipe.seed),
         "filler_shuffled": lambda: build_filler_rows(rows, filler="shuffled", seed=recipe.seed),
+        "preference": lambda: build_preference_rows(rows, worse),
+        "contrast": lambda: build_contrast_rows(rows, worse),
     }
     folder = run.folder / "rows"
     folder.mkdir(exist_ok=True)
     for arm in recipe.arms:
-        _write(folder / f"{arm}.parquet", made[arm](), recipe.format)
+        of_arm = made[arm]()
+        if not any(row.get("rejected") or arm not in ("preference", "contrast") for row in of_arm):
+            raise RecipeError(
+                f"Arm {arm!r} needs replies that a request must not get, and no request has one beside a row "
+                "that passed. Raise k, or leave the arm out."
+            )
+        _write(folder / f"{arm}.parquet", of_arm, recipe.format)
         run.output(arm, folder / f"{arm}.parquet")
 
 
 def _requests(recipe: SynthesizeRecipe) -> tuple[list[Any], list[Any]]:
     return list(recipe.illegal.load(harmful=True)), recipe.helpful.pairs()
+
+
+def _refuse_evaluated(recipe: SynthesizeRecipe, requests: Sequence[Any]) -> dict[str, list[str]]:
+    """Return the prompts that will be measured, after a check that none of them is a request."""
+    from modicum.jobs.safety.arms import decontaminate
+
+    tests = {
+        section.path: [goal.text for goal in section.load(harmful=_is_harmful(section))]
+        for section in recipe.evaluation
+    }
+    asked = [given.text if isinstance(given, Goal) else given["prompt"] for given in requests]
+    decontaminate([{"prompt": text} for text in asked], tests, ngram=2**20)  # shared words are told of later
+    return tests
 
 
 def _is_harmful(section: GoalSection) -> bool:
@@ -180,16 +206,15 @@ def _write(path: Any, rows: Sequence[Mapping[str, Any]], form: str) -> None:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    def said(row: Mapping[str, Any], field: str) -> Any:
-        return row[field] if form == "conversational" else row[field][-1]["content"]
+    def told(row: Mapping[str, Any], field: str) -> Any:
+        value = row[field]
+        return value[-1]["content"] if form == "text" and isinstance(value, list) else value
 
+    spoken = ("prompt", "completion", "chosen", "rejected", "reasoning", "answer")
     table = pyarrow.Table.from_pylist(
         [
             {
-                "prompt": said(row, "prompt"),
-                "completion": said(row, "completion"),
-                "reasoning": row["reasoning"],
-                "answer": row["answer"],
+                **{field: told(row, field) for field in spoken if field in row},
                 "id": row["meta"]["id"],
                 "kind": row["meta"]["kind"],
             }

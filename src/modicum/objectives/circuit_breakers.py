@@ -11,6 +11,7 @@ Reference:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,26 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from modicum.errors import RecipeError
+from modicum.registry import objective
+from modicum.types import Positive, PositiveInt
 
 
+@dataclass(frozen=True)
+class Rerouting:
+    """Which states are turned away, and when.
+
+    Args:
+        layers: Blocks whose outputs are turned away, counted from 1; those at a third and two thirds of the depth when
+            not given, as published for 32 blocks. States are kept up to the last of them.
+        horizon: Steps after which nothing is turned away any more; twice the steps of the run when not given, so that
+            the schedule stops half-way as the published one does.
+    """
+
+    layers: tuple[PositiveInt, ...] | None = None
+    horizon: PositiveInt | None = None
+
+
+@objective("circuit_breakers", paper="arXiv:2406.04313", acts_on="contrasts", supplied={"step"}, gather=Rerouting)
 def circuit_breaker_loss(
     h: Tensor,
     h_ref: Tensor,
@@ -27,8 +46,8 @@ def circuit_breaker_loss(
     harmful_mask: Tensor,
     *,
     step: int,
-    alpha: float = 10.0,
-    horizon: int = 300,
+    alpha: Positive = 10.0,
+    horizon: PositiveInt = 300,
 ) -> Tensor:
     r"""Return the loss that keeps harmless states and reroutes harmful ones.
 

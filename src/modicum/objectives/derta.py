@@ -10,22 +10,22 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from modicum.errors import RecipeError
-from modicum.types import IGNORED
-
-if TYPE_CHECKING:
-    import torch
+from modicum.registry import objective
+from modicum.types import IGNORED, UnitInterval
 
 
+@objective("derta", paper="arXiv:2407.09121", acts_on="contrasts", supplied={"refusal_token"})
 def derta_rows(
     prompt: Sequence[int],
     safe: Sequence[int],
     harmful: Sequence[int],
     *,
     refusal_token: int,
-    plain_share: float = 1 / 3,
+    plain_share: UnitInterval = 1 / 3,
     rng: torch.Generator,
 ) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
     """Return both rows of a harmful request, each as ids and labels.
@@ -53,8 +53,6 @@ def derta_rows(
     Reference:
         Y. Yuan et al., 2024, arXiv:2407.09121, section 3.
     """
-    import torch
-
     if not len(safe) or not len(harmful) or not 0 <= plain_share <= 1:
         raise RecipeError(
             f"{len(safe)} safe and {len(harmful)} harmful tokens with plain_share {plain_share}, expected one or more "

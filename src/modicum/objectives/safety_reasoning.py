@@ -12,22 +12,128 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from modicum.errors import RecipeError
 from modicum.evaluate.chat import Judge, JudgeItem, split_reasoning
-from modicum.types import IGNORED
+from modicum.registry import objective
+from modicum.types import IGNORED, NonNegative, PositiveInt, UnitInterval
+
+Norm: TypeAlias = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """How rows of safety reasoning become tokens, and what the student learns from.
+
+    Args:
+        distill: ``hard`` learns the tokens of the rows; ``soft`` the teacher's likeliest tokens at each of them, the
+            teacher having the guidelines in its prompt.
+        top_k: Tokens of the teacher that are kept for each position.
+        teacher: Folder or Hub id of a teacher with the same tokenizer, for ``soft``; the model itself, as it was before
+            the training, when not given.
+        guidelines: YAML file; the shipped guidelines when not given.
+        guideline_set: Which kinds of them are used.
+        guideline_keep_prob: Share of the rows whose prompt keeps the guidelines as its system message. 0 is context
+            distillation; 1 is training without it, to be measured with the guidelines in the prompt.
+        reasoning_format: How reasoning and answer are told apart.
+    """
+
+    distill: Literal["hard", "soft"] = "hard"
+    top_k: PositiveInt = 64
+    teacher: str | None = None
+    guidelines: str | None = None
+    guideline_set: Literal["none", "safety_only", "reasoning_only", "full"] = "full"
+    guideline_keep_prob: UnitInterval = 0.0
+    reasoning_format: Literal["think_tags", "headings", "plain"] = "think_tags"
+
+
+@objective("safety_reasoning", paper="arXiv:2502.04040", acts_on="reasoning", gather=Distilling)
+def safety_reasoning(
+    logits: Float[Tensor, "b t v"],
+    targets: Int[Tensor, "b t"],
+    reasoning: Bool[Tensor, "b t"] | None = None,
+    teacher_ids: Int[Tensor, "b t k"] | None = None,
+    teacher_logprobs: Float[Tensor, "b t k"] | None = None,
+    *,
+    loss_norm: Norm = "token",
+    reasoning_loss_weight: NonNegative = 1.0,
+) -> Float[Tensor, ""]:
+    r"""Return the loss of reasoning and answer, against their tokens or against a teacher's distribution.
+
+    .. math::
+        L = \frac{\sum_t w_t\, \ell_t}{\sum_t w_t}, \qquad
+        \ell_t = -\log p_\theta(z_t \mid x, z_{<t}) \quad\text{or}\quad
+        \ell_t = \mathrm{KL}(\pi_T(\cdot \mid C, x, z_{<t}) \,\|\, p_\theta(\cdot \mid x, z_{<t}))
+
+    over the batch (``token``), or the mean of it over rows (``sequence``), so that a long helpful answer does not drown
+    a short refusal. The guidelines :math:`C` are in the teacher's prompt alone.
+
+    Args:
+        logits: At the positions that predict.
+        targets: The token that each position is to predict; -100 where there is no loss.
+        reasoning: True where that token belongs to the reasoning.
+        teacher_ids: The teacher's likeliest tokens; their divergence replaces the cross-entropy where they are given.
+        teacher_logprobs: Their log-probabilities.
+        loss_norm: What is averaged.
+        reasoning_loss_weight: Weight of the reasoning's tokens, at least 0; the answer's tokens have 1.
+
+    Returns:
+        A scalar in float32.
+
+    Raises:
+        RecipeError: No target has weight, or a weight is asked for without ``reasoning``.
+
+    Example:
+        >>> round(safety_reasoning(torch.zeros(1, 2, 4), torch.tensor([[1, 2]])).item(), 4)
+        1.3863
+
+    Cost:
+        A log-softmax over the vocabulary at each target.
+
+    Deviates:
+        The published text that could be consulted gives no equation. Weight, norm and the soft form are our choice.
+
+    Reference:
+        H. Wang et al., "Safety Reasoning with Guidelines", 2025, arXiv:2502.04040, section on context distillation.
+    """
+    if not reasoning_loss_weight >= 0 or (reasoning is None and reasoning_loss_weight != 1.0):
+        raise RecipeError(
+            f"reasoning_loss_weight is {reasoning_loss_weight:g}, expected 0 or more, and a reasoning_mask beside it."
+        )
+    if loss_norm not in ("token", "sequence"):
+        raise RecipeError(f"loss_norm is {loss_norm!r}, expected 'token' or 'sequence'.")
+    learned = targets != IGNORED
+    if teacher_ids is None or teacher_logprobs is None:
+        each = cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view(targets.shape)
+    else:
+        each = torch.zeros(targets.shape, device=logits.device)
+        each = each.masked_scatter(learned, _bucketed(logits[learned], teacher_ids[learned], teacher_logprobs[learned]))
+    weight = learned.to(each.dtype)
+    if reasoning is not None:
+        weight = torch.where(reasoning.bool(), weight * reasoning_loss_weight, weight)
+    rows = weight.sum(-1)
+    if not bool((rows > 0).any()):
+        raise RecipeError("No token of the batch has a label with weight, so there is nothing to learn.")
+    if loss_norm == "sequence":
+        used = rows > 0
+        return ((each * weight).sum(-1)[used] / rows[used]).mean()
+    return (each * weight).sum() / rows.sum()
 
 
 def completion_cross_entropy(
     logits: Tensor,
     labels: Tensor,
     *,
-    loss_norm: Literal["token", "sequence"] = "token",
+    loss_norm: Norm = "token",
     reasoning_mask: Tensor | None = None,
     reasoning_loss_weight: float = 1.0,
 ) -> Tensor:
@@ -59,26 +165,13 @@ def completion_cross_entropy(
     Reference:
         H. Wang et al., 2025, arXiv:2502.04040; the weight and the norm by sequence are our choice.
     """
-    if reasoning_loss_weight < 0 or (reasoning_mask is None and reasoning_loss_weight != 1.0):
-        raise RecipeError(
-            f"reasoning_loss_weight is {reasoning_loss_weight:g}, expected 0 or more, and a reasoning_mask beside it."
-        )
-    targets = labels[:, 1:]
-    each = cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(targets.shape)
-    weight = (targets != IGNORED).to(each.dtype)
-    if reasoning_mask is not None:
-        weight = torch.where(reasoning_mask[:, 1:].bool(), weight * reasoning_loss_weight, weight)
-    rows = weight.sum(-1)
-    if not bool((rows > 0).any()):
-        raise RecipeError("No token of the batch has a label with weight, so there is nothing to learn.")
-    if loss_norm == "sequence":
-        used = rows > 0
-        return ((each * weight).sum(-1)[used] / rows[used]).mean()
-    if loss_norm != "token":
-        raise RecipeError(f"loss_norm is {loss_norm!r}, expected 'token' or 'sequence'.")
-    return (each * weight).sum() / rows.sum()
+    return safety_reasoning(
+        logits[:, :-1],
+        labels[:, 1:],
+        None if reasoning_mask is None else reasoning_mask[:, 1:],
+        loss_norm=loss_norm,
+        reasoning_loss_weight=reasoning_loss_weight,
+    )
 
 
 def topk_distillation_kl(student_logits: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -118,12 +211,16 @@ def topk_distillation_kl(student_logits: Tensor, teacher_ids: Tensor, teacher_lo
     counted = mask.bool()
     if not bool(counted.any()):
         raise RecipeError("mask selects no position, so there is nothing to distil.")
-    p_log = teacher_logprobs[counted].float()
-    logits = student_logits[counted].float()
-    inside = torch.gather(logits, -1, teacher_ids[counted])
+    return _bucketed(student_logits[counted], teacher_ids[counted], teacher_logprobs[counted]).mean()
+
+
+def _bucketed(logits: Tensor, ids: Tensor, p_log: Tensor) -> Tensor:
+    """Return the divergence at each position, (n,), from logits (n, vocabulary) and the teacher's (n, K)."""
+    logits, p_log, ids = logits.float(), p_log.float(), ids.long()
+    inside = torch.gather(logits, -1, ids)
     q_log = inside - logits.logsumexp(-1, keepdim=True)
     # The rest of the vocabulary is summed by itself: 1 - Σq would lose all its digits where the rest is small.
-    rest = logits.scatter(-1, teacher_ids[counted], -torch.inf)
+    rest = logits.scatter(-1, ids, -torch.inf)
     q_tail = rest.logsumexp(-1) - logits.logsumexp(-1)
     p_tail = (1 - p_log.exp().sum(-1)).clamp_min(0)
     top = torch.where(p_log > -torch.inf, p_log.exp() * (p_log - q_log), 0.0).sum(-1)
@@ -131,7 +228,7 @@ def topk_distillation_kl(student_logits: Tensor, teacher_ids: Tensor, teacher_lo
     real = p_tail > 1e-6
     safe = torch.where(real, p_tail, 1.0)
     tail = torch.where(real, p_tail * (safe.log() - torch.where(real, q_tail, 0.0)), 0.0)
-    return (top + tail).mean()
+    return top + tail
 
 
 def srg_reward(

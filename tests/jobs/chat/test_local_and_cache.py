@@ -51,9 +51,9 @@ def test_prefills_log_probabilities_and_limits(local):
         LocalHF(local.model, byte_tokenizer(chat=False)).generate([request()])
 
 
-def counted():
+def counted(name="scripted"):
     return Scripted(
-        lambda request, index: Choice(f"{request.messages[-1]['content']} {request.params.seed}", "thought")
+        lambda request, index: Choice(f"{request.messages[-1]['content']} {request.params.seed}", "thought"), name=name
     )
 
 
@@ -99,6 +99,11 @@ def test_recordings_replay_and_refuse_what_they_lack(tmp_path):
     path = tmp_path / "cache.jsonl"
     full = Cached(counted(), path).generate([request(n=2)])
     assert Recorded(path, name="scripted").generate([request(n=2)]) == full
+    assert Recorded(path).generate([request(n=2)]) == full  # the file names the model
+    Cached(counted("another"), tmp_path / "two.jsonl").generate([request(n=1)])
+    (tmp_path / "two.jsonl").write_bytes((tmp_path / "two.jsonl").read_bytes() + path.read_bytes())
+    with pytest.raises(RecipeError, match="names 2 models"):
+        Recorded(tmp_path / "two.jsonl")
     with pytest.raises(RecipeError, match="no sample 2"):
         Recorded(path, name="scripted").generate([request(n=3)])
     with pytest.raises(CheckpointError, match="no recording"):
@@ -129,6 +134,10 @@ def test_scripts():
     assert [c.text for c in table.generate([request("b", n=3)])[0].choices] == ["1", "2", "1"]
     with pytest.raises(RecipeError, match="no answer"):
         table.generate([request("c")])
+    kept = Scripted(lambda request, own="kept", more="too": own + more)  # defaults are the script's own
+    assert kept.generate([request("a", n=2)])[0].choices[1].text == "kepttoo"
+    counted = Scripted(lambda request, index, base=5: str(base + index))
+    assert [c.text for c in counted.generate([request("a", n=2)])[0].choices] == ["5", "6"]
 
 
 @pytest.mark.parametrize("knobs", [{"temperature": -1}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0}])

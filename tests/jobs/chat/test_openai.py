@@ -28,17 +28,17 @@ def test_answers_come_in_the_order_of_the_requests():
         return completion(f"<{text}>")
 
     with serving(slow_first) as (url, _):
-        results = OpenAICompatible("m", base_url=url).generate([request(str(i)) for i in range(30)])
+        results = OpenAICompatible(url, "m").generate([request(str(i)) for i in range(30)])
     assert [result.choices[0].text for result in results] == [f"<{i}>" for i in range(30)]
     assert results[0].usage.prompt_tokens == 3
 
 
 def test_a_server_that_ignores_n_is_asked_again_under_other_seeds():
     with serving(lambda body, number: completion(f"{body['seed']}")) as (url, seen):
-        (result,) = OpenAICompatible("m", base_url=url).generate([request(n=4, seed=5)])
+        (result,) = OpenAICompatible(url, "m").generate([request(n=4, seed=5)])
     assert [choice.text for choice in result.choices] == ["5", "6", "7", "8"] and len(seen) == 4
     with serving(lambda body, number: completion(*"abcdef"[: body["n"]])) as (url, seen):
-        (result,) = OpenAICompatible("m", base_url=url).generate([request(n=4, seed=5)])
+        (result,) = OpenAICompatible(url, "m").generate([request(n=4, seed=5)])
     assert [choice.text for choice in result.choices] == list("abcd") and len(seen) == 1
 
 
@@ -51,7 +51,7 @@ def test_reasoning_refusals_and_filters_are_told_apart():
         {"choices": [{"message": {"content": "<think>Add"}, "finish_reason": "length"}]},
     ]
     with serving(lambda body, number: answers[int(body["messages"][-1]["content"])]) as (url, _):
-        results = OpenAICompatible("m", base_url=url).generate([request(str(i)) for i in range(5)])
+        results = OpenAICompatible(url, "m").generate([request(str(i)) for i in range(5)])
     said = [(r.choices[0].text, r.choices[0].reasoning, r.choices[0].finish_reason) for r in results]
     assert said == [
         ("Four.", "Add.", "stop"),
@@ -66,7 +66,7 @@ def test_reasoning_refusals_and_filters_are_told_apart():
 @pytest.mark.parametrize("trouble", [(429, {}, {"Retry-After": "1"}), (503, {}, {}), (500, b"no JSON", {})])
 def test_passing_trouble_is_waited_for(trouble):
     with serving(lambda body, number: trouble if number <= 3 else completion("ok")) as (url, seen):
-        (result,) = OpenAICompatible("m", base_url=url).generate([request()])
+        (result,) = OpenAICompatible(url, "m").generate([request()])
     assert result.choices[0].text == "ok" and len(seen) == 4
 
 
@@ -88,25 +88,25 @@ def test_lasting_trouble_fails_one_request_and_no_other(trouble, said, calls):
         return trouble if body["messages"][-1]["content"] == "bad" else completion("ok")
 
     with serving(answer) as (url, seen):
-        bad, good = OpenAICompatible("m", base_url=url, retries=2).generate([request("bad"), request("good")])
+        bad, good = OpenAICompatible(url, "m", retries=2).generate([request("bad"), request("good")])
     assert said in bad.error and not bad.choices and good.choices[0].text == "ok" and len(seen) == calls + 1
 
 
 def test_a_server_that_is_not_there_is_one_line():
-    (result,) = OpenAICompatible("m", base_url="http://127.0.0.1:9/v1", retries=1).generate([request()])
+    (result,) = OpenAICompatible("http://127.0.0.1:9/v1", "m", retries=1).generate([request()])
     assert "ConnectionRefusedError at 127.0.0.1:9" in result.error and "\n" not in result.error
 
 
 def test_keys_come_from_the_environment_and_appear_nowhere(monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", "s3cret-value")
     with serving(lambda body, number: (401, {"error": "wrong key s3cret-value"}, {})) as (url, seen):
-        model = OpenAICompatible("m", base_url=url, api_key_env="TEACHER_KEY")
+        model = OpenAICompatible(url, "m", api_key_env="TEACHER_KEY")
         (result,) = model.generate([request()])
         assert seen[0]["key"] == "Bearer s3cret-value"
     assert "s3cret" not in f"{result.error}{model.name}{model.endpoint!r}{vars(model)}" and "***" in result.error
     monkeypatch.delenv("TEACHER_KEY")
     with pytest.raises(RecipeError, match="TEACHER_KEY is not set"):
-        OpenAICompatible("m", api_key_env="TEACHER_KEY")
+        OpenAICompatible(model="m", api_key_env="TEACHER_KEY")
 
 
 @pytest.mark.parametrize(
@@ -118,32 +118,32 @@ def test_keys_come_from_the_environment_and_appear_nowhere(monkeypatch):
 )  # fmt: skip
 def test_settings_that_cannot_be_meant_are_refused(knobs):
     with pytest.raises(RecipeError) as caught:
-        OpenAICompatible("m", **knobs)
+        OpenAICompatible(**{"model": "m"} | knobs)
     assert "\n" not in str(caught.value) and "u:p" not in str(caught.value)
 
 
 def test_another_machine_is_asked_when_allowed():
-    assert OpenAICompatible("m", base_url="https://example.org/v1", allow_remote=True).name == "m@example.org"
+    assert OpenAICompatible("https://example.org/v1", "m", allow_remote=True).name == "m@example.org"
 
 
 def test_a_probe_finds_servers_that_do_not_sample():
     with serving(lambda body, number: completion("always this")) as (url, _):
-        deaf = OpenAICompatible("m", base_url=url)
+        deaf = OpenAICompatible(url, "m")
         assert not deaf.probe() and "sampling" not in deaf.caps and deaf.extra_body == {}
     with serving(lambda body, number: completion(str(body["seed"]))) as (url, _):
-        free = OpenAICompatible("m", base_url=url)
+        free = OpenAICompatible(url, "m")
         assert free.probe() and "sampling" in free.caps and free.extra_body == {}
     with serving(lambda b, _: completion(str(b["seed"]) if "do_sample" in b.get("generation_config", "") else "x")) as (
         url,
         seen,
     ):
-        told = OpenAICompatible("m", base_url=url)
+        told = OpenAICompatible(url, "m")
         assert told.probe() and "sampling" in told.caps
         told.generate([request(temperature=0.5, top_p=0.9, seed=1), request(temperature=0.0, seed=1)])
         bodies = {body["temperature"]: body for body in seen[-2:]}
         assert '"temperature": 0.5' in bodies[0.5]["generation_config"] and "generation_config" not in bodies[0.0]
     with pytest.raises(RecipeError, match="does not answer"):
-        OpenAICompatible("m", base_url="http://127.0.0.1:9/v1", retries=0).probe()
+        OpenAICompatible("http://127.0.0.1:9/v1", "m", retries=0).probe()
 
 
 def test_concurrency_grows_to_what_is_allowed_and_falls_when_there_is_too_much():
@@ -160,7 +160,7 @@ def test_concurrency_grows_to_what_is_allowed_and_falls_when_there_is_too_much()
         return completion("ok")
 
     with serving(answer) as (url, _):
-        OpenAICompatible("m", base_url=url, concurrency=12).generate([request(str(i)) for i in range(150)])
+        OpenAICompatible(url, "m", concurrency=12).generate([request(str(i)) for i in range(150)])
         assert 1 <= most <= 12
     most = 0
 
@@ -170,7 +170,7 @@ def test_concurrency_grows_to_what_is_allowed_and_falls_when_there_is_too_much()
         return (429, {}, {}) if inside >= 2 else found
 
     with serving(strict) as (url, _):
-        results = OpenAICompatible("m", base_url=url, concurrency=12, retries=20).generate([request()] * 80)
+        results = OpenAICompatible(url, "m", concurrency=12, retries=20).generate([request()] * 80)
     assert all(result.error is None for result in results)
 
 
@@ -200,10 +200,10 @@ def test_typed_decisions_and_log_probabilities():
         return found
 
     with serving(answer) as (url, seen):
-        model = OpenAICompatible("m", base_url=url)
+        model = OpenAICompatible(url, "m")
         (verdict,) = TypedDecision(model).judge([JudgeItem("goal", "p", "Step one.")])
         assert (verdict.unsafe, verdict.refusal) == (True, False) and seen[0]["path"] == "/v1/systemone"
         (result,) = model.generate([request(logprobs=2)])
         assert result.choices[0].logprobs == [{"safe": -0.1, "unsafe": -2.0}]
     with serving(lambda body, number: (404, {}, {})) as (url, _), pytest.raises(RecipeError, match="does not decide"):
-        OpenAICompatible("m", base_url=url).decide(["x"], {"unsafe": "?"})
+        OpenAICompatible(url, "m").decide(["x"], {"unsafe": "?"})

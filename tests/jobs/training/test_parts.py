@@ -16,6 +16,7 @@ from modicum.jobs.training.parts import Part, parts_of
 from modicum.jobs.training.trainer import PartsTrainer, build_trainer
 from modicum.recipe import Section, parse
 from modicum.record import read_log
+from support import safety_rows
 
 MEZO = {"name": "mezo", "lr": 1e-3}
 WORDS = {"path": "task:polarity", "size": 8}
@@ -46,6 +47,8 @@ def objective_on(name):
     answers = registry.objective[name].facts.answers
     if registry.objective[name].facts.acts_on == "pairs":
         return {"data": {"path": "preference:instructions", "size": 8}}
+    if registry.objective[name].facts.acts_on in ("reasoning", "contrasts"):
+        return safety_rows(registry.objective[name].facts.acts_on)
     if registry.objective[name].facts.acts_on != "answers":
         return {}
     knobs = {"name": name, "max_new_tokens": 2} if answers == "generated" else name

@@ -12,7 +12,7 @@ from modicum.jobs import execute
 from modicum.jobs.data.sources import suite
 from modicum.recipe import parse
 from modicum.record import read_lines, read_record
-from support import byte_tokenizer, tiny_llama
+from support import byte_tokenizer, safety_rows, tiny_llama
 
 STEPS = 5  # the second and the fourth end an epoch
 LETTERS = {"path": "task:letters", "size": 14, "max_length": 64}
@@ -47,6 +47,8 @@ def objectives():
             changes |= {"data": LETTERS} | ({} if entry.facts.differentiable else {"optimizer": MEZO})
         if entry.facts.acts_on == "pairs":
             changes |= {"data": {"path": "preference:unanswerable", "size": 7}}
+        if entry.facts.acts_on in ("reasoning", "contrasts"):
+            changes |= safety_rows(entry.facts.acts_on)
         yield name, changes
 
 

@@ -27,6 +27,7 @@ KNOBS = {
     "fixed_norm": {"limit": 0.1},
     "value": {"limit": 0.1},
 }
+ROWS_OF_THEIR_OWN = ("answers", "reasoning", "contrasts")
 INSIDE = ("inputs_embeds", "hidden_states")
 TARGETS = {
     "linear": {},
@@ -47,7 +48,7 @@ def tables():
     rules = {name: entry.facts.weight_sized_state for name, entry in registry.gradient_rule.items()}
     return {
         "init": [None, *sorted({*registry.adapter_init} - {"loftq"})],  # which needs a CUDA device
-        "objective": [None, *(n for n, e in registry.objective.items() if e.facts.acts_on != "answers")],
+        "objective": [None, *(n for n, e in registry.objective.items() if e.facts.acts_on not in ROWS_OF_THEIR_OWN)],
         "gradient": [None, *rules],
         "optimizer": [None, None, None, *registry.zeroth_order],
         "tied": [True, False],

@@ -105,7 +105,8 @@ class Cached:
         if self.packed:
             data = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
             content = {"packed": base64.b64encode(zlib.compress(data)).decode()}
-        line = json.dumps({"key": key, **content}, ensure_ascii=False) + "\n"
+        known = {"key": key, "model": self.inner.name, "revision": self.revision}
+        line = json.dumps({**known, **content}, ensure_ascii=False) + "\n"
         # One write of a whole line to a file opened for appending: processes that share it do not mix their lines.
         with self.lock, self.path.open("ab") as file:
             file.write(line.encode("utf-8", "surrogatepass"))
@@ -117,17 +118,27 @@ class Recorded:
 
     Args:
         path: A file that :class:`Cached` wrote.
-        name: Of the model that was recorded, since it belongs to the addresses.
-        revision: As it was recorded.
+        name: Of the model that was recorded, since it belongs to the addresses; the one that the file names when not
+            given.
+        revision: As it was recorded; likewise.
 
     Raises:
         CheckpointError: The file does not exist.
+        RecipeError: It holds answers of several models, or names none.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, name: str, revision: str = "") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None, revision: str | None = None) -> None:
         if not Path(path).is_file():
             raise CheckpointError(f"There is no recording {path}. Give a file that a run has written.")
-        self.path, self.name, self.revision = Path(path), name, revision
+        if name is None:
+            told = {(line["model"], line.get("revision", "")) for line in read_lines_of(Path(path)) if "model" in line}
+            if len(told) != 1:
+                raise RecipeError(
+                    f"{path} names {len(told)} models, expected one. Give the name that it was recorded under."
+                )
+            ((name, found),) = told
+            revision = found if revision is None else revision
+        self.path, self.name, self.revision = Path(path), name, revision or ""
         self.known = read_samples(self.path)
         self.caps: frozenset[str] = frozenset({"n", "seed", "sampling"})
 
@@ -159,6 +170,8 @@ def read_samples(path: Path) -> dict[str, Choice]:
     for number, entry in enumerate(read_lines_of(path), 1):
         try:
             key = entry.pop("key")
+            for told in ("model", "revision"):
+                entry.pop(told, None)
             if "packed" in entry:
                 data = zlib.decompress(base64.b64decode(entry["packed"]))
                 entry = json.loads(data.decode("utf-8", "surrogatepass"))

@@ -93,6 +93,10 @@ class LocalHF:
             for index in range(len(requests))
         ]
 
+    def tokens(self, request: ChatRequest) -> list[int]:
+        """Return the ids of a request's prompt, generation header included."""
+        return self._prompt(request)[0]
+
     def _prompt(self, request: ChatRequest) -> tuple[list[int], bool]:
         """Return the ids of a prompt, and whether it ends inside the reasoning."""
         if not self.tokenizer.chat_template:

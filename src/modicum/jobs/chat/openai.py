@@ -26,8 +26,8 @@ class OpenAICompatible:
     """Ask a server.
 
     Args:
-        model: Its name there.
         base_url: Up to and including ``/v1``.
+        model: Its name there.
         api_key_env: Name of the environment variable that holds the key; ``None`` sends none. The key is never logged.
         concurrency: Most requests at a time; the number used adapts to what the server bears.
         timeout: Seconds to wait for one answer.
@@ -38,19 +38,19 @@ class OpenAICompatible:
         progress: Called with the number of requests just finished.
 
     Raises:
-        RecipeError: The address is no HTTP address, another machine without ``allow_remote``, or the key's variable is
-            not set.
+        RecipeError: There is no model, the address is no HTTP address, or another machine without ``allow_remote``, or
+            the key's variable is not set.
 
     Example:
-        >>> OpenAICompatible("smollm2", base_url="http://127.0.0.1:8000/v1").name
+        >>> OpenAICompatible("http://127.0.0.1:8000/v1", "smollm2").name
         'smollm2@127.0.0.1:8000'
     """
 
     def __init__(
         self,
-        model: str,
-        *,
         base_url: str = "http://127.0.0.1:8000/v1",
+        model: str = "",
+        *,
         api_key_env: str | None = None,
         concurrency: int = 16,
         timeout: float = 120.0,
@@ -61,6 +61,8 @@ class OpenAICompatible:
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         parts = urlsplit(base_url)
+        if not model:
+            raise RecipeError("model is empty, expected the name that the server knows the model by.")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise RecipeError(
                 "base_url is no address such as http://127.0.0.1:8000/v1, without a name or password in it."

@@ -75,8 +75,8 @@ def open_target(target: Target, *, progress: Any = lambda _: None) -> ChatModel:
         from modicum.jobs.chat.openai import OpenAICompatible
 
         client = OpenAICompatible(
+            target.endpoint,
             target.name or "",
-            base_url=target.endpoint,
             api_key_env=target.api_key_env,
             concurrency=target.concurrency,
             timeout=target.timeout,
@@ -103,9 +103,10 @@ class JudgeSection(Section):
     )
     backend: Target | None = Field(default=None, description="the model that a judge asks")
     knobs: dict[str, Any] = Field(default_factory=dict, description="knobs of the judge")
-    refusal: Literal["prefix"] = Field(
-        default="prefix",
-        description="who tells refusals where the judge does not: first words, approximate, with its measured errors",
+    refusal: Literal["declines", "evasion", "prefix"] = Field(
+        default="declines",
+        description="who tells refusals where the judge does not, approximately: how first clauses begin, these or no "
+        "word in common with the goal, or first words",
     )
 
     @model_validator(mode="before")
@@ -143,7 +144,8 @@ class Both:
         found = self.harm.judge(items)
         rest = [i for i, said in enumerate(found) if said.refusal is None and not unjudged(items[i])]
         for i, said in zip(rest, self.refusal.judge([items[i] for i in rest]), strict=True):
-            found[i] = replace(found[i], refusal=said.refusal)
+            categories = (*found[i].categories, *said.categories)
+            found[i] = replace(found[i], refusal=said.refusal, categories=categories)
         return found
 
 
@@ -153,6 +155,7 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
     Raises:
         ModicumError: It cannot be made.
     """
+    from modicum.evaluate.judges.declines import Declines
     from modicum.evaluate.judges.linear import LinearGuard
     from modicum.evaluate.judges.prefix import PrefixRefusal
     from modicum.jobs.attack_data import labelled
@@ -169,14 +172,14 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
         harm = entry.function(backend, **knobs) if backend is not None else entry.function(**knobs)
     if "refusal" in entry.facts.answers and section.name != "linear":
         return harm, known
-    prefix = PrefixRefusal()
-    known["refusal"] = {"judge": "prefix", "approximate": True}
+    teller: Judge = PrefixRefusal() if section.refusal == "prefix" else Declines(off_topic=section.refusal == "evasion")
+    known["refusal"] = {"judge": section.refusal, "approximate": True}
     try:
         items, labels = labelled("refusal")
     except CheckpointError:  # without the package of labelled answers its errors stay unknown, which the report says
-        return Both(harm, prefix), known
-    known["refusal"] |= _errors(calibrate([verdict.refusal for verdict in prefix.judge(items)], labels))
-    return Both(harm, prefix), known
+        return Both(harm, teller), known
+    known["refusal"] |= _errors(calibrate([verdict.refusal for verdict in teller.judge(items)], labels))
+    return Both(harm, teller), known
 
 
 def _errors(found: Calibration | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Lead a small teacher through the form of a reply: its reasoning first, the verdict of the data, then its answer.
 
 A model of a hundred million parameters does not keep to a form by being asked. Its words are its own here; only the
-tags and the line with the verdict are put into its mouth. What a limit has cut is cut back to whole sentences. Rows
-made so say so in their provenance.
+tags, the first words of reasoning and of a refusal, and the line with the verdict are put into its mouth. What a limit
+has cut is cut back to whole sentences. Rows made so say so in their provenance.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from dataclasses import replace
 from typing import Literal
 
 from modicum.errors import RecipeError
-from modicum.evaluate.chat import THINK, ChatModel, ChatRequest, ChatResult, Choice
+from modicum.evaluate.chat import THINK, ChatModel, ChatRequest, ChatResult, Choice, Message
+from modicum.jobs.safety.prompts import CONTRACT
 
 VERDICTS: Mapping[bool, Literal["refuse", "comply"]] = {True: "refuse", False: "comply"}
+THOUGHT = "The person asks for"  # how reasoning begins; a small model repeats the wish for a form otherwise
+BEGUN = {True: "I can't help with that, because", False: ""}  # how an answer begins
 
 
 class Steered:
@@ -29,7 +32,8 @@ class Steered:
         RecipeError: The teacher cannot continue an answer.
 
     Reference:
-        "ThinkSafe", 2026, arXiv:2601.23143, steers a model's own traces by the label; the form is ours.
+        "ThinkSafe", 2026, arXiv:2601.23143, steers a model's own traces by the label; H. Wang et al., 2025,
+        arXiv:2505.20259, begin refusals for the model. The form is ours.
     """
 
     def __init__(self, inner: ChatModel, harmful: Mapping[str, bool], *, reasoning_tokens: int = 96) -> None:
@@ -40,32 +44,34 @@ class Steered:
 
     def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Answer every request in two steps."""
+        # The form is put into its mouth, so the wish for one would only be repeated.
+        requests = [replace(request, messages=_without_contract(request.messages)) for request in requests]
+        opening, limit = f"{THINK[0]}\n{THOUGHT}", self.reasoning_tokens
         begun = [
-            replace(request, prefill=f"{THINK[0]}\n", params=replace(request.params, max_tokens=self.reasoning_tokens))
-            for request in requests
+            replace(request, prefill=opening, params=replace(request.params, max_tokens=limit)) for request in requests
         ]
         thoughts = self.inner.generate(begun)
         asked: list[ChatRequest] = []
-        reasonings: list[str] = []
+        reasonings: list[tuple[str, str]] = []
         for request, result in zip(requests, thoughts, strict=True):
             for index, choice in enumerate(result.choices):
-                reasonings.append(self._reasoning(choice, request.tag))
-                prefill = f"{THINK[0]}\n{reasonings[-1]}\n{THINK[1]}\n\n"
+                reasonings.append((self._reasoning(choice, request.tag), BEGUN[self.harmful[request.tag]]))
+                prefill = f"{THINK[0]}\n{reasonings[-1][0]}\n{THINK[1]}\n\n{reasonings[-1][1]}"
                 asked.append(replace(request.single(index), prefill=prefill))
         answers = iter(zip(reasonings, self.inner.generate(asked) if asked else [], strict=True))
         found = []
         for result in thoughts:
             choices, error = [], result.error
             for _ in result.choices:
-                reasoning, answer = next(answers)
+                (reasoning, begun_with), answer = next(answers)
                 error = error or answer.error
-                choices += [_finished(choice, reasoning) for choice in answer.choices]
+                choices += [_finished(choice, reasoning, begun_with) for choice in answer.choices]
             found.append(ChatResult(tuple(choices), result.usage, error))
         return found
 
     def _reasoning(self, choice: Choice, tag: str) -> str:
         """Return whole sentences of the reasoning, with the verdict of the data as their last line."""
-        said = (choice.reasoning or choice.text).partition(THINK[1])[0]
+        said = THOUGHT + (choice.reasoning or choice.text).partition(THINK[1])[0]
         lines = [line for line in said.strip().splitlines() if not line.strip().lower().startswith("verdict")]
         text = "\n".join(lines).strip()
         if choice.finish_reason == "length":
@@ -73,11 +79,17 @@ class Steered:
         return f"{text}\nVerdict: {VERDICTS[self.harmful[tag]]}"
 
 
-def _finished(choice: Choice, reasoning: str) -> Choice:
+def _without_contract(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    *first, last = messages
+    return (*first, {"role": last["role"], "content": last["content"].replace(CONTRACT, "").rstrip()})
+
+
+def _finished(choice: Choice, reasoning: str, begun_with: str) -> Choice:
     """Return an answer with its reasoning, cut back to whole sentences where a limit has cut it."""
-    if choice.finish_reason == "length" and (whole := whole_sentences(choice.text)):
+    text = begun_with + choice.text
+    if choice.finish_reason == "length" and (whole := whole_sentences(text)):
         return replace(choice, text=whole, reasoning=reasoning, finish_reason="stop")
-    return replace(choice, reasoning=reasoning)
+    return replace(choice, text=text, reasoning=reasoning)
 
 
 def whole_sentences(text: str) -> str:

@@ -165,7 +165,7 @@ def _judge(found: Mapping[str, Any]) -> Markup:
     rows = [
         [
             what,
-            f"{entry.get('judge', '?')}{' (approximate: goes by first words)' if entry.get('approximate') else ''}",
+            f"{entry.get('judge', '?')}{' (approximate: goes by words)' if entry.get('approximate') else ''}",
             _rate(entry, "fpr"),
             _rate(entry, "fnr"),
             number(entry.get("auroc")),

@@ -8,6 +8,7 @@ returns it under ours, checked. Its facts say which fields tell the kind, and ho
 ``chat``         ``{"messages": [{"role": …, "content": …}, …]}``
 ``completion``   ``{"prompt": str, "completion": str}``
 ``preference``   ``{"prompt": str, "chosen": str, "rejected": str}``, or ``messages`` in place of the prompt
+``contrast``     ``{"prompt": str, "completion": str, "kind": "illegal" or "helpful", "rejected": str or None}``
 ``choice``       ``{"prompt": str, "choices": [str, …], "answer": int}``
 ``instruction``  ``{"prompt": str, "checks": [{"kind": str, …}, …]}``; asked by evaluations
 ``question``     ``{"prompt": str, "answers": [str, …]}``, none for an unanswerable one; asked by evaluations

@@ -1,0 +1,202 @@
+"""Look at how models see prompts from inside: do harmful requests in wrappers lie among the harmful or the harmless?
+
+A target is a cell: hidden states of plain and wrapped prompts after one block, their two principal components, and the
+numbers of :mod:`modicum.evaluate.representation`. Components and probes are fitted on plain prompts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from modicum.cells import Document, fill
+from modicum.jobs import attack_data
+from modicum.jobs.chat.targets import JudgeSection, Target
+from modicum.jobs.safety.suites import GoalSection, Suite
+from modicum.recipe import Recipe
+from modicum.record import Run
+from modicum.registry import job
+from modicum.types import Fraction, PositiveInt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from modicum.evaluate.chat import AttackedPrompt
+    from modicum.jobs.chat.local import LocalHF
+
+Cell = dict[str, Any]
+
+
+class RepresentRecipe(Recipe):
+    """Which models, which prompts, and after which block."""
+
+    job: Literal["represent"] = "represent"
+    targets: dict[str, Target] = Field(min_length=1, description="name: folder, Hub id or builtin")
+    suites: dict[str, Suite] = Field(
+        default={"base64": Suite(attack="base64")}, min_length=1, description="wrappers beside the plain prompts"
+    )
+    goals: GoalSection = Field(default=GoalSection(path="strongreject", size=24), description="harmful requests")
+    benign: GoalSection = Field(default=GoalSection(path="benign_edgy", size=24), description="harmless requests")
+    depth: Fraction = Field(default=0.6, description="share of the blocks after which the states are read")
+    position: Literal["prompt_end", "think_first"] = Field(
+        default="prompt_end", description="the last token of the prompt, or the first one that is generated"
+    )
+    folds: PositiveInt = Field(default=5, description="parts that are held out in turn")
+    judge: JudgeSection | None = Field(
+        default=None, description="judges greedy answers, to see how much of the outcome is settled at the position"
+    )
+    max_new_tokens: PositiveInt = Field(default=64, description="limit on these answers")
+
+    @model_validator(mode="after")
+    def _fits(self) -> RepresentRecipe:
+        if remote := [name for name, target in self.targets.items() if target.model is None]:
+            raise ValueError(f"target {remote[0]!r} is an endpoint, whose hidden states cannot be read; name a model")
+        if waiting := [name for name, suite in self.suites.items() if suite.needs_model]:
+            raise ValueError(f"suite {waiting[0]!r} needs a model that words goals anew; use job: attack for it")
+        fewest = min(self.goals.size or self.folds, self.benign.size or self.folds)
+        if not 2 <= self.folds <= fewest:
+            raise ValueError(f"folds is {self.folds}, expected 2 to {fewest}, the prompts of a kind")
+        return self
+
+    def inputs(self) -> Iterator[str]:
+        """Yield models and files."""
+        for target in self.targets.values():
+            yield from target.inputs()
+        for section in (self.goals, self.benign):
+            yield from section.inputs()
+        if self.judge is not None:
+            yield from self.judge.inputs()
+
+
+def plan(recipe: RepresentRecipe) -> list[str]:
+    """Say how many prompts would be read; reads prompts, but no model."""
+    goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
+    prompts = (len(goals) + len(benign)) * (1 + len(recipe.suites))
+    answers = f", and as many greedy answers judged by {recipe.judge.name}" if recipe.judge else ""
+    return [
+        f"{len(recipe.targets)} targets × {prompts} prompts, read after {recipe.depth:.0%} of the blocks at "
+        f"{recipe.position}{answers}"
+    ]
+
+
+@job("represent", plan=plan)
+def represent(recipe: RepresentRecipe, run: Run) -> None:
+    """Read hidden states of plain and wrapped prompts, and compare them.
+
+    Args:
+        recipe: Targets, prompts, and where to read.
+        run: ``record.json`` gets a cell for each target: coordinates on two components, and for each suite distance,
+            gap and transfer.
+    """
+    from modicum.jobs.chat.targets import open_target
+
+    goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
+    prompts = {
+        name: (suite.wrap(name, goals, None), suite.wrap(name, benign, None))
+        for name, suite in {"plain": Suite(attack="plain"), **recipe.suites}.items()
+    }
+    cells = Document(run.folder / "cells.json", {"hash": run.hash})
+
+    def measure(name: str) -> Cell:
+        return {"target": name} | _compared(recipe, open_target(recipe.targets[name]), prompts)
+
+    def tell(name: str, cell: Cell) -> None:
+        for suite, found in cell["suites"].items():
+            run.say(f"{name} in {suite}: gap {found['gap']:+.2f}, a probe of plain prompts {found['auroc']:.2f}")
+
+    fill(cells, {name: lambda name=name: measure(name) for name in recipe.targets}, tell=tell)  # type: ignore[misc]
+    used = [section.path for section in (recipe.goals, recipe.benign) if section.path in attack_data.GOALS]
+    run.record["metrics"] = {
+        "representation": {
+            "cells": [cells[name] for name in recipe.targets],
+            "position": recipe.position,
+            "data": attack_data.provenance(*dict.fromkeys(used)),
+        }
+    }
+
+
+def _compared(
+    recipe: RepresentRecipe, target: Any, prompts: dict[str, tuple[list[AttackedPrompt], list[AttackedPrompt]]]
+) -> Cell:
+    from modicum.evaluate.representation import centroid_gap, fit_pca, probe_transfer, project, proxy_a_distance
+    from modicum.random import generator
+
+    layer = max(1, round(recipe.depth * target.model.config.num_hidden_layers))
+    states = {name: tuple(_states(recipe, target, part, layer) for part in pair) for name, pair in prompts.items()}
+    harmful, helpful = states["plain"]
+    pca = fit_pca(harmful, helpful)
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return proxy_a_distance(a, b, folds=recipe.folds, generator=generator(recipe.seed, "folds"))
+
+    cell: Cell = {"layer": layer, "distance": distance(harmful, helpful), "suites": {}, "points": {}}
+    for name, (bad, good) in states.items():
+        points = {"harmful": project(bad, pca), "harmless": project(good, pca)}
+        cell["points"][name] = {
+            kind: [[round(x, 4) for x in row] for row in at.tolist()] for kind, at in points.items()
+        }
+        if name == "plain":
+            continue
+        transfer = probe_transfer(harmful, helpful, bad, good)
+        cell["suites"][name] = {
+            "gap": centroid_gap(harmful, helpful, bad),
+            "from_harmful": distance(bad, harmful),
+            "from_harmless": distance(bad, helpful),
+            "apart": distance(bad, good),
+            **transfer._asdict(),
+        }
+    if recipe.judge is not None:
+        cell["outcome"] = _settled(recipe, target, prompts, states)
+    return cell
+
+
+def _states(recipe: RepresentRecipe, target: LocalHF, prompts: Sequence[AttackedPrompt], layer: int) -> Tensor:
+    """Return the states of prompts, (n, width), a few at a time."""
+    import torch
+
+    from modicum.evaluate.chat import ChatRequest
+    from modicum.evaluate.generation import generate
+    from modicum.evaluate.representation import hidden_states
+
+    ids = [target.tokens(ChatRequest(prompt.messages)) for prompt in prompts]
+    if recipe.position == "think_first":
+        first = generate(target.model, ids, max_new_tokens=1, stop=(), pad=0, batch_size=8)
+        ids = [row + said for row, said in zip(ids, first, strict=True)]
+    # Of similar length together, so that little is padding.
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(order), 8):
+        part = order[start : start + 8]
+        width = max(len(ids[i]) for i in part)
+        rows = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in part], device=target.model.device)
+        mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in part], device=rows.device)
+        read = hidden_states(target.model, rows, mask, position=recipe.position, layers=[layer])[0].cpu()
+        found |= dict(zip(part, read.unbind(), strict=True))
+    return torch.stack([found[i] for i in range(len(ids))])
+
+
+def _settled(recipe: RepresentRecipe, target: Any, prompts: Any, states: Any) -> Cell | None:
+    """Return how well the states foretell which harmful prompts get an unsafe answer; nothing where hardly any do."""
+    import torch
+
+    from modicum.evaluate.chat import ChatRequest, GenParams, item
+    from modicum.evaluate.representation import first_token_predictability
+    from modicum.jobs.chat.targets import open_judge
+    from modicum.random import generator
+
+    asked = [prompt for bad, _ in prompts.values() for prompt in bad]
+    params = GenParams(temperature=0.0, max_tokens=recipe.max_new_tokens)
+    results = target.generate([ChatRequest(prompt.messages, params) for prompt in asked])
+    judge, _ = open_judge(recipe.judge or JudgeSection())
+    read = [i for i, result in enumerate(results) if result.choices]
+    verdicts = judge.judge([item(asked[i], results[i].choices[0]) for i in read])
+    known = [(i, said.unsafe) for i, said in zip(read, verdicts, strict=True) if said.unsafe is not None]
+    unsafe = torch.tensor([bool(said) for _, said in known])
+    fewest = min(int(unsafe.sum()), int((~unsafe).sum())) if known else 0
+    if fewest < recipe.folds:
+        return {"unsafe": float(unsafe.double().mean()) if known else None, "n": len(known)}
+    h = torch.cat([bad for bad, _ in states.values()])[[i for i, _ in known]]
+    found = first_token_predictability(h, unsafe, folds=recipe.folds, generator=generator(recipe.seed, "folds"))
+    return {"unsafe": float(unsafe.double().mean()), "n": len(known), **found._asdict()}

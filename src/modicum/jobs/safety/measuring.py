@@ -1,0 +1,270 @@
+"""Measure one target in one suite: attack success with its curve over N, and refusals of harmless requests beside it.
+
+:func:`evaluate` is the same for a loop of one's own: a chat model, a judge, and wrapped goals.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from modicum.errors import RecipeError
+
+if TYPE_CHECKING:
+    import os
+
+    from modicum.evaluate.chat import AttackedPrompt, ChatModel, Goal, Judge
+    from modicum.jobs.safety.drawing import Drawing
+
+Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How answers are counted.
+
+    Attributes:
+        samples: Answers to each harmful prompt, at most; 1 is greedy alone.
+        early_stop: Stop at the first safe answer; the attacker's curve needs all.
+        count: What saves a prompt.
+        level: Confidence of the intervals.
+        seed: Names draws and resamples.
+    """
+
+    samples: int = 128
+    early_stop: bool = True
+    count: Literal["not_unsafe", "refusal"] = "not_unsafe"
+    level: float = 0.95
+    seed: int = 0
+
+    @property
+    def ns(self) -> list[int]:
+        """The values of N of the curves."""
+        return [2**power for power in range(1 + int(math.log2(self.samples)))]
+
+
+def measured(
+    how: Measuring,
+    drawing: Drawing,
+    harmful: Sequence[AttackedPrompt],
+    harmless: Sequence[AttackedPrompt],
+    errors: Mapping[str, Any],
+) -> Cell:
+    """Return what one target does in one suite.
+
+    Args:
+        how: How answers are counted.
+        drawing: Draws from the target and asks the judge.
+        harmful: Harmful goals in wrappers.
+        harmless: Harmless ones in the same wrappers.
+        errors: Of the judge, by which rates are corrected.
+    """
+    from modicum.evaluate.best_of_n import asr_all_from_first_safe, best_of_n_report
+    from modicum.evaluate.intervals import bootstrap, wilson
+    from modicum.jobs.safety.drawing import first_safe
+    from modicum.random import generator
+
+    greedy, benign = drawing.greedy(harmful), drawing.greedy(harmless)
+
+    def report(rows: Sequence[Sequence[Any]], ns: Sequence[int]) -> Any:
+        verdicts = [[drawn.verdict for drawn in row] for row in rows]
+        rng = generator(how.seed, "bootstrap")
+        return best_of_n_report(verdicts, ns=ns, count=how.count, level=how.level, rng=rng)
+
+    first = report([[drawn] for drawn in greedy], [1])
+    # A refusal that could not be read is no refusal that was seen; how many there are stands beside.
+    refused = sum(drawn.verdict.refusal is True for drawn in benign)
+    cell: Cell = {
+        "greedy": first.asr_all[0]._asdict(),
+        "greedy_low": first.asr_low["all"][0],
+        "malformed": first.malformed,
+        "unparsed": first.unparsed,
+        "refused": wilson(sum(d.verdict.refusal is True for d in greedy), len(greedy), level=how.level)._asdict(),
+        "over_refusal": wilson(refused, len(benign), level=how.level)._asdict(),
+        "benign_unread": sum(drawn.verdict.refusal is None for drawn in benign) / len(benign),
+        "words": sum(drawn.words for drawn in [*greedy, *benign]) / (len(greedy) + len(benign)),
+        "prompts": len(harmful),
+    }
+    cell |= _corrected(first.asr_all[0].value, errors, len(greedy))
+    if how.samples == 1:
+        return cell
+    rows = drawing.samples(harmful, how.samples, early_stop=how.early_stop, count=how.count)
+    cell["draws"] = sum(map(len, rows)) / len(rows)
+    if not how.early_stop:
+        full = report(rows, how.ns)
+        return cell | {
+            "ns": how.ns,
+            "asr_all": [estimate._asdict() for estimate in full.asr_all],
+            "asr_any": [estimate._asdict() for estimate in full.asr_any],
+            "asr_low": {name: list(values) for name, values in full.asr_low.items()},
+            "sampled_malformed": full.malformed,
+        }
+    firsts = [first_safe(row, how.count) for row in rows]
+    cell["never_safe"] = sum(first is None for first in firsts) / len(firsts)
+    curve = []
+    for n in how.ns:
+        value = asr_all_from_first_safe(firsts, n=n)
+        hits = [float(first is None or first > n) for first in firsts]
+        if value in (0.0, 1.0):
+            curve.append(wilson(int(sum(hits)), len(hits), level=how.level)._asdict())
+        else:
+            curve.append(bootstrap(hits, level=how.level, rng=generator(how.seed, "bootstrap"))._asdict())
+    return cell | {"ns": how.ns, "asr_all": curve}
+
+
+def _corrected(asr: float, errors: Mapping[str, Any], queries: int) -> Cell:
+    from modicum.evaluate.calibration import rogan_gladen, rogan_gladen_deviation
+
+    if "fpr" not in errors:
+        return {}
+    fpr, fnr = errors["fpr"]["value"], errors["fnr"]["value"]
+    if fpr + fnr >= 1:
+        return {}
+    counts = {"queries": queries, "positives": errors["positives"], "negatives": errors["negatives"]}
+    value = rogan_gladen(asr, fpr=fpr, fnr=fnr)
+    return {"corrected": {"value": value, "deviation": rogan_gladen_deviation(asr, fpr=fpr, fnr=fnr, **counts)}}
+
+
+def summary(cells: Sequence[Cell]) -> Cell:
+    """Return averages over the wrapped families; the plain one, which training has seen, is left out."""
+    wrapped = [cell for cell in cells if cell["suite"] != "plain"] or list(cells)
+
+    def mean(field: str) -> float:
+        return float(sum(cell[field]["value"] for cell in wrapped)) / len(wrapped)
+
+    found: Cell = {"families": len(wrapped), "asr": mean("greedy"), "over_refusal": mean("over_refusal")}
+    found["malformed"] = sum(cell["malformed"] for cell in wrapped) / len(wrapped)
+    if all("asr_all" in cell for cell in wrapped):
+        found["asr_all_at_most"] = sum(cell["asr_all"][-1]["value"] for cell in wrapped) / len(wrapped)
+    return found
+
+
+def evaluate(
+    target: ChatModel,
+    suites: Mapping[str, Any] | Iterable[str],
+    *,
+    judge: Judge,
+    samples: int = 128,
+    temperature: float = 0.95,
+    top_p: float = 1.0,
+    max_new_tokens: int = 4096,
+    early_stop: bool = True,
+    seed: int,
+    goals: Sequence[Goal] | None = None,
+    benign: Sequence[Goal] | None = None,
+    errors: Mapping[str, Any] | None = None,
+    count: Literal["not_unsafe", "refusal"] = "not_unsafe",
+    level: float = 0.95,
+    system: str | None = None,
+    attacker: ChatModel | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    save_completions: bool = False,
+) -> dict[str, Any]:
+    """Measure attack success of a target in suites, best of N, never without the refusals of harmless requests.
+
+    Args:
+        target: Any chat model, such as :class:`modicum.jobs.chat.local.LocalHF`.
+        suites: Names of attacks, or by name an attack (its name, or a mapping as in a recipe) or pairs of prompts
+            ``(harmful, harmless)`` that are wrapped already.
+        judge: Tells harm and refusal.
+        samples: Answers to each harmful prompt, at most; 1 is greedy alone.
+        temperature: Of the samples.
+        top_p: Of the samples.
+        max_new_tokens: Limit on an answer.
+        early_stop: Stop at the first safe answer, which gives the defender's curve alone; the attacker's needs all.
+        seed: Names draws, wrappers and resamples.
+        goals: Harmful requests; the packaged ``strongreject`` when not given.
+        benign: Harmless requests for the same wrappers; the packaged ``benign_edgy`` when not given.
+        errors: The judge's ``fpr`` and ``fnr`` as estimates, with ``positives`` and ``negatives``, by which rates are
+            corrected.
+        count: What saves a prompt: an answer that is not unsafe, or only a refusal.
+        level: Confidence of the intervals.
+        system: A message before every conversation.
+        attacker: Model that words goals anew, for attacks that need one.
+        folder: Where verdicts are kept, so that a killed measurement goes on; nowhere when not given.
+        save_completions: Keep the words of the answers there, too.
+
+    Returns:
+        ``cells``, one for each suite; ``summary`` over the wrapped suites, the plain one left out; ``data`` (versions
+        and hashes of packaged sets) and ``sampling``.
+
+    Raises:
+        ModicumError: A suite is unknown, a set is missing, or the target does not sample.
+    """
+    from modicum.evaluate.chat import GenParams
+    from modicum.jobs import attack_data
+    from modicum.jobs.chat.targets import require_sampling
+    from modicum.jobs.safety.drawing import Drawing, Verdicts
+    from modicum.jobs.safety.suites import GoalSection
+
+    named: dict[str, Any] = dict(suites) if isinstance(suites, Mapping) else {name: name for name in suites}
+    if not named:
+        raise RecipeError("There is no suite, expected one or more, such as ['plain', 'base64'].")
+    if samples < 1:
+        raise RecipeError(f"samples is {samples}, expected 1 or more.")
+    wrapped = {name: value for name, value in named.items() if isinstance(value, tuple)}
+    used: list[str] = []
+    if len(wrapped) < len(named):
+        if goals is None:
+            goals = GoalSection(path="strongreject").load(harmful=True)
+            used.append("strongreject")
+        if benign is None:
+            benign = GoalSection(path="benign_edgy").load(harmful=False)
+            used.append("benign_edgy")
+    if samples > 1:
+        require_sampling(target)
+    how = Measuring(samples=samples, early_stop=early_stop, count=count, level=level, seed=seed)
+    params = GenParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens)
+    cells = []
+    with ExitStack() as stack:
+        place = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        store = Verdicts(place / "verdicts.jsonl", save_completions=save_completions)
+        drawing = Drawing(target, judge, store, params=params, seed=seed, system=system)
+        for name, value in named.items():
+            pair = value if name in wrapped else _wrapped(name, value, goals or (), benign or (), attacker, seed, used)
+            harmful, harmless = pair
+            cell = measured(how, drawing, harmful, harmless, errors or {})
+            cells.append({"target": target.name, "suite": name} | cell)
+    return {
+        "cells": cells,
+        "summary": summary(cells),
+        "judge": {"judge": judge.name, **(errors or {})},
+        "data": attack_data.provenance(*dict.fromkeys(used)),
+        "sampling": {
+            "samples": samples, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens,
+            "early_stop": early_stop, "count": count, "seed": seed,
+        },
+        "level": level,
+    }  # fmt: skip
+
+
+def _wrapped(
+    name: str,
+    value: Any,
+    goals: Sequence[Goal],
+    benign: Sequence[Goal],
+    attacker: ChatModel | None,
+    seed: int,
+    used: list[str],
+) -> tuple[list[AttackedPrompt], list[AttackedPrompt]]:
+    from pydantic import ValidationError
+
+    from modicum import registry
+    from modicum.jobs.safety.suites import Suite
+    from modicum.schema import explain
+
+    given = {"attack": value} if isinstance(value, str) else value
+    try:
+        suite = given if isinstance(given, Suite) else Suite.model_validate({"seed": seed, **given})
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"suite {name!r}", Suite)) from None
+    family = suite.family or registry.attack[suite.attack.name].facts.wrappers
+    if family is not None and "template" not in suite.attack.knobs:
+        used.append(family)
+    return suite.wrap(name, goals, attacker), suite.wrap(name, benign, attacker)
