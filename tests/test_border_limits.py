@@ -11,7 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from modicum import cli
+from modicum import cli, lock, stored
+from modicum.borders import loads
 from modicum.errors import CheckpointError, ModicumError, RecipeError, printable
 from modicum.jobs import plan
 from modicum.jobs.data.rows import load_rows
@@ -21,6 +22,7 @@ from modicum.jobs.loading.models import load_model
 from modicum.recipe import override, parse, parse_yaml
 from modicum.report import write
 from modicum.report.sections.training import smooth
+from modicum.weights.finished import read_journals
 from modicum.weights.mergekit.tokenizers import token_ids
 from support import byte_tokenizer, tiny_llama
 
@@ -70,6 +72,44 @@ def test_a_report_overwrites_reports_alone(tmp_path, place):
     with pytest.raises(CheckpointError):
         write([run], run / place)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[[[", "\0", ""])
+def test_json_of_others_fails_in_one_way(tmp_path, text):
+    with pytest.raises(ValueError, match="."):
+        loads(text)
+    (tmp_path / "journal.0.jsonl").write_text(f'{text}\n["w", {{"x": 1}}]\n')
+    assert read_journals(tmp_path) == {"w": {"x": 1}}
+    (tmp_path / "one.lock").write_text(text)
+    with pytest.raises(CheckpointError, match="no lock file that can be read"):
+        lock.read_owner(tmp_path / "one.lock")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"files": {"a": ["/etc", "ab"]}}, {"files": {"a": [1]}}, {"files": {"\0": [1, "ab"]}}, {"outputs": {"a": 3}},
+     {"stages": [{"name": "a"}]}, {"stages": [3]}, {"stages": [{"folder": "\0"}]}, {"files": {"a": [True, "ab"]}}],
+)  # fmt: skip
+def test_records_name_files_or_are_refused(tmp_path, change):
+    (tmp_path / "record.json").write_text(json.dumps({"job": "merge", "status": "done", "files": {}} | change))
+    for read in (stored.verify, stored.damage, stored.read_record):
+        with pytest.raises(CheckpointError, match="malformed"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"job": "coordinate", "policies": ["osg"], "application": {"name": []}}, {"merge_method": "linear", "models": 1}],
+)
+def test_values_of_unforeseen_kinds_are_one_line(recipe):
+    with pytest.raises(RecipeError, match="has the wrong kind"):
+        parse(recipe)
+
+
+def test_a_section_that_cannot_be_drawn_does_not_stop_the_page(tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({"job": "coordinate", "status": "done"}))
+    (tmp_path / "results.json").write_text(json.dumps({"cells": [3], "graphs": [], "differences": 1}))
+    assert "cannot be drawn" in write([tmp_path]).read_text()
 
 
 def test_smoothing_a_long_series_is_linear():

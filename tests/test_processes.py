@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,28 @@ def test_nobody_else_reads_the_launchers_variables():
     root = Path(processes.__file__).parent
     readers = [path.name for path in root.rglob("*.py") if re.search('"(RANK|WORLD_SIZE)"', path.read_text())]
     assert readers == ["processes.py"]
+
+
+LAUNCHER = """
+import os, subprocess, sys
+rank = "from modicum import processes; import time; processes.end_with_launcher(); print(1, flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", rank], env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"},
+                         stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_process_whose_launcher_was_killed_ends():
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        rank = int(launcher.stdout.readline())
+        launcher.kill()
+    for _ in range(200):
+        stat = Path(f"/proc/{rank}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX":
+            return
+        time.sleep(0.05)
+    os.kill(rank, signal.SIGKILL)
+    pytest.fail("it went on")

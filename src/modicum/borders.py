@@ -89,6 +89,18 @@ def check_plain_folder(folder: Path) -> None:
         check_plain(path)
 
 
+def loads(text: str | bytes) -> Any:
+    """Return what JSON says, as :func:`json.loads` does, with one kind of error for whatever is malformed.
+
+    Raises:
+        ValueError: It is no JSON, or nested beyond all measure.
+    """
+    try:
+        return json.loads(text)
+    except (RecursionError, MemoryError):
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path, owner: str, remedy: str = "Download it again.") -> dict[str, Any]:
     """Return the mapping in a JSON file.
 
@@ -105,10 +117,12 @@ def read_json(path: Path, owner: str, remedy: str = "Download it again.") -> dic
         size = path.stat().st_size
         if size > LARGEST:
             raise CheckpointError(f"{owner}: {path.name} has {size / 1e6:.0f} MB, which is no text to read. {remedy}")
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{owner}: cannot read {path}: {error.strerror}. Check the folder.") from None
-    except (ValueError, RecursionError, MemoryError):
+    except ValueError as error:
+        if isinstance(error, ModicumError):
+            raise
         raise CheckpointError(f"{owner}: {path.name} is not valid JSON. {remedy}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{owner}: {path.name} is not a mapping. {remedy}")

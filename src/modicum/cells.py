@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import quote
 
+from modicum.borders import loads
 from modicum.durable import write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError
@@ -132,7 +133,7 @@ class Folder:
         return self._file(str(key)).is_file()
 
     def __getitem__(self, key: str) -> Cell:
-        cell: Cell = json.loads(self._file(key).read_text(encoding="utf-8"))
+        cell: Cell = loads(self._file(key).read_text(encoding="utf-8"))
         return cell
 
     def __setitem__(self, key: str, cell: Cell) -> None:
@@ -162,7 +163,7 @@ class Document:
         about = json.loads(json.dumps(dict(self.about)))  # as the file will have it: tuples become lists
         self._content: dict[str, Any] = {"study": self.path.stem, "about": about, "cells": {}}
         if self.path.exists():
-            self._content = json.loads(self.path.read_text(encoding="utf-8"))
+            self._content = loads(self.path.read_text(encoding="utf-8"))
         before = self._content.get("about", {})
         if before != about:
             changed = sorted(key for key in {*before, *about} if before.get(key) != about.get(key))

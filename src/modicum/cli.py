@@ -9,6 +9,7 @@ import atexit
 import errno
 import gc
 import json
+import os
 import signal
 import sys
 import warnings
@@ -244,14 +245,18 @@ def main() -> None:
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)  # they go with the process, which would look through them once more as it ends
     # What other libraries say to their own developers helps nobody here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="(?!modicum)")
     warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to say Ctrl-C: the run's record tells of it
     try:
         status = app(standalone_mode=False)
         if status == 130:  # what typer makes of a KeyboardInterrupt
-            _say("interrupted; run the same command again to go on.")
+            raise KeyboardInterrupt
         raise SystemExit(status)
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to go on.")
+        raise SystemExit(130) from None
     except UsageError as error:
         _say_usage(error)
         raise SystemExit(2) from None

@@ -5,12 +5,12 @@ An adapter brings the model that it was trained on along, and a model its tokeni
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modicum.borders import loads
 from modicum.content import Stamp, changed, check_in_place, combine, files_in, hash_file, hash_files
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG
@@ -113,7 +113,7 @@ def _exists(path: Path) -> bool:
 def _base_of(folder: Path) -> Iterator[str]:
     """Yield the reference of the model beneath an adapter."""
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base, revision = config.get("base_model_name_or_path"), config.get("revision")
     except (OSError, ValueError, AttributeError, RecursionError):
         return  # no adapter, or one that whoever opens it will refuse

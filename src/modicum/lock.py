@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from modicum.borders import loads
 from modicum.errors import CheckpointError
 
 try:
@@ -115,7 +116,7 @@ def read_owner(path: Path) -> Owner | None:
     """
     for _ in range(50):
         try:
-            return Owner(**json.loads(path.read_text(encoding="utf-8")))
+            return Owner(**loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):

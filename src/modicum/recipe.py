@@ -16,10 +16,11 @@ from typing import Annotated, Any, Self, TypeAlias, get_type_hints
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from modicum import registry
+from modicum.borders import MALFORMED
 from modicum.credentials import secrets_in
 from modicum.documents import is_mergekit, parse_documents
 from modicum.documents import parse_yaml as parse_yaml
-from modicum.errors import RecipeError, did_you_mean
+from modicum.errors import ModicumError, RecipeError, did_you_mean, first_line
 from modicum.inputs import Inputs, look
 from modicum.registry import Registry
 from modicum.schema import explain, not_finite
@@ -199,8 +200,13 @@ def parse(data: Data, where: str = "recipe") -> Recipe:
         return schema.model_validate(data)
     except ValidationError as error:
         raise RecipeError(explain(error, where, schema)) from None
+    except ModicumError:
+        raise
     except RecursionError:
         raise RecipeError(f"{where} is nested too deeply. Write it flatter.") from None
+    except MALFORMED as error:  # a value of a kind that nobody thought of
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise RecipeError(f"{where}: a value has the wrong kind ({told}) See: modicum show {name}") from None
 
 
 def job_schema(name: str) -> type[Recipe]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modicum.borders import border, check_plain, read_json
+from modicum.borders import border, check_plain, loads, read_json
 from modicum.content import hash_files
 from modicum.documents import stored_yaml
 from modicum.errors import CheckpointError
@@ -31,7 +30,21 @@ def read_record(folder: str | Path, *, strict: bool = True) -> dict[str, Any]:
     for key, kind in KINDS.items():
         if strict and not isinstance(record.get(key, kind()), kind):
             raise CheckpointError(f"{path}: {key} is no {kind.__name__}. Delete the folder and run again.")
+    if strict and not _is_sound(record):
+        raise CheckpointError(f"{path}: files, outputs or stages are malformed. Delete the folder and run again.")
     return record
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether what a record names are sizes and hashes of files, names of outputs, and folders of stages."""
+    files, outputs, stages = (record.get(key) or () for key in ("files", "outputs", "stages"))
+    sizes = [record["files"][name] for name in files]
+    return (
+        all(isinstance(size, list) and [type(part) for part in size] == [int, str] for size in sizes)
+        and all(isinstance(record["outputs"][name], str) for name in outputs)
+        and all(isinstance(stage, dict) and isinstance(stage.get("folder"), str) for stage in stages)
+        and not any("\0" in name for name in (*files, *(stage["folder"] for stage in stages)))
+    )
 
 
 def stored_recipe(folder: str | Path) -> dict[str, Any] | None:
@@ -61,7 +74,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            line = json.loads(text)
+            line = loads(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):

@@ -10,6 +10,7 @@ import importlib
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -107,6 +108,7 @@ class Attempt:
             self.kill(signal.SIGKILL, group=True)
         self._said.seek(0)
         said = self._said.read().decode("utf-8", "replace")
+        self._said.close()
         base = _resident()
         code = os.waitstatus_to_exitcode(status)
         computed = used.ru_utime + used.ru_stime
@@ -177,6 +179,8 @@ def _become(
         os.environ.update(variables)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if (machine := os.environ.get("CAMPAIGN_MACHINE")) is not None:
+            _other_machine(machine)
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
         if file_size is not None:
@@ -192,6 +196,8 @@ def _become(
             status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
         if (names := os.environ.get("CAMPAIGN_MODULES")) is not None:
             Path(names).write_text("\n".join(sys.modules))
+    except KeyboardInterrupt:
+        status = 130  # before there was a command to interrupt
     except BaseException:
         import traceback
 
@@ -201,6 +207,23 @@ def _become(
         with suppress(BaseException):
             sys.stderr.flush()
         os._exit(status)
+
+
+def _other_machine(name: str) -> None:
+    """Give this process a host name and a boot id of its own, as on another machine that shares the disk."""
+    import ctypes
+    import subprocess
+    import uuid
+
+    new_mounts, new_names = 0x00020000, 0x04000000  # CLONE_NEWNS and CLONE_NEWUTS of Linux
+    if ctypes.CDLL(None, use_errno=True).unshare(new_mounts | new_names) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    socket.sethostname(name)
+    boot = Path(tempfile.gettempdir(), f"boot-{name}-{os.getpid()}")
+    boot.write_text(f"{uuid.uuid5(uuid.NAMESPACE_DNS, name)}\n")
+    for command in (["--make-rprivate", "/"], ["--bind", str(boot), "/proc/sys/kernel/random/boot_id"]):
+        subprocess.run(["mount", *command], check=True)
+    boot.unlink()
 
 
 def _resident() -> int:

@@ -37,10 +37,12 @@ Command = Sequence[str]
 
 def run(*names: str) -> list[Command]:
     """Return the commands that check and run recipes; ``OUT`` stands for a new folder."""
-    return [(verb, f"{name}.yaml", *(("--out", "OUT") if verb == "run" else ())) for name in names
+    return [(verb, f"{name}.yaml", *(("--quiet", "--out", "OUT") if verb == "run" else ())) for name in names
             for verb in ("check", "run")]  # fmt: skip
 
 
+MERGED = ("run", "merge.yaml", "--quiet", "--out", "done-merge")
+AGAIN = ("run", "train-again.yaml", "--quiet", "--out", "done-train")
 READ: dict[str, list[Command]] = {
     "base/config.json": run("merge", "train", "evaluate-base"),
     "base/generation_config.json": run("merge", "train"),
@@ -70,24 +72,24 @@ READ: dict[str, list[Command]] = {
     "merge-mergekit.yaml": run("merge-mergekit"),
     "pipeline.yaml": run("pipeline"),
     "done-merge/record.json": [("verify", "done-merge"), ("report", "done-merge", "--out", "OUT.html"),
-                               ("run", "merge.yaml", "--out", "done-merge")],
+                               MERGED],
     "done-merge/recipe.yaml": [("report", "done-merge", "--out", "OUT.html"),
-                               ("run", "merge.yaml", "--out", "done-merge"), ("run", "done-merge/recipe.yaml")],
+                               MERGED, ("run", "done-merge/recipe.yaml")],
     "done-train/record.json": [("verify", "done-train"), ("report", "done-train", "--out", "OUT.html")],
     "done-train/log.jsonl": [("report", "done-train", "--out", "OUT.html"),
-                             ("run", "train.yaml", "--out", "done-train")],
+                             ("run", "train.yaml", "--quiet", "--out", "done-train")],
     "done-train/checkpoints/checkpoint-4/trainer_state.json": [("verify", "done-train"),
-                                                               ("run", "train-again.yaml", "--out", "done-train")],
+                                                               AGAIN],
     "done-train/checkpoints/checkpoint-4/manifest.json": [("verify", "done-train"),
-                                                          ("run", "train-again.yaml", "--out", "done-train")],
+                                                          AGAIN],
     "done-coordinate/results.json": [("report", "done-coordinate", "--out", "OUT.html"), ("verify", "done-coordinate")],
     "done-coordinate/frames.json": [("report", "done-coordinate", "--out", "OUT.html")],
     "done-pipeline/record.json": [("verify", "done-pipeline"), ("report", "done-pipeline", "--out", "OUT.html"),
-                                  ("run", "pipeline.yaml", "--out", "done-pipeline")],
+                                  ("run", "pipeline.yaml", "--quiet", "--out", "done-pipeline")],
     "done-pipeline/stages/tune/record.json": [("verify", "done-pipeline"),
-                                              ("run", "pipeline.yaml", "--out", "done-pipeline")],
+                                              ("run", "pipeline.yaml", "--quiet", "--out", "done-pipeline")],
     "done-average-search/record.json": [("report", "done-average-search", "--out", "OUT.html")],
-    "busy/.lock": [("run", "merge.yaml", "--out", "busy")],
+    "busy/.lock": [("run", "merge.yaml", "--quiet", "--out", "busy")],
 }  # fmt: skip
 
 
@@ -254,7 +256,7 @@ def cases(rng: random.Random) -> Iterator[Case]:
         elif kind < 0.75:
             path = rng.choice(names)
             verb = ("check", path) if rng.random() < 0.7 or path.startswith(("attack", "synth")) else (
-                "run", path, "--out", "OUT")  # fmt: skip
+                "run", path, "--quiet", "--out", "OUT")  # fmt: skip
             yield Case(f"{path}: a value", path, _value_of_recipe, verb)
         else:
             path = rng.choice(list(READ))

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
@@ -59,7 +59,10 @@ def recipes() -> dict[str, dict[str, Any]]:
     return found
 
 
-def made(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+Made: TypeAlias = tuple[dict[str, Any], dict[str, Any]]
+
+
+def made(run: Path) -> Made:
     """Return size and hash of every output of a finished run, and what it measured; stages count too."""
     record = json.loads((run / "record.json").read_text())
     files = dict(record.get("files") or {})
@@ -67,6 +70,13 @@ def made(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         known = json.loads(inner.read_text())["files"]
         files |= {f"{inner.parent.name}/{name}": value for name, value in known.items()}
     return files, _steady(record["metrics"])
+
+
+def difference(found: Made, peace: Made) -> str:
+    """Return in words in what two runs differ."""
+    files = [name for name in found[0].keys() | peace[0].keys() if found[0].get(name) != peace[0].get(name)]
+    metrics = [name for name in found[1].keys() | peace[1].keys() if found[1].get(name) != peace[1].get(name)]
+    return f"other results: files {sorted(files)[:3]}, metrics {sorted(metrics)[:3]}"
 
 
 def _steady(value: Any) -> Any:
@@ -102,7 +112,7 @@ def end(run: forked.Attempt, rng: random.Random) -> str:
     return f"{signal.Signals(number).name} to {'all' if way == 'all' else 'the process'}"
 
 
-def unlawful(run: Path, peace: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+def unlawful(run: Path, peace: Made) -> list[str]:
     """Return what no run may leave behind at any moment."""
     from modicum.errors import ModicumError
     from modicum.stored import damage, read_record
@@ -129,12 +139,12 @@ def leftovers(run: Path) -> list[str]:
     return [*inside, *(path.name for path in run.parent.iterdir() if path.name.startswith("."))]
 
 
-def attempt(name: str, world: Path, lasts: float, peace: Any, rng: random.Random) -> Iterator[tuple[str, str | None]]:
+def attempt(name: str, world: Path, lasts: float, peace: Made, rng: random.Random) -> Iterator[tuple[str, str | None]]:
     """End one run several times; yield for each how, and what was wrong after it."""
     place = world / "out"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    run, command = place / "run", ["run", f"{_file(name)}.yaml", "--out", "out/run", "--quiet"]
+    run, command = place / "run", ["run", f"{file_of(name)}.yaml", "--out", "out/run", "--quiet"]
     for _ in range(rng.choice((1, 1, 2, 3))):
         started = forked.Attempt(command, world)
         outcome = started.wait(rng.uniform(0.0, 1.1) * lasts)
@@ -155,8 +165,7 @@ def attempt(name: str, world: Path, lasts: float, peace: Any, rng: random.Random
     if last.status != 0:
         yield "run again", f"exit status {last.status}: {last.said.strip()[-300:]}"
     elif made(run) != peace:
-        changed = [key for key, value in made(run)[0].items() if peace[0].get(key) != value]
-        yield "run again", f"other results: {changed[:3] or 'metrics'}"
+        yield "run again", difference(made(run), peace)
     elif left := leftovers(run):
         yield "run again", f"leftovers: {left[:3]}"
     else:
@@ -174,29 +183,44 @@ def _outlived(pid: int, seconds: float = 10.0) -> str | None:
     return None
 
 
-def _file(name: str) -> str:
+def file_of(name: str) -> str:
+    """Return a recipe's name as that of a file."""
     return name.replace(": ", "--")
 
 
-def prepare(world: Path, only: str) -> dict[str, float]:
-    """Make models, recipes and a run of each in peace; return how long each takes, or nothing of those that cannot."""
-    if not world.exists():
-        workshop.build(world)
-    wanted = {name: recipe for name, recipe in recipes().items() if only in name}
-    for name, recipe in wanted.items():
-        (world / f"{_file(name)}.yaml").write_text(json.dumps(recipe))
-    bases = [name for name in wanted if ": " not in name]
-    forked.warm([["run", f"{name}.yaml", "--out", f"warm/{name}", "--quiet"] for name in bases], world,
-                world.parent / "kill-modules")  # fmt: skip
-    times = {}
-    for name in wanted:
-        command = ["run", f"{_file(name)}.yaml", "--out", f"peace/{_file(name)}", "--quiet"]
-        found = forked.attempt(command, world, seconds=300)
-        if found.status == 0:
-            times[name] = found.seconds
-        else:
-            print("left out:", name, found.said.strip()[-160:], flush=True)
-    return times
+class Peace:
+    """Runs that nobody disturbs, made when they are first asked for: how long they take, and what they end with.
+
+    Args:
+        world: Where; made when it is not there.
+        known: The recipes by name.
+    """
+
+    def __init__(self, world: Path, known: dict[str, dict[str, Any]]) -> None:
+        self.world, self.known = world, dict(known)
+        if not world.exists():
+            workshop.build(world)
+        for name, recipe in known.items():
+            (world / f"{file_of(name)}.yaml").write_text(json.dumps(recipe))
+        first = [["run", f"{name}.yaml", "--out", f"warm/{name}", "--quiet"] for name in known if ": " not in name]
+        forked.warm(first, world, world.parent / "modules")
+        self._found: dict[str, tuple[float, Made]] = {}
+
+    def names(self) -> list[str]:
+        """Return the recipes that have not failed."""
+        return sorted(self.known)
+
+    def __call__(self, name: str) -> tuple[float, Made] | None:
+        """Return seconds and results of a recipe; ``None`` where it needs what is not there."""
+        if name not in self._found and name in self.known:
+            command = ["run", f"{file_of(name)}.yaml", "--out", f"peace/{file_of(name)}", "--quiet"]
+            ended = forked.attempt(command, self.world, seconds=300)
+            if ended.status != 0:
+                print("left out:", name, ended.said.strip()[-160:], flush=True)
+                del self.known[name]
+            else:
+                self._found[name] = ended.seconds, made(self.world / "peace" / file_of(name))
+        return self._found.get(name)
 
 
 def main() -> int:
@@ -210,22 +234,20 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="kills-"))
     os.environ["MODICUM_CACHE"] = str(work / "cache")
     try:
-        world = work / "world"
-        times = prepare(world, chosen.only)
+        known = {name: recipe for name, recipe in recipes().items() if chosen.only in name}
+        peace = Peace(work / "world", known)
         count = tally.Tally(RESULT, chosen.seed, resume=not (chosen.only or chosen.trial))
-        peace = {name: made(world / "peace" / _file(name)) for name in times}
         deadline, number = time.monotonic() + chosen.seconds, count.done
-        names = [name for name in sorted(times) if not name.startswith(RARE)]
         while time.monotonic() < deadline:
             rng = random.Random(chosen.seed * 1_000_003 + number)
-            few = rng.random() < 0.02 and not chosen.only
-            rare = [name for name in sorted(times) if name.startswith(RARE)]
-            name = rng.choice(rare if few and rare else names or rare)
-            for how, wrong in attempt(name, world, times[name], peace[name], rng):
-                count.add(how, 0.0, number, wrong and f"{name}, case {number}, {how}: {wrong}")
-                if wrong:
-                    print(number, name, how, wrong, flush=True)
             number += 1
+            name = rng.choice(list(known))
+            if (name.startswith(RARE) and rng.random() < 0.9) or (found := peace(name)) is None:
+                continue
+            for how, wrong in attempt(name, peace.world, *found, rng):
+                count.add(how, 0.0, number - 1, wrong and f"{name}, case {number - 1}, {how}: {wrong}")
+                if wrong:
+                    print(number - 1, name, how, wrong, flush=True)
         count.write()
     finally:
         shutil.rmtree(work, ignore_errors=True)

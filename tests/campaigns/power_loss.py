@@ -43,6 +43,8 @@ def prepare(root: Path) -> dict[str, dict[str, Any]]:
     for seed, name in enumerate(("base", "one", "two")):
         tiny_llama(seed=seed, hidden_size=256, intermediate_size=1024, num_hidden_layers=8).save_pretrained(root / name)
         byte_tokenizer().save_pretrained(root / name)
+    tiny_llama(seed=0, hidden_size=64, num_hidden_layers=4).save_pretrained(root / "small")
+    byte_tokenizer().save_pretrained(root / "small")
     rows = ({"prompt": f"say {i}", "completion": "abc"} for i in range(16))
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     models = {name: str(root / name) for name in ("base", "one", "two")}
@@ -50,7 +52,8 @@ def prepare(root: Path) -> dict[str, dict[str, Any]]:
     return {
         "merge": {"job": "merge", "base": models["base"], "experts": [models["one"], models["two"]],
                   "method": {"name": "ties", "density": 0.5}, "shard_bytes": 8_000_000},
-        "train": {"job": "train", "model": models["base"], "data": {"path": str(root / "rows.jsonl"), "max_length": 32},
+        "train": {"job": "train", "model": str(root / "small"),
+                  "data": {"path": str(root / "rows.jsonl"), "max_length": 32},
                   "trainer": trainer},
     }  # fmt: skip
 

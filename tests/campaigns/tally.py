@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+MOST = 50  # of what was wrong is kept in words
+
 
 class Tally:
     """What has been tried so far.
@@ -14,11 +16,12 @@ class Tally:
     Args:
         path: The file.
         seed: Of the campaign.
+        every: After how many attempts the counts are written.
         resume: Go on where the last run of this seed ended; else count what is tried now alone, and write nothing.
     """
 
-    def __init__(self, path: Path, seed: int, *, resume: bool = True) -> None:
-        self.path, self.key, self._keep = path, str(seed), resume
+    def __init__(self, path: Path, seed: int, *, resume: bool = True, every: int = 50) -> None:
+        self.path, self.key, self._keep, self._every = path, str(seed), resume, every
         self._began = time.monotonic()
         known = json.loads(path.read_text()) if resume and path.exists() else {}
         self._seeds: dict[str, Any] = known.get("seeds", {})
@@ -35,8 +38,8 @@ class Tally:
         self._mine["next"] = self.done = number + 1
         if wrong:
             self.wrong.append(wrong)
-            self._mine["wrong"].append(wrong)
-        if self._keep and sum(self._mine["ends"].values()) % 50 == 0:
+            self._mine["wrong"] = [*self._mine["wrong"], wrong][-MOST:]
+        if self._keep and sum(self._mine["ends"].values()) % self._every == 0:
             self.write()
 
     def write(self) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from annotated_types import Gt, Lt
 from pydantic import Field, field_validator, model_validator
 
+from modicum.borders import loads
 from modicum.cells import Cell, fill
 from modicum.durable import write_atomic
 from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
@@ -256,7 +257,7 @@ def _write_items(run: Run, key: str, items: Sequence[Result]) -> None:
 
 def _read_items(run: Run, key: str) -> list[Result]:
     text = _items_file(run, key).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]
+    return [loads(line) for line in text.split("\n") if line]
 
 
 def _plain(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from modicum.borders import loads
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.jobs.loading.models import load_model, load_tokenizer
 from modicum.recipe import Recipe
@@ -44,7 +45,7 @@ def plan(recipe: ExportRecipe) -> list[str]:
     folder = resolve_model(recipe.model)
     if is_adapter(folder):
         return [f"merge {recipe.model} and write one layer for each visit"]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "zero_token":
         raise UnsupportedError(f"{recipe.model} is no looped model, so there is nothing to unroll.")
     from modicum.models import ZeroTokenConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import yaml
 from pydantic import AliasChoices, Field, model_validator
 
+from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError, first_line
 from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
@@ -212,7 +212,7 @@ def _new_config(plan: Plan) -> bytes | None:
     text, origin = plan.companions.get("config.json"), _origin(plan)
     if text is None or origin is None:
         return text
-    same = _without_dtype(json.loads(text)) == _without_dtype(json.loads(origin.read_bytes()))
+    same = _without_dtype(loads(text)) == _without_dtype(loads(origin.read_bytes()))
     return None if same else text
 
 
@@ -227,7 +227,7 @@ def _closed(folder: Path) -> str | None:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = json.loads((folder / "config.json").read_text())
+    config = loads((folder / "config.json").read_text())
     if config.get("model_type") not in CONFIG_MAPPING or "auto_map" in config:
         return None
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ConfigDict, model_validator
 
+from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Rows
 from modicum.facts import MeasureFacts
@@ -121,7 +122,7 @@ def _read_lines(name: str) -> Iterator[dict[str, Any]]:
             for line in file:
                 number += 1
                 if line.strip():
-                    yield json.loads(line)
+                    yield loads(line)
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror or error}.") from None
     except json.JSONDecodeError as error:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modicum.borders import check_plain
+from modicum.borders import check_plain, loads
 from modicum.content import Stamp, changed
 from modicum.errors import CheckpointError, InputGoneError, first_line
 
@@ -89,7 +89,7 @@ def read_header(path: Path, *, owner: str) -> dict[str, Slot]:
                 raise CheckpointError(
                     f"{corrupt}: its header should take {length} bytes, the file has {size}. Download it again."
                 )
-            header = json.loads(file.read(length))
+            header = loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{owner}: {path} does not exist. Download the model again.") from None
     except OSError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+from modicum.borders import loads
 from modicum.durable import UNABLE
 
 Statistics: TypeAlias = dict[str, Any]
@@ -78,7 +79,7 @@ def read_journals(folder: Path) -> dict[str, Statistics]:
     for path in folder.glob("journal.*.jsonl"):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                name, statistics = json.loads(line)
+                name, statistics = loads(line)
             except ValueError:
                 continue  # the line that was being written when the process was killed
             if isinstance(name, str) and isinstance(statistics, Mapping):

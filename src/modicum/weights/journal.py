@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modicum import processes
+from modicum.borders import loads
 from modicum.durable import write_atomic
 
 
@@ -36,7 +37,7 @@ class Journal:
             return known
         for line in lines[1:]:
             try:
-                key, numbers = json.loads(line)
+                key, numbers = loads(line)
             except ValueError:
                 break
             known.append((key, numbers))

@@ -1,6 +1,7 @@
 """How an adapter's directions lie: to where they were, and to what a full fine-tune changed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -90,3 +91,15 @@ def test_what_cannot_be_compared_is_refused_before_training(tiny_model, rows, tm
     with pytest.raises(error, match=message):
         execute(stages(tiny_model, rows, **adapter), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "stages" / "lora" / "checkpoints").exists()
+
+
+def test_a_run_that_goes_on_measures_what_one_in_peace_does(tiny_model, rows, tmp_path):
+    trainer = {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    recipe = {"job": "train", "model": str(tiny_model), "data": {"path": str(rows), "max_length": 32},
+              "adapter": {"rank": 2, "init": {"name": "gaussian"}}, "trainer": trainer}  # fmt: skip
+    run = execute(parse(recipe), tmp_path / "run", quiet=True).folder
+    file = run / "adapter" / "adapter_geometry.json"
+    before = file.read_bytes()
+    shutil.rmtree(run / "adapter")
+    execute(parse(recipe), run, quiet=True)
+    assert file.read_bytes() == before

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice
 
@@ -174,7 +175,7 @@ def read_samples(path: Path) -> dict[str, Choice]:
                 entry.pop(told, None)
             if "packed" in entry:
                 data = zlib.decompress(base64.b64decode(entry["packed"]))
-                entry = json.loads(data.decode("utf-8", "surrogatepass"))
+                entry = loads(data.decode("utf-8", "surrogatepass"))
             found[key] = Choice(**entry)
         except (KeyError, TypeError, ValueError, zlib.error):
             raise CheckpointError(f"{path}, line {number} is no sample. Move the file away.") from None
@@ -193,7 +194,7 @@ def read_lines_of(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line.decode("utf-8", "surrogatepass"))
+            entry = loads(line.decode("utf-8", "surrogatepass"))
         except ValueError:
             entry = None
         if isinstance(entry, dict):

@@ -181,6 +181,9 @@ def load_tokenizer(ref: str | Path, *, remote_code: bool = False) -> PreTrainedT
         raise CheckpointError(f"{ref} holds no tokenizer (looked for {', '.join(VOCABULARY_FILES)}). Copy one there.")
     from transformers import AutoTokenizer
 
+    from modicum.jobs.loading.tokenizers import check_tokens
+
+    check_tokens(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
     except Exception as error:  # the tokenizers library raises plain Exception on a file it cannot parse

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from modicum.borders import LARGEST, check_plain, read_json
 from modicum.errors import UnsupportedError, first_line
 from modicum.jobs.loading.references import resolve_model
+from modicum.weights.mergekit.tokenizers import TOKENIZER, token_ids
 
 
 def find_tokenizer(reference: str) -> Path:
@@ -15,6 +18,20 @@ def find_tokenizer(reference: str) -> Path:
         CheckpointError: There is no such folder or Hub repository.
     """
     return resolve_model(reference, weights=False)
+
+
+def check_tokens(folder: Path) -> None:
+    """Refuse a vocabulary of ids for which nobody has rows, before a library makes room for them.
+
+    Raises:
+        CheckpointError: ``tokenizer.json`` holds such an id, or is no file.
+    """
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return check_plain(path)
+    # Most vocabularies hold no such number at all, and need not be read twice.
+    if path.stat().st_size > LARGEST or re.search(rb"(?<![\w.-])-?\d{7,}|-\d", path.read_bytes()):
+        token_ids(read_json(path, str(folder)), str(folder))
 
 
 def tokenizer_json(folder: Path) -> bytes:

@@ -38,6 +38,7 @@ from modicum.jobs.training.adapter_files import (
 )
 from modicum.jobs.training.adapter_geometry import geometry
 from modicum.jobs.training.adapter_start import apply_start, clip_ranks, freeze, from_data, from_preheating, resolved
+from modicum.layout import natural
 from modicum.registry import adapter_init
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class Started:
         folder = Path(folder)
         if self.start:
             saved = factors_in(folder)
-            start = {name: factors for name, factors in self.start.items() if name in saved}
+            # In an order of its own: a run that went on has the factors as its file lists them.
+            start = {name: self.start[name] for name in sorted(self.start, key=natural) if name in saved}
             found = {"name": self.origin["name"], **geometry(start, saved, self.spectra, change=change)}
             write_atomic(folder / GEOMETRY, json.dumps(found) + "\n")
         if self.initial:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum import processes
+from modicum.borders import loads
 from modicum.durable import whole_file, write_atomic
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
@@ -111,7 +112,7 @@ def rewrite(
     from safetensors.torch import load_file, save_file
 
     tensors, config = change(
-        load_file(folder / ADAPTER_WEIGHTS), json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        load_file(folder / ADAPTER_WEIGHTS), loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     )
     with whole_file(folder / ADAPTER_WEIGHTS) as beside:
         save_file(dict(tensors), beside, metadata={"format": "pt"})

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modicum.borders import loads
 from modicum.content import hash_files
 from modicum.durable import sync, sync_tree, write_atomic
 from modicum.errors import CheckpointError
@@ -125,7 +126,7 @@ def write_manifest(path: Path, *, processes: int) -> None:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """Return a checkpoint's manifest; ``None`` where there is none, and an empty one where it cannot be read."""
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = loads((path / MANIFEST).read_text(encoding="utf-8"))
         return manifest if manifest.pop("hash") == digest(manifest) else {}
     except FileNotFoundError:
         return None
@@ -144,7 +145,7 @@ def rotate(folder: str | Path, limit: int, *, best: str | None = None) -> None:
 
 def _state(path: Path) -> dict[str, Any] | None:
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # no file, not UTF-8, or not JSON
         return None
     return state if isinstance(state, dict) and "global_step" in state else None

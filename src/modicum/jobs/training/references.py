@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modicum import processes
+from modicum.borders import loads
 from modicum.content import cache_folder
 from modicum.durable import write_atomic
 from modicum.jobs.data.pairs import Pair, PairCollator, with_reference
@@ -68,7 +69,7 @@ class ReferenceStore:
         known: Known = {}
         for file in sorted(self.folder.glob("*.json")):
             try:
-                known |= {key: (float(a), float(b)) for key, (a, b) in json.loads(file.read_text()).items()}
+                known |= {key: (float(a), float(b)) for key, (a, b) in loads(file.read_text()).items()}
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 note(f"{file} cannot be read ({type(error).__name__}): what it held is computed again.")
         return known

@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 from markupsafe import Markup
 
+from modicum.borders import MALFORMED
 from modicum.report.runs import RunView
 
 
@@ -72,5 +73,14 @@ def collect(run: RunView) -> list[Section]:
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         import_module(module.name)
     ordered = sorted(_sections.items(), key=lambda item: (item[1][0], item[0]))
-    found = (draw(run) for _, (_, draw) in ordered)
+    found = (_drawn(draw, run) for _, (_, draw) in ordered)
     return [part for part in found if part is not None]
+
+
+def _drawn(draw: Draw, run: RunView) -> Section | None:
+    """Return a section, or where a record holds what no run writes, that it cannot be drawn."""
+    try:
+        return draw(run)
+    except MALFORMED as error:
+        said = Markup("<p>What the runs kept of this cannot be drawn ({}).</p>").format(type(error).__name__)
+        return Section(draw.__name__.replace("_", " ").capitalize(), said)

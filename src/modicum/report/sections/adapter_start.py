@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
+from modicum.borders import loads
 from modicum.report.charts import Line, Scale, finite, heat_map, line_chart
 from modicum.report.html import figure
 from modicum.report.layers import LayerMap, mean
@@ -42,7 +42,7 @@ def adapter_start(run: RunView) -> Section | None:
 
 def _read(run: RunView) -> Mapping[str, Any] | None:
     try:
-        found = json.loads((run.folder / "adapter" / FILE).read_text(encoding="utf-8"))
+        found = loads((run.folder / "adapter" / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # an adapter of another kind, or a file that was cut off
     return found if isinstance(found, dict) and isinstance(found.get("modules"), list) else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
+from modicum.borders import loads
 from modicum.report.charts import Line, finite, line_chart
 from modicum.report.film import animate
 from modicum.report.html import figure, fold, grid, table
@@ -36,7 +36,7 @@ def coordination(run: RunView) -> Section | None:
 
 def _results(run: RunView) -> dict[str, Any] | None:
     try:
-        found = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        found = loads((run.folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("cells") else None
@@ -52,7 +52,7 @@ def _one(run: RunView, results: Mapping[str, Any]) -> Markup:
 
 def _films(run: RunView, results: Mapping[str, Any]) -> Markup:
     try:
-        scene = json.loads((run.folder / "frames.json").read_text(encoding="utf-8"))
+        scene = loads((run.folder / "frames.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return Markup("")
     films = [one for one in scene.get("films", ()) if one.get("frames")]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from modicum.borders import border, check_plain
+from modicum.borders import border, check_plain, loads
 from modicum.errors import CheckpointError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.bad_rows import BadRow
@@ -101,7 +100,7 @@ def _read_jsonl(file: Path) -> list[Row]:
                 f"{file}, line {number} has {len(line) / 1e6:.0f} million letters, which is no row. Cut it into rows."
             )
         try:
-            row = json.loads(line)
+            row = loads(line)
         except (ValueError, RecursionError) as error:
             row = BadRow(f"{file}, line {number} is not valid JSON: {first_line(error).partition(': line')[0]}.")
         if not isinstance(row, dict):
@@ -112,7 +111,7 @@ def _read_jsonl(file: Path) -> list[Row]:
 
 def _read_json(file: Path) -> list[Row]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return _read_jsonl(file)  # many call a file of JSON lines .json
     rows = [rows] if isinstance(rows, dict) else rows

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from modicum import registry
+from modicum.borders import loads
 from modicum.durable import whole_folder, write_atomic
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.loading.folders import try_patterns
@@ -307,7 +308,7 @@ def refuse_contradictions(name: str, facts: AdapterFacts, config: Mapping[str, A
 
 def _tidy_config(path: Path, *, base: str | None, revision: str | None) -> None:
     """Put the module names in order, since PEFT writes a set, and name the base as whoever loads the adapter will."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = loads(path.read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base, "revision": revision}
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
