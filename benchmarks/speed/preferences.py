@@ -1,9 +1,10 @@
 """What a step on pairs costs beside TRL's DPOTrainer with precomputed reference: same LoRA, rows and precision.
 
-    python -m benchmarks.speed.preferences [--prompt 200] [--answer 50] [--steps 4] [--rounds 2]
+    python -m benchmarks.speed.preferences [--prompt 200] [--answer 50] [--pairs 4] [--steps 4] [--rounds 2]
 
 Both train SmolLM2-135M on one batch of pairs, in float32 on the processor, each in a process of its own, whose peak of
-memory is then its own; they take turns. Time is that of a step after the first, by the trainer's callbacks.
+memory is then its own; they take turns. Time is that of a step after the first, by the trainer's callbacks: by the
+clock, and as seconds of processors, which a busy machine changes less.
 Results are merged into ``benchmarks/results/preferences-speed.json``.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,21 +26,21 @@ PAIRS = 4
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
-def rows(prompt: int, answer: int, tokenizer: Any) -> list[dict[str, str]]:
+def rows(count: int, prompt: int, answer: int, tokenizer: Any) -> list[dict[str, str]]:
     """Return pairs of about so many tokens, of words of one token each."""
     words = [" " + w for w in "the a of and to in is it on as at by for with from this that was are be".split()]  # noqa: SIM905
     words = [word for word in words if len(tokenizer(word)["input_ids"]) == 1]
 
-    def text(count: int, shift: int) -> str:
-        return "".join(words[(shift + 3 * i + i // 7) % len(words)] for i in range(count))
+    def text(length: int, shift: int) -> str:
+        return "".join(words[(shift + 3 * i + i // 7) % len(words)] for i in range(length))
 
     return [
         {"prompt": text(prompt, i), "chosen": text(answer, i + 5), "rejected": text(answer, i + 11)}
-        for i in range(PAIRS)
+        for i in range(count)
     ]
 
 
-def measured(side: str, prompt: int, answer: int, steps: int) -> dict[str, Any]:
+def measured(side: str, count: int, prompt: int, answer: int, steps: int) -> dict[str, Any]:
     """Train, and return seconds of each step after the first, losses and the peak of memory."""
     import torch
     from benchmarks.memory import Peak
@@ -50,11 +52,11 @@ def measured(side: str, prompt: int, answer: int, steps: int) -> dict[str, Any]:
     name = "builtin:smollm2-135m-instruct"
     model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
     tokenizer.chat_template = None  # both then end an answer alike
-    given = rows(prompt, answer, tokenizer)
+    given = rows(count, prompt, answer, tokenizer)
     torch.manual_seed(0)
     arguments = {
         "max_steps": steps,
-        "per_device_train_batch_size": PAIRS,
+        "per_device_train_batch_size": count,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
@@ -70,9 +72,11 @@ def measured(side: str, prompt: int, answer: int, steps: int) -> dict[str, Any]:
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.marks: list[float] = []
+            self.work: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.marks.append(time.perf_counter())
+            self.work.append(time.process_time())
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, Peak() as peak:
@@ -93,7 +97,8 @@ def measured(side: str, prompt: int, answer: int, steps: int) -> dict[str, Any]:
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     seconds = [b - a for a, b in zip(clock.marks, clock.marks[1:])]
-    return {"seconds": seconds, "losses": losses, "bytes": peak.bytes}
+    work = [b - a for a, b in zip(clock.work, clock.work[1:])]
+    return {"seconds": seconds, "work": work, "losses": losses, "bytes": peak.bytes}
 
 
 def _ours(
@@ -131,12 +136,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=200)
     parser.add_argument("--answer", type=int, default=50)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--side", choices=["trl", "modicum"])
     given = parser.parse_args()
     if given.side:
-        print(json.dumps(measured(given.side, given.prompt, given.answer, given.steps)))
+        print(json.dumps(measured(given.side, given.pairs, given.prompt, given.answer, given.steps)))
         return
     from benchmarks.provenance import origin
 
@@ -147,14 +153,18 @@ def main() -> None:
     for _ in range(given.rounds):
         for side, kept in found.items():
             command = [sys.executable, "-m", "benchmarks.speed.preferences", "--side", side]
-            for key in ("prompt", "answer", "steps"):
+            for key in ("pairs", "prompt", "answer", "steps"):
                 command += [f"--{key}", str(getattr(given, key))]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             kept.append(json.loads(done.stdout.splitlines()[-1]))
     seconds = {side: statistics.median(s for one in kept for s in one["seconds"]) for side, kept in found.items()}
+    work = {side: statistics.median(s for one in kept for s in one["work"]) for side, kept in found.items()}
     size = {side: statistics.median(one["bytes"] for one in kept) for side, kept in found.items()}
     result = {
-        "pairs": PAIRS,
+        "pairs": given.pairs,
+        "load": os.getloadavg()[0],
+        "processor_seconds_per_step": work,
+        "processor_ratio": work["trl"] / work["modicum"],
         "seconds_per_step": seconds,
         "pairs_per_second_ratio": seconds["trl"] / seconds["modicum"],
         "peak_bytes": size,

@@ -2,13 +2,13 @@
 
     python -m benchmarks.claims.dimensions.conflict [--minutes 30]
 
-A small Llama reads six digits and answers two. It was trained before to name the largest or the smallest digit when it
-is asked for it, and any two of them when it is not. Dimension A then prefers answers whose first digit is the largest,
-dimension B answers whose second digit is the smallest; the pairs have the same prompts. In a share q of the pairs the
-one answer is right for A and wrong for B, and the other one the reverse: both dimensions see these pairs, with opposite
-labels. One expert for each dimension is trained by DPO, and mixtures on the rows of both at as many steps together, and
-at as many as one expert. Learning rates, and the scale of every merge, are chosen on validation pairs; test pairs
-report: the share of pairs without conflict in which the answer that is right for the dimension is the likelier one.
+A small Llama reads six digits and answers two. It was trained before to repeat the first or the last digit when it is
+asked for it, and any two of them when it is not. Dimension A then prefers answers whose first digit is the prompt's
+first, dimension B answers whose second digit is the prompt's last; the pairs have the same prompts. In a share q of
+the pairs the one answer is right for A and wrong for B, and the other one the reverse: both dimensions see these pairs,
+with opposite labels. One expert for each dimension is trained by DPO, and mixtures on the rows of both at as many steps
+together, and at as many as one expert. Learning rates, and the scale of every merge, are chosen on validation pairs;
+test pairs report: the share of pairs without conflict in which the answer that is right for the dimension is likelier.
 Resumable cell by cell.
 """
 
@@ -30,23 +30,21 @@ from modicum.objectives.dpo import dpo_loss
 from modicum.random import generator
 from modicum.weights.merge import merge_state_dicts
 
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2)
 SHARES = (0.0, 0.25, 0.5)
-DIMENSIONS = ("largest first", "smallest second")
+DIMENSIONS = ("first digit first", "last digit second")
 DIGITS, LENGTH = 10, 6
-PLAIN, LARGEST, SMALLEST, START = DIGITS, DIGITS + 1, DIGITS + 2, DIGITS + 3
-SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
-BASE_STEPS, BASE_ROWS, BASE_LR = 1200, 128, 2e-3
-STEPS, ROWS, PAIRS = 120, 32, 1024
-RATES = (1e-4, 3e-4, 1e-3)
-SCALES = (0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
-SIZES = {"validation": 512, "test": 2048}
+PLAIN, FIRST, LAST, START = DIGITS, DIGITS + 1, DIGITS + 2, DIGITS + 3
+SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+BASE_STEPS, BASE_ROWS, BASE_LR = 400, 64, 3e-3
+STEPS, ROWS, PAIRS = 24, 32, 1024
+RATES = (5e-5, 1.5e-4, 5e-4)
+SCALES = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+SIZES = {"validation": 256, "test": 1024}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "Average": ("linear", {}),
     "Task arithmetic": ("task_arithmetic", {}),
     "TIES": ("ties", {"density": 0.2}),
-    "DARE": ("dare", {"density": 0.5}),
-    "Breadcrumbs": ("breadcrumbs", {"density": 0.15, "gamma": 0.01}),
     "TSV-M": ("tsv", {}),
     "RESM": ("resm", {}),
 }
@@ -87,9 +85,9 @@ def new_model() -> Any:
 
 
 def drawn(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return digits without repetition, (n, 6), and for each row two of them that are neither largest nor smallest."""
+    """Return digits without repetition, (n, 6), and for each row two that are neither the first nor the last."""
     digits = torch.rand(n, DIGITS, generator=rng).argsort(1)[:, :LENGTH]
-    middle = digits.sort(1).values[:, 1:-1]
+    middle = digits[:, 1:-1]
     return digits, middle.gather(1, torch.rand(n, LENGTH - 2, generator=rng).argsort(1)[:, :2])
 
 
@@ -101,9 +99,9 @@ def framed(digits: Tensor, question: int | Tensor) -> Tensor:
 
 @cache
 def base(seed: int) -> Weights:
-    """Train the base: it knows largest and smallest, and prefers nothing when it is asked for nothing."""
+    """Train the base: it can repeat the first and the last digit, and prefers nothing when it is asked for nothing."""
     rng = generator(seed, "conflict", "base")
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # for the weights alone
     model = new_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR)
     for step in range(BASE_STEPS):
@@ -111,7 +109,7 @@ def base(seed: int) -> Weights:
             group["lr"] = BASE_LR * min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * step / BASE_STEPS)) / 2
         digits, _ = drawn(BASE_ROWS, rng)
         question = torch.randint(PLAIN, START, (BASE_ROWS,), generator=rng)
-        best = torch.where(question == LARGEST, digits.max(1).values, digits.min(1).values)
+        best = torch.where(question == FIRST, digits[:, 0], digits[:, -1])
         free = digits.gather(1, torch.rand(BASE_ROWS, LENGTH, generator=rng).argsort(1)[:, :2])
         answer = torch.where((question == PLAIN)[:, None], free, best[:, None].expand(-1, 2))
         logits = model(input_ids=torch.cat([framed(digits, question), answer[:, :1]], 1), use_cache=False).logits
@@ -152,17 +150,17 @@ class Bench:
         """Return the pairs of both dimensions, the same prompts in the same order; the first ones contradict."""
         rng = generator(self.seed, "conflict", split)
         digits, middle = drawn(n, rng)
-        largest, smallest = digits.max(1).values, digits.min(1).values
+        opening, closing = digits[:, 0], digits[:, -1]
         first, second = middle[:, 0], middle[:, 1]
         contradict = torch.arange(n) < conflicts
         found = []
         for dimension in range(2):
             if dimension == 0:
-                right, wrong = torch.stack([largest, second], 1), torch.stack([first, second], 1)
-                other = torch.stack([first, smallest], 1)
+                right, wrong = torch.stack([opening, second], 1), torch.stack([first, second], 1)
+                other = torch.stack([first, closing], 1)
             else:
-                right, wrong = torch.stack([first, smallest], 1), torch.stack([first, second], 1)
-                other = torch.stack([largest, second], 1)
+                right, wrong = torch.stack([first, closing], 1), torch.stack([first, second], 1)
+                other = torch.stack([opening, second], 1)
             rejected = torch.where(contradict[:, None], other, wrong)
             pairs = Pairs(framed(digits, PLAIN), right, rejected, torch.zeros(n, 2))
             with torch.no_grad():
@@ -198,7 +196,7 @@ class Bench:
         self.put(weights, scale)
         with torch.no_grad():
             first = accuracy(self.model, self.contradicting[0])
-        return {"test": self.scores("test"), "largest first where both contradict": first}
+        return {"test": self.scores("test"), "first digit first where both contradict": first}
 
     def chosen(self, make: Callable[[float], Weights], dimensions: Sequence[int]) -> tuple[float, Weights]:
         """Return the learning rate, and its weights, with the best validation accuracy; the first of equal ones."""
