@@ -6,7 +6,10 @@ from typing import Any
 
 from benchmarks.tables import interval, load, markdown, write
 
-STUDIES = {"byte model": "sewa-byte-model.json", "digits": "sewa-digits.json"}
+STUDIES = {
+    "byte model": "sewa-byte-model.json", "digits": "sewa-digits.json", "packages": "sewa-packages.json",
+    "cloning": "sewa-cloning.json",
+}  # fmt: skip
 SHOWN = (
     "last", "decay over the window", "uniform", "lawa, tuned", "ema, tuned", "wsm sqrt, tuned", "random 5, mean of 5",
     "best", "window", "greedy", "sewa, k 5", "sewa, k auto", "sewa, k auto, guard", "sewa published, k 5", "simplex",
@@ -26,8 +29,8 @@ GOALS = (
 )
 
 
-def losses(study: str) -> str:
-    """Tabulate, for each regime, the paired difference to the tuned mean of the latest."""
+def differences(study: str, figure: str = "loss", digits: int = 4) -> str:
+    """Tabulate, for each regime, the paired difference in a figure to the tuned mean of the latest."""
     cells: list[dict[str, Any]] = list(load(STUDIES[study]).get("cells", {}).values())
     regimes = list(dict.fromkeys(cell["regime"] for cell in cells))
     rows = []
@@ -36,9 +39,9 @@ def losses(study: str) -> str:
         for regime in regimes:
             mine = [cell["arms"] for cell in cells if cell["regime"] == regime and arm in cell["arms"]]
             if arm == "lawa, tuned":
-                row.append(interval([arms[arm]["loss"] for arms in mine], 4))
+                row.append(interval([arms[arm][figure] for arms in mine], digits))
             else:
-                row.append(interval([arms[arm]["loss"] - arms["lawa, tuned"]["loss"] for arms in mine], 4))
+                row.append(interval([arms[arm][figure] - arms["lawa, tuned"][figure] for arms in mine], digits))
         if any(cell != "–" for cell in row[1:]):
             rows.append(row)
     counts = [sum(cell["regime"] == regime for cell in cells) for regime in regimes]
@@ -67,8 +70,10 @@ def main() -> None:
                 f"\n### Measured: {study}\n",
                 "Loss on data that no rule has seen: of the tuned mean of the latest (`lawa, tuned`) itself, of all "
                 "others the difference to it, paired by seed, with 95 % intervals. Negative is better.\n",
-                losses(study),
+                differences(study),
             ]
+    if load(STUDIES["cloning"]).get("cells"):
+        parts += ["\nThe same as returns of 50 episodes; positive is better.\n", differences("cloning", "return", 2)]
     parts += ["\n### Measured: costs\n", "SmolLM2-135M's shape, one thread of a shared two-core machine.\n", speed()]
     write("average-tables.inc", "benchmarks/claims/sewa/tables.py", parts)
 

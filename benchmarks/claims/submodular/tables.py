@@ -100,6 +100,28 @@ def _slope(means: dict[int, float]) -> str:
     return f"{sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points):.2f}"
 
 
+def training() -> str:
+    """Return objective and losses of each arm, and what it differs from choosing evenly, paired by seed."""
+    cells = {(c["arm"], c["seed"]): c for c in cells_of("training")}
+    rows = []
+    for arm in dict.fromkeys(name for name, _ in cells):
+        even = "uniform" + (f", {kind}" if (kind := cells_kind(arm)) else "")
+        seeds = [seed for name, seed in cells if name == arm and (even, seed) in cells]
+        objective = interval([cells[arm, seed]["objective"] for seed in seeds])
+        differences = [
+            interval([cells[arm, seed][key] - cells[even, seed][key] for seed in seeds], 4) if arm != even else
+            interval([cells[arm, seed][key] for seed in seeds], 4)
+            for key in ("test", "worst")
+        ]  # fmt: skip
+        rows.append([arm, str(len(seeds)), objective, *differences])
+    return markdown(["arm", "seeds", "objective", "test loss", "worst domain's"], rows)
+
+
+def cells_kind(arm: str) -> str:
+    """Return which control of the domains an arm belongs to."""
+    return next((kind for kind in ("duplicate", "identical") if arm.endswith(kind)), "")
+
+
 def speed() -> str:
     """Return the milliseconds of every part."""
     rows = []
@@ -121,6 +143,7 @@ def main() -> None:
         "Gadgets, share of the optimum in the last quarter": gadgets(),
         "Variations": sensitivity(),
         "Regret by rounds": horizon(),
+        "Data selection while training, at equal tokens": training(),
         "Speed, one thread": speed(),
     }
     text = "\n".join(f"### {title}\n\n{body}" for title, body in parts.items())

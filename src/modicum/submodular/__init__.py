@@ -10,6 +10,7 @@ from modicum.lazy import face
 
 if TYPE_CHECKING:
     from modicum.submodular.communication import PointToPoint, Simulated
+    from modicum.submodular.data_selection import DomainScheduler, Needs, SelectionWorld, similarities
     from modicum.submodular.functions.axioms import check_axioms
     from modicum.submodular.functions.combine import Mixture, from_callable
     from modicum.submodular.functions.concave import ConcaveOverModular
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         surrogate_ratio,
     )
     from modicum.submodular.simulation import Trace, simulate
+    from modicum.submodular.tracking import TrackingWorld
 
 __all__ = [
     "BSG",
@@ -67,17 +69,21 @@ __all__ = [
     "RAG",
     "BestResponse",
     "ConcaveOverModular",
+    "DomainScheduler",
     "FacilityLocation",
     "Hedge",
     "LastGreedy",
     "Mixture",
+    "Needs",
     "NoCommunication",
     "OracleGreedy",
     "PointToPoint",
     "ProbabilisticCoverage",
     "Random",
+    "SelectionWorld",
     "Simulated",
     "Trace",
+    "TrackingWorld",
     "WeightedCover",
     "check_axioms",
     "complete",
@@ -100,6 +106,7 @@ __all__ = [
     "sample_scale",
     "second_modulus",
     "sequential_greedy",
+    "similarities",
     "simulate",
     "star",
     "surrogate_grad",

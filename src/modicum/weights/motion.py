@@ -20,10 +20,10 @@ from modicum.patterns import Pattern
 from modicum.weights.adapter import LowRank
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, spec_of
-from modicum.weights.kernels.blocks import delta_blocks, working_dtype
+from modicum.weights.kernels.blocks import deltas_in_turn, working_dtype
 from modicum.weights.kernels.compare import refuse_non_finite
 
-CACHED = 1 << 20  # bytes of differences in work at once: what a core's second cache holds
+BLOCK = 1 << 16  # entries in work at once: with a checkpoint beside the gradient, what a core's second cache holds
 
 
 class Motion(Protocol):
@@ -72,10 +72,11 @@ class Stored:
         first, *others = (model[self.name] for model, _ in used)
         out = torch.empty(first.shape, dtype=working_dtype(first), device=first.device)
         flat, total = out.view(-1), math.fsum(w for _, w in used)
-        factors = out.new_tensor([w for _, w in used[1:]])
-        for where, origin, deltas in delta_blocks(first, others, size=_block(len(used))):
+        for where, origin, deltas in deltas_in_turn(first, others, size=BLOCK):
             # Σ wₜθₜ = (Σ wₜ)·θ₁ + Σ wₜ(θₜ − θ₁): equal checkpoints come out exactly.
-            flat[where] = (origin if total == 1 else origin.mul_(total)).add_(torch.mv(deltas.T, factors))
+            block = torch.mul(origin, total, out=flat[where])
+            for delta, (_, w) in zip(deltas, used[1:]):
+                block.add_(delta, alpha=w)
         return out
 
     def products(self, gradient: Tensor) -> Tensor:
@@ -83,10 +84,14 @@ class Stored:
         *others, newest = (model[self.name] for model in self.models)
         flat = gradient.reshape(-1).to(newest.device)
         found = torch.zeros(len(self.models), dtype=torch.float64, device=newest.device)
-        for where, origin, deltas in delta_blocks(newest, others, size=_block(len(self.models))):
+        sums = torch.empty(len(self.models), dtype=working_dtype(newest), device=newest.device)
+        places = sums.unbind()
+        for where, origin, deltas in deltas_in_turn(newest, others, size=BLOCK):
             part = flat[where].to(origin.dtype)
-            found[:-1] += torch.mv(deltas, part)
-            found[-1] += torch.dot(origin, part)
+            for place, delta in zip(places, deltas):
+                torch.dot(delta, part, out=place)
+            torch.dot(origin, part, out=places[-1])
+            found += sums
         found[:-1] += found[-1].clone()
         return found.cpu()
 
@@ -270,10 +275,6 @@ def _place(model: Mapping[str, Tensor], name: str) -> object:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     """Return the inner product, summed in float64 block by block."""
-    blocks = delta_blocks(a, [], size=_block(1))
+    blocks = deltas_in_turn(a, [], size=BLOCK)
     flat = b.reshape(-1).to(a.device)
     return math.fsum(float(torch.dot(origin, flat[where].to(origin.dtype))) for where, origin, _ in blocks)
-
-
-def _block(rows: int) -> int:
-    return max(CACHED // (4 * rows), 1 << 12)

@@ -53,6 +53,7 @@ BY_POSITION = {
     "smollm3": {"pad_token_id": 0},
     "gptj": {**GPT, "rotary_dim": 4},
     "gpt2": GPT,
+    "ctrl": GPT | {"dff": 64},
     "gpt_bigcode": GPT,
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4, "window_size": 8},
     "codegen": {**GPT, "rotary_dim": 4},
@@ -109,6 +110,7 @@ REFUSED = {
     "falcon_mamba": {"state_size": 8},
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
     "openai-gpt": GPT,
+    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True},
     "xlstm": {},
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
@@ -198,6 +200,7 @@ def test_rounding_is_no_leak_and_a_faint_leak_is_none_the_less():
         def __init__(self, leak):
             super().__init__()
             self.leak, self.embedding, self.device = leak, torch.nn.Embedding(100, 4), "cpu"
+            self.dtype = torch.float32
 
         def get_input_embeddings(self):
             return self.embedding
@@ -209,6 +212,22 @@ def test_rounding_is_no_leak_and_a_faint_leak_is_none_the_less():
 
     assert trouble(Noisy(leak=False), collate(byte_tokenizer()), ids=IDS) is None
     assert "see each other" in trouble(Noisy(leak=True), collate(byte_tokenizer()), ids=IDS)
+
+
+def test_a_model_that_reads_packed_rows_in_another_sense_is_told_although_it_keeps_samples_apart():
+    class Other(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.device, self.dtype = torch.nn.Embedding(100, 4), "cpu", torch.float32
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, input_ids, position_ids=None, **_):
+            share = 1.0 if position_ids is None else 0.9
+            return type("Output", (), {"logits": share * self.embedding(input_ids)})
+
+    assert "other logits than the same sample alone" in trouble(Other(), collate(byte_tokenizer()), ids=IDS)
 
 
 def test_an_error_of_the_model_is_told_and_not_called_a_leak():

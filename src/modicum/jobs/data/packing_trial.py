@@ -46,7 +46,7 @@ def foresee(
         UnsupportedError: Samples would see each other.
 
     Cost:
-        A model of two layers in float32, as wide as the real one, and at most six passes over 24 tokens.
+        A model of two layers in float32, as wide as the real one, and at most eight passes over 24 tokens.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

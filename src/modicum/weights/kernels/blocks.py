@@ -53,6 +53,26 @@ def delta_blocks(
         start += n
 
 
+def deltas_in_turn(
+    base: Tensor, experts: Sequence[Tensor], *, size: int = BLOCK
+) -> Iterator[tuple[slice, Tensor, Iterator[Tensor]]]:
+    """Yield where a block lies, the base there, and one expert's delta after another, each in the memory of the last.
+
+    For sums over many experts: blocks may be large and still stay in the cache, however many experts there are.
+    """
+    dtype = working_dtype(base)
+    if not base.numel():
+        return
+    size = min(size, base.numel())
+    whole = [torch.empty(size, dtype=dtype, device=base.device) for _ in range(2)]
+    start = 0
+    for block, *others in zip(*(torch.split(tensor.reshape(-1), size) for tensor in (base, *experts))):
+        origin, delta = (buffer[: len(block)] for buffer in whole)
+        origin.copy_(block)
+        yield slice(start, start + len(block)), origin, (delta.copy_(other).sub_(origin) for other in others)
+        start += len(block)
+
+
 _place = threading.local()
 
 
