@@ -149,7 +149,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
             run.inputs.check_mapped()
             _write_items(run, _key(model, name), items)
             found = task.ask(task.measure.facts.estimate, items, level=recipe.level)._asdict()
-            _refuse_not_finite(model, name, task.metric, found)
+            refuse_not_finite(model, name, task.metric, found)
             details = task.ask(task.measure.facts.details, items, level=recipe.level) or {}
             # Loading the model is no part of the time: a later cell of the same model would seem faster.
             seconds = round(time.monotonic() - began, 3)
@@ -187,7 +187,12 @@ def _measure(
     return items
 
 
-def _refuse_not_finite(model: str, task: str, metric: str, found: Mapping[str, Any]) -> None:
+def refuse_not_finite(model: str, task: str, metric: str, found: Mapping[str, Any]) -> None:
+    """Refuse a value of a measure that is not finite.
+
+    Raises:
+        CheckpointError: It is not.
+    """
     if isinstance(found["value"], float) and not math.isfinite(found["value"]):
         raise CheckpointError(
             f"{model} on {task}: {metric} is {found['value']}, so the model's own numbers overflow. Evaluate it with "
@@ -196,17 +201,25 @@ def _refuse_not_finite(model: str, task: str, metric: str, found: Mapping[str, A
 
 
 def _subject(recipe: EvaluateRecipe, name: str, reference: str, progress: Progress) -> LocalSubject:
-    device = _device(recipe.device)
-    dtype = recipe.dtype
-    if dtype == "auto" and not native_bfloat16(device):
-        dtype = "float32"
+    device = usable_device(recipe.device)
+    dtype = native_dtype(recipe.dtype, device)
     model = load_model(
         reference, dtype=dtype, device=device, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code
     )
     return LocalSubject(name, model, load_tokenizer(reference, remote_code=recipe.remote_code), progress)
 
 
-def _device(name: str) -> str:
+def native_dtype(dtype: str, device: str) -> str:
+    """Return the dtype to load in: of ``auto`` the checkpoint's own only where the device computes in it."""
+    return "float32" if dtype == "auto" and not native_bfloat16(device) else dtype
+
+
+def usable_device(name: str) -> str:
+    """Return the device that a recipe names, ``auto`` for the accelerator where there is one.
+
+    Raises:
+        RecipeError: It cannot be used here.
+    """
     import torch
 
     if name == "auto":
