@@ -183,13 +183,15 @@ def parse(data: Data, where: str = "recipe") -> Recipe:
     """Check ``data`` against the schema of its job.
 
     A mapping with a top-level ``merge_method`` is a mergekit file, and runs as a merge job, which tells its own keys
-    from those of the file.
+    from those of the file. One with ``base_model`` and ``experts`` is a file of mergekit-moe.
 
     Raises:
         RecipeError: A key is unknown or missing, or a value is out of range; one line for each.
     """
     if is_mergekit(data):
         data = {"job": "merge", **data}
+    elif "job" not in data and {"base_model", "experts"} <= data.keys():  # a file of mergekit-moe
+        data = {"job": "moe", **data}
     name = data.get("job")
     if not isinstance(name, str):
         raise RecipeError(f"{where}: 'job' is missing. Set job to one of: {', '.join(registry.job)}.")

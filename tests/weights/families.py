@@ -100,9 +100,11 @@ def _as_published(family: str, tensors: dict[str, torch.Tensor]) -> dict[str, to
     return tensors
 
 
-def make_family(folder: Path, family: str, *, dtype: torch.dtype = torch.float32, shards: bool = False) -> None:
+def make_family(
+    folder: Path, family: str, *, dtype: torch.dtype = torch.float32, shards: bool = False, **sizes: int
+) -> None:
     """Write the models of a family."""
-    base = FAMILIES[family]("base", SIZES).to(dtype)
+    base = FAMILIES[family]("base", SIZES | sizes).to(dtype)
     for seed, name in enumerate(NAMES):
         # Numbers of our own, not those of transformers' initialisation, which may change with its versions.
         start, change = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
