@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,31 @@ def without_template(text: bytes) -> bytes:
     if not isinstance(data, dict) or data.pop("chat_template", None) is None:
         return text
     return (json.dumps(data, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def spelt(token: str, tokenizer: Mapping[str, Any]) -> bytes | str:
+    """Return what a token stands for in a text, so that tokens of two kinds of tokenizer can be compared.
+
+    Added tokens stand for themselves, others for bytes, which byte-level vocabularies and SentencePiece write in
+    their own ways.
+
+    Example:
+        >>> spelt("\u0120the", {"decoder": {"type": "ByteLevel"}}), spelt("\u2581the", {}), spelt("<0x0A>", {})
+        (b' the', b' the', b'\\n')
+    """
+    if any(token == added.get("content") for added in tokenizer.get("added_tokens") or ()):
+        return token
+    if "ByteLevel" in json.dumps([tokenizer.get("decoder"), tokenizer.get("pre_tokenizer")]):
+        table = _bytes_of_letters()
+        return bytes(table[letter] for letter in token) if all(letter in table for letter in token) else token
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+@cache
+def _bytes_of_letters() -> dict[str, int]:
+    """Return the byte that each letter of a byte-level vocabulary stands for: printable ones for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
