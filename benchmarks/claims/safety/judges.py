@@ -1,28 +1,79 @@
 """How often do judges without a large guard err on answers that people have labelled?
 
-    python -m benchmarks.claims.safety.judges
+    python -m benchmarks.claims.safety.judges [--parts rules self]
 
 Writes ``benchmarks/results/safety-judges.json``: the small guard on held-out goals with three draws of the folds, and
-the rule of first words, both on harm and on refusals. What would refute the small guard: errors that add up to 1, or an
-area under the curve near one half.
+the rules for refusals, both on harm and on refusals; and SmolLM2 as its own judge, with the goal before it and with the
+goal inside a wrapper, as a judge sees it who is shown the prompt. What would refute the small guard: errors that add up
+to 1, or an area under the curve near one half.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarks.provenance import origin
+
+from modicum.random import generator
 
 RESULTS = Path(__file__).parents[2] / "results" / "safety-judges.json"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    options = parser.parse_args()
+    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}}
+    for part in options.parts:
+        found = PARTS[part]()
+        content["cells"] |= found
+        print(json.dumps(found, indent=1))
+    from modicum.jobs.attack_data import provenance
+
+    content |= {"data": provenance("harm", "refusal"), "origin": origin()}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def itself(count: int = 60) -> dict[str, Any]:
+    """Ask SmolLM2 whether answers are safe: so many harmful and harmless ones, cut to their first 400 letters."""
+    from dataclasses import replace
+
+    from modicum.evaluate.calibration import calibrate
+    from modicum.evaluate.judges.jbb import JBBJudge
+    from modicum.jobs.attack_data import fill, labelled, templates
+    from modicum.jobs.chat.local import LocalHF
+    from modicum.jobs.loading.models import load_model, load_tokenizer
+
+    reference = "builtin:smollm2-135m-instruct"
+    model = LocalHF(load_model(reference, dtype="float32", device="cpu"), load_tokenizer(reference), batch_size=8)
+    items, labels = labelled("harm")
+    order = torch.randperm(len(items), generator=generator(0, "self")).tolist()
+    chosen = [i for way in (True, False) for i in [i for i in order if labels[i] is way][:count]]
+    plain = [replace(items[i], response=items[i].response[:400]) for i in chosen]
+    wrapper = min((text for text in templates("jailbreakchat").values()), key=len)
+    wrapped = [replace(item, goal=None, prompt=fill(wrapper, item.goal or "")) for item in plain]
+    found = {}
+    for name, asked in {"goal": plain, "wrapper": wrapped}.items():
+        said = [verdict.unsafe for verdict in JBBJudge(model).judge(asked)]
+        truth = [labels[i] for i in chosen]
+        unread = sum(value is None for value in said)
+        try:
+            found[f"self.harm.{name}"] = {**_rates(calibrate(said, truth)), "unread": unread}
+        except ValueError as error:  # no verdict could be read of one class
+            found[f"self.harm.{name}"] = {"unread": unread, "asked": len(said), "error": str(error)}
+    return found
+
+
+def rules() -> dict[str, Any]:
+    """Return the errors of judges that ask no model."""
     from modicum.evaluate.calibration import calibrate
     from modicum.evaluate.judges.linear import LinearGuard
     from modicum.evaluate.judges.prefix import PrefixRefusal
-    from modicum.jobs.attack_data import labelled, provenance
+    from modicum.jobs.attack_data import labelled
 
     found: dict[str, Any] = {}
     for name, knobs in {"harm": {}, "refusal": {"tells": "refusal", "l2": 0.1, "features": 2048}}.items():
@@ -35,9 +86,7 @@ def main() -> None:
         said = refused if name == "refusal" else [not value for value in refused]
         found[f"prefix.{name}"] = _rates(calibrate(said, labels))
     found |= _refusals(*labelled("refusal"))
-    content = {"cells": found, "data": provenance("harm", "refusal"), "origin": origin()}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    return found
 
 
 def _refusals(items: Any, labels: Any) -> dict[str, Any]:
@@ -67,6 +116,9 @@ def _rates(found: Any) -> dict[str, Any]:
         "agreement": found.agreement._asdict(), "fpr": found.fpr._asdict(), "fnr": found.fnr._asdict(),
         "positives": found.positives, "negatives": found.negatives,
     }  # fmt: skip
+
+
+PARTS = {"rules": rules, "self": itself}
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ class RepresentRecipe(Recipe):
     def _fits(self) -> RepresentRecipe:
         if remote := [name for name, target in self.targets.items() if target.model is None]:
             raise ValueError(f"target {remote[0]!r} is an endpoint, whose hidden states cannot be read; name a model")
+        if other := [name for name, target in self.targets.items() if target.thinking != "own"]:
+            raise ValueError(f"target {other[0]!r} is to think {self.targets[other[0]].thinking}, which no state shows")
         if waiting := [name for name, suite in self.suites.items() if suite.needs_model]:
             raise ValueError(f"suite {waiting[0]!r} needs a model that words goals anew; use job: attack for it")
         fewest = min(self.goals.size or self.folds, self.benign.size or self.folds)

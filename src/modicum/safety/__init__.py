@@ -47,9 +47,11 @@ if TYPE_CHECKING:
     from modicum.evaluate.judges.wild_guard import WildGuard
     from modicum.evaluate.judges.xstest import XSTest3Way
     from modicum.jobs.chat.cache import Cached, Recorded
+    from modicum.jobs.chat.decoding import Guarded, LessThink, MoreThink, ZeroThink
     from modicum.jobs.chat.local import LocalHF
     from modicum.jobs.chat.openai import OpenAICompatible
     from modicum.jobs.chat.scripted import Scripted
+    from modicum.jobs.chat.vllm import VLLMOffline
     from modicum.jobs.safety.measuring import evaluate
     from modicum.jobs.training.reasoning import SRGDataCollator, SRGTrainer
 
@@ -66,13 +68,16 @@ __all__ = [
     "Ensemble",
     "GenParams",
     "Goal",
+    "Guarded",
     "HarmBenchCls",
     "JBBJudge",
     "Judge",
     "JudgeItem",
+    "LessThink",
     "LinearGuard",
     "LlamaGuard3",
     "LocalHF",
+    "MoreThink",
     "OpenAICompatible",
     "PrefixRefusal",
     "Qwen3Guard",
@@ -86,9 +91,11 @@ __all__ = [
     "StrongRejectRubric",
     "TypedDecision",
     "Usage",
+    "VLLMOffline",
     "Verdict",
     "WildGuard",
     "XSTest3Way",
+    "ZeroThink",
     "asr_all",
     "asr_all_from_first_safe",
     "asr_any",

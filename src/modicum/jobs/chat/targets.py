@@ -29,6 +29,9 @@ class Target(Section):
     concurrency: PositiveInt = Field(default=16, description="most requests to the endpoint at a time")
     timeout: Positive = Field(default=120.0, description="seconds to wait for one answer of the endpoint")
     retries: NonNegativeInt = 5
+    thinking: Literal["own", "zero", "less", "more"] = Field(
+        default="own", description="zero, less or more reasoning than the model's own, of models that reason in tags"
+    )
     guidelines: str | bool = Field(
         default=False, description="true, or a file: the guidelines stand before every conversation as system message"
     )
@@ -66,11 +69,19 @@ class Target(Section):
 
 
 def open_target(target: Target, *, progress: Any = lambda _: None) -> ChatModel:
-    """Return the chat model that a recipe names; one behind an endpoint is probed.
+    """Return the chat model that a recipe names, thinking as it says; one behind an endpoint is probed.
 
     Raises:
-        ModicumError: It cannot be loaded or reached.
+        ModicumError: It cannot be loaded or reached, or think so.
     """
+    from modicum.jobs.chat.decoding import LessThink, MoreThink, ZeroThink
+
+    model = _opened(target, progress)
+    kinds = {"zero": ZeroThink, "less": LessThink, "more": MoreThink}
+    return kinds[target.thinking](model) if target.thinking in kinds else model
+
+
+def _opened(target: Target, progress: Any) -> ChatModel:
     if target.endpoint is not None:
         from modicum.jobs.chat.openai import OpenAICompatible
 

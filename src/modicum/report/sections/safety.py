@@ -19,7 +19,8 @@ READ_FAMILIES = (
 )
 READ_CURVES = (
     "Share of harmful prompts for which all of N samples were unsafe, averaged over the wrapped families. A curve that "
-    "falls says that safe answers can be sampled; where `malformed` is large, many of them are gibberish."
+    "falls says that safe answers can be sampled; where `malformed` is large, many of them are gibberish. "
+    "Stopping early saves little where many prompts are never safe: each of them costs all its draws."
 )
 READ_TRADE = "Attack success against refusals of harmless requests, a dot for each model. Low and left is better."
 
@@ -79,8 +80,10 @@ def _numbers(cells: Sequence[Mapping[str, Any]]) -> Markup:
             return number(None)
         return f"{measure(value.get('value'), 'share')} [{_ends(value)}]"
 
+    headers = ["Model", "Family", "Attack success", "Corrected", "Harmless refused", "Malformed", "Unread"]
+    headers += ["Draws", "Never safe", "n"]
     return table(
-        ["Model", "Family", "Attack success", "Corrected", "Harmless refused", "Malformed", "Unread", "Draws", "n"],
+        headers,
         (
             [
                 cell["target"],
@@ -91,6 +94,7 @@ def _numbers(cells: Sequence[Mapping[str, Any]]) -> Markup:
                 measure(cell.get("malformed"), "share"),
                 measure(cell.get("unparsed"), "share"),
                 number(cell.get("draws")),
+                measure(cell.get("never_safe"), "share"),
                 number(cell.get("prompts")),
             ]
             for cell in cells
