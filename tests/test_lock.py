@@ -83,6 +83,20 @@ def test_the_lock_of_a_dead_owner_is_taken_over(tmp_path, sleeper, stale):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_of_its_locks_goes_with_the_next_run(tmp_path, sleeper):
+    run = {"job": "merge", "recipe": {"a": 1}}
+    with Run(tmp_path / "run", **run):
+        pass
+    names = (".lock." + "0" * 32, ".model.lock." + "f" * 32)
+    for name in names:
+        left_by(tmp_path / "run" / name, pid=dead_process(), started="1")
+    living = tmp_path / "run" / (".lock." + "a" * 32)
+    left_by(living, pid=sleeper.pid, started=lock._start_of(sleeper.pid))
+    left_by(tmp_path / "run" / ".lock", pid=dead_process(), started="1")
+    Run(tmp_path / "run", **run).tidy()
+    assert {path.name for path in (tmp_path / "run").glob(".*")} == {living.name}
+
+
 @pytest.mark.parametrize("changes", [{"host": "far"}, {"machine": "twin"}, {"namespace": "pid:[container]"}])
 def test_an_owner_that_cannot_be_seen_is_refused_with_the_way_out(tmp_path, changes):
     path = tmp_path / ".lock"

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from modicum import processes
 from modicum.errors import ModicumError, RecipeError, did_you_mean, printable
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # whatever is wrong with the arguments themselves
@@ -61,10 +62,9 @@ def run(
 
     Examples:  `modicum run quickstart` · `modicum run merge.yaml --out merged` · `modicum run train.yaml -s seed=1`
     """
-    from modicum import processes, shortened
+    from modicum import shortened
     from modicum.jobs import execute
 
-    processes.end_with_launcher()
     shortened.install()
     recipe = _load(source, assignments)
     folder = out or Path(recipe.out or f"runs/{Path(source).stem}")
@@ -241,6 +241,7 @@ def _say_usage(error: Any) -> None:
 
 def main() -> None:
     """Run the command line: exit status 0 done, 2 wrong input (one line), 1 anything else."""
+    processes.end_with_launcher()  # at once: it may be killed while this one still imports
     # Importing torch makes objects that all stay: looking through them again and again is a tenth of every start.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)  # they go with the process, which would look through them once more as it ends

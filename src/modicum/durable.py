@@ -146,7 +146,9 @@ def whole_folder(path: Path, *, keep_partial: bool = False, check: Callable[[], 
 
 
 FULL = re.compile(
-    r"no space left|os error 28|quota exceeded|PytorchStreamWriter failed|file write failed", re.IGNORECASE
+    "no space left|os error 28|quota exceeded|PytorchStreamWriter failed|file write failed|iostream error"
+    "|inline_container",
+    re.IGNORECASE,
 )
 LITTLE = 256 << 20  # free bytes under which a write that failed in other words failed for want of space
 

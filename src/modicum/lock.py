@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -29,6 +30,7 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
+LEFT = re.compile(r"\.(?:.+\.)?lock\.[0-9a-f]{32}")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -122,6 +124,18 @@ def read_owner(path: Path) -> Owner | None:
         except (ValueError, TypeError):
             time.sleep(0.02)  # where there are no links, the file exists before its content does
     raise CheckpointError(f"{path} is no lock file that can be read. If nothing writes there, delete it and run again.")
+
+
+def is_left(path: Path) -> bool:
+    """Whether a file is what a process that was killed had written to take a lock with."""
+    if not LEFT.fullmatch(path.name):
+        return False
+    try:
+        return Owner(**loads(path.read_text(encoding="utf-8"))).alive() is False
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError):
+        return time.time() - path.stat().st_mtime > 10  # it may be just being written
 
 
 def patience() -> float:

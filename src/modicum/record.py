@@ -249,12 +249,18 @@ class Run:
             write_atomic(self.folder / "recipe.yaml", text)
             self._held = stack.pop_all()
 
+    def tidy(self) -> None:
+        """Remove what a process left that was killed when all but its lock was done."""
+        if self.main and (self.folder / lock.NAME).exists():
+            with suppress(CheckpointError, OSError), lock.hold(self.folder / lock.NAME, self.folder):
+                self._remove_leftovers()
+
     def _remove_leftovers(self) -> None:
         """Remove files that a killed process was writing; stages and checkpoints are looked after by their own."""
         for place, folders, files in os.walk(self.folder):
             folders[:] = [name for name in folders if name not in ("stages", "checkpoints")]
             for name in files:
-                if re.fullmatch(r"\..+\.\d+", name):
+                if re.fullmatch(r"\..+\.\d+", name) or lock.is_left(Path(place, name)):
                     Path(place, name).unlink(missing_ok=True)
 
     def _begin(self) -> None:

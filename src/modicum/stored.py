@@ -114,10 +114,11 @@ def verify(folder: str | Path) -> Verified:
         raise CheckpointError(f"{folder} was made by a version that kept no hashes of outputs: nothing to compare.")
     found = damage(folder, record, cached=False)
     sizes = [size for size, _ in record["files"].values()]
-    for stage in record.get("stages") or []:
-        inner = folder / stage["folder"]
-        if (inner / "record.json").is_file():
-            sizes += [size for size, _ in (read_record(inner).get("files") or {}).values()]
+    with border(folder / "record.json", "Delete the folder and run again."):
+        for stage in record.get("stages") or []:
+            inner = folder / "stages" / Path(stage["folder"]).name
+            if (inner / "record.json").is_file():
+                sizes += [size for size, _ in (read_record(inner).get("files") or {}).values()]
     return Verified(len(sizes), sum(sizes), found)
 
 

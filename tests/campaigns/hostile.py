@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "200"}  # fmt: skip
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "COLUMNS": "200"}  # fmt: skip
 
 from campaigns import bombs, forked, tally, workshop  # noqa: E402 - after the settings of their libraries
 

@@ -61,6 +61,7 @@ class Launch:
         self._pids = world / "pids"
         self._pids.write_text("")
         self._log = world / "launcher.log"
+        self._log.write_text("")
         if torchrun:
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
                        f"--master-port={free_port()}", "-m", "modicum", *command_of(name, out)]  # fmt: skip
@@ -77,6 +78,8 @@ class Launch:
 
     def _launch(self, name: str, world: Path, out: str, machines: bool) -> NoReturn:
         os.setsid()
+        stopping: list[float] = []
+        signal.signal(signal.SIGTERM, lambda *_: stopping.append(time.monotonic()))
         port, ranks = free_port(), []
         for rank in range(2):
             told = {"RANK": str(rank), "LOCAL_RANK": str(0 if machines else rank), "WORLD_SIZE": "2",
@@ -86,8 +89,6 @@ class Launch:
             ranks.append(forked.Attempt(command_of(name, out), world, variables=told))
             with self._pids.open("a") as file:
                 file.write(f"{ranks[-1].pid}\n")
-        stopping = []
-        signal.signal(signal.SIGTERM, lambda *_: stopping.append(time.monotonic()))
         left, status = list(ranks), 0
         while left:
             for one in list(left):
@@ -143,7 +144,7 @@ class Launch:
 
     def said(self) -> str:
         """Return what the ranks said last."""
-        return self._log.read_text()[-800:] if self._log.exists() else ""
+        return " | ".join(self._log.read_text().splitlines()[-4:])[-600:] if self._log.exists() else ""
 
     def destroy(self) -> None:
         """End all of it."""

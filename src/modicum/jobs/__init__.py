@@ -51,6 +51,7 @@ def execute(
     run = open_run(recipe, folder, quiet=quiet, on_change="keep" if on_change == "replace" else on_change)
     run.on, run.workers = on, workers
     if run.done and not damage(run.folder, run.record):
+        run.tidy()
         run.say(f"{run.folder} is finished already: nothing to do.")
         return run
     if run.foreign and on_change == "replace":

@@ -6,9 +6,10 @@ waits for has died.
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from modicum import lock
@@ -35,7 +36,7 @@ def leading(out: Path) -> Iterator[None]:
 
 def admit(out: Path, beside: Path) -> None:
     """Let the others begin: the unfinished folder ``beside`` is as they must find it."""
-    for path in beside.glob("rank.*.failed"):
+    for path in _failures(beside):
         path.unlink()
     for path in beside.glob("rank.*.lock"):  # of a launch that was killed; from now on a dead one is one of ours
         if (owner := lock.read_owner(path)) and owner.alive() is False:
@@ -43,9 +44,23 @@ def admit(out: Path, beside: Path) -> None:
     (beside / LEADER).write_text(repr(lock.read_owner(lock_of(out))))
 
 
+def is_whole(out: Path, beside: Path) -> bool:
+    """Whether the result has its name, and nobody is making it anew."""
+    return out.exists() and not beside.exists()
+
+
 @contextmanager
-def following(out: Path, beside: Path, rank: int) -> Iterator[lock.Owner]:
-    """Take part while the block runs, once the first process lets others begin; gives who that is.
+def following(out: Path, beside: Path, rank: int, *, again: bool = False) -> Iterator[lock.Owner | None]:
+    """Take part while the block runs, once the first process lets others begin.
+
+    Args:
+        out: The result.
+        beside: The unfinished folder.
+        rank: Which process this is.
+        again: It has followed another one before, see :func:`wait_for_leader`: the result may be whole by now.
+
+    Yields:
+        Who the first process is; ``None`` where the result is whole.
 
     Raises:
         CheckpointError: A process of this number from an earlier launch still works there.
@@ -56,6 +71,9 @@ def following(out: Path, beside: Path, rank: int) -> Iterator[lock.Owner]:
     def admitted() -> bool:
         # A folder that a killed launch left has the name of that launch's leader in it.
         nonlocal leader
+        if again and is_whole(out, beside):
+            leader = None
+            return True
         leader = lock.read_owner(lock_of(out))
         try:
             return leader is not None and leader.alive() is not False and (beside / LEADER).read_text() == repr(leader)
@@ -63,32 +81,41 @@ def following(out: Path, beside: Path, rank: int) -> Iterator[lock.Owner]:
             return False
 
     lock.wait(admitted, lock_of(out), out)
-    with lock.hold(_place(beside, rank), out):
+    with ExitStack() as stack:
+        if leader is not None:
+            try:
+                stack.enter_context(lock.hold(_place(beside, rank), out))
+            except FileNotFoundError:
+                if not again:
+                    raise
+                leader = None  # it has just got its name
         try:
-            if leader is not None:
-                yield leader
+            yield leader
         except BaseException:
             if beside.exists():
                 _failure(beside, rank).touch()
             raise
 
 
-def wait_for_leader(out: Path, beside: Path, leader: lock.Owner) -> None:
+def wait_for_leader(out: Path, beside: Path, leader: lock.Owner) -> bool:
     """Wait until the result is whole.
+
+    Returns:
+        Whether it is; else another first process has taken the place of this one, which was of an earlier launch. On
+        another machine a dead one looks like a living one, until somebody takes its place.
 
     Raises:
         RuntimeError: The first process ended before.
     """
-
-    def whole() -> bool:
-        return out.exists() and not beside.exists()
-
-    while not whole():
+    while not is_whole(out, beside):
         owner = lock.read_owner(lock_of(out))
         # Looked at again afterwards: the leader may just have finished.
-        if (owner != leader or owner.alive() is False) and not whole():
+        if (owner != leader or owner.alive() is False) and not is_whole(out, beside):
+            if owner is not None and owner != leader and owner.alive() is not False:
+                return False
             raise RuntimeError(f"The first process ended before it finished {out}. Its own messages tell why.")
         time.sleep(0.02)
+    return True
 
 
 def wait_for_followers(ready: Callable[[], bool], out: Path, beside: Path, world: int) -> None:
@@ -117,7 +144,7 @@ def wait_for_followers(ready: Callable[[], bool], out: Path, beside: Path, world
 
 def leave(beside: Path) -> None:
     """Remove what the processes told each other."""
-    for path in [*beside.glob("rank.*"), beside / LEADER]:
+    for path in [*beside.glob("rank.*"), beside / LEADER, *_failures(beside)]:
         path.unlink(missing_ok=True)
 
 
@@ -126,4 +153,9 @@ def _place(beside: Path, rank: int) -> Path:
 
 
 def _failure(beside: Path, rank: int) -> Path:
-    return beside / f"rank.{rank}.failed"
+    # Not inside: one that fails at the last moment would leave it in the finished result.
+    return beside.with_name(f"{beside.name}.rank.{rank}.failed")
+
+
+def _failures(beside: Path) -> list[Path]:
+    return list(beside.parent.glob(f"{glob.escape(beside.name)}.rank.*.failed"))

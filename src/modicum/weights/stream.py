@@ -182,11 +182,16 @@ def map_tensors(
 
     with _told(out, check):
         if rank != 0:
-            with company.following(out, beside, rank) as leader:
-                if _read_key(beside) != key:
-                    raise RuntimeError(f"The first process makes something else of {out}: were all told the same?")
-                share()
-                company.wait_for_leader(out, beside, leader)
+            whole = again = False
+            while not whole:
+                with company.following(out, beside, rank, again=again) as leader:
+                    if leader is None:
+                        break
+                    again = True
+                    if _read_key(beside) != key:
+                        raise RuntimeError(f"The first process makes something else of {out}: were all told the same?")
+                    share()
+                    whole = company.wait_for_leader(out, beside, leader)
             return {}
         with company.leading(out), _nothing_left(beside):
             restore(out)

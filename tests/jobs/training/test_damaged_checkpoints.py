@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs import execute, plan
-from modicum.jobs.training.checkpoints import MANIFEST, WRITER, read_manifest, write_manifest
+from modicum.jobs.training.checkpoints import MANIFEST, WRITER, read_manifest, set_aside, write_manifest
 from modicum.recipe import parse
 from modicum.record import read_record
 
@@ -162,3 +162,11 @@ def test_arguments_that_a_run_cannot_go_on_with_exactly_are_refused_before_it_be
     with pytest.raises(RecipeError, match=f"trainer.{key}"):
         execute(wanted, tmp_path / "r", quiet=True)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_checkpoint_whose_manifest_was_being_written_is_deleted(tmp_path):
+    path = tmp_path / "checkpoint-2"
+    path.mkdir()
+    (path / "trainer_state.json").write_text('{"global_step": 2}')
+    (path / ".manifest.json.123").write_text("{")
+    assert "is deleted" in set_aside(path, "why") and list(tmp_path.iterdir()) == []

@@ -93,7 +93,8 @@ def set_aside(path: Path, why: str) -> str:
 
     A checkpoint that was still being written when the run was killed is deleted.
     """
-    if not (path / MANIFEST).exists() and not (path / STATE).exists() and not path.is_symlink():
+    begun = not (path / STATE).exists() or any(path.glob(f".{MANIFEST}.*"))  # the manifest is what is written last
+    if begun and not (path / MANIFEST).exists() and not path.is_symlink():
         shutil.rmtree(path)
         return f"{path.name} was not finished when the run was killed, and is deleted."
     target, number = path.with_name(f"{path.name}.aside"), 1
