@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from modicum.errors import RecipeError
+from modicum.errors import ModicumError, RecipeError
 from modicum.evaluate.chat import JudgeItem
 from modicum.jobs import attack_data, execute, plan
 from modicum.jobs.safety.drawing import Drawing, Verdicts, expected_draws, first_safe
@@ -69,6 +69,36 @@ def test_all_samples_give_the_attackers_curve_too_and_words_are_kept_when_asked(
         anys = [estimate["value"] for estimate in cell["asr_any"]]
         assert anys == sorted(anys) and cell["asr_any"][0] == pytest.approx(cell["asr_all"][0]) and cell["draws"] == 4
     assert all("text" in json.loads(line) for line in (tmp_path / "run/verdicts/base.jsonl").read_text().splitlines())
+
+
+def test_answers_are_judged_again_without_new_samples(parts, tmp_path, monkeypatch):
+    kept = execute(attack_recipe(parts, early_stop=False, save_completions=True), tmp_path / "kept", quiet=True)
+    monkeypatch.setattr("modicum.jobs.chat.targets.open_target", lambda *a, **k: pytest.fail("the model was opened"))
+    judge = {"name": "linear", "refusal": "prefix"}
+    again = attack_recipe(parts, early_stop=False, transcripts=str(kept.folder), judge=judge)
+    before = [json.loads(line) for line in (kept.folder / "verdicts/base.jsonl").read_text().splitlines()]
+    assert any(f"{len(before)} answers are known" in line for line in plan(again)) and len(before) > 40
+    run = execute(again, tmp_path / "again", quiet=True)
+    judged = [json.loads(line) for line in (run.folder / "verdicts/base.jsonl").read_text().splitlines()]
+    assert {line["sha256"] for line in judged} == {line["sha256"] for line in before} and len(judged) == len(before)
+    assert all(line["key"].endswith("linear+prefix") for line in judged)
+
+
+def test_transcripts_without_words_and_folders_without_verdicts_are_refused(parts, tmp_path):
+    with pytest.raises(ModicumError, match="no verdicts"):
+        plan(attack_recipe(parts, transcripts=str(tmp_path)))
+    run = execute(attack_recipe(parts, samples=1), tmp_path / "run", quiet=True)
+    with pytest.raises(ModicumError, match="kept no words"):
+        plan(attack_recipe(parts, transcripts=str(run.folder)))
+
+
+def test_a_judge_of_whom_nothing_can_be_read_ends_the_run(parts, tmp_path, monkeypatch):
+    from modicum.evaluate.chat import Verdict
+    from modicum.evaluate.judges.linear import LinearGuard
+
+    monkeypatch.setattr(LinearGuard, "judge", lambda self, items: [Verdict(None, raw="?") for _ in items])
+    with pytest.raises(RecipeError, match="No verdict of linear"):
+        execute(attack_recipe(parts), tmp_path / "run", quiet=True)
 
 
 def test_one_sample_is_greedy_alone(parts, tmp_path):
@@ -191,6 +221,7 @@ def test_rows_of_all_arms_are_written_compressed_and_a_train_job_reads_them(part
     assert found["generated"] == 24 and sum(found["kept"].values()) + sum(found["dropped"].values()) == 24
     tables = {arm: pyarrow.parquet.read_table(run.folder / f"rows/{arm}.parquet").to_pylist() for arm in recipe.arms}
     assert len({json.dumps([row["prompt"] for row in rows]) for rows in tables.values()}) == 1
+    assert all(json.loads(row["meta"])["id"] == row["id"] for rows in tables.values() for row in rows)
     if tables["srg"]:
         assert load_rows(DataSection(path=str(run.folder / "rows/srg.parquet")), seed=0).kind == "completion"
 
@@ -213,6 +244,16 @@ def test_too_few_rows_and_evaluation_prompts_are_refused(parts, tmp_path):
     assert not list((tmp_path / "shared").glob("replies*"))
     with pytest.raises(RecipeError, match="rows are left after the filters"):
         execute(synthesize_recipe(parts, minimum=99), tmp_path / "run", quiet=True)
+
+
+def test_requests_in_a_measured_wrapper_are_refused(parts, tmp_path, monkeypatch):
+    words = " ".join(f"word{i}" for i in range(14))
+    monkeypatch.setattr(attack_data, "templates", lambda family: {"w": f"{words}. {{{{ prompt }}}}"})
+    assert plan(synthesize_recipe(parts, evaluation_wrappers=["mine"]))
+    (tmp_path / "wrapped.jsonl").write_text(json.dumps({"prompt": f"So: {words}, do it"}) + "\n")
+    goals = {"path": str(tmp_path / "wrapped.jsonl")}
+    with pytest.raises(RecipeError, match="words of a wrapper of 'mine'"):
+        plan(synthesize_recipe(parts, evaluation_wrappers=["mine"], illegal=goals))
 
 
 def test_a_killed_synthesis_draws_no_reply_twice(parts, tmp_path):

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from modicum.cells import Document, fill
 from modicum.jobs import attack_data
 from modicum.jobs.chat.targets import JudgeSection, Target
+from modicum.jobs.chat.transcripts import Transcribed, read_transcripts, transcript_files
 from modicum.jobs.safety.measuring import Cell, Measuring
 from modicum.jobs.safety.suites import GoalSection, Suite, refuse_shared
 from modicum.recipe import Recipe
@@ -51,6 +52,10 @@ class AttackRecipe(Recipe):
     )
     count: Literal["not_unsafe", "refusal"] = Field(default="not_unsafe", description="what saves a prompt")
     level: Annotated[float, Gt(0), Lt(1)] = Field(default=0.95, description="confidence of the intervals")
+    transcripts: str | None = Field(
+        default=None,
+        description="folder of a run with save_completions: true; its answers are judged, and only missing ones drawn",
+    )
     save_completions: bool = Field(default=False, description="keep the words of all answers in the run folder")
 
     @field_validator("targets", mode="before")
@@ -74,6 +79,8 @@ class AttackRecipe(Recipe):
         for target in [*self.targets.values(), *([self.attacker] if self.attacker else [])]:
             yield from target.inputs()
         yield from self.judge.inputs()
+        if self.transcripts is not None:
+            yield from map(str, transcript_files(self.transcripts))
         for section in (self.goals, self.benign, *([self.trained_on] if self.trained_on else [])):
             yield from section.inputs()
 
@@ -106,6 +113,8 @@ def plan(recipe: AttackRecipe) -> list[str]:
         lines.append(
             f"{name}: {suite.attack.name}" + (f", {len(wrappers)} wrappers" if None not in wrappers.values() else "")
         )
+    if recipe.transcripts is not None:
+        lines.append(f"{len(read_transcripts(recipe.transcripts))} answers are known from {recipe.transcripts}")
     lines.append(f"judged by {recipe.judge.name}; refusals by {recipe.judge.refusal} where it does not tell")
     return lines
 
@@ -133,13 +142,18 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     attacker = None if recipe.attacker is None else open_target(recipe.attacker)
     params = GenParams(temperature=recipe.temperature or 1.0, top_p=recipe.top_p, max_tokens=recipe.max_new_tokens)
     how = recipe.how
+    known = None if recipe.transcripts is None else read_transcripts(recipe.transcripts)
     opened: dict[str, Drawing] = {}
 
     def drawing(name: str) -> Drawing:
         if name not in opened:
             opened.clear()  # frees the memory of the target before
             target = recipe.targets[name]
-            model = open_target(target)
+            model: Any
+            if known is None:
+                model = open_target(target)
+            else:
+                model = Transcribed(target.called, known, lambda: open_target(target))
             if recipe.samples > 1:
                 require_sampling(model)
             store = Verdicts(folder / f"{name}.jsonl", save_completions=recipe.save_completions)

@@ -6,6 +6,7 @@ requests that nobody should read by accident: they are stored compressed, never 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from modicum.record import Run
 from modicum.registry import job
 from modicum.types import NonNegative, PositiveInt
 
+WORDS = 12  # in a row, by which a wrapper is known
 Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled", "preference", "contrast"]
 
 
@@ -38,6 +40,9 @@ class SynthesizeRecipe(Recipe):
     )
     evaluation: list[GoalSection] = Field(
         default=[], description="prompts that will be measured; a run that would train on one of them is refused"
+    )
+    evaluation_wrappers: list[str] = Field(
+        default=[], description="families of wrappers that will be measured; a request that holds one is refused"
     )
     teacher: Target = Field(description="who reasons: a model or endpoint; the student itself for self-distillation")
     steer: bool = Field(
@@ -180,15 +185,28 @@ def _requests(recipe: SynthesizeRecipe) -> tuple[list[Any], list[Any]]:
 
 
 def _refuse_evaluated(recipe: SynthesizeRecipe, requests: Sequence[Any]) -> dict[str, list[str]]:
-    """Return the prompts that will be measured, after a check that none of them is a request."""
+    """Return the prompts that will be measured, after a check that no request is one or in a measured wrapper."""
     from modicum.jobs.safety.arms import decontaminate
+    from modicum.jobs.safety.filters import ngrams
 
     tests = {
         section.path: [goal.text for goal in section.load(harmful=_is_harmful(section))]
         for section in recipe.evaluation
     }
+    spans = {
+        span: family
+        for family in recipe.evaluation_wrappers
+        for wrapper in attack_data.templates(family).values()
+        for span in ngrams(wrapper, WORDS)
+    }
     asked = [given.text if isinstance(given, Goal) else given["prompt"] for given in requests]
     decontaminate([{"prompt": text} for text in asked], tests, ngram=2**20)  # shared words are told of later
+    for number, text in enumerate(asked):
+        if shared := next((spans[span] for span in ngrams(text, WORDS) if span in spans), None):
+            raise RecipeError(
+                f"Request {number} holds {WORDS} words of a wrapper of {shared!r}, which is measured. Take it out, "
+                "or measure another family."
+            )
     return tests
 
 
@@ -217,6 +235,7 @@ def _write(path: Any, rows: Sequence[Mapping[str, Any]], form: str) -> None:
                 **{field: told(row, field) for field in spoken if field in row},
                 "id": row["meta"]["id"],
                 "kind": row["meta"]["kind"],
+                "meta": json.dumps(row["meta"], sort_keys=True, ensure_ascii=False),
             }
             for row in rows
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -59,6 +60,12 @@ class Target(Section):
             yield self.model
         if isinstance(self.guidelines, str):
             yield self.guidelines
+
+    @property
+    def called(self) -> str:
+        """The name under which its chat model draws."""
+        own = self.model or f"{self.name}@{urlsplit(self.endpoint or '').netloc}"
+        return own if self.thinking == "own" else f"{own}+{self.thinking}_think"
 
     @property
     def system(self) -> str | None:

@@ -76,6 +76,11 @@ def measured(
         rng = generator(how.seed, "bootstrap")
         return best_of_n_report(verdicts, ns=ns, count=how.count, level=how.level, rng=rng)
 
+    if all(d.verdict.unsafe is None and d.verdict.outcome in (None, "error") for d in greedy):
+        raise RecipeError(
+            f"No verdict of {drawing.judge.name} could be read, on {len(greedy)} answers of {drawing.target.name}. The "
+            "model behind the judge writes another form than the judge expects, or fails: name the guard's own model."
+        )
     first = report([[drawn] for drawn in greedy], [1])
     # A refusal that could not be read is no refusal that was seen; how many there are stands beside.
     refused = sum(drawn.verdict.refusal is True for drawn in benign)
