@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+from modicum.types import MEASURES_GET
+
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -305,10 +307,8 @@ class PartFacts(Facts):
 class MeasureFacts(Facts):
     """Facts of a measure of models.
 
-    Its functions are given by keyword what their signatures ask for: the knobs, and what the job supplies, which is the
-    confidence ``level``, the ``seed``, the data section's ``max_length``, ``tokens_of(model)`` to count tokens,
-    ``read_lines(file)`` to read lines of JSON, and ``reference_of(model)`` to ask another model the same. Keyword-only
-    parameters of ``estimate`` and ``prepare`` are knobs too.
+    Its functions get by keyword what their signatures name: knobs, which keyword-only parameters of ``estimate`` and
+    ``prepare`` are too, and what the job supplies (:mod:`modicum.jobs.task`): confidence, seed, readers, other models.
 
     Attributes:
         rows: Kind of the rows of data that it needs.
@@ -320,14 +320,14 @@ class MeasureFacts(Facts):
         compares: Metric of the differences, where it is not that of the values.
         data: The data section where a recipe has none.
         prepare: ``(load, …) -> rows``: makes what is asked out of the data, which ``load()`` reads.
-        details: ``(items, …) -> mapping``: what else of a cell is kept in the record, for a section of the report.
+        details: ``(items, …) -> mapping``: what else of a cell is kept, ``beside`` by label what is shown with it.
         work: ``(count, …) -> text``: what is done with so many rows, for the plan.
         check: ``(…)``: refuses knobs that do not fit together.
-        reads: Knobs that name files, whose content identifies a run.
+        reads: Knobs that name files or models, whose content identifies a run.
     """
 
     known_laws = MappingProxyType(
-        {"right_is_better": "a model that answers as expected, or finds the text likelier, has the better value"}
+        {"right_is_better": "who answers as expected, or finds it likelier, has the better value"}
     )
 
     rows: str
@@ -343,7 +343,7 @@ class MeasureFacts(Facts):
     work: Callable[..., str] | None = None
     check: Callable[..., None] | None = None
     reads: tuple[str, ...] = ()
-    supplied: Collection[str] = frozenset({"level", "seed", "max_length", "tokens_of", "read_lines", "reference_of"})
+    supplied: Collection[str] = MEASURES_GET
 
     @property
     def further(self) -> tuple[Callable[..., Any], ...]:

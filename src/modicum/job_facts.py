@@ -47,7 +47,7 @@ class SourceFacts(Facts):
         inputs: ``(section, name) -> files``: what of this machine is read, which identifies a run.
     """
 
-    supplied: Collection[str] = frozenset({"seed"})
+    supplied: Collection[str] = frozenset({"seed", "note"})
     open_config: bool = False
     inputs: Callable[[Any, str], Iterable[str]] = _nothing
 

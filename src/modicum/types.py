@@ -22,3 +22,7 @@ class Unbounded:
 PositiveOrInfinite: TypeAlias = Annotated[float, Gt(0), Unbounded()]  # inf: no limit
 
 IGNORED = -100  # the label that carries no loss, as everywhere in PyTorch and transformers
+
+MEASURES_GET = frozenset(  # what the job gives to a measure's functions, beside their knobs
+    {"level", "seed", "max_length", "data_path", "tokens_of", "read_lines", "reference_of", "judge_of"}
+)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from laws import Draw, knobs, law
 
 from modicum.evaluate.intervals import Estimate
+from modicum.evaluate.judges.prefix import PrefixRefusal
 from modicum.evaluate.rows import Rows
 from modicum.evaluate.subject import Likelihood, Result, Subject
 from modicum.registry import Entry, measure, row_kind, wanted
@@ -24,6 +25,9 @@ SUPPLIED: dict[str, Any] = {
     "read_lines": lambda _: iter(()),
 }
 SUPPLIED["reference_of"] = lambda _: Scripted(1.0)
+SUPPLIED["judge_of"] = lambda _: (PrefixRefusal(), {})
+
+METRICS = st.sampled_from(["balanced", "refused", "answered"])
 
 
 class Scripted:
@@ -66,10 +70,16 @@ def row(kind: str, i: int) -> dict[str, Any]:
     if kind == "question":
         answers = [f"n{i}"] if i % 2 else []
         return {"prompt": f"prompt {i}", "answers": answers, "completion": f"n{i}" if i % 2 else "That is not known."}
+    if kind == "request":
+        no, yes = "I cannot help with that.", "Sure, here it is."
+        answers = {"completion": no, "wrong": yes} if i % 2 else {"completion": yes, "wrong": no}
+        return {"prompt": f"prompt {i}", "harmful": bool(i % 2), **answers}
     return {field: f"{field} {i}" for field in row_kind[kind].facts.fields} | {"completion": f"n{i}"}
 
 
 def measured(entry: Entry[Any], values: dict[str, Any], subject: Scripted, n: int) -> list[Result]:
+    if entry.name == "lm_eval":  # another package asks the model and scores its answers
+        return [{"score": float(luck), "metric": "acc"} for luck in subject._luck(range(n))]
     offered, prepare = SUPPLIED | values, entry.facts.prepare
     rows = Rows(entry.facts.rows, [row(entry.facts.rows, i) for i in range(n)])
     asked = rows if prepare is None else prepare(lambda: rows, **wanted(prepare, offered))
@@ -89,6 +99,10 @@ def difference(entry: Entry[Any], values: dict[str, Any], a: Sequence[Result], b
 
 def usual(entry: Entry[Any], draw: Draw) -> dict[str, Any]:
     """Draw knobs; files and tokenizers are not at hand, and few questions suffice."""
+    if entry.name == "refusal":
+        return {"judge": "prefix", "max_new_tokens": 4, "batch_size": 4, "metric": draw(METRICS)}
+    if entry.name == "lm_eval":
+        return {}
     fixed = {"file": None, "tokenizer": None, "answer": None, "suite": "needle", "lengths": (160,), "per_cell": 1}
     fixed |= {"stride": None, "max_bytes": None, "score": "mean", "reference": None, "depths": (0.0, 0.5)}
     return knobs(entry, draw, **fixed)

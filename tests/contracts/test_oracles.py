@@ -31,7 +31,7 @@ EXCEPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "attacks": ("rewrite a goal; tests/evaluate/attacks reads the goal back", ()),
     "measures": (
         "count answers to questions whose answers are known; tests go by hand",
-        ("retrieval", "instructions", "decline"),
+        ("retrieval", "instructions", "decline", "refusal", "lm_eval"),
     ),
     "models": ("writes stored experts into a host; tests/models/routed compares it with plain models", ("routed",)),
     "objectives": ("returns what came; a law says so", ("ntp",)),

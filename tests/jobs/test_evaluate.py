@@ -259,7 +259,7 @@ def test_the_plan_counts_the_work_without_doing_it(data):
         ({"models": {"a": "x", "a.b": "y"}, "tasks": {"b.c": {}, "c": {}}}, "Rename one"),
         ({"level": 1.0}, "level"),
         ({"tasks": {"t": {"kind": "exact"}}}, "exact_match"),
-        ({"tasks": {"t": {"answer": "("}}}, "not a regular expression"),
+        ({"tasks": {"t": {"answer": "("}}}, "no regular expression"),
         ({"tasks": {"t": {"kind": "perplexity", "stride": 1024}}}, "stride 1024 must be less"),
         ({"tasks": {"t": {"max_tokens": 3}}}, "max_tokens"),
     ],

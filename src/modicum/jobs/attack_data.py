@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -126,6 +126,15 @@ def provenance(*names: str) -> dict[str, dict[str, str]]:
         for name in names
         for part in tables[name]
     }
+
+
+def inputs_of(parts: Iterable[Packaged]) -> Iterator[str]:
+    """Yield package, version, path and SHA-256 of packaged data, by which a run is known; nothing of missing ones."""
+    for part in parts:
+        try:
+            yield f"{part.package}=={distribution(part.package).version} {part.path} sha256:{_digest(files_of(part))}"
+        except (PackageNotFoundError, CheckpointError):  # whoever reads the rows says so
+            continue
 
 
 def fill(template: str, goal: str) -> str:

@@ -25,9 +25,10 @@ from modicum.cells import Cell, fill
 from modicum.durable import write_atomic
 from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
 from modicum.evaluate.rows import Rows
+from modicum.jobs.data.rows import DataSection, load_rows
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
 from modicum.jobs.loading.references import resolve_model
-from modicum.jobs.subject import LocalSubject, Reference
+from modicum.jobs.subject import LocalSubject, supplied
 from modicum.jobs.task import Task
 from modicum.recipe import Recipe
 from modicum.record import Run, read_log
@@ -46,6 +47,9 @@ class EvaluateRecipe(Recipe):
     models: dict[str, str] = Field(min_length=1, description="name: folder, Hub id or builtin; or model: one of these")
     tasks: dict[str, Task] = Field(min_length=1)
     baseline: str | None = Field(default=None, description="model that the others are compared with; the first one")
+    trained_on: list[DataSection] | None = Field(
+        default=None, description="data of the models' training; a task that asks what it teaches is refused"
+    )
     level: Annotated[float, Gt(0), Lt(1)] = Field(default=0.95, description="confidence of the intervals")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: the checkpoint's own where the device computes in it, else float32"
@@ -62,12 +66,24 @@ class EvaluateRecipe(Recipe):
             return {**rest, "models": {"model": value["model"]}}
         return value
 
+    @field_validator("trained_on", mode="before")
+    @classmethod
+    def _one_section(cls, value: Any) -> Any:
+        sections = [value] if isinstance(value, str | Mapping) else value
+        if not isinstance(sections, list):
+            return sections
+        return [{"path": section} if isinstance(section, str) else section for section in sections]
+
     @field_validator("models", "tasks")
     @classmethod
     def _names_are_file_names(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
             if not name or set(name) & set("/\\\0") or name.startswith("."):
                 raise ValueError(f"{name!r} cannot be a name, expected letters, digits, - and _")
+        trimmed: dict[str, str] = {}
+        for name in value:
+            if (other := trimmed.setdefault(name.strip(), name)) != name:
+                raise ValueError(f"{other!r} and {name!r} are one name but for white space. Rename one")
         return value
 
     @model_validator(mode="after")
@@ -86,13 +102,17 @@ class EvaluateRecipe(Recipe):
         yield from self.models.values()
         for task in self.tasks.values():
             yield from task.inputs()
+        for section in self.trained_on or ():
+            yield from section.inputs()
 
 
 def plan(recipe: EvaluateRecipe) -> list[str]:
     """Describe the evaluation; reads the data, but no model."""
     lines = []
+    read = {name: task.rows(recipe.seed) for name, task in recipe.tasks.items()}
+    _refuse_taught(recipe, read)
     for name, task in recipe.tasks.items():
-        count = len(task.rows(recipe.seed))
+        count = len(read[name])
         work = task.ask(task.measure.facts.work, count) or f"{task.metric} of {count} rows"
         lines.append(f"{name}: {work} from each of {len(recipe.models)} models ({task.data.path})")
     for name, reference in recipe.models.items():
@@ -115,17 +135,14 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
     todo = [pair for key, pair in pairs.items() if key not in finished]
     # A wrong reference in the last line of a recipe should not cost the hours before it.
     rows = {name: recipe.tasks[name].rows(recipe.seed, run.note) for name in dict.fromkeys(name for _, name in todo)}
+    _refuse_taught(recipe, rows)
     for model in dict.fromkeys(model for model, _ in todo):
         resolve_model(recipe.models[model], allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     run.inputs.check()
     (run.folder / "items").mkdir(exist_ok=True)
     loaded: list[LocalSubject] = []
-    references: dict[str, Reference] = {}
-
-    def reference_of(reference: str) -> Reference:
-        # No model that is measured stays in memory for it: its answers are kept instead.
-        found = Reference(lambda: _subject(recipe, "reference", reference, lambda _: None))
-        return references.setdefault(reference, found)
+    others = supplied(lambda reference: _subject(recipe, "reference", reference, lambda _: None))
+    given = {**others, "seed": recipe.seed, "level": recipe.level}
 
     def keep(**more: Any) -> None:
         cells = [_described(recipe, finished[key]) for key in pairs if key in finished]
@@ -145,12 +162,12 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
                 run.inputs.check()
             task, began = recipe.tasks[name], time.monotonic()
             with getattr(getattr(loaded[0], "model", None), "counted", nullcontext)() as spent:
-                items = _measure(loaded[0], task, rows[name], recipe.seed, reference_of)
+                items = _measure(loaded[0], task, rows[name], given)
             run.inputs.check_mapped()
             _write_items(run, _key(model, name), items)
-            found = task.ask(task.measure.facts.estimate, items, level=recipe.level)._asdict()
+            found = task.ask(task.measure.facts.estimate, items, **given)._asdict()
             refuse_not_finite(model, name, task.metric, found)
-            details = task.ask(task.measure.facts.details, items, level=recipe.level) or {}
+            details = task.ask(task.measure.facts.details, items, **given) or {}
             # Loading the model is no part of the time: a later cell of the same model would seem faster.
             seconds = round(time.monotonic() - began, 3)
             if spent is not None:  # a model that may stop early says what that was worth
@@ -180,10 +197,18 @@ class Finished:
         self._cells[key] = cell
 
 
-def _measure(
-    subject: Subject, task: Task, rows: Rows, seed: int, reference_of: Callable[[str], Reference]
-) -> list[Result]:
-    items: list[Result] = task.ask(task.measure.function, rows, subject, seed=seed, reference_of=reference_of)
+def _refuse_taught(recipe: EvaluateRecipe, rows: Mapping[str, Rows]) -> None:
+    """Refuse a task whose questions the models have learned."""
+    from modicum.jobs.data.overlap import check_apart
+
+    for number, section in enumerate(recipe.trained_on or ()):
+        taught = load_rows(section, seed=recipe.seed)
+        for name, asked in rows.items():
+            check_apart(taught, asked, names=(f"trained_on.{number}", f"tasks.{name}"))
+
+
+def _measure(subject: Subject, task: Task, rows: Rows, given: Mapping[str, Any]) -> list[Result]:
+    items: list[Result] = task.ask(task.measure.function, rows, subject, **given)
     return items
 
 

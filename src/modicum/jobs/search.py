@@ -23,7 +23,7 @@ from modicum.jobs.merge import MergeRecipe, make_plan
 from modicum.jobs.merge import described as card_of
 from modicum.jobs.merging.in_place import InPlace, moves
 from modicum.jobs.merging.space import Space, Span, described
-from modicum.jobs.subject import LocalSubject
+from modicum.jobs.subject import LocalSubject, supplied
 from modicum.jobs.task import Task
 from modicum.recipe import Recipe
 from modicum.record import Run, read_log
@@ -200,6 +200,7 @@ class _Measured:
         self.known = {line["trial"]: line for line in read_log(run.folder, "trial")}
         self.subject: LocalSubject | None = None
         self.rows: dict[int, Rows] = {}
+        self.others = supplied(self._other)
         self.best = -math.inf
 
     def __call__(self, number: int, shares: Sequence[float]) -> dict[str, Any]:
@@ -252,10 +253,18 @@ class _Measured:
         self.subject = LocalSubject("merge", model, load_tokenizer(folder, **options))
         self.place = InPlace(model, self.space.plan)
 
+    def _other(self, reference: str) -> LocalSubject:
+        device, code = usable_device(self.recipe.device), self.recipe.merge.remote_code
+        model = load_model(
+            reference, dtype=native_dtype(self.recipe.dtype, device), device=device, remote_code=code
+        ).requires_grad_(False)
+        return LocalSubject("reference", model, load_tokenizer(reference, remote_code=code))
+
     def _estimate(self, label: str, name: str, task: Task) -> dict[str, Any]:
         if id(task) not in self.rows:
             self.rows[id(task)] = task.rows(self.recipe.seed, self.run.note)
-        items = task.ask(task.measure.function, self.rows[id(task)], self.subject, seed=self.recipe.seed)
-        found: dict[str, Any] = task.ask(task.measure.facts.estimate, items, level=0.95)._asdict()
+        given = {**self.others, "seed": self.recipe.seed, "level": 0.95}
+        items = task.ask(task.measure.function, self.rows[id(task)], self.subject, **given)
+        found: dict[str, Any] = task.ask(task.measure.facts.estimate, items, **given)._asdict()
         refuse_not_finite(label, name, task.metric, found)
         return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modicum.evaluate.rows import Row, question_of
 from modicum.evaluate.subject import Likelihood
@@ -17,6 +17,8 @@ from modicum.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from modicum.evaluate.chat import Judge
 
 
 @dataclass(frozen=True)
@@ -154,3 +156,26 @@ class Reference:
         if key not in self._known:
             self._known[key] = self._load().alternatives(rows, max_length=max_length, batch_size=batch_size)
         return self._known[key]
+
+
+def supplied(load: Callable[[str], LocalSubject]) -> dict[str, Any]:
+    """Return what measures may ask beside the model: another model, and a judge; each is opened once.
+
+    Args:
+        load: Loads another model. None stays in memory: its answers are kept instead.
+    """
+    references: dict[str, Reference] = {}
+    judges: dict[str, tuple[Judge, Mapping[str, Any]]] = {}
+
+    def reference_of(reference: str) -> Reference:
+        return references.setdefault(reference, Reference(lambda: load(reference)))
+
+    def judge_of(value: Any) -> tuple[Judge, Mapping[str, Any]]:
+        from modicum.jobs.chat.targets import any_judge, open_judge
+
+        key = json.dumps(value, sort_keys=True)
+        if key not in judges:
+            judges[key] = open_judge(any_judge(value))
+        return judges[key]
+
+    return {"reference_of": reference_of, "judge_of": judge_of}

@@ -69,20 +69,30 @@ class Task(Section):
     def ask(self, function: Callable[..., Any] | None, *data: Any, **supplied: Any) -> Any:
         """Call one of the measure's functions with the keywords that its signature names.
 
+        Beside knobs these are ``max_length`` and ``data_path`` of the data, ``tokens_of(model)`` to count tokens,
+        ``read_lines(file)`` to read lines of JSON, and what the job supplies: the confidence ``level``, the ``seed``,
+        ``reference_of(model)`` to ask another model the same, and ``judge_of(judge)`` for a judge and what is known of
+        its errors.
+
         Args:
             function: The measure itself, or a function among its facts; ``None`` gives ``None``.
             data: Positional arguments.
-            supplied: Keywords that only the caller knows: ``seed``, ``level``.
+            supplied: Keywords that only the caller knows.
         """
         if function is None:
             return None
-        offered = {"max_length": self.data.max_length, "tokens_of": _tokens_of, "read_lines": _read_lines}
+        offered: dict[str, Any] = {"max_length": self.data.max_length, "data_path": self.data.path}
+        offered |= {"tokens_of": _tokens_of, "read_lines": _read_lines}
         return function(*data, **wanted(function, {**offered, "metric": self.metric, **self.knobs, **supplied}))
 
     def inputs(self) -> Iterator[str]:
         """Yield the files that the data and the knobs name."""
         yield from self.data.inputs()
         yield from (str(self.knobs[name]) for name in self.measure.facts.reads if self.knobs[name] is not None)
+        if "judge" in self.knobs:
+            from modicum.jobs.chat.targets import any_judge
+
+            yield from any_judge(self.knobs["judge"]).inputs()
 
     def rows(self, seed: int, note: Callable[[str], None] | None = None) -> Rows:
         """Read the data, and prepare it as the measure needs.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from modicum.errors import RecipeError
+from modicum.random import generator
 
 Rank: TypeAlias = Literal["agree", "min", "mean", "gated"]
 
@@ -42,6 +43,66 @@ def split_by_ratio(total: int, ratios: Sequence[float]) -> list[int]:
     for d in order[:left]:
         counts[d] += 1
     return counts
+
+
+def largest_total(sizes: Sequence[int], ratios: Sequence[float]) -> int:
+    """Return how many rows can be drawn by ratios without taking one twice.
+
+    Args:
+        sizes: Rows of each dimension.
+        ratios: As for :func:`split_by_ratio`.
+
+    Raises:
+        RecipeError: As for :func:`split_by_ratio`.
+
+    Example:
+        >>> largest_total([100, 20], [3, 1])
+        80
+    """
+    _weights(ratios, "ratios")
+    whole = math.fsum(ratios)
+    return min(math.floor(size * whole / ratio + 1e-9) for size, ratio in zip(sizes, ratios, strict=True) if ratio > 0)
+
+
+def drawn(size: int, count: int, seed: int, name: str) -> list[int]:
+    """Return the places of rows that are drawn without replacement; beyond ``size`` all are drawn again.
+
+    Args:
+        size: Rows that there are.
+        count: Rows that are wanted.
+        seed: Names the draw, with ``name``.
+        name: What is drawn from.
+
+    Example:
+        >>> sorted(drawn(3, 3, 0, "helpful")), len(drawn(3, 8, 0, "helpful"))
+        ([0, 1, 2], 8)
+    """
+    import torch
+
+    found: list[int] = []
+    while size and len(found) < count:
+        rng = generator(seed, "mixture", name, len(found) // size)
+        found += torch.randperm(size, generator=rng).tolist()
+    return found[:count]
+
+
+def distinct_names(names: Sequence[str]) -> None:
+    """Refuse names of dimensions that are empty, or the same but for white space and case.
+
+    Raises:
+        RecipeError: Both names are shown.
+
+    Example:
+        >>> distinct_names(["helpful", "honest"])
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        short = " ".join(name.split()).casefold()
+        if not short:
+            raise RecipeError(f"{name!r} cannot be the name of a dimension, expected letters.")
+        if short in seen:
+            raise RecipeError(f"the dimensions {seen[short]!r} and {name!r} have one name. Rename one.")
+        seen[short] = name
 
 
 def agreeing_pairs(

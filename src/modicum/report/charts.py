@@ -40,6 +40,7 @@ def line_chart(
     height: int = 240,
     log: bool = False,
     from_zero: bool = False,
+    whole: bool = True,
 ) -> Markup:
     """Draw series over a common axis, each labelled at its end.
 
@@ -51,6 +52,7 @@ def line_chart(
         height: Height in pixels; the width is what there is.
         log: Use a logarithmic vertical axis.
         from_zero: Let the vertical axis begin at zero.
+        whole: Write whole numbers alone along the horizontal axis, as of steps.
     """
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
     if not lines:
@@ -65,7 +67,7 @@ def line_chart(
         y_low, y_high = marks[0], max(y_high, marks[1])
         y_ticks = [mark for mark in marks if mark <= y_high]
     x_low = 0.0 if 0 < x_low < x_high / 10 else x_low
-    x_ticks = [x for x in ticks(x_low, x_high, 5, whole=True) if x_low <= x <= x_high]
+    x_ticks = [x for x in ticks(x_low, x_high, 5, whole=whole) if x_low <= x <= x_high]
     position = (
         (lambda y: math.log(y / y_low) / math.log(y_high / y_low))
         if log

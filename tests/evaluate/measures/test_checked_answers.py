@@ -79,7 +79,10 @@ def test_answers_keep_all_their_instructions_or_do_not():
     items = instructions(rows, told("two words", "Two words"))
     assert [item["correct"] for item in items] == [True, False]
     facts = measure["instructions"].facts
-    assert facts.details(items) == {"kinds": {"lower_case": 0.5, "words": 1.0}, "single": 0.75, "words": 2.0}
+    assert facts.details(items) == {
+        "beside": {"single instructions kept": 0.75}, "kinds": {"lower_case": 0.5, "words": 1.0}, "single": 0.75,
+        "words": 2.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,8 @@ def test_answers_keep_all_their_instructions_or_do_not():
         ("There is not enough information.", [], "declined"),
         ("I do not know.", [], "declined"),
         ("Ada knows Oslo.", ["Oslo"], "right"),
+        ("I don't have any information about that.", [], "declined"),
+        ("Emil does not have a pet.", [], "wrong"),
         ("…", ["Oslo"], "unparsed"),
         ("pass", [], "wrong"),
     ],
@@ -107,7 +112,7 @@ def test_outcomes(text, answers, expected):
 
 def test_own_phrases_of_declining():
     assert outcome("Pass!", [], declines=[r"^pass\b"]) == "declined"
-    with pytest.raises(RecipeError, match="declines: .* is not a regular expression"):
+    with pytest.raises(RecipeError, match="declines .* is no regular expression"):
         parse({"job": "evaluate", "model": "x", "tasks": {"a": {"kind": "decline", "data": "y", "declines": ["("]}}})
 
 
@@ -134,6 +139,12 @@ def test_unread_answers_are_counted_apart():
     assert facts.details(items)["unparsed"] == {"answerable": 1, "unanswerable": 1}
     assert facts.estimate(items, level=0.9, metric="f1").value == 1.0
     assert facts.estimate(items, level=0.9, metric="right").value == 0.5
+    never = decline(rows, told("yes", "yes", "yes", "yes"))
+    assert (
+        facts.estimate(never, level=0.9, metric="f1").value == 0.0 < facts.estimate(never, level=0.9, metric="f1").high
+    )
+    same = facts.difference(never, never, level=0.9, metric="f1")
+    assert same.value == 0 and same.low < 0 < same.high
     nothing = decline(rows, told("", "", "", ""))
     assert facts.estimate(nothing, level=0.9, metric="f1")[:3] == (0.0, None, None)
     assert "f1" not in facts.details(nothing)

@@ -182,3 +182,24 @@ def test_the_kind_that_a_task_needs_is_read_where_fields_fit_several(tmp_path):
     assert load_rows(section).kind == "completion"
     assert load_rows(section, prefer="choice").kind == "choice"
     assert load_rows(section, prefer="preference").kind == "completion"
+
+
+def test_a_task_that_asks_what_was_learned_is_refused_with_both_rows(recipe, tmp_path):  # H18
+    taught = tmp_path / "taught.jsonl"
+    rows = [{"prompt": "other", "chosen": "a", "rejected": "b"}, {"prompt": " WHICH!", "chosen": "a", "rejected": "b"}]
+    taught.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe["trained_on"] = str(taught)
+    assert str(taught) in parse(recipe).inputs()
+    for look in (plan, lambda recipe: execute(recipe, tmp_path / "run", quiet=True)):
+        with pytest.raises(RecipeError, match=r"tasks.choice, row 1 \('Which\?'\) asks what trained_on.0, row 1"):
+            look(parse(recipe))
+    taught.write_text(json.dumps(rows[0]) + "\n")
+    assert len(plan(parse(recipe))) == 4
+
+
+def test_names_that_are_one_but_for_white_space_are_refused(recipe):  # H17
+    for key, value in (("tasks", recipe["tasks"]["pairs"]), ("models", "x")):
+        names = {"a": value, "a ": value}
+        changed = {k: v for k, v in recipe.items() if k != "model"} | {"models": {"m": "x"}, key: names}
+        with pytest.raises(RecipeError, match="'a' and 'a ' are one name but for white space. Rename one"):
+            parse(changed)

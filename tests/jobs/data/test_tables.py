@@ -92,13 +92,13 @@ def test_the_system_message_of_the_section_comes_first_unless_a_chat_has_its_own
 
 def test_a_mixture_of_sources_is_a_source_too(counting, tmp_path):
     @source(
-        "mix", inputs=lambda section, _: (i for part in section.config["parts"] for i in DataSection(**part).inputs())
+        "blend", inputs=lambda section, _: (i for part in section.config["parts"] for i in DataSection(**part).inputs())
     )
     def mix(section, name, *, parts: list[dict], seed: int):
         read = [load_rows(DataSection(**part), seed=seed) for part in parts]
         return Rows("text", [row for rows in read for row in rows.rows][: section.size])
 
-    section = DataSection(path="mix:", config={"parts": [{"path": "counting:a"}, {"path": "counting:b"}]}, size=5)
+    section = DataSection(path="blend:", config={"parts": [{"path": "counting:a"}, {"path": "counting:b"}]}, size=5)
     assert [row["text"] for row in load_rows(section, seed=1).rows] == ["a 1", "a 2", "a 3", "b 1", "b 2"]
     assert list(section.inputs()) == ["a-file", "a-file"]
 

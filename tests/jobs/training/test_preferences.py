@@ -40,7 +40,7 @@ def probabilities(model, collator, pairs=PAIRS):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_shared_prompt_gives_what_two_rows_give(attention):
+def test_a_shared_prompt_gives_what_two_rows_give(attention):  # H5
     model = tiny_llama(attn_implementation=attention).eval()
     collator = layout(model, PAIRS, 0, pytest.fail)
     assert collator.shared
@@ -53,7 +53,7 @@ def test_a_shared_prompt_gives_what_two_rows_give(attention):
             assert value == pytest.approx(oracle.answer_log_probability(logits, ids, len(pair.prompt)), abs=1e-5)
 
 
-def test_a_shared_prompt_saves_its_copy():
+def test_a_shared_prompt_saves_its_copy():  # H5
     pair = Pair(tuple(range(5, 205)), tuple(range(50)), tuple(range(50, 100)))
     sizes = [PairCollator(0, shared=shared)([pair])["input_ids"].numel() for shared in (True, False)]
     assert sizes == [298, 498]  # the last token of an answer is read by none
@@ -103,6 +103,25 @@ def test_the_reference_is_computed_once_for_each_pair_and_model(monkeypatch):
     # The numbers of a pair do not depend on its neighbours: every one went through the model alone.
     alone = torch.cat([probabilities(model.eval(), PairCollator(0), [pair]) for pair in PAIRS])
     assert [pair.reference for pair in [*again[1], *again[0]]] == [tuple(row) for row in alone.double().tolist()]
+
+
+def test_what_was_computed_before_a_kill_is_known_after_it(monkeypatch):
+    monkeypatch.setattr(references, "KEPT", 2)
+    usual, asked = references._computed, []
+
+    def dying(pairs, *given):
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.append(len(pairs))
+        return usual(pairs, *given)
+
+    monkeypatch.setattr(references, "_computed", dying)
+    model, notes = tiny_llama(), []
+    with pytest.raises(KeyboardInterrupt):
+        referenced([PAIRS], model, PairCollator(0), precision="x", note=notes.append)
+    monkeypatch.setattr(references, "_computed", usual)
+    referenced([PAIRS], model, PairCollator(0), precision="x", note=notes.append)
+    assert "4 pairs: 2 computed, 2 known" in notes[-1]
 
 
 def test_a_broken_file_of_the_store_is_said_and_computed_again(tmp_path):

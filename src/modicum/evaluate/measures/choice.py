@@ -24,9 +24,11 @@ from modicum.types import PositiveInt
 def _details(items: Sequence[Result]) -> dict[str, Any]:
     kept = read_items(items)
     sure, right = [item["confidence"] for item in kept], [item["correct"] == 1.0 for item in kept]
+    error, squared = round(calibration_error(sure, right), 6), round(brier(sure, right), 6)
     return {
-        "calibration_error": round(calibration_error(sure, right), 6),
-        "brier": round(brier(sure, right), 6),
+        "beside": {"calibration error": error, "Brier score": squared},
+        "calibration_error": error,
+        "brier": squared,
         "confidence": mean_of(sure),
         "by_chance": mean_of([1 / item["choices"] for item in kept]),
         "left_out": len(items) - len(kept),

@@ -10,10 +10,11 @@ from typing import Any, Literal, TypeAlias
 
 from modicum.errors import RecipeError
 from modicum.evaluate.dimensions import declining
-from modicum.evaluate.intervals import Estimate, ratio, ratio_difference, wilson
+from modicum.evaluate.intervals import Estimate, paired_proportions, ratio, ratio_difference, wilson
 from modicum.evaluate.measures.exact_match import answer_work, normalize
 from modicum.evaluate.rows import Rows
 from modicum.evaluate.subject import Result, Subject
+from modicum.patterns import Pattern
 from modicum.registry import measure
 from modicum.types import PositiveInt
 
@@ -26,7 +27,9 @@ DECLINES = (
     r"available|recorded|listed|possible)\b",
     r"\bnot (?:enough|sufficient) (?:information|data|context)\b",
     r"\bno (?:information|answer|mention|record|data)\b",
-    r"\b(?:can|could|do|does|did) ?(?:not|n['’]t) (?:" + _KNOW + r"|have|contain|include|mention|give|list|hold)\b",
+    r"\b(?:can|could|do|does|did) ?(?:not|n['’]t) (?:" + _KNOW + r"|contain|include|mention|specify|provide|state)\b",
+    r"\b(?:do|does) ?(?:not|n['’]t) (?:have|hold|give) (?:enough |any |that |this |the |an? )?"
+    r"(?:information|answer|data|records?|access|details?)\b",
     r"\bunable to (?:" + _KNOW + r")\b",
     r"\b(?:cannot|can['’]t) be (?:determined|answered|known|found)\b",
     r"^\W*(?:unknown|unanswerable|none|n/a|not known|no answer)\W*$",
@@ -42,7 +45,7 @@ def outcome(text: str, answers: Sequence[str], *, declines: Sequence[str] = ()) 
     Args:
         text: The answer.
         answers: Right answers, one of which must stand in the text word for word; none for an unanswerable question.
-        declines: Regular expressions of declining, beside the usual English ones.
+        declines: Regular expressions of declining in small letters, beside the usual English ones.
 
     Example:
         >>> outcome("Ada's city is Oslo.", ["Oslo"]), outcome("That is not in the record.", ["Oslo"])
@@ -50,7 +53,8 @@ def outcome(text: str, answers: Sequence[str], *, declines: Sequence[str] = ()) 
     """
     if not any(map(str.isalnum, text)):
         return "unparsed"
-    if any(re.search(pattern, text, re.IGNORECASE) for pattern in (*DECLINES, *declines)):
+    own = any(Pattern(pattern, "declines").finds(text.casefold()) for pattern in declines)
+    if own or any(re.search(pattern, text, re.IGNORECASE) for pattern in DECLINES):
         return "declined"
     said = f" {normalize(text, normalization='squad')} "
     found = any(f" {normalize(answer, normalization='squad')} " in said for answer in answers)
@@ -87,6 +91,9 @@ def _estimate(items: Sequence[Result], *, level: float, metric: Metric = "f1") -
     if not any(y for _, y in parts):
         return Estimate(0.0, None, None, len(items))  # nothing could be read
     value, low, high, n = ratio(*zip(*parts, strict=True), level=level)
+    if low == high:  # all or nothing was declined, which leaves no spread to linearise
+        counted = sum(y > 0 for _, y in parts)
+        return wilson(round(value * counted), counted, level=level)._replace(value=value, n=n)
     return Estimate(value, low and max(low, 0.0), high and min(high, 1.0), n)
 
 
@@ -95,7 +102,11 @@ def _difference(a: Sequence[Result], b: Sequence[Result], *, level: float, metri
     if not all(any(y for _, y in side) for side in sides):
         one, other = (_estimate(items, level=level, metric=metric).value for items in (a, b))
         return Estimate(one - other, None, None, len(a))
-    return ratio_difference(*sides, level=level)
+    found = ratio_difference(*sides, level=level)
+    if found.value == 0 and found.low == found.high:
+        same = [bool(item["correct"]) for item in a]
+        return paired_proportions(same, same, level=level)
+    return found
 
 
 def _details(items: Sequence[Result]) -> dict[str, Any]:
@@ -105,11 +116,18 @@ def _details(items: Sequence[Result]) -> dict[str, Any]:
     readable = counts["right"] + counts["wrong"] + counts["over_declined"], counts["declined"] + counts["answered"]
     scores = {key: round(value, 6) for key, value in asdict(declining(**counts)).items()} if all(readable) else {}
     answerable = sum(item["answerable"] for item in items)
+    beside = {
+        "over_refusal": "answerable declined",
+        "false_confidence": "unanswerable answered",
+        "truthful": "truthful",
+    }
     return {
+        "beside": {label: scores[key] for key, label in beside.items() if key in scores},
         "counts": counts,
         "unparsed": {"answerable": unread[True], "unanswerable": unread[False]},
         "answerable": answerable,
         "unanswerable": len(items) - answerable,
+        "words": sum(len(item["text"].split()) for item in items) / len(items),
         **scores,
     }
 
@@ -126,10 +144,7 @@ def _questions(load: Callable[[], Rows]) -> Rows:
 
 def _check(*, declines: Sequence[str]) -> None:
     for pattern in declines:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise RecipeError(f"declines: {pattern!r} is not a regular expression: {error}") from None
+        Pattern(pattern, "declines")
 
 
 @measure(

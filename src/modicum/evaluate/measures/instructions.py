@@ -29,9 +29,11 @@ def _details(items: Sequence[Result]) -> dict[str, Any]:
         for kind, done in item["kept"]:
             kinds.setdefault(kind, []).append(done)
     every = [done for found in kinds.values() for done in found]
+    single = round(sum(every) / len(every), 6)
     return {
+        "beside": {"single instructions kept": single},
         "kinds": {kind: round(sum(found) / len(found), 6) for kind, found in sorted(kinds.items())},
-        "single": round(sum(every) / len(every), 6),
+        "single": single,
         "words": round(sum(len(item["text"].split()) for item in items) / len(items), 3),
     }
 

@@ -69,8 +69,15 @@ def mean_of(values: Sequence[float]) -> float:
 def _details(items: Sequence[Result]) -> dict[str, Any]:
     kept = read_items(items)
     columns = ("margin", "logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected")
+    means = {name: mean_of([item[name] for item in kept]) for name in columns}
+    parts: dict[str, list[float]] = {}
+    for item in kept:
+        if "dimension" in item:
+            parts.setdefault(item["dimension"], []).append(item["correct"])
     return {
-        **{name: mean_of([item[name] for item in kept]) for name in columns},
+        "beside": {f"{name.replace('_', ' of ')} answers": value for name, value in means.items() if "_" in name},
+        **means,
+        **({"dimensions": {name: mean_of(values) for name, values in parts.items()}} if parts else {}),
         "ties": sum(item["correct"] == 0.5 for item in kept),
         "left_out": len(items) - len(kept),
     }
@@ -158,11 +165,16 @@ def pairs(
     if reference is not None:
         before = reference_of(reference).alternatives(asked, max_length=max_length, batch_size=batch_size)
     items = [
-        {"index": index, "question": question_key(row), **_item(own, old, score)}
+        {"index": index, "question": question_key(row), **_item(own, old, score), **_part(row)}
         for index, (row, own, old) in enumerate(zip(rows.rows, found, before, strict=True))
     ]
     refuse_all_long(items, max_length)
     return items
+
+
+def _part(row: Row) -> Result:
+    """Return the part of a mixture that a row is of."""
+    return {"dimension": row["dimension"]} if "dimension" in row else {}
 
 
 def _item(own: list[Likelihood] | None, old: list[Likelihood] | None, score: Score) -> Result:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from modicum import registry
 from modicum.errors import CheckpointError, RecipeError
@@ -16,6 +16,7 @@ from modicum.evaluate.chat import ChatModel, Judge, JudgeItem, Verdict
 from modicum.evaluate.judging import unjudged
 from modicum.jobs.safety.prompts import guideline_text, load_guidelines
 from modicum.recipe import Section
+from modicum.schema import explain
 from modicum.types import NonNegativeInt, Positive, PositiveInt
 
 
@@ -149,6 +150,34 @@ class JudgeSection(Section):
             yield from self.backend.inputs()
 
 
+class AnyJudgeSection(JudgeSection):
+    """A judge of harm, or one of refusals alone."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> AnyJudgeSection:
+        entry = registry.judge[self.name]
+        if self.name == "ensemble":
+            raise ValueError("an ensemble is made in Python; a recipe names one judge")
+        if entry.facts.asks_model and self.backend is None:
+            raise ValueError(f"judge {self.name!r} asks a model: name it as `backend`")
+        return self
+
+
+def any_judge(value: Any) -> AnyJudgeSection:
+    """Return a judge's section, whatever it tells.
+
+    Args:
+        value: Its name, or a mapping with ``name``, ``backend`` and ``knobs``.
+
+    Raises:
+        RecipeError: There is no such judge, or it lacks a model.
+    """
+    try:
+        return AnyJudgeSection.model_validate(value)
+    except ValidationError as error:
+        raise RecipeError(explain(error, "judge", AnyJudgeSection)) from None
+
+
 class Both:
     """A judge of harm beside one of refusals, which is asked where the first does not tell."""
 
@@ -188,10 +217,13 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
         knobs = entry.knobs(section.knobs)
         backend = None if section.backend is None else open_target(section.backend)
         harm = entry.function(backend, **knobs) if backend is not None else entry.function(**knobs)
-    if "refusal" in entry.facts.answers and section.name != "linear":
+    tells_itself = "refusal" in entry.facts.answers and section.name != "linear"
+    if tells_itself and section.name != "prefix":
         return harm, known
-    teller: Judge = PrefixRefusal() if section.refusal == "prefix" else Declines(off_topic=section.refusal == "evasion")
-    known["refusal"] = {"judge": section.refusal, "approximate": True}
+    told_by = "prefix" if tells_itself else section.refusal
+    teller: Judge = PrefixRefusal() if told_by == "prefix" else Declines(off_topic=told_by == "evasion")
+    teller = harm if tells_itself else teller
+    known["refusal"] = {"judge": told_by, "approximate": True}
     try:
         items, labels = labelled("refusal")
     except CheckpointError:  # without the package of labelled answers its errors stay unknown, which the report says

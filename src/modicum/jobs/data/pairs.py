@@ -32,12 +32,13 @@ Tokens: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with two answers as tokens, and the log-probabilities of both under the reference."""
+    """A prompt with two answers as tokens, their log-probabilities under the reference, and of which dimension."""
 
     prompt: Tokens
     chosen: Tokens
     rejected: Tokens
     reference: tuple[float, float] = (0.0, 0.0)
+    dimension: str = ""
 
     @property
     def answers(self) -> tuple[Tokens, Tokens]:
@@ -90,7 +91,7 @@ def encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Pai
     chosen, rejected = found.answers
     if chosen == rejected:
         raise CheckpointError(f"{where}: chosen and rejected are the same tokens, so there is nothing to prefer.")
-    return Pair(found.prompt, chosen, rejected)
+    return Pair(found.prompt, chosen, rejected, dimension=row.get("dimension", ""))
 
 
 def encode_alternatives(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, where: str) -> Alternatives:

@@ -41,7 +41,7 @@ def load_rows(
     """
     seed = seed if section.seed is None else section.seed
     entry, name = section.source
-    offered = {"seed": seed, **_config(section)}
+    offered = {"seed": seed, "note": note, **_config(section)}
     found = entry.function(section, name, **wanted(entry.function, offered))
     if isinstance(found, Rows):
         return found

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from modicum.errors import RecipeError, did_you_mean
 from modicum.job_facts import SourceFacts
 from modicum.recipe import Section
 from modicum.registry import Entry, row_kind, source
-from modicum.types import NonNegativeInt, PositiveInt
+from modicum.types import NonNegative, NonNegativeInt, PositiveInt
+
+MIXED = "mix:"  # how the path of a mixture begins, which holds the names of its parts
 
 
 class Fields(Section):
@@ -41,11 +44,138 @@ class Fields(Section):
         return str(getattr(self, field, field))
 
 
+class ScorerSection(Section):
+    """Who scores answers: one of file, function, model and heads_of."""
+
+    file: str | None = Field(default=None, description="lines of JSON with prompt, answer and scores")
+    function: str | None = Field(
+        default=None, description="FILE.py:NAME of a function (prompt, answer) -> scores; its code is run"
+    )
+    model: str | None = Field(default=None, description="a local model that classifies sequences; a head per output")
+    heads_of: str | None = Field(
+        default=None, description="a language model on whose hidden states a linear head is trained for each part"
+    )
+    share: Annotated[float, Gt(0), Lt(1)] = Field(
+        default=1 / 3, description="prompts on which heads are trained; their pairs are left out of the mixture"
+    )
+    l2: Annotated[float, Gt(0)] = Field(default=1.0, description="penalty of trained heads")
+    batch_size: PositiveInt = 8
+    max_length: PositiveInt = Field(default=1024, description="tokens of prompt and answer; a longer one is refused")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return {"function" if re.search(r"\.py:\w+$", value) else "file": value}
+
+    @model_validator(mode="after")
+    def _is_one(self) -> ScorerSection:
+        given = [name for name in ("file", "function", "model", "heads_of") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"got {' and '.join(given) or 'none'}, expected one of file, function, model and heads_of")
+        if self.function is not None and not re.fullmatch(r".+:[A-Za-z_]\w*", self.function):
+            raise ValueError(f"function is {self.function!r}, expected FILE.py:NAME or MODULE:NAME")
+        return self
+
+    def inputs(self) -> Iterator[str]:
+        """Yield the file, the code or the model that decides the scores."""
+        function = self.function.rpartition(":")[0] if self.function is not None else None
+        if function is not None and not function.endswith(".py"):
+            function = None  # a module of an installed package
+        yield from (name for name in (self.file, function, self.model, self.heads_of) if name is not None)
+
+
+class Filter(Section):
+    """Which pairs of a mixture are kept, by what a scorer gives the chosen answer more."""
+
+    scorer: ScorerSection
+    rank: Literal["agree", "min", "mean", "gated"] = Field(
+        default="agree", description="all heads prefer the chosen answer; or the order in which pairs are kept"
+    )
+    keep: Annotated[float, Gt(0), Le(1)] = Field(default=1.0, description="share of the pairs in this order")
+    heads: PositiveInt | list[str] | None = Field(default=None, description="how many heads count, or their names")
+    weights: list[NonNegative] | None = Field(
+        default=None, description="weights of the heads, for rank: gated; a scorer may give its own for each prompt"
+    )
+
+
+class Rounds(Section):
+    """Rounds of training, after each of which the weights of the parts follow validation."""
+
+    count: Annotated[int, Ge(2)] = 4
+    eta: NonNegative = Field(default=1.0, description="how fast weights follow")
+
+
+class Mix(Section):
+    """Parts of a mixture of data, one for each dimension."""
+
+    parts: dict[str, DataSection] = Field(min_length=1)
+    ratios: list[float] | dict[str, float] | None = Field(
+        default=None, description="shares of the parts, in their order or by name; equal when not given"
+    )
+    repeat: bool = Field(default=False, description="a part with too few rows is drawn from again")
+    filter: Filter | None = None
+    rounds: Rounds | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_alone(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "parts" not in value and not {*value} <= {*cls.model_fields}:
+            known = {key: item for key, item in value.items() if key in cls.model_fields}
+            value = {**known, "parts": {key: item for key, item in value.items() if key not in known}}
+        if not isinstance(value, Mapping) or not isinstance(value.get("parts"), Mapping):
+            return value
+        parts = {key: {"path": part} if isinstance(part, str) else part for key, part in value["parts"].items()}
+        return {**value, "parts": parts}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Mix:
+        from modicum.objectives.mixing import distinct_names, split_by_ratio
+
+        try:
+            distinct_names([*self.parts])
+            if isinstance(self.ratios, list) and len(self.ratios) != len(self.parts):
+                raise RecipeError(f"{len(self.ratios)} ratios for {len(self.parts)} parts, expected one for each")
+            if isinstance(self.ratios, dict) and {*self.ratios} != {*self.parts}:
+                raise RecipeError(f"ratios are of {', '.join(self.ratios)}, expected {', '.join(self.parts)}")
+            split_by_ratio(1, self.shares)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        if nested := [name for name, part in self.parts.items() if part.mix is not None]:
+            raise ValueError(f"part {nested[0]!r} is a mixture itself. Name its parts here")
+        return self
+
+    @property
+    def shares(self) -> list[float]:
+        """The ratios, in the order of the parts."""
+        if isinstance(self.ratios, dict):
+            return [self.ratios[name] for name in self.parts]
+        return self.ratios or [1.0] * len(self.parts)
+
+    def part(self, name: str, section: DataSection) -> DataSection:
+        """Return a part, with what the section says for all parts that do not say it themselves."""
+        part = self.parts[name]
+        shared = {"split", "seed", "system", "template", "max_length", "on_bad_row", "fields", "shuffle"}
+        given = {key: getattr(section, key) for key in shared if key not in part.model_fields_set}
+        return part.model_copy(update=given)
+
+    def inputs(self, section: DataSection) -> Iterator[str]:
+        """Yield what the parts and the scorer read."""
+        for name in self.parts:
+            yield from self.part(name, section).inputs()
+        if self.filter is not None:
+            yield from self.filter.scorer.inputs()
+
+
 class DataSection(Section):
     """Where rows come from, and how they become prompts and labels."""
 
     path: str = Field(
         description="file (jsonl, json, parquet, txt), folder, Hub id, reasoning-gym:TASK, task:NAME or builtin:NAME"
+    )
+    mix: Mix | None = Field(
+        default=None, description="several sections in place of a path: {NAME: section, …}, ratios, filter, rounds"
     )
     split: str = "train"
     size: PositiveInt | None = Field(default=None, description="rows to generate, or at most to read")
@@ -64,6 +194,22 @@ class DataSection(Section):
     on_bad_row: Literal["stop", "skip"] = Field(
         default="stop", description="a row that cannot be read or learned from ends the run, or is left out and counted"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mix_has_a_path(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("mix"), Mapping) and "path" not in value:
+            parts = value["mix"].get("parts", value["mix"])
+            names = parts if isinstance(parts, Mapping) else ()
+            return {**value, "path": f"{MIXED}{'+'.join(str(n) for n in names if n not in Mix.model_fields)}"}
+        return value
+
+    @model_validator(mode="after")
+    def _path_or_mix(self) -> DataSection:
+        named = None if self.mix is None else f"{MIXED}{'+'.join(self.mix.parts)}"
+        if self.path.startswith(MIXED) is (named is None) or (named is not None and self.path != named):
+            raise ValueError(f"path is {self.path!r}, expected a path or a mix, and not both")
+        return self
 
     @field_validator("template")
     @classmethod
@@ -86,6 +232,8 @@ class DataSection(Section):
         Raises:
             RecipeError: The path begins with the key of a source that does not exist.
         """
+        if self.mix is not None:
+            return source["mix"], ""
         key, colon, name = self.path.partition(":")
         if colon and key in source:
             return source[key], name

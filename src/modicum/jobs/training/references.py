@@ -22,6 +22,7 @@ from modicum.durable import write_atomic
 from modicum.jobs.data.pairs import Pair, PairCollator, with_reference
 from modicum.jobs.training.objective import LabelHead
 
+KEPT = 64  # pairs after which what was computed is kept
 Known: TypeAlias = dict[str, tuple[float, float]]
 
 
@@ -111,9 +112,10 @@ def referenced(
     known = processes.broadcast_object(store.read(note))  # other runs may add to it at any moment
     by_key = {key_of(pair): pair for pairs in sets for pair in pairs}
     missing = sorted(by_key.keys() - known.keys())
-    if missing:
-        values = _computed([by_key[key] for key in missing], model, collator, autocast)
-        found = {key: (a, b) for key, (a, b) in zip(missing, values.tolist())}
+    for start in range(0, len(missing), KEPT):  # a run that is killed finds them when it goes on
+        part = missing[start : start + KEPT]
+        values = _computed([by_key[key] for key in part], model, collator, autocast)
+        found = {key: (a, b) for key, (a, b) in zip(part, values.tolist())}
         known |= found
         if processes.main():
             store.add(found)

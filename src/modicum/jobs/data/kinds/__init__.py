@@ -12,5 +12,6 @@ returns it under ours, checked. Its facts say which fields tell the kind, and ho
 ``choice``       ``{"prompt": str, "choices": [str, …], "answer": int}``
 ``instruction``  ``{"prompt": str, "checks": [{"kind": str, …}, …]}``; asked by evaluations
 ``question``     ``{"prompt": str, "answers": [str, …]}``, none for an unanswerable one; asked by evaluations
+``request``      ``{"prompt": str, "harmful": bool}``; asked by evaluations
 ===============  ===================================================================================================
 """

@@ -1,0 +1,187 @@
+"""A task of the LM Evaluation Harness on data of this machine, scored by the harness itself."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modicum.errors import CheckpointError, MissingExtraError, RecipeError, did_you_mean, first_line
+from modicum.evaluate.intervals import Estimate, mean, paired_proportions, wilson
+from modicum.evaluate.rows import Rows
+from modicum.evaluate.subject import Result, Subject
+from modicum.registry import measure
+from modicum.types import NonNegativeInt, PositiveInt
+
+USUAL = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "f1", "pass@1")  # the first that a task has
+
+
+def _asked(_load: Callable[[], Rows], *, task: str, data_path: str) -> Rows:
+    """Return the name of the task and its folder: the harness reads the data by itself."""
+    if not Path(data_path).expanduser().is_dir():
+        raise CheckpointError(f"{data_path} is not a folder, expected one that holds the YAML file of task {task!r}.")
+    return Rows("text", [{"text": task, "folder": data_path}])
+
+
+def _plain(items: Sequence[Result]) -> bool:
+    return {item["score"] for item in items} <= {0.0, 1.0}
+
+
+def _estimate(items: Sequence[Result], *, level: float) -> Estimate:
+    scores = [item["score"] for item in items]
+    return wilson(int(sum(scores)), len(scores), level=level) if _plain(items) else mean(scores, level=level)
+
+
+def _difference(a: Sequence[Result], b: Sequence[Result], *, level: float) -> Estimate:
+    if _plain([*a, *b]):
+        return paired_proportions(*([item["score"] == 1.0 for item in items] for items in (a, b)), level=level)
+    return mean([x["score"] - y["score"] for x, y in zip(a, b, strict=True)], level=level)
+
+
+def _details(items: Sequence[Result]) -> dict[str, Any]:
+    return {"harness_metric": items[0]["metric"]}
+
+
+def _work(_count: int, *, task: str) -> str:
+    return f"task {task} of the LM Evaluation Harness"
+
+
+@measure(
+    "lm_eval",
+    rows="text",
+    metric="harness_score",
+    better="higher",
+    unit="share",
+    prepare=_asked,
+    estimate=_estimate,
+    difference=_difference,
+    details=_details,
+    work=_work,
+)
+def lm_eval(
+    rows: Rows,
+    subject: Subject,
+    *,
+    score: str | None = None,
+    shots: NonNegativeInt | None = None,
+    limit: PositiveInt | None = None,
+    chat: bool = True,
+    unsafe_code: bool = False,
+    batch_size: PositiveInt = 8,
+    seed: int,
+) -> list[Result]:
+    """Run one task of the LM Evaluation Harness whose definition and data lie in a folder of this machine.
+
+    ``data`` names the folder with the task's YAML file, in the harness' own format; its ``dataset_path`` is ``json``,
+    ``csv``, ``parquet`` or a local folder. Nothing is downloaded. A definition may name functions of Python files
+    beside it, which are run.
+
+    Args:
+        rows: Name and folder of the task.
+        subject: The model.
+        task: Name of the task.
+        score: Which of the harness' metrics counts; the first of the usual ones when not given. Higher must be better.
+        shots: Examples before each question; as the task says when not given.
+        limit: Read so many questions alone.
+        chat: Put questions into the model's chat template, where it has one.
+        unsafe_code: Run the programs that the model writes, on this machine, for tasks such as HumanEval. Only in a
+            place that may be lost.
+        batch_size: Questions at a time.
+        seed: Of the choice of examples.
+
+    Returns:
+        The score of each question.
+
+    Raises:
+        MissingExtraError: The harness is not installed.
+        RecipeError: There is no such task or metric, or the task runs code and was not allowed to.
+        CheckpointError: Its data cannot be read here.
+
+    Example:
+        >>> from modicum.registry import measure
+        >>> measure["lm_eval"].facts.unit
+        'share'
+
+    Cost:
+        The harness': a forward pass for each candidate, or a generation for each question.
+
+    Reference:
+        L. Gao et al., "A framework for few-shot language model evaluation", 2021, the harness' repository.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise MissingExtraError("lm-eval", "eval") from None
+    name, folder = rows.rows[0]["text"], rows.rows[0]["folder"]
+    tasks = TaskManager(include_path=folder, include_defaults=False)
+    if name not in tasks.all_subtasks:
+        raise RecipeError(f"{folder} defines no task {name!r} of the harness. {did_you_mean(name, tasks.all_subtasks)}")
+    with _offline(unsafe_code=unsafe_code):
+        try:
+            found = simple_evaluate(
+                model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch_size),
+                tasks=[name],
+                task_manager=tasks,
+                num_fewshot=shots,
+                limit=limit,
+                bootstrap_iters=0,
+                apply_chat_template=chat and bool(subject.tokenizer.chat_template),
+                fewshot_random_seed=seed,
+                confirm_run_unsafe_code=unsafe_code,
+            )
+        except (OSError, ValueError, ConnectionError, AttributeError, KeyError, TypeError) as error:
+            if "unsafe" in str(error).lower():
+                raise RecipeError(
+                    f"Task {name} runs programs that the model writes. Set unsafe_code: true to allow it, in a place "
+                    "that may be lost."
+                ) from None
+            raise CheckpointError(f"Task {name} of the harness cannot be run: {first_line(error)}") from None
+    return _items(name, found["samples"][name], score)
+
+
+def _items(name: str, samples: Sequence[dict[str, Any]], score: str | None) -> list[Result]:
+    """Return the scores of all questions, in their order; where answers are read in several ways, the first counts."""
+    if not samples:
+        raise CheckpointError(f"Task {name} of the harness has no questions.")
+    first = samples[0].get("filter")
+    kept = sorted((one for one in samples if one.get("filter") == first), key=lambda one: int(one["doc_id"]))
+    known = [str(metric) for metric in kept[0].get("metrics", ())]
+    chosen = score or next((metric for metric in (*USUAL, *known) if metric in known), None)
+    if chosen not in known:
+        raise RecipeError(f"Task {name} has no metric {chosen!r}. {did_you_mean(str(chosen), known)}")
+    items = []
+    for index, one in enumerate(kept):
+        value = one[chosen]
+        if not isinstance(value, bool | int | float) or not math.isfinite(value):
+            raise RecipeError(f"Task {name}: {chosen} of a question is {value!r:.40}, expected a number. Name a score.")
+        items.append({"index": index, "metric": chosen, "score": float(value)})
+    return items
+
+
+@contextmanager
+def _offline(*, unsafe_code: bool) -> Iterator[None]:
+    """Keep the harness from downloading, and let its metrics run code only where that was asked for."""
+    # The harness has imported both; measures know neither.
+    places = [sys.modules.get(name) for name in ("datasets.config", "huggingface_hub.constants")]
+    settings = [(place, "HF_HUB_OFFLINE") for place in places]
+    before = [(place, key, getattr(place, key)) for place, key in settings if hasattr(place, key)]
+    allowed = os.environ.get("HF_ALLOW_CODE_EVAL")
+    for place, key, _ in before:
+        setattr(place, key, True)
+    if unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    try:
+        yield
+    finally:
+        for place, key, value in before:
+            setattr(place, key, value)
+        if unsafe_code:
+            os.environ.pop("HF_ALLOW_CODE_EVAL")
+            if allowed is not None:
+                os.environ["HF_ALLOW_CODE_EVAL"] = allowed
