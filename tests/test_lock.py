@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -275,3 +276,12 @@ def test_followers_do_not_start_in_what_the_first_process_is_about_to_empty(tmp_
     with run({"seed": 1}):
         thread.join(10)
     assert entered == [False]
+
+
+def test_a_file_system_that_makes_a_file_twice_is_refused(tmp_path, monkeypatch):
+    lock.check_exclusive(tmp_path)
+    usual = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **given: usual(self, mode.replace("x", "w"), **given))
+    with pytest.raises(CheckpointError, match="makes a file twice"):
+        lock.check_exclusive(tmp_path)
+    assert not list(tmp_path.iterdir())

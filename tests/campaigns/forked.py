@@ -44,7 +44,7 @@ class Outcome:
     def trouble(self, *, seconds: float = 5.0, memory: int = 2 * GIB) -> str | None:
         """Return what is wrong with how it ended, for a command whose input may be wrong in any way."""
         lines = [line for line in self.said.splitlines() if line.strip()]
-        if self.status in (None, -signal.SIGXCPU) or self.cpu > seconds:
+        if self.status is None or self.cpu > seconds:
             return f"took {self.cpu:.1f} s of computing in {self.seconds:.1f} s"
         if self.peak > memory:
             return f"took {self.peak / GIB:.1f} GiB"
@@ -67,7 +67,7 @@ class Attempt:
         folder: Where it runs.
         variables: Added to the environment.
         memory: Bytes of address space that it may take beyond what is taken already.
-        cpu: Seconds that it may compute.
+        file_size: Bytes that no file may exceed.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Attempt:
         *,
         variables: Mapping[str, str] | None = None,
         memory: int = 6 * GIB,
-        cpu: int = 300,
+        file_size: int | None = None,
     ) -> None:
         self._said = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - it lives as long as the attempt
         self._began = time.monotonic()
@@ -85,7 +85,7 @@ class Attempt:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(arguments, folder, variables or {}, self._said.fileno(), memory, cpu)
+            _become(arguments, folder, variables or {}, self._said.fileno(), memory, file_size)
 
     def wait(self, seconds: float | None = None, *, reap: bool = True) -> Outcome | None:
         """Wait for its end; ``None`` when it has not come within so many seconds after the start.
@@ -165,7 +165,7 @@ def _become(
     variables: Mapping[str, str],
     said: int,
     memory: int,
-    cpu: int,
+    file_size: int | None,
 ) -> NoReturn:
     status = 70
     try:
@@ -183,7 +183,9 @@ def _become(
             _other_machine(machine)
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+        if file_size is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         from modicum.cli import main
 
         sys.argv = ["modicum", *arguments]

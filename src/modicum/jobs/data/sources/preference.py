@@ -16,7 +16,8 @@ from modicum.random import derive_seed
 from modicum.registry import source
 
 GYM = "reasoning-gym:"
-TESTED = 4  # one question in so many is for tests
+PARTS = 8  # into which the questions of a packaged set are divided
+SPLITS = {"test": (0, 4), "validation": (1,), "train": (2, 3, 5, 6, 7)}  # no part is in two
 Pairs: TypeAlias = Iterator[tuple[str, Row]]  # the question by which sets are split, and the row
 
 
@@ -44,8 +45,8 @@ def preferences(section: DataSection, name: str, *, seed: int = 0) -> list[Row]:
     ``reasoning-gym:TASK`` pairs the right answer of a question with that of another one, which is wrong here. In
     ``opinions`` the chosen answer is not true but independent: report it apart.
 
-    Splits have no question in common: of packaged sets one question in four is for tests, made ones draw new questions
-    in another wording.
+    Splits have no question in common: of packaged sets one question in four is for tests and one in eight for
+    validation, made ones draw new questions in another wording.
 
     Args:
         section: ``split`` and ``size`` are read.
@@ -69,8 +70,9 @@ def preferences(section: DataSection, name: str, *, seed: int = 0) -> list[Row]:
         return _gym(section, name.removeprefix(GYM), seed)
     if name not in PACKAGED:
         raise CheckpointError(f"There is no preference set {name!r}. {did_you_mean(name, [*MADE, *PACKAGED])}")
-    testing = section.split != "train"
-    return [row for question, row in PACKAGED[name]() if (_place(name, question) == 0) == testing]
+    if section.split not in SPLITS:
+        raise CheckpointError(f"{section.path} has no split {section.split!r}. {did_you_mean(section.split, SPLITS)}")
+    return [row for question, row in PACKAGED[name]() if _place(name, question) in SPLITS[section.split]]
 
 
 def _gym(section: DataSection, task: str, seed: int) -> list[Row]:
@@ -90,7 +92,7 @@ def _gym(section: DataSection, task: str, seed: int) -> list[Row]:
 
 
 def _place(name: str, question: str) -> int:
-    return derive_seed(0, "preference", name, question) % TESTED
+    return derive_seed(0, "preference", name, question) % PARTS
 
 
 def _harmlessness() -> Pairs:
