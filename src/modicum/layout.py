@@ -8,7 +8,7 @@ it begins like an embedding. For transformers' own classes the truth is ``get_in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 Role = Literal["embedding", "positions", "head", "router"]
@@ -111,6 +111,23 @@ FIRST_LAYERS = frozenset({"first_k_dense_replace", "moe_layer_start_index", "num
 _NUMBERED_EXPERTS = frozenset({"mixtral"})
 # transformers' models with layers that store their weight as (inputs, outputs), by the names of these layers.
 _TURNED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+# Whose output layer is the embedding where config.json does not say.
+_TIED = frozenset(
+    {
+        "bloom",
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gpt2",
+        "gpt_bigcode",
+        "mpt",
+        "opt",
+        "starcoder2",
+    }
+)
 _TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 _PREFIXES = frozenset({"model", "language_model", "transformer", "vision_model", "text_model"})
 _TURNED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -326,6 +343,28 @@ def unfused(name: str, shape: Sequence[int], model_type: str) -> dict[str, tuple
             half = shape[1] // 2
             found |= {f"{at}.{gate}.weight": (expert, (0, half)), f"{at}.{up}.weight": (expert, (half, shape[1]))}
     return found
+
+
+def copies(names: Container[str]) -> list[tuple[str, str]]:
+    """Return tables that encoder and decoder share with the model, each with the name under which it is kept.
+
+    Example:
+        >>> copies({"shared.weight", "encoder.embed_tokens.weight"})
+        [('encoder.embed_tokens.weight', 'shared.weight')]
+    """
+    pairs = [(f"{at}{side}.embed_tokens.weight", f"{at}shared.weight")
+             for at in ("", "model.") for side in ("encoder", "decoder")]  # fmt: skip
+    return [(copy, kept) for copy, kept in pairs if copy in names and kept in names]
+
+
+def is_tied_unsaid(model_type: str) -> bool:
+    """Whether the class ties the output layer to the embedding where ``config.json`` does not say.
+
+    Example:
+        >>> is_tied_unsaid("gemma2"), is_tied_unsaid("llama")
+        (True, False)
+    """
+    return model_type in _TIED
 
 
 def are_experts_turned(model_type: str) -> bool:

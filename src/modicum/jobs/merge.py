@@ -13,9 +13,10 @@ import yaml
 from pydantic import AliasChoices, Field, model_validator
 
 from modicum.borders import loads
-from modicum.errors import CheckpointError, RecipeError, first_line
+from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
+from modicum.jobs.merging.opening import closed, without_dtype
 from modicum.recipe import Recipe, choice, dump
 from modicum.record import Run
 from modicum.registry import job, merge_method
@@ -148,13 +149,17 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
     statistics = [opened(reference) for reference in recipe.statistics]
     if recipe.mergekit is not None:
         from modicum.jobs.merging.layers import settled
+        from modicum.jobs.merging.settings import notes_on_unsaid
         from modicum.weights.mergekit.planning import plan_mergekit
 
         plan = plan_mergekit(recipe.mergekit, opened, statistics, find=find_tokenizer, convert=tokenizer_json)
         twice = [f"{place}: the last one counts, as in mergekit" for place in recipe.twice]
-        plan = settled(replace(plan, seed=recipe.seed, device=recipe.device, notes=[*twice, *plan.notes]))
+        notes = [*twice, *plan.notes, *notes_on_unsaid(plan)]
+        plan = settled(replace(plan, seed=recipe.seed, device=recipe.device, notes=notes))
         _refuse_config(plan)
         return plan.diagnosed() if recipe.diagnostics else plan
+    from modicum.jobs.merging.settings import notes_on_unsaid
+
     method: Any = recipe.method
     base = opened(recipe.base) if recipe.base else None
     experts = [opened(*_model_and_adapter(expert)) for expert in recipe.experts]
@@ -177,6 +182,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         find=find_tokenizer,
         convert=tokenizer_json,
     )
+    plan = replace(plan, notes=[*plan.notes, *notes_on_unsaid(plan)])
     _refuse_config(plan)
     return plan.diagnosed() if recipe.diagnostics else plan
 
@@ -184,11 +190,11 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
 def _refuse_config(plan: Plan) -> None:
     """Refuse a merge whose ``config.json`` transformers would not open, though it opens the one it was made from."""
     text, origin = _new_config(plan), _origin(plan)
-    if text is None or (origin is not None and _closed(origin.parent)):
+    if text is None or (origin is not None and closed(origin.parent)):
         return
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_bytes(text)
-        if problem := _closed(Path(folder)):
+        if problem := closed(Path(folder)):
             raise CheckpointError(
                 f"transformers would not open the result's config.json: {problem} Choose other layers, or merge whole "
                 "models."
@@ -212,29 +218,8 @@ def _new_config(plan: Plan) -> bytes | None:
     text, origin = plan.companions.get("config.json"), _origin(plan)
     if text is None or origin is None:
         return text
-    same = _without_dtype(loads(text)) == _without_dtype(loads(origin.read_bytes()))
+    same = without_dtype(loads(text)) == without_dtype(loads(origin.read_bytes()))
     return None if same else text
-
-
-def _without_dtype(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {k: _without_dtype(v) for k, v in config.items() if k not in ("dtype", "torch_dtype")}
-    return config
-
-
-def _closed(folder: Path) -> str | None:
-    """Return why transformers cannot open the configuration of a model of its own, ``None`` when it can."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config = loads((folder / "config.json").read_text())
-    if config.get("model_type") not in CONFIG_MAPPING or "auto_map" in config:
-        return None
-    try:
-        AutoConfig.from_pretrained(folder)
-    except Exception as error:  # a class of configuration may refuse by any kind of error
-        return first_line(error)
-    return None
 
 
 @job(
@@ -288,7 +273,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
             return  # each process measured its own share; the first one has collected them all
         rows, experts = comparable(plan, measured)
         metrics = {"tensors": len(plan.steps), "memory_bound": plan.memory_bound()}
-    if not isinstance(plan, LoraPlan) and _new_config(plan) is not None and (problem := _closed(out)):
+    if not isinstance(plan, LoraPlan) and _new_config(plan) is not None and (problem := closed(out)):
         run.note(f"transformers does not open {out / 'config.json'}: {problem}")
     names = short_names(experts)
     found = {"layers": layers(rows, names), "diagnostics": diagnostics(rows, names)}

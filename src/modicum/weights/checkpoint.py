@@ -18,13 +18,13 @@ from torch import Tensor
 from modicum.borders import border, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, is_vocabulary, role
+from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, copies, is_tied_unsaid, is_vocabulary, role
 from modicum.references import beside, find_model
 from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
 from modicum.weights.configs import rewritten
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = "pytorch_model*.bin"
 PICKLED = (".bin", ".pt", ".pth")
 CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -88,6 +88,7 @@ class Checkpoint(Mapping[str, Tensor]):
             else:
                 self._open_weights(path, allow_pickle)
                 self._refuse_packed()
+                self._drop_copies()
                 self._drop_tied()
 
     def _open_weights(self, path: Path, allow_pickle: bool) -> None:
@@ -99,9 +100,14 @@ class Checkpoint(Mapping[str, Tensor]):
             self._slots = self._header(path)
         elif (path / INDEX).exists():
             self._slots = self._read_index(path)
+            if (path / SINGLE).exists() and path / SINGLE not in self._stamps:
+                raise CheckpointError(
+                    f"{self.name} holds its weights twice: {SINGLE}, which transformers reads, and the files of "
+                    f"{INDEX}. Remove the older ones."
+                )
         else:
             files = sorted(path.glob("*.safetensors"))
-            single = path / "model.safetensors"
+            single = path / SINGLE
             if single in files or len(files) == 1:
                 self._slots = self._header(single if single in files else files[0])
             elif files and not (path / "config.json").exists():
@@ -224,6 +230,13 @@ class Checkpoint(Mapping[str, Tensor]):
                 "Dequantise it first: model.dequantize() in transformers."
             )
 
+    def _drop_copies(self) -> None:
+        """Leave out further copies of the embedding that encoders and decoders share, which some files hold."""
+        for name in copies(self):
+            if torch.equal(self[name[0]], self[name[1]]):
+                self._slots.pop(name[0], None)
+                self._loaded.pop(name[0], None)
+
     def _drop_tied(self) -> None:
         if not self.tied or self.tied not in self:
             return
@@ -260,7 +273,10 @@ class Checkpoint(Mapping[str, Tensor]):
     @cached_property
     def tied(self) -> str | None:
         """Name of the output layer when the config ties it to the embedding: one tensor, kept under the other name."""
-        tied = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
+        text = self.config.get("text_config", {})
+        tied = self.config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+        if tied is None:
+            tied = is_tied_unsaid(str(self.config.get("model_type")))
         if not tied:
             return None
         heads = (name for name in (*self._slots, *self._loaded) if role(name) == "head" and name.endswith(".weight"))

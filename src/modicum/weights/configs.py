@@ -47,6 +47,16 @@ def differences(
     }
 
 
+def is_material(key: str) -> bool:
+    """Whether a setting changes what the weights compute.
+
+    Example:
+        >>> is_material("rope_parameters.rope_theta"), is_material("text_config.use_cache")
+        (True, False)
+    """
+    return _is_asked(key.rpartition(".")[2], False)
+
+
 def _is_asked(key: str, heads: bool) -> bool:
     return key in HEADS if heads else key not in HEADS | _IMMATERIAL
 

@@ -39,15 +39,15 @@ def settled(plan: Plan) -> Plan:
     text = plan.companions.get("config.json")
     if order is None or first is None or text is None:
         return plan
-    origin = _opened(first.config)
+    origin = opened(first.config)
     if origin is None:
         return plan
     config = json.loads(text)
     _rewrite(text_of(config), first.config, origin, order)
-    made = _opened(config)
+    made = opened(config)
     if made is not None:
         _derive(text_of(config), origin, made, order)
-        _compare(origin, _opened(config), order, first.name)
+        _compare(origin, opened(config), order, first.name)
     changed = (json.dumps(config, indent=2) + "\n").encode()
     same = config == json.loads(text)
     return plan if same else replace(plan, companions={**plan.companions, "config.json": changed})
@@ -69,7 +69,7 @@ def _order(plan: Plan) -> list[int] | None:
     return None if whole and all(a == b for a, b in depth) else order
 
 
-def _opened(config: Mapping[str, Any]) -> PreTrainedConfig | None:
+def opened(config: Mapping[str, Any]) -> PreTrainedConfig | None:
     """Return the configuration by its class; ``None`` where transformers has none, or does not take it."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
