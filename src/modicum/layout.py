@@ -111,24 +111,6 @@ FIRST_LAYERS = frozenset({"first_k_dense_replace", "moe_layer_start_index", "num
 _NUMBERED_EXPERTS = frozenset({"mixtral"})
 # transformers' models with layers that store their weight as (inputs, outputs), by the names of these layers.
 _TURNED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-# Whose output layer is the embedding where config.json does not say.
-_TIED = frozenset(
-    {
-        "bloom",
-        "cohere",
-        "cohere2",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gpt2",
-        "gpt_bigcode",
-        "mpt",
-        "opt",
-        "starcoder2",
-    }
-)
-_TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 _PREFIXES = frozenset({"model", "language_model", "transformer", "vision_model", "text_model"})
 _TURNED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
@@ -355,26 +337,6 @@ def copies(names: Container[str]) -> list[tuple[str, str]]:
     pairs = [(f"{at}{side}.embed_tokens.weight", f"{at}shared.weight")
              for at in ("", "model.") for side in ("encoder", "decoder")]  # fmt: skip
     return [(copy, kept) for copy, kept in pairs if copy in names and kept in names]
-
-
-def is_tied_unsaid(model_type: str) -> bool:
-    """Whether the class ties the output layer to the embedding where ``config.json`` does not say.
-
-    Example:
-        >>> is_tied_unsaid("gemma2"), is_tied_unsaid("llama")
-        (True, False)
-    """
-    return model_type in _TIED
-
-
-def are_experts_turned(model_type: str) -> bool:
-    """Whether the class of a model stores the matrices of its experts as (inputs, outputs).
-
-    Example:
-        >>> are_experts_turned("gpt_oss"), are_experts_turned("qwen3_moe")
-        (True, False)
-    """
-    return model_type in _TURNED_EXPERTS
 
 
 def inner(name: str) -> str:

@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from modicum.architectures import is_tied_unsaid
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
-from modicum.layout import is_tied_unsaid
 from modicum.recipe import parse
 from modicum.weights import Checkpoint
 from weights.families import make_family

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modicum.architectures import is_tied_unsaid
 from modicum.borders import border, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, copies, is_tied_unsaid, is_vocabulary, role
+from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, copies, is_vocabulary, role
 from modicum.references import beside, find_model
 from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
 from modicum.weights.configs import rewritten
