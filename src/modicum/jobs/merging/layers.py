@@ -85,6 +85,12 @@ def opened(config: Mapping[str, Any]) -> PreTrainedConfig | None:
             return None
 
 
+def _text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the part that describes the text; a class without parts keeps unknown ones as plain mappings."""
+    found = config.get_text_config(decoder=True)
+    return found if hasattr(found, "num_hidden_layers") else config
+
+
 def _lists(config: Any) -> Iterator[tuple[str, list[Any]]]:
     """Yield the settings that have an entry for each layer."""
     depth = getattr(config, "num_hidden_layers", None)
@@ -96,7 +102,7 @@ def _lists(config: Any) -> Iterator[tuple[str, list[Any]]]:
 def _rewrite(config: Any, before: Mapping[str, Any], origin: PreTrainedConfig, order: Sequence[int]) -> None:
     """Change in ``config`` what lists layers by their places or numbers, or counts the first ones."""
     text = text_of(before)
-    for key, value in _lists(origin.get_text_config(decoder=True)):
+    for key, value in _lists(_text(origin)):
         if key in text and len(config.get(key) or ()) != len(order):
             config[key] = [value[number] for number in order]
     for key in LAYER_NUMBERS & text.keys():
@@ -110,8 +116,8 @@ def _rewrite(config: Any, before: Mapping[str, Any], origin: PreTrainedConfig, o
 
 def _derive(config: Any, origin: PreTrainedConfig, made: PreTrainedConfig, order: Sequence[int]) -> None:
     """Write out in ``config`` the lists that the class works out from the layers' numbers, where they differ."""
-    now = made.get_text_config(decoder=True)
-    for key, value in _lists(origin.get_text_config(decoder=True)):
+    now = _text(made)
+    for key, value in _lists(_text(origin)):
         expected = [value[number] for number in order if number < len(value)]
         if len(expected) == len(order) and getattr(now, key, expected) != expected and key not in config:
             config[key] = expected
@@ -150,7 +156,7 @@ def _layers(config: PreTrainedConfig) -> Sequence[torch.nn.Module] | None:
         return None
     with torch.device("meta"), torch.random.fork_rng():
         model = maker.from_config(config)
-    depth = config.get_text_config(decoder=True).num_hidden_layers
+    depth = _text(config).num_hidden_layers
     found = [
         module
         for name, module in model.named_modules()
