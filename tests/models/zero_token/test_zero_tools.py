@@ -36,7 +36,7 @@ def snapshot(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("knobs", [{}, {"exit_threshold": 0.1, "train_cycles": "random"}])
+@pytest.mark.parametrize("knobs", [{"exit_threshold": 0.1, "train_cycles": "random"}])
 def test_trl_fine_tunes(knobs, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -51,7 +51,7 @@ def test_trl_fine_tunes(knobs, tokenizer, tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trl_learns_from_preferences(adapter, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
