@@ -22,6 +22,8 @@ from modicum.registry import Entry, row_kind, wanted
 
 __all__ = ["DataSection", "Fields", "LabelledLogits", "PaddingCollator", "Rows", "collate", "load_rows", "tokenize"]
 
+ASKED = 50  # from this order on kinds of rows only ask, which is of use to some evaluations
+
 
 def load_rows(
     section: DataSection, *, seed: int = 0, note: Callable[[str], None] | None = None, prefer: str | None = None
@@ -84,7 +86,8 @@ def _kind(section: DataSection, rows: list[Row], prefer: str | None = None) -> E
     row = rows[0]
     if isinstance(row, BadRow):
         raise CheckpointError(row.why)
-    *most, last = (" and ".join(repr(section.fields.of(field)) for field in kind.facts.fields) for kind in kinds)
+    shown = [kind for kind in kinds if kind.name == prefer or kind.facts.order < ASKED]
+    *most, last = (" and ".join(repr(section.fields.of(field)) for field in kind.facts.fields) for kind in shown)
     raise RecipeError(
         f"{section.path}: rows have the fields {', '.join(sorted(row)) or 'none'}; "
         f"expected {', '.join(most)}, or {last}. Name yours: fields: {{prompt: …, completion: …}}"
