@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -110,6 +111,31 @@ def test_a_killed_head_costs_the_cells_at_work_and_the_other_process_ends_the_gr
     assert second.wait(timeout=120) == 0
     assert sorted(begun(tmp_path).values()) == [1, 1, 1, 1, 2]
     assert read_record(tmp_path / "g")["status"] == "done"
+
+
+@pytest.mark.slow
+def test_ten_kills_of_the_head_change_no_byte(tmp_path):
+    def content(folder):
+        files = [file for kind in ("cells/*", "grid.json", "stages/*/made") for file in folder.glob(kind)]
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+    data = grid(tmp_path, cells=24, seconds=0.05)
+    whole = content(execute(parse(data), tmp_path / "whole", quiet=True, workers=1).folder)
+    (tmp_path / "log").unlink()
+    draw = random.Random(0)
+    for _ in range(10):
+        seen = len(lines(tmp_path / "log")) if (tmp_path / "log").exists() else 0
+        head, wanted = start(tmp_path, data, "--workers", "1", "--quiet"), seen + draw.randint(1, 4)
+        while not (tmp_path / "log").exists() or len(lines(tmp_path / "log")) < wanted:
+            assert head.poll() is None
+            time.sleep(0.002)
+        time.sleep(0.02 * draw.random())
+        head.kill()
+        head.wait()
+    assert start(tmp_path, data, "--workers", "1", "--quiet").wait() == 0
+    assert content(tmp_path / "g") == whole and len(whole) == 24 + 1 + 25 + 1
+    counts = begun(tmp_path).values()
+    assert sum(counts) <= 25 + 10  # a kill costs the cell at work
 
 
 def test_a_cell_that_is_refused_stops_what_uses_it_and_nothing_else(tmp_path):

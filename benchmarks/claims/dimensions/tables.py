@@ -86,7 +86,7 @@ def controls(known: Mapping[tuple[int, float], Arms]) -> str:
 def main() -> None:
     known = cells()
     write(
-        "dimensions_results.md",
+        "dimensions-tables.inc",
         "benchmarks/claims/dimensions/tables.py",
         [
             f"Pair accuracy on {len(seeds(known))} seeds, with 95 % intervals over seeds.\n",
