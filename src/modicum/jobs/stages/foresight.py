@@ -17,7 +17,7 @@ from modicum.errors import CheckpointError, ModicumError
 from modicum.jobs import plan as plan_job
 from modicum.jobs.stages.references import PREFIX, names_in, references, stage_of
 from modicum.recipe import Recipe, parse
-from modicum.record import read_record
+from modicum.record import digest, read_record
 from modicum.report.text import duration
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def foresee(stages: Sequence[Stage], *, detailed: bool = True) -> list[str]:
         ModicumError: A stage cannot run; it is named.
     """
     stand_ins: dict[str, str | None] = {}
+    known: dict[str, list[str]] = {}
     lines = []
     for stage in ordered(stages):
         if stage.pick is not None:
@@ -45,7 +46,7 @@ def foresee(stages: Sequence[Stage], *, detailed: bool = True) -> list[str]:
         shown = f"{', '.join(uses)}" if detailed else ", ".join(_titles(stage, stages))
         lines.append(f"{stage.title}: {inner.job}" + (f" after {shown}" if uses else ""))
         try:
-            told = _foreseen(stage, inner, stand_ins)
+            told = _foreseen(stage, inner, stand_ins, known)
         except ModicumError as error:
             raise type(error)(f"{stage.title}: {error}") if _plain(error) else error from None
         if detailed and not uses:
@@ -63,16 +64,20 @@ def _plain(error: ModicumError) -> bool:
     return type(error).__init__ is Exception.__init__ or "__init__" not in vars(type(error))
 
 
-def _foreseen(stage: Stage, inner: Recipe, stand_ins: Mapping[str, str | None]) -> list[str]:
-    uses = names_in(stage.recipe)
-    if not uses:
-        return plan_job(inner)
+def _foreseen(
+    stage: Stage, inner: Recipe, stand_ins: Mapping[str, str | None], known: dict[str, list[str]]
+) -> list[str]:
+    uses = {name: stand_ins.get(name) for name in names_in(stage.recipe)}
     foreseeable = registry.job[inner.job].facts.foreseeable
-    known = {name: stand_ins.get(name) for name in uses}
-    if foreseeable is not None and foreseeable(inner) and all(known.values()):
-        return plan_job(parse(_on(stage.recipe, known), stage.title))
-    check_inputs(inner)
-    return []
+    if uses and not (all(uses.values()) and foreseeable is not None and foreseeable(inner)):
+        check_inputs(inner)
+        return []
+    recipe = _on(stage.recipe, uses)
+    # Cells of a grid that differ in the seed alone, or in models of one shape, are looked at once.
+    key = digest({name: value for name, value in recipe.items() if name != "seed"})
+    if key not in known:
+        known[key] = plan_job(parse(recipe, stage.title))
+    return known[key]
 
 
 def _on(value: Any, stand_ins: Mapping[str, str | None]) -> Any:
