@@ -44,7 +44,7 @@ class Outcome:
     def trouble(self, *, seconds: float = 5.0, memory: int = 2 * GIB) -> str | None:
         """Return what is wrong with how it ended, for a command whose input may be wrong in any way."""
         lines = [line for line in self.said.splitlines() if line.strip()]
-        if self.status is None or self.cpu > seconds:
+        if self.status in (None, -signal.SIGXCPU) or self.cpu > seconds:
             return f"took {self.cpu:.1f} s of computing in {self.seconds:.1f} s"
         if self.peak > memory:
             return f"took {self.peak / GIB:.1f} GiB"
@@ -67,7 +67,7 @@ class Attempt:
         folder: Where it runs.
         variables: Added to the environment.
         memory: Bytes of address space that it may take beyond what is taken already.
-        file_size: Bytes that no file may exceed.
+        cpu: Seconds that it may compute.
     """
 
     def __init__(
@@ -77,15 +77,15 @@ class Attempt:
         *,
         variables: Mapping[str, str] | None = None,
         memory: int = 6 * GIB,
-        file_size: int | None = None,
+        cpu: int = 300,
     ) -> None:
         self._said = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - it lives as long as the attempt
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(arguments, folder, variables or {}, self._said.fileno(), memory, file_size)
+            _become(arguments, folder, variables or {}, self._said.fileno(), memory, cpu)
 
     def wait(self, seconds: float | None = None, *, reap: bool = True) -> Outcome | None:
         """Wait for its end; ``None`` when it has not come within so many seconds after the start.
@@ -94,7 +94,7 @@ class Attempt:
             seconds: How long to wait at most.
             reap: End its workers too, where it left some.
         """
-        deadline = None if seconds is None else self._began + seconds
+        deadline = None if seconds is None else self.began + seconds
         pause = 0.002
         while True:
             pid, status, used = os.wait4(self.pid, 0 if deadline is None else os.WNOHANG)
@@ -112,7 +112,7 @@ class Attempt:
         base = _resident()
         code = os.waitstatus_to_exitcode(status)
         computed = used.ru_utime + used.ru_stime
-        return Outcome(code, said, time.monotonic() - self._began, computed, max(0, used.ru_maxrss * 1024 - base))
+        return Outcome(code, said, time.monotonic() - self.began, computed, max(0, used.ru_maxrss * 1024 - base))
 
     def kill(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the process, or to it and all of its workers."""
@@ -165,7 +165,7 @@ def _become(
     variables: Mapping[str, str],
     said: int,
     memory: int,
-    file_size: int | None,
+    cpu: int,
 ) -> NoReturn:
     status = 70
     try:
@@ -183,9 +183,7 @@ def _become(
             _other_machine(machine)
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
-        if file_size is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
         from modicum.cli import main
 
         sys.argv = ["modicum", *arguments]

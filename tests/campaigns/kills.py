@@ -149,7 +149,7 @@ def attempt(name: str, world: Path, lasts: float, peace: Made, rng: random.Rando
         outcome = started.wait(rng.uniform(0.0, 1.1) * lasts)
         how = "over before" if outcome else end(started, rng)
         if outcome is None:
-            outcome = started.wait(60.0, reap=False)
+            outcome = started.wait(time.monotonic() - started.began + 300.0, reap=False)
         wrong = None
         if outcome is None:
             started.kill(signal.SIGKILL, group=True)
@@ -229,9 +229,12 @@ def main() -> int:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--only", default="")
     arguments.add_argument("--trial", action="store_true", help="count nothing")
+    arguments.add_argument("--work", type=Path, help="folder to keep models in for the next time")
     chosen = arguments.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="kills-"))
+    work = chosen.work or Path(tempfile.mkdtemp(prefix="kills-"))
     os.environ["MODICUM_CACHE"] = str(work / "cache")
+    for name in ("out", "peace"):
+        shutil.rmtree(work / "world" / name, ignore_errors=True)
     try:
         known = {name: recipe for name, recipe in recipes().items() if chosen.only in name}
         peace = Peace(work / "world", known)
@@ -249,7 +252,8 @@ def main() -> int:
                     print(number - 1, name, how, wrong, flush=True)
         count.write()
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if chosen.work is None:
+            shutil.rmtree(work, ignore_errors=True)
     print(count.told())
     return 1 if count.wrong else 0
 
