@@ -22,8 +22,8 @@ from modicum.jobs.loading.models import load_model
 from modicum.recipe import override, parse, parse_yaml
 from modicum.report import write
 from modicum.report.sections.training import smooth
+from modicum.vocabulary import token_ids
 from modicum.weights.finished import read_journals
-from modicum.weights.mergekit.tokenizers import token_ids
 from support import byte_tokenizer, tiny_llama
 
 

@@ -44,9 +44,9 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     from modicum.jobs.data.section import DataSection
     from modicum.patterns import Pattern
     from modicum.recipe import override, parse
+    from modicum.vocabulary import token_ids
     from modicum.weights.files import read_header
     from modicum.weights.finished import read_journals
-    from modicum.weights.mergekit.tokenizers import token_ids
     from support import byte_tokenizer
 
     def file(name: str, read: Callable[[Path], object]) -> Target:

@@ -19,9 +19,9 @@ import yaml
 from torch import Tensor
 
 from modicum.layout import is_recomputed, is_vocabulary, role
+from modicum.vocabulary import token_ids
 from modicum.weights import Checkpoint
 from modicum.weights.aliases import apart
-from modicum.weights.mergekit.tokenizers import token_ids
 from weights.test_mergekit import FILES, load, run
 
 HERE = Path(__file__).parent

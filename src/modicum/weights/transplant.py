@@ -28,12 +28,13 @@ from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.layout import TOKENIZER_FILES, is_vocabulary, role
+from modicum.vocabulary import token_ids
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files
 from modicum.weights.configs import text_of
 from modicum.weights.files import Spec, digest_tensor
-from modicum.weights.mergekit.tokenizers import Converter, read_tokenizer, spelt, token_ids
+from modicum.weights.mergekit.tokenizers import Converter, read_tokenizer, spelt
 from modicum.weights.mergekit.vocabulary import Result, companions_with
 from modicum.weights.plan import Plan, Source, kept, parse_dtype
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from modicum.borders import LARGEST, check_plain, read_json
 from modicum.errors import UnsupportedError, first_line
 from modicum.jobs.loading.references import resolve_model
-from modicum.weights.mergekit.tokenizers import TOKENIZER, token_ids
+from modicum.vocabulary import TOKENIZER, token_ids
 
 
 def find_tokenizer(reference: str) -> Path:

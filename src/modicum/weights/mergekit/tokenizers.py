@@ -10,15 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from modicum.borders import border
-from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
+from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.layout import VOCABULARY_FILES
+from modicum.vocabulary import TOKENIZER, token_ids
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 
 TEMPLATES = resources.files("modicum.weights.mergekit") / "templates"
-TOKENIZER = "tokenizer.json"
-SPARSE = 100_000  # rows that a vocabulary may leave free, besides four times as many as it has tokens
 Converter = Callable[[Path], bytes]
 
 
@@ -78,34 +76,6 @@ def _tokens_by_row(text: bytes) -> dict[int, str]:
         return {row: token for token, row in token_ids(json.loads(text), "").items()}
     except (ValueError, RecursionError):  # the project's own errors are values that are wrong, too
         return {}
-
-
-def token_ids(tokenizer: Mapping[str, Any], owner: str) -> dict[str, int]:
-    """Return the vocabulary in a model's ``tokenizer.json``.
-
-    Raises:
-        CheckpointError: It is malformed, or its ids are so far apart that nobody has rows for them.
-    """
-    with border(f"{owner}: {TOKENIZER}"):
-        ids = _token_ids(tokenizer, owner)
-    odd = next((token for token, row in ids.items() if not 0 <= row < 4 * len(ids) + SPARSE), None)
-    if odd is not None:
-        raise CheckpointError(
-            f"{owner}: {TOKENIZER} gives the token {odd!r:.60} the id {ids[odd]}, and it has {len(ids)} tokens. "
-            "Download it again."
-        )
-    return ids
-
-
-def _token_ids(tokenizer: Mapping[str, Any], owner: str) -> dict[str, int]:
-    vocabulary = tokenizer.get("model", {}).get("vocab")
-    if isinstance(vocabulary, list):
-        ids = {str(item[0]): position for position, item in enumerate(vocabulary)}
-    elif isinstance(vocabulary, dict):
-        ids = {str(token): int(position) for token, position in vocabulary.items()}
-    else:
-        raise UnsupportedError(f"{owner}: its tokenizer.json holds no vocabulary that can be read.")
-    return ids | {str(item["content"]): int(item["id"]) for item in tokenizer.get("added_tokens") or []}
 
 
 def extended(tokenizer: Mapping[str, Any], added: Mapping[str, int], others: Iterable[Mapping[str, Any]]) -> bytes:

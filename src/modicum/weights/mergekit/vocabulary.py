@@ -18,18 +18,17 @@ from torch import Tensor
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from modicum.layout import TOKENIZER_FILES, VOCABULARY_FILES, VOCABULARY_PARTS, is_vocabulary
 from modicum.references import find_model
+from modicum.vocabulary import TOKENIZER, token_ids
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.files import Spec, digest_tensor
 from modicum.weights.mergekit.document import Reference
 from modicum.weights.mergekit.tokenizers import (
-    TOKENIZER,
     Converter,
     extended,
     read_tokenizer,
     renumbered_ids,
     template_of,
-    token_ids,
     without_template,
 )
 
