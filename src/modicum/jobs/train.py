@@ -49,7 +49,7 @@ def plan(recipe: TrainRecipe) -> list[str]:
     arguments = training_arguments(recipe, parts, Path("unused"))
     weights = sum(file.stat().st_size for file in resolve_model(recipe.model.path).glob("*.safetensors"))
     notes: list[str] = []
-    read = {name: _data(recipe, section, parts, notes.append) for name, section in _sections(recipe)}
+    read = {name: _data(recipe, section, parts, notes.append, scored=False) for name, section in _sections(recipe)}
     rows = {name: len(data.rows) for name, data in read.items()}
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     for data in read.values():
@@ -190,8 +190,17 @@ def _sections(recipe: TrainRecipe) -> list[tuple[str, DataSection]]:
     return [(name, section) for name, section in named if section is not None]
 
 
-def _data(recipe: TrainRecipe, section: DataSection, parts: Sequence[Part], note: Callable[[str], None]) -> Data:
-    data = Data(load_rows(section, seed=recipe.seed, note=note), section, training=section is recipe.data)
+def _data(
+    recipe: TrainRecipe,
+    section: DataSection,
+    parts: Sequence[Part],
+    note: Callable[[str], None],
+    *,
+    scored: bool = True,
+) -> Data:
+    """Return the rows of a section; without ``scored`` those too that a model would have to score first."""
+    source = section if scored else section.unscored(note)
+    data = Data(load_rows(source, seed=recipe.seed, note=note), section, training=section is recipe.data)
     for part in parts:
         data = part.data(data)
     return data

@@ -10,6 +10,7 @@ import torch
 
 from modicum.errors import CheckpointError, ModicumError, RecipeError
 from modicum.evaluate.rows import Rows
+from modicum.jobs import plan
 from modicum.jobs.data.mixture import mixed_rows
 from modicum.jobs.data.rows import DataSection, load_rows
 from modicum.jobs.data.scoring import of_function, score_pairs
@@ -315,3 +316,12 @@ def test_an_evaluation_on_a_mixture_tells_its_dimensions(base, tmp_path):
 def test_mixed_rows_is_a_function_of_its_own():
     found = mixed_rows(section(4), section(4).mix, seed=0, note=lambda _: None)
     assert isinstance(found, Rows) and len(found) == 4
+
+
+def test_a_check_asks_no_model_for_scores_and_says_so(base, monkeypatch):
+    monkeypatch.setattr("modicum.jobs.data.scoring_models.load_model", None)
+    parts = {name: {"path": path, "size": 60} for name, path in PARTS.items()}
+    mix = {"parts": parts, "filter": {"scorer": {"heads_of": base}}}
+    recipe = {"job": "train", "model": base, "objective": "dpo", "data": {"mix": mix, "size": 20, "max_length": 400}}
+    told = plan(parse(recipe))
+    assert any("known once its model has scored them" in line for line in told)

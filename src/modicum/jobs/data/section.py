@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -242,6 +242,17 @@ class DataSection(Section):
         if colon and re.fullmatch(r"[a-z][a-z_-]+", key) and not name.startswith("//"):
             raise RecipeError(f"{self.path}: there is no data source {key!r}. {did_you_mean(key, source)}")
         return source["hub"], self.path
+
+    def unscored(self, note: Callable[[str], object]) -> DataSection:
+        """Return the section without a filter for which a model would have to read every answer, and say so."""
+        if self.mix is None or self.mix.filter is None:
+            return self
+        scorer = self.mix.filter.scorer
+        if scorer.model is None and scorer.heads_of is None:
+            return self
+        note("mix: how many pairs the filter keeps is known once its model has scored them.")
+        # However few it keeps: the run says so then.
+        return self.model_copy(update={"mix": self.mix.model_copy(update={"filter": None})})
 
     def inputs(self) -> Iterator[str]:
         """Yield the files and folders that are read, whose content is part of a run's identity."""
