@@ -103,3 +103,11 @@ def safety_rows(acts_on: str) -> dict[str, Any]:
     return {"data": {"path": str(path), "max_length": 128}} | (
         {} if acts_on == "reasoning" else {"adapter": {"rank": 2}}
     )
+
+
+def with_own_entries(monkeypatch: Any, table: Any) -> None:
+    """Let a test register in a table what no other test sees.
+
+    All entries are loaded first: a module that is imported meanwhile would be lost to the table with the test's own.
+    """
+    monkeypatch.setattr(table, "_entries", {name: table[name] for name in table})

@@ -29,13 +29,13 @@ from modicum.record import read_record
 from modicum.registry import measure
 from modicum.report import terminal_table, write
 from modicum.types import UnitInterval
-from support import byte_tokenizer, tiny_llama
+from support import byte_tokenizer, tiny_llama, with_own_entries
 
 
 @pytest.fixture
 def toys(monkeypatch):
     """Two measures as later ones will be: a share of refusals, of which less is better, and an error of calibration."""
-    monkeypatch.setattr(measure, "_entries", dict(measure._entries))
+    with_own_entries(monkeypatch, measure)
 
     def refused(items, *, level):
         return wilson(sum(item["refused"] for item in items), len(items), level=level)

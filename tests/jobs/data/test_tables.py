@@ -11,13 +11,13 @@ from modicum.errors import RecipeError
 from modicum.jobs.data.rows import DataSection, Rows, load_rows, tokenize
 from modicum.jobs.data.tokens import dataset, text_of
 from modicum.registry import row_kind, source
-from support import byte_tokenizer
+from support import byte_tokenizer, with_own_entries
 
 
 @pytest.fixture
 def pair(monkeypatch):
     """Rows with two answers to one prompt."""
-    monkeypatch.setattr(row_kind, "_entries", dict(row_kind._entries))
+    with_own_entries(monkeypatch, row_kind)
 
     def pairs(rows, tokenizer, section, note):
         examples = [(ids, ids) for row in rows.rows for ids in tokenizer([row["left"], row["right"]]).input_ids]
@@ -30,7 +30,7 @@ def pair(monkeypatch):
 
 @pytest.fixture
 def counting(monkeypatch):
-    monkeypatch.setattr(source, "_entries", dict(source._entries))
+    with_own_entries(monkeypatch, source)
 
     @source("counting", inputs=lambda section, name: ["a-file"])
     def count(section, name, *, until: int = 3, seed: int):

@@ -20,7 +20,7 @@ from modicum.jobs.training.adapter import initialize, make_optimizer, peft_confi
 from modicum.random import generator
 from modicum.registry import adapter_init, gradient_rule
 from modicum.types import Positive
-from support import tiny_llama
+from support import tiny_llama, with_own_entries
 
 SOURCES = Path(modicum.__file__).parent
 SEAMS = ["jobs/training/adapter.py", "jobs/training/adapter_start.py", "jobs/training/adapter_files.py"]
@@ -171,7 +171,7 @@ def test_a_shift_is_taken_out_of_adapters_of_uneven_ranks_and_alphas(rslora, tmp
 @pytest.fixture
 def register(monkeypatch):
     """Register toys that are gone after the test."""
-    monkeypatch.setattr(adapter_init, "_entries", dict(adapter_init._entries))
+    with_own_entries(monkeypatch, adapter_init)
     return adapter_init
 
 

@@ -16,7 +16,7 @@ from modicum.jobs.training.parts import Part, parts_of
 from modicum.jobs.training.trainer import PartsTrainer, build_trainer
 from modicum.recipe import Section, parse
 from modicum.record import read_log
-from support import safety_rows
+from support import safety_rows, with_own_entries
 
 MEZO = {"name": "mezo", "lr": 1e-3}
 WORDS = {"path": "task:polarity", "size": 8}
@@ -101,7 +101,7 @@ def test_every_objective_is_served_by_one_part(tiny_model, rows, name):
 @pytest.fixture
 def table(monkeypatch):
     """The table of parts and the schema made of it, put back afterwards."""
-    monkeypatch.setattr(registry.training_part, "_entries", dict(registry.training_part._entries))
+    with_own_entries(monkeypatch, registry.training_part)
     list(registry.training_part.values())
 
     def use():
@@ -220,7 +220,7 @@ def test_a_part_may_bring_a_loss_a_collator_state_in_checkpoints_and_another_ord
 
 @pytest.mark.parametrize("answers", ["candidates", "generated"])
 def test_a_new_objective_over_answers_is_its_function_and_facts(tiny_model, rows, tmp_path, monkeypatch, answers):
-    monkeypatch.setattr(registry.objective, "_entries", dict(registry.objective._entries))
+    with_own_entries(monkeypatch, registry.objective)
     gather = registry.objective["reward"].facts.gather if answers == "generated" else None
 
     @registry.objective("toy", acts_on="answers", answers=answers, gather=gather)
@@ -235,7 +235,7 @@ def test_a_new_objective_over_answers_is_its_function_and_facts(tiny_model, rows
 
 
 def test_an_objective_that_no_part_serves_is_refused(tiny_model, rows, monkeypatch):
-    monkeypatch.setattr(registry.objective, "_entries", dict(registry.objective._entries))
+    with_own_entries(monkeypatch, registry.objective)
 
     @registry.objective("toy", acts_on="nothing")
     def toy(batch):

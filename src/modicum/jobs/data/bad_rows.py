@@ -62,3 +62,32 @@ def each(
         told = f"{section.path}: {len(refused)} of {count} rows were left out (on_bad_row: skip): {examples}"
         (note or warnings.warn)(told + (" | …" if len(refused) > EXAMPLES else ""))
     return made
+
+
+def whole(
+    examples: Iterable[T], length: Callable[[T], int], section: DataSection, note: Callable[[str], None], *, noun: str
+) -> list[T]:
+    """Return the examples that fit into ``max_length``: an answer that is cut would be compared with a whole one.
+
+    Args:
+        examples: As tokens.
+        length: Of an example's longest row, in tokens.
+        section: ``max_length`` is read.
+        note: Told how many were left out.
+        noun: What to call the examples.
+
+    Raises:
+        CheckpointError: None fits.
+    """
+    given = list(examples)
+    kept = [example for example in given if length(example) <= section.max_length]
+    if not kept:
+        raise CheckpointError(
+            f"{section.path}: all {len(given)} {noun} are longer than max_length {section.max_length}. Raise it."
+        )
+    if len(kept) < len(given):
+        note(
+            f"{section.path}: {len(given) - len(kept)} of {len(given)} {noun} are longer than max_length "
+            f"{section.max_length} and were left out; none is cut."
+        )
+    return kept

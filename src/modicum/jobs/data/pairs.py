@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modicum.errors import CheckpointError
 from modicum.evaluate.rows import answered
-from modicum.jobs.data.bad_rows import each
+from modicum.jobs.data.bad_rows import each, whole
 from modicum.jobs.data.kinds.preference import SIDES
 from modicum.jobs.data.tokens import encode
 from modicum.types import IGNORED
@@ -68,17 +68,7 @@ def encode_pairs(
     pairs = each(
         rows.rows, lambda index, row: encode_pair(row, tokenizer, f"{section.path}, row {index}"), section, note
     )
-    kept = [pair for pair in pairs if len(pair.prompt) + max(map(len, pair.answers)) <= section.max_length]
-    if not kept:
-        raise CheckpointError(
-            f"{section.path}: all {len(pairs)} pairs are longer than max_length {section.max_length}. Raise it."
-        )
-    if len(kept) < len(pairs):
-        note(
-            f"{section.path}: {len(pairs) - len(kept)} of {len(pairs)} pairs are longer than max_length "
-            f"{section.max_length} and were left out; none is cut."
-        )
-    return kept
+    return whole(pairs, lambda pair: len(pair.prompt) + max(map(len, pair.answers)), section, note, noun="pairs")
 
 
 def encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Pair:
@@ -160,8 +150,8 @@ class PairCollator:
             for index in row:
                 segment = segments[index]
                 here = slice(at, at + len(segment.ids))
-                for whole, part in ((ids, segment.ids), (places, segment.places), (copies, segment.copies)):
-                    whole[number, here] = torch.tensor(part)
+                for table, part in ((ids, segment.ids), (places, segment.places), (copies, segment.copies)):
+                    table[number, here] = torch.tensor(part)
                 owners[number, here] = index
                 reads[index] = [[number * width + at + place for place in answer] for answer in segment.reads]
                 at = here.stop

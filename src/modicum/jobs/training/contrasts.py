@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
+from modicum.jobs.data.bad_rows import each, whole
 from modicum.jobs.data.tokens import encode
 from modicum.jobs.training.reasoning import takes_positions
 from modicum.layout import stacks
@@ -41,31 +42,25 @@ def encode_contrasts(
     """Return rows as tokens of prompt, answer and harmful answer; rows that are too long are left out, never cut.
 
     Raises:
-        CheckpointError: The rows are of another kind, or prompt and answers cannot be told apart.
-        RecipeError: No request has a harmful answer, or all rows are too long.
+        CheckpointError: The rows are of another kind, none fits, or prompt and answers cannot be told apart.
+        RecipeError: No request has a harmful answer.
     """
     if rows.kind != "contrast":
         raise CheckpointError(
             f"{section.path} holds {rows.kind} rows, expected prompt, completion, kind (illegal or helpful) and "
             "rejected, such as the arm contrast of job: synthesize."
         )
-    found = []
-    for index, row in enumerate(rows.rows):
-        example = _example(row, tokenizer, f"{section.path}, row {index}")
-        if len(example["prompt"]) + max(len(example["safe"]), len(example["harm"])) <= section.max_length:
-            found.append(example)
-    if not found:
-        raise RecipeError(
-            f"{section.path}: all {len(rows)} rows are longer than max_length {section.max_length}. Raise it."
-        )
+    read = each(rows.rows, lambda index, row: _example(row, tokenizer, f"{section.path}, row {index}"), section, note)
+    found = whole(
+        read,
+        lambda example: len(example["prompt"]) + max(len(example["safe"]), len(example["harm"])),
+        section,
+        note,
+        noun="rows",
+    )
     if not any(example["harm"] for example in found):
         raise RecipeError(
             f"{section.path}: no harmful request has a rejected answer, so there is nothing to turn away."
-        )
-    if len(found) < len(rows):
-        note(
-            f"{section.path}: {len(rows) - len(found)} of {len(rows)} rows are longer than max_length "
-            f"{section.max_length} and were left out; none is cut."
         )
     return found
 
