@@ -22,7 +22,8 @@ from modicum.errors import CheckpointError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 2.0  # for one conversation
+SECONDS = 2.0  # of the processor, for one conversation: a machine that is busy makes no template slow
+PATIENCE = 60.0  # seconds by the clock, for a process that gets no processor at all
 MEMORY = 1 << 30  # bytes that the process may take beyond what it began with
 LONGEST = 64 << 20  # letters of what is written
 _writers: weakref.WeakKeyDictionary[Any, _Writer] = weakref.WeakKeyDictionary()
@@ -89,24 +90,32 @@ class _Writer:
 
     def ask(self, messages: list[dict[str, Any]], prompt: bool) -> dict[str, str]:
         line = json.dumps([messages, prompt]).encode() + b"\n"
-        deadline, answer = time.monotonic() + SECONDS, bytearray()
+        deadline, answer = time.monotonic() + PATIENCE, bytearray()
         with suppress(BrokenPipeError):
             _send(self._ask, line)
         while not answer.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._answers], [], [], left)[0]:
                 self._stop()
-                return {"verb": f"takes more than {SECONDS:g} s for", "why": "it is no template."}
+                return {"verb": f"takes more than {PATIENCE:g} s for", "why": "it is no template."}
             piece = os.read(self._answers, 1 << 20)
             if not piece:
+                means = f"than {SECONDS:g} s" if self._was_slow() else "memory than there is"
                 self._stop()
-                return {"verb": "takes more memory than there is for", "why": "it is no template."}
+                return {"verb": f"takes more {means} for", "why": "it is no template."}
             answer += piece
             if len(answer) > LONGEST:
                 self._stop()
                 return {"verb": f"writes more than {LONGEST >> 20} MiB for", "why": "it is no template."}
         found: dict[str, str] = json.loads(answer)
         return found
+
+    def _was_slow(self) -> bool:
+        """Whether the process was ended by its timer; who waits for it later still can."""
+        if not hasattr(os, "waitid"):
+            return False
+        end = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        return end is not None and end.si_code == os.CLD_KILLED and end.si_status == signal.SIGPROF
 
     def _stop(self) -> None:
         self._end()
@@ -137,7 +146,7 @@ def _serve(tokenizer: PreTrainedTokenizerBase, asked: int, answered: int) -> NoR
         import resource
 
         parent = os.getppid()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
         with suppress(OSError, ValueError):  # where the system cannot say
             with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - no object more than needed
@@ -157,7 +166,9 @@ def _serve(tokenizer: PreTrainedTokenizerBase, asked: int, answered: int) -> NoR
             while b"\n" in waiting:
                 line, _, waiting = waiting.partition(b"\n")
                 messages, prompt = json.loads(line)
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process, whatever it does
                 answer = _write(tokenizer, messages, prompt)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 try:
                     told = json.dumps(answer).encode() + b"\n"
                 except MemoryError:
