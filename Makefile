@@ -31,7 +31,7 @@ lint: $(VENV)/.ready
 	$(BIN)/deptry src
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --durations 25
 
 # Minutes each; each writes its JSON to benchmarks/results/. Peers need an environment of their own, so what runs beside
 # one is run by hand: benchmarks.speed.merging --mergekit, benchmarks.speed.clipping --parts peer --peer.

@@ -24,6 +24,7 @@ from modicum.report import write
 from modicum.report.sections.training import smooth
 from modicum.vocabulary import token_ids
 from modicum.weights.finished import read_journals
+from modicum.weights.journal import Journal
 from support import byte_tokenizer, tiny_llama
 
 
@@ -80,9 +81,19 @@ def test_json_of_others_fails_in_one_way(tmp_path, text):
         loads(text)
     (tmp_path / "journal.0.jsonl").write_text(f'{text}\n["w", {{"x": 1}}]\n')
     assert read_journals(tmp_path) == {"w": {"x": 1}}
+    (tmp_path / "search.jsonl").write_text(f'"it"\n["a", [1.5]]\n{text}\n["b", [2.0]]\n')
+    assert len(Journal(tmp_path / "search.jsonl", "it")._known) == 1
     (tmp_path / "one.lock").write_text(text)
     with pytest.raises(CheckpointError, match="no lock file that can be read"):
         lock.read_owner(tmp_path / "one.lock")
+
+
+@pytest.mark.parametrize("line", ["1e999", "3", "null", "[1]", '["w", 3]', '["a", ["x"]]', '["a", null]'])
+def test_lines_of_other_kinds_are_passed_over(tmp_path, line):
+    (tmp_path / "journal.0.jsonl").write_text(f'{line}\n["v", {{}}]\n')
+    assert set(read_journals(tmp_path)) == {"v"}
+    (tmp_path / "search.jsonl").write_text(f'"it"\n{line}\n')
+    assert Journal(tmp_path / "search.jsonl", "it")._known == []
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def run(
 
     Examples:  `modicum run quickstart` · `modicum run merge.yaml --out merged` · `modicum run train.yaml -s seed=1`
     """
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported
     from modicum import shortened
     from modicum.jobs import execute
 

@@ -276,7 +276,7 @@ def attempt(case: Case, root: Path, pristine: Path, rng: random.Random) -> tuple
     command = [str(root / "out" / "page.html") if part == "OUT.html" else str(root / "out" / "run") if part == "OUT"
                else part for part in case.command]  # fmt: skip
     try:
-        outcome = forked.attempt(command, root)
+        outcome = forked.attempt(command, root, seconds=300.0, cpu=20)
         # A guard that learns from labelled answers takes its seconds.
         wrong = outcome.trouble(seconds=15.0 if "attack" in str(command) or "synth" in str(command) else 5.0)
         if _seen(root.parent) != before:

@@ -60,20 +60,59 @@ def preferences(draw: Draw) -> dict[str, Tensor]:
     return {name: -20 * torch.rand(count, generator=rng) for name in names} | tokens
 
 
+def contrasts(draw: Draw) -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    rows, length = draw(st.integers(1, 3)), draw(st.integers(2, 6))
+    tokens = torch.randint(1, VOCABULARY, (4, rows, length), generator=rng)
+    reasoning = torch.arange(length).expand(rows, length) < length // 2  # never all: an answer is left
+    logits = torch.randn(3, rows, length, VOCABULARY, generator=rng)
+    states = torch.randn(2, rows, length, 6, generator=rng)
+    return {
+        "prompt": tokens[0, 0], "safe": tokens[1, 0], "harmful": tokens[2, 0],
+        "h": states[0], "h_ref": states[1], "retain_mask": reasoning, "harmful_mask": ~reasoning,
+        "logits": logits[0], "targets": tokens[0], "reasoning": reasoning,
+        "teacher_ids": tokens[3].unsqueeze(-1), "teacher_logprobs": -torch.rand(rows, length, 1, generator=rng),
+        "toward_logits": logits[1], "toward": tokens[1], "away_logits": logits[2], "away": tokens[2],
+        "divergence": torch.rand((), generator=rng),
+    }  # fmt: skip
+
+
+def numbers(found: Any) -> list[Tensor]:
+    """Return what an objective gave, one tensor beside the other."""
+    if isinstance(found, Tensor):
+        return [found]
+    parts = found.values() if isinstance(found, dict) else found
+    if all(isinstance(part, int | Tensor) and not torch.as_tensor(part).dim() for part in parts):
+        return [torch.tensor([int(part) for part in parts])]
+    return [number for part in parts for number in numbers(part)]
+
+
 def is_of_batches(entry: Entry[Any]) -> bool:
     return entry.facts.acts_on in ("input_ids", "inputs_embeds", "hidden_states")
 
 
 def chosen(entry: Entry[Any], draw: Draw, **fixed: Any) -> dict[str, Any]:
-    given = {"mask_token_id": MASK, "vocab_size": VOCABULARY, "protect_ids": (10, 11), "min_answer_tokens": 2} | fixed
+    given = {
+        "mask_token_id": MASK,
+        "vocab_size": VOCABULARY,
+        "protect_ids": (10, 11),
+        "min_answer_tokens": 2,
+        "horizon": 20,
+    }
+    given |= fixed
     return knobs(entry, draw, **{name: value for name, value in given.items() if name in entry.parameters[1]})
 
 
 def apply(entry: Entry[Any], given: Batch, values: dict[str, Any], rng: Any = None) -> Any:
     """Call an objective with what it takes: by default half way through training."""
-    data: dict[str, Any] = {"batch": given, "step": 5, "total_steps": 10, **given}
+    data: dict[str, Any] = {"batch": given, "step": 5, "total_steps": 10, "refusal_token": 9, **given}
     takes = inspect.signature(entry.function).parameters
     supplied = {"rng": rng if rng is not None else torch.Generator().manual_seed(3)} if "rng" in takes else {}
+    supplied |= {
+        name: data[name]
+        for name in ("step", "refusal_token")
+        if name in takes and takes[name].kind == inspect.Parameter.KEYWORD_ONLY
+    }
     own = {name: value for name, value in values.items() if name in takes}
     return entry.function(*(data[name] for name in entry.parameters[0]), **own, **supplied)
 
@@ -166,15 +205,15 @@ def clean_rows_kept(entry: Entry[Any], draw: Draw) -> None:
 
 @law(objective, "what came is left alone, and results repeat", broken=zeroes_labels_in_place)
 def leaves_alone(entry: Entry[Any], draw: Draw) -> None:
-    given = batch(draw, packed=draw(st.booleans())) | answers(draw) | preferences(draw)
+    given = batch(draw, packed=draw(st.booleans())) | answers(draw) | preferences(draw) | contrasts(draw)
     before = {name: value.clone() for name, value in given.items()}
     state = torch.get_rng_state()
     values = chosen(entry, draw)
     found, again = apply(entry, given, values), apply(entry, given, values)
     assert all(torch.equal(given[name], value) for name, value in before.items())
     assert torch.equal(torch.get_rng_state(), state)
-    pairs = [(found[n], again[n]) for n in found] if is_of_batches(entry) else [(found, again)]
-    assert all(torch.equal(a, b) and (not a.is_floating_point() or a.isfinite().all()) for a, b in pairs)
+    pairs = list(zip(numbers(found), numbers(again), strict=True))
+    assert pairs and all(torch.equal(a, b) and (not a.is_floating_point() or a.isfinite().all()) for a, b in pairs)
 
 
 @law(objective, "padding stays padding", broken=shuffles_rows)

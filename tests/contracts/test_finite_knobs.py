@@ -95,13 +95,17 @@ def test_an_optimiser_of_a_loop_of_ones_own_refuses_them_too(table: str, bad: fl
                     entry.function([torch.nn.Parameter(torch.ones(2, 2))], **(needed | {name: bad}))
 
 
-def fields_of(schema: type[BaseModel], where: str = "") -> Iterator[tuple[str, Any]]:
+def fields_of(
+    schema: type[BaseModel], where: str = "", above: tuple[type[BaseModel], ...] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Yield every field with its path; sections by name are reached through one that is called t."""
     for name, field in schema.model_fields.items():
         path = f"{where}{name}"
+        named = get_origin(field.annotation) is dict
         inner = [a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type)]
         for model in inner:
-            if issubclass(model, BaseModel):
-                yield from fields_of(model, f"{path}.")
+            if issubclass(model, BaseModel) and model not in above:
+                yield from fields_of(model, f"{path}.t." if named else f"{path}.", (*above, schema))
         yield path, field.annotation
 
 

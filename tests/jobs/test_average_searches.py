@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from campaigns.forked import Attempt
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
 from modicum.jobs.data.batches import load_batches
@@ -216,28 +217,25 @@ def test_another_tokenizer_is_refused(root: Path, tmp_path: Path) -> None:
         plan(parse({"job": "average", "checkpoints": [str(tmp_path / "1"), str(tmp_path / "2")]}))
 
 
-def start(data: dict[str, Any], folder: Path, **variables: str) -> Attempt:
-    """Start a run in a fork of this process, which has imported all of it."""
+def start(data: dict[str, Any], folder: Path, processes: int = 1) -> subprocess.Popen[str]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.parent / "recipe.yaml"
     file.write_text(yaml.safe_dump(data))
-    return Attempt(["run", str(file), "--out", str(folder)], folder.parent, variables=variables)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "modicum", "run", str(file), "--out", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def finished(process: Attempt) -> None:
-    ended = process.wait(240)
-    assert ended is not None and ended.status == 0, ended and ended.said[-2000:]
+def finished(process: subprocess.Popen[str]) -> None:
+    told, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, told[-2000:]
 
 
 def test_two_processes_search_and_write_as_one(root: Path, tmp_path: Path) -> None:
     data = recipe(root, compare=["best", "quadratic"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun tells them
-    ranks = [start(data, tmp_path / "two/run", RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
-    for rank in ranks:
-        finished(rank)
+    two = start(data, tmp_path / "two/run", 2)
+    finished(two)
     finished(start(data, tmp_path / "one/run"))
     a, b = (tmp_path / n / "run" for n in ("one", "two"))
     assert (a / "model/model.safetensors").read_bytes() == (b / "model/model.safetensors").read_bytes()
@@ -253,14 +251,14 @@ def test_a_process_killed_ten_times_ends_with_the_same_bytes(root: Path, tmp_pat
         process = start(data, folder)
         journal = folder / "search.jsonl"
         until, size = time.monotonic() + 60, journal.stat().st_size if journal.exists() else 0
-        while (ended := process.wait(0)) is None and time.monotonic() < until:
+        while process.poll() is None and time.monotonic() < until:
             grown = journal.exists() and journal.stat().st_size > size + 300 * (1 + number % 3)
             if grown or (folder / ".model.partial").exists():
                 break
             time.sleep(0.002)
-        if ended is not None:
+        if process.poll() is not None:
             break
-        process.kill(signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
         if kills >= 10:

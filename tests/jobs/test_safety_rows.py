@@ -12,6 +12,7 @@ from modicum.jobs.safety_data import (
     build_contrast_rows,
     build_filler_rows,
     build_preference_rows,
+    build_prompt_rows,
     build_rt_rows,
     build_srg_rows,
     decontaminate,
@@ -89,6 +90,9 @@ def test_replies_that_a_request_must_not_get_become_pairs_and_contrasts(reason):
     assert len(against) == (2 if found and reason != "refused" else 0)
     assert all(row["meta"]["kind"] == "illegal" for row in against)
     assert not any("<think>" in row["completion"][0]["content"] for row in contrasts)
+    asked = build_prompt_rows(made.rows)
+    assert [row["label"] for row in asked] == ["illegal", "illegal", "helpful", "helpful"]
+    assert asked[0]["goal"] == asked[0]["prompt"][0]["content"] == "Do some HARM"
     assert (
         build_srg_rows(ILLEGAL, HELPFUL, GUIDELINES, teacher=Scripted(script), judge=Marks(), k=2, seed=0) == made[:2]
     )

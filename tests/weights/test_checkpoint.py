@@ -126,3 +126,10 @@ def test_companions_are_the_model_s_files_and_not_its_weights(family: Family) ->
     (base / "LICENSE").write_text("free")
     names = [path.name for path in Checkpoint(base).companions()]
     assert names == ["LICENSE", "chat_template.jinja", "config.json", "tokenizer.json"]
+
+
+def test_pickled_weights_that_lie_there_twice_are_refused(tmp_path):
+    for name, value in (("pytorch_model.bin", 1.0), ("pytorch_model-00001-of-00001.bin", 2.0)):
+        torch.save({"w": torch.full((2,), value)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="both have 'w'. Remove one"):
+        Checkpoint(tmp_path, allow_pickle=True)

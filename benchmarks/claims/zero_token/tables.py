@@ -194,6 +194,32 @@ def leaving() -> str:
     return markdown(["cycles", *columns.values()], rows)
 
 
+def serving() -> str:
+    """Time saved against visits saved, by how depths are mixed."""
+    found = load("zero-token-serving.json").get("rows", {})
+    rows = [
+        [
+            name.removeprefix("depths, "),
+            how,
+            *(f"{100 * row[key]:.0f} %" for key in ("visits saved", "time saved", "of the visits")),
+        ]
+        for name, part in found.items()
+        if name.startswith("depths")
+        for how, row in part.items()
+        if isinstance(row, dict) and "visits saved" in row
+    ]
+    return markdown(["cycles", "a batch of 8", "visits saved", "time saved", "of the visits"], rows)
+
+
+def drafts() -> str:
+    ways = load("zero-token-serving.json").get("rows", {}).get("draft", {}).get("ways", {})
+    rows = [
+        [name, *(str(row[key]) for key in ("tokens/s of processor time", "times no draft"))]
+        for name, row in ways.items()
+    ]
+    return markdown(["generation", "tokens/s of processor time", "times no draft"], rows)
+
+
 def speed(part: str) -> dict[str, Any]:
     found: dict[str, Any] = load("zero-token-speed.json").get("parts", {}).get(part, {})
     return found
@@ -214,6 +240,8 @@ def main() -> None:
             known_needs(),
             "Accuracy of ZTT when tokens leave, at equal mean cycles:\n",
             known_exits("ZTT"),
+            "The same of HTC:\n",
+            known_exits("HTC"),
             "### SmolLM2-135M, layers 11 to 20 run twice\n",
             fine_tuning(),
             "Mean attention on the zero token:\n",
@@ -226,6 +254,10 @@ def main() -> None:
             by_cycles(),
             "### Leaving after the first cycle, batch 1\n",
             leaving(),
+            "### Mixed depths in a batch of eight, processor time\n",
+            serving(),
+            "### Drafts by fewer cycles, processor time\n",
+            drafts(),
         ],
     )
 

@@ -51,6 +51,7 @@ __all__ = [
     "build_contrast_rows",
     "build_filler_rows",
     "build_preference_rows",
+    "build_prompt_rows",
     "build_rt_rows",
     "build_srg_rows",
     "decontaminate",
@@ -303,6 +304,25 @@ def build_contrast_rows(srg_rows: Sequence[Row], worse: Mapping[str, Candidate])
         rejected = None if other is None else spoken(other.answer)
         found.append({"prompt": row["prompt"], "completion": spoken(row["answer"]), "rejected": rejected, "meta": meta})
     return found
+
+
+def build_prompt_rows(srg_rows: Sequence[Row]) -> list[Row]:
+    """Return prompts with the columns that a reward reads, for trainers of groups such as TRL's ``GRPOTrainer``.
+
+    :func:`modicum.objectives.safety_reasoning.srg_reward` takes ``label`` and ``goal``.
+
+    Args:
+        srg_rows: Rows of safety reasoning.
+    """
+    return [
+        {
+            "prompt": row["prompt"],
+            "label": row["meta"]["kind"],
+            "goal": row["prompt"][-1]["content"],
+            "meta": {**row["meta"], "arm": "prompts"},
+        }
+        for row in srg_rows
+    ]
 
 
 def _selected(

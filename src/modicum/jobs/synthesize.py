@@ -26,7 +26,7 @@ from modicum.registry import job
 from modicum.types import NonNegative, PositiveInt
 
 WORDS = 12  # in a row, by which a wrapper is known
-Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled", "preference", "contrast"]
+Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled", "preference", "contrast", "prompts"]
 
 
 class SynthesizeRecipe(Recipe):
@@ -108,6 +108,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         build_contrast_rows,
         build_filler_rows,
         build_preference_rows,
+        build_prompt_rows,
         build_rt_rows,
         decontaminate,
         synthesized,
@@ -166,6 +167,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         "filler_shuffled": lambda: build_filler_rows(rows, filler="shuffled", seed=recipe.seed),
         "preference": lambda: build_preference_rows(rows, worse),
         "contrast": lambda: build_contrast_rows(rows, worse),
+        "prompts": lambda: build_prompt_rows(rows),
     }
     folder = run.folder / "rows"
     folder.mkdir(exist_ok=True)
@@ -228,7 +230,7 @@ def _write(path: Any, rows: Sequence[Mapping[str, Any]], form: str) -> None:
         value = row[field]
         return value[-1]["content"] if form == "text" and isinstance(value, list) else value
 
-    spoken = ("prompt", "completion", "chosen", "rejected", "reasoning", "answer")
+    spoken = ("prompt", "completion", "chosen", "rejected", "reasoning", "answer", "label", "goal")
     table = pyarrow.Table.from_pylist(
         [
             {

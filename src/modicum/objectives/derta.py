@@ -50,6 +50,9 @@ def derta_rows(
         >>> rows[0], rows[1]
         (([1, 8, 9], [-100, 8, 9]), ([1, 4, 5], [-100, 8, 8]))
 
+    Cost:
+        Two rows for each harmful request, in place of one.
+
     Reference:
         Y. Yuan et al., 2024, arXiv:2407.09121, section 3.
     """

@@ -168,7 +168,10 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         for file in files:
             self._stamps[file] = Stamp.of(file)
-            self._loaded.update(load_pickle(file, self.name))
+            found = load_pickle(file, self.name)
+            if twice := sorted(self._loaded.keys() & found.keys()):
+                raise CheckpointError(f"{self.name}: {file.name} and another file both have {twice[0]!r}. Remove one.")
+            self._loaded.update(found)
 
     def _open_adapter(self, folder: Path, resolve: Resolver, base: str | Path | None, allow_pickle: bool) -> None:
         self.adapter = adapter = Adapter(folder, owner=self.name, allow_pickle=allow_pickle)

@@ -80,7 +80,7 @@ def read_journals(folder: Path) -> dict[str, Statistics]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 name, statistics = loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 continue  # the line that was being written when the process was killed
             if isinstance(name, str) and isinstance(statistics, Mapping):
                 found[name] = dict(statistics)

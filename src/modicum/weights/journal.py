@@ -38,9 +38,9 @@ class Journal:
         for line in lines[1:]:
             try:
                 key, numbers = loads(line)
-            except ValueError:
+                known.append((str(key), [float(number) for number in numbers]))
+            except (ValueError, TypeError):
                 break
-            known.append((key, numbers))
         return known
 
     def answer(self, key: str, ask: Callable[[], list[float]]) -> list[float]:

@@ -14,7 +14,7 @@ from support import byte_tokenizer, tiny_llama
 DRAWING = sorted(
     name
     for name, entry in objective.items()
-    if "rng" in inspect.signature(entry.function).parameters and entry.facts.acts_on != "answers"
+    if "rng" in inspect.signature(entry.function).parameters and entry.facts.acts_on not in ("answers", "contrasts")
 )
 INSIDE = [name for name in DRAWING if objective[name].facts.acts_on != "input_ids"]
 CHECKPOINTING = [

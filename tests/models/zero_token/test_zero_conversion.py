@@ -166,7 +166,7 @@ def test_conversions_that_make_no_sense_are_refused(knobs):
 
 
 def test_other_models_and_looped_ones_are_refused():
-    for knobs in ({"n_cycles": 2}, {"n_head": 2, "train_cycles": "random"}, {"mode": "tie"}):
+    for knobs in ({}, {"n_cycles": 2}, {"n_head": 2, "train_cycles": "random"}, {"mode": "tie"}):
         with pytest.raises(UnsupportedError, match="resize_pool"):
             convert_to_zero_token(looped(), **knobs)
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from models.zero_token.support_zero import base_model, looped, tokens
 from modicum.models import ZeroTokenForCausalLM, convert_to_zero_token
@@ -87,8 +88,22 @@ def test_the_unchanged_trainer_trains_saves_and_resumes(arguments, tmp_path):
 def test_a_compiled_pass_is_the_plain_one():
     model = looped(host_overrides={"num_hidden_layers": 2}, n_head=0, n_cycles=2)
     with torch.no_grad():
-        got = torch.compile(model, backend="eager")(input_ids=tokens(), use_cache=False).logits
+        got = torch.compile(model, backend="eager", fullgraph=True)(input_ids=tokens(), use_cache=False).logits
     torch.testing.assert_close(got, model(tokens(), use_cache=False).logits)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, {"zero_token": False}])
+def test_a_decoding_step_compiles_as_one_graph(knobs):
+    model = looped(host_overrides={"num_hidden_layers": 3}, **knobs)
+    step, cache, found = torch.compile(model, backend="eager", fullgraph=True), DynamicCache(config=model.config), []
+    with torch.no_grad():
+        model(tokens()[:, :4], cache=cache, use_cache=True)
+        for i in range(4, 7):
+            found.append(step(input_ids=tokens()[:, i : i + 1], cache=cache, use_cache=True).logits)
+        want = model(tokens(), use_cache=False).logits[:, 4:]
+    torch.testing.assert_close(torch.cat(found, 1), want, atol=1e-4, rtol=0)
     torch._dynamo.reset()
 
 

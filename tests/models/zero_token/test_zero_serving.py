@@ -139,6 +139,19 @@ def test_deciding_by_the_prediction_leaves_the_cache_alone(host, knobs):
     assert cache.get_seq_length() == 9 and cycles.unique().numel() > 1
 
 
+@pytest.mark.parametrize("host", ["mistral", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("policy", ["share_first", "propagate", "latest", "select"])
+def test_policies_decode_past_a_window(host, policy):
+    model = looped(host, cache_policy=policy)
+    for prefill in (0, 6):
+        for asked in ({}, {"exit_threshold": 0.15}):
+            with torch.no_grad():
+                want = model(tokens(2, 9), use_cache=False, **asked)
+            logits, cycles, _ = decode(model, tokens(2, 9), prefill=prefill, **asked)
+            assert torch.equal(cycles, want.cycles)
+            torch.testing.assert_close(logits, want.logits, atol=2e-4, rtol=0)
+
+
 def test_passes_are_counted_and_timed_both_ways():
     model = looped(exit_threshold=0.12)
     with model.counted(every=1) as spent:

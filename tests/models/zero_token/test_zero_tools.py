@@ -119,6 +119,14 @@ def test_lm_eval_measures(tokenizer):
     assert nats == pytest.approx(want, abs=1e-3)
 
 
+def test_tools_that_look_for_the_class_fall_back_to_the_auto_class(tmp_path):
+    trl = pytest.importorskip("trl.trainer.utils")
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    found = trl.create_model_from_path(str(tmp_path))
+    assert type(found) is type(model) and "auto_map" not in (tmp_path / "config.json").read_text()
+
+
 def test_peft_merges_into_the_looped_model():
     from peft import LoraConfig, get_peft_model
 

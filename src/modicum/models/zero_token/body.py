@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass, field
 from functools import cache as cached
 from typing import Any
 
@@ -29,27 +28,33 @@ logger = logging.get_logger(__name__)
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
 
-@dataclass(eq=False)
 class Call:
     """What a call asks of the loop beyond what the host takes, and the trace that it gets back.
 
-    Attributes:
+    Args:
         n_cycles: Cycles to run, or how many each sequence (b,) or token (b, t) runs; None for the model's own.
         exit: Fields of :class:`~modicum.models.zero_token.loop.Exit` that replace the configuration's.
         plain: Leave the zero tokens out.
         skip: Visits, as (layer, cycle), to leave out; without a cache.
         stay: Run all cycles, whatever the configuration says.
         result: Last state, when the layers are not to run at all.
-        trace: Record of the visits.
+
+    Its ``trace`` is the record of the visits.
     """
 
-    n_cycles: int | Tensor | None = None
-    exit: dict[str, Any] = field(default_factory=dict)
-    plain: bool = False
-    stay: bool = False
-    skip: frozenset[tuple[int, int]] = frozenset()
-    result: Tensor | None = None
-    trace: loop.Trace = field(default_factory=loop.Trace)
+    def __init__(
+        self,
+        n_cycles: int | Tensor | None = None,
+        *,
+        exit: dict[str, Any] | None = None,  # noqa: A002 - what forward calls exit_…
+        plain: bool = False,
+        stay: bool = False,
+        skip: frozenset[tuple[int, int]] = frozenset(),
+        result: Tensor | None = None,
+    ) -> None:
+        self.n_cycles, self.exit = n_cycles, exit or {}
+        self.plain, self.stay, self.skip, self.result = plain, stay, skip, result
+        self.trace = loop.Trace()
 
 
 class View:
@@ -220,6 +225,7 @@ def _begin_run(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs:
         trace=call.trace,
         depths=depths,
         arguments={},
+        seen={},
     )
 
 

@@ -112,7 +112,7 @@ def convert_to_zero_token(
 
 def _run_otherwise(model: Any, knobs: dict[str, Any], **others: Any) -> Any:
     """Return a looped model with other knobs of running and training, which need no other weights."""
-    if set(knobs) - {*EXITS, *TRAINING} or others != {"ends": (1, 1), "mode": "loop"}:
+    if not knobs or set(knobs) - {*EXITS, *TRAINING} or others != {"ends": (1, 1), "mode": "loop"}:
         raise UnsupportedError(
             f"The model is looped already: it takes {', '.join((*EXITS, *TRAINING))}. For other cycles use "
             "resize_pool(model, n_cycles)."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from modicum.models.zero_token.visit import Visit
 Placed = tuple[int, int, int]  # layer, cycle, slot
 
 
-@dataclass(eq=False)
 class Trace:
     """States, visits and counts that a pass records.
 
@@ -44,15 +43,16 @@ class Trace:
         run: The pass itself, when it is over.
     """
 
-    first: Tensor | None = None
-    states: list[Tensor] = field(default_factory=list)
-    visits: list[Visit] = field(default_factory=list)
-    cycle_states: list[Tensor] = field(default_factory=list)
-    cycles: Tensor | None = None
-    calls: int = 0
-    computed: int = 0
-    scores: list[Tensor] = field(default_factory=list)
-    run: LoopRun | None = None
+    # No dataclass: the compiler cannot trace its factories.
+    def __init__(self) -> None:
+        self.first: Tensor | None = None
+        self.states: list[Tensor] = []
+        self.visits: list[Visit] = []
+        self.cycle_states: list[Tensor] = []
+        self.cycles: Tensor | None = None
+        self.calls = self.computed = 0
+        self.scores: list[Tensor] = []
+        self.run: LoopRun | None = None
 
     def count(self, computed: Tensor) -> None:
         """Count a visit by the states (b, t, d) that it computed."""
@@ -90,6 +90,7 @@ class LoopRun:
         trace: Record of the visits.
         depths: Cycles of each token (b, t), when they are imposed.
         arguments: What the host calls the layer of each slot with, after the state.
+        seen: Under ``share_first`` the keys and values that each layer saw in the first cycle.
     """
 
     config: PlainConfig
@@ -103,9 +104,10 @@ class LoopRun:
     predict: Callable[[Tensor], Tensor]
     n_cycles: int
     exit: Exit
-    trace: Trace  # given, not made by default: torch.compile cannot trace a factory of classes
+    trace: Trace
     depths: Tensor | None
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    seen: dict[int, tuple[Tensor, Tensor]]
 
     @property
     def may_exit(self) -> bool:
@@ -144,6 +146,7 @@ class LoopRun:
         # Under "propagate" a token that left makes keys of its last state, like the tokens that go on.
         visit.previous = None if self.config.cache_policy == "propagate" else previous
         visit.shared, visit.some = shared, some
+        visit.seen = self.seen.get(layer) if shared and cycle else None
         new = self.layers[layer](hidden if some is None else some.take(hidden), *args, **kwargs, visit=visit)
         if not isinstance(new, Tensor) or visit.states is None:
             why = "it computes attention by code of its own" if visit.states is None else "it returns more than a state"
@@ -153,6 +156,8 @@ class LoopRun:
                 "Reentrant checkpointing loses the gradient of keys that a later cycle reads. "
                 "Set gradient_checkpointing_kwargs to {'use_reentrant': False}."
             )
+        if shared and not cycle and visit.seen is not None:
+            self.seen[layer] = visit.seen
         if only_store:
             return hidden, visit
         self.trace.count(new)

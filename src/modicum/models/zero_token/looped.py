@@ -228,7 +228,7 @@ class Looped(PreTrainedModel):
         """Count what looped models spend within; one pass in ``every`` that may leave is timed with all cycles too.
 
         Example:
-            >>> with ZeroTokenForCausalLM.counted() as spent:
+            >>> with Looped.counted() as spent:
             ...     pass
             >>> spent.tokens
             0

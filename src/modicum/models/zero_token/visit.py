@@ -53,6 +53,7 @@ class Visit:
         active: Which of the new tokens run this cycle, (b, t); None for all.
         previous: Keys and values of the new tokens in the cycle before, for the tokens that do not run.
         shared: Use ``previous`` for all tokens.
+        seen: All keys and values that were visible; given beforehand, when they are those of the first cycle.
         zero_attention: Attention on the zero token (b, h, t), or what computes it; see :attr:`p0`.
         weights: Attention on the real tokens, by the eager implementation.
         states: Keys and values of the new tokens as they were stored.
@@ -78,6 +79,7 @@ class Visit:
         self.active: Tensor | None = None
         self.previous: tuple[Tensor, Tensor] | None = None
         self.shared = False
+        self.seen: tuple[Tensor, Tensor] | None = None
         self.zero_attention: Tensor | Callable[[], Tensor] | None = None
         self.weights: Tensor | None = None
         self.states: tuple[Tensor, Tensor] | None = None
@@ -136,15 +138,17 @@ class Visit:
         if self.cache is None:
             return key, value, False
         layer = self.cache.layers[self.slot]
-        if self.shared and self.cycle:
-            # The first cycle has stored these tokens; the other cycles read its slot.
-            return layer.keys, layer.values, False
+        if self.shared and self.cycle and self.seen is not None:
+            # The first cycle has stored these tokens; a slot with a window may have forgotten some since.
+            return *self.seen, False
         if not isinstance(layer, SlotLayer):
-            return *self.cache.update(key, value, self.slot), False
+            self.seen = self.cache.update(key, value, self.slot)
+            return *self.seen, False
         # Only a key that is the same for all queries can wait in a column, and only in a slot of its own.
         zero_key, bias = zero or (None, None)
         waits = zero_key is not None and zero_key.dim() == 2 and bias is None and not self.shared
-        return *layer.update(key, value, zero_key=zero_key if waits else None), waits
+        self.seen = layer.update(key, value, zero_key=zero_key if waits else None)
+        return *self.seen, waits
 
 
 def attend(

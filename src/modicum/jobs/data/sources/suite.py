@@ -222,9 +222,7 @@ def task_rows(
         RecipeError: There is no such task, or a setting that tasks do not have.
 
     Example:
-        >>> from modicum.jobs.data.made import MADE
-    from modicum.jobs.data.made import MADE_SIZE as PAIRS
-    from modicum.jobs.data.section import DataSection
+        >>> from modicum.jobs.data.section import DataSection
         >>> task_rows(DataSection(path="task:parity", size=1), "parity").rows[0]["candidates"]
         (' even', ' odd')
 
