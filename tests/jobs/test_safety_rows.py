@@ -19,7 +19,6 @@ from modicum.jobs.safety_data import (
     load_guidelines,
     render_row,
     render_teacher_prompt,
-    synthesized,
 )
 from support import byte_tokenizer
 
@@ -81,8 +80,12 @@ def test_replies_that_a_request_must_not_get_become_pairs_and_contrasts(reason):
         wanted = ("HARM" in asked) is (reason != "refused")
         return bad if index == 0 and wanted else teacher(request, index)
 
-    made = synthesized(ILLEGAL, HELPFUL, GUIDELINES, teacher=Scripted(script), judge=Marks(), k=2, seed=0)
-    pairs, contrasts = build_preference_rows(made.rows, made.worse), build_contrast_rows(made.rows, made.worse)
+    worse = {}
+    made = build_srg_rows(
+        ILLEGAL, HELPFUL, GUIDELINES, teacher=Scripted(script), judge=Marks(), k=2, seed=0, worse=worse
+    )
+    rows, _ = made
+    pairs, contrasts = build_preference_rows(rows, worse), build_contrast_rows(rows, worse)
     found = reason in ("unsafe", "complied", "refused")
     assert len(pairs) == (2 if found else 0) and len(contrasts) == 4
     assert all(pair["chosen"] != pair["rejected"] and "<think>" in pair["rejected"][0]["content"] for pair in pairs)
@@ -90,12 +93,10 @@ def test_replies_that_a_request_must_not_get_become_pairs_and_contrasts(reason):
     assert len(against) == (2 if found and reason != "refused" else 0)
     assert all(row["meta"]["kind"] == "illegal" for row in against)
     assert not any("<think>" in row["completion"][0]["content"] for row in contrasts)
-    asked = build_prompt_rows(made.rows)
+    asked = build_prompt_rows(rows)
     assert [row["label"] for row in asked] == ["illegal", "illegal", "helpful", "helpful"]
     assert asked[0]["goal"] == asked[0]["prompt"][0]["content"] == "Do some HARM"
-    assert (
-        build_srg_rows(ILLEGAL, HELPFUL, GUIDELINES, teacher=Scripted(script), judge=Marks(), k=2, seed=0) == made[:2]
-    )
+    assert build_srg_rows(ILLEGAL, HELPFUL, GUIDELINES, teacher=Scripted(script), judge=Marks(), k=2, seed=0) == made
 
 
 @pytest.mark.parametrize("reason", BROKEN)

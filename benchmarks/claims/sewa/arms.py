@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from modicum.registry import averager
+from modicum.weights import Snapshots
 from modicum.weights.average import Choice, choose
 from modicum.weights.search import Landscape, Loss
 
@@ -19,6 +23,37 @@ DRAWS = 5
 
 Report = Callable[[list[float]], dict[str, float]]
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How a small model is trained at a constant rate, and which of its states are kept: the last, evenly spaced."""
+
+    steps: int
+    batch: int
+    keep: int
+    every: int
+    clip: float = math.inf
+
+    def run(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Tensor], Tensor],
+        *,
+        rows: int,
+        draws: torch.Generator,
+    ) -> list[State]:
+        """Train on batches of row numbers, and return the states."""
+        snapshots = Snapshots(model, keep=self.keep)
+        for step in range(1, self.steps + 1):
+            loss(torch.randint(rows, (self.batch,), generator=draws)).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step > self.steps - self.keep * self.every and step % self.every == 0:
+                snapshots.take(step)
+        return snapshots.states()
 
 
 def rules(n: int) -> dict[str, list[tuple[str, dict[str, Any], int]]]:

@@ -17,13 +17,12 @@ import gymnasium
 import numpy as np
 import torch
 from benchmarks.cells import measure_all, resumable
-from benchmarks.claims.sewa.arms import State, measure
+from benchmarks.claims.sewa.arms import State, Trajectory, measure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modicum.random import generator
-from modicum.weights import Snapshots
 from modicum.weights.average import weighted_mean
 
 N, EVERY, STEPS, BATCH, RATE, EPISODES = 20, 10, 600, 64, 1e-2, 50
@@ -134,15 +133,12 @@ def work(task: Task, seed: int) -> dict[str, Any]:
     x, y = data["train"]
     model = network(x.shape[1], task)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
-    snapshots, draws = Snapshots(model, keep=N), generator(seed, "cloning", "batches")
-    for step in range(1, STEPS + 1):
-        rows = torch.randint(len(x), (BATCH,), generator=draws)
-        imitation(task, model(x[rows]), y[rows]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step > STEPS - N * EVERY and step % EVERY == 0:
-            snapshots.take(step)
-    states = snapshots.states()
+
+    def learned(rows: Tensor) -> Tensor:
+        return imitation(task, model(x[rows]), y[rows])
+
+    draws = generator(seed, "cloning", "batches")
+    states = Trajectory(STEPS, BATCH, N, EVERY).run(model, optimizer, learned, rows=len(x), draws=draws)
 
     def loss(weights: State, batch: tuple[Tensor, Tensor]) -> Tensor:
         return imitation(task, torch.func.functional_call(model, weights, (batch[0],)), batch[1])

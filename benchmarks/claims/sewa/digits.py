@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from benchmarks.cells import measure_all, resumable
-from benchmarks.claims.sewa.arms import State, measure
+from benchmarks.claims.sewa.arms import State, Trajectory, measure
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modicum.random import generator
-from modicum.weights import Snapshots, refresh_batch_norm
+from modicum.weights import refresh_batch_norm
 from modicum.weights.average import weighted_mean
 
 N, EVERY, STEPS, BATCH = 20, 8, 400, 64
@@ -48,16 +48,12 @@ def work(norm: bool, rate: str, seed: int) -> dict[str, Any]:
     model, data = network(norm), images(seed)
     x, y = data["train"]
     optimizer = torch.optim.SGD(model.parameters(), lr=RATES[rate], momentum=0.9, weight_decay=5e-4)
-    snapshots, draws = Snapshots(model, keep=N), generator(seed, "digits", "batches")
-    for step in range(1, STEPS + 1):
-        rows = torch.randint(len(x), (BATCH,), generator=draws)
-        functional.cross_entropy(model(x[rows]), y[rows], label_smoothing=0.1).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step > STEPS - N * EVERY and step % EVERY == 0:
-            snapshots.take(step)
-    states = snapshots.states()
+
+    def learned(rows: Tensor) -> Tensor:
+        return functional.cross_entropy(model(x[rows]), y[rows], label_smoothing=0.1)
+
+    draws = generator(seed, "digits", "batches")
+    states = Trajectory(STEPS, BATCH, N, EVERY, clip=5.0).run(model, optimizer, learned, rows=len(x), draws=draws)
 
     def loss(weights: State, batch: tuple[Tensor, Tensor]) -> Tensor:
         # In training mode: normalised by the batch, as no statistics are right for a mean.

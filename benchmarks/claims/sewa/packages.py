@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from benchmarks.cells import measure_all, resumable
-from benchmarks.claims.sewa.arms import State, measure
+from benchmarks.claims.sewa.arms import State, Trajectory, measure
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modicum.random import generator
-from modicum.weights import Snapshots
 from modicum.weights.average import weighted_mean
 
 PACKAGES = ("asyncio", "email", "idlelib", "importlib", "multiprocessing", "tkinter", "unittest", "xml")
@@ -72,15 +71,12 @@ def work(rate: str, seed: int) -> dict[str, Any]:
     model, data = Net(), {name: snippets(name, size, seed) for name, size in SIZES.items()}
     x, y = data["train"]
     optimizer = torch.optim.Adam(model.parameters(), lr=RATES[rate])
-    snapshots, draws = Snapshots(model, keep=N), generator(seed, "packages", "batches")
-    for step in range(1, STEPS + 1):
-        rows = torch.randint(len(x), (BATCH,), generator=draws)
-        functional.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step > STEPS - N * EVERY and step % EVERY == 0:
-            snapshots.take(step)
-    states = snapshots.states()
+
+    def learned(rows: Tensor) -> Tensor:
+        return functional.cross_entropy(model(x[rows]), y[rows])
+
+    draws = generator(seed, "packages", "batches")
+    states = Trajectory(STEPS, BATCH, N, EVERY).run(model, optimizer, learned, rows=len(x), draws=draws)
 
     def loss(weights: State, batch: tuple[Tensor, Tensor]) -> Tensor:
         logits: Tensor = torch.func.functional_call(model, weights, (batch[0],))

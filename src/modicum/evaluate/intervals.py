@@ -68,6 +68,21 @@ def mean(values: Sequence[float], *, level: float = 0.95) -> Estimate:
     return ratio(values, [1.0] * len(values), level=level)
 
 
+def mean_score(scores: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """Return the mean of scores, with Wilson's interval where each question was answered wholly or not at all.
+
+    Args:
+        scores: From 0 to 1.
+        level: Probability that the interval holds the truth.
+
+    Example:
+        >>> mean_score([1.0, 0.0]) == wilson(1, 2), mean_score([0.5, 1.0]) == mean([0.5, 1.0])
+        (True, True)
+    """
+    whole = {*scores} <= {0.0, 1.0}
+    return wilson(int(sum(scores)), len(scores), level=level) if whole else mean(scores, level=level)
+
+
 def ratio(numerators: Sequence[float], denominators: Sequence[float], *, level: float = 0.95) -> Estimate:
     r"""Ratio of two sums over the same items, such as bits per byte over documents.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from modicum.errors import RecipeError
 from modicum.evaluate.chat import ChatModel, ChatRequest, GenParams, Judge, Verdict
@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 Select: TypeAlias = Literal["first_pass", "best_score", "all_pass"]
+WORSE = {True: ("unsafe", "complied", "verdict"), False: ("refused",)}
 
 
 def build_srg_rows(
@@ -83,6 +84,7 @@ def build_srg_rows(
     min_words: int = 3,
     ngram: int = 12,
     most: int = 1,
+    worse: dict[str, Candidate] | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """Return rows of prompt, reasoning and answer, and how many candidates fell to which filter.
 
@@ -112,6 +114,8 @@ def build_srg_rows(
         min_words: Fewest words of reasoning.
         ngram: Words in a row that no reply may share with the guidelines.
         most: Most rows of a request with ``all_pass``.
+        worse: Gets, for the id of a request, a reply that it must not get: unsafe, complying or against its own verdict
+            on a harmful request, a refusal of a harmless one. Pairs and contrasts are made of these.
 
     Returns:
         Rows of ``prompt`` and ``completion`` as conversations, with ``reasoning``, ``answer`` and ``meta``; and the
@@ -127,69 +131,6 @@ def build_srg_rows(
     Reference:
         H. Wang et al., 2025, arXiv:2502.04040; knobs are our choice.
     """
-    made = synthesized(
-        illegal,
-        helpful,
-        guidelines,
-        teacher=teacher,
-        judge=judge,
-        k=k,
-        select=select,
-        helpful_mode=helpful_mode,
-        final_answer=final_answer,
-        judge_part=judge_part,
-        seed=seed,
-        guideline_set=guideline_set,
-        hint=hint,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        min_words=min_words,
-        ngram=ngram,
-        most=most,
-    )
-    return made.rows, made.drops
-
-
-class Synthesis(NamedTuple):
-    """What a teacher's replies have become.
-
-    Attributes:
-        rows: Of safety reasoning.
-        drops: How many candidates fell to which filter.
-        worse: For the id of a request a reply that it must not get: unsafe, complying or against its own verdict on a
-            harmful request, a refusal of a harmless one.
-    """
-
-    rows: list[Row]
-    drops: Counter[str]
-    worse: dict[str, Candidate]
-
-
-WORSE = {True: ("unsafe", "complied", "verdict"), False: ("refused",)}
-
-
-def synthesized(
-    illegal: Sequence[Given],
-    helpful: Sequence[Given],
-    guidelines: Sequence[Guideline],
-    *,
-    teacher: ChatModel,
-    judge: Judge,
-    k: int = 8,
-    select: Select = "best_score",
-    helpful_mode: Literal["reason_and_answer", "reason_then_reference", "answer_only"] = "reason_and_answer",
-    final_answer: Literal["shared", "own"] = "shared",
-    judge_part: Literal["answer", "reasoning", "both"] = "both",
-    seed: int,
-    guideline_set: GuidelineSet = "full",
-    hint: Literal["none", "label"] = "none",
-    temperature: float = 0.8,
-    max_tokens: int = 1024,
-    min_words: int = 3,
-    ngram: int = 12,
-    most: int = 1,
-) -> Synthesis:
-    """Return rows, counts, and the replies that preferences are made of; see :func:`build_srg_rows`."""
     one_of(select, ("first_pass", "best_score", "all_pass"), "select")
     one_of(helpful_mode, ("reason_and_answer", "reason_then_reference", "answer_only"), "helpful_mode")
     one_of(final_answer, ("shared", "own"), "final_answer")
@@ -228,11 +169,10 @@ def synthesized(
             else:
                 candidates.append(candidate)
     passed: dict[str, list[tuple[Candidate, Verdict]]] = {}
-    worse: dict[str, Candidate] = {}
     for candidate, verdict, reason in judged(candidates, judge, judge_part):
         if reason:
             drops[reason] += 1
-            if reason in WORSE[candidate.query.harmful]:
+            if worse is not None and reason in WORSE[candidate.query.harmful]:
                 worse.setdefault(candidate.query.id, candidate)
         else:
             passed.setdefault(candidate.query.id, []).append((candidate, verdict))
@@ -262,7 +202,7 @@ def synthesized(
             }
             rows.append(make_row(query, candidate.reasoning, answer, meta))
         drops["not_selected"] += len(passed.get(query.id, [])) - len(kept)
-    return Synthesis(rows, +drops, worse)
+    return rows, +drops
 
 
 def build_preference_rows(srg_rows: Sequence[Row], worse: Mapping[str, Candidate]) -> list[Row]:
@@ -272,7 +212,7 @@ def build_preference_rows(srg_rows: Sequence[Row], worse: Mapping[str, Candidate
 
     Args:
         srg_rows: Rows of safety reasoning.
-        worse: Of :func:`synthesized`.
+        worse: As :func:`build_srg_rows` fills it.
 
     Returns:
         Rows of ``prompt``, ``chosen`` and ``rejected`` as conversations, the form that TRL reads.
@@ -295,7 +235,7 @@ def build_contrast_rows(srg_rows: Sequence[Row], worse: Mapping[str, Candidate])
 
     Args:
         srg_rows: Rows of safety reasoning.
-        worse: Of :func:`synthesized`.
+        worse: As :func:`build_srg_rows` fills it.
     """
     found = []
     for row in srg_rows:

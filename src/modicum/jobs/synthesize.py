@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 from pydantic import Field
@@ -24,6 +24,9 @@ from modicum.recipe import Recipe
 from modicum.record import Run
 from modicum.registry import job
 from modicum.types import NonNegative, PositiveInt
+
+if TYPE_CHECKING:
+    from modicum.jobs.safety.filters import Candidate
 
 WORDS = 12  # in a row, by which a wrapper is known
 Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled", "preference", "contrast", "prompts"]
@@ -110,8 +113,8 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         build_preference_rows,
         build_prompt_rows,
         build_rt_rows,
+        build_srg_rows,
         decontaminate,
-        synthesized,
     )
 
     illegal, helpful = _requests(recipe)
@@ -124,7 +127,8 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         tags |= {_id(given, f"helpful-{i}"): False for i, given in enumerate(helpful)}
         teacher = Steered(teacher, tags, reasoning_tokens=recipe.max_tokens)
     cached = Cached(teacher, run.folder / "replies.jsonl", revision=run.hash, packed=True)
-    rows, drops, worse = synthesized(
+    worse: dict[str, Candidate] = {}
+    rows, drops = build_srg_rows(
         illegal,
         helpful,
         load_guidelines(recipe.guidelines),
@@ -141,6 +145,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         max_tokens=recipe.max_tokens,
         min_words=recipe.min_words,
         seed=recipe.seed,
+        worse=worse,
     )
     kinds = {kind: sum(row["meta"]["kind"] == kind for row in rows) for kind in ("illegal", "helpful")}
     run.record["metrics"] = {

@@ -18,7 +18,7 @@ Reference:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -37,6 +37,7 @@ from modicum.weights.files import Spec, digest_tensor
 from modicum.weights.mergekit.tokenizers import Converter, read_tokenizer, spelt
 from modicum.weights.mergekit.vocabulary import Result, companions_with
 from modicum.weights.plan import Plan, Source, kept, parse_dtype
+from modicum.weights.retabled import Retabled
 
 Way = Literal["omp", "nearest", "mean", "zero"]
 BLOCK = 512  # new tokens at a time
@@ -110,7 +111,7 @@ def neighbours(targets: Tensor, atoms: Tensor, *, k: int) -> Combination:
     return Combination(places, weights / weights.sum(1, keepdim=True))
 
 
-class Transplanted(Mapping[str, Tensor]):
+class Transplanted(Retabled):
     """A model with the tables of another vocabulary.
 
     Args:
@@ -123,53 +124,35 @@ class Transplanted(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: Checkpoint, donor: Checkpoint, rows: Tensor, tokens: Tensor, *, way: Way, k: int) -> None:
-        self.model, self.donor, self.rows, self.tokens, self.way, self.k = model, donor, rows, tokens, way, k
-        self.name, self.config = model.name, model.config
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.model)
-
-    def __len__(self) -> int:
-        return len(self.model)
-
-    def spec(self, name: str) -> Spec:
-        """Return shape and dtype of a tensor."""
-        spec = self.model.spec(name)
-        return Spec((len(self.rows), *spec.shape[1:]), spec.dtype) if is_vocabulary(name) else spec
+        super().__init__(model, len(rows), [donor])
+        self.donor, self.rows, self.tokens, self.way, self.k = donor, rows, tokens, way, k
 
     @property
     def identity(self) -> list[object]:
-        """What its tensors depend on; see :attr:`modicum.weights.checkpoint.Checkpoint.identity`."""
+        """What its tensors depend on."""
         return [self.model.identity, self.donor.identity, digest_tensor(self.rows), self.way, self.k]
-
-    def check(self) -> None:
-        """Raise unless the models are what they were; see :meth:`modicum.weights.checkpoint.Checkpoint.check`."""
-        self.model.check()
-        self.donor.check()
 
     @cached_property
     def new(self) -> Tensor:
         """Rows of the result that are made."""
         return (self.tokens & (self.rows < 0)).nonzero().view(-1)
 
-    def __getitem__(self, name: str) -> Tensor:
-        table = self.model[name]
-        if not is_vocabulary(name):
-            return table
+    def table(self, name: str, own: Tensor) -> Tensor:
+        """Return the rows of shared tokens, and those made for new ones."""
         shared = (self.rows >= 0).nonzero().view(-1)
-        own = table.index_select(0, self.rows[shared])
-        mean = own.mean(0, dtype=torch.float32)
-        out = mean.to(table.dtype).expand(len(self.rows), *table.shape[1:]).clone()
-        out[shared] = own
+        kept_rows = own.index_select(0, self.rows[shared])
+        mean = kept_rows.mean(0, dtype=torch.float32)
+        out = mean.to(own.dtype).expand(self.size, *own.shape[1:]).clone()
+        out[shared] = kept_rows
         if self.way == "zero":
             out[self.new] = 0
-        elif self.way != "mean" and table.ndim == 2:
+        elif self.way != "mean" and own.ndim == 2:
             source = self._like(name)
             atoms = source.index_select(0, shared)
             for block in torch.split(self.new, BLOCK):
                 targets = source.index_select(0, block)
                 make = pursue if self.way == "omp" else neighbours
-                out[block] = make(targets, atoms, k=self.k).of(own).to(table.dtype)
+                out[block] = make(targets, atoms, k=self.k).of(kept_rows).to(own.dtype)
         return out
 
     def _like(self, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modicum.errors import CheckpointError, MissingExtraError, RecipeError, did_you_mean, first_line
-from modicum.evaluate.intervals import Estimate, mean, paired_proportions, wilson
+from modicum.evaluate.intervals import Estimate, mean, mean_score, paired_proportions
 from modicum.evaluate.rows import Rows
 from modicum.evaluate.subject import Result, Subject
 from modicum.registry import measure
@@ -27,17 +27,12 @@ def _asked(_load: Callable[[], Rows], *, task: str, data_path: str) -> Rows:
     return Rows("text", [{"text": task, "folder": data_path}])
 
 
-def _plain(items: Sequence[Result]) -> bool:
-    return {item["score"] for item in items} <= {0.0, 1.0}
-
-
 def _estimate(items: Sequence[Result], *, level: float) -> Estimate:
-    scores = [item["score"] for item in items]
-    return wilson(int(sum(scores)), len(scores), level=level) if _plain(items) else mean(scores, level=level)
+    return mean_score([item["score"] for item in items], level=level)
 
 
 def _difference(a: Sequence[Result], b: Sequence[Result], *, level: float) -> Estimate:
-    if _plain([*a, *b]):
+    if {item["score"] for item in (*a, *b)} <= {0.0, 1.0}:
         return paired_proportions(*([item["score"] == 1.0 for item in items] for items in (a, b)), level=level)
     return mean([x["score"] - y["score"] for x, y in zip(a, b, strict=True)], level=level)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 
 from modicum.errors import RecipeError
 from modicum.evaluate.hidden_facts import Haystack, Item, make_items, read_lost_in_the_middle, read_ruler, score
-from modicum.evaluate.intervals import Estimate, mean, wilson
+from modicum.evaluate.intervals import Estimate, mean, mean_score
 from modicum.evaluate.measures.exact_match import answer_work, check_pattern, exact_match_measure
 from modicum.evaluate.rows import Rows
 from modicum.evaluate.subject import Result, Subject
@@ -63,9 +63,7 @@ def _questions(
 
 
 def _recall(items: Sequence[Result], *, level: float) -> Estimate:
-    """Return the mean score, with Wilson's interval where every question is answered wholly or not at all."""
-    scores = [float(item["score"]) for item in items]
-    return wilson(int(sum(scores)), len(scores), level=level) if {*scores} <= {0.0, 1.0} else mean(scores, level=level)
+    return mean_score([float(item["score"]) for item in items], level=level)
 
 
 def _difference(a: Sequence[Result], b: Sequence[Result], *, level: float) -> Estimate:

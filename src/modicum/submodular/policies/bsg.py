@@ -11,7 +11,7 @@ from modicum.errors import RecipeError
 from modicum.registry import policy
 from modicum.submodular.functions.base import Objective
 from modicum.submodular.partition import Blocks
-from modicum.submodular.policies.osg import Experts
+from modicum.submodular.policies.osg import Experts, rounds_of
 from modicum.types import Positive, PositiveInt
 
 
@@ -67,9 +67,7 @@ class BSG(Experts):
         order: Sequence[int] | None = None,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        if horizon < 2:
-            raise RecipeError(f"horizon is {horizon}, expected at least 2 rounds: the rates divide by its logarithm.")
-        count = max(1, math.ceil(math.log(horizon)))
+        count = max(1, math.ceil(math.log(rounds_of(horizon))))
         super().__init__(blocks, horizon=horizon, count=count, scale=scale, order=order, seed=seed)
         sizes = self.partition.sizes.double()[:, None]
         halves = 2.0 ** torch.arange(count, dtype=torch.float64)

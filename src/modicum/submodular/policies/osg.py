@@ -107,6 +107,17 @@ class Experts(Policy):
         self._played = state["played"].clone() if "played" in state else None
 
 
+def rounds_of(horizon: int) -> int:
+    """Return a horizon that rates of experts can be made of.
+
+    Raises:
+        RecipeError: It is below 2.
+    """
+    if horizon < 2:
+        raise RecipeError(f"horizon is {horizon}, expected at least 2 rounds: the rates divide by its logarithm.")
+    return horizon
+
+
 @policy("osg", paper="arXiv:2209.12429", supplied={"horizon", "order", "seed"}, step="scale")
 class OSG(Experts):
     r"""Play in order; each agent mixes fixed-share experts by how they did on what its actions would have added.
@@ -157,9 +168,7 @@ class OSG(Experts):
         order: Sequence[int] | None = None,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        if horizon < 2:
-            raise RecipeError(f"horizon is {horizon}, expected at least 2 rounds: the rates divide by its logarithm.")
-        count = math.ceil(math.log2(horizon))
+        count = math.ceil(math.log2(rounds_of(horizon)))
         super().__init__(blocks, horizon=horizon, count=count, scale=scale, order=order, seed=seed)
         halves = 2.0 ** torch.arange(count, dtype=torch.float64)
         self.rates = (torch.log(self.partition.sizes.double() * horizon)[:, None] / halves).sqrt()

@@ -6,7 +6,7 @@ Rows are gathered with one indexed selection for each model, never token by toke
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,7 @@ from modicum.references import find_model
 from modicum.vocabulary import TOKENIZER, token_ids
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.files import Spec, digest_tensor
+from modicum.weights.files import digest_tensor
 from modicum.weights.mergekit.document import Reference
 from modicum.weights.mergekit.tokenizers import (
     Converter,
@@ -31,6 +31,7 @@ from modicum.weights.mergekit.tokenizers import (
     template_of,
     without_template,
 )
+from modicum.weights.retabled import Retabled
 
 LARGEST_MULTIPLE = 65_536  # to which rows of a vocabulary are filled up
 
@@ -49,7 +50,7 @@ class Result:
     ids: tuple[Mapping[int, str], Mapping[str, int]] | None = None  # where another model's settings are renumbered
 
 
-class Vocabulary(Mapping[str, Tensor]):
+class Vocabulary(Retabled):
     """A checkpoint whose embedding tables have the rows of another vocabulary.
 
     Args:
@@ -61,36 +62,18 @@ class Vocabulary(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: Checkpoint, size: int, rows: Tensor, donors: Sequence[tuple[Checkpoint, Tensor]]) -> None:
-        self.model, self.size, self.rows, self.donors = model, size, rows, donors
-        self.name, self.config = model.name, model.config
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.model)
-
-    def __len__(self) -> int:
-        return len(self.model)
-
-    def spec(self, name: str) -> Spec:
-        """Return shape and dtype of a tensor."""
-        spec = self.model.spec(name)
-        return Spec((self.size, *spec.shape[1:]), spec.dtype) if is_vocabulary(name) else spec
+        super().__init__(model, size, [donor for donor, _ in donors])
+        self.rows, self.donors = rows, donors
 
     @property
     def identity(self) -> list[object]:
-        """What its tensors depend on; see :attr:`modicum.weights.checkpoint.Checkpoint.identity`."""
+        """What its tensors depend on."""
         gifts = [[donor.identity, digest_tensor(rows)] for donor, rows in self.donors]
         return [self.model.identity, self.size, digest_tensor(self.rows), gifts]
 
-    def check(self) -> None:
-        """Raise unless the models are what they were; see :meth:`modicum.weights.checkpoint.Checkpoint.check`."""
-        for model in (self.model, *(donor for donor, _ in self.donors)):
-            model.check()
-
-    def __getitem__(self, name: str) -> Tensor:
-        table = self.model[name]
-        if not is_vocabulary(name):
-            return table
-        out = table.index_select(0, self.rows.clamp_min(0))
+    def table(self, name: str, own: Tensor) -> Tensor:
+        """Return the model's rows in their new places, those that donors give, and padding."""
+        out = own.index_select(0, self.rows.clamp_min(0))
         out[self.rows == ZEROS] = 0
         missing = (self.rows == MISSING).nonzero().view(-1)
         if len(missing):
