@@ -119,7 +119,7 @@ class PairLoss:
         self.loss = partial(objective[name].function, **knobs)
         self.name, self.beta = name, float(knobs.get("beta", 1.0))
         self._head = LabelHead(model)
-        self._seen: list[Tensor] = []
+        self.seen: list[Tensor] = []  # since the last line of the log
 
     def __call__(
         self, model: Any, inputs: Mapping[str, Any], *, branches: int = 1
@@ -135,7 +135,7 @@ class PairLoss:
         margins = rewards[:, :1] - rewards[:, 1:]
         columns = torch.cat([(margins.sign() + 1) / 2, margins, rewards, policy.detach(), lengths.to(policy)], dim=1)
         if model.training:
-            self._seen.append(columns)
+            self.seen.append(columns)
         return loss, {"pairs": columns}
 
     def at_reference(self, batch: Mapping[str, Any]) -> Tensor:
@@ -146,10 +146,10 @@ class PairLoss:
 
     def means(self) -> dict[str, float]:
         """Return the mean of each column over the pairs since the last call, of all processes."""
-        if not self._seen:
+        if not self.seen:
             return {}
-        rows = torch.cat(self._seen)
-        self._seen = []
+        rows = torch.cat(self.seen)
+        self.seen = []
         weight = float(len(rows))
         return dict(zip(COLUMNS, processes.mean(rows.sum(0) * 1.0, weight).tolist()))
 

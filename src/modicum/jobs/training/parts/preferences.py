@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ from modicum.recipe import Choice
 from modicum.registry import training_part
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import TrainingArguments
 
     from modicum.evaluate.rows import Rows
     from modicum.jobs.data.pairs import Pair, PairCollator
     from modicum.jobs.training.batches import Batches
+    from modicum.jobs.training.preferences import PairLoss
     from modicum.jobs.training.recipe import TrainRecipe
     from modicum.jobs.training.trainer import PartsTrainer
 
@@ -30,6 +33,7 @@ class Preferences(Part):
     brings = ("loss",)
     collator: PairCollator
     arguments_: TrainingArguments
+    loss: PairLoss
 
     @classmethod
     def wanted(cls, recipe: TrainRecipe) -> bool:
@@ -126,7 +130,7 @@ class Preferences(Part):
 
         build.train_dataset = self.sets[True]
         build.eval_dataset = self.sets.get(False)
-        use_pairs(
+        self.loss = use_pairs(
             build, self.section.name, self.section.knobs, collator=self.collator, starts_there=self._starts_there()
         )
 
@@ -136,6 +140,16 @@ class Preferences(Part):
             return {}
         found = trainer.evaluate()
         return {name: found[name] for name in METRICS if name in found}
+
+    def remember(self) -> dict[str, Tensor]:
+        """Return the numbers of the pairs that the next line of the log is the mean of."""
+        import torch
+
+        return {"seen": torch.cat(self.loss.seen).cpu()} if self.loss.seen else {}
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with them."""
+        self.loss.seen = [state["seen"]] if state else []
 
     def _starts_there(self) -> bool:
         """Whether the run starts at the reference: an adapter that is trained beforehand does not."""
