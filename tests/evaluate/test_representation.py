@@ -62,7 +62,7 @@ def test_the_gap_of_the_numbered_case_and_of_the_oracle():
     a, b, c = normal(20, 5), normal(15, 5, seed=1) + 1, normal(7, 5, seed=2)
     assert centroid_gap(a, b, c) == pytest.approx(oracle.gap(a.numpy(), b.numpy(), c.numpy(), 0.01))
     with pytest.raises(ValueError, match="singular"):
-        centroid_gap(normal(2, 9), normal(2, 9, seed=1), c, ridge=0.0)
+        centroid_gap(normal(2, 9), normal(2, 9, seed=1), normal(7, 9), ridge=0.0)
 
 
 def test_attacked_prompts_do_not_move_the_known_ones():
@@ -105,6 +105,46 @@ def test_classifiers_of_one_class_or_broken_rows_are_refused():
     ):
         with pytest.raises(ValueError):
             bad()
+
+
+SETS = {  # each function of sets of states, by the number of sets it takes
+    "pca": (2, lambda a, b: fit_pca(a, b)),
+    "projection": (1, lambda a: project(a, fit_pca(normal(9, 3), normal(9, 3)))),
+    "distance": (2, lambda a, b: proxy_a_distance(a, b, generator=rng())),
+    "gap": (3, centroid_gap),
+    "transfer": (4, probe_transfer),
+    "outcomes": (1, lambda a: first_token_predictability(a, torch.arange(9) % 2 == 0, folds=2, generator=rng())),
+}
+BROKEN = {
+    "NaN": normal(9, 3).index_fill(0, torch.tensor(4), torch.nan),
+    "infinite": normal(9, 3).index_fill(1, torch.tensor(1), torch.inf),
+    "empty": normal(0, 3),
+    "of other width": normal(9, 4),
+    "flat": normal(9),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("name", SETS)
+def test_states_that_mean_nothing_are_refused_whichever_set_they_are(name, how):
+    count, function = SETS[name]
+    sound = [normal(9, 3, seed=i) + i for i in range(count)]
+    assert function(*sound) is not None
+    for place in range(count):
+        if how == "of other width" and name == "outcomes":
+            continue  # there is no other set
+        with pytest.raises(ValueError, match="hidden states"):
+            function(*[BROKEN[how] if i == place else h for i, h in enumerate(sound)])
+
+
+def test_masks_and_outcomes_of_another_shape_are_refused(model):
+    with pytest.raises(ValueError, match="one for each of 9 rows"):
+        first_token_predictability(normal(9, 3), torch.ones(8).bool(), generator=rng())
+    ids = torch.ones(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="one mask for each"):
+        hidden_states(model, ids, torch.ones(2, 3))
+    states = [hidden_states(model, ids, torch.ones(2, 4, dtype=kind)) for kind in (torch.long, torch.bool, torch.float)]
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
 
 
 def test_a_probe_that_knows_the_wrapper_alone_does_not_transfer():

@@ -184,6 +184,7 @@ def test_one_answer_that_never_comes_does_not_cost_the_report(parts, tmp_path, m
         ({"judge": "prefix"}, "does not tell harm"),
         ({"judge": {"name": "linear", "refusal": "luck"}}, "refusal"),
         ({"top_p": 0}, "top_p"),
+        ({"targets": {"a": {"endpoint": "http://127.0.0.1:1/v1", "name": "m", "thinking": "zero"}}}, "endpoint cannot"),
     ],
 )
 def test_recipes_that_cannot_be_meant_are_refused(parts, change, said):
@@ -206,6 +207,15 @@ def synthesize_recipe(parts, **more):
         "arms": ["srg", "rt", "filler_neutral"],
     }  # fmt: skip
     return parse(data | more)
+
+
+def test_a_teacher_that_cannot_do_what_is_asked_is_refused_before_it_is_asked(parts, tmp_path, monkeypatch):
+    with pytest.raises(RecipeError, match="steer: false"):
+        synthesize_recipe(parts, teacher={"endpoint": "http://127.0.0.1:1/v1", "name": "m"})
+    monkeypatch.setattr("modicum.jobs.chat.local.LocalHF.caps", frozenset({"prefill"}))
+    monkeypatch.setattr("modicum.jobs.chat.local.LocalHF.generate", lambda *_: pytest.fail("it was asked"))
+    with pytest.raises(RecipeError, match="same answer at temperature 1.*k: 1"):
+        execute(synthesize_recipe(parts), tmp_path / "run", quiet=True)
 
 
 def test_rows_of_all_arms_are_written_compressed_and_a_train_job_reads_them(parts, tmp_path):
@@ -244,6 +254,9 @@ def test_too_few_rows_and_evaluation_prompts_are_refused(parts, tmp_path):
     assert not list((tmp_path / "shared").glob("replies*"))
     with pytest.raises(RecipeError, match="rows are left after the filters"):
         execute(synthesize_recipe(parts, minimum=99), tmp_path / "run", quiet=True)
+    for arm in ("srg", "rt", "preference", "prompts"):  # none at all is too few, whatever the minimum
+        with pytest.raises(RecipeError, match="0 illegal rows are left after the filters"):
+            execute(synthesize_recipe(parts, min_words=10**6, k=1, arms=[arm]), tmp_path / arm, quiet=True)
 
 
 def test_requests_in_a_measured_wrapper_are_refused(parts, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@ import warnings
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.chat import ChatResult, Choice, Goal, Verdict, user
@@ -306,6 +308,45 @@ def test_rows_that_cannot_be_rendered_are_refused():
         render_row({**ROW, "reasoning": ""}, tokenizer)
 
 
+WORDS = st.sampled_from(["a", "b.", " ", "\n", "\n\n", "<think>", "</think>", "## Reasoning\n", "\n## Answer\n"])
+
+
+@given(st.lists(WORDS, max_size=5).map("".join), st.lists(WORDS, max_size=5).map("".join), st.booleans(), st.data())
+@settings(deadline=None)
+def test_a_row_is_read_back_as_it_was_or_refused(reasoning, answer, thinks, data):
+    """Whatever marks are among the words: what a judge would read of a learned row is what was to be learned."""
+    form = data.draw(st.sampled_from(["think_tags", "headings", *(["plain"] if thinks else [])]))
+    row = {"prompt": "Why?", "reasoning": reasoning if thinks else None, "answer": answer}
+    tokenizer = byte_tokenizer()
+    try:
+        _, labels, _ = render_row(row, tokenizer, reasoning_format=form)
+    except (RecipeError, CheckpointError):
+        assert not reasoning.strip() or not answer.strip() or any(mark in reasoning + answer for mark in "<#\n")
+        return
+    said = tokenizer.decode([label for label in labels if label != -100][:-1])
+    again = render_row({"prompt": "Why?", "completion": said}, tokenizer, reasoning_format=form)
+    learned = tokenizer.decode([label for label, inside in zip(again[1], again[2]) if inside])
+    assert learned.strip() == (reasoning.strip() if thinks else "")
+    assert form != "think_tags" or said.count("<think>") == thinks
+
+
+@pytest.mark.parametrize(
+    ("row", "knobs", "said"),
+    [
+        ({"prompt": ""}, {}, "expected a prompt"),
+        ({"answer": None, "prompt": None}, {}, "expected a prompt"),
+        ({"prompt": "see\n## Answer\nhere"}, {"reasoning_format": "headings"}, "marks reasoning"),
+        ({}, {"tags": ("", "")}, "two different"),
+        ({}, {"tags": ("[T]", "[T]")}, "two different"),
+        ({"prompt": "a [T]"}, {"tags": ("[T]", "[/T]")}, "marks reasoning"),
+        ({}, {"reasoning_format": "none"}, "reasoning_format"),
+    ],
+)
+def test_marks_and_fields_that_cannot_be_meant_are_refused(row, knobs, said):
+    with pytest.raises(RecipeError, match=said):
+        render_row({**ROW, **row}, byte_tokenizer(), **knobs)
+
+
 def test_training_refuses_a_template_that_drops_the_reasoning():
     tokenizer = byte_tokenizer()
     drop = "{{ m['content'].split('</think>')[-1] }}"
@@ -329,3 +370,12 @@ def test_evaluation_prompts_among_training_rows_are_found():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decontaminate(rows, {"test": ["Something else"]}) == []
+
+
+def test_prompts_without_words_are_told_apart_and_no_overlap_is_shorter_than_a_word():
+    assert decontaminate([{"prompt": "🙂"}], {"test": ["🙏", "?!"]}) == []
+    with pytest.raises(RecipeError, match="evaluation set 'test'"):
+        decontaminate([{"prompt": " 🙂"}], {"test": ["🙂 "]})
+    for size in (0, -1):
+        with pytest.raises(RecipeError, match="ngram"):
+            decontaminate([{"prompt": "a"}], {"test": ["b"]}, ngram=size)

@@ -8,7 +8,7 @@ A *target* or *teacher* is a :class:`ChatModel`; the ones that reach a server or
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal, Protocol, TypedDict
@@ -148,6 +148,29 @@ class ChatModel(Protocol):
     def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Answer every request; results come in the order of the requests, one each."""
         ...
+
+
+def arriving(
+    model: ChatModel, requests: Sequence[ChatRequest], *, batch: int = 64
+) -> Iterator[list[tuple[int, ChatResult]]]:
+    """Yield results with the numbers of their requests as soon as they are there, so that they can be kept at once.
+
+    Args:
+        model: One with a method ``arriving`` hands over what has come so far; another answers in batches.
+        requests: All that is asked.
+        batch: Requests at a time of a model that cannot hand over earlier.
+
+    Example:
+        >>> from modicum.jobs.chat.scripted import Scripted
+        >>> [len(part) for part in arriving(Scripted(lambda request: "hi"), [ChatRequest(user("hi"))] * 3, batch=2)]
+        [2, 1]
+    """
+    own = getattr(model, "arriving", None)
+    if own is not None:
+        yield from own(requests)
+        return
+    for start in range(0, len(requests), batch):
+        yield list(enumerate(model.generate(requests[start : start + batch]), start))
 
 
 @dataclass(frozen=True)

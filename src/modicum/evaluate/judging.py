@@ -7,6 +7,7 @@ that were cut inside their reasoning, empty ones, a model that fails, repeated i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -168,11 +169,22 @@ def unjudged(item: JudgeItem) -> Verdict | None:
 def first_words(logprobs: object) -> dict[str, float]:
     """Return words and log-probabilities of an answer's first position that holds one; ``{}`` where there is none.
 
-    Templates of some guards write line feeds before their word: positions of white space are passed over.
+    Templates of some guards write line feeds before their word: positions of white space are passed over. Words that
+    differ in case or white space alone are one word, with the sum of their probabilities.
+
+    Example:
+        >>> found = first_words([{"\\n": 0.0}, {"Yes": math.log(0.5), " yes": math.log(0.25), "no": math.log(0.25)}])
+        >>> {word: round(math.exp(value), 2) for word, value in found.items()}
+        {'yes': 0.75, 'no': 0.25}
     """
     for position in logprobs if isinstance(logprobs, list | tuple) else ():
         if isinstance(position, dict) and any(str(word).strip() for word in position):
-            return {str(word): float(value) for word, value in position.items()}
+            found: dict[str, float] = {}
+            for word, value in position.items():
+                name = str(word).strip().lower()
+                low, high = sorted((found.get(name, -math.inf), float(value)))
+                found[name] = high if low == -math.inf else high + math.log1p(math.exp(low - high))
+            return found
     return {}
 
 

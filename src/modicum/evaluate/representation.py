@@ -61,6 +61,12 @@ def hidden_states(
     """
     if position not in ("prompt_end", "think_first", "answer_start"):
         raise RecipeError(f"position is {position!r}, expected 'prompt_end', 'think_first' or 'answer_start'.")
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+        raise RecipeError(
+            f"input_ids has the shape {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)}, "
+            "expected one mask for each of some rows of ids."
+        )
+    attention_mask = attention_mask.to(torch.int64)
     counts = attention_mask.sum(-1)
     if not bool((counts > 0).all()):
         raise RecipeError(f"Row {int((counts == 0).nonzero()[0])} has no token, so there is no state to read.")
@@ -77,7 +83,7 @@ def hidden_states(
     if bad := [layer for layer in wanted if not -len(states) <= layer < len(states)]:
         raise RecipeError(f"There is no layer {bad[0]}, expected 0 to {len(states) - 1}.")
     length = attention_mask.shape[1]
-    last = length - 1 - attention_mask.flip(-1).to(torch.int64).argmax(-1)
+    last = length - 1 - attention_mask.flip(-1).argmax(-1)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     return torch.stack([states[layer][rows, last].float() for layer in wanted])
 
@@ -105,7 +111,7 @@ def fit_pca(h_harmful: Tensor, h_helpful: Tensor, *, n_components: int = 2) -> P
         n_components: How many, at most min(n + m - 1, d).
 
     Raises:
-        RecipeError: There are too few prompts.
+        RecipeError: There are too few prompts, or a state is not finite.
 
     Example:
         >>> harmful = torch.tensor([[2.0, 0.0], [3.0, 0.0]])
@@ -116,7 +122,7 @@ def fit_pca(h_harmful: Tensor, h_helpful: Tensor, *, n_components: int = 2) -> P
     Reference:
         A. Zou et al., 2023, arXiv:2310.01405, for the projection and its sign.
     """
-    harmful, helpful = h_harmful.to(torch.float64), h_helpful.to(torch.float64)
+    harmful, helpful = _sets(h_harmful, h_helpful)
     both = torch.cat([harmful, helpful])
     mean = both.mean(0)
     most = min(len(both) - 1, both.shape[1])
@@ -136,7 +142,8 @@ def project(h: Tensor, pca: Projection) -> Tensor:
         >>> project(torch.tensor([[3.0, 1.0]]), pca).tolist()
         [[2.0]]
     """
-    return (h.to(pca.mean.dtype) - pca.mean) @ pca.components.T
+    _, rows = _sets(pca.components, h)
+    return ((rows - pca.mean) @ pca.components.to(rows).T).to(pca.mean.dtype)
 
 
 def proxy_a_distance(h_a: Tensor, h_b: Tensor, *, folds: int = 5, generator: torch.Generator, l2: float = 1.0) -> float:
@@ -154,7 +161,7 @@ def proxy_a_distance(h_a: Tensor, h_b: Tensor, *, folds: int = 5, generator: tor
         l2: Penalty of the classifier.
 
     Raises:
-        RecipeError: There are fewer rows of a set than folds.
+        RecipeError: There are fewer rows of a set than folds, or a state is not finite.
 
     Example:
         >>> a = torch.linspace(0, 1, 20)[:, None]
@@ -168,7 +175,7 @@ def proxy_a_distance(h_a: Tensor, h_b: Tensor, *, folds: int = 5, generator: tor
         S. Ben-David et al., "Analysis of representations for domain adaptation", NeurIPS 2006. The clamp, the balanced
         error and the scaling by one number are our choice.
     """
-    x, labels = _scaled(h_a, h_b)
+    x, labels = _scaled(*_sets(h_a, h_b))
     said = _held_out(x, labels, folds=folds, generator=generator, l2=l2)
     return distance_of_error(_balanced_error(said > 0, labels))
 
@@ -207,7 +214,7 @@ def centroid_gap(h_harmful: Tensor, h_helpful: Tensor, h_ood: Tensor, *, ridge: 
         Positive where attacked prompts look harmful.
 
     Raises:
-        RecipeError: The covariance is singular and ``ridge`` is 0.
+        RecipeError: The covariance is singular and ``ridge`` is 0, or a set is empty, of another width or not finite.
 
     Example:
         >>> harmful = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, -1.0]])
@@ -217,7 +224,9 @@ def centroid_gap(h_harmful: Tensor, h_helpful: Tensor, h_ood: Tensor, *, ridge: 
     Reference:
         P. C. Mahalanobis, 1936, for the distance; its use here is our choice.
     """
-    known = [h_harmful.to(torch.float64), h_helpful.to(torch.float64)]
+    *known, attacked = _sets(h_harmful, h_helpful, h_ood)
+    if not ridge >= 0:
+        raise RecipeError(f"ridge is {ridge}, expected 0 or more.")
     centers = [h.mean(0) for h in known]
     within = torch.cat([h - center for h, center in zip(known, centers, strict=True)])
     covariance = within.T @ within / len(within)
@@ -229,7 +238,7 @@ def centroid_gap(h_harmful: Tensor, h_helpful: Tensor, h_ood: Tensor, *, ridge: 
             f"The covariance of {len(within)} prompts in {d} dimensions is singular. Raise ridge above {ridge}."
         )
     to_harmful, to_helpful = (
-        torch.linalg.solve_triangular(factor, (h_ood.to(torch.float64).mean(0) - center)[:, None], upper=False).norm()
+        torch.linalg.solve_triangular(factor, (attacked.mean(0) - center)[:, None], upper=False).norm()
         for center in centers
     )
     return float(to_helpful - to_harmful)
@@ -263,6 +272,9 @@ def probe_transfer(
         h_ood_benign: Harmless goals in the same wrappers, (l, d).
         l2: Penalty of the probe.
 
+    Raises:
+        RecipeError: A set is empty, of another width or not finite.
+
     Example:
         >>> known = torch.tensor([[1.0], [2.0]])
         >>> probe_transfer(known, -known, known + 1, -known - 1).recall
@@ -271,10 +283,11 @@ def probe_transfer(
     Reference:
         The test is our choice; the bound it stands for is that of S. Ben-David et al., Machine Learning 2010.
     """
-    x, labels = _scaled(h_helpful, h_harmful)
-    center, scale = _standard(h_helpful, h_harmful)
+    bad, good, *attacked = _sets(h_harmful, h_helpful, h_ood_harmful, h_ood_benign)
+    x, labels = _scaled(good, bad)
+    center, scale = _standard(good, bad)
     probe = fit(x, labels, l2=l2)
-    harmful, benign = (probe((h.to(torch.float64) - center) / scale) for h in (h_ood_harmful, h_ood_benign))
+    harmful, benign = (probe((h - center) / scale) for h in attacked)
     truth = torch.cat([torch.ones(len(harmful)), torch.zeros(len(benign))]).bool()
     return Transfer(
         auroc(torch.cat([harmful, benign]), truth),
@@ -303,7 +316,7 @@ def first_token_predictability(
         l2: Penalty of the probe.
 
     Raises:
-        RecipeError: An outcome is rarer than there are folds.
+        RecipeError: An outcome is rarer than there are folds, or there is not one for each row.
 
     Example:
         >>> h = torch.cat([torch.zeros(10, 1), torch.ones(10, 1)])
@@ -313,14 +326,31 @@ def first_token_predictability(
     Reference:
         "Do Thinking Tokens Help with Safety?", 2026, arXiv:2606.25013.
     """
-    unsafe = outcomes.to(torch.bool)
-    x, labels = _scaled(h_think_first[~unsafe], h_think_first[unsafe])
+    (states,) = _sets(h_think_first)
+    unsafe = torch.as_tensor(outcomes).to("cpu", torch.bool)
+    if unsafe.shape != states.shape[:1]:
+        raise RecipeError(f"outcomes has the shape {tuple(unsafe.shape)}, expected one for each of {len(states)} rows.")
+    x, labels = _scaled(states[~unsafe], states[unsafe])
     said = _held_out(x, labels, folds=folds, generator=generator, l2=l2)
     return Predictability(auroc(said, labels), 1 - _balanced_error(said > 0, labels))
 
 
+def _sets(*sets: Tensor, least: int = 1) -> list[Tensor]:
+    """Return sets of hidden states in float64: finite matrices of one width, each with so many rows or more."""
+    found = [torch.as_tensor(h).detach().to("cpu", torch.float64) for h in sets]
+    for number, h in enumerate(found):
+        if h.ndim != 2 or len(h) < least or not h.shape[1] or h.shape[1] != found[0].shape[1]:
+            raise RecipeError(
+                f"Set {number} of hidden states has the shape {tuple(h.shape)}, expected {least} rows or more, as wide "
+                f"as the first set's {tuple(found[0].shape)[-1:]}."
+            )
+        if not bool(h.isfinite().all()):
+            raise RecipeError(f"Set {number} of hidden states holds NaN or infinity, so the model overflowed there.")
+    return found
+
+
 def _standard(h_a: Tensor, h_b: Tensor) -> tuple[Tensor, Tensor]:
-    both = torch.cat([h_a, h_b]).to(torch.float64)
+    both = torch.cat([h_a, h_b])
     center = both.mean(0)
     # One number for all columns: a scale for each would change with a rotation of the space.
     scale = (both - center).square().mean().sqrt()
@@ -330,7 +360,7 @@ def _standard(h_a: Tensor, h_b: Tensor) -> tuple[Tensor, Tensor]:
 def _scaled(h_a: Tensor, h_b: Tensor) -> tuple[Tensor, Tensor]:
     center, scale = _standard(h_a, h_b)
     labels = torch.cat([torch.zeros(len(h_a)), torch.ones(len(h_b))]).bool()
-    return (torch.cat([h_a, h_b]).to(torch.float64) - center) / scale, labels
+    return (torch.cat([h_a, h_b]) - center) / scale, labels
 
 
 def _held_out(x: Tensor, labels: Tensor, *, folds: int, generator: torch.Generator, l2: float) -> Tensor:

@@ -139,7 +139,7 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     folder = run.folder / "verdicts"
     folder.mkdir(exist_ok=True)
     judge, errors = open_judge(recipe.judge)
-    attacker = None if recipe.attacker is None else open_target(recipe.attacker)
+    attacker = None if recipe.attacker is None else open_target(recipe.attacker, sampled=False)
     params = GenParams(temperature=recipe.temperature or 1.0, top_p=recipe.top_p, max_tokens=recipe.max_new_tokens)
     how = recipe.how
     known = None if recipe.transcripts is None else read_transcripts(recipe.transcripts)
@@ -151,9 +151,9 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
             target = recipe.targets[name]
             model: Any
             if known is None:
-                model = open_target(target)
+                model = open_target(target, sampled=recipe.samples > 1)
             else:
-                model = Transcribed(target.called, known, lambda: open_target(target))
+                model = Transcribed(target.called, known, lambda: open_target(target, sampled=recipe.samples > 1))
             if recipe.samples > 1:
                 require_sampling(model)
             store = Verdicts(folder / f"{name}.jsonl", save_completions=recipe.save_completions)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Le
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from modicum.durable import whole_file
 from modicum.errors import RecipeError
@@ -70,6 +70,15 @@ class SynthesizeRecipe(Recipe):
     )
     minimum: NonNegative = Field(default=1, description="fewest rows of each kind without which the run is refused")
 
+    @model_validator(mode="after")
+    def _can_be_steered(self) -> SynthesizeRecipe:
+        if self.steer and self.teacher.endpoint is not None:
+            raise ValueError(
+                "steer: true begins the reply for the teacher, which no endpoint can be asked to go on with; set "
+                "steer: false"
+            )
+        return self
+
     def inputs(self) -> Iterator[str]:
         """Yield models and files."""
         for goals in (self.illegal, self.helpful, *self.evaluation):
@@ -104,7 +113,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
             filter dropped.
     """
     from modicum.jobs.chat.cache import Cached
-    from modicum.jobs.chat.targets import open_judge, open_target
+    from modicum.jobs.chat.targets import open_judge, open_target, require_sampling
     from modicum.jobs.safety.drawing import teller
     from modicum.jobs.safety.steering import Steered
     from modicum.jobs.safety_data import (
@@ -120,7 +129,10 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     illegal, helpful = _requests(recipe)
     tests = _refuse_evaluated(recipe, [*illegal, *helpful])  # before a reply is drawn in vain
     judge, errors = open_judge(recipe.judge)
-    teacher: Any = open_target(recipe.teacher, progress=teller(run, "replies of the teacher"))
+    tell = teller(run, "replies of the teacher")
+    teacher: Any = open_target(recipe.teacher, progress=tell, sampled=recipe.k > 1)
+    if recipe.k > 1:
+        require_sampling(teacher, "k: 1")
     if recipe.steer:
         # The names of tags are those that the rows get.
         tags = {_id(given, f"illegal-{i}"): True for i, given in enumerate(illegal)}
@@ -159,10 +171,11 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     }
     counts = ", ".join(f"{name} {count}" for name, count in drops.most_common())
     run.say(f"kept {kinds['illegal']} harmful and {kinds['helpful']} harmless rows; dropped: {counts or 'nothing'}")
-    if lacking := [kind for kind, count in kinds.items() if count < recipe.minimum]:
+    # Without any row there is nothing to learn from, whatever the minimum of each kind is.
+    if lacking := [kind for kind, count in kinds.items() if count < recipe.minimum or not rows]:
         raise RecipeError(
-            f"{kinds[lacking[0]]} {lacking[0]} rows are left after the filters ({counts}), expected {recipe.minimum:g} "
-            "or more. Take a stronger teacher, a larger k, steer: true or hint: label."
+            f"{kinds[lacking[0]]} {lacking[0]} rows are left after the filters ({counts}), expected "
+            f"{max(1, recipe.minimum):g} or more. Take a stronger teacher, a larger k, steer: true or hint: label."
         )
     decontaminate(rows, tests)
     made: Mapping[str, Any] = {

@@ -220,7 +220,8 @@ def _bucketed(logits: Tensor, ids: Tensor, p_log: Tensor) -> Tensor:
     inside = torch.gather(logits, -1, ids)
     q_log = inside - logits.logsumexp(-1, keepdim=True)
     # The rest of the vocabulary is summed by itself: 1 - Σq would lose all its digits where the rest is small.
-    rest = logits.scatter(-1, ids, -torch.inf)
+    # Its floor is finite: where no token is left the sum of nothing would have no gradient but NaN.
+    rest = logits.scatter(-1, ids, torch.finfo(logits.dtype).min)
     q_tail = rest.logsumexp(-1) - logits.logsumexp(-1)
     p_tail = (1 - p_log.exp().sum(-1)).clamp_min(0)
     top = torch.where(p_log > -torch.inf, p_log.exp() * (p_log - q_log), 0.0).sum(-1)

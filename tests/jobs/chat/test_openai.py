@@ -5,10 +5,13 @@ import pytest
 from chat_server import completion, serving
 
 from modicum.errors import RecipeError
-from modicum.evaluate.chat import ChatRequest, GenParams, JudgeItem, user
+from modicum.evaluate.chat import AttackedPrompt, ChatRequest, GenParams, Goal, JudgeItem, Verdict, user
 from modicum.evaluate.judges.decision import TypedDecision
+from modicum.jobs.chat.cache import Cached
+from modicum.jobs.chat.decoding import ZeroThink
 from modicum.jobs.chat.http import Endpoint, _Gate
 from modicum.jobs.chat.openai import OpenAICompatible
+from modicum.jobs.safety.drawing import Drawing, Verdicts
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +145,26 @@ def test_a_probe_finds_servers_that_do_not_sample():
         told.generate([request(temperature=0.5, top_p=0.9, seed=1), request(temperature=0.0, seed=1)])
         bodies = {body["temperature"]: body for body in seen[-2:]}
         assert '"temperature": 0.5' in bodies[0.5]["generation_config"] and "generation_config" not in bodies[0.0]
-    with pytest.raises(RecipeError, match="does not answer"):
-        OpenAICompatible("http://127.0.0.1:9/v1", "m", retries=0).probe()
+    lone = OpenAICompatible("http://127.0.0.1:9/v1", "m", retries=0)
+    for look in (lone.probe, lone.reach):
+        with pytest.raises(RecipeError, match="does not answer"):
+            look()
+
+
+def test_a_probe_asks_no_more_than_it_needs_and_bears_servers_that_know_no_field_but_the_usual_ones():
+    with serving(lambda body, number: completion(str(number))) as (url, seen):
+        OpenAICompatible(url, "m").probe()
+        assert len(seen) == 2
+    strict = lambda body, _: (400, {"error": "unknown field"}, {}) if "generation_config" in body else completion("x")  # noqa: E731
+    with serving(strict) as (url, seen):
+        assert not OpenAICompatible(url, "m", retries=0).probe() and len(seen) == 8
+    # Two answers may be equal by chance: the next ones tell.
+    with serving(lambda body, _: completion("x" if body["seed"] < 2 else str(body["seed"]))) as (url, seen):
+        client = OpenAICompatible(url, "m")
+        assert client.probe() and client.extra_body == {} and len(seen) == 6
+    with serving(lambda body, _: completion("x")) as (url, seen):
+        OpenAICompatible(url, "m").reach()
+        assert [(body["max_tokens"], body["temperature"]) for body in seen] == [(1, 0.0)]
 
 
 def test_concurrency_grows_to_what_is_allowed_and_falls_when_there_is_too_much():
@@ -207,3 +228,70 @@ def test_typed_decisions_and_log_probabilities():
         assert result.choices[0].logprobs == [{"safe": -0.1, "unsafe": -2.0}]
     with serving(lambda body, number: (404, {}, {})) as (url, _), pytest.raises(RecipeError, match="does not decide"):
         OpenAICompatible(url, "m").decide(["x"], {"unsafe": "?"})
+
+
+def slow(body, _):
+    threading.Event().wait(0.005)
+    return completion(body["messages"][-1]["content"])
+
+
+class Impatient:
+    """A judge who is interrupted after some answers."""
+
+    name, needs = "impatient", frozenset()
+
+    def __init__(self, patience):
+        self.patience = patience
+
+    def judge(self, items):
+        self.patience -= len(items)
+        if self.patience < 0:
+            raise KeyboardInterrupt
+        return [Verdict(False) for _ in items]
+
+
+def test_each_answer_is_kept_as_it_comes_and_an_interruption_asks_for_no_more(tmp_path):
+    """Of 40 answers that one batch could hold, an interruption after some loses those alone that were on their way."""
+    prompts = [AttackedPrompt(Goal(f"g{i}", f"goal {i}"), user(f"goal {i}"), "plain") for i in range(40)]
+
+    with serving(slow) as (url, seen):
+        target = OpenAICompatible(url, "m", concurrency=2)
+        path = tmp_path / "verdicts.jsonl"
+        with pytest.raises(KeyboardInterrupt):
+            Drawing(target, Impatient(10), Verdicts(path), params=GenParams(), seed=0).greedy(prompts)
+        kept, asked = len(path.read_text().splitlines()), len(seen)
+        assert 5 <= kept <= 10 and asked <= kept + 10
+        Drawing(target, Impatient(99), Verdicts(path), params=GenParams(), seed=0).greedy(prompts)
+        assert len(seen) == asked + 40 - kept and len(path.read_text().splitlines()) == 40
+
+
+def test_a_cache_keeps_each_answer_as_it_comes(tmp_path, monkeypatch):
+    """A kill before the last answer of a batch leaves the others on disk."""
+    with serving(slow) as (url, seen):
+        client = OpenAICompatible(url, "m", concurrency=1)
+        cached = Cached(client, tmp_path / "cache.jsonl")
+        store, left = cached._store, [5]
+
+        def interrupted(key, choice):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            store(key, choice)
+
+        monkeypatch.setattr(cached, "_store", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cached.generate([request(str(i)) for i in range(40)])
+        assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 5 and len(seen) < 40
+        asked = len(seen)
+        Cached(client, tmp_path / "cache.jsonl").generate([request(str(i)) for i in range(40)])
+        assert len(seen) == asked + 35
+
+
+def test_wrapped_models_hand_over_what_comes():
+    class Begins(OpenAICompatible):
+        caps = frozenset({"prefill"})
+
+    with serving(lambda body, _: completion(body["messages"][-2]["content"])) as (url, _):
+        parts = list(ZeroThink(Begins(url, "m")).arriving([request(str(i)) for i in range(9)]))
+    found = dict(pair for part in parts for pair in part)
+    assert [found[i].choices[0].text for i in range(9)] == [str(i) for i in range(9)]

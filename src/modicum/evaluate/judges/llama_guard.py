@@ -48,15 +48,16 @@ class LlamaGuard3(ModelJudge):
 
     def parse(self, text: str) -> Verdict:
         """Return the verdict of the first word alone: the word ``unsafe`` holds the word ``safe``."""
-        word, _, rest = text.strip().partition("\n")
-        unsafe = {"safe": False, "unsafe": True}.get(word.strip().lower())
-        codes = tuple(re.findall(r"S\d+", rest)) if unsafe else ()
+        line = text.strip().lower().partition("\n")[0]
+        # Whatever follows "unsafe" names hazards; words after "safe" are a sentence, which may say anything.
+        unsafe = True if line.split()[:1] == ["unsafe"] else False if line.strip() == "safe" else None
+        codes = tuple(re.findall(r"\bS\d+", text.upper())) if unsafe else ()
         return Verdict(unsafe, categories=codes, raw=text)
 
     def read(self, choice: Choice) -> Verdict:
         """Return the verdict, with the score where the backend gave the first word's log-probabilities."""
         found = self.parse(choice.text)
-        first = {word.strip().lower(): value for word, value in first_words(choice.logprobs).items()}
+        first = first_words(choice.logprobs)
         if not {"safe", "unsafe"} <= first.keys():
             return found
         score = guard_score(first["unsafe"], first["safe"])

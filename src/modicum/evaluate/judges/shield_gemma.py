@@ -96,7 +96,7 @@ class ShieldGemma(ModelJudge):
 
     def read(self, choice: Choice) -> Verdict:
         """Return what the guard says of one policy, by its log-probabilities where the backend gave them."""
-        values = {word.strip().lower(): value for word, value in first_words(choice.logprobs).items()}
+        values = first_words(choice.logprobs)
         if not {"yes", "no"} <= values.keys():
             return self.parse(choice.text)
         score = guard_score(values["yes"], values["no"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
-from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice
+from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving
 
 
 class Cached:
@@ -28,7 +28,7 @@ class Cached:
         inner: The model.
         path: The file; its folder is made.
         revision: What else the answers depend on, such as the hash of the weights.
-        batch: Samples between two writes.
+        batch: Samples between two writes, of a model that does not hand over each as it comes.
         packed: Compress the answers, so that nothing unsafe that a model wrote lies in a run folder in clear. This is
             no encryption.
 
@@ -84,13 +84,12 @@ class Cached:
                     wanted.setdefault(key, request.single(index))
         errors: dict[str, str] = {}
         keys = list(wanted)
-        for start in range(0, len(keys), self.batch):
-            part = keys[start : start + self.batch]
-            for key, result in zip(part, self.inner.generate([wanted[key] for key in part]), strict=True):
+        for part in arriving(self.inner, list(wanted.values()), batch=self.batch):
+            for index, result in part:
                 if result.error is not None or not result.choices:
-                    errors[key] = result.error or "no answer"
+                    errors[keys[index]] = result.error or "no answer"
                 else:
-                    self._store(key, result.choices[0])
+                    self._store(keys[index], result.choices[0])
         return [self._result(request, errors) for request in requests]
 
     def _result(self, request: ChatRequest, errors: dict[str, str]) -> ChatResult:

@@ -5,12 +5,12 @@ They are chat models around a chat model, so they are measured like any other ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from modicum.errors import RecipeError
-from modicum.evaluate.chat import THINK, ChatModel, ChatRequest, ChatResult, Choice, Judge, JudgeItem, Usage
+from modicum.evaluate.chat import THINK, ChatModel, ChatRequest, ChatResult, Choice, Judge, JudgeItem, Usage, arriving
 
 SHORT = "This can be answered without much thought."
 AGAIN = "Wait. Think about it once more."
@@ -65,7 +65,14 @@ class ZeroThink(_Around):
 
     def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Answer every request."""
-        return self.inner.generate([replace(r, prefill=self.prefill + (r.prefill or "")) for r in requests])
+        return self.inner.generate([self._begun(request) for request in requests])
+
+    def arriving(self, requests: Sequence[ChatRequest]) -> Iterator[list[tuple[int, ChatResult]]]:
+        """Yield results with the numbers of their requests, as they come."""
+        yield from arriving(self.inner, [self._begun(request) for request in requests])
+
+    def _begun(self, request: ChatRequest) -> ChatRequest:
+        return replace(request, prefill=self.prefill + (request.prefill or ""))
 
 
 class LessThink(ZeroThink):

@@ -7,8 +7,9 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -128,20 +129,44 @@ def together(
     The number grows by one with every round of answers as long as more of them come in a second, and halves when the
     server says that there are too many.
     """
+    parts = coming(function, items, most=most, endpoint=endpoint, progress=progress)
+    found = dict(pair for part in parts for pair in part)
+    return [found[index] for index in range(len(items))]
+
+
+def coming(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    most: int,
+    endpoint: Endpoint,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[list[tuple[int, R]]]:
+    """Yield numbers and results as :func:`together`, all that have come since the last ones were taken."""
     gate = _Gate(min(4, most), most, endpoint)
-    lock = threading.Lock()
+    stopped = threading.Event()
+    come: SimpleQueue[Future[tuple[int, R]]] = SimpleQueue()
 
-    def run(item: T) -> R:
+    def run(index: int, item: T) -> tuple[int, R]:
         with gate:
-            result = function(item)
-        with lock:
-            progress(1)
-        return result
+            if stopped.is_set():
+                raise CancelledError
+            return index, function(item)
 
+    pool = ThreadPoolExecutor(max_workers=max(1, min(most, len(items))))
     try:
-        with ThreadPoolExecutor(max_workers=max(1, min(most, len(items)))) as pool:
-            return list(pool.map(run, items))
+        for index, item in enumerate(items):
+            pool.submit(run, index, item).add_done_callback(come.put)
+        left = len(items)
+        while left:
+            part = [come.get().result()]
+            part += [come.get().result() for _ in range(come.qsize())]
+            left -= len(part)
+            progress(len(part))
+            yield part
     finally:
+        stopped.set()  # whoever stops listening, or is interrupted, sends no further requests
+        pool.shutdown(cancel_futures=True)
         endpoint.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,22 @@ class LocalHF:
             else self._result(prompts[index], [drawn for drawn in answers[index] if drawn is not None])
             for index in range(len(requests))
         ]
+
+    def arriving(self, requests: Sequence[ChatRequest]) -> Iterator[list[tuple[int, ChatResult]]]:
+        """Yield results with the numbers of their requests, a batch of samples at a time."""
+
+        def alike(index: int) -> tuple[int, str]:  # what is read in one batch begins alike and is as long
+            text = requests[index].messages[-1]["content"] + (requests[index].prefill or "")
+            return -len(text), text
+
+        part: list[int] = []
+        for index in sorted(range(len(requests)), key=alike):
+            if part and sum(requests[i].params.n for i in [*part, index]) > self.batch_size:
+                yield list(zip(part, self.generate([requests[i] for i in part]), strict=True))
+                part = []
+            part.append(index)
+        if part:
+            yield list(zip(part, self.generate([requests[i] for i in part]), strict=True))
 
     def tokens(self, request: ChatRequest) -> list[int]:
         """Return the ids of a request's prompt, generation header included."""

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from modicum.errors import RecipeError
-from modicum.evaluate.chat import THINK, ChatRequest, ChatResult, Choice, Finish, Usage, split_reasoning, user
-from modicum.jobs.chat.http import Endpoint, FailedError, together
+from modicum.evaluate.chat import (
+    THINK,
+    ChatRequest,
+    ChatResult,
+    Choice,
+    Finish,
+    GenParams,
+    Usage,
+    split_reasoning,
+    user,
+)
+from modicum.jobs.chat.http import Endpoint, FailedError, coming, together
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FINISH: Mapping[str, Finish] = {"length": "length", "content_filter": "content_filter"}  # others are ordinary stops
@@ -93,33 +103,51 @@ class OpenAICompatible:
         return frozenset({"n", "seed", "logprobs", "reasoning_field", *({"sampling"} if self.samples else ())})
 
     def probe(self) -> bool:
-        """Find out whether the server samples: two answers at temperature 1 must differ.
+        """Find out whether the server samples: answers at temperature 1 must differ.
 
+        Two answers settle it where they differ; that four are equal by chance is out of the question for an open wish.
         ``transformers serve`` samples only when told so by a field of its own, which is tried second and kept if it
         helps.
 
         Raises:
             RecipeError: The server does not answer.
         """
+        plain = self.extra_body
         own = {"generation_config": json.dumps({"do_sample": True, "temperature": 1.0, "top_k": 0})}
-        for extra in ({}, own):
-            self.extra_body |= extra
-            request = ChatRequest(user(OPEN_QUESTION))
-            # Four draws of up to 24 tokens: that all are equal by chance is out of the question for an open wish.
-            draws = [replace(request, params=replace(request.params, max_tokens=24, seed=seed)) for seed in range(4)]
-            results = self.generate(draws)
-            if failed := next((result.error for result in results if result.error), None):
+        said: dict[bool, set[tuple[str, str | None]]] = {False: set(), True: set()}
+        for told, seeds in ((False, (0, 1)), (True, (0, 1)), (False, (2, 3)), (True, (2, 3))):
+            self.extra_body = plain | (own if told else {})
+            request = ChatRequest(user(OPEN_QUESTION), GenParams(max_tokens=24))
+            results = self.generate([replace(request, params=replace(request.params, seed=seed)) for seed in seeds])
+            failed = next((result.error for result in results if result.error), None)
+            if failed and not told:
+                self.extra_body = plain
                 raise RecipeError(f"{self.name} does not answer: {failed}.")
-            self.samples = len({(r.choices[0].text, r.choices[0].reasoning) for r in results}) > 1
+            if not failed:  # a server that refuses the field has no need of it
+                said[told] |= {(result.choices[0].text, result.choices[0].reasoning) for result in results}
+            self.samples = len(said[told]) > 1
             if self.samples:
                 return True
-        for name in own:
-            del self.extra_body[name]
+        self.extra_body = plain
         return False
+
+    def reach(self) -> None:
+        """Find out whether the server answers at all, by one token.
+
+        Raises:
+            RecipeError: It does not.
+        """
+        (result,) = self.generate([ChatRequest(user(OPEN_QUESTION), GenParams(temperature=0.0, max_tokens=1))])
+        if result.error:
+            raise RecipeError(f"{self.name} does not answer: {result.error}.")
 
     def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Answer every request; one that fails has an ``error`` and does not stop the others."""
         return together(self._answer, requests, most=self.concurrency, endpoint=self.endpoint, progress=self.progress)
+
+    def arriving(self, requests: Sequence[ChatRequest]) -> Iterator[list[tuple[int, ChatResult]]]:
+        """Yield results with the numbers of their requests, as they come."""
+        yield from coming(self._answer, requests, most=self.concurrency, endpoint=self.endpoint, progress=self.progress)
 
     def decide(self, states: Sequence[str], questions: Mapping[str, str]) -> list[dict[str, float]]:
         """Return the probability of yes to each question about each text (``POST /v1/systemone``).

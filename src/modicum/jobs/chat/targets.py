@@ -53,6 +53,10 @@ class Target(Section):
             raise ValueError("expected `model`, or `endpoint` with `name`, and not both")
         if self.endpoint is not None and self.name is None:
             raise ValueError("an endpoint needs the `name` of its model")
+        if self.endpoint is not None and self.thinking != "own":
+            raise ValueError(
+                f"thinking: {self.thinking} begins the answer for the model, which an endpoint cannot go on with"
+            )
         return self
 
     def inputs(self) -> Iterator[str]:
@@ -76,20 +80,26 @@ class Target(Section):
         return guideline_text(load_guidelines(None if self.guidelines is True else self.guidelines))
 
 
-def open_target(target: Target, *, progress: Any = lambda _: None) -> ChatModel:
+def open_target(target: Target, *, progress: Any = lambda _: None, sampled: bool = True) -> ChatModel:
     """Return the chat model that a recipe names, thinking as it says; one behind an endpoint is probed.
+
+    Args:
+        target: The section.
+        progress: Told of finished samples.
+        sampled: Whether several answers to one request are wanted. Who is asked greedily alone, such as a judge, is
+            only looked for.
 
     Raises:
         ModicumError: It cannot be loaded or reached, or think so.
     """
     from modicum.jobs.chat.decoding import LessThink, MoreThink, ZeroThink
 
-    model = _opened(target, progress)
+    model = _opened(target, progress, sampled)
     kinds = {"zero": ZeroThink, "less": LessThink, "more": MoreThink}
     return kinds[target.thinking](model) if target.thinking in kinds else model
 
 
-def _opened(target: Target, progress: Any) -> ChatModel:
+def _opened(target: Target, progress: Any, sampled: bool) -> ChatModel:
     if target.endpoint is not None:
         from modicum.jobs.chat.openai import OpenAICompatible
 
@@ -103,7 +113,10 @@ def _opened(target: Target, progress: Any) -> ChatModel:
             allow_remote=target.allow_remote,
             progress=progress,
         )
-        client.probe()
+        if sampled:
+            client.probe()
+        else:
+            client.reach()
         return client
     from modicum.jobs.chat.local import LocalHF
     from modicum.jobs.loading.models import load_model, load_tokenizer
@@ -215,7 +228,7 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
         harm: Judge = guard
     else:
         knobs = entry.knobs(section.knobs)
-        backend = None if section.backend is None else open_target(section.backend)
+        backend = None if section.backend is None else open_target(section.backend, sampled=False)
         harm = entry.function(backend, **knobs) if backend is not None else entry.function(**knobs)
     tells_itself = "refusal" in entry.facts.answers and section.name != "linear"
     if tells_itself and section.name != "prefix":
@@ -244,8 +257,12 @@ def _errors(found: Calibration | None) -> dict[str, Any]:
     }
 
 
-def require_sampling(model: ChatModel) -> None:
+def require_sampling(model: ChatModel, instead: str = "samples: 1 and temperature: 0") -> None:
     """Refuse several answers of a model that does not sample: they would all be one.
+
+    Args:
+        model: The model.
+        instead: What to set where it cannot be helped.
 
     Raises:
         RecipeError: It does not.
@@ -253,5 +270,5 @@ def require_sampling(model: ChatModel) -> None:
     if "sampling" not in model.caps:
         raise RecipeError(
             f"{model.name} gives the same answer at temperature 1 again and again, so best-of-N would be flat. Let the "
-            "server sample, or set samples: 1 and temperature: 0."
+            f"server sample, or set {instead}."
         )

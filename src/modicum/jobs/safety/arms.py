@@ -140,12 +140,15 @@ def decontaminate(rows: Sequence[Row], eval_sets: Mapping[str, Iterable[str]], *
         A line for each overlapping row, which is also warned of.
 
     Raises:
-        RecipeError: A row's prompt is an evaluation prompt, but for case, punctuation and white space.
+        RecipeError: A row's prompt is an evaluation prompt, but for case, punctuation and white space, or ``ngram`` is
+            below 1.
 
     Example:
         >>> decontaminate([{"prompt": "Why is the sky blue?"}], {"test": ["Why is grass green?"]})
         []
     """
+    if ngram < 1:
+        raise RecipeError(f"ngram is {ngram}, expected 1 or more words in a row.")
     known: dict[str, str] = {}
     spans: dict[tuple[str, ...], str] = {}
     for name, prompts in eval_sets.items():

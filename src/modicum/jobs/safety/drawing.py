@@ -26,6 +26,7 @@ from modicum.evaluate.chat import (
     Judge,
     Message,
     Verdict,
+    arriving,
     as_json,
     fingerprint,
     item,
@@ -100,7 +101,7 @@ class Drawing:
         params: How to sample; ``n`` and the seed are set here.
         seed: Names the draws.
         system: A message before every conversation.
-        batch: Requests between two writes.
+        batch: Requests between two writes, of a target that does not hand over each answer as it comes.
     """
 
     def __init__(
@@ -167,22 +168,22 @@ class Drawing:
         for key, pair in zip(keys, wanted, strict=True):
             if key not in self.store.known:
                 missing.setdefault(key, pair)
-        todo = list(missing.items())
-        for start in range(0, len(todo), self.batch):
-            part = todo[start : start + self.batch]
-            results = self.target.generate([request for _, (_, request) in part])
+        names, pairs, failed = list(missing), list(missing.values()), 0
+        for part in arriving(self.target, [request for _, request in pairs], batch=self.batch):
             answered = [
-                (key, prompt, result.choices[0])
-                for (key, (prompt, _)), result in zip(part, results, strict=True)
+                (names[index], pairs[index][0], result.choices[0])
+                for index, result in part
                 if result.error is None and result.choices
             ]
-            if not answered:
+            failed = 0 if answered else failed + len(part)
+            if failed >= min(self.batch, len(pairs)):
                 raise RecipeError(
-                    f"{self.target.name} answers none of {len(part)} requests: {results[0].error or 'no answer'}. What "
+                    f"{self.target.name} answers none of {failed} requests: {part[0][1].error or 'no answer'}. What "
                     "was judged before is kept; run again to go on."
                 )
-            verdicts = self.judge.judge([item(prompt, choice) for _, prompt, choice in answered])
-            self.store.add([(*entry, verdict) for entry, verdict in zip(answered, verdicts, strict=True)])
+            if answered:
+                verdicts = self.judge.judge([item(prompt, choice) for _, prompt, choice in answered])
+                self.store.add([(*entry, verdict) for entry, verdict in zip(answered, verdicts, strict=True)])
             self.tell(len(part))
         # One answer that never came must not cost the report: it has no verdict, and the next run asks again.
         return [self.store.known.get(key, Drawn(Verdict(None, outcome="error"), 0)) for key in keys]

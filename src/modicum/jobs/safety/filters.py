@@ -145,7 +145,8 @@ def one_of(value: str, names: Sequence[str], knob: str) -> None:
 
 
 def normal(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    """Return a text without case, punctuation and white space; one without words, such as an emoji, by its signs."""
+    return " ".join(re.findall(r"\w+", text.casefold()) or text.split())
 
 
 def ngrams(text: str, size: int) -> set[tuple[str, ...]]:

@@ -234,7 +234,8 @@ def render_row(
         Ids, labels (-100 on the prompt) and a mask of the reasoning's tokens.
 
     Raises:
-        RecipeError: The row is longer than ``max_length``, a request holds the tags or the answer is empty.
+        RecipeError: The row is longer than ``max_length``, a request, the reasoning or the answer holds the tags, the
+            answer is empty, or a field is missing.
         CheckpointError: The tokenizer has no chat template, or cannot write the row and read it again.
 
     Reference:
@@ -244,15 +245,20 @@ def render_row(
         raise CheckpointError(
             "The tokenizer has no chat template. Use that of an instruction-tuned model of its family."
         )
+    if not row.get("prompt") or not ("answer" in row or "completion" in row):
+        raise RecipeError(
+            f"A row has the fields {', '.join(row) or 'none'}, expected a prompt, and a completion or an answer."
+        )
+    opening, closing = _marks(reasoning_format, tags)
     prompt = user(row["prompt"]) if isinstance(row["prompt"], str) else tuple(row["prompt"])
     for message in prompt:
         if message["role"] == "user":
-            refuse_tags(message["content"], tags)
+            refuse_tags(message["content"], (opening, closing))
     reasoning, answer = _parts(row, reasoning_format, tags)
     if not answer.strip():
         raise RecipeError("A row has an empty answer. Drop it.")
+    _refuse_ambiguous(reasoning, answer, reasoning_format, tags)
     text = chat_template.apply(tokenizer, prompt, prompt=True)
-    opening, closing = _marks(reasoning_format, tags)
     if reasoning is not None and opening.strip() and text.rstrip().endswith(opening.strip()):
         # The template opens the reasoning: its white space is the prompt's, and a second tag would never be generated.
         opening = ""
@@ -308,8 +314,24 @@ def _parts(row: Mapping[str, Any], reasoning_format: Format, tags: tuple[str, st
     return reasoning, answer
 
 
+def _refuse_ambiguous(reasoning: str | None, answer: str, form: Format, tags: tuple[str, str]) -> None:
+    """Refuse words among which reasoning and answer could not be told apart again, as a judge has to."""
+    if reasoning is None and form == "plain":
+        return  # an answer of several paragraphs; nothing in this form says that it has no reasoning
+    text = completion_text(reasoning, answer, reasoning_format=form, tags=tags)
+    thought, said = _parts({"completion": text}, form, tags)
+    again = (thought or "").strip() == (reasoning or "").strip() and said.strip() == answer.strip()
+    if not again or (form == "think_tags" and any(tag.strip() in (reasoning or "") + answer for tag in tags)):
+        raise RecipeError(
+            f"The reasoning or the answer of a row holds what marks reasoning ({form}), so they could not "
+            "be told apart. Drop the row, or set other tags."
+        )
+
+
 def _marks(reasoning_format: Format, tags: tuple[str, str]) -> tuple[str, str]:
     if reasoning_format == "think_tags":
+        if len({tag.strip() for tag in tags} - {""}) != 2:
+            raise RecipeError(f"tags is {tags!r}, expected two different texts.")
         return f"{tags[0]}\n", f"\n{tags[1]}\n\n"
     if reasoning_format == "headings":
         return HEADINGS

@@ -7,7 +7,7 @@ has cut is cut back to whole sentences. Rows made so say so in their provenance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -17,6 +17,7 @@ from modicum.jobs.safety.prompts import CONTRACT
 
 VERDICTS: Mapping[bool, Literal["refuse", "comply"]] = {True: "refuse", False: "comply"}
 THOUGHT = "The person asks for"  # how reasoning begins; a small model repeats the wish for a form otherwise
+PART = 16  # replies that are made together
 BEGUN = {True: "I can't help with that, because", False: ""}  # how an answer begins
 
 
@@ -41,6 +42,11 @@ class Steered:
             raise RecipeError(f"{inner.name} does not continue an answer that is begun for it. Set steer: false.")
         self.inner, self.harmful, self.reasoning_tokens = inner, harmful, reasoning_tokens
         self.name, self.caps = f"{inner.name}+steered", inner.caps
+
+    def arriving(self, requests: Sequence[ChatRequest]) -> Iterator[list[tuple[int, ChatResult]]]:
+        """Yield results with the numbers of their requests, some at a time, so that a kill costs few."""
+        for start in range(0, len(requests), PART):
+            yield list(enumerate(self.generate(requests[start : start + PART]), start))
 
     def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Answer every request in two steps."""
