@@ -78,6 +78,7 @@ def test_the_estimate_has_no_bias(m, n):
     [
         ([1], 4, 0), ([1], 4, 5), ([1], 0, 1), ([5], 4, 1), ([-1], 4, 1), ([], 4, 1), ([1.5], 4, 1), ([1], 4, 1.5),
         ([math.nan], 4, 1), ([1], math.inf, 1), ([1, 2], [4], 1), ([1], [], 1), ([1], 4, math.nan),
+        (3, 4, 1), (None, 4, 1), ([1], None, 1), ([None], 4, 1), ("ab", 4, 1),
     ],
 )  # fmt: skip
 def test_counts_that_cannot_be_are_refused(unsafe, samples, n):
@@ -133,6 +134,8 @@ def test_reports_of_nothing_are_refused(rows):
         best_of_n_report(rows, ns=[1], rng=rng())
     with pytest.raises(ValueError):
         best_of_n_report([[True]], ns=[2], rng=rng())
+    with pytest.raises(ValueError, match="ns is empty"):
+        best_of_n_report([[True]], ns=[], rng=rng())
 
 
 def test_rates_of_other_suites():

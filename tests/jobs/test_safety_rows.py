@@ -202,7 +202,8 @@ def test_where_refusals_come_from():
     "knobs", [{"k": 0}, {"select": "best"}, {"helpful_mode": "none"}, {"judge_part": "all"},
               {"illegal": [], "helpful": []}, {"guideline_set": "some"},
               {"illegal": ["x", Goal("illegal-0", "y")]}, {"illegal": [{"id": "a"}]},
-              {"illegal": ["tag </think> inside"]}],
+              {"illegal": ["tag </think> inside"]}, {"illegal": ["  "]}, {"illegal": [Goal("a", "")]},
+              {"illegal": [("", "No.")]}, {"illegal": [None]}],
 )  # fmt: skip
 def test_what_cannot_be_built_is_refused(knobs):
     with pytest.raises(RecipeError):

@@ -137,6 +137,33 @@ def test_breakers_turn_states_away_and_hold_the_others():
         circuit_breaker_loss(before, before, keep & False, keep & False, step=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_shift_of_any_dtype_is_finite_and_in_its_ball_by_exact_arithmetic(dtype):
+    delta, state = torch.zeros(4, 6, dtype=dtype), {}
+    for step in range(20):
+        grad = torch.randn(4, 6, generator=rng(step)) * 10.0 ** (step % 5 - 3)
+        delta, state = lat_inner_step(delta, grad.to(dtype), state, eps=0.3, lr=0.2)
+        assert delta.dtype == dtype and (delta.double().norm(dim=-1) <= 0.3).all()
+    assert delta.double().norm(dim=-1).min() > 0.29
+
+
+def test_states_and_knobs_that_do_not_fit_are_refused():
+    h, keep = torch.ones(2, 3, 5), torch.ones(2, 3).bool()
+    for bad in [
+        lambda: circuit_breaker_loss(h, h[:, :2], keep, ~keep, step=1),
+        lambda: breaker_coefficients(0, alpha=-1.0),
+        lambda: breaker_coefficients(0, horizon=0),
+        lambda: lat_inner_step(h, h[:1], {}),
+        lambda: lat_inner_step(h, h, {}, eps=0.0),
+    ]:
+        with pytest.raises(ValueError):
+            bad()
+    labels, reasoning = torch.tensor([[-100, 1, 2]]), torch.tensor([[True, False, False]])
+    with pytest.raises(ValueError, match="No token of the reasoning has a label"):
+        completion_cross_entropy(torch.zeros(1, 3, 4), labels, reasoning_mask=reasoning)
+    assert completion_cross_entropy(torch.zeros(1, 3, 4), labels, reasoning_mask=reasoning & False) > 0
+
+
 @given(st.floats(0.01, 10), st.floats(1e-4, 5), st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
 def test_a_shift_stays_in_its_ball_and_steps_as_adam_does(eps, lr, seed):

@@ -184,6 +184,8 @@ def best_of_n_report(
         raise RecipeError(
             "A query has no verdict, or there is no query. Expected one answer or more to each of one or more."
         )
+    if not len(ns):
+        raise RecipeError("ns is empty, expected one number of answers or more.")
     rows = [[_verdict(given) for given in row] for row in verdicts]
     samples = [len(row) for row in rows]
     high = [sum(_unsafe(v, count, unparsed=True) for v in row) for row in rows]
@@ -285,7 +287,10 @@ def _all(unsafe: int, samples: int, n: int) -> float:
 
 
 def _counts(unsafe: Sequence[int], samples: int | Sequence[int], n: int) -> list[tuple[int, int]]:
-    counts = list(unsafe)
+    try:
+        counts = list(unsafe)
+    except TypeError:
+        raise RecipeError(f"The unsafe counts are {unsafe!r}, expected a number for each query.") from None
     # One number for all queries may also be a tensor without dimensions.
     several = getattr(samples, "ndim", int(isinstance(samples, Sequence)))
     totals: list[Any] = list(samples) if several else [samples] * len(counts)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from modicum.jobs import attack_data
 from modicum.jobs.chat.targets import JudgeSection, Target
 from modicum.jobs.chat.transcripts import Transcribed, read_transcripts, transcript_files
 from modicum.jobs.safety.measuring import Cell, Measuring
-from modicum.jobs.safety.suites import GoalSection, Suite, refuse_shared
+from modicum.jobs.safety.suites import GoalSection, Suite, refuse_both, refuse_shared
 from modicum.recipe import Recipe
 from modicum.record import Run
 from modicum.registry import job
@@ -95,6 +95,7 @@ class AttackRecipe(Recipe):
 def plan(recipe: AttackRecipe) -> list[str]:
     """Say how many answers would be drawn; reads prompts, but no model."""
     goals, benign = _goals(recipe)
+    _look(recipe, goals, benign)
     prompts = len(recipe.suites) * len(recipe.targets)
     greedy = prompts * (len(goals) + len(benign))
     most = prompts * len(goals) * recipe.samples if recipe.samples > 1 else 0
@@ -119,7 +120,7 @@ def plan(recipe: AttackRecipe) -> list[str]:
     return lines
 
 
-@job("attack", plan=plan)
+@job("attack", plan=plan, foreseeable=lambda _: True)
 def attack(recipe: AttackRecipe, run: Run) -> None:
     """Measure attack success, best of N, and over-refusal of each target in each suite.
 
@@ -134,10 +135,10 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     from modicum.jobs.safety.measuring import measured, summary
 
     goals, benign = _goals(recipe)
+    _look(recipe, goals, benign)
     cells = Document(run.folder / "cells.json", {"hash": run.hash})
     keys = {f"{target}.{suite}": (target, suite) for target in recipe.targets for suite in recipe.suites}
     folder = run.folder / "verdicts"
-    folder.mkdir(exist_ok=True)
     judge, errors = open_judge(recipe.judge)
     attacker = None if recipe.attacker is None else open_target(recipe.attacker, sampled=False)
     params = GenParams(temperature=recipe.temperature or 1.0, top_p=recipe.top_p, max_tokens=recipe.max_new_tokens)
@@ -202,4 +203,16 @@ def _goals(recipe: AttackRecipe) -> tuple[list[Any], list[Any]]:
     goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
     if recipe.trained_on is not None:
         refuse_shared(recipe.trained_on.load(harmful=True), goals)
+    refuse_both(goals, benign)
     return goals, benign
+
+
+def _look(recipe: AttackRecipe, goals: list[Any], benign: list[Any]) -> None:
+    """Refuse what hours of drawing would end with: targets, judge and wrappers that cannot be used."""
+    from modicum.jobs.chat.targets import look_at, look_at_judge
+
+    for suite in (suite for suite in recipe.suites.values() if not suite.needs_model):
+        suite.wrap("", [*goals[:1], *benign[:1]], None)
+    for target in [*recipe.targets.values(), *([recipe.attacker] if recipe.attacker else [])]:
+        look_at(target)
+    look_at_judge(recipe.judge)

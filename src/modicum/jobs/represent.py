@@ -74,7 +74,7 @@ class RepresentRecipe(Recipe):
 
 def plan(recipe: RepresentRecipe) -> list[str]:
     """Say how many prompts would be read; reads prompts, but no model."""
-    goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
+    goals, benign = _goals(recipe)
     prompts = (len(goals) + len(benign)) * (1 + len(recipe.suites))
     answers = f", and as many greedy answers judged by {recipe.judge.name}" if recipe.judge else ""
     return [
@@ -83,7 +83,23 @@ def plan(recipe: RepresentRecipe) -> list[str]:
     ]
 
 
-@job("represent", plan=plan)
+def _goals(recipe: RepresentRecipe) -> tuple[list[Any], list[Any]]:
+    """Return harmful and harmless requests, after a look at all that will be used."""
+    from modicum.jobs.chat.targets import look_at, look_at_judge
+    from modicum.jobs.safety.suites import refuse_both
+
+    goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
+    refuse_both(goals, benign)
+    for suite in recipe.suites.values():
+        suite.wrap("", [*goals[:1], *benign[:1]], None)
+    for target in recipe.targets.values():
+        look_at(target)
+    if recipe.judge is not None:
+        look_at_judge(recipe.judge)
+    return goals, benign
+
+
+@job("represent", plan=plan, foreseeable=lambda _: True)
 def represent(recipe: RepresentRecipe, run: Run) -> None:
     """Read hidden states of plain and wrapped prompts, and compare them.
 
@@ -94,7 +110,7 @@ def represent(recipe: RepresentRecipe, run: Run) -> None:
     """
     from modicum.jobs.chat.targets import open_target
 
-    goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
+    goals, benign = _goals(recipe)
     prompts = {
         name: (suite.wrap(name, goals, None), suite.wrap(name, benign, None))
         for name, suite in {"plain": Suite(attack="plain"), **recipe.suites}.items()

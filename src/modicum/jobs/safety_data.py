@@ -26,6 +26,7 @@ from modicum.jobs.safety.filters import (
     Row,
     judged,
     make_row,
+    need_references,
     ngrams,
     normal,
     one_of,
@@ -139,10 +140,7 @@ def build_srg_rows(
         raise RecipeError(f"k is {k} and most is {most}, expected 1 or more of each.")
     seen = shown(guidelines, guideline_set)
     queries = read_queries(illegal, helpful)
-    harmless = [query for query in queries if not query.harmful]
-    missing = [query.id for query in harmless if query.reference is None]
-    if missing and helpful_mode != "reason_and_answer":
-        raise RecipeError(f"Harmless request {missing[0]!r} has no answer, which helpful_mode {helpful_mode!r} needs.")
+    need_references(queries, helpful_mode)
     asked = [query for query in queries if query.harmful or helpful_mode != "answer_only"]
     params = GenParams(temperature=temperature, max_tokens=max_tokens, n=k)
 

@@ -93,6 +93,7 @@ def plan(recipe: SynthesizeRecipe) -> list[str]:
     """Say how many replies would be drawn; reads prompts and guidelines, but no model."""
     illegal, helpful = _requests(recipe)
     _refuse_evaluated(recipe, [*illegal, *helpful])
+    _look(recipe)
     chosen = shown(load_guidelines(recipe.guidelines), recipe.guideline_set)
     replies = recipe.k * (len(illegal) + len(helpful) * (recipe.helpful_mode != "answer_only"))
     return [
@@ -128,6 +129,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
 
     illegal, helpful = _requests(recipe)
     tests = _refuse_evaluated(recipe, [*illegal, *helpful])  # before a reply is drawn in vain
+    _look(recipe)
     judge, errors = open_judge(recipe.judge)
     tell = teller(run, "replies of the teacher")
     teacher: Any = open_target(recipe.teacher, progress=tell, sampled=recipe.k > 1)
@@ -201,7 +203,22 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
 
 
 def _requests(recipe: SynthesizeRecipe) -> tuple[list[Any], list[Any]]:
-    return list(recipe.illegal.load(harmful=True)), recipe.helpful.pairs()
+    from modicum.jobs.safety.filters import need_references, read_queries
+    from modicum.jobs.safety.suites import refuse_both
+
+    illegal, helpful = list(recipe.illegal.load(harmful=True)), recipe.helpful.pairs()
+    queries = read_queries(illegal, helpful)
+    refuse_both(*([Goal(q.id, q.text) for q in queries if q.harmful is harmful] for harmful in (True, False)))
+    need_references(queries, recipe.helpful_mode)
+    return illegal, helpful
+
+
+def _look(recipe: SynthesizeRecipe) -> None:
+    """Refuse a teacher or judge that cannot be used."""
+    from modicum.jobs.chat.targets import look_at, look_at_judge
+
+    look_at(recipe.teacher)
+    look_at_judge(recipe.judge)
 
 
 def _refuse_evaluated(recipe: SynthesizeRecipe, requests: Sequence[Any]) -> dict[str, list[str]]:

@@ -30,6 +30,7 @@ from modicum.jobs.loading.references import resolve_model
 from modicum.jobs.training.batches import Batches, optimizer_steps
 from modicum.jobs.training.checkpoints import checkpoints, last_checkpoint, read_manifest, set_aside
 from modicum.jobs.training.parts import Build, Data, Part, parts_of
+from modicum.jobs.training.positions import within_positions
 from modicum.jobs.training.recipe import TrainRecipe
 from modicum.record import Run
 from modicum.registry import job
@@ -45,10 +46,11 @@ SAMPLE = 64  # rows that `check` encodes, or up to twice as many
 
 def plan(recipe: TrainRecipe) -> list[str]:
     """Describe the training that would run, after checks of the trainer's arguments and the rows."""
+    notes: list[str] = []
+    recipe = within_positions(recipe, notes.append)
     parts = parts_of(recipe)
     arguments = training_arguments(recipe, parts, Path("unused"))
     weights = sum(file.stat().st_size for file in resolve_model(recipe.model.path).glob("*.safetensors"))
-    notes: list[str] = []
     read = {name: _data(recipe, section, parts, notes.append, scored=False) for name, section in _sections(recipe)}
     rows = {name: len(data.rows) for name, data in read.items()}
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
@@ -82,6 +84,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
         run: Where checkpoints and the result go: ``adapter/`` with an adapter, else ``model/``. The base of an adapter
             on a converted model is written to ``base/``.
     """
+    recipe = within_positions(recipe, run.note)
     parts = parts_of(recipe)
     for part in parts:
         part.begin(run)

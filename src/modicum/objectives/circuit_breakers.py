@@ -68,7 +68,7 @@ def circuit_breaker_loss(
         A scalar in float32.
 
     Raises:
-        RecipeError: The step is out of range, or no token is selected at all.
+        RecipeError: The step is out of range, the shapes differ, or no token is selected at all.
 
     Example:
         >>> h = torch.ones(1, 2, 4)
@@ -87,6 +87,8 @@ def circuit_breaker_loss(
         A. Zou et al., 2024, arXiv:2406.04313, algorithm 1.
     """
     breaks, keeps = breaker_coefficients(step, alpha=alpha, horizon=horizon)
+    if h.shape != h_ref.shape:
+        raise RecipeError(f"h has the shape {tuple(h.shape)} and h_ref {tuple(h_ref.shape)}, expected the same states.")
     now, before = h.float(), h_ref.detach().float()
     retain, harmful = (mask.bool().expand(now.shape[:-1]) for mask in (retain_mask, harmful_mask))
     if not bool(retain.any() | harmful.any()):
@@ -110,14 +112,15 @@ def breaker_coefficients(step: int, *, alpha: float = 10.0, horizon: int = 300) 
         [(10.0, 0.0), (7.5, 2.5), (5.0, 5.0)]
 
     Raises:
-        RecipeError: The step is out of range.
+        RecipeError: The step or a knob is out of range.
 
     Reference:
         A. Zou et al., 2024, arXiv:2406.04313, algorithm 1.
     """
-    if horizon < 1 or not 0 <= step <= horizon:
+    if horizon < 1 or not 0 <= step <= horizon or not alpha > 0:
         raise RecipeError(
-            f"step is {step} with a horizon of {horizon}, expected 0 to the horizon, and that at least 1."
+            f"step is {step} with a horizon of {horizon} and alpha {alpha}, expected 0 to the horizon, which is 1 "
+            "or more, and a positive number."
         )
     return alpha * (1 - step / horizon), alpha * step / horizon
 
@@ -153,14 +156,18 @@ def lat_inner_step(
     """
     if not eps > 0 or not lr > 0:
         raise RecipeError(f"eps is {eps} and lr is {lr}, expected positive numbers.")
+    if delta.shape != grad.shape:
+        raise RecipeError(f"delta has the shape {tuple(delta.shape)} and grad {tuple(grad.shape)}, expected the same.")
     count = opt_state.get("step", 0) + 1
-    first = torch.lerp(opt_state.get("exp_avg", torch.zeros_like(delta)), grad, 0.1)
-    second = torch.lerp(opt_state.get("exp_avg_sq", torch.zeros_like(delta)), grad * grad, 0.001)
+    # Moments of 16 bits would underflow, and the step would divide nothing by nothing.
+    at, slope = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (delta, grad))
+    first = torch.lerp(opt_state.get("exp_avg", torch.zeros_like(at)), slope, 0.1)
+    second = torch.lerp(opt_state.get("exp_avg_sq", torch.zeros_like(at)), slope * slope, 0.001)
     denominator = (second / (1 - 0.999**count)).sqrt() + 1e-8
-    moved = delta - lr * (first / (1 - 0.9**count)) / denominator
+    moved = (at - lr * (first / (1 - 0.9**count)) / denominator).double()
     lengths = moved.norm(dim=-1, keepdim=True)
-    inside = torch.where(lengths > eps, moved * (eps / lengths.clamp_min(torch.finfo(moved.dtype).tiny)), moved)
-    # A product rounds: a token on the edge must not end a digit outside of it.
-    over = inside.norm(dim=-1, keepdim=True) > eps
-    shrink = 1 - 2 * torch.finfo(moved.dtype).eps
-    return torch.where(over, inside * shrink, inside), {"step": count, "exp_avg": first, "exp_avg_sq": second}
+    inside = torch.where(lengths > eps, moved * (eps / lengths.clamp_min(1e-300)), moved).to(delta.dtype)
+    # The cast rounds: a token on the edge must not end a digit outside of it.
+    over = (inside.double().norm(dim=-1, keepdim=True) > eps) | (inside.norm(dim=-1, keepdim=True) > eps)
+    shrunk = (inside.double() * (1 - 4 * torch.finfo(delta.dtype).eps)).to(delta.dtype)
+    return torch.where(over, shrunk, inside), {"step": count, "exp_avg": first, "exp_avg_sq": second}

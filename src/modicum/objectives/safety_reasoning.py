@@ -88,7 +88,8 @@ def safety_reasoning(
         A scalar in float32.
 
     Raises:
-        RecipeError: No target has weight, or a weight is asked for without ``reasoning``.
+        RecipeError: No target has weight, none of the reasoning has a label, or a weight is asked for without
+            ``reasoning``.
 
     Example:
         >>> round(safety_reasoning(torch.zeros(1, 2, 4), torch.tensor([[1, 2]])).item(), 4)
@@ -119,6 +120,7 @@ def safety_reasoning(
         each = each.masked_scatter(learned, _bucketed(logits[learned], teacher_ids[learned], teacher_logprobs[learned]))
     weight = learned.to(each.dtype)
     if reasoning is not None:
+        _need_reasoning(reasoning, learned)
         weight = torch.where(reasoning.bool(), weight * reasoning_loss_weight, weight)
     rows = weight.sum(-1)
     if not bool((rows > 0).any()):
@@ -155,7 +157,7 @@ def completion_cross_entropy(
         A scalar in float32.
 
     Raises:
-        RecipeError: No label has weight, or a weight is asked for without a mask.
+        RecipeError: No label has weight, none of the reasoning has one, or a weight is asked for without a mask.
 
     Example:
         >>> logits = torch.zeros(1, 3, 4)
@@ -165,6 +167,8 @@ def completion_cross_entropy(
     Reference:
         H. Wang et al., 2025, arXiv:2502.04040; the weight and the norm by sequence are our choice.
     """
+    if reasoning_mask is not None:  # its first position, too, which nothing predicts
+        _need_reasoning(reasoning_mask, (labels != IGNORED) & (torch.arange(labels.shape[1]) > 0).to(labels.device))
     return safety_reasoning(
         logits[:, :-1],
         labels[:, 1:],
@@ -212,6 +216,12 @@ def topk_distillation_kl(student_logits: Tensor, teacher_ids: Tensor, teacher_lo
     if not bool(counted.any()):
         raise RecipeError("mask selects no position, so there is nothing to distil.")
     return _bucketed(student_logits[counted], teacher_ids[counted], teacher_logprobs[counted]).mean()
+
+
+def _need_reasoning(reasoning: Tensor, learned: Tensor) -> None:
+    """Refuse a mask of reasoning beside labels that hold none of it."""
+    if bool(reasoning.any()) and not bool((reasoning.bool() & learned).any()):
+        raise RecipeError("No token of the reasoning has a label, so the answer alone would be learned.")
 
 
 def _bucketed(logits: Tensor, ids: Tensor, p_log: Tensor) -> Tensor:

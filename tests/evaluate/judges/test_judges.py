@@ -168,6 +168,11 @@ def test_categories_modes_and_scores():
     assert guard_score(1e4, 0) == 1 and guard_score(-1e4, 0) == 0
 
 
+def test_modes_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="mode"):
+        Qwen3Guard(Scripted(lambda request: ""), mode="lenient")
+
+
 def test_scores_from_log_probabilities():
     first = Choice("unsafe", logprobs=[{"\n\n": -0.01}, {"unsafe": math.log(0.6), "safe": math.log(0.2)}])
     verdict = LlamaGuard3(Scripted(lambda request: first)).judge([item()])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from modicum.errors import RecipeError
 from modicum.evaluate.chat import ChatModel, JudgeItem, Message, Verdict
 from modicum.evaluate.judging import ModelJudge, Part, labelled, yes
 from modicum.registry import judge
@@ -37,6 +38,8 @@ class Qwen3Guard(ModelJudge):
         self, backend: ChatModel, *, mode: Literal["strict", "loose"] = "strict", part: Part = "answer"
     ) -> None:
         super().__init__(backend, part=part)
+        if mode not in ("strict", "loose"):
+            raise RecipeError(f"mode is {mode!r}, expected 'strict' or 'loose'.")
         self.mode = mode
 
     def render(self, item: JudgeItem) -> tuple[Message, ...]:

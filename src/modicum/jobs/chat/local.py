@@ -115,8 +115,7 @@ class LocalHF:
 
     def _prompt(self, request: ChatRequest) -> tuple[list[int], bool]:
         """Return the ids of a prompt, and whether it ends inside the reasoning."""
-        if not self.tokenizer.chat_template:
-            raise CheckpointError(f"The tokenizer of {self.name} has no chat template. Use an instruction-tuned model.")
+        need_template(self.tokenizer, self.name)
         text = chat_template.apply(self.tokenizer, request.messages, prompt=True)
         text += request.prefill or ""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -140,3 +139,13 @@ class LocalHF:
         if likely is None:
             return None
         return [{self.tokenizer.decode([token]): value for token, value in position.items()} for position in likely]
+
+
+def need_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that cannot write a conversation.
+
+    Raises:
+        CheckpointError: It has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"The tokenizer of {name} has no chat template. Use an instruction-tuned model.")

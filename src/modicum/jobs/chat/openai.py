@@ -70,7 +70,11 @@ class OpenAICompatible:
         tags: tuple[str, str] = THINK,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        parts = urlsplit(base_url)
+        try:
+            parts = urlsplit(base_url)
+            parts.port  # noqa: B018 - read here, because it is looked at only when it is asked for
+        except ValueError as error:
+            raise RecipeError(f"base_url is no address: {error}.") from None
         if not model:
             raise RecipeError("model is empty, expected the name that the server knows the model by.")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:

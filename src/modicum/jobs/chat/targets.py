@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, model_validator
@@ -18,6 +18,9 @@ from modicum.jobs.safety.prompts import guideline_text, load_guidelines
 from modicum.recipe import Section
 from modicum.schema import explain
 from modicum.types import NonNegativeInt, Positive, PositiveInt
+
+if TYPE_CHECKING:
+    from modicum.jobs.chat.openai import OpenAICompatible
 
 
 class Target(Section):
@@ -99,20 +102,57 @@ def open_target(target: Target, *, progress: Any = lambda _: None, sampled: bool
     return kinds[target.thinking](model) if target.thinking in kinds else model
 
 
+def look_at(target: Target) -> None:
+    """Refuse what opening a target would refuse, as far as can be told without its weights or a word to a server.
+
+    Raises:
+        ModicumError: Its address, key, guidelines, folder, tokenizer, dtype or device cannot be used.
+    """
+    _ = target.system  # reads the guidelines
+    if target.endpoint is not None:
+        _client(target)
+        return
+    from modicum.jobs.chat.local import need_template
+    from modicum.jobs.loading.models import load_tokenizer, usable
+
+    reference = target.model or ""
+    usable(target.dtype, target.device)
+    need_template(load_tokenizer(reference, remote_code=target.remote_code), reference)
+
+
+def look_at_judge(section: JudgeSection) -> None:
+    """Refuse what opening a judge would refuse, as :func:`look_at`.
+
+    Raises:
+        ModicumError: Its knobs or the model that it asks cannot be used.
+    """
+    entry = registry.judge[section.name]
+    knobs = entry.knobs(section.knobs)
+    if section.backend is None:
+        entry.function(**knobs)
+        return
+    entry.function(None, **knobs)
+    look_at(section.backend)
+
+
+def _client(target: Target, progress: Any = lambda _: None) -> OpenAICompatible:
+    from modicum.jobs.chat.openai import OpenAICompatible
+
+    return OpenAICompatible(
+        target.endpoint or "",
+        target.name or "",
+        api_key_env=target.api_key_env,
+        concurrency=target.concurrency,
+        timeout=target.timeout,
+        retries=target.retries,
+        allow_remote=target.allow_remote,
+        progress=progress,
+    )
+
+
 def _opened(target: Target, progress: Any, sampled: bool) -> ChatModel:
     if target.endpoint is not None:
-        from modicum.jobs.chat.openai import OpenAICompatible
-
-        client = OpenAICompatible(
-            target.endpoint,
-            target.name or "",
-            api_key_env=target.api_key_env,
-            concurrency=target.concurrency,
-            timeout=target.timeout,
-            retries=target.retries,
-            allow_remote=target.allow_remote,
-            progress=progress,
-        )
+        client = _client(target, progress)
         if sampled:
             client.probe()
         else:
@@ -151,6 +191,8 @@ class JudgeSection(Section):
         entry = registry.judge[self.name]
         if entry.facts.asks_model and self.backend is None:
             raise ValueError(f"judge {self.name!r} asks a model: name it as `backend`")
+        if not entry.facts.asks_model and self.backend is not None:
+            raise ValueError(f"judge {self.name!r} asks no model: leave out its `backend`")
         if self.name == "ensemble":
             raise ValueError("an ensemble is made in Python; a recipe names one judge of harm and one of refusals")
         if "unsafe" not in entry.facts.answers:
@@ -223,7 +265,7 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
     entry = registry.judge[section.name]
     known: dict[str, Any] = {"judge": section.name, "approximate": entry.facts.approximate}
     if section.name == "linear":
-        guard = LinearGuard(**section.knobs).fit(*labelled("harm"))
+        guard = LinearGuard(**entry.knobs(section.knobs)).fit(*labelled("harm"))
         known |= {"auroc": guard.area} | _errors(guard.calibration)
         harm: Judge = guard
     else:

@@ -168,6 +168,23 @@ def native_bfloat16(device: str | torch.device) -> bool:
     return kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def usable(dtype: str, device: str) -> None:
+    """Refuse a dtype or a device that a model cannot have here.
+
+    Raises:
+        RecipeError: There is no such dtype, or no such device on this machine.
+    """
+    import torch
+
+    found = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise RecipeError(f"dtype is {dtype!r}, expected auto, float32, bfloat16 or float16.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RecipeError(f"device is {device!r}, which cannot be used here: {first_line(error)}.") from None
+
+
 def load_tokenizer(ref: str | Path, *, remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; an adapter folder without one takes that of its base.
 

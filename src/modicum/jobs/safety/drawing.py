@@ -87,6 +87,7 @@ class Verdicts:
                 entry |= {"reasoning": choice.reasoning, "text": choice.text}
             lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
             self.known[key] = Drawn(verdict, len(said.split()))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.write("".join(lines).encode("utf-8", "surrogatepass"))
 
@@ -102,6 +103,7 @@ class Drawing:
         seed: Names the draws.
         system: A message before every conversation.
         batch: Requests between two writes, of a target that does not hand over each answer as it comes.
+        revision: What else answers depend on, such as a hash of the weights.
     """
 
     def __init__(
@@ -114,10 +116,11 @@ class Drawing:
         seed: int,
         system: str | None = None,
         batch: int = 64,
+        revision: str = "",
         tell: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.target, self.judge, self.store, self.params = target, judge, store, params
-        self.seed, self.system, self.batch, self.tell = seed, system, batch, tell
+        self.seed, self.system, self.batch, self.revision, self.tell = seed, system, batch, revision, tell
 
     def greedy(self, prompts: Sequence[AttackedPrompt]) -> list[Drawn]:
         """Return the judged greedy answer to each prompt."""
@@ -163,7 +166,7 @@ class Drawing:
         return replace(request, params=replace(params, seed=seed)).single(index)
 
     def _draw(self, wanted: Sequence[tuple[AttackedPrompt, ChatRequest]]) -> list[Drawn]:
-        keys = [f"{request.key(self.target.name)}/{self.judge.name}" for _, request in wanted]
+        keys = [f"{request.key(self.target.name, self.revision)}/{self.judge.name}" for _, request in wanted]
         missing: dict[str, tuple[AttackedPrompt, ChatRequest]] = {}
         for key, pair in zip(keys, wanted, strict=True):
             if key not in self.store.known:

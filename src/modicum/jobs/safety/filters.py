@@ -50,8 +50,17 @@ def read_queries(illegal: Sequence[Given], helpful: Sequence[Given]) -> list[Que
     if twice := next((name for name, times in Counter(ids).items() if times > 1), None):
         raise RecipeError(f"Two requests have the id {twice!r}, expected one of each.")
     for query in found:
+        if not isinstance(query.text, str) or not query.text.strip():
+            raise RecipeError(f"Request {query.id!r} is {query.text!r}, expected words.")
         refuse_tags(query.text)
     return found
+
+
+def need_references(queries: Sequence[Query], helpful_mode: str) -> None:
+    """Refuse harmless requests without the answer that a mode takes from the data."""
+    missing = [query.id for query in queries if not query.harmful and not (query.reference or "").strip()]
+    if missing and helpful_mode != "reason_and_answer":
+        raise RecipeError(f"Harmless request {missing[0]!r} has no answer, which helpful_mode {helpful_mode!r} needs.")
 
 
 def _query(given: Given, name: str, harmful: bool) -> Query:
@@ -61,6 +70,8 @@ def _query(given: Given, name: str, harmful: bool) -> Query:
         return Query(given.id, given.text, harmful, category=given.category)
     if isinstance(given, tuple):
         return Query(name, given[0], harmful, given[1])
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"Request {name!r} is {given!r}, expected a text, a goal, a pair or a mapping with 'prompt'.")
     text = given.get("prompt", given.get("text"))
     if not isinstance(text, str) or not text.strip():
         raise RecipeError(

@@ -210,8 +210,16 @@ def evaluate(
     named: dict[str, Any] = dict(suites) if isinstance(suites, Mapping) else {name: name for name in suites}
     if not named:
         raise RecipeError("There is no suite, expected one or more, such as ['plain', 'base64'].")
-    if samples < 1:
-        raise RecipeError(f"samples is {samples}, expected 1 or more.")
+    if not isinstance(samples, int) or samples < 1:
+        raise RecipeError(f"samples is {samples!r}, expected a whole number of 1 or more.")
+    if samples > 1 and not temperature > 0:
+        raise RecipeError(
+            f"temperature is {temperature}, which gives the same answer again; set samples=1, or raise it."
+        )
+    for name, given, wanted in (("goals", goals, True), ("benign", benign, False)):
+        if given is not None and (not given or any(goal.harmful is not wanted for goal in given)):
+            kind = "harmful" if wanted else "harmless"
+            raise RecipeError(f"{name} has {len(given)} requests, expected one or more, all of them {kind} ones.")
     wrapped = {name: value for name, value in named.items() if isinstance(value, tuple)}
     used: list[str] = []
     if len(wrapped) < len(named):
@@ -230,7 +238,8 @@ def evaluate(
         place = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
         store = Verdicts(place / "verdicts.jsonl", save_completions=save_completions)
-        drawing = Drawing(target, judge, store, params=params, seed=seed, system=system)
+        revision = "" if folder is None else _revision(target)
+        drawing = Drawing(target, judge, store, params=params, seed=seed, system=system, revision=revision)
         for name, value in named.items():
             pair = value if name in wrapped else _wrapped(name, value, goals or (), benign or (), attacker, seed, used)
             harmful, harmless = pair
@@ -273,3 +282,13 @@ def _wrapped(
     if family is not None and "template" not in suite.attack.knobs:
         used.append(family)
     return suite.wrap(name, goals, attacker), suite.wrap(name, benign, attacker)
+
+
+def _revision(target: Any) -> str:
+    """Return what tells targets of one name apart in a folder: the weights of a model on this machine."""
+    model: Any = getattr(target, "model", None)
+    if not hasattr(model, "state_dict"):
+        return ""
+    from modicum.jobs.training.references import fingerprint
+
+    return fingerprint(model, str(model.dtype))

@@ -86,6 +86,8 @@ class GoalSection(Section):
         if "/" not in self.path and not Path(self.path).exists():
             return attack_data.goals(self.path)  # says which sets there are
         rows = load_rows(DataSection(path=self.path, format="text", fields=Fields(text="prompt")), seed=self.seed)
+        if empty := [index for index, row in enumerate(rows.rows) if not row["text"].strip()]:
+            raise RecipeError(f"{self.path}, row {empty[0]}: the prompt is empty, expected words.")
         return [
             Goal(f"{Path(self.path).stem}-{index}", row["text"], harmful, source=self.path)
             for index, row in enumerate(rows.rows)
@@ -172,4 +174,18 @@ def refuse_shared(training: Sequence[Goal], test: Sequence[Goal]) -> None:
             raise RecipeError(
                 f"Goal {goal.id} of the evaluation is goal {other.id} of the training data. Set `skip` or another set, "
                 "so that they are different."
+            )
+
+
+def refuse_both(harmful: Sequence[Goal], harmless: Sequence[Goal]) -> None:
+    """Refuse a request that is harmful and harmless at once.
+
+    Raises:
+        RecipeError: Two requests have the same words, but for case, punctuation and white space.
+    """
+    known = {normal(goal.text): goal for goal in harmful}
+    for goal in harmless:
+        if (other := known.get(normal(goal.text))) is not None:
+            raise RecipeError(
+                f"Request {goal.id} is harmless, and harmful as {other.id}. Take it out of one of the sets."
             )

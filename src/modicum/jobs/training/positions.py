@@ -1,0 +1,51 @@
+"""Rows no longer than the positions that a model has a table of: beyond it there is nothing to look up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from modicum.jobs.training.recipe import TrainRecipe
+
+COMPUTED = ("rope", "rotary", "alibi")  # what the fields of configurations are called whose positions are computed
+R = TypeVar("R", bound=TrainRecipe)
+
+
+def within_positions(recipe: R, note: Callable[[str], object]) -> R:
+    """Return a recipe whose ``max_length`` is no more than its model's table of positions, if it has one.
+
+    Rows are then cut or left out, and counted, as they are at any other limit. Where positions are computed, as with
+    rotary embeddings, a model reads as far as it is told.
+
+    Args:
+        recipe: Of a training.
+        note: Told where a limit was lowered.
+    """
+    most = _table(recipe)
+    if most is None:
+        return recipe
+    changed = {
+        name: section.model_copy(update={"max_length": most})
+        for name in ("data", "eval_data")
+        if (section := getattr(recipe, name)) is not None and section.max_length > most
+    }
+    if not changed:
+        return recipe
+    note(f"{recipe.model.path} has a table of {most} positions: max_length is {most} ({', '.join(changed)}).")
+    return recipe.model_copy(update=changed)
+
+
+def _table(recipe: TrainRecipe) -> int | None:
+    from modicum.jobs.loading.folders import adapter_base, is_adapter
+    from modicum.jobs.loading.models import model_shape
+    from modicum.jobs.loading.references import resolve_model
+
+    section = recipe.model
+    folder = resolve_model(section.path, remote_code=section.remote_code)
+    while is_adapter(folder):
+        folder = resolve_model(adapter_base(folder), remote_code=section.remote_code)
+    config: dict[str, Any] = model_shape(folder, section.scratch or {}, remote_code=section.remote_code).to_dict()
+    if any(word in key for key, value in config.items() if value for word in COMPUTED):
+        return None
+    found = next((config[key] for key in ("max_position_embeddings", "n_positions") if key in config), None)
+    return found if isinstance(found, int) and found > 0 else None
