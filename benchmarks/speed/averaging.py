@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.memory import Peak
+from benchmarks.memory import Polled, status
 from benchmarks.provenance import origin
 from benchmarks.speed.hrp import least, over, timed
 from benchmarks.tables import RESULTS, load
@@ -160,10 +160,10 @@ def memory(work: Path, **_: Any) -> dict[str, Any]:
 
 
 def peak_of_search(folders: list[Path]) -> int:
-    with Peak() as peak:
+    with Polled() as peak:
         search, _ = landscape_alone(folders)
         search.gradient(mean_of(range(N), N))
-    return int(peak.bytes - 0)
+    return int(peak.bytes)
 
 
 def landscape_alone(folders: list[Path], layers: int | None = None) -> tuple[Landscape, nn.Module]:
@@ -187,7 +187,7 @@ def peak_of_activations(folders: list[Path]) -> int:  # noqa: ARG001
     """Memory of forward and backward beside weights and gradients."""
     model: nn.Module = load_model(MODEL, dtype="float32")
     weights = sum(p.nbytes for p in model.parameters())
-    with Peak() as peak:
+    with Polled() as peak:
         step(model, batch(512))
     return int(peak.bytes - 2 * weights)
 
@@ -196,13 +196,12 @@ def peak_of_stack(folders: list[Path]) -> dict[str, float]:
     """A gradient through an explicit stack in float32, and ours, above what stood before; the model has two layers."""
     search, place = landscape_alone(folders, layers=2)
     found = {}
-    base = Path("/proc/self/status").read_text()
-    before = 1024 * int(next(line for line in base.splitlines() if line.startswith("RssAnon")).split()[1])
+    before = status("RssAnon")
     weights = mean_of(range(N), N)
-    with Peak() as peak:
+    with Polled() as peak:
         search.gradient(weights)
     found["ours"] = float(peak.bytes - before)
-    with Peak() as peak:
+    with Polled() as peak:
         w = torch.tensor(weights, requires_grad=True)
         stacks = {name: torch.stack([m[name].float() for m in search.checkpoints]) for name in search._motions}
         mean = {name: torch.tensordot(w, stack, 1) for name, stack in stacks.items()}
@@ -249,13 +248,14 @@ def mean(work: Path, *, mergekit: Path | None, **_: Any) -> dict[str, Any]:
         for _ in range(2):
             shutil.rmtree(out / "ours", ignore_errors=True)
             shutil.rmtree(out / "mergekit", ignore_errors=True)
-            with Peak() as peak:
+            before = status("RssAnon")
+            with Polled() as peak:
                 seconds.append(timed(work_of))
-            peaks.append(peak.bytes)
+            peaks.append(peak.bytes - before)
         found[name] = least(seconds) | {"peak": min(peaks)}
     shutil.rmtree(out)
-    walls = {name: seconds["wall"] for name, seconds in found.items()}
-    return found | {"ratios": {name: wall / walls["modicum"] for name, wall in walls.items()}}
+    ratios = {name: one["wall"] / found["modicum"]["wall"] for name, one in found.items()}
+    return found | {"ratios": ratios, "share of memory": found["modicum"]["peak"] / found["torch.load and sum"]["peak"]}
 
 
 def moving(work: Path, **_: Any) -> dict[str, Any]:  # noqa: ARG001

@@ -24,6 +24,7 @@ GOALS = (
     ("mean", ("ratios", "torch.load and sum"), "load and sum by torch over our mean of 20 checkpoints", "≥ 2"),
     ("mean", ("ratios", "mergekit, with its start"), "mergekit's linear over ours", "≥ 2"),
     ("mean", ("ratios", "read and write"), "reading and writing the bytes over ours", "≥ 0.67"),
+    ("mean", ("share of memory",), "memory of our mean over that of load and sum by torch", "≤ 0.125"),
     ("moving", ("ratio",), "an update of the moving average over torch's own", "≤ 1.05"),
     ("moving", ("share of step",), "an update over a training step of 2,048 tokens", "≤ 0.01"),
 )
