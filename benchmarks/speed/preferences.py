@@ -53,7 +53,6 @@ def measured(side: str, count: int, prompt: int, answer: int, steps: int) -> dic
     model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
     tokenizer.chat_template = None  # both then end an answer alike
     given = rows(count, prompt, answer, tokenizer)
-    torch.manual_seed(0)
     arguments = {
         "max_steps": steps,
         "per_device_train_batch_size": count,
@@ -84,12 +83,12 @@ def measured(side: str, count: int, prompt: int, answer: int, steps: int) -> dic
             import trl
             from datasets import Dataset
 
+            torch.manual_seed(0)  # both draw the adapter now
             trainer: Any = trl.DPOTrainer(
-                model=model,
+                model=get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA)),
                 args=trl.DPOConfig(output_dir=folder, precompute_ref_log_probs=True, max_length=None, **arguments),
                 train_dataset=Dataset.from_list(given),
                 processing_class=tokenizer,
-                peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
                 callbacks=[clock],
             )
         else:
@@ -104,6 +103,7 @@ def measured(side: str, count: int, prompt: int, answer: int, steps: int) -> dic
 def _ours(
     wrap: Any, config: Any, model: Any, tokenizer: Any, given: Any, folder: str, arguments: Any, clock: Any
 ) -> Any:
+    import torch
     from transformers import TrainingArguments
 
     from modicum.evaluate.rows import Rows
@@ -120,6 +120,7 @@ def _ours(
     pairs = encode_pairs(Rows("preference", given), tokenizer, section, note=print)
     collator = layout(model, pairs, pad_id(tokenizer), print)
     (pairs,) = referenced([pairs], model, collator, precision="float32", note=print, folder=Path(folder) / "store")
+    torch.manual_seed(0)
     build = Build(
         wrap(model, config(task_type="CAUSAL_LM", **LORA)),
         TrainingArguments(output_dir=folder, remove_unused_columns=False, **arguments),
