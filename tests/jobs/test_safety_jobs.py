@@ -3,16 +3,24 @@
 import json
 import os
 import signal
+import string
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modicum.errors import ModicumError, RecipeError
 from modicum.evaluate.chat import JudgeItem
 from modicum.jobs import attack_data, execute, plan
 from modicum.jobs.safety.drawing import Drawing, Verdicts, expected_draws, first_safe
+from modicum.jobs.safety.filters import spoken
+from modicum.jobs.synthesize import _write
 from modicum.recipe import parse
 from support import byte_tokenizer, tiny_llama
 
@@ -219,8 +227,6 @@ def test_a_teacher_that_cannot_do_what_is_asked_is_refused_before_it_is_asked(pa
 
 
 def test_rows_of_all_arms_are_written_compressed_and_a_train_job_reads_them(parts, tmp_path):
-    import pyarrow.parquet
-
     from modicum.jobs.data.rows import load_rows
     from modicum.jobs.data.section import DataSection
 
@@ -243,6 +249,22 @@ def test_nothing_of_the_requests_or_answers_lies_in_clear(parts, tmp_path):
         for file in folder.rglob("*"):
             if file.is_file():
                 assert b"A harmful wish" not in file.read_bytes(), file
+
+
+@given(st.lists(st.text(string.ascii_letters + " é🙂", min_size=12, max_size=80), min_size=1, max_size=6, unique=True))
+@settings(deadline=None)
+def test_no_table_of_rows_however_small_holds_its_words_in_clear(texts):
+    rows = [
+        {"prompt": text, "completion": spoken(text[::-1]), "reasoning": text, "meta": {"id": str(i), "kind": "illegal"}}
+        for i, text in enumerate(texts)
+    ]
+    for form in ("text", "conversational"):
+        with tempfile.TemporaryDirectory() as folder:
+            _write(path := Path(folder) / "rows.parquet", rows, form)
+            data = path.read_bytes()
+            assert pyarrow.parquet.read_table(path).num_rows == len(rows)
+        for text in texts:
+            assert not any(text[i : i + 12].encode() in data for i in range(len(text) - 11))
 
 
 def test_too_few_rows_and_evaluation_prompts_are_refused(parts, tmp_path):
@@ -287,6 +309,7 @@ KILLED = """
 import sys
 from modicum.evaluate.chat import AttackedPrompt, GenParams, Goal, Verdict, user
 from modicum.jobs.chat.scripted import Scripted
+from modicum.jobs.safety.filters import spoken
 from modicum.jobs.safety.drawing import Drawing, Verdicts
 import pathlib, time
 class Judge:

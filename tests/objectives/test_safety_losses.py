@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -219,6 +220,15 @@ class Marks:
 def test_rewards(said, label, reward):
     for completion in (said, [{"role": "assistant", "content": said}]):
         assert srg_reward(["p"], [completion], label=[label], goal=["g"], judge=Marks()) == [reward]
+
+
+def test_rewards_bear_what_a_trainer_hands_over_besides():
+    """As TRL's ``GRPOTrainer`` calls it: by keyword, with token ids, its own state and every column of the rows."""
+    reward = partial(srg_reward, judge=Marks())
+    talk = [{"role": "user", "content": "g"}]
+    given = {"prompts": [talk], "completions": [[{"role": "assistant", "content": "Four."}]], "completion_ids": [[1]]}
+    rest = {"trainer_state": None, "log_extra": print, "meta": [{}], "id": ["a"]}
+    assert reward(**given, label=["helpful"], goal=["g"], **rest) == [-1.0]
 
 
 def test_rewards_of_helpfulness_and_wrong_columns():

@@ -277,5 +277,6 @@ def _write(path: Any, rows: Sequence[Mapping[str, Any]], form: str) -> None:
             for row in rows
         ]
     )
+    # Deflate codes every letter; zstd stores what is short as it stands.
     with whole_file(path) as partial:
-        pyarrow.parquet.write_table(table, partial, compression="zstd", write_statistics=False)
+        pyarrow.parquet.write_table(table, partial, compression="gzip", write_statistics=False)

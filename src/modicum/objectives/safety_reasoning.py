@@ -251,8 +251,12 @@ def srg_reward(
     judge: Judge,
     helpfulness: Callable[[str, str], float] | None = None,
     tags: tuple[str, str] = ("<think>", "</think>"),
+    **_columns: Any,
 ) -> list[float]:
     """Return a reward for each completion, in the form that trainers of groups ask for.
+
+    With TRL it is given as ``functools.partial(srg_reward, judge=judge)``; what TRL hands over besides, such as token
+    ids and other columns of the rows, is not read.
 
     A missing, repeated or unclosed block of reasoning has -1. On a harmful goal an answer has 1 when it is safe and the
     reasoning ends with the verdict to refuse, -1 when it is unsafe, and 0 otherwise. On a harmless one a refusal has

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from modicum.errors import CheckpointError
-from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice
+from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving
 from modicum.jobs.chat.cache import read_lines_of
 
 
@@ -30,16 +30,21 @@ class Transcribed:
 
     def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Answer every request."""
+        found = dict(pair for part in self.arriving(requests) for pair in part)
+        return [found[index] for index in range(len(requests))]
+
+    def arriving(self, requests: Sequence[ChatRequest]) -> Iterator[list[tuple[int, ChatResult]]]:
+        """Yield results with the numbers of their requests: what is known at once, the others as they come."""
         keys = [[request.key(self.name, index=i) for i in range(request.params.n)] for request in requests]
         lacking = [i for i, row in enumerate(keys) if not all(key in self.known for key in row)]
-        fresh: dict[int, ChatResult] = {}
+        told = sorted({*range(len(requests))} - {*lacking})
+        if told:
+            yield [(i, ChatResult(tuple(self.known[key] for key in keys[i]))) for i in told]
         if lacking:
             self._model = self._model or self._open()
             self.drawn += sum(requests[i].params.n for i in lacking)
-            fresh = dict(zip(lacking, self._model.generate([requests[i] for i in lacking]), strict=True))
-        return [
-            fresh[i] if i in fresh else ChatResult(tuple(self.known[key] for key in row)) for i, row in enumerate(keys)
-        ]
+            for part in arriving(self._model, [requests[i] for i in lacking]):
+                yield [(lacking[index], result) for index, result in part]
 
 
 def transcript_files(folder: str | os.PathLike[str]) -> list[Path]:
