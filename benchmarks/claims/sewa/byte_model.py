@@ -24,7 +24,7 @@ from modicum.weights.search import Landscape
 N, EVERY, STEPS, RATE = 20, 15, 900, 3e-3
 NOISY, SPIKED = 6, 3
 REGIMES = ("stable", "noise", "spikes")
-SIZES = {"selection": (24, 64), "guard": (12, 256), "report": (24, 256)}
+SIZES = {"selection": (12, 64), "guard": (12, 128), "report": (24, 256)}
 
 
 class Net(ByteModel):
