@@ -78,7 +78,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "an exhaustive cut does not read how many are spare",
     (
         "weights/methods/dare.py",
-        "return draw_mask(len(delta), levels[t], sources[t]) if levels[t] <= LEVELS else None",
+        "return draw_mask(size, levels[t], sources[t]) if levels[t] <= LEVELS else None",
     ): "a mask of probability 1 keeps all, after draws for nothing",
     (
         "optim/zeroth_order/moments.py",

@@ -15,6 +15,7 @@ from modicum.errors import CheckpointError, first_line
 from modicum.random import generator
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors
+from modicum.weights.kernels import fused
 from modicum.weights.kernels.blocks import fold, working_dtype
 from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.plan import Plan, Step, plan_merge
@@ -263,6 +264,7 @@ def run_plan(
 ) -> dict[str, dict[str, Any]]:
     """Carry out ``plan`` and write the checkpoint; see :func:`merge`, and :func:`~.stream.map_tensors` for the rest."""
     steps = {step.name: step for step in plan.steps}
+    fused.prepare(max((step.spec.numel for step in plan.steps), default=0))
     found = survey(plan, workers=workers)
     return map_tensors(
         lambda name: run_step(steps[name], seed=plan.seed, device=plan.device, found=found.get(name, {})),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.weights.kernels import fused
 
 BLOCK = 1 << 17  # entries; with three experts the working set is about 3 MB
 
@@ -36,10 +38,18 @@ def delta_blocks(
     dtype = working_dtype(base)
     if not base.numel():
         return
-    size = min(max(1, size // row) * row, base.numel())
+    size = block_size(base, row, size)
     origin = torch.empty(size, dtype=dtype, device=base.device)
     deltas = torch.empty(len(experts), size, dtype=dtype, device=base.device)
-    rows, start = deltas.unbind(), 0
+    start = 0
+    if fused.usable(base, *experts):
+        fill = fused.deltas(base, experts)
+        for start in range(0, base.numel(), size):
+            n = min(size, base.numel() - start)
+            fill(start, n, origin, deltas)
+            yield slice(start, start + n), origin[:n], deltas[:, :n]
+        return
+    rows = deltas.unbind()
     # Cut at once: at this size of block a slice more would cost as much as an operation on the numbers.
     for block, *others in zip(*(torch.split(tensor.reshape(-1), size) for tensor in (base, *experts))):
         n = len(block)
@@ -51,6 +61,11 @@ def delta_blocks(
             delta.copy_(other).sub_(origin)
         yield slice(start, start + n), origin, deltas
         start += n
+
+
+def block_size(base: Tensor, row: int, size: int = BLOCK) -> int:
+    """Return how many entries a block of whole rows holds."""
+    return min(max(1, size // row) * row, base.numel())
 
 
 def deltas_in_turn(
@@ -108,16 +123,35 @@ def fold(
         base: The tensor that the deltas are taken from.
         experts: Tensors of its shape.
         kernel: From deltas ``(n, block)``, which it may overwrite, to the merged delta ``(block,)``. Blocks come in
-            the order of their entries.
+            the order of their entries. One that says in ``parts`` what it does may be done by a compiled pass.
         share: Factor on the base.
         row: A block holds whole rows of so many entries.
     """
     out = _result_like(base)
+    parts: fused.Parts | None = getattr(kernel, "parts", None)
+    if parts is not None and fused.usable(base, *experts, out):
+        sizes = [len(block) for block in torch.split(base.view(-1), block_size(base, row))]
+        fused.fold(base, experts, parts, out, share=share, sizes=sizes)
+        return out
     flat = out.view(-1)
     for where, origin, deltas in delta_blocks(base, experts, row=row):
         merged = kernel(deltas)
         flat[where] = (origin if share == 1 else origin.mul_(share)).add_(merged)
     return out
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Merges deltas ``(n, block)`` by summing them with a share of each."""
+
+    shares: Tensor
+
+    def __call__(self, deltas: Tensor) -> Tensor:
+        return torch.mv(deltas.T, self.shares)
+
+    @property
+    def parts(self) -> fused.Parts:
+        return fused.Parts(self.shares)
 
 
 def multiply_(deltas: Tensor, factors: NDArray[Any]) -> Tensor:
@@ -146,14 +180,14 @@ def weighted_sum(base: Tensor | None, experts: Sequence[Tensor], factors: Tensor
     """Return the base plus a weighted sum of the experts' deltas; one of the experts themselves without a base."""
     if base is not None:
         w = factors.to(working_dtype(base))
-        return fold(base, experts, lambda deltas: torch.mv(deltas.T, w))
+        return fold(base, experts, Sum(w))
     first, *rest = experts
     if float(factors.abs().max()) > 1e3:  # of far smaller tensors, of which nothing is left in a difference
         w = factors.to(working_dtype(first))
-        return fold(torch.zeros_like(first), experts, lambda deltas: torch.mv(deltas.T, w))
+        return fold(torch.zeros_like(first), experts, Sum(w))
     w = factors[1:].to(working_dtype(first))
     # Σ cₜθₜ = (Σ cₜ)·θ₁ + Σ cₜ(θₜ − θ₁): equal experts come out exactly.
-    return fold(first, rest, lambda deltas: torch.mv(deltas.T, w), share=float(factors.sum()))
+    return fold(first, rest, Sum(w), share=float(factors.sum()))
 
 
 def per_expert(value: float | Sequence[float] | None, n: int, default: float = 1.0) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -11,14 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.weights.kernels.blocks import cancels
+from modicum.weights.kernels.blocks import Sum, cancels
+from modicum.weights.kernels.fused import Parts
 from modicum.weights.kernels.selection import Cut, find_cuts
 
 Elect: TypeAlias = Literal["none", "ties"]
 Kernel: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def combiner(weights: Tensor, *, elect: Elect, normalize: bool, scale: float = 1.0) -> Kernel:
+def combiner(weights: Tensor, *, elect: Elect, normalize: bool, scale: float = 1.0) -> Sum | Election:
     """Return what merges deltas ``(n, block)``, which it may overwrite, into one; valid until its next call.
 
     Args:
@@ -31,15 +33,15 @@ def combiner(weights: Tensor, *, elect: Elect, normalize: bool, scale: float = 1
         RecipeError: All take part, and their weights sum to zero.
     """
     if elect == "ties":
-        return _Election(weights, normalize=normalize, scale=scale)
+        return Election(weights, normalize=normalize, scale=scale)
     total = float(weights.sum())
     if normalize and cancels(weights.tolist()):
         raise RecipeError(f"The weights {weights.tolist()} sum to 0 and cannot be normalized. Set normalize: false.")
     shares = weights * (scale / total if normalize else scale)
-    return lambda deltas: torch.mv(deltas.T, shares)
+    return Sum(shares)
 
 
-class _Election:
+class Election:
     """Merges deltas entry by entry over those that have the elected sign.
 
     A sum of zero elects +1, and an entry that is zero agrees with nobody. The entries that share the sign of S have
@@ -56,6 +58,10 @@ class _Election:
         self.weighted = bool((weights != 1).any())
         self.positive = float(weights.min()) if bool((weights > 0).all()) else None
         self.buffers = weights.new_empty(len(weights) + 4, 0)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.weights, elected=(self.weighted, self.normalize, self.positive, self.scale))
 
     def __call__(self, deltas: Tensor) -> Tensor:
         n = deltas.shape[1]
@@ -87,6 +93,32 @@ class _Election:
             out.clamp_min_(self.positive)
         else:
             out[out.abs() < 1e-8] = 1
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """Sets to zero what cuts drop, then merges the deltas.
+
+    Attributes:
+        cuts: For each expert what is kept, and which of that are outliers that are not; ``None`` keeps all or has none.
+        then: Merges what is left.
+    """
+
+    cuts: Sequence[tuple[Cut | None, Cut | None]]
+    then: Sum | Election
+
+    def __call__(self, deltas: Tensor) -> Tensor:
+        for delta, (within, without) in zip(deltas, self.cuts):
+            outliers = without.trim_(delta.clone()) if without else None
+            if within:
+                within.trim_(delta)
+            if outliers is not None:
+                delta.sub_(outliers)
+        return self.then(deltas)
+
+    @property
+    def parts(self) -> Parts:
+        return self.then.parts._replace(cuts=self.cuts)
 
 
 def _count_agreeing(deltas: NDArray[Any], total: NDArray[Any]) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError
+from modicum.weights.kernels import fused
 from modicum.weights.kernels.blocks import delta_blocks
 
 PIECE, PIECES = 1 << 13, 16  # a large tensor is compared by so many pieces of it, evenly spread
@@ -96,6 +97,8 @@ def refuse_overflow(name: str, result: Tensor, *, method: str, made: Tensor | No
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.dtype.itemsize not in INTEGERS:
         return bool(torch.isfinite(tensor).all())
+    if fused.usable(tensor):
+        return fused.is_finite(tensor)
     if not tensor.numel():
         return True
     # As integers, infinities and NaNs are the largest bit patterns of either sign: two maxima, and no copy.

@@ -7,6 +7,7 @@ comparisons are NumPy's, which are several times faster than torch's on a proces
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,14 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modicum.weights.kernels.blocks import as_vector, delta_blocks, fold, multiply_
-from modicum.weights.kernels.combine import Kernel
+from modicum.weights.kernels.blocks import Sum, as_vector, delta_blocks, fold, multiply_
+from modicum.weights.kernels.combine import Election
+from modicum.weights.kernels.fused import Parts
 
 LEVELS = 1 << 16
 Words: TypeAlias = NDArray[np.uint16]
 Mask: TypeAlias = NDArray[np.bool_]
-Drop: TypeAlias = Callable[[int, Tensor], NDArray[Any] | None]
-"""From an expert and the next block of its delta to factors, 0 for what is dropped; ``None`` where nothing is."""
+Drop: TypeAlias = Callable[[int, int, Tensor], NDArray[Any] | None]
+"""From an expert, the length of its next block and the delta there to factors, 0 for what is dropped; or to None.
+
+A blind drop looks at the length alone, and gives truth values.
+"""
 
 
 def generators(n: int, rng: torch.Generator | None) -> list[np.random.Generator]:
@@ -58,10 +63,11 @@ def merge_dropped(
     base: Tensor,
     experts: Sequence[Tensor],
     drop: Drop,
-    combine: Kernel,
+    combine: Sum | Election,
     *,
     rescale: Sequence[float] | None,
     row: int = 1,
+    blind: bool = False,
 ) -> Tensor:
     """Return the base plus what ``combine`` makes of the deltas, of which entries are dropped and the rest rescaled.
 
@@ -73,18 +79,33 @@ def merge_dropped(
         rescale: A factor for each expert. ``None`` restores each expert's L1 norm, in a second pass; a bit is kept for
             each entry in between.
         row: A block holds whole rows of so many entries.
+        blind: ``drop`` is.
     """
     if rescale is None:
         drop, rescale = _keep_l1(base, experts, drop, row)
-    ratios = as_vector(rescale, base)
+        blind = True
+    return fold(base, experts, _Dropped(drop, as_vector(rescale, base), combine, blind), row=row)
 
-    def kernel(deltas: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class _Dropped:
+    drop: Drop
+    ratios: Tensor
+    then: Sum | Election
+    blind: bool
+
+    def __call__(self, deltas: Tensor) -> Tensor:
         for t, delta in enumerate(deltas):
-            if (factors := drop(t, delta)) is not None:
+            if (factors := self.drop(t, len(delta), delta)) is not None:
                 multiply_(delta, factors)
-        return combine(deltas.mul_(ratios[:, None]))
+        return self.then(deltas.mul_(self.ratios[:, None]))
 
-    return fold(base, experts, kernel, row=row)
+    @property
+    def parts(self) -> Parts | None:
+        if not self.blind:
+            return None
+        nothing = self.ratios[:0]
+        return self.then.parts._replace(factors=lambda t, n: self.drop(t, n, nothing), ratios=self.ratios)
 
 
 def _keep_l1(base: Tensor, experts: Sequence[Tensor], drop: Drop, row: int) -> tuple[Drop, list[float]]:
@@ -94,15 +115,15 @@ def _keep_l1(base: Tensor, experts: Sequence[Tensor], drop: Drop, row: int) -> t
     for _, _, deltas in delta_blocks(base, experts, row=row):
         for t, delta in enumerate(deltas.abs_()):
             before[t] += float(delta.sum())
-            if (mask := drop(t, delta)) is not None:
+            if (mask := drop(t, len(delta), delta)) is not None:
                 multiply_(delta, mask)
             stays[t].append(None if mask is None else np.packbits(mask))
             after[t] += float(delta.sum())
     replay = [iter(bits) for bits in stays]
 
-    def again(t: int, delta: Tensor) -> NDArray[Any] | None:
+    def again(t: int, n: int, _: Tensor) -> NDArray[Any] | None:
         bits = next(replay[t])
-        return None if bits is None else np.unpackbits(bits, count=len(delta))
+        return None if bits is None else np.unpackbits(bits, count=n)
 
     # Where next to nothing is left there is nothing to restore the norm with.
     return again, [whole / kept if kept > 1e-12 * whole else 1.0 for whole, kept in zip(before, after)]

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from modicum.weights.kernels import fused
 from modicum.weights.kernels.blocks import delta_blocks
 
 SMALL = 1 << 16  # entries up to which a tensor is looked at whole
@@ -89,10 +90,15 @@ def find_cuts(
     counts = [
         [_Counts(*bracket) for bracket in _brackets(_row(*sample, measure, i), ks, n)] for i, ks in enumerate(keeps)
     ]
-    for _, _, deltas in delta_blocks(base, experts):
-        for several, numbers in zip(counts, measure(deltas)):
-            for count in several:
-                count.add(numbers.numpy())
+    plain = measure is torch.abs_ and fused.usable(base, *experts)
+    found = fused.count(base, experts, [[(c.low, c.high) for c in several] for several in counts]) if plain else None
+    if found is not None:
+        counts = [[_Counts(c.low, c.high, f[:3], f[3:]) for c, f in zip(*pair)] for pair in zip(counts, found)]
+    else:
+        for _, _, deltas in delta_blocks(base, experts):
+            for several, numbers in zip(counts, measure(deltas)):
+                for count in several:
+                    count.add(numbers.numpy())
     # A sample that missed the value costs a second look at the whole, which is rare.
     return [
         [count.cut(k) or _cut_of(_row(base, experts, measure, i), k) for count, k in zip(several, ks)]
@@ -134,12 +140,12 @@ def _brackets(sample: Tensor, keeps: Sequence[int], n: int) -> list[tuple[float,
 
 
 class _Counts:
-    """What one pass learns about the magnitudes around a bracket."""
+    """What one pass learns about the magnitudes around a bracket: how many are where, and which lie inside."""
 
-    def __init__(self, low: float, high: float) -> None:
+    def __init__(self, low: float, high: float, ends: Sequence[int] = (0, 0, 0), inside: Sequence[Array] = ()) -> None:
         self.low, self.high = low, high
-        self.above = self.at_high = self.at_low = 0
-        self.inside: list[Array] = []
+        self.above, self.at_high, self.at_low = ends
+        self.inside = list(inside)
 
     def add(self, magnitudes: Array) -> None:
         # Numbers of the checkpoint's few bits leave many deltas equal to an end of the bracket: these are only counted.

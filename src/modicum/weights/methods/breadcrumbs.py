@@ -12,7 +12,7 @@ from torch import Tensor
 from modicum.registry import merge_method
 from modicum.types import Fraction, UnitInterval
 from modicum.weights.kernels.blocks import as_vector, fold, per_expert
-from modicum.weights.kernels.combine import Elect, combiner, kept_of
+from modicum.weights.kernels.combine import Elect, Trimmed, combiner, kept_of
 from modicum.weights.kernels.selection import Cut, find_cuts
 
 
@@ -77,17 +77,7 @@ def breadcrumbs(
     cuts = [_pair(window, list(several), size) for window, several in zip(windows, found)]
 
     combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
-
-    def kernel(deltas: Tensor) -> Tensor:
-        for delta, (without, within) in zip(deltas, cuts):
-            outliers = without.trim_(delta.clone()) if without else None
-            if within:
-                within.trim_(delta)
-            if outliers is not None:
-                delta.sub_(outliers)
-        return combine(deltas)
-
-    return fold(base, experts, kernel)
+    return fold(base, experts, Trimmed(cuts, combine))
 
 
 def _window(size: int, density: float, gamma: float) -> tuple[int, int]:
@@ -97,7 +87,7 @@ def _window(size: int, density: float, gamma: float) -> tuple[int, int]:
 
 
 def _pair(window: tuple[int, int], cuts: list[Cut], size: int) -> tuple[Cut | None, Cut | None]:
-    """Return the cut that holds what is left out at the top, and the one that holds it and what is kept."""
+    """Return the cut that holds what is kept and what is left out at the top, and the one that holds the latter."""
     top, kept = window
     without = cuts.pop(0) if 0 < top < size else None
-    return without, cuts.pop(0) if 0 < top + kept < size else None
+    return cuts.pop(0) if 0 < top + kept < size else None, without

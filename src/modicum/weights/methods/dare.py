@@ -74,9 +74,9 @@ def dare(
     levels = [min(LEVELS, max(1, round(share * LEVELS))) for share in per_expert(density, n)]
     sources = generators(n, rng)
 
-    def drop(t: int, delta: Tensor) -> Mask | None:
-        return draw_mask(len(delta), levels[t], sources[t]) if levels[t] < LEVELS else None
+    def drop(t: int, size: int, _: Tensor) -> Mask | None:
+        return draw_mask(size, levels[t], sources[t]) if levels[t] < LEVELS else None
 
     factors = {"expectation": [LEVELS / level for level in levels], "none": [1.0] * n, "l1": None}[rescale]
     combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
-    return merge_dropped(base, experts, drop, combine, rescale=factors)
+    return merge_dropped(base, experts, drop, combine, rescale=factors, blind=True)

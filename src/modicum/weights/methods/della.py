@@ -96,7 +96,7 @@ def della(
     sources = generators(n, rng)
     row = base.shape[-1] if base.ndim else 1
 
-    def drop(t: int, delta: Tensor) -> NDArray[Any] | None:
+    def drop(t: int, _: int, delta: Tensor) -> NDArray[Any] | None:
         if shares[t] >= 1:
             return None
         choose = divide_by_rank if rescale == "probability" else keep_by_rank

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
-from modicum.weights.kernels.blocks import as_vector, cancels, fold, per_expert
+from modicum.weights.kernels.blocks import Sum, as_vector, cancels, fold, per_expert
 
 
 @merge_method("linear", paper="arXiv:2203.05482", laws={"bounded", "permutation", "copies"}, base=False)
@@ -68,4 +67,4 @@ def linear(
     first = experts[0] if base is None else experts[0].to(base.dtype)
     # θ = (Σw)·θ₁ + Σ wₜ(θₜ − θ₁)
     rest = as_vector(w[1:], first)
-    return fold(first, experts[1:], lambda deltas: torch.mv(deltas.T, rest), share=total)
+    return fold(first, experts[1:], Sum(rest), share=total)

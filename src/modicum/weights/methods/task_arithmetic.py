@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from modicum.registry import merge_method
-from modicum.weights.kernels.blocks import as_vector, fold, per_expert
+from modicum.weights.kernels.blocks import Sum, as_vector, fold, per_expert
 
 
 @merge_method(
@@ -56,4 +55,4 @@ def task_arithmetic(
         Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv:2212.04089, Section 2.
     """
     w = scale * as_vector(per_expert(weights, len(experts)), base)
-    return fold(base, experts, lambda deltas: torch.mv(deltas.T, w))
+    return fold(base, experts, Sum(w))

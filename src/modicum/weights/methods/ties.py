@@ -15,7 +15,7 @@ from torch import Tensor
 from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.kernels.blocks import as_vector, delta_blocks, fold, per_expert
-from modicum.weights.kernels.combine import combiner, trim_cuts
+from modicum.weights.kernels.combine import Trimmed, combiner, trim_cuts
 from modicum.weights.kernels.selection import Cut
 
 Each = Callable[[Callable[[Tensor, Sequence[Tensor]], Any]], Mapping[str, Any]]
@@ -137,11 +137,4 @@ def ties(
         cuts = [Cut(value, 0, exhaustive=True) for value in threshold]
 
     elected = combiner(w, elect="ties", normalize=normalize, scale=scale)
-
-    def kernel(deltas: Tensor) -> Tensor:
-        for delta, cut in zip(deltas, cuts):
-            if cut:
-                cut.trim_(delta)
-        return elected(deltas)
-
-    return fold(base, experts, kernel)
+    return fold(base, experts, Trimmed([(cut, None) for cut in cuts], elected))

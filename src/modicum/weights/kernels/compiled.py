@@ -1,0 +1,338 @@
+"""Passes over the checkpoints' own bits, compiled by numba: what :mod:`~modicum.weights.kernels.fused` calls.
+
+A chunk of every tensor is widened to float32, taken through all steps of the arithmetic and stored, before the next one
+is read, so that intermediate results stay in the processor's first cache. Additions and products are those of the torch
+path, in its order, each rounded by itself: the results are the same bits.
+
+Tensors come as addresses, since their number and dtypes vary; whoever calls keeps them alive. The bit pattern of a
+float32 without its sign is ordered like the magnitude, so that magnitudes are compared as integers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
+CHUNK = 2048
+INFINITY = np.int32(0x7F800000)
+MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits but the sign; signed patterns compare fastest
+_jit = partial(njit, cache=True, nogil=True, error_model="numpy")
+
+
+@intrinsic
+def _pointer(_context: Any, _address: Any) -> Any:
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), generate
+
+
+@_jit
+def _widen(address, kind, start, out):
+    """Read ``len(out)`` numbers from entry ``start`` on."""
+    n = len(out)
+    words = out.view(np.uint32)
+    if kind == BFLOAT16:
+        halves = carray(_pointer(address + 2 * start), n, np.uint16)
+        for i in range(n):
+            words[i] = np.uint32(halves[i]) << np.uint32(16)
+    elif kind == FLOAT16:
+        halves = carray(_pointer(address + 2 * start), n, np.uint16)
+        for i in range(n):
+            words[i] = np.uint32(halves[i] & np.uint16(0x7FFF)) << np.uint32(13)
+        for i in range(n):
+            out[i] *= np.float32(2.0**112)  # exact, also of subnormal ones
+        for i in range(n):
+            beyond = np.uint32(0x7F800000) if halves[i] & np.uint16(0x7C00) == np.uint16(0x7C00) else np.uint32(0)
+            words[i] |= beyond | np.uint32(halves[i] & np.uint16(0x8000)) << np.uint32(16)
+    else:
+        numbers = carray(_pointer(address + 4 * start), n, np.float32)
+        for i in range(n):
+            out[i] = numbers[i]
+
+
+@_jit
+def _narrow(row, spare, address, kind, start):
+    """Store a row from entry ``start`` on, rounded to the nearest, to the even one of two."""
+    n = len(row)
+    words = row.view(np.uint32)
+    if kind == BFLOAT16:
+        halves = carray(_pointer(address + 2 * start), n, np.uint16)
+        for i in range(n):
+            word = words[i]
+            rounded = np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+            nan = word & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+            halves[i] = np.uint16(0x7FC0) if nan else np.uint16(rounded)
+    elif kind == FLOAT16:
+        halves = carray(_pointer(address + 2 * start), n, np.uint16)
+        tiny = spare[:n].view(np.uint32)
+        for i in range(n):
+            spare[i] = abs(row[i]) + np.float32(0.5)  # whose last bit is that of the subnormal halves
+        for i in range(n):
+            word = words[i] & np.uint32(0x7FFFFFFF)
+            rounded = np.uint32(word + np.uint32(0xFFF) + (word >> np.uint32(13) & np.uint32(1)) - np.uint32(112 << 23))
+            half = np.uint16(rounded >> np.uint32(13))
+            half = np.uint16(tiny[i] - np.uint32(0x3F000000)) if word < np.uint32(0x38800000) else half
+            half = np.uint16(0x7C00) if word >= np.uint32(0x47800000) else half
+            half = np.uint16(0x7E00) if word > np.uint32(0x7F800000) else half
+            halves[i] = half | np.uint16(words[i] >> np.uint32(16) & np.uint32(0x8000))
+    else:
+        numbers = carray(_pointer(address + 4 * start), n, np.float32)
+        for i in range(n):
+            numbers[i] = row[i]
+
+
+@_jit
+def finite(address, kind, size):
+    """Say whether no number is infinite or NaN."""
+    if kind == FLOAT32:
+        words = carray(_pointer(address), size, np.uint32)
+        most = np.uint32(0)
+        for i in range(size):
+            most = max(most, words[i] & np.uint32(0x7FFFFFFF))
+        return most < np.uint32(0x7F800000)
+    halves = carray(_pointer(address), size, np.uint16)
+    largest = np.uint16(0)
+    for i in range(size):
+        largest = max(largest, halves[i] & np.uint16(0x7FFF))
+    return largest < np.uint16(0x7F80 if kind == BFLOAT16 else 0x7C00)
+
+
+@_jit
+def _delta(tensors, kinds, t, start, n, origin, out):
+    _widen(tensors[t + 1], kinds[t + 1], start, out[:n])
+    for i in range(n):
+        out[i] -= origin[i]
+
+
+@_jit
+def deltas(tensors, kinds, start, n, origin, rows):
+    """Fill a block with the base's ``n`` entries from ``start`` on, and one with the experts' deltas."""
+    for begin in range(0, n, CHUNK):
+        m = min(CHUNK, n - begin)
+        _widen(tensors[0], kinds[0], start + begin, origin[begin : begin + m])
+        for t in range(len(rows)):
+            _delta(tensors, kinds, t, start + begin, m, origin[begin:], rows[t, begin:])
+
+
+@_jit
+def _tally(words, low, high, flags, inside, count):
+    """Count the patterns above, at the ends of a bracket, and between; append those between to ``inside``.
+
+    Returns the largest pattern, which tells of NaN.
+    """
+    n = len(words)
+    above, from_high, from_low, most = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
+    for i in range(n):
+        word = np.int32(words[i] & MAGNITUDE)
+        above = np.int32(above + (word > high))
+        from_high = np.int32(from_high + (word >= high))
+        from_low = np.int32(from_low + (word >= low))
+        most = np.int32(max(most, word))
+        flags[i] = (word > low) & (word < high)
+    found = count[3]
+    # Few lie between: eight at a time are passed over.
+    flags[n : -(-n // 8) * 8] = 0
+    eights = flags.view(np.uint64)
+    for group in range(-(-n // 8)):
+        if eights[group]:
+            for i in range(8 * group, min(n, 8 * group + 8)):
+                if flags[i]:
+                    inside[found] = np.int32(words[i] & MAGNITUDE)
+                    found += 1
+    count[0] += above
+    count[1] += from_high - above
+    if low != high:
+        count[2] += from_low - from_high - (found - count[3])
+    count[3] = found
+    return most
+
+
+@_jit
+def brackets(tensors, kinds, size, rows, low, high, inside):
+    """Count around brackets ``(low, high)`` of the magnitudes of experts' deltas: the experts that ``rows`` names.
+
+    Returns for each bracket how many are above, at its higher end, at its lower, and between; and the largest pattern.
+    """
+    origin, delta = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    flags = np.zeros(CHUNK, np.uint8)
+    counts = np.zeros((len(rows), 4), np.int64)
+    most = np.int32(0)
+    for start in range(0, size, CHUNK):
+        n = min(CHUNK, size - start)
+        _widen(tensors[0], kinds[0], start, origin[:n])
+        for b in range(len(rows)):
+            if b == 0 or rows[b] != rows[b - 1]:
+                _delta(tensors, kinds, rows[b], start, n, origin, delta)
+            words = delta[:n].view(np.int32)
+            most = np.int32(max(most, _tally(words, low[b], high[b], flags, inside[b], counts[b])))
+    return counts, most
+
+
+@_jit
+def _until(words, value, spares, t):
+    """Return up to which entry magnitudes that equal ``value`` are kept; -1 spare ones stand for all."""
+    n, spare = len(words), spares[t]
+    if spare <= 0:
+        return 0 if spare == 0 else n
+    equal = np.int32(0)
+    for i in range(n):
+        equal = np.int32(equal + (np.int32(words[i] & MAGNITUDE) == value))
+    if equal <= spare:
+        spares[t] = spare - equal
+        return n
+    spares[t] = 0
+    for i in range(n):
+        if np.int32(words[i] & MAGNITUDE) == value:
+            if spare == 0:
+                return i
+            spare -= 1
+    return n
+
+
+@_jit
+def _keep(words, value, spares, t, out):
+    """Copy what is above ``value`` in magnitude, or equal to it as far as that is kept; zeros for the rest."""
+    until, n = _until(words, value, spares, t), len(words)
+    for i in range(until):
+        out[i] = words[i] if np.int32(words[i] & MAGNITUDE) >= value else np.int32(0)
+    words, out = words[until:], out[until:]
+    for i in range(n - until):
+        out[i] = words[i] if np.int32(words[i] & MAGNITUDE) > value else np.int32(0)
+
+
+@_jit
+def _mix(rows, n, shares, out):
+    """Sum rows with a share of each, in their order, from zero on."""
+    for i in range(n):
+        out[i] = np.float32(0)
+    for t in range(len(rows)):
+        row, share = rows[t, :n], shares[t]
+        for i in range(n):
+            out[i] += row[i] * share
+
+
+@_jit
+def _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total, divisor, merged):
+    """Merge the deltas of the elected sign; as ``combine.Election`` does, step by step."""
+    rows = len(deltas)
+    if weighted:
+        for t in range(rows):
+            row, weight = deltas[t, :n], weights[t]
+            for i in range(n):
+                row[i] *= weight
+    _mix(deltas, n, halves, total)
+    for i in range(n):
+        total[i] += np.float32(0)
+    if normalize and not weighted:
+        _count(deltas, n, total, divisor, merged)
+    elif normalize:
+        _agreeing(deltas, n, weights, least, total, divisor, merged)
+    for t in range(rows):
+        row = deltas[t, :n]
+        for i in range(n):
+            row[i] = abs(row[i])
+    _mix(deltas, n, halves, merged)
+    for i in range(n):
+        merged[i] += abs(total[i])
+    _copy_sign(merged, total, n)
+    if normalize:
+        for i in range(n):
+            merged[i] /= divisor[i]
+    for i in range(n):
+        merged[i] *= scale
+
+
+@_jit
+def _copy_sign(numbers, signs, n):
+    """Give numbers that are not negative the signs of others; an exclusive or, as a call would not be vectorised."""
+    words, others = numbers[:n].view(np.int32), signs[:n].view(np.int32)
+    for i in range(n):
+        words[i] ^= np.int32(others[i] & ~MAGNITUDE)
+
+
+@_jit
+def _count(deltas, n, total, divisor, spare):
+    elected, agreeing = total[:n].view(np.int32), spare[:n].view(np.int32)
+    for i in range(n):
+        agreeing[i] = np.int32(0)
+    for t in range(len(deltas)):
+        words = deltas[t, :n].view(np.int32)
+        for i in range(n):
+            agrees = ((words[i] ^ elected[i]) >= 0) & ((words[i] & MAGNITUDE) != 0)
+            agreeing[i] = agreeing[i] + agrees
+    for i in range(n):
+        divisor[i] = np.float32(max(agreeing[i], np.int32(1)))
+
+
+@_jit
+def _agreeing(deltas, n, weights, least, total, divisor, spare):
+    zero = np.float32(0)
+    for i in range(n):
+        divisor[i] = zero
+    for i in range(n):
+        spare[i] = zero
+    for t in range(len(deltas)):
+        row, weight = deltas[t, :n], weights[t]
+        for i in range(n):
+            present = weight if row[i] != zero else zero
+            spare[i] += present
+            divisor[i] += present if row[i] >= zero else -present
+    words = total[:n].view(np.int32)
+    for i in range(n):
+        divisor[i] = ((divisor[i] if words[i] >= 0 else -divisor[i]) + spare[i]) * np.float32(0.5)
+    for i in range(n):
+        low = divisor[i] < least if least > zero else abs(divisor[i]) < np.float32(1e-8)
+        divisor[i] = (least if least > zero else np.float32(1)) if low else divisor[i]
+
+
+@_jit
+def merge(tensors, kinds, begin, end, cuts, spares, factors, ratios, weights, election, scale, share):
+    """Merge entries ``begin`` to ``end``; the first of the tensors is the base, the last one the result.
+
+    ``cuts`` and ``spares`` hold for each expert the pattern from which deltas are kept, and that from which they are
+    outliers; ``factors`` where a block's factors of 0 and 1 lie, or zero; ``election`` whether signs are elected,
+    whether weights differ from 1, whether to divide by those that took part, and the least one.
+    """
+    elected, weighted, normalize, least = election
+    experts = len(tensors) - 2
+    origin, total = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    divisor, merged = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    deltas = np.empty((experts, CHUNK), np.float32)
+    halves = np.full(experts, 0.5, np.float32)
+    for start in range(begin, end, CHUNK):
+        n = min(CHUNK, end - start)
+        _widen(tensors[0], kinds[0], start, origin[:n])
+        for t in range(experts):
+            row = deltas[t, :n]
+            if cuts[t, 0] == 0 and spares[t, 0] < 0 and cuts[t, 1] > INFINITY:
+                _delta(tensors, kinds, t, start, n, origin, row)
+            else:
+                _delta(tensors, kinds, t, start, n, origin, total)
+                words = total[:n].view(np.int32)
+                _keep(words, cuts[t, 0], spares[t], 0, row.view(np.int32))
+                if cuts[t, 1] <= INFINITY:
+                    _keep(words, cuts[t, 1], spares[t], 1, merged.view(np.int32))
+                    for i in range(n):
+                        row[i] -= merged[i]
+            if factors[t]:
+                mask = carray(_pointer(factors[t] + start - begin), n, np.uint8)
+                for i in range(n):
+                    row[i] *= np.float32(mask[i])
+            ratio = ratios[t]
+            if ratio != 1:
+                for i in range(n):
+                    row[i] *= ratio
+        if elected:
+            _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total, divisor, merged)
+        else:
+            _mix(deltas, n, weights, merged)
+        for i in range(n):
+            origin[i] = origin[i] * share + merged[i]
+        _narrow(origin[:n], total, tensors[-1], kinds[-1], start)

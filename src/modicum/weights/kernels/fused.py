@@ -1,0 +1,147 @@
+"""Where compiled passes take the place of torch's blocks: on the CPU, for large tensors, where numba is installed.
+
+Both give the same bits, so nothing depends on which of them was used. This module decides, :func:`usable` alone, and
+turns tensors into the addresses that :mod:`~modicum.weights.kernels.compiled` wants; importing that costs a second,
+which small models never pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from modicum.weights.kernels.selection import Cut
+
+LEAST = 1 << 17  # entries of a tensor for which it pays
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+INFINITY = 0x7F800000  # its bit pattern
+Factors = Callable[[int, int], NDArray[Any] | None]
+"""From an expert and the length of the next block to truth values, false for what is dropped; None where nothing is."""
+
+
+class Parts(NamedTuple):
+    """What a kernel of :func:`~modicum.weights.kernels.blocks.fold` does to the deltas, step by step.
+
+    Attributes:
+        weights: Of the sum, or of the election.
+        cuts: For each expert what is kept, and which of that are outliers that are not.
+        factors: What a block's deltas are multiplied with.
+        ratios: Factors of the experts' deltas.
+        elected: Whether only deltas of the elected sign are summed, and how.
+    """
+
+    weights: Tensor
+    cuts: Sequence[tuple[Cut | None, Cut | None]] | None = None
+    factors: Factors | None = None
+    ratios: Tensor | None = None
+    elected: tuple[bool, bool, float | None, float] | None = None
+
+
+@lru_cache(maxsize=1)
+def installed() -> bool:
+    """Whether numba is."""
+    return find_spec("numba") is not None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether compiled passes take these tensors."""
+    shape = tensors[0].shape
+    return (
+        tensors[0].numel() >= max(1, LEAST)
+        and installed()
+        and all(
+            tensor.device.type == "cpu" and tensor.dtype in KINDS and tensor.is_contiguous() and tensor.shape == shape
+            for tensor in tensors
+        )
+    )
+
+
+def prepare(entries: int) -> None:
+    """Import what tensors of so many entries will need, before processes are forked that would each import it."""
+    if entries >= LEAST and installed():
+        pass
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Say whether no entry is infinite or NaN."""
+    from modicum.weights.kernels.compiled import finite
+
+    return bool(finite(tensor.data_ptr(), KINDS[tensor.dtype], tensor.numel()))
+
+
+def count(
+    base: Tensor, experts: Sequence[Tensor], brackets: Sequence[Sequence[tuple[float, float]]]
+) -> list[list[tuple[int, int, int, NDArray[Any]]]] | None:
+    """Return what lies above, at the higher end, at the lower end, and between, for each expert's brackets.
+
+    ``None`` where a delta is NaN, which has no place among magnitudes.
+    """
+    from modicum.weights.kernels import compiled
+
+    rows = np.array([t for t, several in enumerate(brackets) for _ in several], np.int64)
+    ends = np.array([bracket for several in brackets for bracket in several], np.float32).reshape(-1, 2)
+    low, high = np.ascontiguousarray(ends.T).view(np.int32)
+    inside = np.empty((len(rows), base.numel()), np.int32)  # memory is taken only where it is written
+    counts, most = compiled.brackets(*_addresses([base, *experts]), base.numel(), rows, low, high, inside)
+    if most > INFINITY:
+        return None
+    found = iter(
+        [(int(a), int(b), int(c), row[:d].view(np.float32).copy()) for (a, b, c, d), row in zip(counts, inside)]
+    )
+    return [[next(found) for _ in several] for several in brackets]
+
+
+def deltas(base: Tensor, experts: Sequence[Tensor]) -> Callable[[int, int, Tensor, Tensor], None]:
+    """Return what fills a block with entries of the base, from one on so many, and one with those of the deltas."""
+    from modicum.weights.kernels import compiled
+
+    places = _addresses([base, *experts])
+    return lambda start, n, origin, rows: compiled.deltas(*places, start, n, origin.numpy(), rows.numpy())
+
+
+def fold(
+    base: Tensor, experts: Sequence[Tensor], parts: Parts, out: Tensor, *, share: float, sizes: Sequence[int]
+) -> None:
+    """Write ``share * base`` plus the merged deltas to ``out``.
+
+    Args:
+        base: The tensor that the deltas are taken from.
+        experts: Tensors of its shape.
+        parts: What is done to the deltas.
+        out: The result.
+        share: Factor on the base.
+        sizes: Of the blocks for which ``parts`` has factors.
+    """
+    from modicum.weights.kernels import compiled
+
+    n = len(experts)
+    cuts, spares = np.zeros((n, 2), np.int32), np.full((n, 2), -1, np.int64)
+    cuts[:, 1] = INFINITY + 1
+    for t, pair in enumerate(parts.cuts or ()):
+        for i, cut in enumerate(pair):
+            if cut is not None:
+                cuts[t, i] = np.float32(cut.value).view(np.int32)
+                spares[t, i] = -1 if cut.exhaustive else cut.spare
+    ratios = np.ones(n, np.float32) if parts.ratios is None else parts.ratios.numpy()
+    weighted, normalize, positive, scale = parts.elected or (False, False, None, 1.0)
+    election = parts.elected is not None, weighted, normalize, np.float32(positive or 0.0)
+    tensors, kinds = _addresses([base, *experts, out])
+    weights, last, begin = parts.weights.numpy(), (np.float32(scale), np.float32(share)), 0
+    for size in sizes if parts.factors else [base.numel()]:
+        factors = [parts.factors(t, size) if parts.factors else None for t in range(n)]
+        places = np.array([0 if block is None else block.ctypes.data for block in factors], np.int64)
+        compiled.merge(tensors, kinds, begin, begin + size, cuts, spares, places, ratios, weights, election, *last)
+        begin += size
+
+
+def _addresses(tensors: Sequence[Tensor]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    places = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+    return places, np.array([KINDS[tensor.dtype] for tensor in tensors], np.int64)
