@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from modicum.errors import UnsupportedError
 from modicum.evaluate import generate, stop_tokens
+from modicum.evaluate.generation import _alike
 from support import byte_tokenizer, tiny_llama
 
 PROMPTS = st.lists(st.lists(st.integers(3, 263), min_size=1, max_size=12), min_size=1, max_size=6)
@@ -51,6 +52,28 @@ def test_a_shared_beginning_is_computed_once(model, monkeypatch):
     monkeypatch.setattr("modicum.evaluate.generation._arguments", lambda _: ("logits_to_keep",))
     generate(model, [[7] * 30 + [i] for i in range(8)], max_new_tokens=2, stop=(), pad=0)
     assert seen == [(1, 30), (8, 1), (8, 1)]
+
+
+def test_prompts_in_one_wrapper_are_read_apart_from_those_in_another(model, monkeypatch):
+    """Of three wrappers with four requests each a little more than the wrappers is read, and no answer changes."""
+    wrappers = [[3, 7, *range(10 + i, 60)] for i in range(3)]
+    prompts = [[*wrapper, 70 + goal, goal + 1] for goal in range(4) for wrapper in wrappers] + [[3, 9], [5] * 40]
+    alone = [generate(model, [prompt], max_new_tokens=4, stop=(), pad=0)[0] for prompt in prompts]
+    read, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: (read.append(k["input_ids"].numel()), forward(*a, **k))[1])
+    assert generate(model, prompts, max_new_tokens=4, stop=(), pad=0) == alone
+    written = 3 * len(prompts)
+    assert sum(read) - written <= sum(map(len, wrappers)) + 3 * 4 * 2 + 2 * 40
+    # Where an answer is long, a batch of its own costs more than it saves.
+    read.clear()
+    generate(model, prompts[:6], max_new_tokens=60, stop=(), pad=0)
+    assert max(read) >= 6 * 20
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=60), max_size=12), st.integers(0, 60))
+def test_every_prompt_is_in_one_group(prompts, cost):
+    groups = list(_alike(prompts, range(len(prompts)), cost))
+    assert sorted(i for group in groups for i in group) == list(range(len(prompts)))
 
 
 def test_no_stop_token_means_the_limit_ends_every_answer(model):

@@ -47,6 +47,19 @@ def test_attack_success_never_stands_alone(tmp_path):
     assert text.count("harmless requests refused") >= 2 and "attack success" in text
 
 
+def test_answers_are_told_by_three_outcomes(tmp_path):
+    """Answered, declined, malformed: an answer that is not harmful may be no refusal. Older records lack the second."""
+    content = metrics()
+    assert "harmful requests refused" not in str(drawn(tmp_path, content).body)
+    for number, cells in enumerate(content["safety"]["cells"]):
+        cells["refused"] = estimate(0.25 + 0.5 * (number == 2))
+    content["safety"]["targets"]["srg"] |= {"refused": 0.75}
+    section = drawn(tmp_path / "newer", content)
+    text = str(section.body)
+    assert "harmful requests refused" in text and "Harmful refused" in text and "75.0% [65.0% – 85.0%]" in text
+    assert "answers 20.0% of the harmful requests in wrappers, declines 75.0% of them, and" in str(section.findings[1])
+
+
 def test_curves_leave_out_the_family_that_training_saw(tmp_path):
     text = str(drawn(tmp_path, metrics()).body)
     assert "all N samples unsafe" in text and ">srg<" in text and "25.0%" in text

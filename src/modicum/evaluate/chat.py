@@ -138,6 +138,9 @@ class ChatModel(Protocol):
         name: Goes into cache keys and provenance.
         caps: What it can do: ``n``, ``seed``, ``prefill``, ``logprobs``, ``reasoning_field``, ``hidden_states`` and
             ``sampling``, which a probe finds out.
+
+    One that can hand over answers before the last one has come has a method ``arriving`` besides; see
+    :func:`arriving`.
     """
 
     @property

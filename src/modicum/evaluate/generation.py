@@ -8,9 +8,10 @@ sample has random numbers of its own, named by its seed, so it does not depend o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ from modicum.random import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+ALIKE = 32  # tokens that prompts must share beyond what all do to be read apart from the others
+STEP, STEP_AWAY = 5, 500  # tokens read in the time of one step of a small batch: on a CPU, on an accelerator
 
 
 class Sample(NamedTuple):
@@ -136,15 +141,53 @@ def sample(
     answers: list[list[Sample]] = [[] for _ in prompts]
     for numbers, within in _requests(model, prompts):
         with within:
-            for batch in _batches([prompts[i] for i in numbers], [seeds[i] for i in numbers], batch_size):
-                of_rows = [seed for _, part in batch for seed in part]
-                drawn = _Drawn(of_rows, temperature, top_p, max_new_tokens, model.device)
-                ids, counts = [prompts[numbers[index]] for index, _ in batch], [len(part) for _, part in batch]
-                rows = iter(_continue(model, ids, counts, drawn, max_new_tokens, stops, pad, logprobs))
-                for index, part in batch:
-                    answers[numbers[index]] += [next(rows) for _ in part]
-                progress(sum(counts))
+            for group in _alike(prompts, numbers, max_new_tokens * (STEP if model.device.type == "cpu" else STEP_AWAY)):
+                for batch in _batches([prompts[i] for i in group], [seeds[i] for i in group], batch_size):
+                    of_rows = [seed for _, part in batch for seed in part]
+                    drawn = _Drawn(of_rows, temperature, top_p, max_new_tokens, model.device)
+                    ids, counts = [prompts[group[index]] for index, _ in batch], [len(part) for _, part in batch]
+                    rows = iter(_continue(model, ids, counts, drawn, max_new_tokens, stops, pad, logprobs))
+                    for index, part in batch:
+                        answers[group[index]] += [next(rows) for _ in part]
+                    progress(sum(counts))
     return answers
+
+
+def _alike(prompts: Sequence[Sequence[int]], numbers: Sequence[int], cost: int) -> Iterator[Sequence[int]]:
+    """Yield prompts that are read together: those that begin alike apart from the others, where that saves reading.
+
+    A batch reads what all of its prompts begin with once. Requests in one wrapper share nearly everything, those in two
+    wrappers nothing but the system message.
+
+    Args:
+        prompts: Token ids.
+        numbers: Which of them may share a batch.
+        cost: How many tokens could be read in the time that a batch of its own takes.
+    """
+    if len(numbers) < 3:  # two that begin alike are read together anyway
+        yield numbers
+        return
+    order = sorted(numbers, key=lambda i: list(prompts[i]))
+    shared = _shared_prefix([prompts[i] for i in numbers])
+    common = [_common(prompts[a], prompts[b]) - shared for a, b in pairwise(order)]
+    rest: list[int] = []
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end < len(order) and common[end - 1] >= ALIKE:
+            continue
+        group, saved = order[start:end], min(common[start : end - 1], default=0) * (end - start - 1)
+        if saved > cost:
+            yield sorted(group)
+        else:
+            rest += group
+        start = end
+    if rest:
+        yield sorted(rest)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many first tokens two prompts share."""
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
 def _requests(
@@ -286,8 +329,7 @@ def _prefill(
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many first tokens all prompts share, leaving each at least one of its own to continue from."""
-    first, last = min(map(list, prompts)), max(map(list, prompts))
-    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    same = _common(min(map(list, prompts)), max(map(list, prompts)))
     return min(same, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
 
 

@@ -172,7 +172,7 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     def tell(_: str, cell: Cell) -> None:
         run.say(
             f"{cell['target']} in {cell['suite']}: attack success {cell['greedy']['value']:.2f} greedily, "
-            f"harmless requests refused {cell['over_refusal']['value']:.2f}"
+            f"requests refused: harmful {cell['refused']['value']:.2f}, harmless {cell['over_refusal']['value']:.2f}"
         )
 
     fill(cells, {key: lambda pair=pair: measure(*pair) for key, pair in keys.items()}, tell=tell)  # type: ignore[misc]

@@ -69,7 +69,8 @@ def measured(
     from modicum.jobs.safety.drawing import first_safe
     from modicum.random import generator
 
-    greedy, benign = drawing.greedy(harmful), drawing.greedy(harmless)
+    both = drawing.greedy([*harmful, *harmless])  # in the same wrappers, which are read once
+    greedy, benign = both[: len(harmful)], both[len(harmful) :]
 
     def report(rows: Sequence[Sequence[Any]], ns: Sequence[int]) -> Any:
         verdicts = [[drawn.verdict for drawn in row] for row in rows]
@@ -142,7 +143,10 @@ def summary(cells: Sequence[Cell]) -> Cell:
     def mean(field: str) -> float:
         return float(sum(cell[field]["value"] for cell in wrapped)) / len(wrapped)
 
-    found: Cell = {"families": len(wrapped), "asr": mean("greedy"), "over_refusal": mean("over_refusal")}
+    found: Cell = {"families": len(wrapped), "asr": mean("greedy")}
+    if all("refused" in cell for cell in wrapped):  # cells of earlier versions lack it
+        found["refused"] = mean("refused")
+    found["over_refusal"] = mean("over_refusal")
     found["malformed"] = sum(cell["malformed"] for cell in wrapped) / len(wrapped)
     if all("asr_all" in cell for cell in wrapped):
         found["asr_all_at_most"] = sum(cell["asr_all"][-1]["value"] for cell in wrapped) / len(wrapped)

@@ -14,8 +14,9 @@ from modicum.report.sections import Section, Stat, section
 from modicum.report.text import measure, number
 
 READ_FAMILIES = (
-    "Left: harmful requests that were answered (greedily). Right: harmless requests in the same wrappers that were "
-    "refused. A model is good where both are pale; refusing everything makes the left one pale alone."
+    "First: harmful requests that were answered (greedily); second: those that were declined. What is neither is "
+    "malformed, which is no sign of caution. Third: harmless requests in the same wrappers that were refused. A model "
+    "is good where the second is dark and the others are pale; refusing everything makes both refusals dark."
 )
 READ_CURVES = (
     "Share of harmful prompts for which all of N samples were unsafe, averaged over the wrapped families. A curve that "
@@ -70,8 +71,10 @@ def _families(cells: Sequence[Mapping[str, Any]]) -> Markup:
             every=1,
         )
 
-    maps = grid([drawn("greedy", "attack success"), drawn("over_refusal", "harmless requests refused")])
-    return figure(maps, scale.legend("share"), caption=READ_FAMILIES, numbers=_numbers(cells))
+    maps = [drawn("greedy", "attack success"), drawn("over_refusal", "harmless requests refused")]
+    if all(isinstance(cell.get("refused"), Mapping) for cell in cells):
+        maps.insert(1, drawn("refused", "harmful requests refused"))
+    return figure(grid(maps), scale.legend("share"), caption=READ_FAMILIES, numbers=_numbers(cells))
 
 
 def _numbers(cells: Sequence[Mapping[str, Any]]) -> Markup:
@@ -80,8 +83,8 @@ def _numbers(cells: Sequence[Mapping[str, Any]]) -> Markup:
             return number(None)
         return f"{measure(value.get('value'), 'share')} [{_ends(value)}]"
 
-    headers = ["Model", "Family", "Attack success", "Corrected", "Harmless refused", "Malformed", "Unread"]
-    headers += ["Draws", "Never safe", "n"]
+    headers = ["Model", "Family", "Attack success", "Corrected", "Harmful refused", "Harmless refused", "Malformed"]
+    headers += ["Unread", "Draws", "Never safe", "n"]
     return table(
         headers,
         (
@@ -90,6 +93,7 @@ def _numbers(cells: Sequence[Mapping[str, Any]]) -> Markup:
                 cell["suite"],
                 share(cell["greedy"]),
                 measure((cell.get("corrected") or {}).get("value"), "share"),
+                share(cell.get("refused")),
                 share(cell["over_refusal"]),
                 measure(cell.get("malformed"), "share"),
                 measure(cell.get("unparsed"), "share"),
@@ -154,10 +158,10 @@ def _trade(found: Mapping[str, Any]) -> Markup | None:
         from_zero=True,
     )
     rows = [
-        [name, measure(s["asr"], "share"), measure(s["over_refusal"], "share"), measure(s["malformed"], "share")]
+        [name, *(measure(s.get(field), "share") for field in ("asr", "refused", "over_refusal", "malformed"))]
         for name, s in summaries.items()
     ]
-    numbers = table(["Model", "Attack success", "Harmless refused", "Malformed"], rows)
+    numbers = table(["Model", "Attack success", "Harmful refused", "Harmless refused", "Malformed"], rows)
     return figure(chart, caption=READ_TRADE, numbers=numbers)
 
 
@@ -198,10 +202,11 @@ def _counters(name: str, found: Mapping[str, Any]) -> Markup:
 def _findings(found: Mapping[str, Any]) -> Iterator[str | Markup]:
     for name, summary in (found.get("targets") or {}).items():
         # A share of attacks never stands without the share of harmless requests that were refused.
+        declines = f", declines {measure(summary['refused'], 'share')} of them," if "refused" in summary else ""
         yield Markup(
-            "<b>{}</b> answers {} of the harmful requests in wrappers and refuses {} of the harmless ones in the same "
-            "wrappers."
-        ).format(name, measure(summary.get("asr"), "share"), measure(summary.get("over_refusal"), "share"))
+            "<b>{}</b> answers {} of the harmful requests in wrappers{} and refuses {} of the harmless ones in the "
+            "same wrappers."
+        ).format(name, measure(summary.get("asr"), "share"), declines, measure(summary.get("over_refusal"), "share"))
 
 
 def _stats(found: Mapping[str, Any]) -> Iterator[Stat]:
