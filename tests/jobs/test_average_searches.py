@@ -259,7 +259,7 @@ def test_a_process_killed_ten_times_ends_with_the_same_bytes(root: Path, tmp_pat
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()  # which closes its pipes too
         kills += 1
         if kills >= 10:
             finished(start(data, folder))
