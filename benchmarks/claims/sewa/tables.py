@@ -8,11 +8,12 @@ from benchmarks.tables import interval, load, markdown, write
 
 STUDIES = {
     "byte model": "sewa-byte-model.json", "digits": "sewa-digits.json", "packages": "sewa-packages.json",
-    "cloning": "sewa-cloning.json",
+    "cloning": "sewa-cloning.json", "SmolLM2": "sewa-smollm2.json",
 }  # fmt: skip
 SHOWN = (
     "last", "decay over the window", "uniform", "lawa, tuned", "ema, tuned", "wsm sqrt, tuned", "random 5, mean of 5",
-    "best", "window", "greedy", "sewa, k 5", "sewa, k auto", "sewa, k auto, guard", "sewa published, k 5", "simplex",
+    "best", "window", "greedy", "sewa, k 5", "sewa, k auto, no exchanges", "sewa, k auto",
+    "sewa, k auto, guard", "sewa published, k 5", "simplex",
     "quadratic", "quadratic, k auto", "quadratic, k 5",
 )  # fmt: skip
 GOALS = (
