@@ -20,7 +20,8 @@ from modicum.patterns import Pattern
 from modicum.weights.adapter import LowRank
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, spec_of
-from modicum.weights.kernels.blocks import deltas_in_turn, working_dtype
+from modicum.weights.kernels import fused
+from modicum.weights.kernels.blocks import Sum, as_vector, deltas_in_turn, fold, working_dtype
 from modicum.weights.kernels.compare import refuse_non_finite
 
 BLOCK = 1 << 16  # entries in work at once: with a checkpoint beside the gradient, what a core's second cache holds
@@ -70,18 +71,18 @@ class Stored:
             newest = self.models[-1][self.name]
             return torch.zeros_like(newest, dtype=working_dtype(newest))
         first, *others = (model[self.name] for model, _ in used)
-        out = torch.empty(first.shape, dtype=working_dtype(first), device=first.device)
-        flat, total = out.view(-1), math.fsum(w for _, w in used)
-        for where, origin, deltas in deltas_in_turn(first, others, size=BLOCK):
-            # Σ wₜθₜ = (Σ wₜ)·θ₁ + Σ wₜ(θₜ − θ₁): equal checkpoints come out exactly.
-            block = torch.mul(origin, total, out=flat[where])
-            for delta, (_, w) in zip(deltas, used[1:]):
-                block.add_(delta, alpha=w)
-        return out
+        # Σ wₜθₜ = (Σ wₜ)·θ₁ + Σ wₜ(θₜ − θ₁): equal checkpoints come out exactly.
+        shares = as_vector([w for _, w in used[1:]], first)
+        total = math.fsum(w for _, w in used)
+        return fold(first, others, Sum(shares), share=total, dtype=working_dtype(first))
 
     def products(self, gradient: Tensor) -> Tensor:
         """Return the inner products, by differences to the newest checkpoint."""
         *others, newest = (model[self.name] for model in self.models)
+        if fused.usable(newest, *others) and gradient.dtype == torch.float32:
+            found = fused.products(newest, others, gradient)
+            found[:-1] += found[-1].clone()
+            return found
         flat = gradient.reshape(-1).to(newest.device)
         found = torch.zeros(len(self.models), dtype=torch.float64, device=newest.device)
         sums = torch.empty(len(self.models), dtype=working_dtype(newest), device=newest.device)

@@ -141,3 +141,21 @@ def test_small_tensors_and_other_kinds_do_not_import_the_compiler():
         "print('numba' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("size", [1, 2047, 2048, 70_001])
+def test_inner_products_keep_the_differences(dtype, size):
+    """Checkpoints that share almost all of their weights: the products of what they differ by are exact to float32."""
+    pytest.importorskip("numba")
+    rng = torch.Generator().manual_seed(size)
+    base = (0.05 * torch.randn(size, generator=rng)).to(dtype)
+    others = [(base + 1e-3 * torch.randn(size, generator=rng)).to(dtype) for _ in range(4)]
+    gradient = torch.randn(size, generator=rng)
+    exact = [gradient.double() @ (other.double() - base.double()) for other in others] + [
+        gradient.double() @ base.double()
+    ]
+    terms = [gradient.double().abs() @ (o.double() - base.double()).abs() for o in others]
+    found = fused.products(base, others, gradient)
+    for t, (value, true) in enumerate(zip(found.tolist(), exact)):
+        assert abs(value - true) <= 1e-6 * (terms[t] if t < 4 else gradient.double().abs() @ base.double().abs())

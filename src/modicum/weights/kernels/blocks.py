@@ -116,6 +116,7 @@ def fold(
     *,
     share: float = 1.0,
     row: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return ``share * base + kernel(deltas)``, block by block, in the dtype of ``base``.
 
@@ -126,8 +127,9 @@ def fold(
             the order of their entries. One that says in ``parts`` what it does may be done by a compiled pass.
         share: Factor on the base.
         row: A block holds whole rows of so many entries.
+        dtype: Of the result, where it is another.
     """
-    out = _result_like(base)
+    out = _result_like(base) if dtype is None else torch.empty(base.shape, dtype=dtype, device=base.device)
     parts: fused.Parts | None = getattr(kernel, "parts", None)
     if parts is not None and fused.usable(base, *experts, out):
         sizes = [len(block) for block in torch.split(base.view(-1), block_size(base, row))]

@@ -336,3 +336,26 @@ def merge(tensors, kinds, begin, end, cuts, spares, factors, ratios, weights, el
         for i in range(n):
             origin[i] = origin[i] * share + merged[i]
         _narrow(origin[:n], total, tensors[-1], kinds[-1], start)
+
+
+@_jit(fastmath={"reassoc", "contract", "nsz"})
+def _dot(row, other, n):
+    total = np.float32(0)
+    for i in range(n):
+        total += row[i] * other[i]
+    return total
+
+
+@_jit
+def products(tensors, kinds, gradient, size, sums):
+    """Add the inner products with a float32 gradient: of the base in the last place, of the deltas before it."""
+    origin, delta = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    last = len(tensors) - 1
+    for start in range(0, size, CHUNK):
+        n = min(CHUNK, size - start)
+        part = carray(_pointer(gradient + 4 * start), n, np.float32)
+        _widen(tensors[0], kinds[0], start, origin[:n])
+        for t in range(last):
+            _delta(tensors, kinds, t, start, n, origin, delta)
+            sums[t] += _dot(delta, part, n)
+        sums[last] += _dot(origin, part, n)
