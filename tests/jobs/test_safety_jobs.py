@@ -92,6 +92,23 @@ def test_answers_are_judged_again_without_new_samples(parts, tmp_path, monkeypat
     assert all(line["key"].endswith("linear+prefix") for line in judged)
 
 
+def test_a_limit_inside_the_reasoning_is_told_of(parts, tmp_path, monkeypatch):
+    """Answers cut before they began count as unsafe, which says something about the limit and not about the model."""
+    from modicum.evaluate.chat import ChatResult, Choice
+    from modicum.jobs.chat.local import LocalHF
+
+    def cut(_self, requests):
+        return [ChatResult((Choice("", "First I think", "length"),)) for _ in requests]
+
+    monkeypatch.setattr(LocalHF, "generate", cut)
+    run = execute(attack_recipe(parts, samples=1), tmp_path / "run", quiet=True)
+    assert any("100% of the answers were cut inside" in note for note in run.record["notes"])
+    assert all(c["incomplete"] == 1 and c["greedy"]["value"] == 1 for c in run.record["metrics"]["safety"]["cells"])
+    monkeypatch.setattr(LocalHF, "generate", lambda _, asked: [ChatResult((Choice("Yes, of course."),)) for _ in asked])
+    run = execute(attack_recipe(parts, samples=1), tmp_path / "other", quiet=True)
+    assert not any("cut inside" in note for note in run.record.get("notes", []))
+
+
 def test_transcripts_without_words_and_folders_without_verdicts_are_refused(parts, tmp_path):
     with pytest.raises(ModicumError, match="no verdicts"):
         plan(attack_recipe(parts, transcripts=str(tmp_path)))
