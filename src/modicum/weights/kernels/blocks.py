@@ -101,7 +101,8 @@ def result_in(out: Tensor | None) -> Iterator[None]:
         _place.out = None
 
 
-def _result_like(base: Tensor) -> Tensor:
+def result_like(base: Tensor) -> Tensor:
+    """Return memory for a result of the shape and dtype of ``base``; where :func:`result_in` says, if it fits."""
     out: Tensor | None = getattr(_place, "out", None)
     _place.out = None  # once: a method that folds twice needs two
     if out is not None and (out.shape, out.dtype, out.device) == (base.shape, base.dtype, base.device):
@@ -129,7 +130,7 @@ def fold(
         row: A block holds whole rows of so many entries.
         dtype: Of the result, where it is another.
     """
-    out = _result_like(base) if dtype is None else torch.empty(base.shape, dtype=dtype, device=base.device)
+    out = result_like(base) if dtype is None else torch.empty(base.shape, dtype=dtype, device=base.device)
     parts: fused.Parts | None = getattr(kernel, "parts", None)
     if parts is not None and fused.usable(base, *experts, out):
         sizes = [len(block) for block in torch.split(base.view(-1), block_size(base, row))]
@@ -158,6 +159,8 @@ class Sum:
 
 def multiply_(deltas: Tensor, factors: NDArray[Any]) -> Tensor:
     """Multiply by truth values or factors: on the CPU in NumPy, which is twice as fast where dtypes differ."""
+    if deltas.ndim == 1 and factors.itemsize == 1 and fused.usable(deltas):
+        return fused.mask_(deltas, factors)
     if deltas.device.type == "cpu":
         np.multiply(deltas.numpy(), factors, out=deltas.numpy())
         return deltas

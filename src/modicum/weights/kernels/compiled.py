@@ -4,46 +4,34 @@ A chunk of every tensor is widened to float32, taken through all steps of the ar
 is read, so that intermediate results stay in the processor's first cache. Additions and products are those of the torch
 path, in its order, each rounded by itself: the results are the same bits.
 
+Numba's cache looks at the file of a function alone: after a change here, delete what it stored of
+:mod:`~modicum.weights.kernels.compiled_selected`, which uses these functions.
+
 Tensors come as addresses, since their number and dtypes vary; whoever calls keeps them alive. The bit pattern of a
 float32 without its sign is ordered like the magnitude, so that magnitudes are compared as integers.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import numpy as np
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray
 
-BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
+from modicum.weights.kernels.compiled_rows import BFLOAT16, FLOAT16, INFINITY, MAGNITUDE, jit, pointer
+
 CHUNK = 2048
-INFINITY = np.int32(0x7F800000)
-MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits but the sign; signed patterns compare fastest
-_jit = partial(njit, cache=True, nogil=True, error_model="numpy")
 
 
-@intrinsic
-def _pointer(_context: Any, _address: Any) -> Any:
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.intp), generate
-
-
-@_jit
+@jit
 def _widen(address, kind, start, out):
     """Read ``len(out)`` numbers from entry ``start`` on."""
     n = len(out)
     words = out.view(np.uint32)
     if kind == BFLOAT16:
-        halves = carray(_pointer(address + 2 * start), n, np.uint16)
+        halves = carray(pointer(address + 2 * start), n, np.uint16)
         for i in range(n):
             words[i] = np.uint32(halves[i]) << np.uint32(16)
     elif kind == FLOAT16:
-        halves = carray(_pointer(address + 2 * start), n, np.uint16)
+        halves = carray(pointer(address + 2 * start), n, np.uint16)
         for i in range(n):
             words[i] = np.uint32(halves[i] & np.uint16(0x7FFF)) << np.uint32(13)
         for i in range(n):
@@ -52,25 +40,25 @@ def _widen(address, kind, start, out):
             beyond = np.uint32(0x7F800000) if halves[i] & np.uint16(0x7C00) == np.uint16(0x7C00) else np.uint32(0)
             words[i] |= beyond | np.uint32(halves[i] & np.uint16(0x8000)) << np.uint32(16)
     else:
-        numbers = carray(_pointer(address + 4 * start), n, np.float32)
+        numbers = carray(pointer(address + 4 * start), n, np.float32)
         for i in range(n):
             out[i] = numbers[i]
 
 
-@_jit
+@jit
 def _narrow(row, spare, address, kind, start):
     """Store a row from entry ``start`` on, rounded to the nearest, to the even one of two."""
     n = len(row)
     words = row.view(np.uint32)
     if kind == BFLOAT16:
-        halves = carray(_pointer(address + 2 * start), n, np.uint16)
+        halves = carray(pointer(address + 2 * start), n, np.uint16)
         for i in range(n):
             word = words[i]
             rounded = np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
             nan = word & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
             halves[i] = np.uint16(0x7FC0) if nan else np.uint16(rounded)
     elif kind == FLOAT16:
-        halves = carray(_pointer(address + 2 * start), n, np.uint16)
+        halves = carray(pointer(address + 2 * start), n, np.uint16)
         tiny = spare[:n].view(np.uint32)
         for i in range(n):
             spare[i] = abs(row[i]) + np.float32(0.5)  # whose last bit is that of the subnormal halves
@@ -83,35 +71,19 @@ def _narrow(row, spare, address, kind, start):
             half = np.uint16(0x7E00) if word > np.uint32(0x7F800000) else half
             halves[i] = half | np.uint16(words[i] >> np.uint32(16) & np.uint32(0x8000))
     else:
-        numbers = carray(_pointer(address + 4 * start), n, np.float32)
+        numbers = carray(pointer(address + 4 * start), n, np.float32)
         for i in range(n):
             numbers[i] = row[i]
 
 
-@_jit
-def finite(address, kind, size):
-    """Say whether no number is infinite or NaN."""
-    if kind == FLOAT32:
-        words = carray(_pointer(address), size, np.uint32)
-        most = np.uint32(0)
-        for i in range(size):
-            most = max(most, words[i] & np.uint32(0x7FFFFFFF))
-        return most < np.uint32(0x7F800000)
-    halves = carray(_pointer(address), size, np.uint16)
-    largest = np.uint16(0)
-    for i in range(size):
-        largest = max(largest, halves[i] & np.uint16(0x7FFF))
-    return largest < np.uint16(0x7F80 if kind == BFLOAT16 else 0x7C00)
-
-
-@_jit
+@jit
 def _delta(tensors, kinds, t, start, n, origin, out):
     _widen(tensors[t + 1], kinds[t + 1], start, out[:n])
     for i in range(n):
         out[i] -= origin[i]
 
 
-@_jit
+@jit
 def deltas(tensors, kinds, start, n, origin, rows):
     """Fill a block with the base's ``n`` entries from ``start`` on, and one with the experts' deltas."""
     for begin in range(0, n, CHUNK):
@@ -121,7 +93,7 @@ def deltas(tensors, kinds, start, n, origin, rows):
             _delta(tensors, kinds, t, start + begin, m, origin[begin:], rows[t, begin:])
 
 
-@_jit
+@jit
 def _tally(words, low, high, flags, inside, count):
     """Count the patterns above, at the ends of a bracket, and between; append those between to ``inside``.
 
@@ -154,7 +126,7 @@ def _tally(words, low, high, flags, inside, count):
     return most
 
 
-@_jit
+@jit
 def brackets(tensors, kinds, size, rows, low, high, inside):
     """Count around brackets ``(low, high)`` of the magnitudes of experts' deltas: the experts that ``rows`` names.
 
@@ -175,7 +147,7 @@ def brackets(tensors, kinds, size, rows, low, high, inside):
     return counts, most
 
 
-@_jit
+@jit
 def _until(words, value, spares, t):
     """Return up to which entry magnitudes that equal ``value`` are kept; -1 spare ones stand for all."""
     n, spare = len(words), spares[t]
@@ -196,7 +168,7 @@ def _until(words, value, spares, t):
     return n
 
 
-@_jit
+@jit
 def _keep(words, value, spares, t, out):
     """Copy what is above ``value`` in magnitude, or equal to it as far as that is kept; zeros for the rest."""
     until, n = _until(words, value, spares, t), len(words)
@@ -207,18 +179,17 @@ def _keep(words, value, spares, t, out):
         out[i] = words[i] if np.int32(words[i] & MAGNITUDE) > value else np.int32(0)
 
 
-@_jit
+@jit
 def _mix(rows, n, shares, out):
     """Sum rows with a share of each, in their order, from zero on."""
-    for i in range(n):
-        out[i] = np.float32(0)
+    out[:n] = np.float32(0)
     for t in range(len(rows)):
         row, share = rows[t, :n], shares[t]
         for i in range(n):
             out[i] += row[i] * share
 
 
-@_jit
+@jit
 def _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total, divisor, merged):
     """Merge the deltas of the elected sign; as ``combine.Election`` does, step by step."""
     rows = len(deltas)
@@ -241,7 +212,9 @@ def _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total,
     _mix(deltas, n, halves, merged)
     for i in range(n):
         merged[i] += abs(total[i])
-    _copy_sign(merged, total, n)
+    words, signs = merged[:n].view(np.int32), total[:n].view(np.int32)
+    for i in range(n):  # copysign() would be a call, which no vector unit does
+        words[i] ^= np.int32(signs[i] & ~MAGNITUDE)
     if normalize:
         for i in range(n):
             merged[i] /= divisor[i]
@@ -249,19 +222,10 @@ def _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total,
         merged[i] *= scale
 
 
-@_jit
-def _copy_sign(numbers, signs, n):
-    """Give numbers that are not negative the signs of others; an exclusive or, as a call would not be vectorised."""
-    words, others = numbers[:n].view(np.int32), signs[:n].view(np.int32)
-    for i in range(n):
-        words[i] ^= np.int32(others[i] & ~MAGNITUDE)
-
-
-@_jit
+@jit
 def _count(deltas, n, total, divisor, spare):
     elected, agreeing = total[:n].view(np.int32), spare[:n].view(np.int32)
-    for i in range(n):
-        agreeing[i] = np.int32(0)
+    agreeing[:] = np.int32(0)
     for t in range(len(deltas)):
         words = deltas[t, :n].view(np.int32)
         for i in range(n):
@@ -271,13 +235,11 @@ def _count(deltas, n, total, divisor, spare):
         divisor[i] = np.float32(max(agreeing[i], np.int32(1)))
 
 
-@_jit
+@jit
 def _agreeing(deltas, n, weights, least, total, divisor, spare):
     zero = np.float32(0)
-    for i in range(n):
-        divisor[i] = zero
-    for i in range(n):
-        spare[i] = zero
+    divisor[:n] = zero
+    spare[:n] = zero
     for t in range(len(deltas)):
         row, weight = deltas[t, :n], weights[t]
         for i in range(n):
@@ -292,7 +254,7 @@ def _agreeing(deltas, n, weights, least, total, divisor, spare):
         divisor[i] = (least if least > zero else np.float32(1)) if low else divisor[i]
 
 
-@_jit
+@jit
 def merge(tensors, kinds, begin, end, cuts, spares, factors, ratios, weights, election, scale, share):
     """Merge entries ``begin`` to ``end``; the first of the tensors is the base, the last one the result.
 
@@ -322,7 +284,7 @@ def merge(tensors, kinds, begin, end, cuts, spares, factors, ratios, weights, el
                     for i in range(n):
                         row[i] -= merged[i]
             if factors[t]:
-                mask = carray(_pointer(factors[t] + start - begin), n, np.uint8)
+                mask = carray(pointer(factors[t] + start - begin), n, np.uint8)
                 for i in range(n):
                     row[i] *= np.float32(mask[i])
             ratio = ratios[t]
@@ -338,7 +300,7 @@ def merge(tensors, kinds, begin, end, cuts, spares, factors, ratios, weights, el
         _narrow(origin[:n], total, tensors[-1], kinds[-1], start)
 
 
-@_jit(fastmath={"reassoc", "contract", "nsz"})
+@jit(fastmath={"reassoc", "contract", "nsz"})
 def _dot(row, other, n):
     total = np.float32(0)
     for i in range(n):
@@ -346,14 +308,14 @@ def _dot(row, other, n):
     return total
 
 
-@_jit
+@jit
 def products(tensors, kinds, gradient, size, sums):
     """Add the inner products with a float32 gradient: of the base in the last place, of the deltas before it."""
     origin, delta = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     last = len(tensors) - 1
     for start in range(0, size, CHUNK):
         n = min(CHUNK, size - start)
-        part = carray(_pointer(gradient + 4 * start), n, np.float32)
+        part = carray(pointer(gradient + 4 * start), n, np.float32)
         _widen(tensors[0], kinds[0], start, origin[:n])
         for t in range(last):
             _delta(tensors, kinds, t, start, n, origin, delta)

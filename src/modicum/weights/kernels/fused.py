@@ -7,7 +7,7 @@ which small models never pay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from modicum.weights.kernels.selection import Cut
 
-LEAST = 1 << 17  # entries of a tensor for which it pays
+LEAST = 1 << 16  # entries of a tensor, or of a block of one, for which it pays
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 INFINITY = 0x7F800000  # its bit pattern
 Factors = Callable[[int, int], NDArray[Any] | None]
@@ -72,7 +72,7 @@ def prepare(entries: int) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Say whether no entry is infinite or NaN."""
-    from modicum.weights.kernels.compiled import finite
+    from modicum.weights.kernels.compiled_rows import finite
 
     return bool(finite(tensor.data_ptr(), KINDS[tensor.dtype], tensor.numel()))
 
@@ -140,6 +140,71 @@ def fold(
         places = np.array([0 if block is None else block.ctypes.data for block in factors], np.int64)
         compiled.merge(tensors, kinds, begin, begin + size, cuts, spares, places, ratios, weights, election, *last)
         begin += size
+
+
+def mask_(row: Tensor, factors: NDArray[Any]) -> Tensor:
+    """Multiply a row by truth values."""
+    from modicum.weights.kernels import compiled_rows
+
+    compiled_rows.mask(row.numpy(), factors.view(np.uint8))
+    return row
+
+
+def keep_by_rank(
+    numbers: Tensor, length: int, draws: NDArray[np.uint16], window: tuple[int, int], picks: NDArray[np.uint32]
+) -> NDArray[np.bool_]:
+    """Say which entries of rows of a length stay; see :func:`~modicum.weights.methods.della.keep_by_rank`."""
+    from modicum.weights.kernels import compiled_rows
+
+    stays, (lowest, width) = np.empty(numbers.numel(), np.bool_), map(np.uint16, window)
+    compiled_rows.keep_by_rank(numbers.reshape(-1).numpy(), length, draws, lowest, width, picks, stays)
+    return stays
+
+
+def count_variances(
+    base: Tensor, experts: Sequence[Tensor], low: float, high: float
+) -> tuple[int, tuple[int, int, int, NDArray[Any]]] | None:
+    """Return how many entries differ between the experts, and what :func:`count` returns for a bracket of variances."""
+    from modicum.weights.kernels import compiled_selected
+
+    inside = np.empty(base.numel(), np.int32)
+    ends = np.array([low, high], np.float32).view(np.int32)
+    counts, most, differing = compiled_selected.variances(*_addresses([base, *experts]), base.numel(), *ends, inside)
+    if most > INFINITY:
+        return None
+    above, at_high, at_low, within = map(int, counts)
+    return int(differing), (above, at_high, at_low, inside[:within].view(np.float32).copy())
+
+
+class Selected:
+    """Deltas of which only those entries are used whose variance between the experts a cut keeps; all without one."""
+
+    def __init__(self, base: Tensor, experts: Sequence[Tensor], cut: Cut | None) -> None:
+        self.tensors = [base, *experts]
+        self.cut = np.float32(cut.value if cut else 0).view(np.int32)
+        self.spare = -1 if cut is None or cut.exhaustive else cut.spare
+        self.selecting = cut is not None
+
+    def squares(self, size: int) -> Iterator[Tensor]:
+        """Yield the squares ``(n, block)``, a block of ``size`` after the other; each in the memory of the last."""
+        from modicum.weights.kernels import compiled_selected
+
+        tensors, kinds = _addresses(self.tensors)
+        rows, spares = torch.empty((len(tensors) - 1) * size), np.array([self.spare])
+        whole = self.tensors[0].numel()
+        for start in range(0, whole, size):
+            n = min(size, whole - start)
+            block = rows[: (len(tensors) - 1) * n].view(-1, n)
+            compiled_selected.squares(tensors, kinds, start, n, self.selecting, self.cut, spares, block.numpy())
+            yield block
+
+    def merge(self, weights: Tensor, out: Tensor) -> None:
+        """Write the base plus, over those that have the elected sign, the weighted mean of the deltas to ``out``."""
+        from modicum.weights.kernels import compiled_selected
+
+        tensors, kinds = _addresses([*self.tensors, out])
+        settings = self.selecting, self.cut, np.array([self.spare]), weights.numpy()
+        compiled_selected.merge_selected(tensors, kinds, out.numel(), *settings)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

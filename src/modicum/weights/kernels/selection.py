@@ -106,6 +106,36 @@ def find_cuts(
     ]
 
 
+def find_variance_cut(
+    base: Tensor, experts: Sequence[Tensor], share: float, *, variance: Callable[[Tensor], Tensor]
+) -> Cut:
+    """Return the cut that keeps a share, at least one, of those entries whose variance between the experts is not zero.
+
+    Args:
+        base: The tensor that the deltas are taken from.
+        experts: Tensors of its shape.
+        share: In (0, 1).
+        variance: From deltas ``(n, block)``, which it may overwrite, to the variances as one row.
+    """
+    n = base.numel()
+    if n > SMALL and fused.usable(base, *experts):
+        where = _sample(n)
+        sample = _row(base.reshape(-1)[where], [expert.reshape(-1)[where] for expert in experts], variance, 0)
+        likely = int(sample.count_nonzero()) / len(sample)
+        margin = 5 * (likely * (1 - likely) / len(sample)) ** 0.5
+        keeps = [max(1, int(share * n * p)) for p in (max(0.0, likely - margin), min(1.0, likely + margin))]
+        (_, high), (low, _) = _brackets(sample, keeps, n)
+        found = fused.count_variances(base, experts, low, high)
+        if found is not None:
+            differing, (*ends, inside) = found
+            cut = _Counts(low, high, ends, [inside]).cut(max(1, int(share * differing)))
+            if cut is not None:
+                return cut
+    differing = sum(int(variance(deltas).count_nonzero()) for _, _, deltas in delta_blocks(base, experts))
+    ((cut,),) = find_cuts(base, experts, [[max(1, int(share * differing))]], measure=variance)
+    return cut
+
+
 def _row(base: Tensor, experts: Sequence[Tensor], measure: Callable[[Tensor], Tensor], i: int) -> Tensor:
     """Return a whole row of the numbers that are cut; only one at a time, as each may be large."""
     return torch.cat([measure(deltas)[i].clone() for _, _, deltas in delta_blocks(base, experts)])

@@ -18,6 +18,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import merge_method
 from modicum.types import Fraction
+from modicum.weights.kernels import fused
 from modicum.weights.kernels.blocks import as_vector, per_expert
 from modicum.weights.kernels.combine import Elect, combiner
 from modicum.weights.kernels.draws import LEVELS, Mask, Words, draw, generators, merge_dropped
@@ -117,6 +118,10 @@ def keep_by_rank(delta: Tensor, density: float, epsilon: float, rng: np.random.G
     width = round(2 * epsilon * LEVELS) if n > 1 else 0
     lowest = min(LEVELS - 1, max(1, round(density * LEVELS - width / 2)))
     draws = draw(size, rng)
+    if fused.usable(delta):
+        coins = np.count_nonzero(draws - np.uint16(lowest) < width)
+        picks = rng.integers(1 << 32, size=coins, dtype=np.uint32)
+        return fused.keep_by_rank(delta, n, draws, (lowest, width), picks)
     mask: Mask = draws < lowest
     places = np.flatnonzero(draws - np.uint16(lowest) < width)
     if places.size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from modicum.registry import merge_method
 from modicum.types import Fraction
-from modicum.weights.kernels.blocks import delta_blocks, fold, multiply_, working_dtype
-from modicum.weights.kernels.combine import kept_of
-from modicum.weights.kernels.selection import find_cuts
+from modicum.weights.kernels import fused
+from modicum.weights.kernels.blocks import block_size, delta_blocks, fold, multiply_, result_like, working_dtype
+from modicum.weights.kernels.selection import Cut, find_variance_cut
+
+SEQUENTIAL = 16  # so many experts' deltas torch adds one after the other
 
 
 @merge_method(
@@ -54,16 +56,25 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
         Wan et al., "FuseChat: Knowledge Fusion of Chat Models", 2024, arXiv:2408.07990, Section 3.3.
     """
     n = len(experts)
-    masks = _masks(base, experts, select) if select < 1 and n > 1 and base.numel() else None
-    energy = torch.zeros(n, dtype=torch.float64, device=base.device)
-    for i, (_, _, deltas) in enumerate(delta_blocks(base, experts)):
-        if masks is not None:
-            multiply_(deltas, np.unpackbits(masks[i], count=deltas.shape[1]))
-        squares = deltas.square().sum(1)
-        # Beyond the largest float32 they are summed again in float64.
-        energy += squares if bool(squares.isfinite().all()) else deltas.double().square_().sum(1)
-    weights = energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / n)
-    weights = weights.to(working_dtype(base))
+    selecting = select < 1 and n > 1 and base.numel()
+    cut = find_variance_cut(base, experts, select, variance=_variance) if selecting else None
+    if n <= SEQUENTIAL and fused.usable(base, *experts):
+        selected = fused.Selected(base, experts, cut)
+        energy = _total(base, (squares.sum(1) for squares in selected.squares(block_size(base, 1))), n)
+        if bool(energy.isfinite().all()):
+            selected.merge(_weights(energy, base), out := result_like(base))
+            return out
+    masks = None if cut is None else _masks(base, experts, cut)
+
+    def squares() -> Iterator[Tensor]:
+        for i, (_, _, deltas) in enumerate(delta_blocks(base, experts)):
+            if masks is not None:
+                multiply_(deltas, np.unpackbits(masks[i], count=deltas.shape[1]))
+            sums = deltas.square().sum(1)
+            # Beyond the largest float32 they are summed again in float64.
+            yield sums if bool(sums.isfinite().all()) else deltas.double().square_().sum(1)
+
+    weights = _weights(_total(base, squares(), n), base)
     parts = iter(masks or [])
 
     def kernel(deltas: Tensor) -> Tensor:
@@ -78,14 +89,21 @@ def sce(base: Tensor, experts: Sequence[Tensor], *, select: Fraction = 1.0) -> T
     return fold(base, experts, kernel)
 
 
-def _masks(base: Tensor, experts: Sequence[Tensor], select: float) -> list[NDArray[np.uint8]]:
-    """Say which entries are kept: those on which the experts differ most, and none on which all agree.
+def _total(base: Tensor, sums: Iterable[Tensor], n: int) -> Tensor:
+    energy = torch.zeros(n, dtype=torch.float64, device=base.device)
+    for some in sums:
+        energy += some
+    return energy
 
-    Returns:
-        A bit for each entry, block by block.
-    """
-    differing = sum(int(_variance(deltas).count_nonzero()) for _, _, deltas in delta_blocks(base, experts))
-    ((cut,),) = find_cuts(base, experts, [[max(1, kept_of(differing, select))]], measure=_variance)
+
+def _weights(energy: Tensor, base: Tensor) -> Tensor:
+    """Return each expert's share of the energy."""
+    shares = energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / len(energy))
+    return shares.to(working_dtype(base))
+
+
+def _masks(base: Tensor, experts: Sequence[Tensor], cut: Cut) -> list[NDArray[np.uint8]]:
+    """Return a bit for each entry, block by block: whether the experts differ on it as much as the cut asks for."""
     kept = (cut.trim_(_variance(deltas)[0]) for _, _, deltas in delta_blocks(base, experts))
     return [np.packbits(variance.cpu().numpy() > 0) for variance in kept]
 
