@@ -24,6 +24,8 @@ from benchmarks.speed.shapes import QWEN_1_5B, write_family
 
 from modicum.environment import environment
 from modicum.record import write_atomic
+from modicum.weights.kernels import fused
+from modicum.weights.stream import cores
 
 RESULTS = Path(__file__).parents[1] / "results" / "merge-large.json"
 GOALS = {
@@ -47,6 +49,7 @@ def main() -> None:
         return
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results |= {"what": __doc__, "environment": environment(), "load": os.getloadavg(), "layers": options.layers}
+    results |= {"cores": cores(), "compiled": fused.installed()}
     for method in options.methods:
         config = write_config(options.work / f"{method}.yaml", method, base, experts)
         found: dict[str, Any] = {"inside": inside(config, options.work / "out", options.rounds)}

@@ -83,6 +83,21 @@ def _figure(found: Mapping[str, float], name: str, form: str) -> str:
     return format(found[name], form) if name in found else "–"
 
 
+def large() -> str:
+    found = load("merge-large.json")
+    rows = [
+        [
+            method,
+            f"{one['inside']['seconds']:.1f}",
+            f"{one['inside']['read_and_write']:.1f}",
+            f"{one['inside']['over_floor']:.1f}",
+            f"{one['goal']:.1f}" if "goal" in one else "–",
+        ]
+        for method, one in found.get("methods", {}).items()
+    ]
+    return markdown(["method", "merge, s", "reading and writing the bytes, s", "ratio", "goal"], rows)
+
+
 def memory() -> str:
     rows = []
     for shape, methods in load("merge.json").get("shapes", {}).items():
@@ -123,6 +138,8 @@ def main() -> None:
             cast(),
             "### Whole processes beside mergekit 0.1.5: a base and three experts of 135 M, two cores\n",
             speed(),
+            "### Compiled passes, without imports: a base and three experts of the shape of 1.5 B, four layers\n",
+            large(),
             "### Peak memory above the imports, by the number of layers\n",
             memory(),
             "### Three experts of 1024 × 4096 beside the published full decompositions\n",
