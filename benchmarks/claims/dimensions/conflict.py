@@ -38,8 +38,8 @@ PLAIN, FIRST, LAST, START = DIGITS, DIGITS + 1, DIGITS + 2, DIGITS + 3
 SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 BASE_STEPS, BASE_ROWS, BASE_LR = 400, 64, 3e-3
 STEPS, ROWS, PAIRS = 24, 32, 1024
-RATES = (5e-5, 1.5e-4, 5e-4)
-SCALES = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+RATES = (1.5e-4, 5e-4, 1.5e-3)
+SCALES = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 SIZES = {"validation": 256, "test": 1024}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "Average": ("linear", {}),
