@@ -257,6 +257,21 @@ def test_a_choice_that_loses_on_held_out_data_gives_way_to_the_latest(tmp_path: 
 
 
 @pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("best", [1, 2, 4, 5])
+def test_a_tuned_guard_knows_the_means_of_other_numbers_of_the_latest(best: int) -> None:
+    known = models(5)
+    target = {name: sum(m[name] for m in known[-best:]) / best for name in known[0]}
+    landscape = Landscape(quadratic, known, [known[0]], [target])
+    kept = choose(known, method="toy_worst", landscape=landscape, fallback="tuned")
+    assert kept.coefficients == pytest.approx([0.0] * (5 - best) + [1 / best] * best)
+    if kept.note is not None:
+        assert f"mean of the last {best}" in kept.note
+        assert set(kept.scores) >= {f"mean of the last {k}" for k in (2, 4, 5)}
+    with pytest.raises(RecipeError, match="fallback is 'tunde'"):
+        choose(known, method="toy_worst", landscape=landscape, fallback="tunde")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("toys")
 @pytest.mark.parametrize("answer", [[1.0], [0.7, 0.7], [float("nan"), 1.0]])
 def test_an_answer_that_is_no_mean_is_refused(monkeypatch: pytest.MonkeyPatch, answer: list[float]) -> None:
     astray = dataclasses.replace(averager["toy_worst"], function=lambda landscape, checkpoints: answer)

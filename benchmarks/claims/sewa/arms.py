@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modicum.registry import averager
 from modicum.weights import Snapshots
-from modicum.weights.average import Choice, choose
+from modicum.weights.average import Choice, choose, guard
 from modicum.weights.search import Landscape, Loss
 
 LENGTHS = (1, 2, 3, 5, 8, 12, 20)  # windows and numbers of checkpoints
@@ -138,19 +138,15 @@ def measure(
         free = choose(states, method=method, landscape=landscape, fallback=False, seed=seed, **knobs)
         found[name] = _cell(free.coefficients, report, began, choice=free)
         if name in ("sewa, k auto", "greedy", "quadratic"):
-            kept = _guarded(method, free, landscape)
-            found[f"{name}, guard"] = _cell(kept.coefficients, report, began, choice=free, fell_back=bool(kept.note))
+            for tuned in (False, True):
+                kept = guard(method, free.coefficients, landscape, tuned=tuned)
+                cell = _cell(kept.coefficients, report, began, choice=free, fell_back=bool(kept.note))
+                found[f"{name}, tuned guard" if tuned else f"{name}, guard"] = cell
     if HELD_OUT not in leave_out:  # the same search on the guard's data: what choosing on training data costs
         began = time.perf_counter()
         free = choose(states, method="sewa", landscape=Landscape(loss, states, held_out), fallback=False, seed=seed)
         found[HELD_OUT] = _cell(free.coefficients, report, began, choice=free)
     return found
-
-
-def _guarded(method: str, free: Choice, landscape: Landscape) -> Choice:
-    from modicum.weights.average import guard
-
-    return guard(method, free.coefficients, landscape)
 
 
 def _cell(

@@ -13,8 +13,8 @@ STUDIES = {
 SHOWN = (
     "last", "decay over the window", "uniform", "lawa, tuned", "ema, tuned", "wsm sqrt, tuned", "random 5, mean of 5",
     "best", "window", "greedy", "sewa, k 5", "sewa, k auto, no exchanges", "sewa, k auto",
-    "sewa, k auto, guard", "sewa published, k 5", "simplex",
-    "quadratic", "quadratic, k auto", "quadratic, k 5",
+    "sewa, k auto, guard", "sewa, k auto, tuned guard", "sewa, k auto, on held-out data", "sewa published, k 5",
+    "simplex", "quadratic", "quadratic, k auto", "quadratic, k 5",
 )  # fmt: skip
 GOALS = (
     ("iteration", ("512 tokens", "ratio"), "one sewa step, n = 20, over forward and backward of 512 tokens", "≤ 1.4"),

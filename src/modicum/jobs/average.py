@@ -53,8 +53,9 @@ class AverageRecipe(Recipe):
     data: DataSection | None = Field(default=None, description="whose loss is searched and measured")
     held_out: DataSection | None = Field(default=None, description="what choices are judged by; else data is")
     batch_size: PositiveInt = 8
-    fallback: bool = Field(
-        default=True, description="take the plain mean of as many of the latest where a learnt choice is worse"
+    fallback: bool | Literal["tuned"] = Field(
+        default=True,
+        description="take the plain mean of as many of the latest where a learnt choice is worse; tuned: of any number",
     )
     compare: list[choice(averager)] = Field(  # type: ignore[valid-type]
         default_factory=list, description="rules that are measured beside the choice"

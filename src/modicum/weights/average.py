@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from modicum.weights.motion import aliases, latest
 from modicum.weights.plan import Plan, Source, Step, excluded, kept, plan_merge
 from modicum.weights.search import Landscape, Loss
 from modicum.weights.stream import check_vacant, cores, run_all
+
+Fallback: TypeAlias = bool | Literal["tuned"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def average(
     loss: Loss | None = None,
     batches: Sequence[Any] | None = None,
     held_out: Sequence[Any] | None = None,
-    fallback: bool = True,
+    fallback: Fallback = True,
     exclude: str | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -74,7 +76,8 @@ def average(
             for the others. Rules do not ask for it.
         batches: What that loss is measured on; step i of a search sees batch i, from the start again after the last.
         held_out: What a learnt choice is judged by; ``batches`` when not given.
-        fallback: Take the plain mean of as many of the latest checkpoints where a learnt choice is worse.
+        fallback: Take the plain mean of as many of the latest checkpoints where a learnt choice is worse; with
+            ``"tuned"`` that of the latest 1, 2, 4, … or all, whichever is best.
         exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
         seed: For averagers that draw random numbers.
         device: Where the arithmetic happens.
@@ -106,7 +109,7 @@ def average_state_dicts(
     loss: Loss | None = None,
     batches: Sequence[Any] | None = None,
     held_out: Sequence[Any] | None = None,
-    fallback: bool = True,
+    fallback: Fallback = True,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     exclude: str | None = None,
@@ -125,7 +128,7 @@ def average_state_dicts(
         loss: For averagers that learn.
         batches: What that loss is measured on.
         held_out: What a learnt choice is judged by.
-        fallback: Whether it may give way to the latest.
+        fallback: Whether it may give way to the latest; see :func:`average`.
         seed: For averagers that draw random numbers.
         dtype: Of the result.
         exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
@@ -200,7 +203,7 @@ def choose(
     *,
     method: str,
     landscape: Landscape | None = None,
-    fallback: bool = True,
+    fallback: Fallback = True,
     seed: int = 0,
     **knobs: Any,
 ) -> Choice:
@@ -211,7 +214,7 @@ def choose(
         method: Name of an averager.
         landscape: The loss along the checkpoints, for averagers that learn.
         fallback: Keep what was learnt only if its held-out loss is not above that of the plain mean of as many of the
-            latest checkpoints.
+            latest checkpoints, or with ``"tuned"`` of that of the latest 1, 2, 4, … and all.
         seed: For averagers that draw random numbers.
         **knobs: The averager's.
 
@@ -220,6 +223,8 @@ def choose(
         CheckpointError: The averager's answer is no mean.
     """
     check_request(len(checkpoints), method, learning=landscape is not None)
+    if not (isinstance(fallback, bool) or fallback == "tuned"):
+        raise RecipeError(f"fallback is {fallback!r}, expected true, false or 'tuned'.")
     entry = averager[method]
     checked: dict[str, Any] = entry.knobs(knobs)
     asked, reports = inspect.signature(entry.function).parameters, list[dict[str, Any]]()
@@ -242,22 +247,33 @@ def choose(
     if learning is None:
         return Choice(found, trace=trace)
     learning.check_followed()
-    choice = guard(method, found, learning) if fallback else Choice(found)
+    choice = guard(method, found, learning, tuned=fallback == "tuned") if fallback else Choice(found)
     passes = {kind: count - before[kind] for kind, count in learning.counts.items()}
     return replace(choice, trace=trace, passes=passes)
 
 
-def guard(method: str, found: list[float], landscape: Landscape) -> Choice:
-    """Return what was learnt, or the plain mean of as many of the latest checkpoints where that has a lower loss."""
-    count = sum(value != 0 for value in found)
-    name, latest = f"mean of the last {count}", [0.0] * (len(found) - count) + [1 / count] * count
-    if found == latest:
+def guard(method: str, found: list[float], landscape: Landscape, *, tuned: bool = False) -> Choice:
+    """Return what was learnt, or a plain mean of the latest checkpoints where that has a lower loss.
+
+    Args:
+        method: What learnt it.
+        found: The coefficients.
+        landscape: Whose held-out data judges.
+        tuned: Judge the means of the latest 1, 2, 4, … and all beside that of as many as were chosen.
+    """
+    n, count = len(found), sum(value != 0 for value in found)
+    lengths = {count, n, *(1 << i for i in range(n.bit_length()) if 1 << i <= n)} if tuned else {count}
+    means = {f"mean of the last {k}": [0.0] * (n - k) + [1 / k] * k for k in sorted(lengths)}
+    plain = {name: mean for name, mean in means.items() if mean != found}
+    if not plain:
         return Choice(found)
-    scores = {method: landscape.score(found), name: landscape.score(latest)}
-    if scores[method] <= scores[name]:
+    scores = {method: landscape.score(found)} | {name: landscape.score(mean) for name, mean in plain.items()}
+    best = min(plain, key=lambda name: scores[name])
+    if scores[method] <= scores[best]:
         return Choice(found, scores)
     judged = "held-out data" if landscape.held_out is not None else "the data it learnt from"
-    return Choice(latest, scores, f"{method} lost on {judged} to the plain {name} checkpoints, which is taken instead")
+    told = f"{method} lost on {judged} to the plain {best} checkpoints, which is taken instead"
+    return Choice(plain[best], scores, told)
 
 
 def check_request(checkpoints: int, method: str, *, learning: bool) -> None:
