@@ -67,7 +67,9 @@ import json, sys, time
 from pathlib import Path
 from modicum.jobs.merge import make_plan
 from modicum.recipe import parse, read
+from modicum.weights.kernels import fused
 from modicum.weights.merge import run_plan
+fused.prepare(1 << 40)
 plan = make_plan(parse(read(sys.argv[1])))
 start = time.perf_counter()
 run_plan(plan, Path(sys.argv[2]), fork=True, progress=False)
