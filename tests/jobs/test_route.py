@@ -65,6 +65,9 @@ def test_a_folder_that_transformers_loads(parts, tmp_path):
     assert isinstance(model, RoutedForCausalLM) and model.experts.nbytes == metrics["routing_bytes"]["stored"]
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "variants" / "top1")
     assert other.config.routing["selection"] == "top1"
+    # A control says what a selection is worth without the gate of the model beside it.
+    assert model.config.routing["threshold"] == metrics["router"]["threshold"]
+    assert other.config.routing["threshold"] is None and other.router.threshold is None
     assert not (tmp_path / "run" / ".building").exists()
     dense = Checkpoint(tmp_path / "run" / "model")
     assert all(torch.equal(dense[name], model.experts.dense[name]) for name in dense)

@@ -102,7 +102,9 @@ class RouteRecipe(Recipe):
     )
     router: RouterSection | None = RouterSection()
     selection: Selection = "entropy_gated"
-    variants: list[Selection] = Field(default=[], description="further folders that differ in their selection alone")
+    variants: list[Selection] = Field(
+        default=[], description="further folders, each with a selection that decides alone, without the gate: controls"
+    )
     shard_bytes: PositiveInt = 5_000_000_000
     allow_pickle: bool = False
 

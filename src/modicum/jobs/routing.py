@@ -248,12 +248,12 @@ def finish_config(folder: Path) -> None:
 
 
 def variant(model: Path, folder: Path, selection: str) -> None:
-    """Make a folder that differs in its selection alone; its weights are the same files."""
+    """Make a folder whose selection decides alone, without the gate of distances; its weights are the same files."""
     from modicum.models.routed.config import RoutedConfig
 
     for path in sorted(model.iterdir()):
         if path.name != "config.json":
             _link(path, folder / path.name)
     config = RoutedConfig.from_pretrained(model)
-    config.routing = {**config.routing, "selection": selection}
+    config.routing = {**config.routing, "selection": selection, "threshold": None}
     config.save_pretrained(folder)
