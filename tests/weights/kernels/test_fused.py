@@ -159,3 +159,14 @@ def test_inner_products_keep_the_differences(dtype, size):
     found = fused.products(base, others, gradient)
     for t, (value, true) in enumerate(zip(found.tolist(), exact)):
         assert abs(value - true) <= 1e-6 * (terms[t] if t < 4 else gradient.double().abs() @ base.double().abs())
+
+
+def test_what_processes_will_need_is_imported_before_they_are_forked():
+    pytest.importorskip("numba")
+    code = (
+        "import sys; from modicum.weights.kernels import fused\n"
+        "fused.prepare(fused.LEAST - 1); print('numba' in sys.modules)\n"
+        "fused.prepare(fused.LEAST); print('modicum.weights.kernels.compiled' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    assert told == ["False", "True"]

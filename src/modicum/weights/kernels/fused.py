@@ -67,7 +67,7 @@ def usable(*tensors: Tensor) -> bool:
 def prepare(entries: int) -> None:
     """Import what tensors of so many entries will need, before processes are forked that would each import it."""
     if entries >= LEAST and installed():
-        pass
+        from modicum.weights.kernels import compiled_selected  # noqa: F401 - which imports the others
 
 
 def is_finite(tensor: Tensor) -> bool:
