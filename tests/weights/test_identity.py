@@ -160,7 +160,7 @@ def test_the_middle_of_a_large_file_is_an_ingredient(tmp_path: Path) -> None:
 OTHER: dict[str, Any] = {  # another value of every field of a step and of a plan
     "name": "other", "spec": Spec((1,), torch.float32), "method": "magmax", "base": None, "experts": (),
     "knobs": {"scale": 2.0}, "statistics": (Source("s", {"w": torch.ones(1)}, "w"),), "diagnosed": True,
-    "steps": (), "companions": {"config.json": b"{}"}, "seed": 1, "device": "cuda",
+    "compared": False, "steps": (), "companions": {"config.json": b"{}"}, "seed": 1, "device": "cuda",
 }  # fmt: skip
 SILENT = {"models", "notes"}  # nothing of the result depends on them: what is read stands in the steps
 

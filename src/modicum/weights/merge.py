@@ -47,7 +47,7 @@ def run_step(
     tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
     origin, experts = tensors[0], tensors[1:] if step.base else tensors
     refuse_non_finite(step.name, tensors, [source.model for source in step.models])
-    measured = compare(origin, experts)
+    measured = compare(origin, experts) if step.compared else {}
     if origin.dtype != step.spec.dtype or step.diagnosed:
         # The method answers in the dtype of its base: in float32 first, then one cast.
         origin = origin.to(working_dtype(origin))

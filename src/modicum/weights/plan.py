@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Step:
-    """How one tensor of the result is made."""
+    """How one tensor of the result is made; ``compared`` says whether its experts are measured beside each other."""
 
     name: str
     spec: Spec
@@ -60,6 +60,7 @@ class Step:
     knobs: Mapping[str, Any] = field(default_factory=dict)
     statistics: tuple[Source, ...] = ()
     diagnosed: bool = False
+    compared: bool = True
 
     @property
     def models(self) -> tuple[Source, ...]:
