@@ -103,8 +103,9 @@ def speed() -> str:
     for part, found in load("routed-speed.json").get("parts", {}).items():
         told = {key: value for key, value in found.items() if key not in ("goal", "when", "commit", "dirty")}
         for i, (key, value) in enumerate(told.items()):
-            shown = value if not isinstance(value, dict) else ", ".join(f"{k} {v}" for k, v in value.items())
-            rows.append([part if not i else "", found["goal"] if not i else "", key, str(shown)])
+            pairs = value.items() if isinstance(value, dict) else [("", value)]
+            shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in pairs)
+            rows.append([part if not i else "", found["goal"] if not i else "", key, shown.strip()])
     return markdown(["part", "goal", "what", "measured"], rows)
 
 
