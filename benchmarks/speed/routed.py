@@ -118,7 +118,7 @@ def part_disk(_: int) -> dict[str, Any]:
 SERVE = """
 import json, sys
 import torch
-from benchmarks.memory import Peak, status
+from benchmarks.memory import Polled, status
 from benchmarks.speed.routed import load
 import modicum.models
 torch.set_num_threads(1)
@@ -126,7 +126,7 @@ kind, dtype, folders = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3:]
 import transformers.models.llama.modeling_llama
 before = status("RssAnon")
 ids = torch.arange(2, 34)[None]
-with Peak() as peak:
+with Polled() as peak:
     models = [load(f, dtype=dtype) for f in folders]
     for turn in range(4):
         more = {"weights": [float(turn == t) for t in range(4)]} if kind == "routed" else {}
@@ -267,12 +267,12 @@ def part_route(rounds: int) -> dict[str, Any]:
 CONFLICT = """
 import json, sys
 import torch
-from benchmarks.memory import Peak, status
+from benchmarks.memory import Polled, status
 from modicum.weights.mediator import layer_conflict
 from modicum.weights.checkpoint import Checkpoint
 torch.set_num_threads(1)
 before = status("RssAnon")
-with Peak() as peak:
+with Polled() as peak:
     d = layer_conflict(Checkpoint(sys.argv[1]), [Checkpoint(f) for f in sys.argv[2:]], workers=1)
 print(json.dumps({"MB above imports": round((peak.bytes - before) / 1e6, 1), "layers": len(d)}))
 """

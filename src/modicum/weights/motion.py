@@ -79,20 +79,8 @@ class Stored:
     def products(self, gradient: Tensor) -> Tensor:
         """Return the inner products, by differences to the newest checkpoint."""
         *others, newest = (model[self.name] for model in self.models)
-        if fused.usable(newest, *others) and gradient.dtype == torch.float32:
-            found = fused.products(newest, others, gradient)
-            found[:-1] += found[-1].clone()
-            return found
-        flat = gradient.reshape(-1).to(newest.device)
-        found = torch.zeros(len(self.models), dtype=torch.float64, device=newest.device)
-        sums = torch.empty(len(self.models), dtype=working_dtype(newest), device=newest.device)
-        places = sums.unbind()
-        for where, origin, deltas in deltas_in_turn(newest, others, size=BLOCK):
-            part = flat[where].to(origin.dtype)
-            for place, delta in zip(places, deltas):
-                torch.dot(delta, part, out=place)
-            torch.dot(origin, part, out=places[-1])
-            found += sums
+        compiled = gradient.dtype == torch.float32 and fused.usable(newest, *others)
+        found = (fused.products if compiled else _products_in_turn)(newest, others, gradient)
         found[:-1] += found[-1].clone()
         return found.cpu()
 
@@ -272,6 +260,21 @@ def aliases(models: Sequence[Tensors]) -> dict[str, str]:
 def _place(model: Mapping[str, Tensor], name: str) -> object:
     tensor = model[name]
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+
+
+def _products_in_turn(base: Tensor, others: Sequence[Tensor], gradient: Tensor) -> Tensor:
+    """Return the inner products of a gradient with what others differ by from the base, and with the base itself."""
+    flat = gradient.reshape(-1).to(base.device)
+    found = torch.zeros(len(others) + 1, dtype=torch.float64, device=base.device)
+    sums = torch.empty(len(others) + 1, dtype=working_dtype(base), device=base.device)
+    places = sums.unbind()
+    for where, origin, deltas in deltas_in_turn(base, others, size=BLOCK):
+        part = flat[where].to(origin.dtype)
+        for place, delta in zip(places, deltas):
+            torch.dot(delta, part, out=place)
+        torch.dot(origin, part, out=places[-1])
+        found += sums
+    return found
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
