@@ -21,6 +21,9 @@ class Qwen3Guard(ModelJudge):
         mode: ``strict`` takes ``Controversial`` for unsafe, ``loose`` for safe.
         part: Whether the answer, the reasoning or both are judged.
 
+    Raises:
+        RecipeError: There is no such mode.
+
     Example:
         >>> Qwen3Guard(backend=None, mode="loose").parse("Safety: Controversial\nRefusal: No").unsafe
         False
