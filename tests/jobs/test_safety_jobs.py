@@ -309,7 +309,7 @@ def test_requests_in_a_measured_wrapper_are_refused(parts, tmp_path, monkeypatch
 
 
 def test_a_killed_synthesis_draws_no_reply_twice(parts, tmp_path):
-    recipe = synthesize_recipe(parts, k=2)
+    recipe = synthesize_recipe(parts, k=8)  # of 16 replies of a random model, none may be left, which is refused
     full = execute(recipe, tmp_path / "full", quiet=True)
     replies = (tmp_path / "full/replies.jsonl").read_bytes()
     half = tmp_path / "half"
