@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.cells import measure_all, resumable
 from torch import Tensor, nn
 
 from modicum.registry import averager
@@ -24,6 +27,37 @@ HELD_OUT = "sewa, k auto, on held-out data"
 
 Report = Callable[[list[float]], dict[str, float]]
 State = dict[str, Tensor]
+
+
+def run_study(
+    what: str | None,
+    name: str,
+    about: Mapping[str, Any],
+    regimes: Mapping[str, Sequence[Any]],
+    work: Callable[..., dict[str, Any]],
+    *,
+    minutes: float = 7.0,
+    seeds: int = 3,
+) -> None:
+    """Measure the cells of a study that have no result yet: the command line of the modules here.
+
+    Args:
+        what: Shown by ``--help``.
+        name: Of the result file.
+        about: What all cells are measured with.
+        regimes: The names of the regimes, and what ``work`` gets before the seed.
+        work: Measures a cell.
+        minutes: No cell is begun after so many, unless told otherwise.
+        seeds: How many, unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    recall = resumable(name, minutes=given.minutes, about=about)
+    cells = [(regime, seed) for seed in range(given.seeds) for regime in regimes]
+    measure_all(recall, {f"{regime} | {seed}": partial(work, *regimes[regime], seed) for regime, seed in cells})
 
 
 @dataclass(frozen=True)

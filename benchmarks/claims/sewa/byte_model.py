@@ -6,15 +6,12 @@ go on.
 
 from __future__ import annotations
 
-import argparse
 import copy
-from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.cells import measure_all, resumable
 from benchmarks.claims.adagc.byte_model import ByteModel, batch, corpus
-from benchmarks.claims.sewa.arms import State, measure
+from benchmarks.claims.sewa.arms import State, measure, run_study
 from torch import Tensor
 
 from modicum.random import generator
@@ -104,15 +101,8 @@ def work(regime: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=7.0)
-    parser.add_argument("--seeds", type=int, default=5)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
     about = {"snapshots": N, "every": EVERY, "steps": STEPS, "rate": RATE, "batches": SIZES}
-    recall = resumable("sewa-byte-model", minutes=given.minutes, about=about)
-    cells = [(regime, seed) for seed in range(given.seeds) for regime in REGIMES]
-    measure_all(recall, {f"{regime} | {seed}": partial(work, regime, seed) for regime, seed in cells})
+    run_study(__doc__, "sewa-byte-model", about, {regime: (regime,) for regime in REGIMES}, work, seeds=5)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,14 @@ imitates a controller at a constant rate; what is averaged is chosen by the imit
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
-from benchmarks.cells import measure_all, resumable
-from benchmarks.claims.sewa.arms import State, Trajectory, measure
+from benchmarks.claims.sewa.arms import State, Trajectory, measure, run_study
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -167,15 +164,8 @@ def work(task: Task, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=7.0)
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
     about = {"snapshots": N, "every": EVERY, "steps": STEPS, "rate": RATE, "episodes": EPISODES, **DEMONSTRATIONS}
-    recall = resumable("sewa-cloning", minutes=given.minutes, about=about)
-    cells = [(task, seed) for seed in range(given.seeds) for task in TASKS]
-    measure_all(recall, {f"{task.name} | {seed}": partial(work, task, seed) for task, seed in cells})
+    run_study(__doc__, "sewa-cloning", about, {task.name: (task,) for task in TASKS}, work)
 
 
 if __name__ == "__main__":

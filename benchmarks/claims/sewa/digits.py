@@ -5,13 +5,10 @@ Small convolutional networks on the 1,797 images that come with scikit-learn, at
 
 from __future__ import annotations
 
-import argparse
-from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.cells import measure_all, resumable
-from benchmarks.claims.sewa.arms import State, Trajectory, measure
+from benchmarks.claims.sewa.arms import State, Trajectory, measure, run_study
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -77,17 +74,9 @@ def work(norm: bool, rate: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=7.0)
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
     about = {"snapshots": N, "every": EVERY, "steps": STEPS, "rates": RATES}
-    recall = resumable("sewa-digits", minutes=given.minutes, about=about)
-    cells = [(norm, rate, seed) for seed in range(given.seeds) for norm in (True, False) for rate in RATES]
-    measure_all(
-        recall, {f"norm {norm} | {rate} | {seed}": partial(work, norm, rate, seed) for norm, rate, seed in cells}
-    )
+    regimes = {f"norm {norm} | {rate}": (norm, rate) for norm in (True, False) for rate in RATES}
+    run_study(__doc__, "sewa-digits", about, regimes, work)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ and a fast constant rate. Run it again to go on.
 
 from __future__ import annotations
 
-import argparse
 import sysconfig
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.cells import measure_all, resumable
-from benchmarks.claims.sewa.arms import State, Trajectory, measure
+from benchmarks.claims.sewa.arms import State, Trajectory, measure, run_study
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -97,15 +95,8 @@ def work(rate: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=7.0)
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
     about = {"snapshots": N, "every": EVERY, "steps": STEPS, "rates": RATES, "sizes": SIZES, "packages": PACKAGES}
-    recall = resumable("sewa-packages", minutes=given.minutes, about=about)
-    cells = [(rate, seed) for seed in range(given.seeds) for rate in RATES]
-    measure_all(recall, {f"{rate} | {seed}": partial(work, rate, seed) for rate, seed in cells})
+    run_study(__doc__, "sewa-packages", about, {rate: (rate,) for rate in RATES}, work)
 
 
 if __name__ == "__main__":

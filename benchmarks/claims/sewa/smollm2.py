@@ -6,15 +6,11 @@ Selection looks at training rows, the guard and the report at rows that were not
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from benchmarks.cells import measure_all, resumable
-from benchmarks.claims.sewa.arms import HELD_OUT, LEARNT, measure
+from benchmarks.claims.sewa.arms import HELD_OUT, LEARNT, measure, run_study
 
 from modicum.jobs import execute
 from modicum.jobs.averaging.loss import make_landscape
@@ -80,15 +76,8 @@ def work(rate: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
     about = {"snapshots": N, "every": EVERY, "steps": STEPS, "rates": RATES, "rows": ROWS, "iterations": ITERS}
-    recall = resumable("sewa-smollm2", minutes=given.minutes, about=about)
-    cells = [(rate, seed) for seed in range(given.seeds) for rate in RATES]
-    measure_all(recall, {f"{rate} | {seed}": partial(work, rate, seed) for rate, seed in cells})
+    run_study(__doc__, "sewa-smollm2", about, {rate: (rate,) for rate in RATES}, work, minutes=30.0)
 
 
 if __name__ == "__main__":

@@ -215,11 +215,7 @@ def _goals(recipe: AttackRecipe) -> tuple[list[Any], list[Any]]:
 
 
 def _look(recipe: AttackRecipe, goals: list[Any], benign: list[Any]) -> None:
-    """Refuse what hours of drawing would end with: targets, judge and wrappers that cannot be used."""
-    from modicum.jobs.chat.targets import look_at, look_at_judge
+    from modicum.jobs.chat.targets import look_at_all
 
-    for suite in (suite for suite in recipe.suites.values() if not suite.needs_model):
-        suite.wrap("", [*goals[:1], *benign[:1]], None)
-    for target in [*recipe.targets.values(), *([recipe.attacker] if recipe.attacker else [])]:
-        look_at(target)
-    look_at_judge(recipe.judge)
+    targets = [*recipe.targets.values(), *([recipe.attacker] if recipe.attacker else [])]
+    look_at_all(recipe.suites.values(), [*goals[:1], *benign[:1]], targets, recipe.judge)

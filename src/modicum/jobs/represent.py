@@ -85,17 +85,12 @@ def plan(recipe: RepresentRecipe) -> list[str]:
 
 def _goals(recipe: RepresentRecipe) -> tuple[list[Any], list[Any]]:
     """Return harmful and harmless requests, after a look at all that will be used."""
-    from modicum.jobs.chat.targets import look_at, look_at_judge
+    from modicum.jobs.chat.targets import look_at_all
     from modicum.jobs.safety.suites import refuse_both
 
     goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
     refuse_both(goals, benign)
-    for suite in recipe.suites.values():
-        suite.wrap("", [*goals[:1], *benign[:1]], None)
-    for target in recipe.targets.values():
-        look_at(target)
-    if recipe.judge is not None:
-        look_at_judge(recipe.judge)
+    look_at_all(recipe.suites.values(), [*goals[:1], *benign[:1]], recipe.targets.values(), recipe.judge)
     return goals, benign
 
 

@@ -20,7 +20,11 @@ from modicum.schema import explain
 from modicum.types import NonNegativeInt, Positive, PositiveInt
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from modicum.evaluate.chat import Goal
     from modicum.jobs.chat.openai import OpenAICompatible
+    from modicum.jobs.safety.suites import Suite
 
 
 class Target(Section):
@@ -133,6 +137,29 @@ def look_at_judge(section: JudgeSection) -> None:
         return
     entry.function(None, **knobs)
     look_at(section.backend)
+
+
+def look_at_all(
+    suites: Iterable[Suite], requests: Sequence[Goal], targets: Iterable[Target], judge: JudgeSection | None
+) -> None:
+    """Refuse what hours of drawing would end with: wrappers, targets and a judge that cannot be used.
+
+    Args:
+        suites: Those that a model writes are tried when it is there.
+        requests: Some, to try the wrappers on.
+        targets: All models that are asked, but for the judge's.
+        judge: Its section, if there is one.
+
+    Raises:
+        ModicumError: One of them cannot be used.
+    """
+    for suite in suites:
+        if not suite.needs_model:
+            suite.wrap("", requests, None)
+    for target in targets:
+        look_at(target)
+    if judge is not None:
+        look_at_judge(judge)
 
 
 def _client(target: Target, progress: Any = lambda _: None) -> OpenAICompatible:

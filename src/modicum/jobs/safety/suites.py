@@ -168,13 +168,11 @@ def refuse_shared(training: Sequence[Goal], test: Sequence[Goal]) -> None:
     Raises:
         RecipeError: Two goals have the same words, but for case, punctuation and white space.
     """
-    known = {normal(goal.text): goal for goal in training}
-    for goal in test:
-        if (other := known.get(normal(goal.text))) is not None:
-            raise RecipeError(
-                f"Goal {goal.id} of the evaluation is goal {other.id} of the training data. Set `skip` or another set, "
-                "so that they are different."
-            )
+    for goal, other in _same_words(test, training):
+        raise RecipeError(
+            f"Goal {goal.id} of the evaluation is goal {other.id} of the training data. Set `skip` or another set, "
+            "so that they are different."
+        )
 
 
 def refuse_both(harmful: Sequence[Goal], harmless: Sequence[Goal]) -> None:
@@ -183,9 +181,10 @@ def refuse_both(harmful: Sequence[Goal], harmless: Sequence[Goal]) -> None:
     Raises:
         RecipeError: Two requests have the same words, but for case, punctuation and white space.
     """
-    known = {normal(goal.text): goal for goal in harmful}
-    for goal in harmless:
-        if (other := known.get(normal(goal.text))) is not None:
-            raise RecipeError(
-                f"Request {goal.id} is harmless, and harmful as {other.id}. Take it out of one of the sets."
-            )
+    for goal, other in _same_words(harmless, harmful):
+        raise RecipeError(f"Request {goal.id} is harmless, and harmful as {other.id}. Take it out of one of the sets.")
+
+
+def _same_words(goals: Sequence[Goal], others: Sequence[Goal]) -> Iterator[tuple[Goal, Goal]]:
+    known = {normal(goal.text): goal for goal in others}
+    return ((goal, known[words]) for goal in goals if (words := normal(goal.text)) in known)
