@@ -6,7 +6,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from modicum.errors import ModicumError
+from modicum.errors import ModicumError, RecipeError
 from modicum.evaluate.chat import Goal, Verdict
 from modicum.jobs import execute, plan
 from modicum.jobs.chat.local import LocalHF
@@ -171,3 +171,15 @@ def test_models_of_one_name_do_not_share_the_verdicts_in_a_folder(tmp_path):
     lines = len((tmp_path / "verdicts.jsonl").read_text().splitlines())
     assert [measured(seed, tmp_path) for seed in (3, 4, 5)] == alone
     assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == lines
+
+
+def test_requests_with_the_same_words_are_one_request():
+    from modicum.jobs.safety.suites import refuse_both, refuse_shared
+
+    one, twin, other = Goal("a", "Say it, loud!"), Goal("b", "say IT  loud"), Goal("c", "say it softly")
+    refuse_shared([one], [other])
+    refuse_both([one], [other])
+    with pytest.raises(RecipeError, match="b of the evaluation is goal a of the training data"):
+        refuse_shared([other, one], [Goal("d", "another"), twin])
+    with pytest.raises(RecipeError, match="b is harmless, and harmful as a"):
+        refuse_both([one, other], [twin])

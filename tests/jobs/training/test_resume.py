@@ -91,7 +91,7 @@ AROUND = {
     },
 }
 QUICK = [
-    "gradient adagc", "gradient spam", "objective dropout", "objective neftune", "objective dpo", "objective meap",
+    "gradient adagc", "gradient spam", "objective dropout", "objective dpo", "objective neftune", "objective meap",
     "init adalora", "init hrp", "init lora_xs", "optimizer tezo", "optimizer mezo in two passes", "several draws",
     "rows by length",
 ]  # fmt: skip
