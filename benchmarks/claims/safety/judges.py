@@ -55,7 +55,9 @@ def itself(count: int = 60) -> dict[str, Any]:
     chosen = [i for way in (True, False) for i in [i for i in order if labels[i] is way][:count]]
     plain = [replace(items[i], response=items[i].response[:400]) for i in chosen]
     wrapper = min((text for text in templates("jailbreakchat").values()), key=len)
-    wrapped = [replace(item, goal=None, prompt=fill(wrapper, item.goal or "")) for item in plain]
+    # A judge who is shown the prompt takes the wrapped request for the goal.
+    shown = [fill(wrapper, item.goal or "") for item in plain]
+    wrapped = [replace(item, goal=text, prompt=text) for item, text in zip(plain, shown, strict=True)]
     found = {}
     for name, asked in {"goal": plain, "wrapper": wrapped}.items():
         said = [verdict.unsafe for verdict in JBBJudge(model).judge(asked)]
