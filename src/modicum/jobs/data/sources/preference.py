@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, zip_longest
 from typing import Any, TypeAlias
 
 from modicum.errors import CheckpointError, did_you_mean
@@ -96,14 +97,18 @@ def _place(name: str, question: str) -> int:
 
 
 def _harmlessness() -> Pairs:
-    """Yield every harmless with every harmful answer to one request."""
+    """Yield every harmless with every harmful answer to one request: one pair of each request, then a second.
+
+    The first rows are of many requests so, however few are taken.
+    """
     answers: dict[str, tuple[list[str], list[str]]] = {}
     for item, harmful in zip(*labelled("harm")):
         answers.setdefault(item.goal or item.prompt, ([], []))[harmful].append(item.response)
-    for goal, (safe, unsafe) in answers.items():
-        for chosen in safe:
-            for rejected in unsafe:
-                yield goal, {"prompt": goal, "chosen": chosen, "rejected": rejected}
+    pairs = (
+        [(goal, {"prompt": goal, "chosen": chosen, "rejected": rejected}) for chosen in safe for rejected in unsafe]
+        for goal, (safe, unsafe) in answers.items()
+    )
+    yield from filter(None, chain.from_iterable(zip_longest(*pairs)))
 
 
 def _json(_: str, texts: Sequence[tuple[str, str]]) -> list[Any]:
