@@ -152,9 +152,13 @@ def base_rows(language: Language, count: int, rng: torch.Generator, *, linked: b
 
 
 def tuning_rows(language: Language, count: int, rng: torch.Generator, *, arm: str) -> list[Row]:
-    """Return rows of an arm, half harmful in plain form, half harmless; the prompts do not depend on the arm."""
+    """Return rows of an arm, half harmful in plain form, half harmless; the prompts do not depend on the arm.
+
+    The arms differ in what stands before refusal or answer: nothing (``rt``), reasoning (``srg``), tokens without
+    content (``filler``), or the reasoning about another query of the batch (``shuffled``).
+    """
     trained = trained_topics(language)
-    rows: list[Row] = []
+    prompts, thoughts, ends = [], [], []
     for index in range(count):
         verb = int(torch.randint(VERBS, (), generator=rng))
         harmful = index % 2 == 0
@@ -162,11 +166,14 @@ def tuning_rows(language: Language, count: int, rng: torch.Generator, *, arm: st
         topic = topics[int(torch.randint(len(topics), (), generator=rng))]
         share = float(torch.rand((), generator=rng))
         form = "plain" if harmful or share < 0.7 else "role" if share < 0.85 else "reversed"
-        prompt = [ID["bos"], *language.query(verb, topic, form, rng), ID["sep"]]
-        end = [ID["refuse"]] if harmful else language.answer(verb, topic)
-        thought = {"rt": [], "srg": language.reasoning(verb, topic), "filler": language.filler()}[arm]
-        rows.append((prompt, [*thought, *end, ID["eos"]]))
-    return rows
+        prompts.append([ID["bos"], *language.query(verb, topic, form, rng), ID["sep"]])
+        ends.append([ID["refuse"]] if harmful else language.answer(verb, topic))
+        reasoning = language.reasoning(verb, topic)
+        thoughts.append({"rt": [], "filler": language.filler()}.get(arm, reasoning))
+    if arm == "shuffled":
+        # A draw on a clone leaves the batches that follow as they are in the other arms.
+        thoughts = [thoughts[i] for i in torch.randperm(count, generator=rng.clone_state()).tolist()]
+    return [(p, [*thought, *end, ID["eos"]]) for p, thought, end in zip(prompts, thoughts, ends)]
 
 
 def trained_topics(language: Language) -> dict[bool, list[int]]:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.claims.safety.study [--minutes 8] [--seeds 3]
 
-Three arms are fine-tuned on the same prompts with the same answers: refusal training (``rt``), safety reasoning
-(``srg``) and as many tokens of filler (``filler``), from a base whose reasoning about harm ends with a refusal
-(``linked``) or does not (``unlinked``). Cells are stored one by one in ``benchmarks/results/safety-language.json``;
-call again to go on.
+Four arms are fine-tuned on the same prompts with the same answers: refusal training (``rt``), safety reasoning
+(``srg``), and two controls of as many tokens: filler (``filler``) and the reasoning about another query
+(``shuffled``). They start from a base whose reasoning about harm ends with a refusal (``linked``) or does not
+(``unlinked``). Cells are stored one by one in ``benchmarks/results/safety-language.json``; call again to go on.
 
 What would refute the claim: filler refuses harmful requests in unseen wrappers as often as safety reasoning does, or
 safety reasoning buys its refusals with refusals of harmless requests in the same wrappers.
@@ -40,6 +40,7 @@ from modicum.random import generator
 
 BASE_STEPS, BASE_BATCH, TUNE_STEPS, TUNE_BATCH = 1000, 128, 300, 64
 NS, SAMPLES = (1, 2, 4, 8, 16, 32), 32
+ARMS = ("base", "guided", "rt", "srg", "filler", "shuffled")
 ABOUT = {"base": [BASE_STEPS, BASE_BATCH, 3e-3], "tune": [TUNE_STEPS, TUNE_BATCH, 3e-4], "samples": SAMPLES}
 
 
@@ -122,7 +123,7 @@ def main() -> None:
     recall = resumable("safety-language", minutes=options.minutes, about=ABOUT)
     for linked in (True, False):
         for seed in range(options.seeds):
-            for arm in ("base", "guided", "rt", "srg", "filler"):
+            for arm in ARMS:
                 name = f"{'linked' if linked else 'unlinked'}.{arm}.{seed}"
                 found = recall(name, lambda s=seed, k=linked, a=arm: cell(s, k, a))  # type: ignore[misc]
                 if found is None:
