@@ -24,12 +24,25 @@ def interval(values: Sequence[float], digits: int = 3) -> str:
     """Write mean and half width of the 95 % Student-t interval; nothing where a value is not a number."""
     if not values or any(map(math.isnan, values)):
         return "–"
+    mean, half = spread(values)
+    return f"{mean:.{digits}f} (one seed)" if math.isinf(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and half width of the 95 % Student-t interval; of one value the width is infinite."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
-        return f"{mean:.{digits}f} (one seed)"
+        return mean, math.inf
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    half = student.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return mean, float(student.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+
+
+def side(differences: Sequence[float]) -> str:
+    """Say on which side of zero paired differences lie, beyond their interval."""
+    mean, half = spread(differences)
+    if not any(differences):
+        return "equal"
+    return "above" if mean - half > 0 else "below" if mean + half < 0 else "not apart"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.claims.mediator.toy import ARMS, SEEDS, SELECTIONS, STORES
-from benchmarks.tables import interval, load, markdown, write
+from benchmarks.claims.mediator.toy import ARMS, EQUAL, GATED, MERGES, PROMPTS, SEEDS, SELECTIONS, STORES
+from benchmarks.tables import interval, load, markdown, side, write
 
 
 def cells(kind: str) -> list[dict[str, Any]]:
@@ -50,35 +50,78 @@ def stores() -> str:
         [name, interval([c[name]["accuracy"] for c in found]), f"{found[0][name]['stored / four models']:.3f}"]
         for name in (STORES if found else ())
     ]
-    for method in ("task_arithmetic", "ties", "tsv") if found else ():
+    for method in MERGES if found else ():
         rows.append([f"merge: {method}, tuned scale", interval([c[method]["accuracy"] for c in found]), "–"])
     return markdown(["all blocks routed", "accuracy on the own tasks", "stored / four models"], rows)
 
 
 def selections() -> str:
     found = cells("router")
-    rows = []
-    for store in ("sign", "random_rescaled") if found else ():
-        for name in (*SELECTIONS, "gated by distance"):
-            values = (interval([c[f"{store}, {name}, {kind}"] for c in found]) for kind in ("known", "unknown"))
-            rows.append([store, name, *values])
-    return markdown(["store", "selection", "known tasks", "task nobody was trained on"], rows)
+    rows = [
+        [store, name, *(interval([c[f"{store}, {name}, {prompts}"] for c in found]) for prompts in PROMPTS)]
+        for store in ("sign", "random_rescaled")
+        for name in ((*SELECTIONS, GATED, "entropy, top1", "entropy, soft") if found else ())
+    ]
+    return markdown(["store", "selection", *PROMPTS], rows)
 
 
 def routers() -> str:
     found = cells("router")
+    counts = dict.fromkeys(("linear", "mlp", "subspace", "linear, second prefill"), (50, 200, 1000))
     rows = [
-        [
-            kind,
-            str(count),
-            interval([c[f"{kind} {count}"]["accuracy"] for c in found]),
-            interval([c[f"{kind} {count}"]["error before"] for c in found]),
-            interval([c[f"{kind} {count}"]["error after"] for c in found]),
-        ]
-        for kind in ("linear", "mlp", "subspace")
-        for count in ((50, 200, 1000) if found else ())
+        [name, str(n), *(interval([c[f"{name} {n}"][key] for c in found]) for key in COLUMNS)]
+        for name, numbers in (counts | {"entropy": (0,)}).items()
+        for n in (numbers if found else ())
     ]
     return markdown(["router", "prompts", "accuracy", "calibration error", "calibrated"], rows)
+
+
+def compared(found: list[dict[str, Any]], one: str, other: str) -> tuple[str, str]:
+    """Return the difference of two figures paired by seed, and on which side of zero it lies."""
+    apart = [_number(c[one]) - _number(c[other]) for c in found]
+    return interval(apart), side(apart)
+
+
+def _number(cell: Any) -> float:
+    return float(cell["accuracy"] if isinstance(cell, dict) else cell)
+
+
+def verdicts() -> str:
+    """Return what each claim rests on: differences paired by seed, and whether it stands."""
+    rows: list[list[str]] = []
+    told: dict[str, bool] = {}
+
+    def ask(claim: str, what: str, found: list[dict[str, Any]], one: str, other: str, *, good: set[str]) -> None:
+        if found:
+            value, where = compared(found, one, other)
+            rows.append([claim, what, value, where])
+            told[claim] = told.get(claim, True) and where in good
+
+    for arm in ARMS:
+        for k in (1, 2):
+            for other in ("random", "first", "least"):
+                # The claim is decided where conflict and position are apart.
+                claim = "conflict, not position" if arm != "plain" and other != "least" else BESIDE
+                what = f"{arm}, {k} of 6 blocks: most conflict − {other}"
+                # Equal are choices of the same blocks: they say nothing of either.
+                ask(claim, what, cells(f"layers {arm}"), f"topk {k}", f"{other} {k}", good={"above", "equal"})
+    for name in EQUAL:
+        ask("one bit is best at its bytes", f"{name} − sign", cells("stores"), name, "sign", good=NOT_ABOVE)
+    for store in ("sign", "random_rescaled"):
+        for prompts in PROMPTS:
+            for gate in ("entropy_gated", GATED):
+                for other in ("top1", "uniform"):
+                    decides = {("known", "top1"): "no loss if known", ("unknown", "uniform"): "safe if unknown"}
+                    claim = f"{gate}: {decides[prompts, other]}" if (prompts, other) in decides else BESIDE
+                    one, beside = (f"{store}, {name}, {prompts}" for name in (gate, other))
+                    ask(claim, f"{store}, {prompts}: {gate} − {other}", cells("router"), one, beside, good=NOT_BELOW)
+    lines = [f"* {claim}: {'stands' if good else 'falls'}" for claim, good in told.items() if claim != BESIDE]
+    return "\n".join([markdown(["claim", "difference", "paired by seed", "side of zero"], rows), *lines])
+
+
+BESIDE = "–"  # no claim rests on it
+COLUMNS = ("accuracy", "error before", "error after")
+NOT_ABOVE, NOT_BELOW = {"below", "not apart", "equal"}, {"above", "not apart", "equal"}
 
 
 def real(name: str) -> str:
@@ -122,8 +165,11 @@ def main() -> None:
         stores(),
         "Accuracy by selection:\n",
         selections(),
-        "Routers:\n",
+        "Routers (`second prefill` looks at the input of the fourth block, the others at the embeddings):\n",
         routers(),
+        "What the claims rest on. A claim that a difference is above zero falls where it is not, beyond the interval; "
+        "one that it is not below falls where it is:\n",
+        verdicts(),
         "Real fine-tunes of SmolLM2-135M, one seed, 16 steps each; see `benchmarks/claims/mediator/record.py`:\n",
         real("mediator-smollm2"),
         "Four LoRA adapters of rank 8 in 29 % of the bytes of four models, one seed (`modicum run mediator-lora`):\n",

@@ -6,9 +6,10 @@ Small decoders of six blocks trained from nothing, four experts, three seeds.
 
 A base learns five tasks on sequences of letters a little; four experts go on with one task each (reverse, sort, rotate,
 add three). Nobody goes on with the fifth, copy. ``plain`` trains every block alike. Two arms take conflict and depth
-apart: ``frozen`` keeps the first two blocks as they are, ``rising`` gives later blocks higher rates. Accuracy is the
-share of letters that are right given those before them. The share of the gap is (accuracy − average) over
-(each expert on its own task − average). Resumable cell by cell.
+apart: ``frozen`` keeps the first two blocks as they are, ``rising`` gives later blocks higher rates. Blocks that no
+expert changed are in no order: a control that took them would be beaten by anything. Accuracy is the share of letters
+that are right given those before them. The share of the gap is (accuracy − average) over (each expert on its own
+task − average). Scales of merges are tuned on other prompts than those of the test. Resumable cell by cell.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import cache
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from modicum.layout import unit_of
 from modicum.models.routed import RoutedForCausalLM, route_experts
 from modicum.models.router import calibrate, expected_calibration_error, fit_router, routing_weights
 from modicum.models.router_fitting import mahalanobis
@@ -40,6 +43,7 @@ ALL = (*TASKS, UNKNOWN)
 SEPARATOR = LETTERS
 BASE_STEPS, EXPERT_STEPS, BATCH, LR = 420, 160, 32, 1e-3
 TESTED, ROUTED = 200, 64
+DEEP_TAP = 3  # block whose input the dense weights reach in a second prefill
 CONFIG = {
     "vocab_size": LETTERS + 1 + len(ALL), "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": BLOCKS,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": True,
@@ -53,15 +57,30 @@ STORES: dict[str, dict[str, Any]] = {
     "magnitude rescaled 0.1": {"sparsifier": "magnitude_rescaled", "density": 0.1},
     "magnitude rescaled 0.05": {"sparsifier": "magnitude_rescaled", "density": 0.05},
     "low rank 0.1": {"sparsifier": "low_rank", "density": 0.1},
-    "sign": {"sparsifier": "sign"},
+    "random 0.1, centred": {"sparsifier": "random_rescaled", "density": 0.1, "centred": True},
     "whole": {"sparsifier": "whole"},
-}
+    # of as many bytes as a bit for each weight, or half of them
+    "sign": {"sparsifier": "sign"},
+    "low rank 0.0625": {"sparsifier": "low_rank", "density": 0.0625},
+    "random 0.0625, seed only": {"sparsifier": "random_rescaled", "density": 0.0625, "layout": "seed_only"},
+    "random 0.0625, seed only, centred": {
+        "sparsifier": "random_rescaled", "density": 0.0625, "layout": "seed_only", "centred": True,
+    },
+    "magnitude rescaled 1/48, numbers": {"sparsifier": "magnitude_rescaled", "density": 1 / 48, "layout": "int32"},
+    "random 0.03125, seed only": {"sparsifier": "random_rescaled", "density": 0.03125, "layout": "seed_only"},
+}  # fmt: skip
+EQUAL = tuple(STORES)[tuple(STORES).index("sign") + 1 :]
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {  # what their scale is called, and their other knobs
+    "task_arithmetic": ("scale", {}), "ties": ("scale", {"density": 0.2}), "tsv": ("alpha", {}),
+}  # fmt: skip
 SELECTIONS = ("top1", "soft", "nucleus", "entropy_gated", "uniform")
+GATED = "gated by distance"
+PROMPTS = ("known", "known, a letter blotted", "known, no mark", "unknown")
 Weights = dict[str, Tensor]
 
 
-def rows(task: str, count: int, *, seed: int, split: str) -> Tensor:
-    """Return sequences of the task's mark, letters, a separator, and the answer."""
+def rows(task: str, count: int, *, seed: int, split: str, prompts: str = "known") -> Tensor:
+    """Return sequences of the task's mark, letters, a separator, and the answer; the prompt perturbed where asked."""
     x = torch.randint(LETTERS, (count, LENGTH), generator=generator(seed, "toy", split, task))
     y = {
         "reverse": x.flip(1),
@@ -71,6 +90,11 @@ def rows(task: str, count: int, *, seed: int, split: str) -> Tensor:
         "copy": x,
     }[task]
     mark = torch.full((count, 1), SEPARATOR + 1 + ALL.index(task))
+    if prompts == "known, no mark":
+        mark = torch.full_like(mark, SEPARATOR)
+    if prompts == "known, a letter blotted":
+        place = torch.randint(LENGTH, (count, 1), generator=generator(seed, "toy", split, task, "blot"))
+        x = x.scatter(1, place, SEPARATOR)
     return torch.cat([mark, x, torch.full((count, 1), SEPARATOR), y], 1)
 
 
@@ -80,8 +104,10 @@ def loss_of(model: Any, batch: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: Any, task: str, seed: int, count: int = TESTED, **more: Any) -> float:
-    batch = rows(task, count, seed=seed, split="test")
+def accuracy(
+    model: Any, task: str, seed: int, *, split: str = "test", count: int = TESTED, prompts: str = "known", **more: Any
+) -> float:
+    batch = rows(task, count, seed=seed, split=split, prompts=prompts)
     guess = model(batch[:, :-1], **more).logits[:, LENGTH + 1 :].argmax(-1)
     return float((guess == batch[:, LENGTH + 2 :]).double().mean())
 
@@ -133,46 +159,48 @@ def experts_of(seed: int, arm: str) -> list[Weights]:
     ]
 
 
-def score(built: ExpertSet, seed: int) -> float:
+def score(built: ExpertSet, seed: int, *, centred: bool = False) -> float:
     """Return the mean accuracy of each expert's mixture on its own task."""
     model = fresh()
     values = []
     for t, task in enumerate(TASKS):
-        model.load_state_dict(built.state_dict([float(t == s) for s in range(len(TASKS))]), strict=False)
+        state = built.state_dict([float(t == s) for s in range(len(TASKS))], centred=centred)
+        model.load_state_dict(state, strict=False)
         values.append(accuracy(model, task, seed))
     return sum(values) / len(values)
 
 
-def merged_score(state: Weights, seed: int) -> float:
+def merged_score(state: Weights, seed: int, *, split: str = "test") -> float:
     model = fresh(state)
-    return sum(accuracy(model, task, seed) for task in TASKS) / len(TASKS)
+    return sum(accuracy(model, task, seed, split=split) for task in TASKS) / len(TASKS)
 
 
 def layers_cell(seed: int, arm: str) -> dict[str, Any]:
     """Accuracy by which layers are kept apart, whole: conflict against position and chance."""
     base, experts = base_of(seed), experts_of(seed, arm)
     conflict = layer_conflict(base, experts)
-    units = list(conflict)
+    changed = {unit: d for unit, d in conflict.items() if d}
+    built = build_experts(base, experts, list(conflict), sparsifier="whole", values="f32")
 
-    def kept(chosen: Sequence[str]) -> float:
-        return score(build_experts(base, experts, chosen, sparsifier="whole", values="f32"), seed)
+    @cache
+    def kept(*chosen: str) -> float:
+        parts = {key: part for key, part in built.parts.items() if unit_of(key.partition(".")[2], "block") in chosen}
+        return score(ExpertSet(built.about, built.dense, parts), seed)
 
-    average, best = kept([]), kept(units)
+    average, best = kept(), kept(*conflict)
 
-    def share(value: float) -> float:
-        return (value - average) / (best - average)
+    def share(chosen: Sequence[str]) -> float:
+        return (kept(*sorted(chosen)) - average) / (best - average)
 
-    single = {unit: share(kept([unit])) for unit in units}
     found: dict[str, Any] = {
-        "average": average, "each expert": best, "routed all": best,
-        "conflict": list(conflict.values()), "share by block": list(single.values()),
+        "average": average, "each expert": best, "conflict": list(conflict.values()),
+        "share by block": [share([unit]) for unit in conflict],
     }  # fmt: skip
-    for rule in ("topk", "least", "first"):
-        found[f"{rule} 1"] = single[select_layers(conflict, rule=rule, k=1)[0]]
-        found[f"{rule} 2"] = share(kept(select_layers(conflict, rule=rule, k=2)))
-    found["random 1"] = sum(single.values()) / len(single)
-    draws = [select_layers(conflict, rule="random", k=2, seed=s) for s in range(3)]
-    found["random 2"] = sum(share(kept(d)) for d in draws) / len(draws)
+    for k in (1, 2):
+        for rule in ("topk", "least", "first"):
+            found[f"{rule} {k}"] = share(select_layers(changed, rule=rule, k=k))  # type: ignore[arg-type]
+        every = [share(chosen) for chosen in combinations(changed, k)]
+        found[f"random {k}"] = sum(every) / len(every)  # of all draws there are
     return found
 
 
@@ -182,70 +210,97 @@ def stores_cell(seed: int) -> dict[str, Any]:
     units = list(layer_conflict(base, experts))
     whole = sum(2 * tensor.numel() for tensor in base.values())
     found: dict[str, Any] = {}
-    for name, knobs in STORES.items():
+    for name, given in STORES.items():
+        knobs = {key: value for key, value in given.items() if key != "centred"}
         built = build_experts(base, experts, units, seed=seed, **knobs)
-        found[name] = {"accuracy": score(built, seed), "stored / four models": built.nbytes / (4 * whole)}
-    for method, knobs in (("task_arithmetic", {}), ("ties", {"density": 0.2}), ("tsv", {})):
-        values = {}
-        for scale in (0.3, 0.5, 0.75, 1.0, 1.5):
-            state = merge_state_dicts(base, experts, method=method, scale=scale, **knobs)
-            values[scale] = merged_score(state, seed)
-        found[method] = {"accuracy": max(values.values()), "scale": max(values, key=lambda s: values[s])}
+        value = score(built, seed, centred="centred" in given)
+        found[name] = {"accuracy": value, "stored / four models": built.nbytes / (4 * whole)}
+    for method, (size, knobs) in MERGES.items():
+        merged = {
+            scale: merge_state_dicts(base, experts, method=method, **knobs, **{size: scale})
+            for scale in (0.3, 0.5, 0.75, 1.0, 1.5)
+        }
+        tuned = {scale: merged_score(state, seed, split="tuning") for scale, state in merged.items()}
+        scale = max(tuned, key=lambda s: tuned[s])
+        found[method] = {"accuracy": merged_score(merged[scale], seed), "scale": scale}
     return found
 
 
 def router_cell(seed: int) -> dict[str, Any]:
-    """Accuracy by selection on known tasks and on the one that nobody was trained on; routers by number of prompts."""
+    """Accuracy by selection on known prompts, perturbed ones and those that nobody was trained on; and routers."""
     base, experts = base_of(seed), experts_of(seed, "plain")
     units = list(layer_conflict(base, experts))
     found: dict[str, Any] = {}
     for store in ("sign", "random_rescaled"):
         model: RoutedForCausalLM = route_experts(fresh(), build_experts(base, experts, units, sparsifier=store))
-        fit = _router(model, 200, seed)
-        for task in (*TASKS, UNKNOWN):
-            x = model.features(rows(task, ROUTED, seed=seed, split="test")[:, : LENGTH + 2])
-            distance = mahalanobis(x, fit["centers"], fit["precision"]) / fit["threshold"]
-            for name in (*SELECTIONS, "gated by distance"):
-                selection = "entropy_gated" if name == "gated by distance" else name
-                w = routing_weights(
-                    fit["router"].logits(x),
-                    temperature=fit["temperature"],
-                    selection=selection,  # type: ignore[arg-type]
-                    distance=distance if name == "gated by distance" else None,
-                )
-                kind = "unknown" if task == UNKNOWN else "known"
-                key = f"{store}, {name}, {kind}"
-                found[key] = found.get(key, 0.0) + accuracy(model, task, seed, weights=w) / (
-                    1 if kind == "unknown" else 4
-                )
-    for kind in ("linear", "mlp", "subspace"):
+        looks = {"": _router(model, 200, seed), "entropy, ": _router(model, 200, seed, kind="entropy")}
+        for prompts in PROMPTS:
+            tasks = (UNKNOWN,) if prompts == "unknown" else TASKS
+            for task in tasks:
+                asked = {"task": task, "seed": seed, "prompts": prompts, "count": ROUTED}
+                ids = rows(task, ROUTED, seed=seed, split="test", prompts=prompts)[:, : LENGTH + 2]
+                for name, w in _selected(model, looks, ids).items():
+                    key = f"{store}, {name}, {prompts}"
+                    found[key] = found.get(key, 0.0) + accuracy(model, weights=w, **asked) / len(tasks)
+    kinds = {"linear": {}, "mlp": {}, "subspace": {}, "linear, second prefill": {"kind": "linear", "tap": DEEP_TAP}}
+    for name, knobs in kinds.items():
         for count in (50, 200, 1000):
-            fit = _router(model, count, seed, kind=kind)
-            found[f"{kind} {count}"] = {key: fit[key] for key in ("accuracy", "error before", "error after")}
+            fit = _router(model, count, seed, **({"kind": name} | knobs))
+            found[f"{name} {count}"] = {key: fit[key] for key in ("accuracy", "error before", "error after")}
+    fit = looks["entropy, "]
+    found["entropy 0"] = {key: fit[key] for key in ("accuracy", "error before", "error after")}
     return found
 
 
-def _router(model: RoutedForCausalLM, count: int, seed: int, *, kind: str = "linear") -> dict[str, Any]:
-    def features(split: str, n: int) -> tuple[Tensor, list[int]]:
-        parts = [rows(task, n, seed=seed, split=split)[:, : LENGTH + 2] for task in TASKS]
-        return model.features(torch.cat(parts)), [t for t in range(len(TASKS)) for _ in range(n)]
+def _selected(model: RoutedForCausalLM, looks: dict[str, dict[str, Any]], ids: Tensor) -> dict[str, Tensor]:
+    """Return the experts' weights by router and selection."""
+    found = {}
+    for look, fit in looks.items():
+        _look(model, fit["kind"], fit["tap"])
+        x = model.features(ids)
+        logits = fit["router"].logits(x)
+        for name in SELECTIONS:
+            # Entropies have no scale that prompts of known tasks could fit: DaWin takes them as they are.
+            temperature = 1.0 if look else fit["temperature"]
+            found[look + name] = routing_weights(logits, temperature=temperature, selection=name)  # type: ignore[arg-type]
+        if not look:
+            far = mahalanobis(x, fit["centers"], fit["precision"]) / fit["threshold"]
+            found[GATED] = routing_weights(logits, temperature=fit["temperature"], distance=far)
+    return found
 
-    x, y = features("router", max(2, count // len(TASKS)))
-    held, labels = features("held out", 50)
+
+def _look(model: RoutedForCausalLM, kind: str, tap: int) -> None:
+    model.config.routing = {**model.config.routing, "kind": kind, "tap": tap, "second_prefill": tap > 0}
+
+
+def _router(model: RoutedForCausalLM, count: int, seed: int, *, kind: str = "linear", tap: int = 0) -> dict[str, Any]:
+    """Fit a router on ``count`` prompts, and measure it on others."""
+    _look(model, kind, tap)
+
+    def features(split: str, n: int) -> tuple[Tensor, Tensor]:
+        parts = [rows(task, n, seed=seed, split=split)[:, : LENGTH + 2] for task in TASKS]
+        return model.features(torch.cat(parts)), torch.arange(len(TASKS)).repeat_interleave(n)
+
+    held, truth = features("held out", 50)
+    # Entropies have nothing to fit.
+    x, y = (held, truth) if kind == "entropy" else features("router", max(2, count // len(TASKS)))
     router = fit_router(x, y, kind=kind, seed=seed)  # type: ignore[arg-type]
-    logits, truth = router.logits(held), torch.tensor(labels)
-    temperature = calibrate(logits, truth)
-    centers, precision = router.tensors["centers"], router.tensors["precision"]
-    return {
+    temperature = calibrate(router.logits(held), truth)
+    asked, truth = features("asked", 50)
+    logits = router.logits(asked)
+    found = {
         "router": router,
+        "kind": kind,
+        "tap": tap,
         "temperature": temperature,
-        "centers": centers,
-        "precision": precision,
-        "threshold": float(torch.quantile(mahalanobis(held, centers, precision), 0.99)),
         "accuracy": float((logits.argmax(1) == truth).double().mean()),
         "error before": expected_calibration_error(logits.softmax(1), truth),
         "error after": expected_calibration_error((logits / temperature).softmax(1), truth),
     }
+    if kind != "entropy":
+        places = {name: router.tensors[name] for name in ("centers", "precision")}
+        found |= places | {"threshold": float(torch.quantile(mahalanobis(held, **places), 0.99))}
+    return found
 
 
 def main() -> None:
