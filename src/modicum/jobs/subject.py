@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modicum.evaluate.rows import Row, question_of
 from modicum.evaluate.subject import Likelihood
 from modicum.jobs.data.collators import pad_id
-from modicum.jobs.data.pairs import Alternatives, Pair, PairCollator, encode_alternatives
+from modicum.jobs.data.pairs import Alternatives, PairCollator, encode_alternatives
 from modicum.jobs.data.tokens import encode, prompt_ids
 from modicum.types import IGNORED
 
@@ -113,14 +113,15 @@ class LocalSubject:
 
     def _layout(self, asked: Sequence[Alternatives]) -> PairCollator:
         """Return how the model takes several answers to one prompt; it is tried once."""
-        from modicum.jobs.training.preferences import layout
+        from modicum.jobs.training.preferences import beyond_window, layout
 
+        pad = pad_id(self.tokenizer)
         if not asked:
-            return PairCollator(pad_id(self.tokenizer))
+            return PairCollator(pad)
+        if beyond_window(self.model.config, asked):
+            return PairCollator(pad, shared=False)
         if not self._layouts:
-            first = asked[0]
-            tried = Pair(first.prompt, first.answers[0], first.answers[-1])
-            self._layouts.append(layout(self.model, [tried], pad_id(self.tokenizer), lambda _: None))
+            self._layouts.append(layout(self.model, asked[:1], pad, lambda _: None))
         return self._layouts[0]
 
     def _document(self, text: str) -> tuple[list[int], int]:

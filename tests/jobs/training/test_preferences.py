@@ -8,6 +8,7 @@ import torch
 from modicum.errors import ModicumError, RecipeError, TrainingError, UnsupportedError
 from modicum.jobs import execute, plan
 from modicum.jobs.data.pairs import Pair, PairCollator
+from modicum.jobs.subject import LocalSubject
 from modicum.jobs.training import references
 from modicum.jobs.training.objective import LabelHead
 from modicum.jobs.training.preferences import PairLoss, check_first, layout
@@ -16,7 +17,7 @@ from modicum.recipe import parse
 from modicum.record import read_log
 from modicum.registry import objective
 from oracles import preferences as oracle
-from support import tiny_llama
+from support import byte_tokenizer, tiny_llama
 
 RNG = torch.Generator().manual_seed(0)
 PAIRS = [
@@ -68,6 +69,57 @@ def test_a_model_whose_answers_see_each_other_gets_rows_of_their_own():
     notes = []
     collator = layout(model, PAIRS, 0, notes.append)
     assert not collator.shared and "the answers see each other" in notes[0]
+
+
+WINDOW = 40  # tokens back; more than the rows of a trial have
+
+
+def windowed(kind):
+    """Return a random model of two layers, some of which look back WINDOW tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shared = {"vocab_size": 264, "num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    local = {"attention_types": [[["local"], 2]], "window_size": WINDOW, "num_layers": 2, "num_heads": 4}
+    fields = local if kind == "gpt_neo" else heads | {"sliding_window": WINDOW}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shared, **fields)).eval()
+
+
+def pair_of(*sizes):
+    return Pair(*(tuple(torch.randint(5, 250, (size,), generator=RNG).tolist()) for size in sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "long"), [("mistral", (50, 6, 8)), ("gpt_neo", (26, 12, 10)), ("gemma3_text", (60, 4, 4))]
+)
+def test_rows_beyond_a_window_are_not_shared(kind, long):
+    model, notes = windowed(kind), []
+    short, long = pair_of(20, 5, 6), pair_of(*long)
+    assert layout(model, [short], 0, pytest.fail).shared
+    collator = layout(model, [short, long], 0, notes.append)
+    assert not collator.shared and f"some layers look back {WINDOW}" in notes[0]
+    found = probabilities(model, collator, [short, long])
+    for pair, got in zip((short, long), found.tolist()):
+        for answer, value in zip(pair.answers, got):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*pair.prompt, *answer]])).logits[0].double().numpy()
+            told = oracle.answer_log_probability(logits, [*pair.prompt, *answer], len(pair.prompt))
+            assert value == pytest.approx(told, abs=1e-4)
+    # What is refused here is not what the model says.
+    shared = PairCollator(0, mask=torch.bool if model.config._attn_implementation == "sdpa" else model.dtype)
+    assert (probabilities(model, shared, [short, long])[1] - found[1]).abs().max() > 1e-3
+
+
+def test_answers_beyond_a_window_are_measured_alone():
+    model = windowed("mistral")
+    subject = LocalSubject("m", model, byte_tokenizer())
+    few, many = ([{"prompt": "a" * size, "completion": end} for end in ("bcd", "efgh")] for size in (20, 60))
+    subject.alternatives([few])  # the model was tried, and shares prompts
+    (found,) = subject.alternatives([many])
+    alone = [likelihood.nats for likelihood in subject.likelihoods(many)]
+    assert [each.nats for each in found] == pytest.approx(alone, abs=1e-4)
 
 
 def test_the_loss_is_that_of_its_function():

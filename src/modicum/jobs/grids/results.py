@@ -16,6 +16,8 @@ from modicum.jobs.stages.references import PREFIX, stage_of
 from modicum.record import digest, read_record
 
 FORM = 1  # of grid.json
+BASE, EXTERNAL = "base", "external"  # roles of models that no cell made
+STARTS = {"train": "model", "merge": "base"}  # for each job the key of the model that it starts from
 
 
 def cell_json(cell: Cell, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,12 +125,14 @@ def grid_json(plan: Plan, choose: Mapping[str, Any], folders: Mapping[str, Path]
             }
             for name, choice in made.items()
         ],
-        "scores": [
-            score
-            for name, cell in finished.items()
-            if records[name]["job"] == "evaluate"
-            for score in _scores(plan, cell, records[name], {key: pick for key, (pick, _) in picks.items()})
-        ],
+        "scores": _told_apart(
+            [
+                score
+                for name, cell in finished.items()
+                if records[name]["job"] == "evaluate"
+                for score in _scores(plan, cell, records[name], {key: pick for key, (pick, _) in picks.items()})
+            ]
+        ),
     }
 
 
@@ -138,9 +142,15 @@ def _judges(choice: Choice) -> list[str]:
 
 def _scores(plan: Plan, cell: Cell, record: Mapping[str, Any], picks: Mapping[str, str]) -> list[dict[str, Any]]:
     models = cell.recipe.get("models") or {"model": cell.recipe.get("model")}
+    starts = _starts(plan)
     found = []
     for row in timeless(record["metrics"]["cells"]):
-        who = _subject(plan, str(models[row["model"]]), picks)
+        reference = str(models[row["model"]])
+        if reference.startswith(PREFIX):
+            who = _made(plan, reference, picks)
+        else:
+            role = BASE if reference in starts else cell.role or EXTERNAL
+            who = {"arm": row["model"], "of": {"reference": reference, "role": role}}
         found.append(
             {"stage": cell.stage, "cell": cell.name, "axes": cell.at, **who}
             | {key: row.get(key) for key in ("model", "task", "metric", "better", "unit", "value", "low", "high", "n")}
@@ -149,15 +159,35 @@ def _scores(plan: Plan, cell: Cell, record: Mapping[str, Any], picks: Mapping[st
     return found
 
 
-def _subject(plan: Plan, reference: str, picks: Mapping[str, str]) -> dict[str, Any]:
-    """Say what a model is: the cell that made it, or a model from elsewhere."""
-    if not reference.startswith(PREFIX):
-        return {"arm": "base", "of": {"reference": reference, "role": "base"}}
+def _made(plan: Plan, reference: str, picks: Mapping[str, str]) -> dict[str, Any]:
+    """Say which cell made a model."""
     name = stage_of(reference)
     cell = plan.cells[picks.get(name, name)]
     output = reference.partition("/")[2]
     arm = " ".join(filter(None, (cell.stage, label(cell.at, tuned=False), output)))
     return {"arm": arm, "of": {"cell": cell.name, "stage": cell.stage, "role": cell.role, "axes": cell.at}}
+
+
+def _starts(plan: Plan) -> set[str]:
+    """Return the models that trainings and merges start from."""
+    found = {str(template.start) for template in plan.templates.values() if template.start is not None}
+    for cell in plan.cells.values():
+        if (key := STARTS.get(str(cell.recipe.get("job")))) is not None:
+            found.add(str(cell.recipe.get(key)))
+    return found
+
+
+def _told_apart(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return scores in which one name is one model: models from elsewhere that share a name get their reference."""
+    named: dict[str, set[Any]] = {}
+    for score in scores:
+        named.setdefault(score["arm"], set()).add(score["of"].get("reference"))
+    return [
+        {**score, "arm": f"{score['arm']} {reference}"}
+        if len(named[score["arm"]]) > 1 and (reference := score["of"].get("reference")) is not None
+        else {**score}
+        for score in scores
+    ]
 
 
 def over_seeds(

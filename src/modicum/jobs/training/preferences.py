@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from modicum import processes
 from modicum.errors import TrainingError, UnsupportedError, first_line
-from modicum.jobs.data.pairs import Pair, PairCollator
+from modicum.jobs.data.pairs import Alternatives, Pair, PairCollator
 from modicum.jobs.training.objective import LabelHead
 from modicum.jobs.training.references import log_probabilities
 from modicum.registry import objective
@@ -42,26 +43,27 @@ TRIED = (
 EXACT, ROUGH = 1e-4, 0.05  # how far the first loss may lie from that of the reference, in float32 and in 16 bits
 
 
-def layout(model: Any, pairs: Sequence[Pair], pad: int, note: Callable[[str], object]) -> PairCollator:
-    """Return the collator with which both answers of a pair may share their prompt, if the model can.
+def layout(model: Any, pairs: Sequence[Pair | Alternatives], pad: int, note: Callable[[str], object]) -> PairCollator:
+    """Return the collator with which the answers to a prompt may share it, if the model can.
 
     It is tried on tokens of the first pair: both answers must get what they get in rows of their own, and neither may
     notice that the other one is another text.
 
     Args:
         model: The model itself.
-        pairs: Whose first one gives the tokens.
+        pairs: All that are to come; the first one gives the tokens.
         pad: Token to fill rows with.
         note: Told where every answer needs a row of its own.
     """
     used = getattr(model.config, "_attn_implementation", None)
     shared = PairCollator(pad, mask=torch.bool if used == "sdpa" else model.dtype)
     apart = PairCollator(pad, shared=False)
+    why = beyond_window(model.config, pairs)
     training, head = model.training, LabelHead(model)
     model.eval()
     try:
         with torch.no_grad():
-            why = _trouble(model, pairs[0], shared, apart)
+            why = why or _trouble(model, pairs[0], shared, apart)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
     finally:
@@ -76,9 +78,26 @@ def layout(model: Any, pairs: Sequence[Pair], pad: int, note: Callable[[str], ob
     return apart
 
 
-def _trouble(model: Any, given: Pair, shared: PairCollator, apart: PairCollator) -> str | None:
+def beyond_window(config: Any, pairs: Sequence[Pair | Alternatives]) -> str | None:
+    """Say that a row is longer than some layer looks back; ``None`` where none is.
+
+    A mask of tokens by tokens replaces the model's own, its window included, so the tokens of a longer row would see
+    what the model does not show them. A layer that counts places in the row itself (GPT-Neo) has the other answers
+    between an answer and its prompt.
+    """
+    config = config.get_text_config()
+    alone = max(len(pair.prompt) + max(map(len, pair.answers)) for pair in pairs)
+    together = max(len(pair.prompt) + sum(map(len, pair.answers)) for pair in pairs)
+    for field, longest in (("sliding_window", alone), ("attention_chunk_size", alone), ("window_size", together)):
+        window = getattr(config, field, None)
+        if isinstance(window, int) and longest > window:
+            return f"a row has {longest} tokens, and some layers look back {window}"
+    return None
+
+
+def _trouble(model: Any, given: Pair | Alternatives, shared: PairCollator, apart: PairCollator) -> str | None:
     """Return what is wrong with a shared row; ``None`` where nothing is."""
-    pool = [*given.prompt, *given.chosen, *given.rejected]
+    pool = [*given.prompt, *chain(*given.answers)]
     prompt, *answers = (tuple(pool[(shift + i) % len(pool)] for i in range(TRIED)) for shift in range(4))
     pair = Pair(prompt, answers[0], answers[1])
     usual = log_probabilities(model, shared([pair]))[0]

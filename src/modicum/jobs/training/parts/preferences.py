@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from modicum import registry
@@ -101,7 +102,7 @@ class Preferences(Part):
         arguments = self.arguments_
         if model.device.type != arguments.device.type and not (arguments.fsdp or arguments.deepspeed):
             model.to(arguments.device)  # as the Trainer does
-        self.collator = layout(model, self.sets[True], pad_id(tokenizer), self.run.note)
+        self.collator = layout(model, [*chain(*self.sets.values())], pad_id(tokenizer), self.run.note)
         if silence_dropout(model):
             self.run.note("Dropout is off: it would add noise to the margins between two answers.")
         attention = getattr(model.config, "_attn_implementation", None)
