@@ -92,7 +92,8 @@ def test_a_killed_pipeline_ends_with_the_same_bytes(tiny_model, rows, tmp_path):
         process.wait()
         assert moment.exists()
     execute(parse(data), tmp_path / "killed", quiet=True)
-    assert outputs(tmp_path / "killed") == outputs(whole)
+    ended, expected = outputs(tmp_path / "killed"), outputs(whole)
+    assert [name for name in expected | ended if ended.get(name) != expected.get(name)] == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from statistics import mean
 from typing import Any, NamedTuple, TypeAlias
 
@@ -102,7 +103,7 @@ def assertions(arms: Mapping[str, Mapping[int, Cell]]) -> list[Said]:
         for name in ("not_refused", "complied")
     ]
     if curves:
-        rising = sum(any(b > a + ROUNDING for a, b in zip(curve, curve[1:])) for curve in curves)
+        rising = sum(any(b > a + ROUNDING for a, b in pairwise(curve)) for curve in curves)
         said.append(Said("no curve of all of N rises", f"{rising} of {len(curves)} rise", rising == 0))
     return said
 

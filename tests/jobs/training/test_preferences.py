@@ -8,6 +8,7 @@ import torch
 from modicum.errors import ModicumError, RecipeError, TrainingError, UnsupportedError
 from modicum.jobs import execute, plan
 from modicum.jobs.data.pairs import Pair, PairCollator
+from modicum.jobs.loading.models import load_model, load_tokenizer
 from modicum.jobs.subject import LocalSubject
 from modicum.jobs.training import references
 from modicum.jobs.training.objective import LabelHead
@@ -120,6 +121,22 @@ def test_answers_beyond_a_window_are_measured_alone():
     (found,) = subject.alternatives([many])
     alone = [likelihood.nats for likelihood in subject.likelihoods(many)]
     assert [each.nats for each in found] == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_language_model_in_16_bits_shares_a_prompt_but_not_with_positions_that_go_on(dtype):
+    reference = "builtin:smollm2-135m-instruct"
+    model, tokenizer = load_model(reference, dtype=dtype, device="cpu"), load_tokenizer(reference)
+    text = tokenizer("Name three rivers of the north, and say of each of them where it ends.")["input_ids"]
+    pairs = [Pair(tuple(text), tuple(text[4:9]), tuple(text[2:6]))]
+    assert layout(model, pairs, 0, pytest.fail).shared
+    forward, notes = model.model.forward, []
+
+    def deaf(*args, position_ids=None, **more):
+        return forward(*args, position_ids=torch.arange(position_ids.shape[-1]).expand_as(position_ids), **more)
+
+    model.model.forward = deaf
+    assert not layout(model, pairs, 0, notes.append).shared and "a token's log-probability differs by" in notes[0]
 
 
 def test_the_loss_is_that_of_its_function():

@@ -255,7 +255,8 @@ def test_token_scopes_are_causal_and_the_sequence_scope_is_not(scope):
     threshold = middling(model, tokens())
     a, b = (run(model, ids, exit_threshold=threshold) for ids in (tokens(), changed))
     assert torch.equal(a.cycles[:, :5], b.cycles[:, :5])
-    assert torch.equal(a.logits[:, :5], b.logits[:, :5])
+    # Tokens that left are packed, so the products have other numbers of rows, and on some processors other last bits.
+    torch.testing.assert_close(a.logits[:, :5], b.logits[:, :5], rtol=0, atol=1e-5)
 
 
 def test_reported_cycles_add_up_to_the_layer_calls():

@@ -159,9 +159,13 @@ def log_probabilities(model: Any, batch: dict[str, Any]) -> Tensor:
 
 def answer_log_probabilities(model: Any, batch: dict[str, Any]) -> Tensor:
     """Return the summed log-probabilities of all answers of a batch, one after the other; in float32."""
+    return torch.stack([part.sum() for part in torch.split(token_log_probabilities(model, batch), batch["counts"])])
+
+
+def token_log_probabilities(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return the log-probability of every token of the answers of a batch, one after the other; in float32."""
     device = getattr(model, "device", batch["input_ids"].device)
     read = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "attention_mask")}
     places, targets = batch["reads"].to(device), batch["targets"].to(device)
     logits = model(**read, use_cache=False, label_positions=places).logits[0]
-    tokens = -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return torch.stack([part.sum() for part in torch.split(tokens, batch["counts"])])
+    return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
