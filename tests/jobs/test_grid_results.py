@@ -2,7 +2,6 @@
 
 import json
 
-
 from modicum.jobs.grids.results import grid_json, over_seeds
 from modicum.recipe import parse
 from modicum.report.dimensions import read

@@ -42,7 +42,8 @@ Each of ``scores`` is one model on one task: ``{stage, cell, axes, arm, of, mode
 low, high, n, items}``. ``of`` says what the model is: ``{cell, stage, role, axes}`` of the cell that made it, or
 ``{reference, role}`` of a model from elsewhere: ``base`` where trainings or merges start from it, else the evaluation's
 ``role``, or ``external``. ``arm`` is its name without seed and chosen knobs, or its name among ``models``; ``items`` is
-the file with a line for each row, by which scores are paired. Each of ``chosen`` is ``{axis, at, value, cell, by, scores: {VALUE: score}}``.
+the file with a line for each row, by which scores are paired. Each of ``chosen`` is ``{axis, at, value, cell, by,
+scores: {VALUE: score}}``.
 Neither kind of file tells times: a grid that was killed and went on ends with the same bytes.
 """
 
