@@ -41,7 +41,7 @@ def answered(row: Row, answer: str) -> Row:
     """
     if "messages" in row:
         return {"messages": [*row["messages"], {"role": "assistant", "content": answer}]}
-    return {key: row[key] for key in ("system", "prompt", "plain") if key in row} | {"completion": answer}
+    return {key: row[key] for key in ("system", "prompt", "plain", "joined") if key in row} | {"completion": answer}
 
 
 def question_of(row: Row) -> str:

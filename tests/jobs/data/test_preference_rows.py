@@ -13,10 +13,12 @@ from modicum.jobs.data.kinds.preference import preference
 from modicum.jobs.data.pairs import Pair, PairCollator, encode_pairs
 from modicum.jobs.data.rows import tokenize
 from modicum.jobs.data.section import DataSection
+from support import byte_tokenizer
 
 USER, GOOD, BAD = (
     {"role": r, "content": c} for r, c in (("user", "Sky?"), ("assistant", "Blue."), ("assistant", "Red."))
 )
+SYSTEM, LAST = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "And now?"}
 SECTION = DataSection(path="x")
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Sky?\n\nAssistant:"
 
@@ -44,16 +46,46 @@ def test_texts_keep_their_prompt():
     pair = {"chosen": " Blue.", "rejected": " Red."}
     assert read({"prompt": "Sky?"} | pair, template="Q: {prompt}") == {"prompt": "Q: Sky?"} | pair
     assert read({"prompt": "Sky?", "chosen": [GOOD], "rejected": [BAD]})["prompt"] == "Sky?"
-    assert read({"chosen": "The sky is blue.", "rejected": "The sky is black."}) == {
-        "prompt": "The sky is",
-        "chosen": "blue.",
-        "rejected": "black.",
-    }
     assert (
         read({"q": "Sky?", "a": "x", "b": "y"}, fields={"prompt": "q", "chosen": "a", "rejected": "b"})["chosen"] == "x"
     )
     found = read({"chosen": DIALOGUE + " Blue.", "rejected": DIALOGUE + " Red."}, system="Be kind.")
     assert [m["role"] for m in found["messages"]] == ["system", "user", "assistant", "user"]
+
+
+TEXTS = {"chosen": "The sky is\n blue.", "rejected": "The sky is\n black."}
+
+
+def test_two_texts_lose_nothing_when_they_are_cut(tokenizer):
+    cut = {"prompt": "The sky is", "chosen": "\n blue.", "rejected": "\n black."}
+    assert read(TEXTS) == {**cut, "joined": True}
+    assert read(TEXTS, template="Q: {prompt}")["prompt"] == "Q: The sky is"
+    rows = Rows("preference", [read(TEXTS)])
+    (plain,) = encode_pairs(rows, byte_tokenizer(chat=False), SECTION, note=print)
+    wholes = [tokenizer.decode([*plain.prompt, *answer], skip_special_tokens=True) for answer in plain.answers]
+    assert wholes == [*TEXTS.values()]
+    (chat,) = encode_pairs(rows, tokenizer, SECTION, note=print)
+    assert [tokenizer.decode(answer) for answer in chat.answers] == ["blue.<|im_end|>", "black.<|im_end|>"]
+
+
+def test_two_texts_are_cut_as_trl_cuts_them():
+    found, theirs = read(TEXTS), pytest.importorskip("trl").extract_prompt(TEXTS)
+    assert all(found["prompt"] + found[side] == theirs["prompt"] + theirs[side] for side in ("chosen", "rejected"))
+
+
+@pytest.mark.parametrize("prompt", ["Sky?", " Sky?\n", "And now?", [SYSTEM, USER, GOOD, LAST]])
+def test_a_prompt_beside_conversations_repeats_how_they_begin(prompt):
+    start = [SYSTEM, USER, GOOD, LAST]
+    row = {"prompt": prompt, "chosen": [*start, GOOD], "rejected": [*start, BAD]}
+    assert read(row) == {"messages": start, "chosen": "Blue.", "rejected": "Red."}
+
+
+@pytest.mark.parametrize("prompt", ["Sea?", "Be kind.", "", [USER], [SYSTEM, LAST], [SYSTEM, USER, GOOD, LAST, GOOD]])
+def test_a_prompt_beside_conversations_that_begin_otherwise_is_refused(prompt):
+    start = [SYSTEM, USER, GOOD, LAST]
+    row = {"prompt": prompt, "chosen": [*start, GOOD], "rejected": [*start, BAD]}
+    with pytest.raises(RecipeError, match="x, row 3: the prompt .* is not how the conversations in 'chosen' and"):
+        read(row)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,9 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
             f"{where} is a chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, "
             "or prompt and completion fields."
         )
-    messages = row.get("messages") or [*messages_of(row), {"role": "assistant", "content": row["completion"]}]
+    # Of one text that was cut in two, the white space between is no part of what is said.
+    said = row["completion"].lstrip() if row.get("joined") else row.get("completion")
+    messages = row.get("messages") or [*messages_of(row), {"role": "assistant", "content": said}]
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if completion_only and not spoken:
         raise CheckpointError(f"{where}: no message of the assistant to learn from. Set completion_only: false.")

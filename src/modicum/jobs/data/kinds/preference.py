@@ -37,7 +37,8 @@ def preference(section: DataSection, row: Row, index: int) -> Row:
     r"""Read a prompt with a chosen and a rejected answer, in any of the forms that TRL reads.
 
     Prompt and answers are texts, or lists of messages. Without a prompt, it is how both conversations begin, or both
-    texts; a text of turns such as ``\n\nHuman: …\n\nAssistant: …`` becomes a chat.
+    texts; a text of turns such as ``\n\nHuman: …\n\nAssistant: …`` becomes a chat. Both texts are cut at white space,
+    which their ends keep (``joined``) unless a chat template surrounds them.
 
     Args:
         section: ``fields``, ``template`` and ``system`` are read.
@@ -72,9 +73,9 @@ def preference(section: DataSection, row: Row, index: int) -> Row:
         return found
     if not found["prompt"].strip():
         raise RecipeError(f"{where}: the prompt is empty, expected text.")
-    start = prompted(section, found["prompt"], "")
+    start = prompted(section, found.pop("prompt"), "")
     del start["completion"]
-    return start | {side: found[side] for side in SIDES}
+    return start | found
 
 
 def _explicit(prompt: object, texts: Sequence[str], where: str) -> Row:
@@ -93,7 +94,9 @@ def _of_texts(_prompt: None, texts: Sequence[str], where: str) -> Row:
         return _of_chats(None, dialogues, SIDES, where)
     alike = next((i for i, (a, b) in enumerate(zip(*texts)) if a != b), min(map(len, texts)))
     start = max((match.end() for match in re.finditer(r"\s", texts[0][:alike])), default=0)
-    return {"prompt": texts[0][:start].rstrip()} | {side: text[start:] for side, text in zip(SIDES, texts)}
+    prompt = texts[0][:start].rstrip()
+    # The white space between them is the answers', which a chat template would put there instead.
+    return {"prompt": prompt, "joined": True} | {side: text[len(prompt) :] for side, text in zip(SIDES, texts)}
 
 
 def _dialogue(text: str) -> list[dict[str, str]]:
@@ -108,11 +111,16 @@ def _of_chats(prompt: object, values: Sequence[Any], names: Sequence[str], where
     chats = [_messages(value, name, where) for value, name in zip(values, names)]
     if all(len(chat) == 1 for chat in chats) and prompt is not None:
         start: list[dict[str, str]] = [] if isinstance(prompt, str) else _messages(prompt, "prompt", where)
-    else:  # a prompt beside whole conversations repeats how they begin
+    else:
         shared = 0
         while shared < min(map(len, chats)) - 1 and chats[0][shared] == chats[1][shared]:
             shared += 1
         start, chats = chats[0][:shared], [chat[shared:] for chat in chats]
+        if prompt is not None and not _begins(prompt, start, where):
+            raise RecipeError(
+                f"{where}: the prompt {prompt!r:.80} is not how the conversations in {names[0]!r} and {names[1]!r} "
+                "begin. Drop it, or let them hold the answers alone."
+            )
     for chat, name in zip(chats, names):
         if len(chat) != 1 or chat[0]["role"] != "assistant":
             raise RecipeError(
@@ -126,6 +134,13 @@ def _of_chats(prompt: object, values: Sequence[Any], names: Sequence[str], where
             f"{where}: the prompt holds {_roles(start)}, expected a conversation that ends with the user."
         )
     return {"messages": start} | answers
+
+
+def _begins(prompt: object, start: Sequence[Mapping[str, str]], where: str) -> bool:
+    """Whether conversations that begin with ``start`` repeat the prompt: its messages, or a text that the user said."""
+    if isinstance(prompt, str):
+        return prompt.strip() in {message["content"].strip() for message in start if message["role"] == "user"}
+    return _messages(prompt, "prompt", where) == [*start]
 
 
 def _messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
