@@ -143,6 +143,16 @@ def test_dimensions_may_come_one_after_another(tiny_model, rows, tmp_path):
         (lambda d: d["axes"]["method"].update(same={"method.name": "linear"}), "are the same run"),
         (lambda d: d["axes"]["dimension"].update({"a ": None}), "is no name"),
         (lambda d: d["axes"]["dimension"].update({"A": None}), "the names 'a' and 'A' are one"),
+        (
+            lambda d: d["axes"]["dimension"].update(last=None),
+            "axes.dimension: 'last' is what references call a value by",
+        ),
+        (lambda d: d["axes"]["dimension"].update(first=None), "'first' is what references call a value by its place"),
+        (
+            lambda d: d["axes"]["method"].update(previous=None),
+            "'previous' is what references call a value by its place",
+        ),
+        (lambda d: d["axes"].update({"method.tune": {"x": None}}), "is what references call the knobs of an axis"),
         (lambda d: d["axes"].update(seed={"x": None}), "seeds have a key of their own"),
         (lambda d: d["stages"][2]["models"].update(x="stage:merged[method=tsv]"), "method has no 'tsv'"),
         (lambda d: d["stages"][1].update(base="stage:expert"), "stands for 2 cells where one is expected"),

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from modicum.errors import RecipeError
 from modicum.evaluate.rows import Rows, question_of
 
+DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
+# What is punctuation in a sentence is a sign beside a number: minus, the decimal point, times and over, per cent.
+SIGNS = re.compile(
+    r"-(?=\.?\d)|(?<=[\d)] )-(?= [\d(])|\.(?=\d)|(?<=[\d)])[*/]{1,2}(?=[\w(])|(?<=[\d)] )[*/]{1,2}(?= [\w(])|(?<=\d)%"
+)
+
 
 def same_text(text: str) -> str:
-    """Return a text without case, spaces and punctuation.
+    """Return a text without case, spaces and punctuation; signs of arithmetic and marks on letters are kept.
 
     Example:
-        >>> same_text("Is it  so?") == same_text("is it so")
-        True
+        >>> same_text("Is it  so?") == same_text("is it so"), same_text("3 + 6") == same_text("3 - 6")
+        (True, False)
     """
-    return "".join(letter for letter in text.casefold() if letter.isalnum())
+    text = unicodedata.normalize("NFC", " ".join(text.casefold().translate(DASHES).split()))
+    signs = {place for match in SIGNS.finditer(text) for place in range(*match.span())}
+    return "".join(letter for place, letter in enumerate(text) if place in signs or _counts(letter))
+
+
+def _counts(letter: str) -> bool:
+    """Whether a letter is one, or a number, a mark on one or a symbol; a grave accent alone quotes."""
+    return unicodedata.category(letter)[0] in "LNMS" and letter != "`"
 
 
 def check_apart(training: Rows, evaluation: Rows, *, names: Sequence[str] = ("data", "eval_data")) -> None:

@@ -13,6 +13,8 @@ from modicum.errors import RecipeError
 from modicum.recipe import Data, override
 
 SEED = "seed"
+PREVIOUS, FIRST, LAST = "previous", "first", "last"  # what references call values by their place
+TUNE = ".tune"  # how the coordinate of a value's variants ends
 WORD = re.compile(r"[\w.+=-]([\w .+=,-]*[\w.+=-])?")  # what may stand in the name of a file
 
 
@@ -49,6 +51,8 @@ def read_axes(given: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
         if axis == SEED:
             raise RecipeError("axes.seed: seeds have a key of their own. Write seeds: [0, 1, 2].")
         _check_name(where, axis)
+        if axis.endswith(TUNE):
+            raise RecipeError(f"{where}: {axis!r} is what references call the knobs of an axis. Rename it.")
         if not isinstance(values, Mapping) or not values:
             raise RecipeError(f"{where} is {values!r:.60}, expected values by name: {{NAME: {{path: value}}}}.")
         listed = [(path, value) for path, value in values.items() if isinstance(value, list)]
@@ -64,6 +68,8 @@ def read_axes(given: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
         seen: dict[str, str] = {}
         for name in found[axis]:
             _check_name(f"{where}.{name}", name)
+            if name in (PREVIOUS, FIRST, LAST):
+                raise RecipeError(f"{where}: {name!r} is what references call a value by its place. Rename it.")
             same = seen.setdefault(name.strip().casefold(), name)
             if same != name:
                 raise RecipeError(f"{where}: the names {same!r} and {name!r} are one. Rename one of them.")

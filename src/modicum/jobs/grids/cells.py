@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from modicum.errors import RecipeError, did_you_mean
-from modicum.jobs.grids.axes import SEED, apply, of_stage, read_axes
+from modicum.jobs.grids.axes import FIRST, LAST, PREVIOUS, SEED, TUNE, apply, of_stage, read_axes
 from modicum.jobs.grids.parts import At, Cell, Choice, Template, label
 from modicum.jobs.stages.references import PREFIX
 from modicum.recipe import Data
@@ -17,7 +17,6 @@ from modicum.record import digest
 OWN = ("name", "over", "role", "start", "resources")  # keys of a stage that are the grid's
 FORM = re.compile(r"stage:(?P<stage>[\w-]+)(?:\[(?P<places>[^\]]*)\])?(?:/(?P<output>.+))?")
 NAMED = ("models", "experts")  # mappings from a name of the user's to a model
-PREVIOUS, FIRST, LAST = "previous", "first", "last"
 
 
 class Plan:
@@ -175,7 +174,7 @@ class Plan:
     def _values(self, key: str, at: Mapping[str, Any]) -> Sequence[Any]:
         if key == SEED:
             return self.seeds
-        axis, dot, _ = key.rpartition(".tune")
+        axis, dot, _ = key.rpartition(TUNE)
         if dot:
             return [*self.axes[axis][at[axis]].variants] or [None]
         return [*self.axes[key]]
@@ -288,7 +287,7 @@ class Plan:
                     f"stage {template.name!r}: {text!r}: {target.name!r} has no axis {axis!r}. "
                     f"{did_you_mean(axis, keys)}"
                 )
-            if axis.endswith(".tune") and axis.removesuffix(".tune") not in fixed:
+            if axis.endswith(TUNE) and axis.removesuffix(TUNE) not in fixed:
                 raise RecipeError(
                     f"stage {template.name!r}: {text!r}: name the value of {axis[:-5]!r} before {axis!r}."
                 )
@@ -331,7 +330,7 @@ class Plan:
         if len(differing) > 1:
             raise RecipeError(f"{', '.join(sorted(differing))} are to be chosen at once. Choose one before the other.")
         key = differing[0]
-        axis = key.removesuffix(".tune")
+        axis = key.removesuffix(TUNE)
         choice = self.choose[axis]
         judge = self.templates[choice.by]
         judges = []
