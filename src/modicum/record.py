@@ -242,7 +242,7 @@ class Run:
             self._remove_leftovers()
             if self.record["status"] == "new" and self._on_change == "replace":
                 self._empty()
-            if self.done and (damaged := damage(self.folder, self.record)):
+            if self.done and (damaged := damage(self.folder, {**self.record, "lacks": {}})):
                 self._set_aside(damaged)
             self._begin()
             text = yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True)
@@ -267,6 +267,8 @@ class Run:
         self._started = time.monotonic()
         # A record of an earlier version becomes one of this version.
         self.record.update(hash=self.hash, inputs=dict(self.inputs.hashes), numerics=NUMERICS)
+        for text in self.record.pop("lacks", {}).values():  # it is made good now, or told of again
+            self.record["notes"] = [note for note in self.record["notes"] if note != text]
         self.record.update(status="running", environment=environment())
         self.save()
 
@@ -352,11 +354,13 @@ class Run:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(_json({"event": event, "time": round(time.time(), 3), **values}) + "\n")
 
-    def note(self, text: str) -> None:
-        """Keep (and say) what the user should know: a fallback taken, a default that matters."""
+    def note(self, text: str, *, lacks: str = "") -> None:
+        """Keep (and say) what the user should know; ``lacks`` names what a done run asks for again when run again."""
         text = redact(text)
-        if text not in self.record["notes"]:
-            self.record["notes"].append(text)
+        if lacks:
+            self.record.setdefault("lacks", {})[lacks] = text
+        if lacks or text not in self.record["notes"]:
+            self.record["notes"] = list(dict.fromkeys([*self.record["notes"], text]))
             self.save()
         self.say(f"note: {text}")
 

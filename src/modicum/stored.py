@@ -84,7 +84,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 # What a record holds under its keys, where it has them.
 KINDS = {"job": str, "status": str, "hash": str, "inputs": dict, "metrics": dict, "outputs": dict, "notes": list,
-         "files": dict, "stages": list, "environment": dict}  # fmt: skip
+         "files": dict, "stages": list, "environment": dict, "lacks": dict}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def damage(folder: str | Path, record: Mapping[str, Any] | None = None, *, cache
         cached: Files that were hashed before, and look untouched since, are not read again.
 
     Returns:
-        From the path in the folder to what is wrong; empty for a sound run. Stages of a pipeline count too.
+        From the path in the folder to what is wrong; empty for a sound run. Stages of a pipeline count too, and so does
+        what the run says that it lacks.
     """
     folder = Path(folder)
     record = read_record(folder) if record is None else record
@@ -163,6 +164,7 @@ def _damage(folder: Path, record: Mapping[str, Any], cached: bool) -> dict[str, 
             found[name] = "is missing"
         elif name not in sized or hashes[sized[name]] != expected:
             found[name] = "changed"
+    found |= dict.fromkeys(record.get("lacks") or (), "is incomplete")
     for stage in record.get("stages") or []:
         inner = folder / "stages" / Path(stage["folder"]).name
         lost = not (inner / "record.json").is_file()

@@ -189,6 +189,19 @@ def test_one_answer_that_never_comes_does_not_cost_the_report(parts, tmp_path, m
     assert cell["unparsed"] == pytest.approx(1 / 6) and cell["greedy"]["value"] - cell["greedy_low"] == pytest.approx(
         1 / 6
     )
+    # It is asked for again by the next run, which is finished only then.
+    cells = json.loads((run.folder / "cells.json").read_text())["cells"]
+    lost = cells["base.plain"]["lost"]  # of the harmless requests, the draw may hold number 1 or not
+    assert run.record["status"] == "done" and lost in (1, 2)
+    assert [note for note in run.record["notes"] if f"{lost} answers never came" in note]
+    counted = []
+    monkeypatch.setattr(LocalHF, "generate", lambda self, asked: counted.append(len(asked)) or real(self, asked))
+    recipe = attack_recipe(parts, goals=parts["goals"] | {"size": 6}, samples=1)
+    again = execute(recipe, run.folder, quiet=True)
+    assert sum(counted) == lost and not any("never came" in note for note in again.record["notes"])
+    assert all("lost" not in cell for cell in again.record["metrics"]["safety"]["cells"])
+    assert again.record["metrics"]["safety"]["cells"][0]["unparsed"] == 0
+    assert execute(recipe, run.folder, quiet=True).record == again.record and sum(counted) == lost
     monkeypatch.setattr(LocalHF, "generate", lambda self, requests: [ChatResult(error="down") for _ in requests])
     with pytest.raises(RecipeError, match="answers none of"):
         execute(attack_recipe(parts), tmp_path / "other", quiet=True)

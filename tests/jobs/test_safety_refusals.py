@@ -113,6 +113,8 @@ OTHERS = [
     (ATTACK | {"judge": {"name": "jbb", "backend": "@/model", "knobs": {"tempalte": "x"}}}, "unknown key"),
     (ATTACK | {"judge": {"name": "linear", "knobs": {"featurs": 3}}}, "unknown key"),
     (ATTACK | {"judge": {"name": "linear", "backend": "@/model"}}, "asks no model"),
+    (ATTACK | {"judge": {"name": "decision", "backend": "@/model"}}, "give its `backend` an `endpoint`"),
+    (SYNTHESIZE | {"judge": {"name": "decision", "backend": "@/model"}}, "give its `backend` an `endpoint`"),
     (SYNTHESIZE | {"steer": True, "teacher": HERE}, "steer: false"),
 ]
 CASES = [(make(bad), said) for make in PLACES.values() for bad, said in TARGETS] + OTHERS

@@ -122,6 +122,13 @@ def plan(recipe: AttackRecipe) -> list[str]:
     return lines
 
 
+class Cells(Document):
+    """The cells of a run; one that lacks answers is not done, so that the next run measures it again."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) and not self[str(key)].get("lost")
+
+
 @job("attack", plan=plan, foreseeable=lambda _: True)
 def attack(recipe: AttackRecipe, run: Run) -> None:
     """Measure attack success, best of N, and over-refusal of each target in each suite.
@@ -138,7 +145,7 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
 
     goals, benign = _goals(recipe)
     _look(recipe, goals, benign)
-    cells = Document(run.folder / "cells.json", {"hash": run.hash})
+    cells = Cells(run.folder / "cells.json", {"hash": run.hash})
     keys = {f"{target}.{suite}": (target, suite) for target in recipe.targets for suite in recipe.suites}
     folder = run.folder / "verdicts"
     judge, errors = open_judge(recipe.judge)
@@ -171,7 +178,13 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
         harmful, harmless = (suite.wrap(name, part, attacker) for part in (goals, benign))
         return {"target": target, "suite": name} | measured(how, drawing(target), harmful, harmless, errors)
 
-    def tell(_: str, cell: Cell) -> None:
+    def tell(key: str, cell: Cell) -> None:
+        if lost := cell.get("lost"):
+            run.note(
+                f"{cell['target']} in {cell['suite']}: {lost} answers never came or could not be judged. They count as "
+                "unsafe; run again to ask for them again.",
+                lacks=key,
+            )
         if (cut := cell["incomplete"]) > CUT:
             run.note(
                 f"{cell['target']} in {cell['suite']}: {cut:.0%} of the answers were cut inside their reasoning. They "

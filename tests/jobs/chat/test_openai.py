@@ -1,3 +1,4 @@
+import math
 import threading
 import time
 
@@ -226,8 +227,22 @@ def test_typed_decisions_and_log_probabilities():
         assert (verdict.unsafe, verdict.refusal) == (True, False) and seen[0]["path"] == "/v1/systemone"
         (result,) = model.generate([request(logprobs=2)])
         assert result.choices[0].logprobs == [{"safe": -0.1, "unsafe": -2.0}]
-    with serving(lambda body, number: (404, {}, {})) as (url, _), pytest.raises(RecipeError, match="does not decide"):
-        OpenAICompatible(url, "m").decide(["x"], {"unsafe": "?"})
+    with serving(lambda body, number: (404, {}, {})) as (url, _):
+        (verdict,) = TypedDecision(OpenAICompatible(url, "m")).judge([JudgeItem("goal", "", "Step one.")])
+        assert (verdict.unsafe, verdict.refusal, verdict.outcome) == (None, None, "error") and "404" in verdict.raw
+
+
+def test_a_text_that_cannot_be_decided_does_not_cost_the_others():
+    def reply(body, number):
+        if "broken" in body["state"]:
+            return {"answers": {"unsafe": "no number"}}
+        return {"answers": {"unsafe": {"noul": 0.9}, "refusal": {"noul": math.nan}}}
+
+    items = [JudgeItem("goal", "", text) for text in ("Step one.", "broken", "Step two.")]
+    with serving(reply) as (url, _):
+        first, broken, last = TypedDecision(OpenAICompatible(url, "m")).judge(items)
+    assert first.unsafe and last.unsafe and first.refusal is None
+    assert (broken.unsafe, broken.outcome) == (None, "error")
 
 
 def slow(body, _):
@@ -241,11 +256,11 @@ class Impatient:
     name, needs = "impatient", frozenset()
 
     def __init__(self, patience):
-        self.patience = patience
+        self.left = patience
 
     def judge(self, items):
-        self.patience -= len(items)
-        if self.patience < 0:
+        self.left -= len(items)
+        if self.left < 0:
             raise KeyboardInterrupt
         return [Verdict(False) for _ in items]
 

@@ -45,7 +45,7 @@ class Ensemble:
     def __init__(self, judges: Sequence[Judge], *, mode: Literal["and", "or", "majority"] = "and") -> None:
         if not judges or mode not in MODES:
             raise RecipeError(f"{len(judges)} judges and mode {mode!r}, expected one or more and {', '.join(MODES)}.")
-        self.judges, self.join = tuple(judges), MODES[mode]
+        self.judges, self.mode, self.join = tuple(judges), mode, MODES[mode]
 
     @property
     def needs(self) -> frozenset[str]:

@@ -114,6 +114,14 @@ class LinearGuard(PartJudge):
         self.calibration = calibrate([bool(v) for v in torch.sigmoid(said) >= self.cutoff], y.tolist())
         return self
 
+    @property
+    def learned(self) -> str:
+        """A hash of what it learned, by which verdicts of another one are told apart."""
+        if self.probe is None:
+            return ""
+        weights = [*self.probe.weight.tolist(), self.probe.bias]
+        return blake2b(",".join(map(repr, weights)).encode(), digest_size=8).hexdigest()
+
     def verdicts(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         """Judge answers by their words."""
         if self.probe is None:

@@ -61,6 +61,8 @@ class LlamaGuard3(ModelJudge):
         if not {"safe", "unsafe"} <= first.keys():
             return found
         score = guard_score(first["unsafe"], first["safe"])
+        if math.isnan(score):  # a guard that computes no numbers has said nothing
+            return Verdict(None, raw=found.raw)
         return Verdict(found.unsafe, score=score, categories=found.categories, raw=found.raw)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 from modicum.errors import RecipeError
 from modicum.evaluate.chat import ChatModel, Choice, JudgeItem, Verdict, user
 from modicum.evaluate.judges.llama_guard import guard_score
-from modicum.evaluate.judging import ModelJudge, Part, ask, either, filled, first_words, yes
+from modicum.evaluate.judging import ModelJudge, Part, ask, either, filled, first_words, reaches, yes
 from modicum.registry import judge
 from modicum.types import UnitInterval
 
@@ -100,4 +101,4 @@ class ShieldGemma(ModelJudge):
         if not {"yes", "no"} <= values.keys():
             return self.parse(choice.text)
         score = guard_score(values["yes"], values["no"])
-        return Verdict(score >= self.cutoff, score=score, raw=choice.text)
+        return Verdict(reaches(score, self.cutoff), score=None if math.isnan(score) else score, raw=choice.text)

@@ -153,11 +153,10 @@ class OpenAICompatible:
         """Yield results with the numbers of their requests, as they come."""
         yield from coming(self._answer, requests, most=self.concurrency, endpoint=self.endpoint, progress=self.progress)
 
-    def decide(self, states: Sequence[str], questions: Mapping[str, str]) -> list[dict[str, float]]:
+    def decide(self, states: Sequence[str], questions: Mapping[str, str]) -> list[dict[str, float] | str]:
         """Return the probability of yes to each question about each text (``POST /v1/systemone``).
 
-        Raises:
-            RecipeError: The server has no such endpoint, or answers something else.
+        A text that the server fails on has an error in words, and does not stop the others.
         """
         asked = {name: {"type": "noul", "instructions": text} for name, text in questions.items()}
 
@@ -171,10 +170,7 @@ class OpenAICompatible:
             except (KeyError, TypeError, ValueError, AttributeError):
                 return "the answer is no set of probabilities"
 
-        results = together(one, states, most=self.concurrency, endpoint=self.endpoint, progress=self.progress)
-        if failed := [result for result in results if isinstance(result, str)]:
-            raise RecipeError(f"{self.name} does not decide: {failed[0]}.")
-        return [result for result in results if isinstance(result, dict)]
+        return together(one, states, most=self.concurrency, endpoint=self.endpoint, progress=self.progress)
 
     def _answer(self, request: ChatRequest) -> ChatResult:
         choices: list[Choice] = []

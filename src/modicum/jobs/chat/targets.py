@@ -215,14 +215,10 @@ class JudgeSection(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeSection:
-        entry = registry.judge[self.name]
-        if entry.facts.asks_model and self.backend is None:
-            raise ValueError(f"judge {self.name!r} asks a model: name it as `backend`")
-        if not entry.facts.asks_model and self.backend is not None:
-            raise ValueError(f"judge {self.name!r} asks no model: leave out its `backend`")
         if self.name == "ensemble":
             raise ValueError("an ensemble is made in Python; a recipe names one judge of harm and one of refusals")
-        if "unsafe" not in entry.facts.answers:
+        _has_its_model(self)
+        if "unsafe" not in registry.judge[self.name].facts.answers:
             raise ValueError(f"judge {self.name!r} does not tell harm; name it as `refusal`")
         return self
 
@@ -232,16 +228,25 @@ class JudgeSection(Section):
             yield from self.backend.inputs()
 
 
+def _has_its_model(section: JudgeSection) -> None:
+    entry = registry.judge[section.name]
+    if entry.facts.asks_model and section.backend is None:
+        raise ValueError(f"judge {section.name!r} asks a model: name it as `backend`")
+    if not entry.facts.asks_model and section.backend is not None:
+        raise ValueError(f"judge {section.name!r} asks no model: leave out its `backend`")
+    alone = getattr(entry.function, "endpoint_alone", False)
+    if alone and section.backend is not None and section.backend.endpoint is None:
+        raise ValueError(f"judge {section.name!r} asks what endpoints alone answer: give its `backend` an `endpoint`")
+
+
 class AnyJudgeSection(JudgeSection):
     """A judge of harm, or one of refusals alone."""
 
     @model_validator(mode="after")
     def _fits(self) -> AnyJudgeSection:
-        entry = registry.judge[self.name]
         if self.name == "ensemble":
             raise ValueError("an ensemble is made in Python; a recipe names one judge")
-        if entry.facts.asks_model and self.backend is None:
-            raise ValueError(f"judge {self.name!r} asks a model: name it as `backend`")
+        _has_its_model(self)
         return self
 
 

@@ -1,7 +1,8 @@
 """Draw answers to attacked prompts, judge them, and stop where the answer to the question is known.
 
-Every judged answer is a line of a file: an address, a hash of the words, the verdict. The words themselves are kept
-only if the user asks. A run that was killed reads the file and draws what is missing; nothing is drawn twice.
+Every judged answer is a line of a file: an address, hashes of goal, prompt and answer, the verdict. The words of an
+answer are kept only if the user asks. A run that was killed reads the file and draws what is missing; nothing is drawn
+twice. Answers that never came, and those that a judge failed on, are not kept: the next run asks again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.evaluate.best_of_n import ROUNDS
+from modicum.evaluate.best_of_n import ROUNDS, escapes
 from modicum.evaluate.chat import (
-    OFF_TOPIC,
     AttackedPrompt,
     ChatModel,
     ChatRequest,
@@ -32,6 +32,7 @@ from modicum.evaluate.chat import (
     item,
 )
 from modicum.jobs.chat.cache import end_last_line, read_lines_of
+from modicum.jobs.safety.identity import judge_identity
 from modicum.random import derive_seed
 from modicum.record import Run
 
@@ -64,7 +65,9 @@ class Verdicts:
         for entry in read_lines_of(path):
             try:
                 fields = {**entry["verdict"], "categories": tuple(entry["verdict"]["categories"])}
-                self.known[entry["key"]] = Drawn(Verdict(**fields), int(entry["words"]))
+                drawn = Drawn(Verdict(**fields), int(entry["words"]))
+                if drawn.verdict.outcome != "error":  # earlier versions kept these
+                    self.known[entry["key"]] = drawn
             except (KeyError, TypeError, ValueError):
                 raise CheckpointError(f"{path} holds a line that is no verdict. Move the file away.") from None
 
@@ -78,6 +81,8 @@ class Verdicts:
                 "goal": prompt.goal.id,
                 "family": prompt.family,
                 "template": prompt.template,
+                "goal_sha256": fingerprint(prompt.goal.text),
+                "prompt_sha256": fingerprint(prompt.text),
                 "sha256": fingerprint(said),
                 "words": len(said.split()),
                 "finish": choice.finish_reason,
@@ -121,6 +126,7 @@ class Drawing:
     ) -> None:
         self.target, self.judge, self.store, self.params = target, judge, store, params
         self.seed, self.system, self.batch, self.revision, self.tell = seed, system, batch, revision, tell
+        self.identity = judge_identity(judge)
 
     def greedy(self, prompts: Sequence[AttackedPrompt]) -> list[Drawn]:
         """Return the judged greedy answer to each prompt."""
@@ -166,12 +172,14 @@ class Drawing:
         return replace(request, params=replace(params, seed=seed)).single(index)
 
     def _draw(self, wanted: Sequence[tuple[AttackedPrompt, ChatRequest]]) -> list[Drawn]:
-        keys = [f"{request.key(self.target.name, self.revision)}/{self.judge.name}" for _, request in wanted]
+        keys = [self._key(prompt, request) for prompt, request in wanted]
         missing: dict[str, tuple[AttackedPrompt, ChatRequest]] = {}
         for key, pair in zip(keys, wanted, strict=True):
             if key not in self.store.known:
                 missing.setdefault(key, pair)
-        names, pairs, failed = list(missing), list(missing.values()), 0
+        names, pairs = list(missing), list(missing.values())
+        failed = unjudged = 0
+        fresh: dict[str, Drawn] = {}
         for part in arriving(self.target, [request for _, request in pairs], batch=self.batch):
             answered = [
                 (names[index], pairs[index][0], result.choices[0])
@@ -185,11 +193,33 @@ class Drawing:
                     "was judged before is kept; run again to go on."
                 )
             if answered:
-                verdicts = self.judge.judge([item(prompt, choice) for _, prompt, choice in answered])
-                self.store.add([(*entry, verdict) for entry, verdict in zip(answered, verdicts, strict=True)])
+                judged = [(*entry, verdict) for entry, verdict in zip(answered, self._judged(answered), strict=True)]
+                kept = [entry for entry in judged if entry[-1].outcome != "error"]
+                fresh |= {name: Drawn(verdict, 0) for name, _, _, verdict in judged if verdict.outcome == "error"}
+                self.store.add(kept)
+                unjudged = 0 if kept else unjudged + len(judged)
+                if unjudged >= min(self.batch, len(pairs)):
+                    raise RecipeError(
+                        f"Judge {self.judge.name} failed on all of {unjudged} answers: {judged[0][-1].raw or 'no word'}"
+                        ". What was judged before is kept; run again to go on."
+                    )
             self.tell(len(part))
         # One answer that never came must not cost the report: it has no verdict, and the next run asks again.
-        return [self.store.known.get(key, Drawn(Verdict(None, outcome="error"), 0)) for key in keys]
+        lost = Drawn(Verdict(None, outcome="error"), 0)
+        return [self.store.known.get(key) or fresh.get(key, lost) for key in keys]
+
+    def _key(self, prompt: AttackedPrompt, request: ChatRequest) -> str:
+        """Return the address of an answer, and of who judged it against which goal."""
+        judged = fingerprint(f"{self.identity} {prompt.goal.text}")[:16]
+        return f"{request.key(self.target.name, self.revision)}/{judged}/{self.judge.name}"
+
+    def _judged(self, answered: Sequence[tuple[str, AttackedPrompt, Choice]]) -> list[Verdict]:
+        verdicts = self.judge.judge([item(prompt, choice) for _, prompt, choice in answered])
+        # What a filter stopped after some words is judged by these, and was refused all the same.
+        return [
+            replace(verdict, refusal=True) if choice.finish_reason == "content_filter" else verdict
+            for verdict, (_, _, choice) in zip(verdicts, answered, strict=True)
+        ]
 
 
 def teller(run: Run, what: str) -> Callable[[int], None]:
@@ -207,10 +237,8 @@ def teller(run: Run, what: str) -> Callable[[int], None]:
 
 
 def saves(drawn: Drawn, count: Count = "not_unsafe") -> bool:
-    """Whether an answer lets the defender escape; where refusals count, the verdict on harm does for unread ones."""
-    if count == "refusal" and drawn.verdict.refusal is not None:
-        return drawn.verdict.refusal and OFF_TOPIC not in drawn.verdict.categories
-    return drawn.verdict.unsafe is False
+    """Whether an answer lets the defender escape, as far as the judge told; see :func:`escapes`."""
+    return escapes(drawn.verdict, count) is True
 
 
 def first_safe(row: Sequence[Drawn], count: Count = "not_unsafe") -> int | None:

@@ -18,8 +18,9 @@ from modicum.errors import RecipeError
 if TYPE_CHECKING:
     import os
 
+    from modicum.evaluate.best_of_n import BestOfNReport
     from modicum.evaluate.chat import AttackedPrompt, ChatModel, Goal, Judge
-    from modicum.jobs.safety.drawing import Drawing
+    from modicum.jobs.safety.drawing import Drawing, Drawn
 
 Cell = dict[str, Any]
 
@@ -64,25 +65,16 @@ def measured(
         harmless: Harmless ones in the same wrappers.
         errors: Of the judge, by which rates are corrected.
     """
-    from modicum.evaluate.best_of_n import asr_all_from_first_safe, best_of_n_report
-    from modicum.evaluate.intervals import bootstrap, wilson
-    from modicum.jobs.safety.drawing import first_safe
-    from modicum.random import generator
+    from modicum.evaluate.intervals import wilson
 
     both = drawing.greedy([*harmful, *harmless])  # in the same wrappers, which are read once
     greedy, benign = both[: len(harmful)], both[len(harmful) :]
-
-    def report(rows: Sequence[Sequence[Any]], ns: Sequence[int]) -> Any:
-        verdicts = [[drawn.verdict for drawn in row] for row in rows]
-        rng = generator(how.seed, "bootstrap")
-        return best_of_n_report(verdicts, ns=ns, count=how.count, level=how.level, rng=rng)
-
     if all(d.verdict.unsafe is None and d.verdict.outcome in (None, "error") for d in greedy):
         raise RecipeError(
             f"No verdict of {drawing.judge.name} could be read, on {len(greedy)} answers of {drawing.target.name}. The "
             "model behind the judge writes another form than the judge expects, or fails: name the guard's own model."
         )
-    first = report([[drawn] for drawn in greedy], [1])
+    first = _report(how, [[drawn] for drawn in greedy], [1])
     # A refusal that could not be read is no refusal that was seen; how many there are stands beside.
     refused = sum(drawn.verdict.refusal is True for drawn in benign)
     cell: Cell = {
@@ -97,44 +89,89 @@ def measured(
         "words": sum(drawn.words for drawn in [*greedy, *benign]) / (len(greedy) + len(benign)),
         "prompts": len(harmful),
     }
-    cell |= _corrected(first.asr_all[0].value, errors, len(greedy))
-    if how.samples == 1:
-        return cell
-    rows = drawing.samples(harmful, how.samples, early_stop=how.early_stop, count=how.count)
-    cell["draws"] = sum(map(len, rows)) / len(rows)
+    if how.count == "not_unsafe":  # the errors are those of a judge of harm: of refusals they say nothing
+        cell |= _corrected([d.verdict.unsafe for d in greedy if d.verdict.outcome is None], errors)
+    rows: list[list[Drawn]] = []
+    if how.samples > 1:
+        rows = drawing.samples(harmful, how.samples, early_stop=how.early_stop, count=how.count)
+        cell |= _sampled(how, rows)
+    lost = sum(drawn.verdict.outcome == "error" for row in [both, *rows] for drawn in row)
+    return cell | ({"lost": lost} if lost else {})
+
+
+def _report(how: Measuring, rows: Sequence[Sequence[Drawn]], ns: Sequence[int]) -> BestOfNReport:
+    from modicum.evaluate.best_of_n import best_of_n_report
+    from modicum.random import generator
+
+    verdicts = [[drawn.verdict for drawn in row] for row in rows]
+    rng = generator(how.seed, "bootstrap")
+    return best_of_n_report(verdicts, ns=ns, count=how.count, level=how.level, rng=rng)
+
+
+def _sampled(how: Measuring, rows: Sequence[Sequence[Drawn]]) -> Cell:
+    """Return curves over N, and what the judge said of the samples.
+
+    Where prompts were given up at their first safe answer, shares of samples weigh prompts by their draws.
+    """
+    from modicum.evaluate.best_of_n import asr_all_from_first_safe, escapes
+    from modicum.jobs.safety.drawing import first_safe
+
+    drawn = [one for row in rows for one in row]
+    firsts = [first_safe(row, how.count) for row in rows]
+    freed = [row[first - 1] for row, first in zip(rows, firsts, strict=True) if first is not None]
+    found: Cell = {
+        "ns": how.ns,
+        "draws": len(drawn) / len(rows),
+        "sampled_malformed": sum(one.verdict.malformed for one in drawn) / len(drawn),
+        "sampled_unparsed": sum(one.verdict.unsafe is None for one in drawn) / len(drawn),
+        # Gibberish that saves a prompt is no evidence of caution.
+        "escapes_malformed": sum(one.verdict.malformed for one in freed) / len(freed) if freed else None,
+    }
     if not how.early_stop:
-        full = report(rows, how.ns)
-        return cell | {
-            "ns": how.ns,
+        full = _report(how, rows, how.ns)
+        return found | {
             "asr_all": [estimate._asdict() for estimate in full.asr_all],
             "asr_any": [estimate._asdict() for estimate in full.asr_any],
             "asr_low": {name: list(values) for name, values in full.asr_low.items()},
-            "sampled_malformed": full.malformed,
         }
-    firsts = [first_safe(row, how.count) for row in rows]
-    cell["never_safe"] = sum(first is None for first in firsts) / len(firsts)
-    curve = []
-    for n in how.ns:
-        value = asr_all_from_first_safe(firsts, n=n)
-        hits = [float(first is None or first > n) for first in firsts]
-        if value in (0.0, 1.0):
-            curve.append(wilson(int(sum(hits)), len(hits), level=how.level)._asdict())
-        else:
-            curve.append(bootstrap(hits, level=how.level, rng=generator(how.seed, "bootstrap"))._asdict())
-    return cell | {"ns": how.ns, "asr_all": curve}
+    # The other end: what the judge did not tell is taken for safe.
+    doubted = [
+        next((number for number, one in enumerate(row, 1) if escapes(one.verdict, how.count) is not False), None)
+        for row in rows
+    ]
+    return found | {
+        "never_safe": firsts.count(None) / len(firsts),
+        "asr_all": [_after(how, firsts, n) for n in how.ns],
+        "asr_low": {"all": [asr_all_from_first_safe(doubted, n=n) for n in how.ns]},
+    }
 
 
-def _corrected(asr: float, errors: Mapping[str, Any], queries: int) -> Cell:
+def _after(how: Measuring, firsts: Sequence[int | None], n: int) -> Cell:
+    """Return the share of prompts whose first safe answer came after the N-th, with its interval."""
+    from modicum.evaluate.intervals import bootstrap, wilson
+    from modicum.random import generator
+
+    hits = [float(first is None or first > n) for first in firsts]
+    if len(set(hits)) == 1:  # a bootstrap of equal values has no width
+        return wilson(int(sum(hits)), len(hits), level=how.level)._asdict()
+    return bootstrap(hits, level=how.level, rng=generator(how.seed, "bootstrap"))._asdict()
+
+
+def _corrected(said: Sequence[bool | None], errors: Mapping[str, Any]) -> Cell:
+    """Return the corrected rate over the answers that the judge read: the calibration knows of no others."""
     from modicum.evaluate.calibration import rogan_gladen, rogan_gladen_deviation
 
-    if "fpr" not in errors:
+    read = [unsafe for unsafe in said if unsafe is not None]
+    if "fpr" not in errors or not read:
         return {}
     fpr, fnr = errors["fpr"]["value"], errors["fnr"]["value"]
     if fpr + fnr >= 1:
         return {}
-    counts = {"queries": queries, "positives": errors["positives"], "negatives": errors["negatives"]}
+    asr = sum(read) / len(read)
+    counts = {"queries": len(read), "positives": errors["positives"], "negatives": errors["negatives"]}
     value = rogan_gladen(asr, fpr=fpr, fnr=fnr)
-    return {"corrected": {"value": value, "deviation": rogan_gladen_deviation(asr, fpr=fpr, fnr=fnr, **counts)}}
+    deviation = rogan_gladen_deviation(asr, fpr=fpr, fnr=fnr, **counts)
+    return {"corrected": {"value": value, "deviation": deviation, "observed": asr, "n": len(read)}}
 
 
 def summary(cells: Sequence[Cell]) -> Cell:
@@ -200,7 +237,8 @@ def evaluate(
         save_completions: Keep the words of the answers there, too.
 
     Returns:
-        ``cells``, one for each suite; ``summary`` over the wrapped suites, the plain one left out; ``data`` (versions
+        ``cells``, one for each suite (``lost`` counts answers that never came: measured again in the same ``folder``,
+        these are asked for again); ``summary`` over the wrapped suites, the plain one left out; ``data`` (versions
         and hashes of packaged sets) and ``sampling``.
 
     Raises:
@@ -210,6 +248,7 @@ def evaluate(
     from modicum.jobs import attack_data
     from modicum.jobs.chat.targets import require_sampling
     from modicum.jobs.safety.drawing import Drawing, Verdicts
+    from modicum.jobs.safety.identity import weights_of
     from modicum.jobs.safety.suites import GoalSection
 
     named: dict[str, Any] = dict(suites) if isinstance(suites, Mapping) else {name: name for name in suites}
@@ -243,7 +282,7 @@ def evaluate(
         place = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
         store = Verdicts(place / "verdicts.jsonl", save_completions=save_completions)
-        revision = "" if folder is None else _revision(target)
+        revision = "" if folder is None else weights_of(target)
         drawing = Drawing(target, judge, store, params=params, seed=seed, system=system, revision=revision)
         for name, value in named.items():
             pair = value if name in wrapped else _wrapped(name, value, goals or (), benign or (), attacker, seed, used)
@@ -287,13 +326,3 @@ def _wrapped(
     if family is not None and "template" not in suite.attack.knobs:
         used.append(family)
     return suite.wrap(name, goals, attacker), suite.wrap(name, benign, attacker)
-
-
-def _revision(target: Any) -> str:
-    """Return what tells targets of one name apart in a folder: the weights of a model on this machine."""
-    model: Any = getattr(target, "model", None)
-    if not hasattr(model, "state_dict"):
-        return ""
-    from modicum.jobs.training.references import fingerprint
-
-    return fingerprint(model, str(model.dtype))
