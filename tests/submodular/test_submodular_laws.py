@@ -230,3 +230,8 @@ def test_flipping_gadgets_need_the_surrogate_and_neighbours(consensus, margin):
 def test_without_messages_the_gadgets_are_lost():
     alone = MAOSMA([2] * 20, torch.eye(20), eta=1.0, seed=[0, 1, 2])
     assert float(simulate(alone, gadgets(), rounds=400).utility[300:].mean()) / 20 <= 0.62
+
+
+def test_a_projection_keeps_its_total_next_to_large_numbers():
+    assert project_capped_simplex([1e17, 1.0]).tolist() == [1.0, 0.0]
+    assert project_capped_simplex([1e17, 1e17]).tolist() == [0.5, 0.5]

@@ -189,24 +189,3 @@ def test_axioms_name_the_sets():
     with pytest.raises(ModicumError, match="not what the policies need"):
         bad.require()
     assert not check_axioms(Full()).normalised
-
-
-def test_an_objective_of_ones_own_needs_three_names():
-    class Own:
-        n = 4
-
-        def value(self, mask):
-            return float(mask.sum()) ** 0.5
-
-        def gains(self, mask, block):
-            out = []
-            for a in block.tolist():
-                rest = mask.clone()
-                rest[a] = False
-                out.append(float(rest.sum() + 1) ** 0.5 - float(rest.sum()) ** 0.5)
-            return out
-
-    for made in (policy(), MASPL([2, 2], W, eta=0.1), OSG([2, 2], horizon=4)):
-        trace = simulate(made, Own(), rounds=3, optimum="auto")
-        assert trace.utility.tolist() == pytest.approx([2**0.5] * 3) and trace.optimum_kind == "exact"
-    assert check_axioms(Own())

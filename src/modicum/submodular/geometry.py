@@ -48,11 +48,13 @@ def project_capped_simplex(v: Any, *, total: Positive = 1.0) -> Tensor:
     v = numbers(v)
     positive = v.clamp(min=0)
     ordered = v.sort(dim=-1, descending=True).values
+    top = ordered[..., :1]
+    ordered = ordered - top  # next to a large number the total would be lost in rounding
     over = ordered.cumsum(-1).sub_(total)
     ranks = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
     kept = (ordered * ranks > over).sum(-1, keepdim=True).clamp_(min=1)
     shift = over.gather(-1, kept - 1).div_(kept)
-    return torch.where(positive.sum(-1, keepdim=True) <= total, positive, (v - shift).clamp_(min=0))
+    return torch.where(positive.sum(-1, keepdim=True) <= total, positive, (v - top - shift).clamp_(min=0))
 
 
 def kl_capped_simplex_step(y: Any, grad: Any, *, eta: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.submodular.functions.base import Objective
+from modicum.submodular.functions.base import Objective, SetFunction, values_of
 from modicum.submodular.functions.greedy import best_joint, count_joint, greedy_actions
 from modicum.submodular.partition import Partition
 from modicum.submodular.policies.base import Policy
@@ -139,17 +139,18 @@ def simulate(
     before = policy.evaluations
     actions, utility, best, best_actions = [], [], [], []
     known: tuple[Objective, Tensor, Tensor] | None = None
+    static = isinstance(objectives, SetFunction)  # another object may be the same and have changed
     for number in range(count):
         f = _objective(objectives, number)
         hint = f if policy.sees == "now" else _hint(hints, objectives, number)
         chosen = policy.act(hint, rounds=hint_rounds)
         joint = gathered(policy, chosen)
         actions.append(joint.cpu())
-        utility.append(torch.as_tensor(f.value(partition.chosen(joint))).double().cpu())
+        utility.append(values_of(f, partition.chosen(joint)).cpu())
         if watch is not None:
             watch(number, joint, f)
         if kind is not None:
-            if known is None or known[0] is not f:
+            if known is None or known[0] is not f or not static:
                 known = (f, *_best(f, partition, kind))
             best_actions.append(known[1].expand(*policy.worlds, -1).cpu())
             best.append(known[2].expand(policy.worlds).cpu())

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from modicum.errors import RecipeError
-from modicum.submodular.functions.base import Objective
-from modicum.submodular.functions.combine import members_of
+from modicum.submodular.functions.base import Objective, members_of
 
 SLACK = 1e-9  # of a difference, relative to the values
 

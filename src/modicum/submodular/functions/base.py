@@ -16,6 +16,7 @@ from modicum.submodular.partition import Partition
 Matrix: TypeAlias = Tensor | NDArray[Any] | Sequence[Any]
 BUDGET = 1 << 24  # numbers of one temporary tensor; longer work is cut into pieces
 TOLERANCE = 1e-9  # of gains below zero, relative to the largest, that count as rounding
+RISE = 1e-6  # of gains that rise, relative to the values they are differences of, that count as rounding
 
 
 @runtime_checkable
@@ -91,9 +92,15 @@ class SetFunction:
 
         Returns:
             A number in [0, 1], or a tensor of one for each world; 0 where no element has a value.
+
+        Raises:
+            RecipeError: An element lowers the value, or adds more to all others than it is worth alone: the function is
+                not monotone and submodular, and has no curvature.
         """
-        alone = self.first_gains()
-        share = torch.where(alone > 0, self.last_gains() / torch.where(alone > 0, alone, 1), 1)
+        alone, last = self.first_gains(), self.last_gains()
+        if not self.trusted:
+            self._refuse_rising(alone, last)
+        share = torch.where(alone > 0, last / torch.where(alone > 0, alone, 1), 1)
         found = (1 - share.amin(-1)).clamp(0, 1)
         return found if self.worlds else float(found)
 
@@ -127,6 +134,18 @@ class SetFunction:
         return Growing(self)
 
     # -- helpers for subclasses ----------------------------------------------------------------------------------
+
+    def _refuse_rising(self, alone: Tensor, last: Tensor) -> None:
+        full, every = self._mask(torch.ones(*self.worlds, self.n)), torch.arange(self.n, device=self.device)
+        refuse_falling(alone, ~full, every)
+        refuse_falling(last, full, every)
+        rises = last > alone + RISE * (alone.abs().amax() + last.abs())
+        if bool(rises.any()):
+            place = tuple(int(i) for i in rises.nonzero()[0])
+            raise RecipeError(
+                f"the objective is not submodular: element {place[-1]} adds {float(last[place]):g} to all others, but "
+                f"{float(alone[place]):g} alone."
+            )
 
     def _mask(self, mask: Any) -> Tensor:
         found = torch.as_tensor(np.asarray(mask) if isinstance(mask, (list, tuple)) else mask)
@@ -169,12 +188,108 @@ class Growing:
         self.mask = torch.zeros(*worlds, f.n, dtype=torch.bool, device=getattr(f, "device", "cpu"))
 
     def gains(self, block: Tensor) -> Tensor:
-        """Return what each element of a block adds, (worlds, K)."""
-        return torch.as_tensor(self.f.gains(self.mask, block))
+        """Return what each element of a block adds, (worlds, K).
+
+        Raises:
+            RecipeError: A gain is negative or no number.
+        """
+        found = torch.as_tensor(self.f.gains(self.mask, block))
+        if not trusted(self.f):
+            refuse_falling(found, self.mask, block)
+        return found
 
     def add(self, element: Tensor) -> None:
         """Take one element in, in each world."""
         self.mask.scatter_(-1, element[..., None], True)
+
+
+def trusted(f: Objective) -> bool:
+    """Return whether values and gains are known to be right, so that nothing needs to be checked."""
+    return isinstance(f, SetFunction) and f.trusted
+
+
+def values_of(f: Objective, masks: Tensor) -> Tensor:
+    """Return the value of each set in float64; an objective that is no :class:`SetFunction` gets one set at a time.
+
+    Args:
+        f: The objective.
+        masks: Sets as booleans, (..., n).
+
+    Returns:
+        Shape (...).
+
+    Raises:
+        RecipeError: A value is not finite, or there are other values than sets.
+
+    Example:
+        >>> from modicum.submodular.functions import from_callable
+        >>> values_of(from_callable(lambda mask: 2 * mask.sum(), 3), torch.eye(3) > 0).tolist()
+        [2.0, 2.0, 2.0]
+    """
+    if isinstance(f, SetFunction):
+        found = torch.as_tensor(f.value(masks)).double()
+    else:
+        rows = [float(f.value(row)) for row in masks.reshape(-1, masks.shape[-1])]
+        found = torch.tensor(rows, dtype=torch.float64).reshape(masks.shape[:-1])
+    if trusted(f):
+        return found
+    if found.shape != masks.shape[:-1]:
+        raise RecipeError(f"f gave values of shape {tuple(found.shape)}, expected {tuple(masks.shape[:-1])} for sets.")
+    if not bool(found.isfinite().all()):
+        place = tuple(int(i) for i in (~found.isfinite()).nonzero()[0])
+        raise RecipeError(f"f of {members_of(masks[place])} is {float(found[place]):g}, expected a finite number.")
+    return found
+
+
+def check_empty(f: Objective) -> None:
+    """Refuse an objective whose empty set has a value.
+
+    Raises:
+        RecipeError: It has one.
+    """
+    if trusted(f):
+        return
+    worlds, device = getattr(f, "worlds", ()), getattr(f, "device", "cpu")
+    empty = values_of(f, torch.zeros(*worlds, f.n, dtype=torch.bool, device=device))
+    worst = float(empty.flatten()[empty.abs().argmax()])
+    if abs(worst) > TOLERANCE:
+        raise RecipeError(f"f of the empty set is {worst:g}, expected 0. Take its value away.")
+
+
+def refuse_falling(gains: Tensor, mask: Tensor, block: Tensor) -> None:
+    """Refuse gains below 0, beyond rounding, and gains that are no numbers.
+
+    Args:
+        gains: What elements add, (..., K).
+        mask: To which sets, (..., n).
+        block: The elements, (K,) or (..., K).
+
+    Raises:
+        RecipeError: There is one; it names the element and the set.
+    """
+    bad = ~(gains >= -TOLERANCE * (1 + gains.abs()))
+    if not bool(bad.any()):
+        return
+    *place, column = (int(i) for i in bad.nonzero()[0])
+    element = int(block.expand(*mask.shape[:-1], block.shape[-1])[(*place, column)])
+    rest = mask[tuple(place)].clone()
+    rest[element] = False
+    raise RecipeError(
+        f"the objective is not monotone: element {element} adds {float(gains[(*place, column)]):g} to "
+        f"{members_of(rest)}. Policies need gains of at least 0."
+    )
+
+
+def members_of(mask: Tensor, most: int = 12) -> str:
+    """Write a set down.
+
+    Example:
+        >>> members_of(torch.tensor([True, False, True]))
+        '{0, 2}'
+    """
+    elements = mask.nonzero().flatten().tolist()
+    shown = [str(element) for element in elements[:most]] + (["…"] if len(elements) > most else [])
+    return "{" + ", ".join(shown) + "}"
 
 
 def no_closed_form(f: object, what: str) -> UnsupportedError:

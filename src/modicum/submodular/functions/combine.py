@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.submodular.functions.base import TOLERANCE, SetFunction
+from modicum.submodular.functions.base import TOLERANCE, SetFunction, members_of
 from modicum.submodular.partition import Partition
 
 
@@ -139,15 +139,3 @@ class from_callable(SetFunction):  # noqa: N801 - it reads as the function that 
         if value != value or abs(value) == float("inf"):
             raise RecipeError(f"f of {members_of(mask)} is {value}, expected a finite number.")
         return value
-
-
-def members_of(mask: Tensor, most: int = 12) -> str:
-    """Write a set down.
-
-    Example:
-        >>> members_of(torch.tensor([True, False, True]))
-        '{0, 2}'
-    """
-    elements = mask.nonzero().flatten().tolist()
-    shown = [str(element) for element in elements[:most]] + (["…"] if len(elements) > most else [])
-    return "{" + ", ".join(shown) + "}"

@@ -134,11 +134,11 @@ class WeightedCover(ProbabilisticCoverage):
         f(A) = \sum_j w_j [\text{some } a \in A \text{ covers } j]
 
     Args:
-        covers: For each element the items that it covers, or a matrix of 0 and 1, (items, elements).
+        covers: For each element the items that it covers, as sets or lists, or a matrix of 0 and 1, (items, elements).
         weights: A weight ≥ 0 for each item; 1 where not given.
 
     Raises:
-        RecipeError: An item is no number ≥ 0, or shapes do not fit.
+        RecipeError: An item is no number ≥ 0, shapes do not fit, or lists read both as items and as a matrix.
 
     Example:
         >>> float(WeightedCover([{0, 1}, {1, 2}]).value([True, True]))
@@ -152,7 +152,7 @@ class WeightedCover(ProbabilisticCoverage):
     """
 
     def __init__(self, covers: Matrix | Sequence[Collection[int]], *, weights: Matrix | None = None) -> None:
-        if not isinstance(covers, Tensor) and any(isinstance(row, (set, frozenset)) for row in covers):
+        if _lists_items(covers):
             most = max((max(row, default=-1) for row in covers), default=-1)
             count = max(most + 1, len(weights) if weights is not None else 0)
             table = torch.zeros(count, len(covers), dtype=torch.float64)
@@ -164,3 +164,24 @@ class WeightedCover(ProbabilisticCoverage):
         super().__init__(covers, weights=weights)
         if not bool(((self.P == 0) | (self.P == 1)).all()):
             raise RecipeError("covers hold a number other than 0 and 1. For probabilities take ProbabilisticCoverage.")
+
+
+def _lists_items(covers: Any) -> bool:
+    """Return whether the rows of ``covers`` are items of an element, not rows of a matrix.
+
+    Raises:
+        RecipeError: They read both ways.
+    """
+    if not isinstance(covers, (list, tuple)) or not all(isinstance(row, Collection) for row in covers):
+        return False
+    if any(isinstance(row, (set, frozenset)) for row in covers):
+        return True
+    rows = [list(row) for row in covers]
+    items = all(type(item) is int for row in rows for item in row) and all(len(set(row)) == len(row) for row in rows)
+    table = len({len(row) for row in rows}) == 1 and all(item in (0, 1) for row in rows for item in row)
+    if items and table:
+        raise RecipeError(
+            f"covers starts with {rows[0]}, which reads as items of an element and as a row of a matrix. Give sets of "
+            "items, or a matrix as an array or tensor."
+        )
+    return items

@@ -55,13 +55,25 @@ class FeatureLocation(FacilityLocation):
         """Return the columns of some elements, (elements, m)."""
         x = self.X[elements]
         if callable(self.kernel):
-            found = self.kernel(x, self.Y)
-        elif self.kernel == "rbf":
+            return self._own(self.kernel, x)
+        if self.kernel == "rbf":
             squares = x.square().sum(1)[:, None] + self.Y.square().sum(1) - 2 * x @ self.Y.T
             found = squares.clamp_(min=0).div_(-x.shape[1]).exp_()
         else:
             found = x @ self.Y.T
         return found.clamp_(min=0)
+
+    def _own(self, kernel: Callable[[Tensor, Tensor], Any], x: Tensor) -> Tensor:
+        found = torch.as_tensor(kernel(x, self.Y)).to(self.device, self.dtype)
+        if found.shape != (len(x), self.rows):
+            raise RecipeError(
+                f"kernel gave a matrix of shape {tuple(found.shape)}, expected ({len(x)}, {self.rows}): a row for each "
+                "element, a column for each row to serve."
+            )
+        if not bool(found.isfinite().all()):
+            i, j = (int(part) for part in (~found.isfinite()).nonzero()[0])
+            raise RecipeError(f"kernel gave {float(found[i, j]):g} at [{i}, {j}], expected finite similarities.")
+        return found.clamp(min=0)
 
     def _lookup(self, elements: Tensor, world: Tensor | None) -> Tensor:  # noqa: ARG002
         flat = elements.flatten()

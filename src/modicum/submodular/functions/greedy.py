@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.submodular.functions.base import BUDGET, Growing, Objective, SetFunction, pieces
+from modicum.submodular.functions.base import (
+    BUDGET,
+    RISE,
+    Growing,
+    Objective,
+    SetFunction,
+    check_empty,
+    members_of,
+    pieces,
+    trusted,
+    values_of,
+)
 from modicum.submodular.partition import Blocks, Partition
 
 
@@ -49,7 +60,8 @@ def greedy(f: Objective, k: int) -> Selection:
         The elements with their gains, which never rise; of equal ones the lowest number comes first.
 
     Raises:
-        RecipeError: ``k`` is below 1 or above the number of elements.
+        RecipeError: ``k`` is below 1 or above the number of elements, the empty set has a value, a gain is negative or
+            no number, or one rises: the objective is not submodular.
 
     Example:
         >>> from modicum.submodular import FacilityLocation
@@ -79,6 +91,8 @@ def greedy(f: Objective, k: int) -> Selection:
                 stale = stale[np.argpartition(-bounds[stale], batch - 1)[:batch]]
             stale = np.union1d(stale[bounds[stale] > -np.inf], [best])
             now = _numbers(grown.gains(torch.from_numpy(stale)))
+            if not trusted(f):
+                _refuse_rising(now, bounds[stale], stale, grown.mask, sum(gains))
             bounds[stale] = np.minimum(bounds[stale], now)  # rounding must not make a gain rise
             fresh[stale] = turn
             batch = min(2 * batch, 256)
@@ -137,7 +151,12 @@ def turns_of(order: Sequence[int] | None, agents: int) -> list[int]:
 
 
 def growing(f: Objective) -> Growing:
-    """Return an empty set of ``f`` that grows."""
+    """Return an empty set of ``f`` that grows.
+
+    Raises:
+        RecipeError: The empty set has a value.
+    """
+    check_empty(f)
     return f.start() if isinstance(f, SetFunction) else Growing(f)
 
 
@@ -171,19 +190,29 @@ def best_joint(f: Objective, partition: Partition) -> tuple[Tensor, Tensor]:
         Positions in the blocks, (worlds, agents), and values, (worlds,).
     """
     worlds = tuple(getattr(f, "worlds", ()))
-    best = torch.full(worlds, -1.0, dtype=torch.float64)
+    best = torch.full(worlds, -torch.inf, dtype=torch.float64)
     actions = torch.zeros(*worlds, partition.agents, dtype=torch.long)
     joint = product(*(range(len(block)) for block in partition.blocks))
     size = pieces(count_joint(partition), partition.n * 8 * (worlds[0] if worlds else 1))[0].stop
     while some := list(islice(joint, min(size, BUDGET))):
         tried = torch.tensor(some)
         masks = partition.chosen(tried)
-        values = torch.as_tensor(f.value(masks.expand(*worlds, *masks.shape))).double().cpu()
+        values = values_of(f, masks.expand(*worlds, *masks.shape)).cpu()
         top, place = values.max(-1)
         better = top > best
         best = torch.where(better, top, best)
         actions = torch.where(better[..., None], tried[place], actions)
     return actions, best
+
+
+def _refuse_rising(now: Any, before: Any, elements: Any, mask: Tensor, value: float) -> None:
+    rises = now > before + RISE * (value + np.abs(before))
+    if rises.any():
+        place = int(rises.argmax())
+        raise RecipeError(
+            f"the objective is not submodular: element {elements[place]} adds {now[place]:g} to {members_of(mask)}, "
+            f"and {before[place]:g} to some of them. Greedy needs gains that never rise."
+        )
 
 
 def _numbers(gains: Tensor) -> Any:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.submodular.draws import keys, uniform
-from modicum.submodular.functions.base import TOLERANCE, Objective, SetFunction
-from modicum.submodular.functions.combine import members_of
+from modicum.submodular.functions.base import Objective, SetFunction, check_empty, refuse_falling, trusted
 from modicum.submodular.partition import Blocks, Partition
 
 
@@ -182,10 +181,25 @@ class Policy:
         n = getattr(f, "n", None)
         if n != self.n:
             raise RecipeError(f"the objective has {n} elements, but the blocks cover {self.n}.")
-        if not isinstance(f, SetFunction):
-            empty = float(f.value(torch.zeros(self.n, dtype=torch.bool)))
-            if not abs(empty) <= TOLERANCE:
-                raise RecipeError(f"f of the empty set is {empty:g}, expected 0. Take its value away.")
+        worlds = tuple(getattr(f, "worlds", ()))
+        if worlds not in ((), self.worlds):
+            own = f"of {self.worlds[0]} worlds, one for each seed" if self.worlds else "of one world"
+            raise RecipeError(f"the objective is of {worlds[0]} worlds, but the policy {own}.")
+        check_empty(f)
+
+    def _alone(self, f: Objective) -> Tensor:
+        """Return the value of each action alone, (worlds, N, widest)."""
+        before = self.evaluations
+        if isinstance(f, SetFunction):
+            found = f.first_gains()
+            if not f.trusted:
+                empty = torch.zeros(*f.worlds, self.n, dtype=torch.bool, device=found.device)
+                refuse_falling(found, empty, torch.arange(self.n, device=found.device))
+            found = self.partition.cut(found.double())
+        else:
+            found = self._gains(f, torch.zeros(self.partition.agents, self.n, dtype=torch.bool))
+        self.evaluations = before + self.n
+        return found
 
     def _gains(self, f: Objective, mask: Tensor, block: Tensor | None = None) -> Tensor:
         """Return gains of each agent's own actions, (..., held, widest), for sets (..., held, n).
@@ -197,8 +211,8 @@ class Policy:
         self.evaluations += 2 * self._sizes
         if isinstance(f, SetFunction):
             gains = f.gains(mask, block)
-            if not f.trusted:
-                _refuse_falling(gains, mask, block)
+            if not trusted(f):
+                refuse_falling(gains, mask, block)
             return gains.double()
         elements = block.expand(*mask.shape[:-1], block.shape[-1]).reshape(-1, block.shape[-1])
         rows = [
@@ -206,19 +220,5 @@ class Policy:
             for row, some in zip(mask.reshape(-1, self.n), elements)
         ]
         gains = torch.stack(rows).reshape(*mask.shape[:-1], -1)
-        _refuse_falling(gains, mask, block)
+        refuse_falling(gains, mask, block)
         return gains
-
-
-def _refuse_falling(gains: Tensor, mask: Tensor, block: Tensor) -> None:
-    bad = ~(gains >= -TOLERANCE * (1 + gains.abs()))
-    if not bool(bad.any()):
-        return
-    *place, column = (int(i) for i in bad.nonzero()[0])
-    element = int(block.expand(*mask.shape[:-1], block.shape[-1])[(*place, column)])
-    rest = mask[tuple(place)].clone()
-    rest[element] = False
-    raise RecipeError(
-        f"the objective is not monotone: element {element} adds {float(gains[(*place, column)]):g} to "
-        f"{members_of(rest)}. Policies need gains of at least 0."
-    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import policy
-from modicum.submodular.functions.base import Objective, SetFunction
+from modicum.submodular.functions.base import Objective
 from modicum.submodular.geometry import mix_uniform, sample_actions
 from modicum.submodular.partition import Blocks
 from modicum.submodular.policies.base import Policy
@@ -81,12 +81,7 @@ class Hedge(Policy):
         return sample_actions(self._shares(), self._uniform("act", self.acts, 1)[..., 0])
 
     def _learn(self, f: Objective) -> None:
-        if isinstance(f, SetFunction):
-            alone = self.partition.cut(f.first_gains().double())
-            self.evaluations += self.n
-        else:
-            alone = self._gains(f, torch.zeros(self.partition.agents, self.n, dtype=torch.bool))
-        raised = self.weights.log() + self._eta * alone
+        raised = self.weights.log() + self._eta * self._alone(f)
         self.weights = torch.where(self.partition.valid, raised, -torch.inf).softmax(-1)
 
     def _state(self) -> dict[str, Tensor]:

@@ -90,16 +90,14 @@ class MASPL(Gossip):
         return self._gains(f, mask.scatter_(-1, members, True)[..., :-1])
 
     def _linear(self, f: Objective) -> Tensor:
-        """Return what each own action adds to all others; computed once for an objective."""
+        """Return what each own action adds to all others; computed once for an objective that does not change."""
+        if not isinstance(f, SetFunction) or not f.trusted:
+            # An objective of a user's may be changed in place: the same object is no sign of the same values.
+            worlds = f.worlds if isinstance(f, SetFunction) else ()
+            return self._gains(f, torch.ones(*worlds, len(self.agents), self.n, dtype=torch.bool, device=self.device))
         if self._last is None or self._last[0] is not f:
-            if isinstance(f, SetFunction) and f.trusted:
-                last = f.last_gains().double()
-                self.evaluations += self._sizes + 1
-            else:
-                full = torch.ones(len(self.agents), self.n, dtype=torch.bool, device=self.device)
-                found = self._gains(f, full)
-                last = self.partition.put(torch.zeros_like(full, dtype=torch.float64), found, self._rows).sum(0)
-            cut = self.partition.cut(last)
+            cut = self.partition.cut(f.last_gains().double())
+            self.evaluations += self._sizes + 1
             self._last = (f, cut if self._all else cut[..., self.agents, :])
         return self._last[1]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import policy
-from modicum.submodular.functions.base import Objective, SetFunction
+from modicum.submodular.functions.base import Objective
 from modicum.submodular.functions.greedy import turns_of
 from modicum.submodular.geometry import sample_actions
 from modicum.submodular.partition import Blocks
@@ -82,14 +82,6 @@ class Experts(Policy):
         members = torch.where(earlier, elements[..., None, :], self.n)
         mask = torch.zeros(*members.shape[:-1], self.n + 1, dtype=torch.bool, device=members.device)
         return self._gains(f, mask.scatter_(-1, members, True)[..., :-1])
-
-    def _alone(self, f: Objective) -> Tensor:
-        """Return the value of each action alone, (worlds, N, widest)."""
-        self.evaluations += self.n
-        if isinstance(f, SetFunction):
-            return self.partition.cut(f.first_gains().double())
-        empty = torch.zeros(self.partition.agents, self.n, dtype=torch.bool)
-        return self._gains(f, empty)
 
     def _mix(self, weights: Tensor, share: float) -> Tensor:
         """Give every action a share of the total, and normalise."""
