@@ -207,6 +207,39 @@ def test_check_refuses_whatever_run_refuses(tiny_model, rows, tmp_path, job, pla
     assert not (tmp_path / job).exists()
 
 
+@pytest.mark.parametrize("between", ["merge", "mixture", "choice", "nothing"])
+def test_what_a_test_asks_is_not_taught_before(tiny_model, tmp_path, between):  # H18
+    for name, asked in (("a", "Is 3 + 6 nine?"), ("b", "Is it so?"), ("test", "is  3 + 6 NINE")):
+        rows = [{"prompt": f"{name} {i}" if i != 4 else asked, "chosen": "Yes.", "rejected": "No."} for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = recipe(tiny_model, tmp_path)
+    expert, _, test = data["stages"]
+    expert["objective"] = "dpo"
+    test["tasks"] = {"a": {"kind": "pairs", "data": {"path": str(tmp_path / "test.jsonl")}}}
+    if between == "mixture":
+        parts = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
+        mixed = {k: v for k, v in expert.items() if k != "over"} | {"name": "mixed", "data": {"mix": parts}}
+        data["stages"] = [mixed, test | {"over": [], "models": {"mixed": "stage:mixed"}}]
+        data["axes"] = {}
+    if between == "choice":
+        data["choose"] = {"method": "validation"}
+        other = {"a": {"kind": "pairs", "data": {"path": "task:instructions", "size": 4}}}
+        data["stages"][2:] = [test | {"name": "validation", "tasks": other}, test | {"over": []}]
+    if between == "nothing":
+        data["axes"].pop("method")
+        data["stages"] = [expert, test | {"over": ["dimension"], "models": {"one": "stage:expert"}}]
+    told = []
+    for act in (plan, lambda grid: execute(grid, tmp_path / "g", quiet=True, workers=1)):
+        with pytest.raises(RecipeError) as caught:
+            act(parse(data))
+        told.append(str(caught.value))
+    assert told[0] == told[1] and "\n" not in told[0] and not (tmp_path / "g").exists()
+    assert "tasks.a of 'test" in told[0] and "row 4 ('is  3 + 6 NINE') asks what the data of" in told[0]
+    assert (
+        "'mixed seed 0', row" if between == "mixture" else "'expert a seed 0', row 4 ('Is 3 + 6 nine?') te"
+    ) in told[0]
+
+
 def test_an_adapter_may_be_trained_on_what_the_one_before_made(tiny_model, rows, tmp_path):
     data = recipe(tiny_model, rows)
     step, folded = data["stages"][:2]

@@ -105,6 +105,38 @@ def test_what_is_not_determined_stays_blank(tmp_path):
     assert str(section.body).count("<rect") == 6
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_an_expert_that_loses_in_its_own_dimension_has_no_column(tmp_path, seeds):
+    content = grid(seeds=seeds)
+    for row in content["scores"]:
+        if row["task"] == "harmless" and row["of"]["axes"].get("dimension") == "harmless":
+            row |= {"value": 0.3, "low": 0.29, "high": 0.31}  # the base has 0.5
+    section = drawn(tmp_path, content)
+    _, matrix, _ = read(tmp_path / "run").matrix()
+    assert [row[2] for row in matrix] == [None] * 3 and None not in matrix[0][:2]
+    assert "Blank columns (harmless): their own expert gains nothing" in str(section.body)
+
+
+@pytest.mark.parametrize(("unit", "ends"), [("share", (0.0, 1.0)), ("points", (-0.742, 1.742))])
+def test_only_the_intervals_of_shares_end_at_0_and_1(tmp_path, unit, ends):
+    content = grid()
+    for row in content["scores"]:
+        row["unit"] = unit
+        if row["arm"] == "merged tsv" and row["task"] == "honest":
+            row["value"] = (0.0, 0.5, 1.0)[row["axes"]["seed"]]
+    section = drawn(tmp_path, content)
+    merge = next(arm for arm in read(tmp_path / "run").arms if arm.role == "merge")
+    found = merge.score("honest")
+    assert (found.low, found.high) == pytest.approx(ends, abs=1e-3)
+    told = "50.0% [0.0%, 100.0%]" if unit == "share" else "0.500 [\u22120.742, 1.74]"
+    assert told in str(section.body)
+
+
+def test_the_caption_tells_which_intervals_there_are(tmp_path):
+    assert "of one seed, averages have none" in str(drawn(tmp_path / "one", grid(seeds=(0,))).body)
+    assert "intervals of Student" in str(drawn(tmp_path / "three", grid()).body)
+
+
 def test_the_page_tells_it_all(tmp_path):
     section = drawn(tmp_path, grid())
     text = re.sub("<[^>]*>", " ", str(section.body))

@@ -62,8 +62,9 @@ from modicum import lock, processes
 from modicum.errors import RecipeError
 from modicum.jobs.grids.cells import Plan
 from modicum.jobs.grids.parts import Cell, Choice
-from modicum.jobs.stages.foresight import foresee, predicted
+from modicum.jobs.stages.foresight import finished_in, foresee, predicted
 from modicum.jobs.stages.references import PREFIX
+from modicum.jobs.stages.taught import refuse_taught
 from modicum.recipe import Data, Recipe, Section, parse
 from modicum.record import Run
 from modicum.registry import job
@@ -126,7 +127,9 @@ class GridRecipe(Recipe):
 def plan(recipe: GridRecipe, folder: Path | None = None) -> list[str]:
     """List the cells, what each would do, and how long the rest takes by those that are finished."""
     cells = recipe.plan.cells
-    lines = foresee(_stages(recipe), detailed=False)
+    stages = _stages(recipe)
+    lines = foresee(stages, detailed=False)
+    refuse_taught(stages)
     counts = Counter(cell.recipe["job"] for cell in cells.values())
     told = ", ".join(f"{number} of job {name}" for name, number in counts.items())
     lines += [f"{len(cells)} cells: {told}; {len(recipe.plan.choices)} choices"]
@@ -188,9 +191,11 @@ def grid(recipe: GridRecipe, run: Run) -> None:
 
     lock.check_exclusive(run.folder)
     run.folder = run.folder.resolve()  # cells name each other by paths, which every process must read alike
+    stages = _stages(recipe)
+    refuse_taught(stages, finished=finished_in(run.folder, cells))
     with opened(run.on, run.workers, most=len(cells)) as executor:
         try:
-            run_stages(_stages(recipe), run, executor, tell=tell, shared=True)
+            run_stages(stages, run, executor, tell=tell, shared=True)
         finally:
             if run.main:
                 collect()

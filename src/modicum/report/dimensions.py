@@ -23,6 +23,7 @@ from modicum.evaluate.intervals import Estimate, mean
 from modicum.report.text import is_number
 
 RESAMPLES = 1000
+SHARE = "share"
 BASE, EXPERT, MERGE, MIXTURE, CONTINUAL = "base", "expert", "merge", "mixture", "continual"
 
 
@@ -36,6 +37,7 @@ class Arm:
         dimension: Of which it is the expert.
         scores: Higher is better: by seed and dimension.
         intervals: Over items, by seed and dimension.
+        units: Of each dimension; a share lies between 0 and 1.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Arm:
     dimension: str | None = None
     scores: dict[Any, dict[str, float]] = field(default_factory=dict)
     intervals: dict[Any, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def score(self, dimension: str) -> Estimate | None:
         """Return the mean over seeds, with Student's interval over seeds, or over items where there is one seed."""
@@ -51,9 +54,9 @@ class Arm:
             return None
         if len({*values}) > 1:
             found = mean(values)
-            return found._replace(
-                low=max(found.low or 0.0, 0.0), high=min(1.0 if found.high is None else found.high, 1.0)
-            )
+            if self.units.get(dimension) != SHARE or found.low is None or found.high is None:
+                return found
+            return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))
         # Of one seed, or of seeds that all came to the same, the interval over items says more.
         ends = [row[dimension] for row in self.intervals.values() if dimension in row]
         low, high = (min(e[0] for e in ends), max(e[1] for e in ends)) if ends else (None, None)
@@ -67,6 +70,7 @@ class Table:
     dimensions: list[str]
     arms: list[Arm]
     words: dict[tuple[str, str], float]
+    units: Mapping[str, str]
 
     def of_role(self, *roles: str) -> list[Arm]:
         """Return the methods of some roles."""
@@ -131,7 +135,7 @@ class Table:
         return None if expert is None else expert.score(other)
 
     def _gains(self, name: str) -> bool:
-        """Whether an expert's gain in its own dimension is told from nothing."""
+        """Whether an expert gains in its own dimension, told from nothing; a loss would turn the signs of all."""
         expert, base = self.expert(name), self.base
         if expert is None or base is None:
             return False
@@ -142,12 +146,12 @@ class Table:
                 gains.append(own - before)
         if len(gains) > 1:
             found = mean(gains)
-            return found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+            return found.low is not None and found.low > 0
         after, first = expert.score(name), base.score(name)
         if after is None or first is None or None in (after.low, after.high, first.low, first.high):
-            return bool(gains) and gains[0] != 0
+            return bool(gains) and gains[0] > 0
         # Without seeds, two intervals over items that do not touch.
-        return bool(after.low > first.high or after.high < first.low)  # type: ignore[operator]
+        return bool(after.low > first.high)  # type: ignore[operator]
 
     def front(self, names: Sequence[str] | None = None) -> tuple[list[Arm], float | None]:
         """Return the methods that no other beats in all dimensions, and the volume above the base's scores."""
@@ -197,12 +201,13 @@ def _is_score(row: Any) -> bool:
         isinstance(row, Mapping)
         and isinstance(row.get("of"), Mapping)
         and is_number(row.get("value"))
-        and (row.get("better") == "higher" or row.get("unit") == "share")
+        and (row.get("better") == "higher" or row.get("unit") == SHARE)
     )
 
 
 def _table(rows: Sequence[Mapping[str, Any]], cells: Any) -> Table:
     dimensions = list(dict.fromkeys(str(row.get("task")) for row in rows))
+    units = {str(row.get("task")): str(row.get("unit")) for row in rows}
     arms: dict[str, Arm] = {}
     lengths: dict[tuple[str, str], list[float]] = {}
     details = {
@@ -217,7 +222,7 @@ def _table(rows: Sequence[Mapping[str, Any]], cells: Any) -> Table:
         at: Any = of.get("axes") if isinstance(of.get("axes"), Mapping) else {}
         role = str(of.get("role") or row.get("model"))
         own = next((str(value) for value in at.values() if str(value) in dimensions), None)
-        arm = arms.setdefault(name, Arm(name, role, own if role == EXPERT else None))
+        arm = arms.setdefault(name, Arm(name, role, own if role == EXPERT else None, units=units))
         here: Any = row.get("axes") if isinstance(row.get("axes"), Mapping) else {}
         seed = at.get("seed", here.get("seed"))
         down = row.get("better") == "lower"
@@ -228,7 +233,8 @@ def _table(rows: Sequence[Mapping[str, Any]], cells: Any) -> Table:
         more = details.get((row.get("cell"), row.get("model"), task), {})
         if is_number(more.get("words")):
             lengths.setdefault((name, task), []).append(float(more["words"]))
-    return Table(dimensions, list(arms.values()), {key: math.fsum(v) / len(v) for key, v in lengths.items()})
+    words = {key: math.fsum(v) / len(v) for key, v in lengths.items()}
+    return Table(dimensions, list(arms.values()), words, units)
 
 
 def _up(value: Any, down: bool) -> float | None:

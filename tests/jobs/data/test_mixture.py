@@ -219,6 +219,10 @@ def test_an_answer_without_scores_and_a_filter_that_keeps_nothing_are_refused(fi
     scores.write_text('{"prompt": 1}\n')
     with pytest.raises(CheckpointError, match="line 1: expected prompt, answer and scores"):
         load_rows(section(parts=files, filter={"scorer": str(scores)}))
+    lines = [{"prompt": "p", "answer": "c", "scores": [score], "note": note} for note, score in enumerate((1, 1, 2))]
+    scores.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(CheckpointError, match="line 3: the answer 'c' to 'p' has other scores in an earlier line"):
+        load_rows(section(parts=files, filter={"scorer": str(scores)}))
     code = tmp_path / "flat.py"
     code.write_text("def score(prompt, answer):\n    return 0.0\n")
     with pytest.raises(RecipeError, match="the filter keeps none of the 4 pairs of one"):

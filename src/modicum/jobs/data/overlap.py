@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 from modicum.errors import RecipeError
 from modicum.evaluate.rows import Rows, question_of
@@ -16,6 +17,7 @@ SIGNS = re.compile(
 )
 
 
+@lru_cache(maxsize=20_000)  # a grid compares one set with many
 def same_text(text: str) -> str:
     """Return a text without case, spaces and punctuation; signs of arithmetic and marks on letters are kept.
 
@@ -25,12 +27,12 @@ def same_text(text: str) -> str:
     """
     text = unicodedata.normalize("NFC", " ".join(text.casefold().translate(DASHES).split()))
     signs = {place for match in SIGNS.finditer(text) for place in range(*match.span())}
-    return "".join(letter for place, letter in enumerate(text) if place in signs or _counts(letter))
+    return "".join(letter for place, letter in enumerate(text) if letter.isalnum() or place in signs or _counts(letter))
 
 
 def _counts(letter: str) -> bool:
-    """Whether a letter is one, or a number, a mark on one or a symbol; a grave accent alone quotes."""
-    return unicodedata.category(letter)[0] in "LNMS" and letter != "`"
+    """Whether what is no letter is a mark on one, or a symbol; a grave accent alone quotes."""
+    return unicodedata.category(letter)[0] in "MS" and letter != "`"
 
 
 def check_apart(training: Rows, evaluation: Rows, *, names: Sequence[str] = ("data", "eval_data")) -> None:

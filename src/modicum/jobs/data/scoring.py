@@ -141,7 +141,13 @@ def read_scores(name: str) -> Scorer:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not {"prompt", "answer", "scores"} <= row.keys():
                     raise CheckpointError(f"{path}, line {number + 1}: expected prompt, answer and scores.")
-                known[str(row["prompt"]).strip(), str(row["answer"]).strip()] = row
+                key = str(row["prompt"]).strip(), str(row["answer"]).strip()
+                given = {part: row[part] for part in ("scores", "gates") if part in row}
+                if known.setdefault(key, given) != given:
+                    raise CheckpointError(
+                        f"{path}, line {number + 1}: the answer {key[1]!r:.50} to {key[0]!r:.50} has other scores in an "
+                        "earlier line. Drop one."
+                    )
     except OSError as error:
         raise CheckpointError(f"Cannot read the scores {path}: {error.strerror or error}.") from None
     except ValueError as error:

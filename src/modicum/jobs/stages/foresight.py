@@ -8,7 +8,7 @@ models, is looked at before hours of work, and not after.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,18 @@ def _titles(stage: Stage, stages: Sequence[Stage]) -> Iterator[str]:
     yield from (titles[name] for name in stage.needs)
 
 
+def finished_in(folder: Path, names: Iterable[str]) -> dict[str, float]:
+    """Return the seconds that each finished stage in a folder took."""
+    took: dict[str, float] = {}
+    for name in names:
+        place = folder / "stages" / name
+        if (place / "record.json").is_file():
+            record = read_record(place)
+            if record.get("status") == "done":
+                took[name] = float(record.get("seconds") or 0.0)
+    return took
+
+
 def predicted(kinds: Mapping[str, str], folder: Path | None) -> list[str]:
     """Say how many stages are finished in a folder, and how long the others take by the pace of their kind.
 
@@ -127,13 +139,7 @@ def predicted(kinds: Mapping[str, str], folder: Path | None) -> list[str]:
         kinds: For each stage what kind it is of: those of one kind take alike.
         folder: Of the run; ``None`` where it is not known.
     """
-    took: dict[str, float] = {}
-    for name in kinds:
-        place = None if folder is None else folder / "stages" / name
-        if place is not None and (place / "record.json").is_file():
-            record = read_record(place)
-            if record.get("status") == "done":
-                took[name] = float(record.get("seconds") or 0.0)
+    took = {} if folder is None else finished_in(folder, kinds)
     left = [kind for name, kind in kinds.items() if name not in took]
     if not left:
         return [f"all {len(kinds)} are finished"]

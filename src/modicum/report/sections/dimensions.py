@@ -46,12 +46,12 @@ def _one(found: Table) -> Markup:
     return Markup("").join([*parts, _correlations(found), _lengths(found)])
 
 
-def _told(found: Estimate | None, *, share: bool = False) -> str | None:
+def _told(found: Estimate | None, unit: str = "number") -> str | None:
     if found is None:
         return None
 
     def write(value: float) -> str:
-        return measure(value, "share") if share else number(value)
+        return measure(value, unit)
 
     if found.low is None or found.high is None:
         return write(found.value)
@@ -63,7 +63,7 @@ def _methods(found: Table) -> Markup:
         [
             arm.name,
             arm.role,
-            *(_told(arm.score(name), share=True) for name in found.dimensions),
+            *(_told(arm.score(name), found.units[name]) for name in found.dimensions),
             _told(found.average(arm)),
             _told(found.worst(arm)),
             str(len(arm.scores)),
@@ -72,10 +72,15 @@ def _methods(found: Table) -> Markup:
     ]
     header = ["Model", "Made by", *map(plain, found.dimensions), "Normalised average", "Worst dimension", "Seeds"]
     apart = [plain(name) for name in found.dimensions if name not in found.own]
+    several = any(len(arm.scores) > 1 for arm in found.arms)
+    intervals = (
+        "intervals of Student's t over seeds, or over items where a dimension's scores are of one seed or all the same"
+        if several
+        else "intervals over items, for each dimension; of one seed, averages have none"
+    )
     caption = (
-        "Higher is better; intervals of Student's t over seeds, over items where there is one seed. A normalised "
-        "score is the share of that of the dimension's own expert. The average over dimensions hides what the worst "
-        "one shows."
+        f"Higher is better; {intervals}. A normalised score is the share of that of the dimension's own expert. The "
+        "average over dimensions hides what the worst one shows."
     )
     if apart and found.own:
         caption += f" No expert was trained for {phrase(apart)}, which no average holds."
@@ -140,7 +145,7 @@ def _collaboration(found: Table) -> Markup:
     )  # fmt: skip
     rows = [[word, *map(number, row), number(harm, 2)] for word, row, harm in zip(words, values, conflict)]
     blank = [word for place, word in enumerate(words) if values[place][place] is None]
-    told = f" Blank columns ({phrase(blank)}): their own expert's gain is not told from nothing." if blank else ""
+    told = f" Blank columns ({phrase(blank)}): their own expert gains nothing, as far as can be told." if blank else ""
     caption = (
         "1 is as much as the dimension's own expert gains on the base, 0 is nothing, and below 0 one dimension costs "
         f"another.{told} Conflict is the mean squared loss on the dimensions that an expert was not trained on."
