@@ -30,7 +30,7 @@ from modicum.objectives.dpo import dpo_loss
 from modicum.random import generator
 from modicum.weights.merge import merge_state_dicts
 
-SEEDS = (0, 1, 2)
+SEEDS = tuple(range(8))
 SHARES = (0.0, 0.25, 0.5)
 DIMENSIONS = ("first digit first", "last digit second")
 DIGITS, LENGTH = 10, 6

@@ -145,8 +145,8 @@ def read_scores(name: str) -> Scorer:
                 given = {part: row[part] for part in ("scores", "gates") if part in row}
                 if known.setdefault(key, given) != given:
                     raise CheckpointError(
-                        f"{path}, line {number + 1}: the answer {key[1]!r:.50} to {key[0]!r:.50} has other scores in an "
-                        "earlier line. Drop one."
+                        f"{path}, line {number + 1}: the answer {key[1]!r:.50} to {key[0]!r:.50} has other scores in "
+                        "an earlier line. Drop one."
                     )
     except OSError as error:
         raise CheckpointError(f"Cannot read the scores {path}: {error.strerror or error}.") from None
