@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from modicum.errors import RecipeError
 from modicum.evaluate.logistic import auroc, fit
 from modicum.evaluate.representation import (
     centroid_gap,
@@ -161,6 +162,18 @@ def test_outcomes_settled_at_the_first_token_are_foretold():
     settled = first_token_predictability(h + outcome[:, None] * 9, outcome, generator=rng())
     assert settled.auroc == 1 and settled.balanced_accuracy == 1
     assert abs(first_token_predictability(h, outcome, generator=rng()).auroc - 0.5) < 0.25
+
+
+def test_a_request_in_several_wrappers_is_held_out_in_all_of_them():
+    """States that name the request, and nothing else, foretell its outcome only where it stands in another fold."""
+    goals = torch.arange(20).repeat(3)
+    h, outcome = torch.eye(20, dtype=torch.float64)[goals], (goals % 2 == 0)
+    known = first_token_predictability(h, outcome, generator=rng(), l2=0.01)
+    held = first_token_predictability(h, outcome, generator=rng(), l2=0.01, groups=goals.tolist())
+    assert known.auroc == 1 and held.auroc < 0.6
+    for groups, said in (([0] * 59, "59 groups"), ([0] * 30 + [1] * 30, "2 or fewer")):
+        with pytest.raises(RecipeError, match=said):
+            first_token_predictability(h, outcome, generator=rng(), groups=groups)
 
 
 def test_area_under_the_curve_counts_pairs():

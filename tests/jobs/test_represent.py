@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from modicum.errors import RecipeError
-from modicum.evaluate.chat import ChatRequest, JudgeItem, user
+from modicum.evaluate.chat import ChatRequest, JudgeItem, Verdict, user
+from modicum.evaluate.held_out import held_out
 from modicum.evaluate.representation import hidden_states
 from modicum.jobs import attack_data, execute, plan
 from modicum.jobs.chat.local import LocalHF
@@ -75,6 +76,30 @@ def test_outcomes_are_foretold_where_there_are_some_of_both(parts, tmp_path, mon
     asked = recipe(parts, judge="linear", max_new_tokens=4, folds=2)
     outcome = execute(asked, tmp_path / "run", quiet=True).record["metrics"]["representation"]["cells"][0]["outcome"]
     assert outcome["n"] == 30 and (outcome["unsafe"] in (0.0, 1.0) or "unsafe" in outcome)
+
+
+def test_each_wrapper_has_an_area_of_its_own_and_requests_are_held_out_whole(parts, tmp_path, monkeypatch):
+    """A judge that goes by the wrapper: over all of them the outcome is foretold, and within each there is none."""
+    seen = []
+
+    class ByWrapper:
+        name, needs = "wrapper", frozenset()
+
+        def judge(self, items):
+            return [Verdict("harmful wish" in item.prompt) for item in items]
+
+    def counted(*args, groups=None, **knobs):
+        seen.append(groups)
+        return real(*args, groups=groups, **knobs)
+
+    real = held_out
+    monkeypatch.setattr("modicum.evaluate.representation.held_out", counted)
+    monkeypatch.setattr("modicum.jobs.chat.targets.open_judge", lambda section: (ByWrapper(), {}))
+    asked = recipe(parts, judge="linear", max_new_tokens=1, folds=2)
+    outcome = execute(asked, tmp_path / "run", quiet=True).record["metrics"]["representation"]["cells"][0]["outcome"]
+    assert outcome["suites"] == {"plain": None, "flip": None, "caesar": None} and outcome["auroc"] > 0.9
+    groups = next(groups for groups in seen if groups)
+    assert len(groups) == 30 and all(groups.count(goal) == 3 for goal in groups)
 
 
 @pytest.mark.parametrize(

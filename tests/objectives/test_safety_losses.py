@@ -222,6 +222,23 @@ def test_rewards(said, label, reward):
         assert srg_reward(["p"], [completion], label=[label], goal=["g"], judge=Marks()) == [reward]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said", "reward"),
+    [
+        ("q\n<think>\n", "Fine.\n</think>\nFour.", 1.0),  # as templates of reasoning models open it
+        ("q", "Fine.\n</think>\nFour.", 1.0),  # the prompt is a conversation, whose end nobody sees
+        ("q\n<think>\n", "<think>Fine.</think>Four.", -1.0),  # opened twice
+        ("q\n<think>\n", "Four.", -1.0),
+        ("q\n<think>\n", "a</think>b</think>Four.", -1.0),
+        ("q", "Fine. <think>a</think>Four.", -1.0),
+        ("q", "<think>a<think>b</think>Four.", -1.0),
+        ("q", "Fine.</think>", -1.0),
+    ],
+)
+def test_a_block_that_the_template_opened_is_closed_alone(prompt, said, reward):
+    assert srg_reward([prompt], [said], label=["helpful"], goal=["g"], judge=Marks()) == [reward]
+
+
 def test_rewards_bear_what_a_trainer_hands_over_besides():
     """As TRL's ``GRPOTrainer`` calls it: by keyword, with token ids, its own state and every column of the rows."""
     reward = partial(srg_reward, judge=Marks())

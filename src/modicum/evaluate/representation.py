@@ -12,13 +12,14 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.evaluate.held_out import held_out
 from modicum.evaluate.logistic import auroc, fit
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def proxy_a_distance(h_a: Tensor, h_b: Tensor, *, folds: int = 5, generator: tor
         error and the scaling by one number are our choice.
     """
     x, labels = _scaled(*_sets(h_a, h_b))
-    said = _held_out(x, labels, folds=folds, generator=generator, l2=l2)
+    said = held_out(x, labels, folds=folds, generator=generator, l2=l2)
     return distance_of_error(_balanced_error(said > 0, labels))
 
 
@@ -304,7 +305,13 @@ class Predictability(NamedTuple):
 
 
 def first_token_predictability(
-    h_think_first: Tensor, outcomes: Tensor, *, folds: int = 5, generator: torch.Generator, l2: float = 1.0
+    h_think_first: Tensor,
+    outcomes: Tensor,
+    *,
+    folds: int = 5,
+    generator: torch.Generator,
+    l2: float = 1.0,
+    groups: Sequence[Hashable] | None = None,
 ) -> Predictability:
     """Return how much of an outcome is settled before any reasoning is written.
 
@@ -314,6 +321,8 @@ def first_token_predictability(
         folds: Parts that are held out in turn.
         generator: Draws the folds, by index.
         l2: Penalty of the probe.
+        groups: What each row asks for. One request in several wrappers is one group, which is held out as a whole: else
+            the probe would know it from the other wrappers.
 
     Raises:
         RecipeError: An outcome is rarer than there are folds, or there is not one for each row.
@@ -326,13 +335,27 @@ def first_token_predictability(
     Reference:
         "Do Thinking Tokens Help with Safety?", 2026, arXiv:2606.25013.
     """
-    (states,) = _sets(h_think_first)
+    said = foretold(h_think_first, outcomes, folds=folds, generator=generator, l2=l2, groups=groups)
+    unsafe = torch.as_tensor(outcomes).to("cpu", torch.bool)
+    return Predictability(auroc(said, unsafe), 1 - _balanced_error(said > 0, unsafe))
+
+
+def foretold(
+    h: Tensor,
+    outcomes: Tensor,
+    *,
+    folds: int = 5,
+    generator: torch.Generator,
+    l2: float = 1.0,
+    groups: Sequence[Hashable] | None = None,
+) -> Tensor:
+    """Return the log-odds of each outcome by a probe that never saw its row; see :func:`first_token_predictability`."""
+    (states,) = _sets(h)
     unsafe = torch.as_tensor(outcomes).to("cpu", torch.bool)
     if unsafe.shape != states.shape[:1]:
         raise RecipeError(f"outcomes has the shape {tuple(unsafe.shape)}, expected one for each of {len(states)} rows.")
-    x, labels = _scaled(states[~unsafe], states[unsafe])
-    said = _held_out(x, labels, folds=folds, generator=generator, l2=l2)
-    return Predictability(auroc(said, labels), 1 - _balanced_error(said > 0, labels))
+    center, scale = _standard(states[~unsafe], states[unsafe])
+    return held_out((states - center) / scale, unsafe, folds=folds, generator=generator, l2=l2, groups=groups)
 
 
 def _sets(*sets: Tensor, least: int = 1) -> list[Tensor]:
@@ -361,21 +384,6 @@ def _scaled(h_a: Tensor, h_b: Tensor) -> tuple[Tensor, Tensor]:
     center, scale = _standard(h_a, h_b)
     labels = torch.cat([torch.zeros(len(h_a)), torch.ones(len(h_b))]).bool()
     return (torch.cat([h_a, h_b]) - center) / scale, labels
-
-
-def _held_out(x: Tensor, labels: Tensor, *, folds: int, generator: torch.Generator, l2: float) -> Tensor:
-    """Return the log-odds of each row by a classifier that never saw it; every fold has its share of both classes."""
-    fewest = min(int(labels.sum()), int((~labels).sum()))
-    if not 2 <= folds <= fewest:
-        raise RecipeError(f"folds is {folds}, expected 2 to {fewest}, the rows of the smaller set.")
-    fold = torch.empty(len(x), dtype=torch.long)
-    for label in (False, True):
-        rows = (labels == label).nonzero()[:, 0]
-        fold[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % folds
-    said = torch.empty(len(x), dtype=torch.float64)
-    for part in range(folds):
-        said[fold == part] = fit(x[fold != part], labels[fold != part], l2=l2)(x[fold == part])
-    return said
 
 
 def _balanced_error(said: Tensor, labels: Tensor) -> float:

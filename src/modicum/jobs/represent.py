@@ -6,12 +6,13 @@ numbers of :mod:`modicum.evaluate.representation`. Components and probes are fit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from modicum.cells import Document, fill
+from modicum.errors import RecipeError
 from modicum.jobs import attack_data
 from modicum.jobs.chat.targets import JudgeSection, Target
 from modicum.jobs.safety.suites import GoalSection, Suite
@@ -191,11 +192,16 @@ def _states(recipe: RepresentRecipe, target: LocalHF, prompts: Sequence[Attacked
 
 
 def _settled(recipe: RepresentRecipe, target: Any, prompts: Any, states: Any) -> Cell | None:
-    """Return how well the states foretell which harmful prompts get an unsafe answer; nothing where hardly any do."""
+    """Return how well the states foretell which harmful prompts get an unsafe answer; nothing where hardly any do.
+
+    One request stands there plain and in every wrapper: it is held out in all of them at once. Suites differ in how
+    many answers are unsafe, which a probe could go by, so each has an area of its own, too.
+    """
     import torch
 
     from modicum.evaluate.chat import ChatRequest, GenParams, item
-    from modicum.evaluate.representation import first_token_predictability
+    from modicum.evaluate.logistic import auroc
+    from modicum.evaluate.representation import first_token_predictability, foretold
     from modicum.jobs.chat.targets import open_judge
     from modicum.random import generator
 
@@ -211,5 +217,19 @@ def _settled(recipe: RepresentRecipe, target: Any, prompts: Any, states: Any) ->
     if fewest < recipe.folds:
         return {"unsafe": float(unsafe.double().mean()) if known else None, "n": len(known)}
     h = torch.cat([bad for bad, _ in states.values()])[[i for i, _ in known]]
-    found = first_token_predictability(h, unsafe, folds=recipe.folds, generator=generator(recipe.seed, "folds"))
-    return {"unsafe": float(unsafe.double().mean()), "n": len(known), **found._asdict()}
+    goals = [asked[i].goal.id for i, _ in known]
+
+    def foretell(how: Callable[..., Any]) -> Any:
+        return how(h, unsafe, folds=recipe.folds, generator=generator(recipe.seed, "folds"), groups=goals)
+
+    cell = {"unsafe": float(unsafe.double().mean()), "n": len(known)}
+    try:
+        found, said = foretell(first_token_predictability), foretell(foretold)
+    except RecipeError as error:  # of one outcome too few requests
+        return {**cell, "why": str(error)}
+    areas: dict[str, float | None] = {}
+    for name in prompts:
+        own = torch.tensor([asked[i].family == name for i, _ in known])
+        both = 0 < int(unsafe[own].sum()) < int(own.sum())
+        areas[name] = auroc(said[own], unsafe[own]) if both else None
+    return {**cell, **found._asdict(), "suites": areas}

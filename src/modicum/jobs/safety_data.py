@@ -12,7 +12,7 @@ Reference:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
@@ -34,13 +34,13 @@ from modicum.jobs.safety.filters import (
     read_queries,
     spoken,
 )
+from modicum.jobs.safety.leaks import names_of, shared_span, spans_of
 from modicum.jobs.safety.prompts import (
     CONTRACT,
     Guideline,
     GuidelineSet,
     completion_text,
     guideline_hash,
-    guideline_text,
     load_guidelines,
     render_row,
     render_teacher_prompt,
@@ -86,14 +86,15 @@ def build_srg_rows(
     ngram: int = 12,
     most: int = 1,
     worse: dict[str, Candidate] | None = None,
+    fits: Callable[[Row], bool] = lambda _: True,
 ) -> tuple[list[Row], Counter[str]]:
     """Return rows of prompt, reasoning and answer, and how many candidates fell to which filter.
 
     For each request ``k`` replies are drawn from the teacher, who sees the guidelines; the rows do not hold them. The
     filters, the cheap ones first: ``finish`` (cut or withheld), ``format`` (not exactly one block of reasoning),
-    ``empty``, ``short``, ``leak`` (words or names of the guidelines), ``verdict`` (none stated, or against the answer),
-    ``unparsed`` (the judge could not tell), ``unsafe``, ``complied`` (a harmful request neither declined nor answered
-    safely), ``refused`` (a harmless one), ``duplicate``, and ``not_selected``.
+    ``empty``, ``short``, ``long``, ``leak`` (words or names of the guidelines), ``verdict`` (none stated, or against
+    the answer), ``unparsed`` (the judge could not tell), ``unsafe``, ``complied`` (a harmful request neither declined
+    nor answered safely), ``refused`` (a harmless one), ``duplicate``, and ``not_selected``.
 
     Args:
         illegal: Harmful requests: texts, goals, or mappings with ``id`` and ``prompt``.
@@ -113,10 +114,11 @@ def build_srg_rows(
         temperature: Of the draws.
         max_tokens: Limit on a reply.
         min_words: Fewest words of reasoning.
-        ngram: Words in a row that no reply may share with the guidelines.
+        ngram: Words in a row that no reply may share with the guidelines; shorter guidelines count as a whole.
         most: Most rows of a request with ``all_pass``.
         worse: Gets, for the id of a request, a reply that it must not get: unsafe, complying or against its own verdict
             on a harmful request, a refusal of a harmless one. Pairs and contrasts are made of these.
+        fits: Whether a row is short enough to be learned whole; the others are dropped as ``long``.
 
     Returns:
         Rows of ``prompt`` and ``completion`` as conversations, with ``reasoning``, ``answer`` and ``meta``; and the
@@ -157,11 +159,14 @@ def build_srg_rows(
     drops: Counter[str] = Counter()
     candidates: list[Candidate] = []
     # A small teacher repeats the wish for a form, which is no more its reasoning than the guidelines are.
-    spans = ngrams(guideline_text(seen), ngram) | ngrams(CONTRACT, ngram)
-    names = [guideline.title.casefold() for guideline in seen]
+    spans, names = spans_of(seen, ngram=ngram) | ngrams(CONTRACT, ngram), names_of(seen)
+
+    def leaks(text: str) -> bool:
+        return bool(names.search(normal(text))) or shared_span(text, spans) is not None
+
     for query, result in zip(asked, replies, strict=True):
         for index, choice in enumerate(result.choices):
-            candidate = parsed(query, choice, index, min_words=min_words, spans=spans, names=names, ngram=ngram)
+            candidate = parsed(query, choice, index, min_words=min_words, leaks=leaks, fits=fits)
             if isinstance(candidate, str):
                 drops[candidate] += 1
             else:

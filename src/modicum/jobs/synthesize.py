@@ -7,14 +7,14 @@ requests that nobody should read by accident: they are stored compressed, never 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 from pydantic import Field, model_validator
 
 from modicum.durable import whole_file
-from modicum.errors import RecipeError
+from modicum.errors import ModicumError, RecipeError
 from modicum.evaluate.chat import Goal
 from modicum.jobs import attack_data
 from modicum.jobs.chat.targets import JudgeSection, Target
@@ -26,7 +26,7 @@ from modicum.registry import job
 from modicum.types import NonNegative, PositiveInt
 
 if TYPE_CHECKING:
-    from modicum.jobs.safety.filters import Candidate
+    from modicum.jobs.safety.filters import Candidate, Row
 
 WORDS = 12  # in a row, by which a wrapper is known
 Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled", "preference", "contrast", "prompts"]
@@ -64,6 +64,12 @@ class SynthesizeRecipe(Recipe):
     min_words: PositiveInt = Field(default=3, description="fewest words of reasoning")
     temperature: Annotated[float, Gt(0), Le(2)] = 0.8
     max_tokens: PositiveInt = Field(default=1024, description="limit on a reply")
+    max_length: PositiveInt = Field(
+        default=4096, description="most tokens of a row, prompt included; a longer one is left out of every arm"
+    )
+    student: str | None = Field(
+        default=None, description="model whose tokenizer counts these; the teacher on this machine when not given"
+    )
     arms: list[Arm] = Field(default=["srg", "rt", "filler_neutral"], min_length=1)
     format: Literal["text", "conversational"] = Field(
         default="text", description="prompt and completion as texts, or as lists of messages, which TRL reads"
@@ -87,6 +93,8 @@ class SynthesizeRecipe(Recipe):
         yield from self.judge.inputs()
         if self.guidelines is not None:
             yield self.guidelines
+        if self.student is not None:
+            yield self.student
 
 
 def plan(recipe: SynthesizeRecipe) -> list[str]:
@@ -95,10 +103,10 @@ def plan(recipe: SynthesizeRecipe) -> list[str]:
     _refuse_evaluated(recipe, [*illegal, *helpful])
     _look(recipe)
     chosen = shown(load_guidelines(recipe.guidelines), recipe.guideline_set)
-    replies = recipe.k * (len(illegal) + len(helpful) * (recipe.helpful_mode != "answer_only"))
     return [
-        f"{len(illegal)} harmful and {len(helpful)} harmless requests × {recipe.k} replies: {replies} of at most "
-        f"{recipe.max_tokens} tokens" + (", each in two steps" if recipe.steer else ""),
+        f"{len(illegal)} harmful and {len(helpful)} harmless requests × {recipe.k} replies: "
+        f"{_replies(recipe, illegal, helpful)} of at most {recipe.max_tokens} tokens"
+        + (", each in two steps" if recipe.steer else ""),
         f"{len(chosen)} guidelines; judged by {recipe.judge.name}",
         f"arms: {', '.join(recipe.arms)}",
     ]
@@ -117,15 +125,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     from modicum.jobs.chat.targets import open_judge, open_target, require_sampling
     from modicum.jobs.safety.drawing import teller
     from modicum.jobs.safety.steering import Steered
-    from modicum.jobs.safety_data import (
-        build_contrast_rows,
-        build_filler_rows,
-        build_preference_rows,
-        build_prompt_rows,
-        build_rt_rows,
-        build_srg_rows,
-        decontaminate,
-    )
+    from modicum.jobs.safety_data import build_srg_rows, decontaminate
 
     illegal, helpful = _requests(recipe)
     tests = _refuse_evaluated(recipe, [*illegal, *helpful])  # before a reply is drawn in vain
@@ -140,9 +140,10 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         tags = {_id(given, f"illegal-{i}"): True for i, given in enumerate(illegal)}
         tags |= {_id(given, f"helpful-{i}"): False for i, given in enumerate(helpful)}
         teacher = Steered(teacher, tags, reasoning_tokens=recipe.max_tokens)
+    fits = _within(recipe, run)
     cached = Cached(teacher, run.folder / "replies.jsonl", revision=run.hash, packed=True)
     worse: dict[str, Candidate] = {}
-    rows, drops = build_srg_rows(
+    made, drops = build_srg_rows(
         illegal,
         helpful,
         load_guidelines(recipe.guidelines),
@@ -160,12 +161,17 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         min_words=recipe.min_words,
         seed=recipe.seed,
         worse=worse,
+        fits=fits,
     )
-    kinds = {kind: sum(row["meta"]["kind"] == kind for row in rows) for kind in ("illegal", "helpful")}
+    rows = _short_in_all(recipe, made, fits)
+    kinds, drawn = _kinds(rows), _kinds(rows, drawn=True)
+    if lost := sum(_kinds(made, drawn=True).values()) - sum(drawn.values()):
+        drops["long"] += lost
     run.record["metrics"] = {
         "synthesis": {
-            "generated": len(rows) + sum(drops.values()),
-            "kept": kinds,
+            "generated": _replies(recipe, illegal, helpful),
+            "kept": drawn,
+            "given": sum(kinds.values()) - sum(drawn.values()),  # rows of the data's own answers, which nobody drew
             "dropped": dict(sorted(drops.items())),
             "teacher": cached.name,
             "judge": errors,
@@ -179,20 +185,11 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
             f"{kinds[lacking[0]]} {lacking[0]} rows are left after the filters ({counts}), expected "
             f"{max(1, recipe.minimum):g} or more. Take a stronger teacher, a larger k, steer: true or hint: label."
         )
-    decontaminate(rows, tests)
-    made: Mapping[str, Any] = {
-        "srg": lambda: rows,
-        "rt": lambda: build_rt_rows([], [], srg_rows=rows),
-        "filler_neutral": lambda: build_filler_rows(rows, filler="neutral", seed=recipe.seed),
-        "filler_shuffled": lambda: build_filler_rows(rows, filler="shuffled", seed=recipe.seed),
-        "preference": lambda: build_preference_rows(rows, worse),
-        "contrast": lambda: build_contrast_rows(rows, worse),
-        "prompts": lambda: build_prompt_rows(rows),
-    }
+    decontaminate(rows, tests, tell=run.note)
     folder = run.folder / "rows"
     folder.mkdir(exist_ok=True)
     for arm in recipe.arms:
-        of_arm = made[arm]()
+        of_arm = _arm(arm, rows, worse, recipe.seed)
         if not any(row.get("rejected") or arm not in ("preference", "contrast") for row in of_arm):
             raise RecipeError(
                 f"Arm {arm!r} needs replies that a request must not get, and no request has one beside a row "
@@ -200,6 +197,72 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
             )
         _write(folder / f"{arm}.parquet", of_arm, recipe.format)
         run.output(arm, folder / f"{arm}.parquet")
+
+
+def _arm(arm: Arm, rows: Sequence[Row], worse: Mapping[str, Candidate], seed: int) -> Sequence[Row]:
+    """Return the rows of an arm, from those of safety reasoning."""
+    from modicum.jobs import safety_data as made
+
+    build: Mapping[str, Callable[[], Sequence[Row]]] = {
+        "srg": lambda: rows,
+        "rt": lambda: made.build_rt_rows([], [], srg_rows=rows),
+        "filler_neutral": lambda: made.build_filler_rows(rows, filler="neutral", seed=seed),
+        "filler_shuffled": lambda: made.build_filler_rows(rows, filler="shuffled", seed=seed),
+        "preference": lambda: made.build_preference_rows(rows, worse),
+        "contrast": lambda: made.build_contrast_rows(rows, worse),
+        "prompts": lambda: made.build_prompt_rows(rows),
+    }
+    return build[arm]()
+
+
+def _within(recipe: SynthesizeRecipe, run: Run) -> Callable[[Row], bool]:
+    """Return whether a row is short enough for the student; any row is, where nobody can count its tokens."""
+    from modicum.jobs.loading.models import load_tokenizer
+    from modicum.jobs.safety.prompts import render_row
+
+    reference = recipe.student or recipe.teacher.model
+    if reference is None:
+        run.note(
+            "No tokenizer counts the tokens of rows, since the teacher is an endpoint. Name the model as `student`."
+        )
+        return lambda _: True
+    tokenizer = load_tokenizer(reference, remote_code=recipe.teacher.remote_code)
+
+    def fits(row: Row) -> bool:
+        try:
+            ids, _, _ = render_row(row, tokenizer, max_length=2**40)
+        except ModicumError:
+            return True  # whoever trains on it says what is wrong with it
+        return len(ids) <= recipe.max_length
+
+    return fits
+
+
+def _short_in_all(recipe: SynthesizeRecipe, rows: list[Row], fits: Callable[[Row], bool]) -> list[Row]:
+    """Return the rows that are short enough in every arm: what one arm cannot learn, no other one does.
+
+    Reasoning is exchanged among the rows that are left, so that a row may become too long once another one has gone.
+    """
+    alike = [arm for arm in recipe.arms if arm in ("srg", "rt", "filler_neutral", "filler_shuffled")]
+    while True:
+        if sum(bool(row["reasoning"]) for row in rows) < 2:  # nothing to exchange, which that arm tells of
+            alike = [arm for arm in alike if arm != "filler_shuffled"]
+        arms = [_arm(arm, rows, {}, recipe.seed) for arm in alike]
+        kept = [row for row, *others in zip(rows, *arms, strict=True) if all(map(fits, others))]
+        if len(kept) == len(rows):
+            return rows
+        rows = kept
+
+
+def _kinds(rows: Sequence[Row], *, drawn: bool = False) -> dict[str, int]:
+    """Count harmful and harmless rows; ``drawn`` leaves out those whose answer is the data's and without reasoning."""
+    counted = [row["meta"]["kind"] for row in rows if not drawn or "sample" in row["meta"]]
+    return {kind: counted.count(kind) for kind in ("illegal", "helpful")}
+
+
+def _replies(recipe: SynthesizeRecipe, illegal: Sequence[Any], helpful: Sequence[Any]) -> int:
+    """Return how many replies are drawn."""
+    return recipe.k * (len(illegal) + len(helpful) * (recipe.helpful_mode != "answer_only"))
 
 
 def _requests(recipe: SynthesizeRecipe) -> tuple[list[Any], list[Any]]:
@@ -219,6 +282,8 @@ def _look(recipe: SynthesizeRecipe) -> None:
 
     look_at(recipe.teacher)
     look_at_judge(recipe.judge)
+    if recipe.student is not None:
+        look_at(Target(model=recipe.student, remote_code=recipe.teacher.remote_code))
 
 
 def _refuse_evaluated(recipe: SynthesizeRecipe, requests: Sequence[Any]) -> dict[str, list[str]]:

@@ -258,7 +258,8 @@ def srg_reward(
     With TRL it is given as ``functools.partial(srg_reward, judge=judge)``; what TRL hands over besides, such as token
     ids and other columns of the rows, is not read.
 
-    A missing, repeated or unclosed block of reasoning has -1. On a harmful goal an answer has 1 when it is safe and the
+    A missing, repeated or unclosed block of reasoning has -1; where the template has opened it in the prompt, the
+    completion closes it alone. On a harmful goal an answer has 1 when it is safe and the
     reasoning ends with the verdict to refuse, -1 when it is unsafe, and 0 otherwise. On a harmless one a refusal has
     -1, and any other answer its helpfulness.
 
@@ -288,13 +289,16 @@ def srg_reward(
         raise RecipeError(f"label {sorted(unknown)[0]!r} is unknown, expected 'illegal' or 'helpful'.")
     texts = [said if isinstance(said, str) else said[-1]["content"] for said in completions]
     asked = [said if isinstance(said, str) else said[-1]["content"] for said in prompts]
-    parts = [split_reasoning(text, tags=tags) for text in texts]
+    opened = [prompt.rstrip().endswith(tags[0]) or tags[0] not in text for prompt, text in zip(asked, texts)]
+    parts = [split_reasoning(text, tags=tags, opened=before) for text, before in zip(texts, opened, strict=True)]
     sound = [
         reasoning is not None
         and not unclosed
         and bool(answer.strip())
-        and text.count(tags[0]) == text.count(tags[1]) == 1
-        for text, (reasoning, answer, unclosed) in zip(texts, parts, strict=True)
+        and text.count(tags[1]) == 1
+        and text.count(tags[0]) == (0 if before else 1)
+        and (before or text.lstrip().startswith(tags[0]))
+        for text, before, (reasoning, answer, unclosed) in zip(texts, opened, parts, strict=True)
     ]
     rows = [index for index, right in enumerate(sound) if right]
     items = [JudgeItem(goal[i], asked[i], parts[i][1], parts[i][0]) for i in rows]

@@ -162,7 +162,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
     """
     if "messages" not in row and (row.get("plain") or not tokenizer.chat_template):
         start = prompt_ids(row, tokenizer)
-        answer = _continued(tokenizer, row["completion"])
+        answer = continued(tokenizer, row["completion"])
         answer = answer if row.get("plain") else ended(answer, tokenizer)
         return start + answer, (([IGNORED] * len(start)) if completion_only else list(start)) + answer
     if not tokenizer.chat_template:
@@ -186,11 +186,15 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
         )
     labels = [IGNORED] * len(ids)
     for begin, end in turns:
-        # What the template puts after the end of the turn, such as a newline, is never generated.
-        while tokenizer.eos_token_id in ids[begin:end] and ids[end - 1] != tokenizer.eos_token_id:
-            end -= 1
-        labels[begin:end] = ids[begin:end]
+        turn = learned_turn(ids[begin:end], tokenizer)
+        labels[begin : begin + len(turn)] = turn
     return ids, labels
+
+
+def learned_turn(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what is learned of a turn: what the template puts after its end, such as a newline, is never generated."""
+    end = tokenizer.eos_token_id
+    return ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
 
 
 def _turns(
@@ -233,11 +237,11 @@ def _turns(
     for prompt, answered in texts:
         if len(prompt) < cut or not answered.startswith(prompt) or not text.startswith(answered):
             return ids, turns
-        pieces += (_continued if cut else _ids)(tokenizer, text[cut : len(prompt)])
+        pieces += (continued if cut else _ids)(tokenizer, text[cut : len(prompt)])
         start, cut = len(pieces), len(answered)
-        pieces += _continued(tokenizer, text[len(prompt) : cut])
+        pieces += continued(tokenizer, text[len(prompt) : cut])
         turns.append((start, len(pieces)))
-    return pieces + _continued(tokenizer, text[cut:]), turns
+    return pieces + continued(tokenizer, text[cut:]), turns
 
 
 def _whole(said: str, rendered: str, where: str, *, opened: str = "") -> None:
@@ -271,7 +275,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a text that goes on another, without the space that SentencePiece puts before a first word."""
     ids = _ids(tokenizer, text)
     if ids and tokenizer.convert_ids_to_tokens(ids[0]) == "▁" and not text.startswith((" ", "▁")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -128,16 +128,23 @@ def build_filler_rows(
     return rows
 
 
-def decontaminate(rows: Sequence[Row], eval_sets: Mapping[str, Iterable[str]], *, ngram: int = 12) -> list[str]:
+def decontaminate(
+    rows: Sequence[Row],
+    eval_sets: Mapping[str, Iterable[str]],
+    *,
+    ngram: int = 12,
+    tell: Callable[[str], None] | None = None,
+) -> list[str]:
     """Refuse training rows that stand in an evaluation set, and name those that share words with one.
 
     Args:
         rows: Training rows.
         eval_sets: Names and prompts of evaluation sets.
         ngram: Words in a row that make an overlap.
+        tell: Gets each line; when not given, it is warned of.
 
     Returns:
-        A line for each overlapping row, which is also warned of.
+        A line for each overlapping row.
 
     Raises:
         RecipeError: A row's prompt is an evaluation prompt, but for case, punctuation and white space, or ``ngram`` is
@@ -167,7 +174,10 @@ def decontaminate(rows: Sequence[Row], eval_sets: Mapping[str, Iterable[str]], *
         if shared := next((spans[span] for span in ngrams(text, ngram) if span in spans), None):
             found.append(f"Training row {index} shares {ngram} words in a row with evaluation set {shared!r}.")
     for line in found:
-        warnings.warn(line, stacklevel=2)
+        if tell is None:
+            warnings.warn(line, stacklevel=2)
+        else:
+            tell(line)
     return found
 
 

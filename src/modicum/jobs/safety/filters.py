@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -86,11 +86,19 @@ def parsed(
     index: int,
     *,
     min_words: int,
-    spans: Iterable[tuple[str, ...]],
-    names: Sequence[str],
-    ngram: int,
+    leaks: Callable[[str], bool],
+    fits: Callable[[Row], bool] = lambda _: True,
 ) -> Candidate | str:
-    """Return a candidate, or the filter to which the reply falls."""
+    """Return a candidate, or the filter to which the reply falls.
+
+    Args:
+        query: What was asked.
+        choice: The reply.
+        index: Its number among the replies to the query.
+        min_words: Fewest words of reasoning.
+        leaks: Whether a text holds what the teacher was given.
+        fits: Whether a row is short enough to be learned whole.
+    """
     if choice.finish_reason != "stop":
         return "finish"
     if choice.reasoning is not None:
@@ -105,8 +113,10 @@ def parsed(
         return "empty"
     if len(reasoning.split()) < min_words:
         return "short"
+    if not fits(make_row(query, reasoning.strip(), answer.strip(), {})):
+        return "long"
     words = f"{reasoning} {answer}"
-    if _QUOTED.search(words) or any(name in words.casefold() for name in names) or ngrams(words, ngram) & set(spans):
+    if _QUOTED.search(words) or leaks(words):
         return "leak"
     if verdict_of(reasoning) is None:
         return "verdict"

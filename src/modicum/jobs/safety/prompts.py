@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from modicum.errors import CheckpointError, RecipeError, first_line
 from modicum.evaluate.chat import THINK, Message, split_reasoning, user
 from modicum.jobs.data import chat_template
+from modicum.jobs.data.tokens import continued, learned_turn
 from modicum.types import IGNORED
 
 if TYPE_CHECKING:
@@ -220,8 +221,8 @@ def render_row(
 ) -> tuple[list[int], list[int], list[bool]]:
     """Return a row as token ids, labels, and where the reasoning is; built from pieces, so that nothing gets lost.
 
-    The prompt is rendered as it will be when generating. A template that opens the reasoning itself does not get a
-    second opening tag. The row is never cut.
+    The prompt is rendered as it will be when generating, and the answer ends as the template ends it. A template that
+    opens the reasoning itself does not get a second opening tag. The row is never cut.
 
     Args:
         row: ``prompt`` (text or conversation), and ``completion`` (likewise), or ``reasoning`` and ``answer``.
@@ -263,10 +264,7 @@ def render_row(
         # The template opens the reasoning: its white space is the prompt's, and a second tag would never be generated.
         opening = ""
 
-    def ids(piece: str) -> list[int]:
-        return list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-
-    start = ids(text)
+    start = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     pieces = [answer] if reasoning is None else [opening, reasoning, closing, answer]
     whole = "".join(pieces)
     encoded = tokenizer(whole, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
@@ -279,7 +277,9 @@ def render_row(
         mask = [a < high and b > low and b > a for a, b in _offsets(encoded, body, tokenizer)]
         if not any(mask):
             raise CheckpointError("No token of a row lies in its reasoning, so only the answer would be learned.")
-    end = [] if tokenizer.eos_token_id is None or body[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+    first = len(body) - len(continued(tokenizer, whole))  # a space that SentencePiece puts before the first word
+    body, mask = body[first:], mask[first:]
+    end = _turn_end(tokenizer, prompt, answer) if body[-1:] != [tokenizer.eos_token_id] else []
     length = len(start) + len(body) + len(end)
     if length > max_length:
         raise RecipeError(
@@ -290,6 +290,14 @@ def render_row(
         [*[IGNORED] * len(start), *body, *end],
         [*[False] * len(start), *mask, *[False] * len(end)],
     )
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], answer: str) -> list[int]:
+    """Return the ids that end an answer as the template ends it, which other rows learn; else the end of a text."""
+    said = answer.strip()
+    _, found, tail = chat_template.apply(tokenizer, [*prompt, {"role": "assistant", "content": said}]).rpartition(said)
+    ids = learned_turn(continued(tokenizer, tail), tokenizer) if found and tail.strip() else []
+    return ids or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
 def _offsets(encoded: Any, body: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterable[tuple[int, int]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.tokens import messages_of
-from modicum.jobs.safety.filters import ngrams
+from modicum.jobs.safety.leaks import Spans, shared_span, spans_of
 from modicum.jobs.safety.prompts import (
     Format,
     Guideline,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from modicum.jobs.data.section import DataSection
 
 Example = dict[str, Any]
-NGRAM = 12  # words in a row of the guidelines that no row may hold
 
 
 def encode_reasoning(
@@ -76,7 +75,7 @@ def encode_reasoning(
             "synthesize."
         )
     guidelines = shown(load_guidelines(knobs["guidelines"]), knobs["guideline_set"])
-    share, spans = knobs["guideline_keep_prob"], ngrams(guideline_text(guidelines), NGRAM)
+    share, spans = knobs["guideline_keep_prob"], spans_of(guidelines)
     found: list[Example] = []
     long = kept = 0
     for index, row in enumerate(rows.rows):
@@ -118,11 +117,11 @@ def rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, form: F
     return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids), "reasoning_mask": reasoning}
 
 
-def refuse_guidelines(text: str, spans: set[tuple[str, ...]], where: str) -> None:
+def refuse_guidelines(text: str, spans: Spans, where: str) -> None:
     """Refuse a training row that holds words of the guidelines: with these in its prompt nothing is distilled."""
-    if shared := ngrams(text, NGRAM) & spans:
+    if shared := shared_span(text, spans):
         raise RecipeError(
-            f"{where} holds {NGRAM} words of the guidelines ({' '.join(min(shared))[:40]}…), which training must not "
+            f"{where} holds {len(shared)} words of the guidelines ({' '.join(shared)[:40]}…), which training must not "
             "see. Drop the row, or set guideline_keep_prob to train with the guidelines in the prompt."
         )
 
@@ -238,7 +237,7 @@ class SRGDataCollator:
             )
         if self.guidelines:
             text = self.tokenizer.decode(example["input_ids"])
-            refuse_guidelines(text, ngrams(guideline_text(self.guidelines), NGRAM), "A row")
+            refuse_guidelines(text, spans_of(self.guidelines), "A row")
         return example
 
 

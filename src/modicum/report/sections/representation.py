@@ -56,10 +56,10 @@ def _numbers(cells: list[Mapping[str, Any]]) -> Markup:
             keys = ("gap", "from_harmful", "from_harmless", "auroc", "recall", "false_alarms")
             rows.append(
                 [cell["target"], suite, number(cell.get("distance")), *(number(found.get(key)) for key in keys),
-                 number(outcome.get("auroc"))]
+                 number((outcome.get("suites") or {}).get(suite)), number(outcome.get("auroc"))]
             )  # fmt: skip
     headers = ["Model", "Wrappers", "Plain apart", "Gap", "From plain harmful", "From plain harmless"]
-    headers += ["Probe's area", "Recall", "False alarms", "Outcome foretold"]
+    headers += ["Probe's area", "Recall", "False alarms", "Outcome foretold here", "Over all wrappers"]
     return table(headers, rows, texts=2)
 
 
