@@ -12,7 +12,8 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError
 from modicum.weights import Checkpoint, average_state_dicts, search
-from modicum.weights.motion import Products, Still, Stored, aliases, motions
+from modicum.weights.averageable import aliases, parts_of
+from modicum.weights.motion import Products, Still, Stored, motions
 from modicum.weights.search import Landscape
 
 SHAPES = {"a": (6, 5), "b": (4, 6), "c": (3,), "d": (7, 2)}
@@ -46,7 +47,7 @@ def adapters(tmp_path: Path) -> list[Checkpoint]:
 
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
 def test_products_move_as_the_folded_weights_do(adapters: list[Checkpoint], weights: list[float]) -> None:
-    kinds = {name: type(motion) for name, motion in motions(adapters, ["x"] * 3, None).items()}
+    kinds = {name: type(motion) for name, motion in motions(adapters, parts_of(adapters)).items()}
     assert kinds == {"a.weight": Products, "b.weight": Products, "c.weight": Still, "d.weight": Stored}
     folded = [{name: model[name].float() for name in model} for model in adapters]
     ours, theirs = Landscape(bowl, adapters, [0.5, 1.0]), Landscape(bowl, folded, [0.5, 1.0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.layout import is_running_statistic
 from modicum.random import generator
 from modicum.registry import averager
+from modicum.weights.averageable import State, check_factors, check_one_dtype, check_tensors, check_unused, parts_of
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import Tensors, check_agreement, label
+from modicum.weights.compatibility import Tensors
 from modicum.weights.merge import open_checkpoint, run_plan, run_step
 from modicum.weights.mergekit.tokenizers import notes_on_tokenizers
-from modicum.weights.motion import aliases, latest
-from modicum.weights.plan import Plan, Source, Step, excluded, kept, plan_merge
+from modicum.weights.motion import latest
+from modicum.weights.plan import Plan, Source, Step, kept, plan_merge
 from modicum.weights.search import Landscape, Loss
 from modicum.weights.stream import check_vacant, cores, run_all
 
@@ -58,6 +58,7 @@ def average(
     held_out: Sequence[Any] | None = None,
     fallback: Fallback = True,
     exclude: str | None = None,
+    buffers: Collection[str] = (),
     seed: int = 0,
     device: str = "cpu",
     allow_pickle: bool = False,
@@ -66,19 +67,25 @@ def average(
 ) -> list[float]:
     """Average checkpoints on disk into one model.
 
+    What is no weight, and the configuration and tokenizer, are those of the newest checkpoint that counts: integers,
+    running statistics of normalisation layers, and ``buffers``.
+
     Args:
         checkpoints: Folders or opened checkpoints, oldest first.
         out: Folder to write; it must not hold anything yet.
         method: Name of an averager; see ``modicum list averagers``.
-        dtype: Of the result; that of the checkpoints when not given.
+        dtype: Of the result; that of the checkpoints when not given, which then must have one.
         loss: For averagers that learn: from the floating-point weights of a mean, in float32 and by name, and a batch
-            to its loss. A tensor that is differentiable in the weights for averagers that follow gradients, any number
-            for the others. Rules do not ask for it.
+            to its loss, of which *lower is better*: return minus a reward or an accuracy. A tensor that is
+            differentiable in the weights for averagers that follow gradients, any number for the others. Rules do not
+            ask for it.
         batches: What that loss is measured on; step i of a search sees batch i, from the start again after the last.
         held_out: What a learnt choice is judged by; ``batches`` when not given.
         fallback: Take the plain mean of as many of the latest checkpoints where a learnt choice is worse; with
             ``"tuned"`` that of the latest 1, 2, 4, … or all, whichever is best.
-        exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
+        exclude: Regular expression of names of tensors that stay as they are in the last checkpoint, with those that
+            are tied to them.
+        buffers: Names of floating-point tensors that are no weights, such as those of ``model.named_buffers()``.
         seed: For averagers that draw random numbers.
         device: Where the arithmetic happens.
         allow_pickle: Allow ``pytorch_model.bin``, loaded with ``weights_only=True``.
@@ -92,12 +99,15 @@ def average(
         ModicumError: The checkpoints do not fit together, a knob is wrong, or the result cannot be written.
     """
     opened = [open_checkpoint(checkpoint, allow_pickle=allow_pickle) for checkpoint in checkpoints]
+    for checkpoint in opened:
+        checkpoint.buffers |= set(buffers)
     landscape = _landscape(method, opened, loss, batches, held_out, exclude, device)
     if landscape is not None:  # what would be refused when it is written is refused before the search
         plan_average(opened, [1 / len(opened)] * len(opened), dtype=dtype, exclude=exclude, device=device)
         check_vacant(Path(out))
     choice = choose(opened, method=method, landscape=landscape, fallback=fallback, seed=seed, **knobs)
     plan = plan_average(opened, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
+    check_unused(opened, choice.coefficients)
     run_plan(plan, Path(out), progress=progress)
     return choice.coefficients
 
@@ -113,25 +123,29 @@ def average_state_dicts(
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     exclude: str | None = None,
+    buffers: Collection[str] = (),
     device: str = "cpu",
     **knobs: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Average checkpoints in memory into one; see :func:`average` for what is not said here.
 
-    Integer tensors, and the running statistics of normalisation layers, are those of the newest checkpoint that counts:
-    :func:`~modicum.weights.normalisation.refresh_batch_norm` takes them anew. Names that share a tensor in every
-    checkpoint share one in the result.
+    Integer tensors, running statistics of normalisation layers and ``buffers`` are those of the newest checkpoint that
+    counts: :func:`~modicum.weights.normalisation.refresh_batch_norm` takes the statistics anew. Names that share a
+    tensor in every checkpoint share one in the result. Factors of adapters are refused: save the adapters and average
+    the folders, which averages their products.
 
     Args:
         state_dicts: Oldest first; they are not changed.
         method: Name of an averager.
-        loss: For averagers that learn.
+        loss: For averagers that learn; lower is better.
         batches: What that loss is measured on.
         held_out: What a learnt choice is judged by.
         fallback: Whether it may give way to the latest; see :func:`average`.
         seed: For averagers that draw random numbers.
         dtype: Of the result.
         exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
+        buffers: Names of floating-point tensors that are no weights; snapshots of
+            :class:`~modicum.weights.snapshots.Snapshots` know theirs.
         device: Where the arithmetic happens.
         **knobs: The averager's.
 
@@ -146,11 +160,20 @@ def average_state_dicts(
         >>> average_state_dicts(known, method="lawa", last=2)
         ({'w': tensor([1.5000])}, [0.0, 0.5, 0.5])
     """
-    known = [{name: tensor.detach() for name, tensor in state.items()} for state in state_dicts]
+    known = [_detached(state, f"checkpoints[{i}]", buffers) for i, state in enumerate(state_dicts)]
     landscape = _landscape(method, known, loss, batches, held_out, exclude, device)
+    if landscape is not None:  # what would be refused afterwards is refused before the search
+        plan_average(known, [0.0] * (len(known) - 1) + [1.0], dtype=dtype, exclude=exclude, device=device)
     choice = choose(known, method=method, landscape=landscape, fallback=fallback, seed=seed, **knobs)
+    check_unused(known, choice.coefficients)
     mean = weighted_mean(known, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
     return mean, choice.coefficients
+
+
+def _detached(state: Tensors, owner: str, buffers: Collection[str]) -> State:
+    check_tensors(state, owner)
+    known = {*buffers, *getattr(state, "buffers", ())}
+    return State.of({name: tensor.detach() for name, tensor in state.items()}, known)
 
 
 def weighted_mean(
@@ -171,7 +194,8 @@ def weighted_mean(
         device: Where the arithmetic happens.
     """
     plan = plan_average(state_dicts, coefficients, dtype=dtype, exclude=exclude, device=device)
-    steps, shared, newest = {step.name: step for step in plan.steps}, aliases(state_dicts), state_dicts[-1]
+    steps, newest = {step.name: step for step in plan.steps}, state_dicts[-1]
+    shared = parts_of(state_dicts).ties
 
     def one(name: str) -> Tensor:
         tensor = run_step(steps[name], device=device)[0].to(newest[name].device)
@@ -235,6 +259,7 @@ def choose(
     learning = landscape if entry.facts.learns else None
     before = dict(learning.counts) if learning is not None else {}
     if learning is not None:
+        learning.begin()
         learning.check_finite()
     told = () if learning is None else (learning,)
     found = [float(value) for value in entry.function(*told, checkpoints, **checked)]
@@ -260,6 +285,9 @@ def guard(method: str, found: list[float], landscape: Landscape, *, tuned: bool 
         found: The coefficients.
         landscape: Whose held-out data judges.
         tuned: Judge the means of the latest 1, 2, 4, … and all beside that of as many as were chosen.
+
+    Raises:
+        CheckpointError: None has a finite loss.
     """
     n, count = len(found), sum(value != 0 for value in found)
     lengths = {count, n, *(1 << i for i in range(n.bit_length()) if 1 << i <= n)} if tuned else {count}
@@ -269,6 +297,11 @@ def guard(method: str, found: list[float], landscape: Landscape, *, tuned: bool 
         return Choice(found)
     scores = {method: landscape.score(found)} | {name: landscape.score(mean) for name, mean in plain.items()}
     best = min(plain, key=lambda name: scores[name])
+    if not math.isfinite(min(scores[method], scores[best])):
+        raise CheckpointError(
+            f"Neither what {method} chose nor the plain {best} checkpoints has a finite loss on the data that judges, "
+            "although each checkpoint has: they lie in different regions. Leave out those before the break."
+        )
     if scores[method] <= scores[best]:
         return Choice(found, scores)
     judged = "held-out data" if landscape.held_out is not None else "the data it learnt from"
@@ -307,33 +340,36 @@ def plan_average(
 ) -> Plan:
     """Return the plan of a weighted average; checkpoints of coefficient zero are not read.
 
-    Integer tensors and running statistics of normalisation layers are those of the newest checkpoint that counts.
+    What is no weight, and the companions of the weights, are those of the newest checkpoint that counts.
 
     Args:
         checkpoints: Oldest first.
         coefficients: One for each; they are normalised to sum to 1.
-        dtype: Of the result; that of the checkpoints when not given.
+        dtype: Of the result; that of the checkpoints when not given, which then must have one.
         exclude: Regular expression of names of tensors that stay as they are in the last checkpoint.
         device: Where the arithmetic happens.
 
     Raises:
-        CheckpointError: The checkpoints do not fit together.
+        ModicumError: The checkpoints do not fit together.
     """
-    names = [label(model, f"checkpoints[{i}]") for i, model in enumerate(checkpoints)]
-    check_agreement(checkpoints[-1], checkpoints[:-1], names=[names[-1], *names[:-1]])
-    if told := notes_on_tokenizers(dict(zip(names, checkpoints))):
+    parts = parts_of(checkpoints, exclude)
+    check_factors(parts.names, coefficients)
+    if dtype is None:
+        check_one_dtype(checkpoints, parts)
+    if told := notes_on_tokenizers(dict(zip(parts.labels, checkpoints))):
         raise CheckpointError(f"{told[0].partition(', and they')[0]}. Average checkpoints of one tokenizer.")
-    used = [(c, w) for c, w in zip(checkpoints, coefficients, strict=True) if w]
-    knobs = {"weights": [w for _, w in used]}
-    plan = plan_merge(None, [c for c, _ in used], method="linear", knobs=knobs, dtype=dtype, device=device)
-    stay, last_used = excluded(checkpoints[-1], exclude), latest(coefficients)
+    # The first one gives the result what comes with the weights.
+    used = [i for i, w in enumerate(coefficients) if w][::-1]
+    knobs = {"weights": [coefficients[i] for i in used]}
+    plan = plan_merge(None, [checkpoints[i] for i in used], method="linear", knobs=knobs, dtype=dtype, device=device)
 
     def settle(step: Step) -> Step:
         """Take from one checkpoint what is no weight."""
-        weight = step.spec.dtype.is_floating_point and not is_running_statistic(step.name)
-        if weight and step.name not in stay:
-            return replace(step, compared=False)  # of twenty checkpoints that takes as long as their mean
-        place = -1 if step.name in stay else last_used
-        return kept(step.spec, Source(names[place], checkpoints[place], step.name))
+        stays = step.name in parts.stay
+        if step.spec.dtype.is_floating_point and not stays and step.name not in parts.statistics:
+            named = tuple(replace(source, model=parts.labels[i]) for i, source in zip(used, step.experts))
+            return replace(step, experts=named, compared=False)  # to compare twenty takes as long as their mean
+        place = -1 if stays else latest(coefficients)
+        return kept(step.spec, Source(parts.labels[place], checkpoints[place], step.name))
 
     return replace(plan, steps=[settle(step) for step in plan.steps])

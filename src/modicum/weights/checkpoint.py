@@ -78,6 +78,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = path if path.is_dir() else path.parent
         self.adapter: Adapter | None = None
         self._beneath: Checkpoint | None = None
+        self.buffers: frozenset[str] = frozenset()  # tensors known to be no weights
         self.rows: int | None = None  # of the vocabulary, where an adapter brings another one along
         self._slots: dict[str, Slot] = {}
         self._loaded: dict[str, Tensor] = {}

@@ -8,16 +8,15 @@ Adapters of one base differ by low-rank products, which are never formed one by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from modicum.layout import is_running_statistic
-from modicum.patterns import Pattern
 from modicum.weights.adapter import LowRank
+from modicum.weights.averageable import Parts
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, spec_of
 from modicum.weights.kernels import fused
@@ -79,6 +78,7 @@ class Stored:
     def products(self, gradient: Tensor) -> Tensor:
         """Return the inner products, by differences to the newest checkpoint."""
         *others, newest = (model[self.name] for model in self.models)
+        gradient = gradient.to(newest.device)
         compiled = gradient.dtype == torch.float32 and fused.usable(newest, *others)
         found = (fused.products if compiled else _products_in_turn)(newest, others, gradient)
         found[:-1] += found[-1].clone()
@@ -123,11 +123,13 @@ class Products:
     def products(self, gradient: Tensor) -> Tensor:
         r"""Return the inner products: :math:`\langle G, s B A \rangle = s\,\langle B^T G, A \rangle`."""
         known = [change for change in self.changes if change is not None]
+        stored = self.base[self.name]
+        gradient = gradient.to(stored.device)
         G = (gradient.T if known[0].transposed else gradient).float()
         rows = torch.cat([c.B.float() for c in known], 1).T @ G
         rows.mul_(torch.cat([c.A.float() for c in known]))
         sums = rows.sum(1, dtype=torch.float64)
-        shared = _dot(self.base[self.name], gradient)
+        shared = _dot(stored, gradient)
         found, start = [], 0
         for change in self.changes:
             rank = 0 if change is None else change.A.shape[0]
@@ -146,7 +148,7 @@ class Products:
 
 @dataclass(frozen=True)
 class Still:
-    """A tensor that stays as it is in one checkpoint; it is cast once."""
+    """A tensor that stays as it is in one checkpoint; it is copied and cast once."""
 
     name: str
     model: Tensors
@@ -155,10 +157,10 @@ class Still:
     _made: list[Tensor] = field(default_factory=list)
 
     def mean(self, weights: Sequence[float]) -> Tensor:  # noqa: ARG002
-        """Return the tensor."""
+        """Return the tensor: never the checkpoint's own, as a loss may write to it."""
         if not self._made:
             tensor = self.model[self.name]
-            self._made.append(tensor.to(working_dtype(tensor)))
+            self._made.append(tensor.to(working_dtype(tensor), copy=True))
         return self._made[0]
 
     def products(self, gradient: Tensor) -> Tensor:
@@ -172,16 +174,17 @@ class Still:
 
 @dataclass(frozen=True)
 class Latest:
-    """Statistics of normalisation layers, which are no weights: those of the newest checkpoint that counts."""
+    """Statistics, which are no weights: those of the newest checkpoint that counts, or of the newest of all."""
 
     name: str
     models: Sequence[Tensors]
     labels: Sequence[str]
+    stays: bool = False
     moves = False
 
     def mean(self, weights: Sequence[float]) -> Tensor:
-        """Return a copy, as a model in training mode writes to it."""
-        chosen = latest(weights)
+        """Return a copy each time, as a model in training mode writes to it."""
+        chosen = -1 if self.stays else latest(weights)
         tensor = self.models[chosen][self.name]
         return tensor.to(working_dtype(tensor), copy=True)
 
@@ -204,24 +207,22 @@ def latest(weights: Sequence[float]) -> int:
     return max((i for i, w in enumerate(weights) if w), default=len(weights) - 1)
 
 
-def motions(models: Sequence[Tensors], labels: Sequence[str], exclude: str | None) -> dict[str, Motion]:
+def motions(models: Sequence[Tensors], parts: Parts) -> dict[str, Motion]:
     """Return how each floating-point tensor moves, by name.
 
     Args:
         models: The checkpoints, oldest first; they fit together.
-        labels: What to call them.
-        exclude: Regular expression of names of tensors that stay as they are in the newest.
+        parts: How their tensors take part.
     """
-    newest, found = models[-1], dict[str, Motion]()
+    newest, labels, found = models[-1], parts.labels, dict[str, Motion]()
     base = shared_base(models)
-    left_out = None if exclude is None else Pattern(exclude, "exclude")
-    for name in newest:
+    for name in parts.names:
         if not spec_of(newest, name).dtype.is_floating_point:
             continue
-        if left_out is not None and left_out.finds(name):
+        if name in parts.statistics:
+            found[name] = Latest(name, models, labels, stays=name in parts.stay)
+        elif name in parts.stay:
             found[name] = Still(name, newest, labels[-1])
-        elif is_running_statistic(name):
-            found[name] = Latest(name, models, labels)
         elif base is None:
             found[name] = Stored(name, models, labels)
         else:
@@ -242,24 +243,6 @@ def shared_base(models: Sequence[Tensors]) -> Checkpoint | None:
     if len(adapters) < len(models) or len({model.base.folder.resolve() for model in adapters}) != 1:
         return None
     return adapters[-1].base
-
-
-def aliases(models: Sequence[Tensors]) -> dict[str, str]:
-    """Return names whose tensors are, in every model, those of an earlier name: weights that are tied in memory."""
-    maps: list[Callable[[str], object]] = []
-    for model in models:
-        if not isinstance(model, dict):
-            return {}
-        maps.append(lambda name, model=model: _place(model, name))  # type: ignore[misc]
-    first: dict[object, str] = {}
-    return {
-        name: known for name in models[0] if (known := first.setdefault(tuple(at(name) for at in maps), name)) != name
-    }
-
-
-def _place(model: Mapping[str, Tensor], name: str) -> object:
-    tensor = model[name]
-    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
 
 
 def _products_in_turn(base: Tensor, others: Sequence[Tensor], gradient: Tensor) -> Tensor:

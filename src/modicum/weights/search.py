@@ -25,9 +25,10 @@ from torch import Tensor
 
 from modicum import processes
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
-from modicum.weights.compatibility import Tensors, check_agreement, label, spec_of
+from modicum.weights.averageable import Parts, check_factors, parts_of
+from modicum.weights.compatibility import Tensors, spec_of
 from modicum.weights.journal import Journal
-from modicum.weights.motion import Motion, aliases, motions
+from modicum.weights.motion import Motion, motions
 from modicum.weights.stream import cores, run_all
 
 Loss: TypeAlias = Callable[[dict[str, Tensor], Any], Tensor | float]
@@ -114,25 +115,32 @@ class Landscape:
     counts: dict[str, int] = field(default_factory=lambda: {"values": 0, "gradients": 0})
     _known: dict[tuple[object, ...], list[float]] = field(default_factory=dict, repr=False)
     _slopes: list[bool] = field(default_factory=list, repr=False)
+    _charged: set[tuple[object, ...]] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
+        for given, key in ((self.batches, "batches"), (self.held_out, "held_out")):
+            if given is not None and not (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
+                raise RecipeError(
+                    f"{key} is a {type(given).__name__}, and a search comes back to its batches. Give list({key})."
+                )
         if not len(self.batches) or (self.held_out is not None and not len(self.held_out)):
             raise RecipeError("A loss along checkpoints needs at least one batch of data. Give more data.")
-        check_agreement(self.checkpoints[0], self.checkpoints[1:], names=self.labels)
+        _ = self.parts
 
     @cached_property
+    def parts(self) -> Parts:
+        """How the checkpoints' tensors take part in a mean."""
+        return parts_of(self.checkpoints, self.exclude)
+
+    @property
     def labels(self) -> list[str]:
         """What to call the checkpoints."""
-        return [label(model, f"checkpoints[{i}]") for i, model in enumerate(self.checkpoints)]
-
-    @cached_property
-    def _aliases(self) -> dict[str, str]:
-        return aliases(self.checkpoints)
+        return self.parts.labels
 
     @cached_property
     def _motions(self) -> dict[str, Motion]:
-        found = motions(self.checkpoints, self.labels, self.exclude)
-        return {name: motion for name, motion in found.items() if name not in self._aliases}
+        found = motions(self.checkpoints, self.parts)
+        return {name: motion for name, motion in found.items() if name not in self.parts.ties}
 
     def value(self, weights: Sequence[float], step: int | None = None) -> float:
         """Return the loss of the mean with coefficients ``weights``; infinite where it is no number.
@@ -163,11 +171,13 @@ class Landscape:
         batches = self.held_out if held_out and self.held_out is not None else self._turn(step)
         turn = None if step is None else step % len(self.batches)
         key = (held_out, turn, tuple(weights))
-        if key not in self._known:
+        if key not in self._charged:
+            self._charged.add(key)
             self.counts["values"] += len(batches)
+        if key not in self._known:
             found = self._answer(key, lambda: self._evaluate(weights, batches))
             if not all(map(math.isfinite, found)):
-                self._refuse_single(weights, key)
+                self._refuse_single(weights, key, held_out=held_out)
             self._known[key] = found
         return self._known[key]
 
@@ -192,24 +202,39 @@ class Landscape:
         self._slopes.append(any(slope))
         return value, torch.tensor(slope, dtype=torch.float64)
 
+    def begin(self) -> None:
+        """Begin a search: what an earlier one has asked already counts for this one too, so that costs compare."""
+        self._charged.clear()
+
     def check_finite(self) -> None:
         """Refuse checkpoints with weights that are not finite, the unused ones too."""
         self._each(lambda name: self._motions[name].check(), list(self._motions))
 
     def check_followed(self) -> None:
-        """Refuse a loss whose slope was zero wherever it was asked for, unless the checkpoints are all the same.
+        """Refuse a loss that was the same, or had no slope, wherever it was asked; not of checkpoints that are equal.
 
         Raises:
             RecipeError: It probably used the model's own weights.
         """
-        if not self._slopes or any(self._slopes):
+        flat = bool(self._slopes) and not any(self._slopes)
+        if not flat and not self._constant:
             return
         first, *others = self.checkpoints
         if any(not torch.equal(first[name], other[name]) for name in self._motions for other in others):
+            what = "has a gradient of zero in all weights that it is given" if flat else "is the same number"
             raise RecipeError(
-                "The loss has a gradient of zero in all weights that it is given, wherever it was asked: it does "
-                "not depend on them. Compute it by torch.func.functional_call, not from the model's own weights."
+                f"The loss {what}, wherever it was asked: it does not depend on the weights. Compute it by "
+                "torch.func.functional_call, not from the model's own weights."
             )
+
+    @property
+    def _constant(self) -> bool:
+        """Whether several means, of which two may be alike by chance, have one loss on the same batches."""
+        answers: dict[object, list[list[float]]] = {}
+        for (*data, _), losses in self._known.items():
+            answers.setdefault(tuple(data), []).append(losses)
+        most = max(answers.values(), key=len, default=[])
+        return len(most) > 2 and all(losses == found[0] for found in answers.values() for losses in found)
 
     def _turn(self, step: int | None) -> Sequence[Any]:
         return self.batches if step is None else [self.batches[step % len(self.batches)]]
@@ -281,7 +306,7 @@ class Landscape:
             )
         slope = self._products(gradients)
         if not math.isfinite(total) or not bool(slope.isfinite().all()):
-            self._refuse_single(weights, ("gradient",))
+            self._refuse_single(weights)
             raise CheckpointError(
                 "The loss of a mean of the checkpoints has no finite gradient, although that of each is finite: they "
                 "lie in different regions. Leave out those before the break, or choose greedy or window."
@@ -294,7 +319,7 @@ class Landscape:
 
         def one(name: str) -> Tensor:
             gradient = gradients.pop(name)
-            return self._motions[name].products(gradient.to(self.checkpoints[-1][name].device))
+            return self._motions[name].products(gradient)
 
         found = torch.zeros(len(names), len(self.checkpoints), dtype=torch.float64)
         mine = names[rank::world]
@@ -324,23 +349,28 @@ class Landscape:
         return processes.gather(numbers[None]).sum(0)
 
     def _mean(self, weights: Sequence[float]) -> _Weights:
+        check_factors(self._motions, weights)
         made = self._each(lambda name: self._motions[name].mean(weights), list(self._motions))
         mean = _Weights()
         for name in self._motions:
             tensor = made.pop(name).detach()
             dict.__setitem__(mean, name, tensor.to(self.device))
-        for name, known in self._aliases.items():
+        for name, known in self.parts.ties.items():
             if dict.__contains__(mean, known):
                 dict.__setitem__(mean, name, dict.__getitem__(mean, known))
         mean.seen = False
         return mean
 
-    def _refuse_single(self, weights: Sequence[float], key: tuple[object, ...]) -> None:
-        """Name the checkpoint whose own loss is not finite, of those that a mean is of."""
+    def _refuse_single(
+        self, weights: Sequence[float], key: tuple[object, ...] = (None,), *, held_out: bool = False
+    ) -> None:
+        """Name the checkpoint whose own loss on the same data is not finite, of those that a mean is of."""
         units = [[float(i == j) for j in range(len(weights))] for i in range(len(weights))]
         for unit, name, weight in zip(units, self.labels, weights):
-            if weight and (tuple(unit) == key[-1] or not math.isfinite(_mean(self.losses(unit)))):
-                raise CheckpointError(f"The loss of {name} is not finite. Leave that checkpoint out.")
+            alone = tuple(unit) == key[-1]
+            if weight and (alone or not math.isfinite(_mean(self.losses(unit, held_out=held_out)))):
+                where = " on the held-out data" if held_out else ""
+                raise CheckpointError(f"The loss of {name}{where} is not finite. Leave that checkpoint out.")
 
 
 def _mean(values: Sequence[float]) -> float:

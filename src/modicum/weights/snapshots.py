@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modicum.errors import RecipeError
 from modicum.layout import unwrapped
+from modicum.weights.averageable import State
 
 
 class Snapshots:
@@ -68,15 +69,19 @@ class Snapshots:
             self._taken.pop()  # a run that went on from an earlier step takes it again
         self._taken.append((step, state))
 
-    def states(self) -> list[dict[str, Tensor]]:
-        """Return the snapshots, oldest first; each process has its own shards of a sharded model."""
+    def states(self) -> list[State]:
+        """Return the snapshots, oldest first; each process has its own shards of a sharded model.
+
+        They know which of their tensors are buffers, of which no mean is taken.
+        """
         if self.device.type == "cpu" and torch.cuda.is_available():
             torch.cuda.synchronize()  # copies that are still on their way
-        return [dict(state) for _, state in self._taken]
+        buffers = {name for name, _ in self.model.named_buffers()}
+        return [State.of(state, buffers) for _, state in self._taken]
 
     def state_dict(self) -> dict[str, Any]:
         """Return steps and tensors, for ``torch.save`` and for :meth:`load_state_dict`."""
-        return {"steps": self.steps, "states": self.states()}
+        return {"steps": self.steps, "states": [dict(state) for state in self.states()]}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -61,7 +61,8 @@ def wsm(
     values = [SHAPES[decay](j / n) for j in range(1, n)] if isinstance(decay, str) else decay
     if len(values) != n - 1:
         raise RecipeError(
-            f"wsm: decay has {len(values)} values for {n} checkpoints, expected {n - 1}: one for each step."
+            f"wsm: decay has {len(values)} values for {n} checkpoints, expected {n - 1}: one for each step. "
+            "A trainer's save_total_limit deletes all but the latest checkpoints."
         )
     w = [1.0, *values, 0.0]
     if any(not after <= before for before, after in pairwise(w)):
