@@ -46,6 +46,15 @@ def test_a_record_without_results_has_no_table() -> None:
         terminal_table({"metrics": {}})
 
 
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_a_narrow_window_takes_no_column_away(columns, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    print_summary(quickstart(tmp_path / "q"))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(f"{model} ") for line in lines) for model in MODELS)
+    assert sum("78.1%" in line for line in lines) and not any("…" in line for line in lines)
+
+
 def test_the_summary_names_what_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(quickstart(tmp_path / "q"))
     text = capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -33,7 +34,10 @@ def summarize(folder: Path, console: Console | None = None) -> None:
     run = load([folder])
     found = boards(evaluations(run))
     if found:
-        console.print(_table(found))
+        # At its own width, also where the window is narrower: a column that is squeezed out would be the models' names.
+        shown, endless = _table(found), console.options.update(width=10_000)
+        whole = endless.update(width=max(console.width, console.measure(shown, options=endless).maximum))
+        console.print(Segments(console.render(shown, whole)), soft_wrap=True, end="")
     for name, path in _made(run):
         console.print(f"[dim]{_shown(name)}[/dim]  {_shown(path)}", soft_wrap=True)
     took = f"{_shown(run.status)} in {duration(run.record.get('seconds'))}"
@@ -62,7 +66,7 @@ def _metrics(raw: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _table(found: list[Board]) -> Table:
     result = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
-    result.add_column("model")
+    result.add_column("model", no_wrap=True)
     columns: list[tuple[Board, Mapping[str, float], str | None]] = []
     for board in found:
         label = f"{printable(plain(board.metric))}{' ↓' if board.better == 'lower' else ''}"
