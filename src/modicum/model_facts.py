@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from modicum.errors import RecipeError
 from modicum.facts import Facts
 
 
@@ -22,6 +23,25 @@ class StoreFacts(Facts):
     unbiased: bool = False
     factors: bool = False
     supplied: Collection[str] = frozenset({"key"})
+
+
+def check_centred(dense: str, store: str, facts: StoreFacts) -> None:
+    """Refuse to add weights of experts less 1/T where that is another mixture: stored differences must sum to zero.
+
+    Args:
+        dense: What the differences are from.
+        store: Its name, for the message.
+        facts: Of the store.
+
+    Raises:
+        RecipeError: The dense weights are not the average of the experts, or the store shrinks what it keeps.
+    """
+    if dense != "average":
+        raise RecipeError("centred needs dense: average, because experts less the base do not sum to zero.")
+    if not facts.unbiased:
+        raise RecipeError(
+            f"centred needs a store without bias, such as random_rescaled; {store} has one. Leave it out."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,18 @@
 """The job route: small models in, a folder out that transformers loads."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
 from modicum.models import RoutedForCausalLM
 from modicum.recipe import parse
+from modicum.registry import expert_store
 from modicum.weights import Checkpoint, extract_lora
 from support import byte_tokenizer, tiny_llama
 
@@ -32,6 +35,7 @@ def parts(tmp_path_factory):
         model.save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
     rng = torch.Generator().manual_seed(0)
+    (folder / "text.jsonl").write_text('{"text": "no prompt"}\n' * 6)
     for name, letters in {**WORDS, "other": "012345"}.items():
         rows = []
         for _ in range(24):
@@ -94,8 +98,112 @@ def test_the_same_recipe_gives_the_same_bytes_and_goes_on_after_a_stop(parts, tm
 def test_check_tells_every_layer_and_the_bytes(parts):
     lines = plan(parse(recipe(parts, rule={"name": "topk", "k": 1})))
     assert sum("conflict" in line for line in lines) == 3 and sum("routed (" in line for line in lines) == 1
-    assert any(line.startswith("stored by sign:") for line in lines)
-    assert any(line.startswith("on disk") for line in lines)
+    stores = [line.split()[2].rstrip(":") for line in lines if line.startswith("stored by")]
+    assert set(stores) == {name for name in expert_store if not expert_store[name].facts.factors}
+    assert "router: 24 prompts of low" in " ".join(lines)
+
+
+@pytest.mark.parametrize("store", ["sign", "random_rescaled"])
+@pytest.mark.parametrize("router", [{}, {"gate": 0.9}, {"kind": "subspace", "rank": 3}, {"kind": "mlp"}, None])
+def test_what_check_tells_of_bytes_is_what_lies_on_disk(parts, tmp_path, store, router):
+    if store != "sign" and router:
+        pytest.skip("told once")
+    given = recipe(parts, store=store, router=router, rule={"name": "topk", "k": 2})
+    told = int(next(line for line in plan(parse(given)) if line.startswith("on disk")).split()[2])
+    run = execute(parse(given), tmp_path / "run", quiet=True)
+    found = run.record["metrics"]["routing_bytes"]
+    files = sorted((tmp_path / "run" / "model").glob("*.safetensors"))
+    numbers = {path.name: sum(t.nbytes for t in load_file(path).values()) for path in files}
+    assert sum(numbers.values()) == told == found["dense"] + found["stored"] + found["router"]
+    assert numbers.get("router.safetensors", 0) == found["router"]
+    assert found["share"] == told / (2 * found["whole_model"])
+    # Headers are all that the numbers are not: a name, a dtype and a shape for each part.
+    assert sum(path.stat().st_size for path in files) - told < 200 * sum(len(load_file(path)) for path in files) + 100
+
+
+def test_a_router_of_entropies_needs_no_prompts_and_asks_every_expert(parts, tmp_path):
+    given = recipe(parts, router={"kind": "entropy"}, selection="soft", data={})
+    given["unknown"] = {"other": {"path": str(parts / "other.jsonl"), "size": 4}}
+    assert any("each prompt is read 2 times" in line for line in plan(parse(given)))
+    run = execute(parse(given), tmp_path / "run", quiet=True)
+    assert "accuracy" not in run.record["metrics"]["router"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.router.kind == "entropy" and model.router.temperature == 1
+    ids = torch.tensor([[70, 71, 72], [90, 91, 92]])
+    each = []
+    for weights in ([1.0, 0], [0, 1.0]):
+        logs = model(ids, weights=weights).logits[:, -1].double().log_softmax(-1)
+        each.append(-(logs.exp() * logs).sum(-1))
+    torch.testing.assert_close(model.route(ids).weights, (-torch.stack(each, 1)).softmax(1), atol=1e-6, rtol=1e-5)
+
+
+def test_prompts_tell_how_good_a_router_of_entropies_is(parts, tmp_path):
+    given = recipe(parts, router={"kind": "entropy", "held_out": 0.5})
+    metrics = execute(parse(given), tmp_path / "run", quiet=True).record["metrics"]["router"]
+    assert metrics["held_out"] == 24 and [sum(row) for row in metrics["confusion"]["counts"]] == [12, 12]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.router.temperature == metrics["temperature"] != 1
+
+
+def test_mixtures_are_centred_where_that_is_exact(parts, tmp_path):
+    given = recipe(parts, store={"name": "random_rescaled", "density": 0.5}, router={"centred": True})
+    execute(parse(given), tmp_path / "run", quiet=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    model.materialise([1.0, 0.0])
+    want = model.experts.state_dict([1.0, 0.0], centred=True)
+    assert all(torch.equal(target, want[name]) for name, target in model.working.targets.items())
+
+
+def test_knobs_of_the_router_reach_it(parts, tmp_path):
+    router = {"kind": "subspace", "rank": 3, "least": 0.3}
+    execute(parse(recipe(parts, router=router, selection="standardised")), tmp_path / "run", quiet=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.router.tensors["bases"].shape[1] == 3
+    assert model.config.routing["least"] == 0.3 and model.config.routing["selection"] == "standardised"
+
+
+def other_tokens(folder):
+    """Exchange two tokens of a folder's tokenizer."""
+    file = folder / "tokenizer.json"
+    text = json.loads(file.read_text())
+    rows = text["model"]["vocab"]
+    rows["a"], rows["b"] = rows["b"], rows["a"]
+    file.write_text(json.dumps(text))
+
+
+def test_experts_of_other_tokens_are_refused_and_other_settings_are_said(parts, tmp_path):
+    for name in ("low", "high"):
+        shutil.copytree(parts / name, tmp_path / name)
+    given = recipe(parts, experts={name: str(tmp_path / name) for name in WORDS})
+    config = tmp_path / "high" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+    assert any("rms_norm_eps" in line for line in plan(parse(given)))
+    run = execute(parse(given), tmp_path / "run", quiet=True)
+    assert any("rms_norm_eps" in note for note in run.record["notes"])
+    other_tokens(tmp_path / "low")
+    for act in (lambda: plan(parse(given)), lambda: execute(parse(given), tmp_path / "other", quiet=True)):
+        with pytest.raises(ModicumError, match="other tokens than .* in 2 rows"):
+            act()
+
+
+def test_experts_without_a_prefix_are_those_with_it(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=264, n_embd=16, n_head=2, n_layer=2, n_positions=64)
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(GPT2LMHeadModel(config))
+    for name, made in zip(("base", *WORDS), models):
+        (made if name != "high" else made.transformer).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    given = recipe(tmp_path, router=None, data={}, store="whole")
+    execute(parse(given), tmp_path / "run", quiet=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    model.materialise([0.0, 1.0])
+    got, want = model.host.state_dict(), models[2].state_dict()
+    for name in model.working.names.values():
+        torch.testing.assert_close(got[name], want[name], atol=1e-3, rtol=1e-2)
 
 
 def test_adapters_keep_their_factors(parts, tmp_path):
@@ -122,16 +230,20 @@ def test_adapters_keep_their_factors(parts, tmp_path):
         assert torch.equal(together[i, : alone.shape[1]], alone[0])
 
 
-def test_an_evaluation_routes_every_prompt(parts, tmp_path):
+@pytest.mark.parametrize("kind", ["exact_match", "choice"])
+def test_an_evaluation_routes_every_prompt(parts, tmp_path, monkeypatch, kind):
     execute(parse(recipe(parts)), tmp_path / "run", quiet=True)
-    data = {"path": str(parts / "low.jsonl"), "size": 5}
-    given = {
-        "job": "evaluate",
-        "models": {"routed": str(tmp_path / "run" / "model"), "expert": str(parts / "low")},
-        "tasks": {"t": {"kind": "exact_match", "data": data, "max_new_tokens": 3}},
-    }
+    rows = [json.loads(line) for name in WORDS for line in (parts / f"{name}.jsonl").read_text().splitlines()[:4]]
+    if kind == "choice":
+        rows = [{"prompt": row["prompt"], "choices": ["aaaaaaaa", "zzzzzzzz", "5"], "answer": 0} for row in rows]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    used, fixed = [], RoutedForCausalLM.fixed
+    monkeypatch.setattr(RoutedForCausalLM, "fixed", lambda self, w: (used.append(list(w)), fixed(self, w))[1])
+    task = {"kind": kind, "data": {"path": str(tmp_path / "both.jsonl")}}
+    task |= {"max_new_tokens": 3} if kind == "exact_match" else {}
+    given = {"job": "evaluate", "models": {"routed": str(tmp_path / "run" / "model")}, "tasks": {"t": task}}
     run = execute(parse(given), tmp_path / "scores", quiet=True)
-    assert len(run.record["metrics"]["cells"]) == 2
+    assert sorted(used) == [[0.0, 1.0], [1.0, 0.0]] and len(run.record["metrics"]["cells"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,7 +259,14 @@ def test_an_evaluation_routes_every_prompt(parts, tmp_path):
         (lambda r: r.update(store="lora"), "needs dense: base"),
         (lambda r: r.update(store="lora", dense="base"), "is a whole model"),
         (lambda r: r.update(rule="topk"), "needs k"),
-        (lambda r: r.update(router={"tap": 2}), "router.tap is block 2"),
+        (lambda r: r.update(router={"tap": 2}), "router.tap is block 2, behind the first routed block 0"),
+        (lambda r: r.update(router={"tap": 3, "second_prefill": True}), "router.tap is block 3, and the model has 3"),
+        (lambda r: r.update(router={"centred": True}), "centred needs a store without bias"),
+        (lambda r: r.update(router={"centred": True}, store="random_rescaled", dense="base"), "needs dense: average"),
+        (lambda r: r.update(router={"kind": "entropy", "gate": 0.9}), "router.gate is a distance of features"),
+        (lambda r: r.update(router={"kind": "entropy"}, data={"high": r["data"]["high"]}), "data has prompts of high"),
+        (lambda r: r["data"].update(low={"path": r["data"]["low"], "size": 2}), "data.low has 2 prompts"),
+        (lambda r: r["data"].update(low=r["data"]["low"].replace("low", "text")), "holds text rows"),
         (lambda r: r.update(base="/nowhere"), "nowhere"),
     ],
 )

@@ -58,6 +58,8 @@ def mean_std(conflict: Mapping[str, float], c: float) -> set[str]:
 
 def within(conflict: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> list[str]:
     chosen: list[str] = []
+    if len(set(conflict.values())) == 1 and (len(conflict) > 1 or not sum(conflict.values())):
+        return chosen
     for name in sorted(conflict, key=lambda name: (-conflict[name], name)):
         if sum(sizes[n] for n in [*chosen, name]) > budget:
             break

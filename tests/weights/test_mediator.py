@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from modicum.errors import ModicumError
 from modicum.weights import merge_state_dicts
-from modicum.weights.mediator import build_experts, chance_level, layer_conflict, select_layers, units_of
+from modicum.weights.mediator import ExpertSet, build_experts, chance_level, layer_conflict, select_layers, units_of
 from oracles import mediator as oracle
 
 T1, T2, T3 = (1.0, -2, 0, 3), (2.0, 1, 5, -1), (-1.0, -2, 4, 1)
@@ -186,7 +186,15 @@ def test_the_controls(conflict, k):
     assert sorted(conflict[x] for x in least) == sorted(conflict.values())[:n]
     drawn = [tuple(select_layers(conflict, rule="random", k=k, seed=s)) for s in range(12)]
     assert all(len(r) == n for r in drawn) and drawn[0] == tuple(select_layers(conflict, rule="random", k=k))
-    assert len(select_layers(conflict, rule="all")) == len(conflict) and not select_layers(conflict, rule="none")
+    assert select_layers(conflict, rule="all") == sorted(conflict, key=lambda name: (-conflict[name], name))
+    assert not select_layers(conflict, rule="none")
+
+
+def test_a_random_rule_takes_every_layer_as_often():
+    conflict = {f"h.{i}": 0.1 * i for i in range(5)}
+    drawn = [select_layers(conflict, rule="random", k=2, seed=seed) for seed in range(400)]
+    counts = [sum(name in found for found in drawn) for name in conflict]
+    assert sum(counts) == 800 and all(abs(count - 160) < 5 * (400 * 0.4 * 0.6) ** 0.5 for count in counts)
 
 
 def two_models(shape=(6, 8), layers=3):
@@ -249,8 +257,103 @@ def test_a_mixture_is_the_oracle_s():
     stored = [oracle.sign((e[name] - built.dense[name]).double().numpy()) for e in experts]
     want = dense + sum(x * s for x, s in zip(w, stored))
     np.testing.assert_allclose(built.tensor(name, w).numpy(), want, rtol=1e-5, atol=1e-6)
-    centred = dense + sum((x - 1 / 3) * s for x, s in zip(w, stored))
-    np.testing.assert_allclose(built.tensor(name, w, centred=True).numpy(), centred, rtol=1e-5, atol=1e-6)
+
+
+def test_a_centred_mixture_is_the_oracle_s():
+    base, experts = two_models()
+    built = build_experts(base, experts, ["h.1"], density=0.4, values="f32", seed=3)
+    w, name = [0.5, 0.25, 0.25], "h.1.a.weight"
+    dense = built.dense[name].double().numpy()
+    stored = [
+        oracle.random_rescaled(
+            (e[name] - built.dense[name]).double().numpy(), key=built.about.key(t, name), density=0.4
+        )
+        for t, e in enumerate(experts)
+    ]
+    want = dense + sum((x - 1 / 3) * s for x, s in zip(w, stored))
+    np.testing.assert_allclose(built.tensor(name, w, centred=True).numpy(), want, rtol=1e-5, atol=1e-6)
+    plain = built.tensor(name, w).numpy()
+    assert not np.allclose(plain, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("knobs", [{"sparsifier": "sign"}, {"sparsifier": "magnitude"}, {"dense": "base"}])
+def test_experts_whose_differences_do_not_sum_to_zero_are_not_centred(knobs):
+    base, experts = two_models()
+    built = build_experts(base, experts, ["h.1"], **knobs)
+    with pytest.raises(ModicumError, match="centred needs"):
+        built.state_dict([0.5, 0.25, 0.25], centred=True)
+
+
+@pytest.mark.parametrize("rule", ["mean_std", "topk", "quantile", "budget_bytes"])
+def test_layers_that_are_alike_are_not_routed(rule):
+    knobs = {"k": 2, "budget": 99, "unit_bytes": dict.fromkeys("abc", 1)}
+    for d in (0.0, 0.4):
+        assert select_layers(dict.fromkeys("abc", d), rule=rule, **knobs) == []
+    assert select_layers({"a": 0.5, "b": 0.5, "c": 0.4}, rule="topk", k=2) == ["a", "b"]
+
+
+def test_every_rule_takes_what_it_says():
+    conflict = {f"h.{i}": d for i, d in enumerate((0.1, 0.5, 0.3, 0.45, 0.2))}
+    for knobs, want in (
+        ({"rule": "topk", "k": 2}, ["h.1", "h.3"]),
+        ({"rule": "topk", "k": 0.4}, ["h.1", "h.3"]),
+        ({"rule": "topk", "k": 0.01}, ["h.1"]),
+        ({"rule": "quantile", "q": 0.5}, ["h.1", "h.3"]),
+        ({"rule": "quantile", "q": 1.0}, []),
+        ({"rule": "absolute", "threshold": 0.3}, ["h.1", "h.3"]),
+        ({"rule": "chance", "chance": 0.5, "c": 0.8}, ["h.1", "h.3"]),
+        ({"rule": "chance"}, []),
+    ):
+        assert select_layers(conflict, **knobs) == want, knobs
+
+
+def test_denoising_by_deviations_keeps_what_is_far_from_zero():
+    one, two = (8.0, 0.1, -0.1, 6.0), (-9.0, 0.1, 0.1, 5.0)
+    assert d_of(one, two, denoise="none") == 0.5
+    assert d_of(one, two, denoise="sigma", sigma=1.0) == 1.0  # root mean squares of 5.0 and 5.1: one place is left
+    assert d_of(one, two, denoise="sigma", sigma=0.9) == 0.5
+
+
+def test_conflict_and_routes_of_single_matrices_and_parts_of_a_block():
+    base = {f"h.0.{p}.weight": torch.zeros(3, 3) for p in ("attn.q", "attn.k", "mlp.up")}
+    one = {name: torch.ones(3, 3) for name in base}
+    two = {name: -t if name == "h.0.attn.q.weight" else t for name, t in one.items()}
+    by_matrix = layer_conflict(base, [one, two], unit="matrix", denoise="none")
+    assert by_matrix == {"h.0.attn.k": 0.0, "h.0.attn.q": 1.0, "h.0.mlp.up": 0.0}
+    by_part = layer_conflict(base, [one, two], unit="sublayer", denoise="none")
+    assert by_part == {"h.0.attn": 0.5, "h.0.mlp": 0.0}
+    for unit, routed, held in (("matrix", "h.0.attn.q", 1), ("sublayer", "h.0.attn", 2)):
+        built = build_experts(base, [one, two], [routed], unit=unit, sparsifier="sign")
+        assert len(built.routed) == held and all(name.startswith(routed) for name in built.routed)
+        assert torch.equal(built.state_dict([0, 1])["h.0.attn.q.weight"], two["h.0.attn.q.weight"])
+
+
+def test_float64_models_are_stored_like_others():
+    base, experts = two_models()
+    doubles = [{n: t.double() for n, t in m.items()} for m in (base, *experts)]
+    for store in ("magnitude", "magnitude_rescaled", "sign", "random_rescaled"):
+        wide = build_experts(doubles[0], doubles[1:], ["h.0"], sparsifier=store, density=0.3)
+        plain = build_experts(base, experts, ["h.0"], sparsifier=store, density=0.3)
+        torch.testing.assert_close(
+            wide.state_dict([0, 1, 0])["h.0.a.weight"].float(), plain.state_dict([0, 1, 0])["h.0.a.weight"]
+        )
+
+
+def test_a_bfloat16_base_takes_float32_experts():
+    base, experts = two_models()
+    low = {n: t.bfloat16() for n, t in base.items()}
+    built = build_experts(low, experts, ["h.0"], sparsifier="whole", values="f32")
+    for t, expert in enumerate(experts):
+        found = built.state_dict([float(t == s) for s in range(3)])["h.0.a.weight"]
+        torch.testing.assert_close(found.float(), expert["h.0.a.weight"], rtol=0.01, atol=0.02)
+
+
+def test_a_routed_layer_of_which_nothing_is_stored_is_refused():
+    base, experts = two_models()
+    built = build_experts(base, experts, ["h.0", "h.1"], sparsifier="sign")
+    parts = {key: part for key, part in built.parts.items() if ".h.1." not in key}
+    with pytest.raises(ModicumError, match=r"hold nothing of 'h\.1'"):
+        ExpertSet(built.about, built.dense, parts)
 
 
 def test_norms_beside_a_matrix_are_stored_whole():
@@ -265,6 +368,7 @@ def test_identical_experts_give_that_expert():
     same = [expert, dict(expert)]
     conflict = layer_conflict(base, same)
     assert set(conflict.values()) == {0.0} and select_layers(conflict) == []
+    assert select_layers(conflict, rule="topk", k=1) == []
     found = build_experts(base, same, select_layers(conflict)).state_dict([1, 0])
     assert all(torch.equal(found[n], expert[n]) for n in expert)
 
@@ -295,6 +399,12 @@ ONE = {"h.0.w": torch.ones(3, 3)}
         (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], density=1.5), "density"),
         (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], sparsifier="best"), "no expert store 'best'"),
         (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], sparsifier="lora"), "is a whole model"),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], sparsifier="sign", values="int8"), "sign has no values"),
+        (
+            lambda: build_experts(BASE, [ONE, ONE], ["h.0"], sparsifier="low_rank", layout="csr"),
+            "low_rank has no layout",
+        ),
+        (lambda: build_experts(BASE, [ONE, ONE], ["h.0"], sparsifier="sign", rank=4), "sign has no rank"),
         (lambda: build_experts(BASE, [ONE, ONE], ["h.0"]).state_dict([1.0]), "expected 2"),
         (lambda: build_experts(BASE, [ONE, ONE], ["h.0"]).state_dict([2.0, -1.0]), "not negative"),
     ],

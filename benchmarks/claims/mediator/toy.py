@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -185,7 +186,7 @@ def layers_cell(seed: int, arm: str) -> dict[str, Any]:
     @cache
     def kept(*chosen: str) -> float:
         parts = {key: part for key, part in built.parts.items() if unit_of(key.partition(".")[2], "block") in chosen}
-        return score(ExpertSet(built.about, built.dense, parts), seed)
+        return score(ExpertSet(replace(built.about, routed=chosen), built.dense, parts), seed)
 
     average, best = kept(), kept(*conflict)
 

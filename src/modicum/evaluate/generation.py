@@ -139,7 +139,7 @@ def sample(
         )
     stops = torch.tensor(sorted(stop), device=model.device, dtype=torch.long)
     answers: list[list[Sample]] = [[] for _ in prompts]
-    for numbers, within in _requests(model, prompts):
+    for numbers, within in requests(model, prompts):
         with within:
             for group in _alike(prompts, numbers, max_new_tokens * (STEP if model.device.type == "cpu" else STEP_AWAY)):
                 for batch in _batches([prompts[i] for i in group], [seeds[i] for i in group], batch_size):
@@ -190,10 +190,13 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
-def _requests(
+def requests(
     model: Any, prompts: Sequence[Sequence[int]]
 ) -> Iterable[tuple[Sequence[int], AbstractContextManager[None]]]:
-    """Yield prompts that may share a batch: all, or with a routed model those of the same weights of its experts."""
+    """Yield the numbers of prompts that may share a batch, and within what the model must run.
+
+    These are all prompts; with a routed model those of the same weights of its experts, which stay fixed within.
+    """
     if not hasattr(model, "requests"):
         yield range(len(prompts)), nullcontext()
         return

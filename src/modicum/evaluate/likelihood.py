@@ -7,13 +7,14 @@ overlapping windows, so that each token but the first few has at least ``size - 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from modicum.errors import RecipeError, UnsupportedError
+from modicum.evaluate.generation import requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +68,8 @@ def log_likelihoods(
 ) -> list[float]:
     """Return the negative log-likelihood of each document in nats, given its first token or its whole context.
 
+    A routed model's weights of its experts are those of the context alone: what is scored must not choose them.
+
     Args:
         model: A causal language model.
         documents: Token ids; begin each with a token that is context only.
@@ -83,28 +86,42 @@ def log_likelihoods(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and size > limit:
         raise UnsupportedError(f"A window of {size} tokens exceeds the model's {limit} positions. Lower max_length.")
+    contexts = contexts or [1] * len(documents)
     found = [
         (index, window)
-        for index, (document, context) in enumerate(zip(documents, contexts or [1] * len(documents), strict=True))
+        for index, (document, context) in enumerate(zip(documents, contexts, strict=True))
         for window in windows(len(document), size=size, stride=stride, context=context)
     ]
-    order = sorted(range(len(found)), key=lambda i: (found[i][1].start - found[i][1].end, i))
     losses = [0.0] * len(found)
-    for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
-        rows = [documents[found[i][0]][found[i][1].start : found[i][1].end] for i in chosen]
-        length = max(map(len, rows))
-        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, i in enumerate(chosen):
-            window = found[i][1]
-            first, end = window.first - window.start, window.end - window.start
-            # One row at a time in float32, summed in float64: the whole batch would double the memory of the logits.
-            nats = cross_entropy(logits[row, first - 1 : end - 1].float(), ids[row, first:end], reduction="none")
-            losses[i] = float(nats.double().sum())
-        progress(len(chosen))
+    prompts = [document[: max(context, 1)] for document, context in zip(documents, contexts, strict=True)]
+    for numbers, within in requests(model, prompts):
+        together = set(numbers)
+        asked = [i for i, (index, _) in enumerate(found) if index in together]
+        order = sorted(asked, key=lambda i: (found[i][1].start - found[i][1].end, i))
+        with within:
+            for begin in range(0, len(order), batch_size):
+                chosen = order[begin : begin + batch_size]
+                rows = [documents[found[i][0]][found[i][1].start : found[i][1].end] for i in chosen]
+                values = _losses(model, rows, [found[i][1] for i in chosen], pad)
+                for i, value in zip(chosen, values, strict=True):
+                    losses[i] = value
+                progress(len(chosen))
     totals: list[list[float]] = [[] for _ in documents]
     for (index, _), loss in zip(found, losses, strict=True):
         totals[index].append(loss)
     return [math.fsum(parts) for parts in totals]
+
+
+def _losses(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], chosen: Sequence[Window], pad: int
+) -> Iterator[float]:
+    """Yield the negative log-likelihood of what each window of a batch scores."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    for row, window in enumerate(chosen):
+        first, end = window.first - window.start, window.end - window.start
+        # One row at a time in float32, summed in float64: the whole batch would double the memory of the logits.
+        nats = cross_entropy(logits[row, first - 1 : end - 1].float(), ids[row, first:end], reduction="none")
+        yield float(nats.double().sum())

@@ -14,8 +14,9 @@ from annotated_types import Gt, Lt
 from pydantic import Field, model_validator
 
 from modicum.durable import whole_folder
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.data.section import DataSection
+from modicum.model_facts import check_centred
 from modicum.recipe import Recipe, Section, choice
 from modicum.record import Run, digest
 from modicum.registry import expert_store, job, merge_method
@@ -75,6 +76,10 @@ class RouterSection(Section):
     nucleus: Fraction = 0.9
     centred: bool = False
     batch_size: PositiveInt = 16
+    least: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.2, description="smallest weight under standardised")
+    rank: PositiveInt = Field(default=8, description="directions of each task, for subspace")
+    epochs: PositiveInt = Field(default=50, description="for mlp")
+    decay: NonNegative = Field(default=1e-3, description="weight decay, for linear and mlp")
 
 
 class RouteRecipe(Recipe):
@@ -134,17 +139,31 @@ class RouteRecipe(Recipe):
             raise RecipeError("rule budget_bytes needs budget_bytes or budget_share. Set one.")
         if self.rule.name in ("topk", "first", "least", "random") and self.rule.k is None:
             raise RecipeError(f"rule {self.rule.name} needs k, a number of layers or a share below 1. Set rule.k.")
-        if self.router is not None and self.router.kind != "entropy" and set(self.data) != set(self.experts):
-            raise RecipeError(
-                f"data has prompts of {', '.join(self.data) or 'nothing'}, expected one entry for each expert: "
-                f"{', '.join(self.experts)}. Add them, or set router: null."
-            )
-        if self.router is not None and self.router.u_lo > self.router.u_hi:
-            raise RecipeError(f"router.u_lo is {self.router.u_lo}, above u_hi {self.router.u_hi}. Turn them round.")
+        if self.router is not None:
+            self._fits_router(self.router)
         store: Any = self.store
         if expert_store[store.name].facts.factors and self.dense != "base":
             raise RecipeError("store lora needs dense: base, because an expert less the average has no thin factors.")
         return self
+
+    def _fits_router(self, router: RouterSection) -> None:
+        """Refuse a router that lacks prompts, or is asked for what it cannot do."""
+        # Entropies have nothing to learn: their prompts only tell how good they are.
+        needed = router.kind != "entropy" or self.data
+        if needed and set(self.data) != set(self.experts):
+            raise RecipeError(
+                f"data has prompts of {', '.join(self.data) or 'nothing'}, expected one entry for each expert: "
+                f"{', '.join(self.experts)}. Add them, or set router: null."
+            )
+        if router.kind == "entropy" and router.gate is not None:
+            raise RecipeError(
+                "router.gate is a distance of features, which an entropy router has none of. Leave it out."
+            )
+        if router.u_lo > router.u_hi:
+            raise RecipeError(f"router.u_lo is {router.u_lo}, above u_hi {router.u_hi}. Turn them round.")
+        if router.centred:
+            store: Any = self.store
+            check_centred(self.dense, store.name, expert_store[store.name].facts)
 
     def inputs(self) -> Iterator[str]:
         """Yield the models and the data."""
@@ -167,6 +186,7 @@ class Build:
     stores: dict[str, dict[int, Store]]
     merge: Plan
     sizes: dict[str, int]  # bytes of each layer, were it routed
+    router: int  # bytes of the router's numbers
 
     @property
     def stored(self) -> int:
@@ -178,9 +198,15 @@ class Build:
         """Bytes of one whole model."""
         return sum(step.spec.nbytes for step in self.merge.steps)
 
+    @property
+    def total(self) -> int:
+        """Bytes of all numbers in the folder."""
+        return self.whole + self.stored + self.router
+
 
 def plan_build(recipe: RouteRecipe) -> Build:
     """Open the models, measure their conflict and choose the routed layers."""
+    from modicum.weights.aliases import aligned
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.expert_plan import bytes_by_layer, describe, plan_stores
     from modicum.weights.mediator import chance_level, layer_conflict, select_layers, units_of
@@ -193,7 +219,7 @@ def plan_build(recipe: RouteRecipe) -> Build:
             adapter if apart else reference, base=model if apart else None, allow_pickle=recipe.allow_pickle
         )
 
-    base, experts = opened(recipe.base), [opened(expert) for expert in recipe.experts.values()]
+    base, *experts = aligned([opened(recipe.base), *map(opened, recipe.experts.values())])
     store: Any = recipe.store
     average: Any = recipe.average
     unit = recipe.conflict.unit
@@ -214,10 +240,11 @@ def plan_build(recipe: RouteRecipe) -> Build:
     everything = replace(about, routed=units)
     sizes = bytes_by_layer(plan_stores(base, experts, everything), everything)
     whole = sum(step.spec.nbytes for step in merge.steps)
+    router = _router_bytes(recipe, base)
     rule = recipe.rule.model_dump()
     budget = recipe.budget_bytes
     if recipe.budget_share is not None:
-        budget = _share_of(recipe.budget_share, conflict, sizes, whole, len(experts))
+        budget = _share_of(recipe.budget_share, conflict, sizes, whole + router, len(experts) * whole)
     if budget is not None:
         rule["name"] = "budget_bytes"
     chance = chance_level(
@@ -236,28 +263,50 @@ def plan_build(recipe: RouteRecipe) -> Build:
     if recipe.dense == "base" and routed:
         pattern = "^(" + "|".join(re.escape(unit) for unit in routed) + r")(\.|$)"
         merge = plan_merge(base, experts, method=average.name, knobs=average.knobs, seed=recipe.seed, exclude=pattern)
-    return Build(base, experts, conflict, about, plan_stores(base, experts, about), merge, sizes)
+    return Build(base, experts, conflict, about, plan_stores(base, experts, about), merge, sizes, router)
 
 
-def _share_of(share: float, conflict: Mapping[str, float], sizes: Mapping[str, int], whole: int, n: int) -> int:
+def _router_bytes(recipe: RouteRecipe, base: Checkpoint) -> int:
+    """Return the bytes of the router's numbers, which its kind and the width of the model decide."""
+    from transformers import AutoConfig
+
+    from modicum.models.router_fitting import stored_bytes
+
+    section = recipe.router
+    if section is None:
+        return 0
+    given = dict(base.config)
+    if "model_type" not in given:
+        raise CheckpointError(
+            f"{base.name} has no model_type in its config.json. Save the model with transformers first."
+        )
+    width = AutoConfig.for_model(given.pop("model_type"), **given).get_text_config().hidden_size
+    gate, n = section.gate is not None, len(recipe.experts)
+    return stored_bytes(section.kind, experts=n, width=width, rank=section.rank, gate=gate)
+
+
+def _share_of(share: float, conflict: Mapping[str, float], sizes: Mapping[str, int], shared: int, all_: int) -> int:
     """Return the bytes that a share of all experts as whole models leaves for their differences."""
-    budget = int(share * n * whole) - whole
+    budget = int(share * all_) - shared
     first = max(conflict, key=lambda unit: conflict[unit])
-    least = (whole + sizes.get(first, 0)) / (n * whole)
+    least = (shared + sizes.get(first, 0)) / all_
     if budget < sizes.get(first, 0):
         raise RecipeError(
             f"budget_share is {share}, and the shared weights with {first}, the layer of most conflict, take "
-            f"{least:.4f} of {n} whole models. Give at least {math.ceil(least * 1e4) / 1e4}, or choose a smaller store."
+            f"{least:.4f} of all experts as whole models. Give at least {math.ceil(least * 1e4) / 1e4}, or choose a "
+            "smaller store."
         )
     return budget
 
 
 def plan(recipe: RouteRecipe) -> list[str]:
-    """Say which layers would be routed and what the folder would take; reads all models once."""
-    from modicum.jobs.routing import check_tap
+    """Say which layers would be routed and what the folder would take; reads all models and prompts."""
+    from modicum.jobs.routing import bytes_by_store, check_tap, prompts_of
 
+    notes: list[str] = []
+    rows = {} if recipe.router is None else prompts_of(recipe, notes.append)
     build = plan_build(recipe)
-    check_tap(recipe, build.about)
+    check_tap(recipe, build)
     routed, t = set(build.about.routed), len(build.experts)
     lines = [
         f"{unit}: conflict {d:.4f}, {'routed' if unit in routed else 'averaged'} ({build.sizes.get(unit, 0)} bytes)"
@@ -266,35 +315,18 @@ def plan(recipe: RouteRecipe) -> list[str]:
     lines.append(f"{len(routed)} of {len(build.conflict)} layers routed, stored by {build.about.store}")
     for name, size in bytes_by_store(build).items():
         lines.append(f"stored by {name}: {size} bytes")
-    total = build.whole + build.stored
     lines.append(
-        f"on disk {total} bytes and headers: {total / (t * build.whole):.3f} of {t} whole models; in memory one model "
-        f"of {build.whole} bytes, the rest stays mapped"
+        f"on disk {build.total} bytes and headers, {build.router} of them the router's: "
+        f"{build.total / (t * build.whole):.3f} of {t} whole models; in memory one model of {build.whole} bytes, the "
+        "rest stays mapped"
     )
     if recipe.router is not None and recipe.router.kind == "entropy":
         lines.append(f"router entropy: each prompt is read {t} times, once by every expert")
-    if recipe.router is not None:
-        lines += [f"router: prompts of {name} from {section.path}" for name, section in recipe.data.items()]
-    return lines
-
-
-def bytes_by_store(build: Build) -> dict[str, int]:
-    """Return what the routed layers would take in each store; random masks as many as expected."""
-    from modicum.weights.expert_plan import plan_stores
-
-    found = {build.about.store: build.stored}
-    density = dict(build.about.knobs).get("density", 0.1)
-    for name, knobs in (
-        ("sign", {}),
-        ("magnitude", {"density": density}),
-        ("low_rank", {"density": density}),
-        ("whole", {}),
-    ):
-        if name not in found:
-            about = replace(build.about, store=name, knobs=expert_store[name].knobs(knobs))
-            stores = plan_stores(build.base, build.experts, about)
-            found[name] = sum(store.nbytes for of_expert in stores.values() for store in of_expert.values())
-    return found
+    lines += [
+        f"router: {len(known)} prompts of {name} from {recipe.data[name].path}"
+        for name, known in rows.get("known", {}).items()
+    ]
+    return [*lines, *notes, *build.merge.notes]
 
 
 @job("route", plan=plan)
@@ -306,12 +338,23 @@ def route(recipe: RouteRecipe, run: Run) -> None:
         run: Gets ``model/``, which transformers loads as one model, and a folder for each variant; ``record.json``
             holds the conflict of every layer, the bytes, and how well the router tells the tasks apart.
     """
-    from modicum.jobs.routing import assemble, check_tap, finish_config, fit, prompts_of, summary, variant
+    from modicum.jobs.routing import (
+        assemble,
+        bytes_by_store,
+        check_tap,
+        finish_config,
+        fit,
+        prompts_of,
+        summary,
+        variant,
+    )
     from modicum.weights.merge import run_plan
 
     rows = {} if recipe.router is None else prompts_of(recipe, run.note)
     build = plan_build(recipe)
-    check_tap(recipe, build.about)
+    check_tap(recipe, build)
+    for note in build.merge.notes:
+        run.note(note)
     run.record["metrics"] = summary(recipe, build, bytes_by_store(build))
     run.save()
     # What a stopped run has finished is used again under the same plan and inputs alone.

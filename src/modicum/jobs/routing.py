@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,36 +13,52 @@ from modicum.errors import RecipeError
 from modicum.jobs.data.rows import load_rows
 from modicum.jobs.data.tokens import prompt_ids
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
-from modicum.layout import layer_of
+from modicum.layout import layer_of, stacks
+from modicum.registry import expert_store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from modicum.evaluate.rows import Rows
     from modicum.jobs.data.section import DataSection
-    from modicum.jobs.route import Build, RouteRecipe
+    from modicum.jobs.route import Build, RouteRecipe, RouterSection
+    from modicum.models.router import Router
     from modicum.weights.expert_plan import Experts
 
 BINS = 20  # of the histogram of uncertainty
+LEAST = 2  # prompts of a task that a router is fitted on
 Prompts = dict[str, dict[str, list[Any]]]
 
 
-def check_tap(recipe: RouteRecipe, about: Experts) -> int:
-    """Return the block that the router looks at.
+def tap_of(section: RouterSection, about: Experts) -> int:
+    """Return the block that the router looks at."""
+    return _first_routed(about) if section.tap == "auto" else section.tap
+
+
+def _first_routed(about: Experts) -> int:
+    return min((layer.number for unit in about.routed if (layer := layer_of(f"{unit}.weight"))), default=0)
+
+
+def check_tap(recipe: RouteRecipe, build: Build) -> None:
+    """Refuse a router that looks at no block of the model, or behind a routed one.
 
     Raises:
-        RecipeError: It lies behind a routed block, so that what it sees would depend on what it decides.
+        RecipeError: What it sees would depend on what it decides.
     """
-    first = min((layer.number for unit in about.routed if (layer := layer_of(f"{unit}.weight"))), default=0)
     section = recipe.router
     if section is None or section.tap == "auto":
-        return first
-    if section.tap > first and about.routed and not section.second_prefill and section.kind != "entropy":
+        return
+    depth = max(stacks(build.base).values(), default=1)
+    if section.tap >= depth:
+        raise RecipeError(
+            f"router.tap is block {section.tap}, and the model has {depth}. Tap one from 0 to {depth - 1}."
+        )
+    first = _first_routed(build.about)
+    if section.tap > first and build.about.routed and not section.second_prefill and section.kind != "entropy":
         raise RecipeError(
             f"router.tap is block {section.tap}, behind the first routed block {first}: what it sees would depend on "
             f"the experts. Tap block {first} or an earlier one, or set router.second_prefill: true."
         )
-    return section.tap
 
 
 def prompts_of(recipe: RouteRecipe, note: Callable[[str], None]) -> Prompts:
@@ -54,75 +70,108 @@ def prompts_of(recipe: RouteRecipe, note: Callable[[str], None]) -> Prompts:
             raise RecipeError(f"{section.path} holds text rows; a router needs prompts: rows with prompt or messages.")
         return rows.rows
 
-    return {
-        "known": {name: read(recipe.data[name]) for name in recipe.experts if name in recipe.data},
-        "unknown": {name: read(section) for name, section in recipe.unknown.items()},
-    }
+    known = {name: read(recipe.data[name]) for name in recipe.experts if name in recipe.data}
+    for name, rows in known.items():
+        if len(rows) - _held(recipe, len(rows)) < LEAST:
+            raise RecipeError(f"data.{name} has {len(rows)} prompts, expected at least 3. Give more.")
+    return {"known": known, "unknown": {name: read(section) for name, section in recipe.unknown.items()}}
+
+
+def _held(recipe: RouteRecipe, count: int) -> int:
+    """Return how many of a task's prompts are held out: the last ones, to calibrate on."""
+    section = recipe.router
+    assert section is not None  # noqa: S101
+    return max(1, round(section.held_out * count))
 
 
 def fit(recipe: RouteRecipe, folder: Path, rows: Prompts, note: Callable[[str], None]) -> dict[str, Any]:
     """Fit, calibrate and write the router of a folder; return what it is worth on held-out prompts."""
-    import torch
-
     from modicum.models.routed.config import RoutedConfig
     from modicum.models.routed.folder import write_router
-    from modicum.models.router import calibrate, expected_calibration_error, fit_router
-    from modicum.models.router_fitting import mahalanobis
+    from modicum.models.router import Router, calibrate, fit_router
 
     section = recipe.router
     assert section is not None  # noqa: S101
     config = RoutedConfig.from_pretrained(folder)
     config.routing = {
-        **config.routing, "kind": section.kind, "tap": check_tap(recipe, config.expert_set), "pooling": section.pooling,
+        **config.routing, "kind": section.kind, "tap": tap_of(section, config.expert_set), "pooling": section.pooling,
         "second_prefill": section.second_prefill, "selection": recipe.selection, "u_lo": section.u_lo,
-        "u_hi": section.u_hi, "nucleus": section.nucleus, "centred": section.centred,
+        "u_hi": section.u_hi, "nucleus": section.nucleus, "least": section.least, "centred": section.centred,
     }  # fmt: skip
     config.save_pretrained(folder)
     features = _features(folder, rows, section.batch_size)
-    held: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
-    for name, found in features["known"].items():
-        last = max(1, round(section.held_out * len(found)))
-        if len(found) - last < 2:
-            raise RecipeError(f"data.{name} has {len(found)} prompts, expected at least 3. Give more.")
-        kept[name], held[name] = found[:-last], found[-last:]
-    router = fit_router(*_joined(kept), kind=section.kind, label_smoothing=section.label_smoothing, seed=recipe.seed)
-    x, y = _joined(held)
-    logits = router.logits(x)
-    bad = int((~torch.isfinite(logits).all(1)).sum())
-    if bad:
-        note(f"The router's logits of {bad} held-out prompts are not finite: the dense model answers such prompts.")
-        x, y, logits = (
-            x[torch.isfinite(logits).all(1)],
-            y[torch.isfinite(logits).all(1)],
-            logits[torch.isfinite(logits).all(1)],
+    names = list(recipe.experts)
+    ends = {name: len(found) - _held(recipe, len(found)) for name, found in features["known"].items()}
+    held = {name: found[ends[name] :] for name, found in features["known"].items()}
+    if section.kind == "entropy":
+        router = Router("entropy", len(names))
+    else:
+        kept = {name: found[: ends[name]] for name, found in features["known"].items()}
+        router = fit_router(
+            *_joined(kept),
+            kind=section.kind,
+            label_smoothing=section.label_smoothing,
+            decay=section.decay,
+            rank=section.rank,
+            epochs=section.epochs,
+            seed=recipe.seed,
         )
-    temperature = calibrate(logits, y)
-    threshold = None
-    if section.gate is not None and "centers" in router.tensors:
-        apart = mahalanobis(x, router.tensors["centers"], router.tensors["precision"])
-        threshold = float(torch.quantile(apart, section.gate))
-    config.routing = {**config.routing, "temperature": temperature, "threshold": threshold}
+    said: dict[str, Any] = {"kind": section.kind, "tap": config.routing["tap"]}
+    if held:
+        x, y = _finite(router, *_joined(held), note)
+        router = replace(router, temperature=calibrate(router.logits(x), y))
+        router = replace(router, threshold=_threshold(router, x, section.gate))
+        said |= _worth(router, x, y, names)
+    config.routing = {**config.routing, "temperature": router.temperature, "threshold": router.threshold}
     config.save_pretrained(folder)
     write_router(folder, router)
-    router = type(router)(router.kind, router.experts, router.tensors, temperature, threshold)
-    guesses = logits.argmax(1)
-    names = list(recipe.experts)
-    confusion = [[int(((y == a) & (guesses == b)).sum()) for b in range(len(names))] for a in range(len(names))]
-    return {
-        "kind": section.kind,
-        "tap": config.routing["tap"],
+    return said | {
         "prompts": {name: len(found) for name, found in features["known"].items()},
+        "temperature": router.temperature,
+        "threshold": router.threshold,
+        "uncertainty": _uncertainty(router, held | features["unknown"], set(held)),
+    }
+
+
+def _finite(router: Router, x: Tensor, y: Tensor, note: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    """Return the held-out prompts of which the router says anything."""
+    import torch
+
+    fine = torch.isfinite(router.logits(x)).all(1)
+    if bad := int((~fine).sum()):
+        note(f"The router's logits of {bad} held-out prompts are not finite: the dense model answers such prompts.")
+    return x[fine], y[fine]
+
+
+def _threshold(router: Router, x: Tensor, gate: float | None) -> float | None:
+    """Return the distance that this share of the held-out prompts is within; none without a gate."""
+    import torch
+
+    if gate is None:
+        return None
+    apart = replace(router, threshold=1.0).distance(x)
+    assert apart is not None  # noqa: S101
+    return float(torch.quantile(apart, gate))
+
+
+def _worth(router: Router, x: Tensor, y: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """Return how well held-out prompts are told apart."""
+    from modicum.models.router import expected_calibration_error
+
+    logits = router.logits(x)
+    guesses = logits.argmax(1)
+    numbers = range(len(names))
+    return {
         "held_out": len(y),
         "accuracy": float((guesses == y).double().mean()),
         "calibration_error": {
             "before": expected_calibration_error(logits.softmax(1), y),
-            "after": expected_calibration_error((logits / temperature).softmax(1), y),
+            "after": expected_calibration_error((logits / router.temperature).softmax(1), y),
         },
-        "temperature": temperature,
-        "threshold": threshold,
-        "confusion": {"names": names, "counts": confusion},
-        "uncertainty": _uncertainty(router, held | features["unknown"], set(held)),
+        "confusion": {
+            "names": list(names),
+            "counts": [[int(((y == a) & (guesses == b)).sum()) for b in numbers] for a in numbers],
+        },
     }
 
 
@@ -156,6 +205,8 @@ def _uncertainty(router: Any, parts: Mapping[str, Tensor], known: set[str]) -> l
 
 
 def _features(folder: Path, rows: Prompts, batch_size: int) -> dict[str, dict[str, Tensor]]:
+    if not any(rows.values()):
+        return {kind: {} for kind in rows}
     import torch
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -205,11 +256,29 @@ def summary(recipe: RouteRecipe, build: Build, stores: Mapping[str, int]) -> dic
             "whole_model": build.whole,
             "dense": build.whole,
             "stored": build.stored,
-            "share": (build.whole + build.stored) / (len(build.experts) * build.whole),
+            "share": build.total / (len(build.experts) * build.whole),
+            "router": build.router,
             "store": build.about.store,
             "by_store": dict(stores),
         },
     }
+
+
+def bytes_by_store(build: Build) -> dict[str, int]:
+    """Return what the routed layers take, and what they would in each other store; random entries as expected.
+
+    Factors are an adapter's own and no choice beside the others.
+    """
+    from modicum.weights.expert_plan import knobs_of, plan_stores
+
+    found = {build.about.store: build.stored}
+    density = dict(build.about.knobs).get("density", 0.1)
+    for name in expert_store:
+        if name not in found and not expert_store[name].facts.factors:
+            about = replace(build.about, store=name, knobs=knobs_of(name, {"density": density}))
+            stores = plan_stores(build.base, build.experts, about)
+            found[name] = sum(store.expected_nbytes for of_expert in stores.values() for store in of_expert.values())
+    return found
 
 
 def assemble(work: Path, folder: Path, build: Build) -> None:

@@ -84,6 +84,7 @@ class LocalSubject:
         """Return how probable the model finds each of several answers to one prompt, which is read once for all."""
         import torch
 
+        from modicum.evaluate.generation import requests
         from modicum.jobs.training.objective import LabelHead
         from modicum.jobs.training.references import answer_log_probabilities
 
@@ -94,21 +95,24 @@ class LocalSubject:
         limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         most = min(limit, max_length or limit)
         long = [len(each.prompt) + max(map(len, each.answers)) for each in asked]
-        # Rows of one length fill a batch best. Where answers share a prompt, all of them are in one row.
-        order = sorted((i for i in range(len(asked)) if long[i] <= most), key=lambda i: (-long[i], i))
+        kept = [i for i in range(len(asked)) if long[i] <= most]
         found: list[list[Likelihood] | None] = [None] * len(asked)
-        collator = self._layout([asked[i] for i in order])
-        head = LabelHead(self.model)
-        try:
-            with torch.inference_mode():
-                for begin in range(0, len(order), batch_size):
-                    chosen = order[begin : begin + batch_size]
-                    values = iter(answer_log_probabilities(self.model, collator([asked[i] for i in chosen])).tolist())
-                    for i in chosen:
-                        found[i] = [Likelihood(-next(values), len(answer)) for answer in asked[i].answers]
-                    self.progress(len(chosen) / len(order))
-        finally:
-            head.detach()
+        for numbers, within in requests(self.model, [asked[i].prompt for i in kept]):
+            # Rows of one length fill a batch best. Where answers share a prompt, all of them are in one row.
+            order = sorted((kept[number] for number in numbers), key=lambda i: (-long[i], i))
+            with within, torch.inference_mode():
+                collator = self._layout([asked[i] for i in order])
+                head = LabelHead(self.model)
+                try:
+                    for begin in range(0, len(order), batch_size):
+                        chosen = order[begin : begin + batch_size]
+                        batch = collator([asked[i] for i in chosen])
+                        values = iter(answer_log_probabilities(self.model, batch).tolist())
+                        for i in chosen:
+                            found[i] = [Likelihood(-next(values), len(answer)) for answer in asked[i].answers]
+                        self.progress(len(chosen) / len(kept))
+                finally:
+                    head.detach()
         return found
 
     def _layout(self, asked: Sequence[Alternatives]) -> PairCollator:

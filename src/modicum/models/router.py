@@ -58,9 +58,10 @@ class Router:
         x = (x - self.tensors["mean"]) / self.tensors["std"]
         if self.kind == "linear":
             return x @ self.tensors["weight"].T + self.tensors["bias"]
-        for i in range(2):
-            x = nn.functional.leaky_relu(x @ self.tensors[f"w{i}"].T + self.tensors[f"b{i}"])
-        return x @ self.tensors["w2"].T + self.tensors["b2"]
+        layers = [(self.tensors[f"w{i}"].double(), self.tensors[f"b{i}"].double()) for i in range(3)]
+        for weight, bias in layers[:-1]:
+            x = nn.functional.leaky_relu(x @ weight.T + bias)
+        return x @ layers[-1][0].T + layers[-1][1]
 
     def distance(self, features: Tensor) -> Tensor | None:
         """Return the Mahalanobis distance to the nearest task in multiples of the threshold, if there is one."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modicum.random import derive_seed, generator
+
+PLACES = ("centers", "precision")  # what distances need
 
 
 def fit_linear(x: Tensor, y: Tensor, count: int, *, smoothing: float, decay: float, **_: Any) -> dict[str, Tensor]:
@@ -54,14 +56,10 @@ def fit_mlp(
         linear: Any = net[place]
         norm: Any = net[place + 1]
         factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-        found[f"w{i}"] = (linear.weight * factor[:, None]).detach().double()
-        found[f"b{i}"] = ((linear.bias - norm.running_mean) * factor + norm.bias).detach().double()
+        found[f"w{i}"] = (linear.weight * factor[:, None]).detach()
+        found[f"b{i}"] = ((linear.bias - norm.running_mean) * factor + norm.bias).detach()
     last: Any = net[-1]
-    return found | {"w2": last.weight.detach().double(), "b2": last.bias.detach().double()}
-
-
-def _hidden(inputs: int, outputs: int) -> list[nn.Module]:
-    return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU(), nn.Dropout(0.5)]
+    return found | {"w2": last.weight.detach(), "b2": last.bias.detach()}
 
 
 def directions(x: Tensor, rank: int) -> Tensor:
@@ -81,13 +79,61 @@ def residuals(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
 
 
 def centers(x: Tensor, y: Tensor, count: int) -> dict[str, Tensor]:
-    """Return the tasks' means and the inverse of the covariance around them, a little of the identity mixed in."""
+    """Return the tasks' means and the inverse of the covariance around them, a little of the identity mixed in.
+
+    They are in float32, as they are stored: the distances before and after are the same.
+    """
     centers = torch.stack([x[y == t].mean(0) for t in range(count)])
     around = x - centers[y]
     covariance = around.T @ around / len(x)
     level = covariance.diagonal().mean().clamp_min(1e-12)
     mixed = 0.9 * covariance + 0.1 * level * torch.eye(x.shape[1], dtype=x.dtype)
-    return {"centers": centers, "precision": torch.linalg.inv(mixed)}
+    inverse = torch.linalg.inv(mixed)
+    return {"centers": centers.float(), "precision": ((inverse + inverse.T) / 2).float()}
+
+
+def packed(tensors: Mapping[str, Tensor], *, gate: bool) -> dict[str, Tensor]:
+    """Return a router's numbers as they are stored: of the precision, which is symmetric, the lower triangle.
+
+    Args:
+        tensors: Of the router.
+        gate: Whether distances are asked for; else what they need is left out.
+    """
+    found = {name: tensor.contiguous() for name, tensor in tensors.items() if gate or name not in PLACES}
+    if "precision" in found:
+        rows, columns = torch.tril_indices(*found["precision"].shape)
+        found["precision"] = found["precision"][rows, columns]
+    return found
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a router's numbers from what :func:`packed` made of them."""
+    found = dict(tensors)
+    if "precision" in found:
+        size = found["centers"].shape[1]
+        rows, columns = torch.tril_indices(size, size)
+        whole = found["precision"].new_empty(size, size)
+        whole[rows, columns] = whole[columns, rows] = found["precision"]
+        found["precision"] = whole
+    return found
+
+
+def stored_bytes(kind: str, *, experts: int, width: int, rank: int, gate: bool) -> int:
+    """Return the bytes of a router's numbers as they are stored, before it is fitted.
+
+    Example:
+        >>> stored_bytes("linear", experts=4, width=576, rank=8, gate=False)
+        27680
+    """
+    n, d = experts, width
+    if kind == "entropy":
+        return 0
+    known = 4 * (n * d + d * (d + 1) // 2) if gate else 0
+    if kind == "subspace":
+        return known + 8 * n * min(rank, d) * d
+    if kind == "linear":
+        return known + 8 * (2 * d + n * d + n)
+    return known + 8 * 2 * d + 4 * (2 * d * d + 4 * d * d + 4 * d + n * 2 * d + n)
 
 
 def mahalanobis(features: Tensor, centers: Tensor, precision: Tensor) -> Tensor:
@@ -97,5 +143,5 @@ def mahalanobis(features: Tensor, centers: Tensor, precision: Tensor) -> Tensor:
         >>> mahalanobis(torch.tensor([[3.0, 0]]), torch.zeros(1, 2), torch.eye(2)).tolist()
         [3.0]
     """
-    apart = features.to(centers.dtype)[:, None] - centers
-    return torch.einsum("ntd,de,nte->nt", apart, precision, apart).clamp_min(0).sqrt().amin(1)
+    apart = features.double()[:, None] - centers.double()
+    return torch.einsum("ntd,de,nte->nt", apart, precision.double(), apart).clamp_min(0).sqrt().amin(1)

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeAlias
 from modicum import philox
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from modicum.layout import Unit, natural, unit_of
+from modicum.model_facts import check_centred
 from modicum.random import derive_seed
 from modicum.registry import expert_store
 from modicum.weights.checkpoint import PACKED, Checkpoint
 from modicum.weights.compatibility import Tensors, check_agreement, label, spec_of
 from modicum.weights.files import Spec
+from modicum.weights.mergekit.tokenizers import clashes
 from modicum.weights.stores.base import Store
 
 Dense: TypeAlias = Literal["average", "base"]
@@ -61,6 +63,11 @@ class Experts:
         made: Store = expert_store[kind].function(shape, **knobs, key=self.key(expert, name))
         return made
 
+    @property
+    def even(self) -> list[float]:
+        """Equal weights of all experts."""
+        return [1 / len(self.names)] * len(self.names)
+
     def coefficients(self, weights: Sequence[float], *, centred: bool = False) -> list[float]:
         """Return the factor of every stored difference under these weights of the experts.
 
@@ -68,8 +75,11 @@ class Experts:
         on average over the experts, but noise.
 
         Raises:
-            RecipeError: There is not one weight for each expert, one is negative or no number, or they do not sum to 1.
+            RecipeError: There is not one weight for each expert, one is negative or no number, or they do not sum to 1;
+                or ``centred`` is not for such experts.
         """
+        if centred:
+            check_centred(self.dense, self.store, expert_store[self.store].facts)
         n, values = len(self.names), [float(w) for w in weights]
         if len(values) != n or not all(w >= 0 for w in values) or abs(sum(values) - 1) > 1e-3:
             raise RecipeError(f"weights are {values}, expected {n} that are not negative and sum to 1.")
@@ -92,6 +102,14 @@ def knobs_of(store: str, given: Mapping[str, Any]) -> dict[str, Any]:
     entry = expert_store[store]
     known = entry.parameters[1]
     return entry.knobs({name: value for name, value in given.items() if name in known and value is not None})
+
+
+def refuse_idle(store: str, **given: tuple[Any, Any]) -> None:
+    """Refuse a knob that was given another value than its usual one, and that the store does not have."""
+    known = expert_store[store].parameters[1]
+    for name, (value, usual) in given.items():
+        if value != usual and name not in known:
+            raise RecipeError(f"store {store} has no {name}, and {name} is {value!r}. Leave it out.")
 
 
 def describe(
@@ -129,7 +147,7 @@ def check_experts(models: Sequence[Tensors], names: Sequence[str]) -> None:
     """Refuse experts that do not fit the base, which comes first, and packed numbers that have no signs to compare.
 
     Raises:
-        CheckpointError: They differ in architecture, tensors or shapes.
+        CheckpointError: They differ in architecture, tensors, shapes, or in the token that a row is of.
         UnsupportedError: A model is quantised.
     """
     for model, name in zip(models, names):
@@ -138,6 +156,10 @@ def check_experts(models: Sequence[Tensors], names: Sequence[str]) -> None:
                 f"{name} is quantised (tensor {packed!r}); its packed numbers cannot be averaged. Dequantise it first."
             )
     check_agreement(models[0], models[1:], names=names)
+    if told := clashes(dict(zip(names, models))):
+        raise CheckpointError(
+            f"{told[0]}. Train the experts with one vocabulary, or transplant their tokenizers first."
+        )
 
 
 def check_adapters(base: Tensors, experts: Sequence[Tensors], names: Sequence[str], dense: Dense) -> None:

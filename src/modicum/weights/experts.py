@@ -20,8 +20,19 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError
 from modicum.layout import Unit, natural, unit_of
+from modicum.registry import expert_store
+from modicum.weights.aliases import aligned
 from modicum.weights.compatibility import Tensors, spec_of
-from modicum.weights.expert_plan import Dense, Experts, describe, knobs_of, method_of, part_name, plan_stores
+from modicum.weights.expert_plan import (
+    Dense,
+    Experts,
+    describe,
+    knobs_of,
+    method_of,
+    part_name,
+    plan_stores,
+    refuse_idle,
+)
 from modicum.weights.merge import merge_state_dicts, open_checkpoint
 from modicum.weights.stores.reading import Reader, reader_of
 
@@ -47,6 +58,9 @@ class ExpertSet:
                 )
             grouped.setdefault(name, {}).setdefault(int(expert), {})[part] = key
         self._grouped = {name: grouped[name] for name in sorted(grouped, key=natural)}
+        held = {unit_of(name, about.unit) or name for name in grouped}
+        if empty := next((layer for layer in about.routed if layer not in held and not _may_lack(about)), None):
+            raise CheckpointError(f"The experts hold nothing of {empty!r}, which is to be routed. Build them again.")
         self._readers: dict[tuple[str, int], Reader] = {}
 
     @property
@@ -125,6 +139,11 @@ class ExpertSet:
         }
 
 
+def _may_lack(about: Experts) -> bool:
+    """Whether a routed layer may be alike in all experts: adapters need not reach every layer."""
+    return bool(expert_store[about.store].facts.factors)
+
+
 def build_experts(
     base: Tensors | str | Path,
     experts: Sequence[Tensors | str | Path],
@@ -157,7 +176,8 @@ def build_experts(
         unit: What a layer is; as the conflict was measured by.
         seed: Of what is drawn.
         names: What to call the experts.
-        rank: Of ``low_rank``, in place of ``density``.
+        rank: Of ``low_rank``, in place of ``density``. A store has no use for ``density``, ``layout``, ``values`` or
+            ``rank`` that is not among its knobs: all but ``density`` are refused then.
 
     Returns:
         The dense weights and the stored experts; ``state_dict(weights)`` gives a mixture.
@@ -178,8 +198,9 @@ def build_experts(
     Reference:
         "Mediator", 2025, arXiv:2502.04411.
     """
-    base, *experts = [m if isinstance(m, Mapping) else open_checkpoint(m) for m in (base, *experts)]
+    base, *experts = aligned([m if isinstance(m, Mapping) else open_checkpoint(m) for m in (base, *experts)])
     given = {"density": density, "layout": layout, "values": values, "rank": rank}
+    refuse_idle(sparsifier, layout=(layout, "bitmask"), values=(values, "bf16"), rank=(rank, None))
     about = describe(
         base,
         experts,

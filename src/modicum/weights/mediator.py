@@ -23,6 +23,7 @@ import torch
 from modicum.errors import RecipeError, did_you_mean
 from modicum.layout import Unit, natural, unit_of
 from modicum.random import derive_seed
+from modicum.weights.aliases import aligned
 from modicum.weights.compatibility import Tensors, label, spec_of
 from modicum.weights.expert_plan import check_experts
 from modicum.weights.experts import ExpertSet, build_experts
@@ -69,7 +70,8 @@ def layer_conflict(
         d_l = \operatorname{mean}_{s<t} \frac{|\{i \in l : \tau_{s,i} \tau_{t,i} < 0\}|}
                                               {|\{i \in l : \tau_{s,i} \ne 0, \tau_{t,i} \ne 0\}|}
 
-    and 0 where no entry is active in two experts. The counts of all tensors of a layer are summed before they are
+    and 0 where no entry is active in two experts: a pair of experts that change nothing in common counts as a pair that
+    agrees. The counts of all tensors of a layer are summed before they are
     divided. Experts whose signs are independent have :math:`d_l` near 1/2.
 
     Args:
@@ -115,10 +117,10 @@ def layer_conflict(
     check_denoising(keep=keep, sigma=sigma)
     if len(experts) < 2:
         raise RecipeError(f"experts: got {len(experts)}, expected at least 2. A single expert is no conflict: load it.")
-    models = [base, *experts]
+    models = aligned([base, *experts])
     names = [label(model, "base" if i == 0 else f"experts[{i - 1}]") for i, model in enumerate(models)]
     check_experts(models, names)
-    units = units_of(base, unit=unit)
+    units = units_of(models[0], unit=unit)
     knobs: dict[str, Any] = {"aggregate": aggregate, "weight": weight, "denoise": denoise, "keep": keep, "sigma": sigma}
 
     def count(name: str) -> Counts:
@@ -206,7 +208,8 @@ def select_layers(
         rule: ``mean_std`` takes what lies more than ``c`` population standard deviations above the mean. ``topk``
             takes the ``k`` highest. ``quantile`` takes what lies above the quantile ``q``, ``absolute`` above
             ``threshold``, ``chance`` above ``c`` times ``chance``. ``budget_bytes`` takes layers until the next one
-            would exceed ``budget``, so that a larger budget always gives a superset. ``all`` and ``none`` say it.
+            would exceed ``budget``, so that a larger budget always gives a superset. Where all layers are alike, none
+            of these but ``absolute`` and ``chance`` takes any. ``all`` and ``none`` say it.
             ``first``, ``least`` and ``random`` take ``k`` layers by another order than conflict: they are the controls
             that show whether conflict matters.
         c: Factor of ``mean_std`` and ``chance``.
@@ -236,6 +239,9 @@ def select_layers(
     values = list(conflict.values())
     if rule in ("all", "none") or not order:
         return order if rule == "all" else []
+    alike = min(values) == max(values) and (len(values) > 1 or not values[0])
+    if alike and rule in ("mean_std", "topk", "quantile", "budget_bytes"):
+        return []  # no layer stands out, whatever rounding says
     if rule == "budget_bytes":
         return list(_within(order, budget, unit_bytes))
     if rule in ("topk", "first", "least", "random"):
@@ -247,8 +253,6 @@ def select_layers(
         chosen = set(list(conflict)[:count] if rule == "first" else order[:count])
         return sorted(chosen, key=lambda name: (-conflict[name], natural(name)))
     share = _share(q)
-    if min(values) == max(values) and rule in ("mean_std", "quantile"):
-        return []  # no layer stands out, whatever rounding says
     above = {
         "mean_std": lambda: statistics.fmean(values) + c * statistics.pstdev(values),
         "quantile": lambda: float(np.quantile(values, share)),

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from models.routed.support_routed import HOSTS, experts_of, host, prompts, routed
 from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError
@@ -201,9 +201,53 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
     save_file(parts, path / "experts.safetensors")
     with pytest.raises(CheckpointError, match="experts.safetensors has another checksum"):
         RoutedForCausalLM.from_pretrained(path)
+
+
+def test_a_folder_with_a_file_missing_is_refused_by_name(tmp_path):
+    path = saved(tmp_path)
     (path / "router.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="another checksum|lacks router.safetensors"):
+    with pytest.raises(CheckpointError, match="lacks router.safetensors"):
         RoutedForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_answers_are_filled_up_as_the_host_does(kind):
+    """Of a host without a token for padding, prompts of several experts end early and late."""
+    model, ids = routed(kind, router=False), prompts(6)
+    model.generation_config.pad_token_id = model.host.config.pad_token_id = None
+    rows = torch.tensor(ONE_HOT * 2)
+    alone = [
+        plain(model, rows[i].tolist(), kind).generate(
+            ids[i : i + 1], max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        for i in range(6)
+    ]
+    # A token that some answers reach early ends them, and nothing else does.
+    ends = int(alone[0][0, 6])
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=[ends, 38])
+    for more in ({"generation_config": options}, {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ends}):
+        got = model.generate(ids, weights=rows, **more)
+        assert len({int((row == ends).sum()) for row in got}) > 1
+        for i in range(6):
+            want = plain(model, rows[i].tolist(), kind)
+            want.generation_config.pad_token_id = None
+            answer = want.generate(ids[i : i + 1], **more)[0]
+            assert torch.equal(got[i, : len(answer)], answer) and (got[i, len(answer) :] == ends).all()
+
+
+def test_only_what_has_a_row_for_each_prompt_is_split_by_prompts():
+    model, ids = routed(router=False), prompts(3)
+    rows = torch.tensor(ONE_HOT)
+    given = {"eos_token_id": torch.tensor([36, 37, 38]), "max_new_tokens": 8, "do_sample": False}
+    got = model.generate(ids, weights=rows, **given)
+    for i in range(3):
+        alone = plain(model, ONE_HOT[i]).generate(ids[i : i + 1], **given)[0]
+        assert torch.equal(got[i, : len(alone)], alone)
+    kept = torch.tensor([0, 2, 4])  # places whose logits are wanted: as many as rows, and no rows
+    logits = model(ids, weights=rows, logits_to_keep=kept).logits
+    for i in range(3):
+        whole = model(ids[i : i + 1], weights=rows[i]).logits
+        torch.testing.assert_close(logits[i], whole[0, kept])
 
 
 def test_experts_of_another_generator_or_host_are_refused(tmp_path):
@@ -215,35 +259,6 @@ def test_experts_of_another_generator_or_host_are_refused(tmp_path):
     model = routed(router=False)
     with pytest.raises(CheckpointError, match="built for another"):
         RoutedForCausalLM(RoutedConfig(host=host("gpt2").config), host=host("gpt2"), experts=model.experts)
-
-
-def test_a_tap_behind_a_routed_block_needs_a_second_prefill():
-    base, experts = experts_of()
-    built = build_experts(base, experts, ["model.layers.1"], sparsifier="sign")
-    for tap, fits in ((0, True), (1, True), (2, False)):
-        config = RoutedConfig(host=host().config, routing={"tap": tap})
-        if fits:
-            RoutedForCausalLM(config, host=host(), experts=built)
-            continue
-        with pytest.raises(RecipeError, match="tap is block 2, behind the first routed block 1"):
-            RoutedForCausalLM(config, host=host(), experts=built)
-    config = RoutedConfig(host=host().config, routing={"tap": 2, "second_prefill": True})
-    model = RoutedForCausalLM(config, host=host(), experts=built)
-    ids = prompts()
-    before = model.features(ids)
-    model.materialise([1.0, 0, 0])
-    assert torch.equal(model.features(ids), before)
-
-
-def test_a_router_of_entropies_asks_every_expert():
-    model, ids = routed(), prompts(2)
-    model.config.routing = {**model.config.routing, "kind": "entropy", "selection": "soft"}
-    model.router = type(model.router)("entropy", 3)
-    found = model.features(ids)
-    for t in range(3):
-        logs = plain(model, ONE_HOT[t])(ids).logits[:, -1].double().log_softmax(-1)
-        torch.testing.assert_close(found[:, t], -(logs.exp() * logs).sum(-1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.route(ids).weights, (-found).softmax(1))
 
 
 def test_a_router_that_says_nothing_leaves_the_dense_model():

@@ -24,7 +24,8 @@ def pooled(
 ) -> Tensor:
     """Return the mean, or the last, of the states that reach a block, over each prompt's real tokens ``(n, d)``.
 
-    The pass ends at the block: what lies behind it is not computed. Neither padding nor other rows count.
+    The pass ends at the block: what lies behind it is not computed. Neither padding nor other rows count; see
+    :func:`real_tokens` for which tokens are padding.
     """
     found: list[Tensor] = []
 
@@ -40,9 +41,7 @@ def pooled(
     finally:
         handle.remove()
     states = found[0].to(torch.float64)
-    if attention_mask is None:
-        return (states.mean(1) if pooling == "mean" else states[:, -1]).cpu()
-    real = attention_mask[:, -states.shape[1] :].to(states)
+    real = real_tokens(host, states, input_ids, attention_mask).to(states)
     if pooling == "mean":
         return ((states * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)).cpu()
     return states[torch.arange(len(states)), _last(real)].cpu()
@@ -53,12 +52,25 @@ def entropies(
 ) -> Tensor:
     """Return the entropy of the next token after each prompt, in nats ``(n)``."""
     logits = host(**_inputs(host, input_ids, attention_mask, inputs)).logits
-    if attention_mask is None:
-        last = logits[:, -1]
-    else:
-        last = logits[torch.arange(len(logits)), _last(attention_mask[:, -logits.shape[1] :])]
+    last = logits[torch.arange(len(logits)), _last(real_tokens(host, logits, input_ids, attention_mask))]
     logs = last.double().log_softmax(-1)
     return -(logs.exp() * logs).sum(-1).cpu()
+
+
+def real_tokens(host: Any, states: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return which tokens of a batch are no padding ``(n, t)``.
+
+    Without a mask these are all, but for a run at a row's end of the padding token or of token 0, which test harnesses
+    fill rows with: it would count as much as the prompt. A row of nothing else is taken as it is.
+    """
+    if mask is not None:
+        return mask[:, -states.shape[1] :].to(states.device)
+    if ids is None:
+        return states.new_ones(states.shape[:2])
+    pad = getattr(host.config, "pad_token_id", None)
+    fill = (ids == 0) | (ids == (0 if pad is None else pad))
+    behind = fill.flip(1).long().cumprod(1).flip(1).bool()
+    return (~behind | behind.all(1, keepdim=True)).to(states.device)
 
 
 def _last(real: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from modicum.errors import CheckpointError
 from modicum.models.router import Router
+from modicum.models.router_fitting import packed, unpacked
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.experts import ExpertSet
 
@@ -81,11 +82,12 @@ def read_router(folder: Path, config: RoutedConfig) -> Router | None:
     path = folder / ROUTER
     if about is None or not (path.is_file() or route.kind == "entropy"):
         return None
-    tensors = load_file(path) if path.is_file() else {}
+    tensors = unpacked(load_file(path)) if path.is_file() else {}
     return Router(route.kind, len(about.names), tensors, route.temperature, route.threshold)  # type: ignore[arg-type]
 
 
-def write_router(folder: Path, router: Router) -> None:
-    """Write the router's numbers; a router without any leaves no file."""
-    if router.tensors:
-        save_file({name: tensor.contiguous() for name, tensor in router.tensors.items()}, folder / ROUTER)
+def write_router(folder: Path, router: Router | None) -> None:
+    """Write the router's numbers; none, or one without any, leaves no file."""
+    (folder / ROUTER).unlink(missing_ok=True)  # it may be another name of a file elsewhere
+    if router is not None and (parts := packed(router.tensors, gate=router.threshold is not None)):
+        save_file(parts, folder / ROUTER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from modicum.errors import RecipeError, UnsupportedError
 from modicum.layout import stacks
 from modicum.models.routed import folder as files
 from modicum.models.routed.beside import SidePath
-from modicum.models.routed.config import RoutedConfig
+from modicum.models.routed.config import RoutedConfig, Routing
 from modicum.models.routed.requests import FIXED, Groups, Requests, groups_of, rows_of
 from modicum.models.routed.working import WorkingWeights
 from modicum.models.router import Router
@@ -70,7 +70,10 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         self.config.host = self.host.config
         self.host.config._name_or_path = ""  # a folder is the same wherever it was loaded from
         self.generation_config = self.host.generation_config
-        self.experts, self.router = experts, router
+        self.experts = experts
+        self._router: Router | None = None
+        if router is not None:
+            self.router = router
         self._folder: Path | None = None
         self._fixed: Tensor | None = None
         self.working: WorkingWeights | None = None
@@ -81,8 +84,27 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
             self.working = WorkingWeights(self.host, experts, memory_bytes=memory_bytes)
             if experts.routed and SidePath.fits(experts):
                 self.side = SidePath(self.host, experts, dict(self.working.names))
-            _check_tap(config, experts)
+            _check_tap(config, experts, next(iter(stacks(n for n, _ in self.host.named_parameters()).values()), 0))
+            if config.route.centred:
+                experts.about.coefficients(experts.about.even, centred=True)  # refuses what cannot be centred
         self.eval()
+
+    @property
+    def router(self) -> Router | None:
+        """What weighs the experts by a prompt; its temperature and threshold are those of ``config.routing``."""
+        route = self.config.route
+        return self._router and replace(self._router, temperature=route.temperature, threshold=route.threshold)
+
+    @router.setter
+    def router(self, router: Router | None) -> None:
+        self._router = router
+        known = Routing() if router is None else router
+        self.config.routing = {
+            **self.config.routing,
+            "kind": known.kind,
+            "temperature": known.temperature,
+            "threshold": known.threshold,
+        }
 
     @classmethod
     def from_pretrained(
@@ -124,7 +146,10 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write the model, with the dense weights whatever mixture is in use; a loaded one byte for byte as it was."""
+        """Write the model, with the router in use, and the dense weights whatever mixture is in use.
+
+        The weights and experts of a loaded model are written byte for byte as they were.
+        """
         out = Path(save_directory)
         out.mkdir(parents=True, exist_ok=True)
         if self._folder is not None and self._folder.resolve() != out.resolve():
@@ -136,6 +161,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
             self.host.save_pretrained(out)
             if self.experts is not None:
                 self._write_experts(out)
+        files.write_router(out, self.router)
         self.config.architectures = [type(self).__name__]
         self.config.checksums = files.checksums(out)
         self.config.save_pretrained(out)
@@ -147,10 +173,6 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         assert self.experts is not None  # noqa: S101
         parts = {name: part.contiguous() for name, part in self.experts.parts.items()}
         save_file(parts, out / f"{files.EXPERTS}.safetensors", metadata={"format": "pt"})
-        if self.router is not None:
-            files.write_router(out, self.router)
-            self.config.routing |= {"kind": self.router.kind, "temperature": self.router.temperature}
-            self.config.routing |= {"threshold": self.router.threshold}
 
     # What transformers asks of any model is the host's to answer.
 
@@ -237,7 +259,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         output: Any = None
         for weights, numbers in groups.items():
             self.materialise(weights)
-            part = {key: rows_of(value, numbers, n) for key, value in given.items()}
+            part = rows_of(given, numbers, n)
             output = self.host(**{**part, "use_cache": False})
             logits = output.logits.new_empty(n, *output.logits.shape[1:]) if logits is None else logits
             logits[numbers] = output.logits
@@ -258,10 +280,9 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         ids = kwargs.pop("input_ids", inputs)
         mask = kwargs.get("attention_mask")
         embeds = {key: kwargs[key] for key in ("inputs_embeds",) if kwargs.get(key) is not None}
-        if ids is not None and mask is None and (pad := self.generation_config.pad_token_id) is not None:
-            mask = (
-                (ids != pad).long() if bool((ids == pad).any()) and pad != self.generation_config.eos_token_id else None
-            )
+        pad, ends = self._special(kwargs)
+        if ids is not None and mask is None and pad is not None and pad not in ends and bool((ids == pad).any()):
+            mask = (ids != pad).long()
         cache = kwargs.get("past_key_values", kwargs.get("cache"))
         rows = self._weights(ids, mask, weights, cache, embeds) if ids is not None or embeds else None
         if rows is None:
@@ -284,15 +305,22 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         found: dict[int, Tensor] = {}
         for weights, numbers in groups.items():
             self.materialise(weights)
-            part = {key: rows_of(value, numbers, n) for key, value in kwargs.items()}
-            output = self.host.generate(rows_of(ids, numbers, n), **part)
+            part = rows_of(kwargs, numbers, n)
+            output = self.host.generate(None if ids is None else ids[numbers], **part)
             for number, answer in zip(numbers, output.split(len(output) // len(numbers))):
                 found[number] = answer
         length = max(answer.shape[1] for answer in found.values())
-        pad = self.generation_config.pad_token_id
-        pad = kwargs.get("pad_token_id", 0 if pad is None else pad)
-        parts = [torch.nn.functional.pad(found[i], (0, length - found[i].shape[1]), value=pad) for i in range(n)]
+        pad, ends = self._special(kwargs)
+        fill = next(iter(ends), 0) if pad is None else pad  # as transformers fills up what ended early
+        parts = [torch.nn.functional.pad(found[i], (0, length - found[i].shape[1]), value=fill) for i in range(n)]
         return torch.cat(parts)
+
+    def _special(self, kwargs: Mapping[str, Any]) -> tuple[int | None, list[int]]:
+        """Return the padding token of a generation, if there is one, and the tokens that end an answer."""
+        config = kwargs.get("generation_config") or self.generation_config
+        pad, end = (kwargs.get(key, getattr(config, key)) for key in ("pad_token_id", "eos_token_id"))
+        ends = [] if end is None else torch.as_tensor(end).reshape(-1).tolist()
+        return None if pad is None else int(pad), ends
 
 
 def _remembered(output: Any, rows: Tensor, *caches: Any) -> Any:
@@ -304,11 +332,13 @@ def _remembered(output: Any, rows: Tensor, *caches: Any) -> Any:
     return output
 
 
-def _check_tap(config: RoutedConfig, experts: ExpertSet) -> None:
-    """Refuse a tap whose input depends on what it decides."""
+def _check_tap(config: RoutedConfig, experts: ExpertSet, depth: int) -> None:
+    """Refuse a tap that is no block of the host, or whose input depends on what it decides."""
     from modicum.layout import layer_of
 
     route = config.route
+    if route.tap >= max(depth, 1):
+        raise RecipeError(f"tap is block {route.tap}, and the model has {depth}. Tap one from 0 to {depth - 1}.")
     first = min((layer.number for name in experts.routed if (layer := layer_of(name))), default=None)
     outside = any(layer_of(name) is None for name in experts.routed)
     if route.kind == "entropy" or route.second_prefill or first is None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.models.routed.features import entropies, pooled
 from modicum.models.routed.working import WorkingWeights
-from modicum.models.router import Router, is_uniform, routing_weights, uncertainty
+from modicum.models.router import is_uniform, routing_weights, uncertainty
 from modicum.weights.experts import ExpertSet
 
+BATCHED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
 FIXED = "_modicum_weights"  # what a cache remembers of the weights that filled it
 Groups: TypeAlias = Mapping[tuple[float, ...], list[int]]
 
@@ -43,7 +44,7 @@ class Requests:
     layers: Any
     device: Any
     experts: ExpertSet | None
-    router: Router | None
+    router: Any  # a property of the subclass: Router | None
     working: WorkingWeights | None
     _fixed: Tensor | None
 
@@ -180,6 +181,7 @@ def groups_of(weights: Tensor) -> dict[tuple[float, ...], list[int]]:
     return groups
 
 
-def rows_of(value: Any, numbers: list[int], n: int) -> Any:
-    """Return some rows of a tensor that has one for each of ``n`` requests; anything else as it is."""
-    return value[numbers] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == n else value
+def rows_of(given: Mapping[str, Any], numbers: list[int], n: int) -> dict[str, Any]:
+    """Return the arguments of some of ``n`` requests: their rows of what has a row for each, all else as it is."""
+    rowed = {key for key in BATCHED if isinstance(given.get(key), Tensor) and len(given[key]) == n}
+    return {key: value[numbers] if key in rowed else value for key, value in given.items()}

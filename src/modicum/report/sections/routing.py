@@ -86,7 +86,7 @@ def _bytes(found: Mapping[str, Any]) -> Markup:
         return Markup("")
     rows = [[f"{count:.0f} whole models", size(whole * count), "100 %"]]
     for store, stored in found.get("by_store", {}).items():
-        total = finite(found.get("dense", whole)) or whole
+        total = (finite(found.get("dense", whole)) or whole) + (finite(found.get("router")) or 0)
         chosen = " (this folder)" if store == found.get("store") else ""
         rows.append(
             [

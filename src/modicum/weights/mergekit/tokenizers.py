@@ -45,6 +45,12 @@ def read_tokenizer(model: Checkpoint, convert: Converter | None = None) -> Mappi
 
 
 def notes_on_tokenizers(models: Mapping[str, object]) -> list[str]:
+    """Say where models are merged that give a row to different tokens; see :func:`clashes`."""
+    more = ", and they are merged all the same; tokenizer: union brings equal tokens together"
+    return [told + more for told in clashes(models)]
+
+
+def clashes(models: Mapping[str, object]) -> list[str]:
     """Say where models give a row to different tokens, as tokenizers of one size may.
 
     Args:
@@ -65,7 +71,7 @@ def notes_on_tokenizers(models: Mapping[str, object]) -> list[str]:
         if rows:
             notes.append(
                 f"{other} has other tokens than {first} in {len(rows)} rows, such as {theirs[rows[0]]!r} for "
-                f"{mine[rows[0]]!r}, and they are merged all the same; tokenizer: union brings equal tokens together"
+                f"{mine[rows[0]]!r}"
             )
     return notes
 

@@ -45,6 +45,11 @@ class Store:
         """Bytes of all parts, to the byte what a file will hold."""
         return sum(spec.nbytes for spec in self.specs.values())
 
+    @property
+    def expected_nbytes(self) -> int:
+        """The same, or what is expected where a draw over all entries decides it."""
+        return self.nbytes
+
     def encode(self, dense: Tensor, expert: Tensor) -> dict[str, Tensor]:
         """Return the parts that stand for ``expert`` − ``dense``."""
         raise NotImplementedError

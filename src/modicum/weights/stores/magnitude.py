@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -64,7 +65,9 @@ class Magnitude(Kept):
 
     def keep(self, dense: Tensor, expert: Tensor, delta: NDArray[Any]) -> tuple[NDArray[np.bool_], float]:
         """Return where the largest entries are."""
-        (cut,) = trim_cuts(dense, [expert], [self.density]) if self.numel else (None,)
+        # In float32, as the difference is: a cut of float64 numbers would lie between its entries.
+        tensors = [t.float() if t.dtype == torch.float64 else t for t in (dense, expert)]
+        (cut,) = trim_cuts(tensors[0], tensors[1:], [self.density]) if self.numel else (None,)
         if cut is None:
             return np.ones(self.numel, bool), 1.0
         sizes = np.abs(delta)

@@ -15,7 +15,7 @@ from modicum.philox import words
 from modicum.registry import expert_store
 from modicum.types import Fraction
 from modicum.weights.stores.base import BLOCK, Layout, Values
-from modicum.weights.stores.kept import Kept
+from modicum.weights.stores.kept import Kept, store_bytes
 
 
 def drawn_mask(key: int, start: int, count: int, *, density: float) -> NDArray[np.bool_]:
@@ -86,6 +86,12 @@ class RandomRescaled(Kept):
     def count(self) -> int:
         """Return how many entries are kept."""
         return _count(self.key, self.numel, self.density)
+
+    @property
+    def expected_nbytes(self) -> int:
+        """Bytes of all parts if as many entries are kept as on average."""
+        kept = round(self.density * self.numel)
+        return store_bytes(self.shape, kept, layout=self.layout, values=self.values)
 
     def keep(self, dense: Tensor, expert: Tensor, delta: NDArray[Any]) -> tuple[NDArray[np.bool_], float]:  # noqa: ARG002
         """Return the drawn mask, and one over its share."""
