@@ -37,7 +37,9 @@ def test_list_prints_every_table(monkeypatch, capsys):
     tables = json.loads(out)
     assert code == 0 and {"merge_methods", "averagers", "jobs", "recipes", "policies"} <= tables.keys()
     assert {"linear", "task_arithmetic", "ties", "tsv"} <= set(tables["merge_methods"])
-    assert {"train", "merge", "average", "evaluate", "pipeline"} <= set(tables["jobs"])
+    assert {"train", "merge", "average", "evaluate", "pipeline", "attack", "synthesize"} <= set(tables["jobs"])
+    assert {"linear", "llama_guard3", "qwen3guard", "wild_guard", "decision", "declines"} <= set(tables["judges"])
+    assert {"plain", "template", "base64", "flip", "past_tense", "persuasion"} <= set(tables["attacks"])
     assert "quickstart" in tables["recipes"]
 
 

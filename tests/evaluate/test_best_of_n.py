@@ -23,7 +23,7 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-counts = st.lists(st.integers(1, 7).flatmap(lambda m: st.tuples(st.integers(0, m), st.just(m))), min_size=1, max_size=5)
+counts = st.lists(st.integers(1, 8).flatmap(lambda m: st.tuples(st.integers(0, m), st.just(m))), min_size=1, max_size=5)
 
 
 @given(counts, st.data())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import string
 import subprocess
@@ -148,8 +149,6 @@ def test_expected_draws(rate, draws):
 
 def test_draws_of_scripted_targets_are_as_expected(tmp_path):
     """A target that is unsafe at random with rate p costs what the formula says; its curve is that of p to the N."""
-    import random
-
     from modicum.evaluate.best_of_n import asr_all_from_first_safe
     from modicum.evaluate.chat import AttackedPrompt, GenParams, Goal, Verdict, user
     from modicum.jobs.chat.scripted import Scripted
@@ -275,10 +274,11 @@ def test_rows_of_all_arms_are_written_compressed_and_a_train_job_reads_them(part
 def test_nothing_of_the_requests_or_answers_lies_in_clear(parts, tmp_path):
     run = execute(synthesize_recipe(parts), tmp_path / "run", quiet=True)
     other = execute(attack_recipe(parts), tmp_path / "other", quiet=True)
+    reversed_wish = "A harmful wish"[::-1].encode()
     for folder in (run.folder, other.folder):
         for file in folder.rglob("*"):
             if file.is_file():
-                assert b"A harmful wish" not in file.read_bytes(), file
+                assert b"A harmful wish" not in file.read_bytes() and reversed_wish not in file.read_bytes(), file
 
 
 @given(st.lists(st.text(string.ascii_letters + " é🙂", min_size=12, max_size=80), min_size=1, max_size=6, unique=True))
@@ -348,7 +348,11 @@ class Judge:
         time.sleep(0.002)
         return [Verdict(len(item.response) % 3 > 0) for item in items]
 prompts = [AttackedPrompt(Goal(f"g{i}", f"goal {i}"), user(f"goal {i}"), "plain") for i in range(60)]
-target = Scripted(lambda request: "x" * (request.params.seed % 97))
+drawn = open(sys.argv[2], "ab", buffering=0)
+def say(request):
+    drawn.write(f"{request.tag} {request.params.seed}\\n".encode())
+    return "x" * (request.params.seed % 97)
+target = Scripted(say)
 store = Verdicts(pathlib.Path(sys.argv[1]))
 print("ready", flush=True)
 rows = Drawing(target, Judge(), store, params=GenParams(), seed=0, batch=7).samples(prompts, 64, early_stop=True)
@@ -358,18 +362,37 @@ print([len(row) for row in rows])
 
 @pytest.mark.slow
 def test_kills_at_any_moment_lose_and_repeat_nothing(tmp_path):
+    """Of fifty kills at random moments each finds a run at work; answers that were kept are never drawn again."""
     command = [sys.executable, "-c", KILLED]
-    whole = subprocess.run([*command, str(tmp_path / "whole.jsonl")], capture_output=True, text=True, check=True).stdout
-    path = tmp_path / "killed.jsonl"
-    for attempt in range(50):
-        process = subprocess.Popen([*command, str(path)], stdout=subprocess.PIPE, text=True)
+    luck, path, log = random.Random(5), tmp_path / "killed.jsonl", tmp_path / "killed.log"
+
+    def read(file):
+        lines = [line for line in file.read_bytes().split(b"\n") if line.endswith(b"}")] if file.exists() else []
+        return {entry["key"]: entry["verdict"] for entry in map(json.loads, lines)}, len(lines)
+
+    began = time.monotonic()
+    whole = subprocess.run([*command, str(tmp_path / "whole.jsonl"), str(tmp_path / "whole.log")],
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    wanted, _ = read(tmp_path / "whole.jsonl")
+    span, kills = time.monotonic() - began, 0
+    for _ in range(200):
+        if kills == 50 or len(read(path)[0]) == len(wanted):
+            break
+        process = subprocess.Popen([*command, str(path), str(log)], stdout=subprocess.PIPE, text=True)
         process.stdout.readline()
-        time.sleep(0.001 * (attempt % 17))
+        time.sleep(luck.uniform(0, span / 40))
+        alive = process.poll() is None
+        kept = read(path)[0]
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    assert subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout == whole
-    lines = [json.loads(line)["key"] for line in path.read_bytes().split(b"\n") if line.endswith(b"}")]
-    assert len(lines) == len(set(lines)) == len((tmp_path / "whole.jsonl").read_bytes().splitlines())
+        kills += alive and len(kept) < len(wanted)
+    assert kills >= 20
+    again = subprocess.run([*command, str(path), str(log)], capture_output=True, text=True, check=True)
+    found, lines = read(path)
+    assert again.stdout == whole.stdout and found == wanted and lines == len(wanted)
+    # A kill costs at most the batch that was on its way.
+    drawn = log.read_bytes().splitlines()
+    assert len(wanted) <= len(drawn) <= len(wanted) + 7 * (kills + 1)
 
 
 def test_a_train_stage_reads_the_rows_that_an_earlier_stage_made(parts, tmp_path):

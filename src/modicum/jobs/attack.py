@@ -8,20 +8,24 @@ with the next answer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le, Lt
 from pydantic import Field, field_validator, model_validator
 
-from modicum.cells import Document, fill
+from modicum.cells import Document, fill, once
+from modicum.errors import CheckpointError
 from modicum.jobs import attack_data
+from modicum.jobs.chat.cache import Cached
 from modicum.jobs.chat.targets import JudgeSection, Target
 from modicum.jobs.chat.transcripts import Transcribed, read_transcripts, transcript_files
 from modicum.jobs.safety.measuring import Cell, Measuring
 from modicum.jobs.safety.suites import GoalSection, Suite, refuse_both, refuse_shared
-from modicum.recipe import Recipe
+from modicum.recipe import Recipe, inputs_of
 from modicum.record import Run
 from modicum.registry import job
+from modicum.stored import read_record
 from modicum.types import NonNegative, PositiveInt
 
 CUT = 0.1  # share of answers cut inside their reasoning from which a run says so
@@ -117,6 +121,7 @@ def plan(recipe: AttackRecipe) -> list[str]:
             f"{name}: {suite.attack.name}" + (f", {len(wrappers)} wrappers" if None not in wrappers.values() else "")
         )
     if recipe.transcripts is not None:
+        _same_models(recipe, inputs_of(recipe).hashes)
         lines.append(f"{len(read_transcripts(recipe.transcripts))} answers are known from {recipe.transcripts}")
     lines.append(f"judged by {recipe.judge.name}; refusals by {recipe.judge.refusal} where it does not tell")
     return lines
@@ -139,7 +144,7 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
             ``verdicts/`` has a line for each judged answer, with a hash in place of its words.
     """
     from modicum.evaluate.chat import GenParams
-    from modicum.jobs.chat.targets import open_judge, open_target, require_sampling
+    from modicum.jobs.chat.targets import calibrated, open_judge, open_target, require_sampling
     from modicum.jobs.safety.drawing import Drawing, Verdicts, teller
     from modicum.jobs.safety.measuring import measured, summary
 
@@ -149,10 +154,18 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     keys = {f"{target}.{suite}": (target, suite) for target in recipe.targets for suite in recipe.suites}
     folder = run.folder / "verdicts"
     judge, errors = open_judge(recipe.judge)
-    attacker = None if recipe.attacker is None else open_target(recipe.attacker, sampled=False)
+    if recipe.judge.calibrate:
+        store = Document(run.folder / "judge.json", {"hash": run.hash})
+        own = once(store, "harm", lambda: calibrated(recipe.judge, judge)) or {}
+        errors |= {**own, "labelled": [*own["labelled"], *errors["labelled"]]}
+    attacker: Any = None
+    if recipe.attacker is not None:  # asked once for each goal and suite, whatever the targets and kills
+        attacker = open_target(recipe.attacker, sampled=False)
+        attacker = Cached(attacker, run.folder / "reworded.jsonl", revision=run.hash, packed=True)
     params = GenParams(temperature=recipe.temperature or 1.0, top_p=recipe.top_p, max_tokens=recipe.max_new_tokens)
     how = recipe.how
     known = None if recipe.transcripts is None else read_transcripts(recipe.transcripts)
+    _same_models(recipe, run.inputs.hashes)
     opened: dict[str, Drawing] = {}
 
     def drawing(name: str) -> Drawing:
@@ -166,17 +179,26 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
                 model = Transcribed(target.called, known, lambda: open_target(target, sampled=recipe.samples > 1))
             if recipe.samples > 1:
                 require_sampling(model)
-            store = Verdicts(folder / f"{name}.jsonl", save_completions=recipe.save_completions)
+            verdicts = Verdicts(folder / f"{name}.jsonl", save_completions=recipe.save_completions)
             tell = teller(run, f"{name}: answers judged")
             opened[name] = Drawing(
-                model, judge, store, params=params, seed=recipe.seed, system=target.system, tell=tell
+                model, judge, verdicts, params=params, seed=recipe.seed, system=target.system, tell=tell
             )
         return opened[name]
 
+    @cache
+    def wrapped(name: str) -> tuple[Any, Any]:
+        harmful, harmless = (recipe.suites[name].wrap(name, part, attacker) for part in (goals, benign))
+        if lost := len(goals) + len(benign) - len(harmful) - len(harmless):
+            run.note(f"{name}: {lost} of {len(goals) + len(benign)} requests were not worded anew, and are left out.")
+        return harmful, harmless
+
     def measure(target: str, name: str) -> Cell:
-        suite = recipe.suites[name]
-        harmful, harmless = (suite.wrap(name, part, attacker) for part in (goals, benign))
-        return {"target": target, "suite": name} | measured(how, drawing(target), harmful, harmless, errors)
+        harmful, harmless = wrapped(name)
+        cell = {"target": target, "suite": name, "attack": recipe.suites[name].attack.name}
+        if lost := len(goals) + len(benign) - len(harmful) - len(harmless):
+            cell["not_worded"] = lost
+        return cell | measured(how, drawing(target), harmful, harmless, errors)
 
     def tell(key: str, cell: Cell) -> None:
         if lost := cell.get("lost"):
@@ -197,14 +219,16 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
 
     fill(cells, {key: lambda pair=pair: measure(*pair) for key, pair in keys.items()}, tell=tell)  # type: ignore[misc]
     found = [cells[key] for key in keys]
-    used = [section.path for section in (recipe.goals, recipe.benign) if section.path in attack_data.GOALS]
-    families = [s.family or "jailbreakchat" for s in recipe.suites.values() if s.attack.name == "template"]
+    sections = (recipe.goals, recipe.benign, *([recipe.trained_on] if recipe.trained_on else []))
+    used = [section.path for section in sections if section.path in attack_data.GOALS]
+    used += [suite.packaged for suite in recipe.suites.values() if suite.packaged is not None]
+    used += errors.get("labelled", ())
     run.record["metrics"] = {
         "safety": {
             "cells": found,
             "targets": {name: summary([c for c in found if c["target"] == name]) for name in recipe.targets},
             "judge": errors,
-            "data": attack_data.provenance(*dict.fromkeys([*used, *families])),
+            "data": attack_data.provenance(*dict.fromkeys(used)),
             "sampling": {
                 "samples": recipe.samples,
                 "temperature": recipe.temperature,
@@ -217,6 +241,24 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
         }
     }
     run.output("verdicts", folder)
+
+
+def _same_models(recipe: AttackRecipe, hashes: Mapping[str, str]) -> None:
+    """Refuse transcripts of other weights: answers are known by a model's name, which may stand for another model now.
+
+    Raises:
+        CheckpointError: A target is not what it was when the transcripts were made.
+    """
+    if recipe.transcripts is None:
+        return
+    before = read_record(recipe.transcripts).get("inputs") or {}
+    for name, target in recipe.targets.items():
+        for reference in target.inputs():
+            if reference in before and before[reference] != hashes.get(reference):
+                raise CheckpointError(
+                    f"{reference} of target {name!r} is not what it was when {recipe.transcripts} was drawn, so the "
+                    "answers there are not its own. Leave out transcripts, or name the earlier model."
+                )
 
 
 def _goals(recipe: AttackRecipe) -> tuple[list[Any], list[Any]]:

@@ -58,8 +58,8 @@ def goals(name: str) -> list[Goal]:
     """Return the goals of a set: harmful ones, or harmless ones that look harmful.
 
     Args:
-        name: ``adv_bench``, ``harmbench``, ``strongreject``, ``past_tense``, ``future_tense``, ``benign_edgy``,
-            ``benign_expanded``, or a twin set ``twins`` of which :func:`twins` gives the pairs.
+        name: ``adv_bench``, ``harmbench``, ``strongreject``, ``past_tense``, ``future_tense``, ``benign_edgy`` or
+            ``benign_expanded``; :func:`twins` gives pairs of both kinds.
 
     Raises:
         RecipeError: There is no such set.
@@ -72,7 +72,7 @@ def templates(family: str) -> dict[str, str]:
     """Return the wrappers of a family by name; each has exactly one slot ``{{ prompt }}``.
 
     Args:
-        family: ``jailbreakchat``, ``in_the_wild``, ``pliny``, ``self_cipher``, ``code_attack`` or ``skeleton_key``.
+        family: ``jailbreakchat``, ``in_the_wild``, ``pliny``, ``self_cipher`` or ``code_attack``.
 
     Raises:
         RecipeError: There is no such family.
@@ -114,14 +114,18 @@ def twins() -> list[tuple[Goal, Goal]]:
 
 
 def provenance(*names: str) -> dict[str, dict[str, str]]:
-    """Return package, version, path and hash of what stands behind some sets or families."""
+    """Return package, version, path and hash of what stands behind some sets or families.
+
+    Raises:
+        CheckpointError: A package is not installed, or lacks the file.
+    """
     tables: dict[str, Sequence[Packaged]] = {**GOALS, **TEMPLATES, **LABELLED, "twins": TWINS}
     return {
         f"{name}/{part.path.rsplit('/', 1)[-1]}": {
             "package": part.package,
+            "sha256": _digest(files_of(part)),  # which says what to install where the package is missing
             "version": distribution(part.package).version,
             "path": part.path,
-            "sha256": _digest(files_of(part)),
         }
         for name in names
         for part in tables[name]
@@ -245,13 +249,15 @@ def _twins(name: str, texts: Sequence[tuple[str, str]]) -> list[tuple[Goal, Goal
     return [(goal(row, "harmful_version", True, i), goal(row, "text", False, i)) for i, row in enumerate(rows)]
 
 
-def _wrappers(_: str, texts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _wrappers(family: str, texts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the wrappers of YAML files; those with another number of slots than one are no wrappers of a goal."""
     from modicum.evaluate.attacks.code import CODE_SLOT
     from modicum.evaluate.attacks.template import SLOT
 
     found = []
     for name, text in texts:
+        if family == "jailbreakchat" and name == "cipher_chat":  # lies in the same folder, and is a family of its own
+            continue
         entry = parse_yaml(text, name)
         value = entry["value"] if isinstance(entry, dict) else entry
         if isinstance(value, str) and len([*SLOT.findall(value), *CODE_SLOT.findall(value)]) == 1:

@@ -122,6 +122,7 @@ def represent(recipe: RepresentRecipe, run: Run) -> None:
 
     fill(cells, {name: lambda name=name: measure(name) for name in recipe.targets}, tell=tell)  # type: ignore[misc]
     used = [section.path for section in (recipe.goals, recipe.benign) if section.path in attack_data.GOALS]
+    used += [suite.packaged for suite in recipe.suites.values() if suite.packaged is not None]
     run.record["metrics"] = {
         "representation": {
             "cells": [cells[name] for name in recipe.targets],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from modicum.errors import RecipeError
+from modicum.evaluate.judges.declines import Declines
 from modicum.registry import attack
 
 
@@ -20,7 +21,7 @@ def past_tense(goal: str, *, ask: Callable[[str], str]) -> str:
         The reworded goal.
 
     Raises:
-        RecipeError: The model gives nothing.
+        NotWordedError: The model declines, or gives nothing.
 
     Example:
         >>> past_tense("How does one sing?", ask=lambda question: "How did one sing?")
@@ -53,7 +54,7 @@ def persuasion(goal: str, *, ask: Callable[[str], str], technique: str = "logica
         The reworded goal.
 
     Raises:
-        RecipeError: The model gives nothing.
+        NotWordedError: The model declines, or gives nothing.
 
     Example:
         >>> persuasion("Sing.", ask=lambda question: "Science says that singing helps. Sing.")
@@ -73,7 +74,12 @@ def persuasion(goal: str, *, ask: Callable[[str], str], technique: str = "logica
     )
 
 
+class NotWordedError(RecipeError):
+    """The model declined to word a goal anew, or gave nothing: its words must not be measured in the goal's place."""
+
+
 def _reworded(ask: Callable[[str], str], question: str) -> str:
-    if not (said := ask(question).strip()):
-        raise RecipeError("The model that words goals anew gave an empty text. Take a stronger one.")
+    said = ask(question).strip()
+    if not said or Declines().refuses(said):
+        raise NotWordedError("The model that words goals anew declined, or gave an empty text. Take another one.")
     return said

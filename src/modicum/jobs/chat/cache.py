@@ -18,7 +18,7 @@ from typing import Any
 
 from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
-from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving
+from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving, fingerprint
 
 
 class Cached:
@@ -152,9 +152,9 @@ class Recorded:
         for request in requests:
             keys = [request.key(self.name, self.revision, index) for index in range(request.params.n)]
             if lost := [index for index, key in enumerate(keys) if key not in self.known]:
-                asked = request.tag or request.messages[-1]["content"][:40]
+                asked = request.tag or f"with the SHA-256 {fingerprint(request.messages[-1]['content'])[:12]}…"
                 raise RecipeError(
-                    f"{self.path} has no sample {lost[0]} of request {asked!r}. Record it with the model first."
+                    f"{self.path} has no sample {lost[0]} of request {asked}. Record it with the model first."
                 )
             results.append(ChatResult(tuple(self.known[key] for key in keys)))
         return results

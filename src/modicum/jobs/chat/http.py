@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from hashlib import sha256
 from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ R = TypeVar("R")
 
 LONGEST_WAIT = 30.0  # seconds between two attempts, whatever the server asks for
 LARGEST = 1 << 26  # bytes of an answer
+QUOTED = 20  # letters in a row that an error shares with its request only if it quotes it
 
 
 class FailedError(Exception):
@@ -61,8 +63,8 @@ class Endpoint:
                     try:
                         return json.loads(text)
                     except ValueError:
-                        raise FailedError(f"the answer is no JSON: {text[:60]!r}") from None
-                said = f"status {status}: {self._reason(text)}"
+                        raise FailedError(f"the answer is no JSON: {_unquoted(text)}") from None
+                said = f"status {status}: {self._reason(text, body)}"
                 if status not in (408, 409, 429) and status < 500:
                     raise FailedError(said)
                 self.busy += status in (429, 503)
@@ -104,16 +106,38 @@ class Endpoint:
         while self.idle:
             self.idle.pop().close()
 
-    def _reason(self, text: bytes) -> str:
-        """Return what the server says, in one line and without the key, which some servers repeat."""
+    def _reason(self, text: bytes, body: Mapping[str, Any]) -> str:
+        """Return what the server says of the error, in one line and without the key, which some servers repeat.
+
+        A request, or an answer that a server's filter took back, must not get into records by way of an error: what is
+        no error of the protocol, or holds words of the request, is told by its length and hash.
+        """
         try:
             found = json.loads(text)
             error = found.get("error", found) if isinstance(found, dict) else found
-            said = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-        except (ValueError, AttributeError):
-            said = text.decode("utf-8", "replace")
-        line = " ".join(said.split())[:200]
-        return line.replace(self._key, "***") if self._key else line
+            said = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+        except ValueError:
+            said = None
+        if not isinstance(said, str) or not said.strip():
+            return _unquoted(text)
+        line = " ".join(said.split())
+        asked = " ".join(" ".join(_texts([body.get("messages"), body.get("state")])).split())
+        if any(line[i : i + QUOTED] in asked for i in range(len(line) - QUOTED + 1)):
+            return _unquoted(text)
+        return (line.replace(self._key, "***") if self._key else line)[:200]
+
+
+def _unquoted(text: bytes) -> str:
+    """Return what stands for a server's words in an error."""
+    return f"{len(text)} bytes with the SHA-256 {sha256(text).hexdigest()[:12]}…"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
 
 
 def together(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from modicum.errors import RecipeError
-from modicum.evaluate.chat import ChatRequest, ChatResult, Choice
+from modicum.evaluate.chat import ChatRequest, ChatResult, Choice, fingerprint
 
 Said: TypeAlias = "str | Choice"
 
@@ -47,7 +47,7 @@ class Scripted:
         else:
             asked = request.messages[-1]["content"]
             if asked not in self.script:
-                raise RecipeError(f"The script has no answer to {asked[:60]!r}.")
+                raise RecipeError(f"The script has no answer to a text with the SHA-256 {fingerprint(asked)[:12]}….")
             told = self.script[asked]
             said = told if isinstance(told, str | Choice) else told[index % len(told)]
         return said if isinstance(said, Choice) else Choice(said)

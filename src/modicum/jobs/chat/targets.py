@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from modicum import registry
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.calibration import Calibration, calibrate
-from modicum.evaluate.chat import ChatModel, Judge, JudgeItem, Verdict
+from modicum.evaluate.chat import THINK, ChatModel, Judge, JudgeItem, Verdict
 from modicum.evaluate.judging import unjudged
 from modicum.jobs.safety.prompts import guideline_text, load_guidelines
 from modicum.recipe import Section
@@ -41,6 +41,8 @@ class Target(Section):
     thinking: Literal["own", "zero", "less", "more"] = Field(
         default="own", description="zero, less or more reasoning than the model's own, of models that reason in tags"
     )
+    tags: tuple[str, str] = Field(default=THINK, description="how the model's reasoning opens and closes")
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of requests to the endpoint")
     guidelines: str | bool = Field(
         default=False, description="true, or a file: the guidelines stand before every conversation as system message"
     )
@@ -60,6 +62,10 @@ class Target(Section):
             raise ValueError("expected `model`, or `endpoint` with `name`, and not both")
         if self.endpoint is not None and self.name is None:
             raise ValueError("an endpoint needs the `name` of its model")
+        if self.extra_body and self.endpoint is None:
+            raise ValueError("extra_body is sent to an endpoint, and the model is on this machine; leave it out")
+        if len({tag.strip() for tag in self.tags} - {""}) != 2:
+            raise ValueError(f"tags is {list(self.tags)}, expected two different texts")
         if self.endpoint is not None and self.thinking != "own":
             raise ValueError(
                 f"thinking: {self.thinking} begins the answer for the model, which an endpoint cannot go on with"
@@ -103,7 +109,7 @@ def open_target(target: Target, *, progress: Any = lambda _: None, sampled: bool
 
     model = _opened(target, progress, sampled)
     kinds = {"zero": ZeroThink, "less": LessThink, "more": MoreThink}
-    return kinds[target.thinking](model) if target.thinking in kinds else model
+    return kinds[target.thinking](model, tags=target.tags) if target.thinking in kinds else model
 
 
 def look_at(target: Target) -> None:
@@ -173,6 +179,8 @@ def _client(target: Target, progress: Any = lambda _: None) -> OpenAICompatible:
         timeout=target.timeout,
         retries=target.retries,
         allow_remote=target.allow_remote,
+        extra_body=target.extra_body,
+        tags=target.tags,
         progress=progress,
     )
 
@@ -191,7 +199,7 @@ def _opened(target: Target, progress: Any, sampled: bool) -> ChatModel:
     reference = target.model or ""
     model = load_model(reference, dtype=target.dtype, device=target.device, remote_code=target.remote_code)
     tokenizer = load_tokenizer(reference, remote_code=target.remote_code)
-    return LocalHF(model, tokenizer, name=reference, batch_size=target.batch_size, progress=progress)
+    return LocalHF(model, tokenizer, name=reference, batch_size=target.batch_size, progress=progress, tags=target.tags)
 
 
 class JudgeSection(Section):
@@ -202,6 +210,11 @@ class JudgeSection(Section):
     )
     backend: Target | None = Field(default=None, description="the model that a judge asks")
     knobs: dict[str, Any] = Field(default_factory=dict, description="knobs of the judge")
+    calibrate: NonNegativeInt = Field(
+        default=0,
+        description="labelled answers on which a judge of a model is measured first, half of them harmful; attack "
+        "success is corrected for the errors then",
+    )
     refusal: Literal["declines", "evasion", "prefix"] = Field(
         default="declines",
         description="who tells refusals where the judge does not, approximately: how first clauses begin, these or no "
@@ -230,6 +243,10 @@ class JudgeSection(Section):
 
 def _has_its_model(section: JudgeSection) -> None:
     entry = registry.judge[section.name]
+    if section.calibrate and not entry.facts.asks_model:
+        raise ValueError(f"calibrate measures judges that ask a model, and {section.name!r} asks none; leave it out")
+    if section.calibrate == 1:
+        raise ValueError("calibrate is 1, expected 2 labelled answers or more, some of both kinds")
     if entry.facts.asks_model and section.backend is None:
         raise ValueError(f"judge {section.name!r} asks a model: name it as `backend`")
     if not entry.facts.asks_model and section.backend is not None:
@@ -295,10 +312,10 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
     from modicum.jobs.attack_data import labelled
 
     entry = registry.judge[section.name]
-    known: dict[str, Any] = {"judge": section.name, "approximate": entry.facts.approximate}
+    known: dict[str, Any] = {"judge": section.name, "approximate": entry.facts.approximate, "labelled": []}
     if section.name == "linear":
         guard = LinearGuard(**entry.knobs(section.knobs)).fit(*labelled("harm"))
-        known |= {"auroc": guard.area} | _errors(guard.calibration)
+        known |= {"auroc": guard.area, "labelled": ["harm"]} | _errors(guard.calibration)
         harm: Judge = guard
     else:
         knobs = entry.knobs(section.knobs)
@@ -315,8 +332,29 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
         items, labels = labelled("refusal")
     except CheckpointError:  # without the package of labelled answers its errors stay unknown, which the report says
         return Both(harm, teller), known
+    known["labelled"] = [*known["labelled"], "refusal"]
     known["refusal"] |= _errors(calibrate([verdict.refusal for verdict in teller.judge(items)], labels))
     return Both(harm, teller), known
+
+
+def calibrated(section: JudgeSection, judge: Judge) -> dict[str, Any]:
+    """Return a judge's errors on answers that people have labelled, harmful and harmless ones in equal parts.
+
+    Raises:
+        ModicumError: There are no labelled answers, or the judge reads none of one kind.
+    """
+    import torch
+
+    from modicum.jobs.attack_data import labelled
+    from modicum.random import generator
+
+    items, labels = labelled("harm")
+    order = torch.randperm(len(items), generator=generator(0, "calibrate")).tolist()
+    half = [[i for i in order if labels[i] is kind][: section.calibrate // 2] for kind in (True, False)]
+    chosen = [i for part in half for i in part]
+    said = judge.judge([items[i] for i in chosen])
+    found = calibrate([verdict.unsafe for verdict in said], [labels[i] for i in chosen])
+    return {"labelled": ["harm"], "unparsed": found.unparsed, **_errors(found)}
 
 
 def _errors(found: Calibration | None) -> dict[str, Any]:

@@ -41,10 +41,11 @@ Count: TypeAlias = Literal["not_unsafe", "refusal"]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A judged answer as it is kept."""
+    """A judged answer as it is kept; its tokens are unknown where the backend did not tell them."""
 
     verdict: Verdict
     words: int
+    tokens: int | None = None
 
 
 class Verdicts:
@@ -65,16 +66,16 @@ class Verdicts:
         for entry in read_lines_of(path):
             try:
                 fields = {**entry["verdict"], "categories": tuple(entry["verdict"]["categories"])}
-                drawn = Drawn(Verdict(**fields), int(entry["words"]))
+                drawn = Drawn(Verdict(**fields), int(entry["words"]), entry.get("tokens"))
                 if drawn.verdict.outcome != "error":  # earlier versions kept these
                     self.known[entry["key"]] = drawn
             except (KeyError, TypeError, ValueError):
                 raise CheckpointError(f"{path} holds a line that is no verdict. Move the file away.") from None
 
-    def add(self, found: Sequence[tuple[str, AttackedPrompt, Choice, Verdict]]) -> None:
+    def add(self, found: Sequence[tuple[str, AttackedPrompt, Choice, int | None, Verdict]]) -> None:
         """Keep some judged answers."""
         lines = []
-        for key, prompt, choice, verdict in found:
+        for key, prompt, choice, tokens, verdict in found:
             said = (choice.reasoning or "") + choice.text
             entry: dict[str, Any] = {
                 "key": key,
@@ -85,13 +86,14 @@ class Verdicts:
                 "prompt_sha256": fingerprint(prompt.text),
                 "sha256": fingerprint(said),
                 "words": len(said.split()),
+                "tokens": tokens,
                 "finish": choice.finish_reason,
                 "verdict": as_json(verdict),
             }
             if self.save:
                 entry |= {"reasoning": choice.reasoning, "text": choice.text}
             lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-            self.known[key] = Drawn(verdict, len(said.split()))
+            self.known[key] = Drawn(verdict, len(said.split()), tokens)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.write("".join(lines).encode("utf-8", "surrogatepass"))
@@ -182,7 +184,7 @@ class Drawing:
         fresh: dict[str, Drawn] = {}
         for part in arriving(self.target, [request for _, request in pairs], batch=self.batch):
             answered = [
-                (names[index], pairs[index][0], result.choices[0])
+                (names[index], pairs[index][0], result.choices[0], result.usage.completion_tokens or None)
                 for index, result in part
                 if result.error is None and result.choices
             ]
@@ -195,7 +197,7 @@ class Drawing:
             if answered:
                 judged = [(*entry, verdict) for entry, verdict in zip(answered, self._judged(answered), strict=True)]
                 kept = [entry for entry in judged if entry[-1].outcome != "error"]
-                fresh |= {name: Drawn(verdict, 0) for name, _, _, verdict in judged if verdict.outcome == "error"}
+                fresh |= {name: Drawn(verdict, 0) for name, *_, verdict in judged if verdict.outcome == "error"}
                 self.store.add(kept)
                 unjudged = 0 if kept else unjudged + len(judged)
                 if unjudged >= min(self.batch, len(pairs)):
@@ -213,12 +215,12 @@ class Drawing:
         judged = fingerprint(f"{self.identity} {prompt.goal.text}")[:16]
         return f"{request.key(self.target.name, self.revision)}/{judged}/{self.judge.name}"
 
-    def _judged(self, answered: Sequence[tuple[str, AttackedPrompt, Choice]]) -> list[Verdict]:
-        verdicts = self.judge.judge([item(prompt, choice) for _, prompt, choice in answered])
+    def _judged(self, answered: Sequence[tuple[str, AttackedPrompt, Choice, int | None]]) -> list[Verdict]:
+        verdicts = self.judge.judge([item(prompt, choice) for _, prompt, choice, _ in answered])
         # What a filter stopped after some words is judged by these, and was refused all the same.
         return [
             replace(verdict, refusal=True) if choice.finish_reason == "content_filter" else verdict
-            for verdict, (_, _, choice) in zip(verdicts, answered, strict=True)
+            for verdict, (_, _, choice, _) in zip(verdicts, answered, strict=True)
         ]
 
 

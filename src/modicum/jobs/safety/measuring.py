@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from modicum.evaluate.best_of_n import BestOfNReport
     from modicum.evaluate.chat import AttackedPrompt, ChatModel, Goal, Judge
     from modicum.jobs.safety.drawing import Drawing, Drawn
+    from modicum.jobs.safety.suites import Suite
 
 Cell = dict[str, Any]
 
@@ -86,7 +87,8 @@ def measured(
         "refused": wilson(sum(d.verdict.refusal is True for d in greedy), len(greedy), level=how.level)._asdict(),
         "over_refusal": wilson(refused, len(benign), level=how.level)._asdict(),
         "benign_unread": sum(drawn.verdict.refusal is None for drawn in benign) / len(benign),
-        "words": sum(drawn.words for drawn in [*greedy, *benign]) / (len(greedy) + len(benign)),
+        "words": sum(drawn.words for drawn in both) / len(both),
+        "tokens": _mean([drawn.tokens for drawn in both if drawn.tokens is not None]),
         "prompts": len(harmful),
     }
     if how.count == "not_unsafe":  # the errors are those of a judge of harm: of refusals they say nothing
@@ -146,6 +148,10 @@ def _sampled(how: Measuring, rows: Sequence[Sequence[Drawn]]) -> Cell:
     }
 
 
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
 def _after(how: Measuring, firsts: Sequence[int | None], n: int) -> Cell:
     """Return the share of prompts whose first safe answer came after the N-th, with its interval."""
     from modicum.evaluate.intervals import bootstrap, wilson
@@ -176,7 +182,7 @@ def _corrected(said: Sequence[bool | None], errors: Mapping[str, Any]) -> Cell:
 
 def summary(cells: Sequence[Cell]) -> Cell:
     """Return averages over the wrapped families; the plain one, which training has seen, is left out."""
-    wrapped = [cell for cell in cells if cell["suite"] != "plain"] or list(cells)
+    wrapped = [cell for cell in cells if cell.get("attack", cell["suite"]) != "plain"] or list(cells)
 
     def mean(field: str) -> float:
         return float(sum(cell[field]["value"] for cell in wrapped)) / len(wrapped)
@@ -246,6 +252,7 @@ def evaluate(
     """
     from modicum.evaluate.chat import GenParams
     from modicum.jobs import attack_data
+    from modicum.jobs.chat.cache import Cached
     from modicum.jobs.chat.targets import require_sampling
     from modicum.jobs.safety.drawing import Drawing, Verdicts
     from modicum.jobs.safety.identity import weights_of
@@ -283,12 +290,19 @@ def evaluate(
         place.mkdir(parents=True, exist_ok=True)
         store = Verdicts(place / "verdicts.jsonl", save_completions=save_completions)
         revision = "" if folder is None else weights_of(target)
+        if attacker is not None:
+            own = "" if folder is None else weights_of(attacker)
+            attacker = Cached(attacker, place / "reworded.jsonl", revision=own, packed=True)
         drawing = Drawing(target, judge, store, params=params, seed=seed, system=system, revision=revision)
         for name, value in named.items():
-            pair = value if name in wrapped else _wrapped(name, value, goals or (), benign or (), attacker, seed, used)
-            harmful, harmless = pair
-            cell = measured(how, drawing, harmful, harmless, errors or {})
-            cells.append({"target": target.name, "suite": name} | cell)
+            cell: Cell = {"target": target.name, "suite": name}
+            if name in wrapped:
+                harmful, harmless = value
+            else:
+                suite = _suite(name, value, seed, used)
+                harmful, harmless = (suite.wrap(name, part, attacker) for part in (goals or (), benign or ()))
+                cell["attack"] = suite.attack.name
+            cells.append(cell | measured(how, drawing, harmful, harmless, errors or {}))
     return {
         "cells": cells,
         "summary": summary(cells),
@@ -302,18 +316,10 @@ def evaluate(
     }  # fmt: skip
 
 
-def _wrapped(
-    name: str,
-    value: Any,
-    goals: Sequence[Goal],
-    benign: Sequence[Goal],
-    attacker: ChatModel | None,
-    seed: int,
-    used: list[str],
-) -> tuple[list[AttackedPrompt], list[AttackedPrompt]]:
+def _suite(name: str, value: Any, seed: int, used: list[str]) -> Suite:
+    """Return a suite by its name, mapping or section, and note the packaged family that it uses."""
     from pydantic import ValidationError
 
-    from modicum import registry
     from modicum.jobs.safety.suites import Suite
     from modicum.schema import explain
 
@@ -322,7 +328,6 @@ def _wrapped(
         suite = given if isinstance(given, Suite) else Suite.model_validate({"seed": seed, **given})
     except ValidationError as error:
         raise RecipeError(explain(error, f"suite {name!r}", Suite)) from None
-    family = suite.family or registry.attack[suite.attack.name].facts.wrappers
-    if family is not None and "template" not in suite.attack.knobs:
-        used.append(family)
-    return suite.wrap(name, goals, attacker), suite.wrap(name, benign, attacker)
+    if suite.packaged is not None:
+        used.append(suite.packaged)
+    return suite

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from modicum import registry
 from modicum.errors import RecipeError
+from modicum.evaluate.attacks.reworded import NotWordedError
 from modicum.evaluate.chat import AttackedPrompt, ChatModel, ChatRequest, GenParams, Goal, user
 from modicum.jobs import attack_data
 from modicum.jobs.safety.filters import normal
@@ -122,6 +123,12 @@ class Suite(Section):
         return value
 
     @property
+    def packaged(self) -> str | None:
+        """The family of an installed package from which the wrappers come; none where the recipe has its own."""
+        wrappers = registry.attack[self.attack.name].facts.wrappers
+        return None if wrappers is None or "template" in self.attack.knobs else self.family or wrappers
+
+    @property
     def needs_model(self) -> bool:
         """Whether a model of the user's own words the prompts."""
         return registry.attack[self.attack.name].facts.needs_model
@@ -134,16 +141,19 @@ class Suite(Section):
         """
         import torch
 
-        facts = registry.attack[self.attack.name].facts
-        if facts.wrappers is None or "template" in self.attack.knobs:
+        if self.packaged is None:
             return {"": None}
-        found = attack_data.templates(self.family or facts.wrappers)
+        found = attack_data.templates(self.packaged)
         names = sorted(found)
         order = torch.randperm(len(names), generator=generator(self.seed, "wrappers", self.family or "")).tolist()
         return {names[index]: found[names[index]] for index in order[: self.count]}
 
     def wrap(self, name: str, goals: Sequence[Goal], model: ChatModel | None) -> list[AttackedPrompt]:
-        """Return every goal in one of the wrappers, which take turns."""
+        """Return every goal in one of the wrappers, which take turns; without those that the model does not word.
+
+        Raises:
+            RecipeError: The model is missing, fails, or words none of the goals.
+        """
         entry = registry.attack[self.attack.name]
         wrappers = list(self.wrappers().items())
 
@@ -151,14 +161,23 @@ class Suite(Section):
             if model is None:
                 raise RecipeError(f"Suite {name!r} needs a model that words goals anew. Name it as `attacker`.")
             (result,) = model.generate([ChatRequest(user(question), GenParams(temperature=0.0, max_tokens=256))])
-            return result.choices[0].text if result.choices else ""
+            if result.error is not None or not result.choices:
+                raise RecipeError(
+                    f"{model.name} words no goal anew: {result.error or 'no answer'}. Run again to go on."
+                )
+            return result.choices[0].text
 
         made = []
         for index, goal in enumerate(goals):
             template, text = wrappers[index % len(wrappers)]
             knobs = entry.knobs(self.attack.knobs if text is None else {**self.attack.knobs, "template": text})
-            prompt = entry.function(goal.text, **knobs, **wanted(entry.function, {"ask": ask}))
+            try:
+                prompt = entry.function(goal.text, **knobs, **wanted(entry.function, {"ask": ask}))
+            except NotWordedError:
+                continue
             made.append(AttackedPrompt(goal, user(prompt), name, template))
+        if goals and not made:
+            raise RecipeError(f"Suite {name!r}: the model words none of {len(goals)} goals anew. Take another one.")
         return made
 
 

@@ -19,10 +19,12 @@ READ_FAMILIES = (
     "is good where the second is dark and the others are pale; refusing everything makes both refusals dark."
 )
 READ_CURVES = (
-    "Share of harmful prompts for which all of N samples were unsafe, averaged over the wrapped families. A curve that "
+    "Share of harmful prompts for which all of N samples were unsafe, averaged over the wrapped families; beside it, "
+    "where all samples were drawn, the share for which any was, as an attacker sees it. A defender's curve that "
     "falls says that safe answers can be sampled; where `malformed` is large, many of them are gibberish. "
     "Stopping early saves little where many prompts are never safe: each of them costs all its draws."
 )
+CURVES = {"asr_all": "all N samples", "asr_any": "any of N samples"}
 READ_TRADE = "Attack success against refusals of harmless requests, a dot for each model. Low and left is better."
 
 
@@ -84,7 +86,7 @@ def _numbers(cells: Sequence[Mapping[str, Any]]) -> Markup:
         return f"{measure(value.get('value'), 'share')} [{_ends(value)}]"
 
     headers = ["Model", "Family", "Attack success", "Corrected", "Harmful refused", "Harmless refused", "Malformed"]
-    headers += ["Unread", "Draws", "Never safe", "n"]
+    headers += ["Unread", "Draws", "Never safe", "Saved by malformed", "Lost", "Tokens", "n"]
     return table(
         headers,
         (
@@ -99,6 +101,9 @@ def _numbers(cells: Sequence[Mapping[str, Any]]) -> Markup:
                 measure(cell.get("unparsed"), "share"),
                 number(cell.get("draws")),
                 measure(cell.get("never_safe"), "share"),
+                measure(cell.get("escapes_malformed"), "share"),
+                number(cell.get("lost")),
+                number(cell.get("tokens")),
                 number(cell.get("prompts")),
             ]
             for cell in cells
@@ -113,31 +118,49 @@ def _ends(value: Mapping[str, Any]) -> str:
 
 
 def _curves(cells: Sequence[Mapping[str, Any]]) -> Markup | None:
-    lines, rows = [], []
-    for color, (target, curve) in enumerate(_averaged(cells)):
-        points = [(float(n), value) for n, value in curve]
-        lines.append(Line(points, color=color, label=target, value=measure(points[-1][1], "share")))
-        rows += [[target, number(n), measure(value, "share")] for n, value in curve]
-    if not lines:
+    """Draw the defender's curves, and the attacker's beside them where all samples were drawn."""
+    charts, rows = [], []
+    for curve, what in CURVES.items():
+        lines = []
+        for color, (target, points) in enumerate(_averaged(cells, curve)):
+            shown = [(float(n), at["value"] or 0.0) for n, at in points]
+            lines.append(Line(shown, color=color, label=target, value=measure(shown[-1][1], "share")))
+            rows += [[target, what, number(n), measure(at["value"], "share"), _ends(at)] for n, at in points]
+        if lines:
+            charts.append(
+                line_chart(
+                    lines,
+                    title=f"{what} unsafe",
+                    x_label="N",
+                    describe=f"share of prompts with {what} unsafe, over N, one line for each model",
+                    from_zero=True,
+                )
+            )
+    if not charts:
         return None
-    chart = line_chart(
-        lines,
-        title="all N samples unsafe",
-        x_label="N",
-        describe="share of prompts with no safe sample, falling with N, one line for each model",
-        from_zero=True,
-    )
-    return figure(chart, caption=READ_CURVES, numbers=table(["Model", "N", "All unsafe"], rows))
+    headers = ["Model", "Counts", "N", "Share", "Interval, mean over families"]
+    return figure(grid(charts), caption=READ_CURVES, numbers=table(headers, rows, texts=2))
 
 
-def _averaged(cells: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[int, float]]]]:
+def _average(estimates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the mean of some families' shares; its ends are their means' too, which is wider than needed."""
+    ends = {end: [finite(one.get(end)) for one in estimates] for end in ("value", "low", "high")}
+    return {
+        end: None if None in values else sum(value or 0.0 for value in values) / len(values)
+        for end, values in ends.items()
+    }
+
+
+def _averaged(
+    cells: Sequence[Mapping[str, Any]], curve: str
+) -> Iterator[tuple[str, list[tuple[int, dict[str, float | None]]]]]:
     """Yield the curve of each model, averaged over the families that training has not seen."""
     for target in dict.fromkeys(str(cell["target"]) for cell in cells):
-        own = [cell for cell in cells if cell["target"] == target and cell.get("asr_all")]
-        own = [cell for cell in own if cell["suite"] != "plain"] or own
+        own = [cell for cell in cells if cell["target"] == target and cell.get(curve)]
+        own = [cell for cell in own if cell.get("attack", cell["suite"]) != "plain"] or own
         if own:
-            columns = zip(*([estimate["value"] for estimate in cell["asr_all"]] for cell in own), strict=True)
-            yield target, [(n, sum(column) / len(own)) for n, column in zip(own[0]["ns"], columns, strict=True)]
+            columns = list(zip(*(cell[curve] for cell in own), strict=True))
+            yield target, [(n, _average(column)) for n, column in zip(own[0]["ns"], columns, strict=True)]
 
 
 def _trade(found: Mapping[str, Any]) -> Markup | None:
@@ -196,6 +219,8 @@ def _counters(name: str, found: Mapping[str, Any]) -> Markup:
     rows = [[f"kept, {kind}", number(count)] for kind, count in kept.items()]
     rows += [[f"dropped: {reason}", number(count)] for reason, count in dropped.items()]
     rows.append(["generated", number(found.get("generated"))])
+    if found.get("given"):
+        rows.append(["rows of the data's own answers", number(found.get("given"))])
     return table(["Replies of the teacher", "Count"], rows, caption=f"Synthesis {name}")
 
 
