@@ -73,6 +73,11 @@ BAD = {
     "weights of another size": (lambda: MAOSMA([2, 2], np.eye(3), eta=1), "for 3 agents, but there are blocks of 2"),
     "rows that do not sum to one": (lambda: MAOSMA([2, 2], [[0.5, 0.4], [0.5, 0.6]], eta=1), "row 0 sums to 0.9"),
     "columns that do not": (lambda: MAOSMA([2, 2], [[0.5, 0.5], [0.4, 0.6]], eta=1), "column 0 sums to 0.9"),
+    "one-way weights": (
+        lambda: MAOSMA([1] * 3, 0.5 * np.eye(3) + 0.5 * np.roll(np.eye(3), 1, 1), eta=1),
+        "W[0, 1] is 0.5, but W[1, 0] is 0",
+    ),
+    "weights that swap": (lambda: MAOSMA([2, 2], [[0, 1], [1, 0]], eta=1), "β = 1: agents 0 and 1 swap their copies"),
     "negative weights": (lambda: MAOSMA([2, 2], [[1.5, -0.5], [-0.5, 1.5]], eta=1), "W[0, 1] is -0.5"),
     "weights that are no numbers": (lambda: MAOSMA([2, 2], [[math.nan, 1], [1, 0]], eta=1), "W[0, 0] is nan"),
     "no square": (lambda: MAOSMA([2, 2], [[1, 0]], eta=1), "expected (N, N)"),
@@ -148,6 +153,9 @@ BAD = {
     "an unknown residual to draw": (lambda: sample_actions([1.0], 0.5, residual="x"), "residual is 'x'"),
     "a state of another policy": (lambda: policy().load_state_dict(Random([2, 2]).state_dict()), "x is missing"),
     "a state of other blocks": (lambda: policy().load_state_dict(other_state()), "x has shape (2, 5)"),
+    "half a seed": (lambda: policy(seed=0.5), "seed is 0.5, expected a whole number"),
+    "half a block": (lambda: policy_of([2.0, 2.5]), "blocks hold 2.0, expected sizes"),
+    "too few hints": (lambda: simulate(policy(), F, rounds=2, hints=[F]), "there are 1 hints, but 2 rounds"),
     "no seeds": (lambda: policy(seed=[]), "seed is an empty list"),
     "a graph of nobody": (lambda: ring(0), "a graph of 0 agents"),
 }
@@ -189,3 +197,19 @@ def test_axioms_name_the_sets():
     with pytest.raises(ModicumError, match="not what the policies need"):
         bad.require()
     assert not check_axioms(Full()).normalised
+
+
+def test_numbers_may_come_from_arrays():
+    plain = policy(seed=[3, 4], eta=(0.1, 0.2))
+    for made in (
+        MAOSMA(np.array([2, 2]), W, eta=[0.1, 0.2], seed=np.array([3, 4])),
+        MAOSMA(torch.tensor([2, 2]), torch.tensor(W), eta=torch.tensor([0.1, 0.2]).double(), seed=torch.tensor([3, 4])),
+    ):
+        assert torch.equal(simulate(made, F, rounds=3).actions, simulate(plain, F, rounds=3).actions)
+        plain.load_state_dict(policy(seed=[3, 4], eta=(0.1, 0.2)).state_dict())
+    one = [
+        simulate(policy(seed=seed), F, rounds=3, hints=hints).actions
+        for seed, hints in ((3, [F] * 3), (np.int64(3), F))
+    ]
+    assert torch.equal(*one)
+    assert Hedge([2, 2], eta=[1.0, 2.0], seed=[0, 1]).worlds == OSG([2], horizon=4, scale=[1, 2], seed=[0, 1]).worlds

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.submodular.draws import keys, uniform
+from modicum.submodular.draws import keys, seeds_of, uniform
 from modicum.submodular.graphs import check_weights
 from modicum.submodular.partition import Partition
 from modicum.types import NonNegativeInt, UnitInterval
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Weights: TypeAlias = Any  # a matrix, a function from the round to one, or a Communication
 Foreign: TypeAlias = Literal["float64", "float16"]
+HINTS = 1 << 20  # more rounds than are ever played on one hint
 
 
 class Communication:
@@ -38,14 +39,15 @@ class Communication:
     bytes: int = 0
     device: torch.device = torch.device("cpu")
 
-    def average(self, x: Tensor, partition: Partition, turn: int, *, scratch: bool = False) -> Tensor:
+    def average(self, x: Tensor, partition: Partition, turn: int, *, trial: int | None = None) -> Tensor:
         """Return each held agent's weighted mean over its neighbours and itself.
 
         Args:
             x: The copies that are held, (..., agents held, n).
             partition: Whose the elements are.
             turn: Number of the round.
-            scratch: The round is tried out, and is no part of the history of late messages.
+            trial: Which of the rounds this is that are tried out on a hint, before the round itself, and then
+                forgotten.
         """
         raise NotImplementedError
 
@@ -57,19 +59,68 @@ class Communication:
         """Go on from a state."""
 
 
-class Simulated(Communication):
+class Network(Communication):
+    """Weights of each round: of a graph that stays or changes, with messages that arrive or are lost.
+
+    Args:
+        W: Weights, (N, N), or a function from the round to weights, for graphs that change.
+        adjacency: The graph whose links alone may carry weight.
+        drop: Probability that a message is lost; its receiver uses its own copy instead.
+        foreign: How an agent sends the blocks of others.
+        seed: Seed of the losses.
+        count: How many agents there are, where it is known.
+
+    Raises:
+        RecipeError: The weights are not symmetric and doubly stochastic weights of a connected graph, or a knob is out
+            of range. Graphs that change may fall apart in a round.
+    """
+
+    def __init__(
+        self, W: Any, *, adjacency: Any, drop: float, foreign: Foreign, seed: int, count: int | None = None
+    ) -> None:
+        if not 0 <= drop <= 1:
+            raise RecipeError(f"drop is {drop}, expected a probability in [0, 1].")
+        check_foreign(foreign)
+        self._of = W if callable(W) else None
+        self.adjacency, self.drop, self.foreign = adjacency, drop, foreign
+        self.W = self._checked(W(0) if callable(W) else W, count)
+        self.count, self.device = len(self.W), self.W.device
+        self._keys = keys(seeds_of(seed)[0], "drop", range(self.count), device=self.device)[0] if drop else None
+
+    def _checked(self, W: Any, count: int | None) -> Tensor:
+        return check_weights(W, adjacency=self.adjacency, agents=count, connected=self._of is None)
+
+    def weights(self, turn: int, *, trial: int | None = None) -> Tensor:
+        """Return the weights of a round, those of lost messages given to the receivers themselves.
+
+        The graph is that of the round, on a hint too; what is lost is drawn for every trial anew.
+        """
+        if self._of is not None:
+            self.W = self._checked(self._of(turn), self.count)
+        if self._keys is None:
+            return self.W
+        draw = turn if trial is None else (turn + 1) * HINTS + trial
+        lost = uniform(self._keys, draw, self.count) < self.drop
+        lost.fill_diagonal_(False)
+        gone = torch.where(lost, self.W, 0)
+        return self.W - gone + torch.diag(gone.sum(1))
+
+
+class Simulated(Network):
     """All agents on one machine: the average is a product with ``W``.
 
     Args:
         W: Weights, (N, N), or a function from the round to weights, for graphs that change.
         adjacency: The graph whose links alone may carry weight.
         drop: Probability that a message is lost; its receiver uses its own copy instead.
-        delay: Messages arrive so many rounds late.
+        delay: Messages arrive so many rounds late, those of a hint too; until the first does, a receiver uses its own
+            copy.
         foreign: How an agent sends the blocks of others.
         seed: Seed of the losses.
 
     Raises:
-        RecipeError: The weights are no doubly stochastic weights of a connected graph, or a knob is out of range.
+        RecipeError: The weights are not symmetric and doubly stochastic weights of a connected graph, or a knob is out
+            of range.
 
     Example:
         >>> network = Simulated([[0.5, 0.5], [0.5, 0.5]])
@@ -87,18 +138,13 @@ class Simulated(Communication):
         foreign: Foreign = "float64",
         seed: int = 0,
     ) -> None:
-        if not 0 <= drop <= 1:
-            raise RecipeError(f"drop is {drop}, expected a probability in [0, 1].")
         if delay < 0:
             raise RecipeError(f"delay is {delay}, expected at least 0 rounds.")
-        check_foreign(foreign)
-        self._of = W if callable(W) else None
-        self.W = check_weights(W(0) if callable(W) else W, adjacency=adjacency)
-        self.adjacency, self.drop, self.delay, self.foreign = adjacency, drop, delay, foreign
-        self.count, self.device = len(self.W), self.W.device
+        super().__init__(W, adjacency=adjacency, drop=drop, foreign=foreign, seed=seed)
+        self.delay = delay
         self.agents = torch.arange(self.count, device=self.device)
-        self._keys = keys([seed], "drop", range(self.count), device=self.device)[0] if drop else None
-        self._sent: list[Tensor] = []
+        self._sent: list[Tensor] = []  # the last messages, of ``delay`` + 1 rounds
+        self._tried: list[Tensor] = []  # those of the present hint
         self._size: tuple[Tensor, Partition, int] | None = None
 
     def _round_bytes(self, partition: Partition) -> int:
@@ -107,20 +153,9 @@ class Simulated(Communication):
             self._size = (self.W, partition, message_bytes(partition, self.foreign, self.W))
         return self._size[2]
 
-    def weights(self, turn: int) -> Tensor:
-        """Return the weights of a round, those of lost messages given to the receivers themselves."""
-        if self._of is not None:
-            self.W = check_weights(self._of(turn), adjacency=self.adjacency, agents=self.count)
-        if self._keys is None:
-            return self.W
-        lost = uniform(self._keys, turn, self.count) < self.drop
-        lost.fill_diagonal_(False)
-        gone = torch.where(lost, self.W, 0)
-        return self.W - gone + torch.diag(gone.sum(1))
-
-    def average(self, x: Tensor, partition: Partition, turn: int, *, scratch: bool = False) -> Tensor:
+    def average(self, x: Tensor, partition: Partition, turn: int, *, trial: int | None = None) -> Tensor:
         """Return every agent's weighted mean (see :meth:`Communication.average`)."""
-        W = self.weights(turn)
+        W = self.weights(turn, trial=trial)
         self.bytes += self._round_bytes(partition) * x.shape[:-2].numel()
         if self.foreign == "float64" and not self.delay:
             return W @ x
@@ -129,11 +164,21 @@ class Simulated(Communication):
             # What belongs to the sender keeps its digits.
             mine = partition.owner == self.agents[:, None]
             sent = torch.where(mine, x, x.half().to(x.dtype))
-        if self.delay and not scratch:
-            self._sent = [*self._sent[-self.delay :], sent]
-            sent = self._sent[0] if len(self._sent) > self.delay else x
+        if self.delay:
+            under_way = self._under_way(sent, trial)
+            if len(under_way) <= self.delay:
+                return x.clone()
+            sent = under_way[-1 - self.delay]
         own = W.diagonal()
         return (W - torch.diag(own)) @ sent + own[:, None] * x
+
+    def _under_way(self, sent: Tensor, trial: int | None) -> list[Tensor]:
+        """Return all messages that are not too old, oldest first, once ``sent`` has left."""
+        if trial is None:
+            self._sent = [*self._sent[-self.delay :], sent]
+            return self._sent
+        self._tried = [*self._tried, sent] if trial else [sent]
+        return [*self._sent, *self._tried]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the messages that are still under way."""
@@ -144,46 +189,58 @@ class Simulated(Communication):
         self._sent = [*state["sent"]] if "sent" in state else []
 
 
-class PointToPoint(Communication):
+class PointToPoint(Network):
     """One agent in each process; messages go to neighbours alone, over ``torch.distributed``.
 
     Args:
         group: The processes, in the order of the agents; the default group where ``None``.
-        W: Weights, (N, N), the same in every process.
+        W: Weights, (N, N), or a function from the round to weights; the same in every process.
         adjacency: The graph whose links alone may carry weight.
+        drop: Probability that a message counts as lost when it arrives; its receiver uses its own copy instead.
         foreign: How an agent sends the blocks of others.
+        seed: Seed of the losses, the same in every process.
 
     Raises:
-        RecipeError: The weights are no doubly stochastic weights of a connected graph, or for another number of agents.
+        RecipeError: The weights are not symmetric and doubly stochastic weights of a connected graph, or for another
+            number of agents.
         UnsupportedError: The processes are not connected, or a neighbour does not answer.
     """
 
     def __init__(
-        self, group: ProcessGroup | None, W: Any, *, adjacency: Any = None, foreign: Foreign = "float64"
+        self,
+        group: ProcessGroup | None,
+        W: Any,
+        *,
+        adjacency: Any = None,
+        drop: UnitInterval = 0.0,
+        foreign: Foreign = "float64",
+        seed: int = 0,
     ) -> None:
         import torch.distributed as dist
 
-        check_foreign(foreign)
         if not (dist.is_available() and dist.is_initialized()):
             raise UnsupportedError(
                 "PointToPoint needs processes that are connected: start them with torchrun, and call "
                 "torch.distributed.init_process_group first."
             )
         self.group = group if group is not None else dist.group.WORLD
-        self.W = check_weights(W, adjacency=adjacency, agents=dist.get_world_size(self.group))
-        self.count, self.foreign, self.device = len(self.W), foreign, self.W.device
+        count = dist.get_world_size(self.group)
+        super().__init__(W, adjacency=adjacency, drop=drop, foreign=foreign, seed=seed, count=count)
         self.rank = dist.get_rank(self.group)
         self.agents = torch.tensor([self.rank], device=self.device)
-        self.neighbours = [j for j in range(self.count) if j != self.rank and bool(self.W[self.rank, j] > 0)]
-        named: Any = self.group
-        self._peers = {j: dist.get_global_rank(named, j) for j in self.neighbours}
 
-    def average(self, x: Tensor, partition: Partition, turn: int, *, scratch: bool = False) -> Tensor:  # noqa: ARG002
+    @property
+    def neighbours(self) -> list[int]:
+        """The agents that this one exchanges messages with, by the present weights."""
+        return [j for j in range(self.count) if j != self.rank and bool(self.W[self.rank, j] > 0)]
+
+    def average(self, x: Tensor, partition: Partition, turn: int, *, trial: int | None = None) -> Tensor:
         """Return this agent's weighted mean (see :meth:`Communication.average`)."""
+        weights = self.weights(turn, trial=trial)[self.rank]
         received = self._exchange(self._pack(x, partition), partition, x.shape[:-1].numel())
-        out = self.W[self.rank, self.rank] * x
-        for j in self.neighbours:
-            out += self.W[self.rank, j] * self._unpack(received[j], x, partition, j)
+        out = weights[self.rank] * x
+        for j, message in received.items():
+            out += weights[j] * self._unpack(message, x, partition, j)
         return out
 
     def _pack(self, x: Tensor, partition: Partition) -> Tensor:
@@ -206,20 +263,22 @@ class PointToPoint(Communication):
     def _exchange(self, message: Tensor, partition: Partition, worlds: int) -> dict[int, Tensor]:
         import torch.distributed as dist
 
+        named: Any = self.group
         received = {j: self._room(message, partition, j, worlds) for j in self.neighbours}
         operations = []
-        for j in self.neighbours:
-            operations.append(dist.P2POp(dist.isend, message, self._peers[j], group=self.group))
-            operations.append(dist.P2POp(dist.irecv, received[j], self._peers[j], group=self.group))
+        for j, room in received.items():
+            peer = dist.get_global_rank(named, j)
+            operations.append(dist.P2POp(dist.isend, message, peer, group=self.group))
+            operations.append(dist.P2POp(dist.irecv, room, peer, group=self.group))
         try:
             for request in dist.batch_isend_irecv(operations) if operations else ():
                 request.wait()
         except RuntimeError as error:
             raise UnsupportedError(
-                f"agent {self.rank}: a neighbour ({', '.join(map(str, self.neighbours))}) does not answer any more. "
+                f"agent {self.rank}: a neighbour ({', '.join(map(str, received))}) does not answer any more. "
                 "Look at the last lines of the other processes, and start all of them again."
             ) from error
-        self.bytes += message.numel() * message.element_size() * len(self.neighbours)
+        self.bytes += message.numel() * message.element_size() * len(received)
         return received
 
     def _room(self, message: Tensor, partition: Partition, sender: int, worlds: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from modicum import registry
 from modicum.errors import RecipeError
-from modicum.submodular.draws import keys, uniform
+from modicum.submodular.draws import keys, seeds_of, uniform
 from modicum.submodular.functions.base import SetFunction
 from modicum.submodular.functions.coverage import ProbabilisticCoverage
 from modicum.submodular.functions.facility import FacilityLocation
@@ -303,8 +303,7 @@ class SelectionWorld:
     ) -> None:
         self.similarity = torch.as_tensor(np.asarray(similarity)).double()
         self.workers, self.utility, self.learn, self.drift = workers, utility, learn, drift
-        seeds = [seed] if isinstance(seed, int) else list(seed)
-        self.worlds: tuple[int, ...] = () if isinstance(seed, int) else (len(seeds),)
+        seeds, self.worlds = seeds_of(seed)
         probes, count = self.similarity.shape
         self.blocks = [count] * workers
         self.need = 0.5 + 0.5 * uniform(keys(seeds, "selection-need", [0])[:, 0], 0, probes)

@@ -10,14 +10,17 @@ Reference: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generator
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from modicum.errors import RecipeError
 from modicum.random import derive_seed
 
 STEP = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio, as a signed number
@@ -44,6 +47,44 @@ def keys(seeds: Sequence[int], purpose: str, agents: Sequence[int], *, device: t
     """
     made = [[derive_seed(seed, "submodular", purpose, agent) for agent in agents] for seed in seeds]
     return torch.tensor(made, dtype=torch.int64, device=device)
+
+
+def seeds_of(seed: Any) -> tuple[list[int], tuple[int, ...]]:
+    """Return the seeds, and the number of worlds: none for one seed, as many as there are for several.
+
+    Args:
+        seed: A whole number, or several as a sequence, array or tensor.
+
+    Raises:
+        RecipeError: There is none, or one is no whole number.
+
+    Example:
+        >>> seeds_of(3), seeds_of([3])
+        (([3], ()), ([3], (1,)))
+    """
+    try:
+        if not getattr(seed, "ndim", 0):
+            return [operator.index(seed)], ()
+    except TypeError:
+        pass
+    try:
+        found = [operator.index(part) for part in seed]
+    except TypeError:
+        raise RecipeError(f"seed is {seed!r}, expected a whole number, or one for each world.") from None
+    if not found:
+        raise RecipeError("seed is an empty list, expected a seed, or one for each world.")
+    return found, (len(found),)
+
+
+def several(value: Any) -> Any:
+    """Return several numbers as a tuple, and a single one as it is.
+
+    Example:
+        >>> several([1, 2]), several(0.5)
+        ((1.0, 2.0), 0.5)
+    """
+    many = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0)
+    return tuple(float(part) for part in value) if many else value
 
 
 def uniform(key: Tensor, turn: int, count: int) -> Tensor:

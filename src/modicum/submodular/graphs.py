@@ -217,23 +217,25 @@ def theory_step(
     return math.sqrt((1 - beta) * (1 + path) / T) / G
 
 
-def check_weights(weights: Any, *, adjacency: Any = None, agents: int | None = None) -> Tensor:
-    """Return weights as a float64 matrix that one can average with.
+def check_weights(weights: Any, *, adjacency: Any = None, agents: int | None = None, connected: bool = True) -> Tensor:
+    """Return weights as a float64 matrix that one can average with; those of fewer digits are made to sum to 1.
 
     Args:
         weights: (N, N).
         adjacency: The graph whose links alone may carry weight.
         agents: How many agents there are.
+        connected: Refuse weights under which agents never agree; off for one round of a graph that changes.
 
     Raises:
-        RecipeError: It is not square, of another size, negative, not doubly stochastic, has weight off the graph, or
-            falls apart. The identity, that is no communication at all, is let through.
+        RecipeError: It is not square, of another size, negative, not symmetric or not doubly stochastic, has weight off
+            the graph, falls apart, or only swaps. The identity, that is no communication at all, is let through.
 
     Example:
         >>> check_weights([[0.5, 0.5], [0.5, 0.5]]).shape
         torch.Size([2, 2])
     """
-    W = (weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(np.asarray(weights))).double()
+    given = weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(np.asarray(weights))
+    W = given.double()
     if W.ndim != 2 or W.shape[0] != W.shape[1]:
         raise RecipeError(f"W has shape {tuple(W.shape)}, expected (N, N).")
     if agents is not None and len(W) != agents:
@@ -241,8 +243,10 @@ def check_weights(weights: Any, *, adjacency: Any = None, agents: int | None = N
     if not bool(W.isfinite().all()) or bool((W < 0).any()):
         i, j = (int(part) for part in (~(W >= 0) | W.isinf()).nonzero()[0])
         raise RecipeError(f"W[{i}, {j}] is {float(W[i, j]):g}, expected finite weights of at least 0.")
+    short = given.is_floating_point() and given.dtype != torch.float64
+    slack = max(SUMS, len(W) * torch.finfo(given.dtype).eps) if short else SUMS
     for name, sums in (("row", W.sum(1)), ("column", W.sum(0))):
-        off = (sums - 1).abs() > SUMS
+        off = (sums - 1).abs() > slack
         if bool(off.any()):
             place = int(off.nonzero()[0])
             raise RecipeError(
@@ -255,10 +259,32 @@ def check_weights(weights: Any, *, adjacency: Any = None, agents: int | None = N
         if bool(stray.any()):
             i, j = (int(part) for part in stray.nonzero()[0])
             raise RecipeError(f"W[{i}, {j}] is {float(W[i, j]):g}, but agents {i} and {j} are no neighbours.")
-    parts = components(W)
-    if len(parts) > 1 and not torch.equal(W.cpu(), torch.eye(len(W), dtype=W.dtype)):
-        raise RecipeError(_apart(parts))
+    if bool(((W - W.T).abs() > slack).any()):
+        i, j = (int(part) for part in ((W - W.T).abs() > slack).nonzero()[0])
+        raise RecipeError(
+            f"W is not symmetric: W[{i}, {j}] is {float(W[i, j]):g}, but W[{j}, {i}] is {float(W[j, i]):g}. Agents "
+            "answer whom they hear."
+        )
+    if short:
+        W = (W + W.T) / 2
+        W = W + torch.diag((1 - W.sum(1)).maximum(-W.diagonal()))
+    if connected:
+        _refuse_disagreement(W)
     return W
+
+
+def _refuse_disagreement(W: Tensor) -> None:
+    if torch.equal(W.cpu(), torch.eye(len(W), dtype=W.dtype)):
+        return
+    parts = components(W)
+    if len(parts) > 1:
+        raise RecipeError(_apart(parts))
+    # Who keeps some of its own agrees in the end; without, agents may hand their copies to and fro for ever.
+    if not bool((W.diagonal() > 0).any()) and second_modulus(W.cpu()) > 1 - SUMS:
+        raise RecipeError(
+            f"W has β = 1: agents 0 and {int(W[0].argmax())} swap their copies and never agree. lazy_weights(W) gives "
+            "each a weight on itself."
+        )
 
 
 def components(graph: Any) -> list[list[int]]:

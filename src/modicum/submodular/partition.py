@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Partition:
             >>> Partition.of([2, 1]).blocks == Partition.of([[0, 1], [2]]).blocks
             True
         """
-        rows = [block if isinstance(block, int) else [int(element) for element in block] for block in blocks]
+        rows = [_row(block) for block in blocks]
         if not rows:
             raise RecipeError("blocks are empty, expected at least one agent with one action.")
         sizes = [row for row in rows if isinstance(row, int)]
@@ -155,3 +156,12 @@ class Partition:
         elements = self.index.expand(*actions.shape, self.widest).gather(-1, actions.clamp(min=0)[..., None])[..., 0]
         mask = torch.zeros(*actions.shape[:-1], self.n, dtype=torch.bool, device=actions.device)
         return mask.scatter_(-1, elements, actions >= 0)
+
+
+def _row(block: Any) -> int | list[int]:
+    """Return a block as a size or as element numbers, also where it comes from an array or tensor."""
+    plain = block.tolist() if hasattr(block, "tolist") else block
+    try:
+        return plain if isinstance(plain, int) else [operator.index(element) for element in plain]
+    except TypeError:
+        raise RecipeError(f"blocks hold {plain!r}, expected sizes or lists of element numbers.") from None

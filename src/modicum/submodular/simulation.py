@@ -28,7 +28,7 @@ class World(Protocol):
 
 
 Objectives: TypeAlias = Objective | Sequence[Objective] | Callable[[int], Objective] | World
-Hints: TypeAlias = Sequence[Objective] | Callable[[int], Objective] | Literal[True] | None
+Hints: TypeAlias = Objective | Sequence[Objective] | Callable[[int], Objective] | Literal[True] | None
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Trace:
         optimum_actions: These actions.
         optimum_kind: ``exact`` when all joint actions were tried, ``greedy`` for a greedy that sees the objective,
             which is a lower bound of the optimum.
-        bytes: What all agents sent, in all rounds.
-        evaluations: Evaluations of the objective of one world by the policy, in all rounds.
+        bytes: What all agents sent, in all rounds, of all processes.
+        evaluations: Evaluations of the objective of one world by the policy, in all rounds and processes.
     """
 
     actions: Tensor
@@ -110,7 +110,7 @@ def simulate(
         objectives: One function for all rounds, a sequence of functions, a function from the round to one, or a world
             with ``objective()`` and ``step(actions)``.
         rounds: How many; the length of a sequence where not given.
-        hints: Predicted objectives, by round, or ``True`` for those of the world's ``predict()``.
+        hints: Predicted objectives, by round or one for all, or ``True`` for those of the world's ``predict()``.
         hint_rounds: How many rounds are played on a hint.
         optimum: Measure the best actions of each round too: ``exact`` by trying all, ``greedy`` by a greedy that sees
             the objective, ``auto`` by trying all where there are few.
@@ -120,7 +120,7 @@ def simulate(
         Actions, utilities and costs.
 
     Raises:
-        RecipeError: Neither ``rounds`` nor a finite sequence says how many, or the sequence is too short.
+        RecipeError: Neither ``rounds`` nor a finite sequence says how many, or a sequence is too short.
 
     Example:
         >>> from modicum.submodular import MASPL, FacilityLocation
@@ -135,8 +135,9 @@ def simulate(
     kind = None if optimum is None else optimum
     if kind == "auto":
         kind = "exact" if count_joint(partition) <= SMALL else "greedy"
-    sent = getattr(getattr(policy, "communication", None), "bytes", 0)
-    before = policy.evaluations
+    if isinstance(hints, Sequence) and len(hints) < count:
+        raise RecipeError(f"there are {len(hints)} hints, but {count} rounds.")
+    before = _spent(policy)
     actions, utility, best, best_actions = [], [], [], []
     known: tuple[Objective, Tensor, Tensor] | None = None
     static = isinstance(objectives, SetFunction)  # another object may be the same and have changed
@@ -157,16 +158,31 @@ def simulate(
         policy.update(f)
         if isinstance(objectives, World):
             objectives.step(joint)
+    sent, evaluations = _of_all(policy, _spent(policy) - before)
     return Trace(
         actions=torch.stack(actions) if actions else torch.zeros(0, *policy.worlds, partition.agents, dtype=torch.long),
         utility=torch.stack(utility) if utility else torch.zeros(0, *policy.worlds, dtype=torch.float64),
         optimum=torch.stack(best) if best else None,
         optimum_actions=torch.stack(best_actions) if best else None,
         optimum_kind=kind,
-        bytes=getattr(getattr(policy, "communication", None), "bytes", 0) - sent,
-        evaluations=policy.evaluations - before,
+        bytes=sent,
+        evaluations=evaluations,
         partition=partition,
     )
+
+
+def _spent(policy: Policy) -> Tensor:
+    return torch.tensor([getattr(getattr(policy, "communication", None), "bytes", 0), policy.evaluations])
+
+
+def _of_all(policy: Policy, spent: Tensor) -> list[int]:
+    """Add up what the agents spent, also where each is in a process of its own."""
+    if len(policy.agents) < policy.partition.agents:
+        import torch.distributed as dist
+
+        spent = spent.to(policy.device)
+        dist.all_reduce(spent, group=getattr(getattr(policy, "communication", None), "group", None))
+    return [int(part) for part in spent]
 
 
 def gathered(policy: Policy, actions: Tensor) -> Tensor:
@@ -222,4 +238,6 @@ def _hint(hints: Hints, objectives: Any, number: int) -> Objective | None:
         if not hasattr(objectives, "predict"):
             raise RecipeError("hints=True needs a world with predict(). Give the predicted objectives instead.")
         return objectives.predict()
+    if isinstance(hints, Objective):
+        return hints
     return hints[number] if isinstance(hints, Sequence) else hints(number)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.submodular.draws import keys, uniform
+from modicum.submodular.draws import keys, seeds_of, uniform
 from modicum.submodular.functions.facility import FacilityLocation
 
 KINDS = ("random", "evading", "polyline")
@@ -126,8 +126,7 @@ class TrackingWorld:
         self.scale = 1 / self.targets if scaled else 1.0
         self.moves = _moves(known["directions"], known["speeds"], rest=known["rest"]) * dt
         self.blocks = [len(self.moves)] * agents
-        self.seeds = [seed] if isinstance(seed, int) else [int(part) for part in seed]
-        self.worlds: tuple[int, ...] = () if isinstance(seed, int) else (len(self.seeds),)
+        self.seeds, self.worlds = seeds_of(seed)
         self.kind = _kinds(self.targets, shares)
         self._keys = {
             name: keys(self.seeds, f"tracking-{name}", range(count))

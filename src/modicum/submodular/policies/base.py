@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.submodular.draws import keys, uniform
+from modicum.submodular.draws import keys, seeds_of, uniform
 from modicum.submodular.functions.base import Objective, SetFunction, check_empty, refuse_falling, trusted
 from modicum.submodular.partition import Blocks, Partition
 
@@ -43,10 +43,7 @@ class Policy:
         device: torch.device | str = "cpu",
     ) -> None:
         self.partition = Partition.of(blocks, device=device)
-        self.worlds: tuple[int, ...] = () if isinstance(seed, int) else (len(seed),)
-        self._seeds = [seed] if isinstance(seed, int) else [int(part) for part in seed]
-        if not self._seeds:
-            raise RecipeError("seed is an empty list, expected a seed, or one for each world.")
+        self._seeds, self.worlds = seeds_of(seed)
         self.device = self.partition.device
         self.agents = torch.arange(self.partition.agents, device=self.device) if agents is None else agents
         self._all = agents is None or len(self.agents) == self.partition.agents

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.knobs import fields_of
-from modicum.submodular.communication import Weights, network
+from modicum.submodular.communication import HINTS, Weights, network
+from modicum.submodular.draws import seeds_of, several
 from modicum.submodular.functions.base import Objective
 from modicum.submodular.geometry import sample_actions
 from modicum.submodular.partition import Blocks, Partition
 from modicum.submodular.policies.base import Policy
 from modicum.types import PositiveInt, UnitInterval
-
-HINTS = 1 << 20  # more rounds than are ever played on one hint
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Settings:
     seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eta", several(self.eta))
         steps = self.eta if isinstance(self.eta, tuple) else (self.eta,)
         for name, ok, expected in (
             ("eta", bool(steps) and all(0 < eta < float("inf") for eta in steps), "a finite step above 0"),
@@ -69,7 +69,7 @@ class Settings:
         ):
             if not ok:
                 raise RecipeError(f"{name} is {getattr(self, name)}, expected {expected}.")
-        if isinstance(self.eta, tuple) and (isinstance(self.seed, int) or len(self.seed) != len(self.eta)):
+        if isinstance(self.eta, tuple) and seeds_of(self.seed)[1] != (len(self.eta),):
             raise RecipeError(f"eta has {len(self.eta)} steps, which needs as many seeds, one for each world.")
 
 
@@ -141,12 +141,13 @@ class Gossip(Policy):
 
     # -- the round -----------------------------------------------------------------------------------------------
 
-    def _round(self, x: Tensor, f: Objective, turn: int, *, scratch: bool = False) -> Tensor:
+    def _round(self, x: Tensor, f: Objective, turn: int, *, trial: int | None = None) -> Tensor:
         message = self._message(x)
-        y = self.communication.average(message, self.partition, turn, scratch=scratch)
+        y = self.communication.average(message, self.partition, turn, trial=trial)
         own = self.partition.own(message if self.settings.consensus == "owner" else y, self._rows)
         point = x if self.settings.grad_at == "x" else y
-        gradient = self._gradient(f, point, turn, "hint" if scratch else "update")
+        draw, purpose = (turn, "update") if trial is None else (turn * HINTS + trial, "hint")
+        gradient = self._gradient(f, point, draw, purpose)
         return self.partition.put(y, self._step(own, gradient), self._rows)
 
     @property
@@ -170,7 +171,7 @@ class Gossip(Policy):
         x = self._x
         if hint is not None:
             for number in range(rounds):
-                x = self._round(x, hint, self.acts * HINTS + number, scratch=True)
+                x = self._round(x, hint, self.acts, trial=number)
         u = self._uniform("act", self.acts, 1)
         own = self.partition.own(x, self._rows)
         steps = own.cumsum(-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import policy
+from modicum.submodular.draws import several
 from modicum.submodular.functions.base import Objective
 from modicum.submodular.geometry import mix_uniform, sample_actions
 from modicum.submodular.partition import Blocks
@@ -63,6 +64,7 @@ class Hedge(Policy):
         seed: int | Sequence[int] = 0,
     ) -> None:
         super().__init__(blocks, seed=seed)
+        eta = several(eta)
         steps = eta if isinstance(eta, tuple) else (eta,)
         if not all(0 < step < float("inf") for step in steps):
             raise RecipeError(f"eta is {eta}, expected a finite step above 0.")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.registry import policy
+from modicum.submodular.draws import several
 from modicum.submodular.functions.base import Objective
 from modicum.submodular.functions.greedy import turns_of
 from modicum.submodular.geometry import sample_actions
@@ -48,6 +49,7 @@ class Experts(Policy):
         seed: int | Sequence[int],
     ) -> None:
         super().__init__(blocks, seed=seed)
+        scale = several(scale)
         scales = scale if isinstance(scale, tuple) else (scale,)
         if not all(0 < part < float("inf") for part in scales):
             raise RecipeError(f"scale is {scale}, expected a finite number above 0.")

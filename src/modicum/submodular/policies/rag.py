@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modicum.errors import RecipeError, UnsupportedError
 from modicum.registry import policy
-from modicum.submodular.communication import Weights, network
+from modicum.submodular.communication import Simulated, Weights, network
 from modicum.submodular.functions.base import Objective
 from modicum.submodular.partition import Blocks
 from modicum.submodular.policies.remembering import Remembering
@@ -23,11 +24,13 @@ class RAG(Remembering):
 
     Args:
         blocks: Element numbers of each agent's actions, or sizes of blocks.
-        W: Weights; agents that have a weight are neighbours.
+        W: Weights, or a :class:`~modicum.submodular.communication.Simulated` network, of graphs that change or lose
+            messages too; agents that have a weight are neighbours.
         seed: Seed of the first choice, before any objective is known; several for as many worlds.
 
     Raises:
-        RecipeError: Blocks or weights do not fit.
+        RecipeError: Blocks or weights do not fit, or messages come late: an agent waits for its neighbours' answers.
+        UnsupportedError: The network is between processes.
 
     Example:
         >>> from modicum.submodular import FacilityLocation
@@ -51,13 +54,18 @@ class RAG(Remembering):
 
     def __init__(self, blocks: Blocks, W: Weights, *, seed: int | Sequence[int] = 0) -> None:
         super().__init__(blocks, seed=seed)
-        self.communication = network(W, self.partition.agents)
+        communication = network(W, self.partition.agents)
+        if not isinstance(communication, Simulated):
+            raise UnsupportedError("RAG plays on one machine. Give it weights, or a Simulated network.")
+        if communication.delay:
+            raise RecipeError(f"delay is {communication.delay}, but RAG's agents wait for answers. Take delay 0.")
+        self.communication = communication
 
-    def _decide(self, f: Objective, turn: int) -> Tensor:  # noqa: ARG002
+    def _decide(self, f: Objective, turn: int) -> Tensor:
         agents = self.partition.agents
-        weights = getattr(self.communication, "W", None)
-        near = torch.ones(agents, agents, dtype=torch.bool) if weights is None else weights > 0
-        near = near & ~torch.eye(agents, dtype=torch.bool)
+        others = ~torch.eye(agents, dtype=torch.bool)
+        near = (self.communication.weights(turn) > 0) & others  # whom an agent hears
+        linked = (self.communication.W > 0) & others
         worlds = tuple(getattr(f, "worlds", ()))
         actions = torch.full((*worlds, agents), -1)
         number = torch.arange(agents)
@@ -75,5 +83,5 @@ class RAG(Remembering):
             beaten = (wins & near & free[..., None, :]).any(-1)
             actions = torch.where(free & ~beaten, place, actions)
             # Two messages of 8 bytes to every neighbour, from those who took part.
-            self.communication.bytes += int((free[..., None] & near).sum()) * 16
+            self.communication.bytes += int((free[..., None] & linked).sum()) * 16
         return actions
