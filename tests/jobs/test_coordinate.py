@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,6 +87,30 @@ def test_an_interrupted_comparison_goes_on_with_the_same_bytes(done, tmp_path, m
         assert (tmp_path / "run" / name).read_bytes() == (done / name).read_bytes(), name
 
 
+DIES = """
+import os, signal, sys
+from modicum.jobs import coordinate, execute
+from modicum.recipe import parse
+play, calls = coordinate.Comparison.play, []
+def dies(*given):
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(1)
+    return play(*given)
+coordinate.Comparison.play = dies
+execute(parse(__import__("json").loads(sys.argv[1])), sys.argv[2], quiet=True)
+"""
+
+
+def test_a_killed_comparison_goes_on_with_the_same_bytes(done, tmp_path):
+    command = [sys.executable, "-c", DIES, json.dumps(SMALL), str(tmp_path / "run")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "run" / "cells").glob("*play*"))) == 3
+    execute(parse(SMALL), tmp_path / "run", quiet=True)
+    for name in KEPT:
+        assert (tmp_path / "run" / name).read_bytes() == (done / name).read_bytes(), name
+
+
 def test_the_report_moves_without_script_or_network(done):
     page = write([done]).read_text()
     assert page.count("<animate ") > 20 and "<script" not in page and "http" not in re.sub(r"http-equiv", "", page)
@@ -96,6 +123,7 @@ def test_the_plan_tells_rounds_bytes_and_memory():
     for text in (
         "4 agents with 96 actions",
         "8 variants",
+        "rounds with a hint play up to 2 more, 576 evaluations and messages of 3 rounds in all",
         "evaluations",
         "kB",
         "MB",
@@ -117,7 +145,9 @@ def test_values_of_a_file(tmp_path):
     cells = json.loads((run.folder / "results.json").read_text())["cells"]
     assert [cell["label"] for cell in cells] == ["ma_osma", "oracle_greedy"]
     assert not (run.folder / "frames.json").exists() and "no prediction" in run.record["notes"][0]
-    with pytest.raises(ModicumError, match="V has 6 rounds, expected more"):
+    with pytest.raises(ModicumError, match="rounds is 9, but the file has enough for 6"):
+        plan(parse(recipe | {"rounds": 9}))
+    with pytest.raises(ModicumError, match="rounds is 9, but the file has enough for 6"):
         execute(parse(recipe | {"rounds": 9}), tmp_path / "long", quiet=True)
     for change, message in (
         ({"blocks": [3, 2]}, "blocks cover 5 elements"),
@@ -153,6 +183,7 @@ def test_needs_of_data_selection(tmp_path):
         ({"rounds": 1}, "rounds"),
         ({"application": "selection"}, "give either similarity or packages"),
         ({"drop": 2}, "drop"),
+        ({"policies": ["ma_spl", {"name": "ma_spl"}]}, "ma_spl stands twice with the same knobs"),
     ],
 )
 def test_a_wrong_recipe_is_refused(change, message):
@@ -163,6 +194,16 @@ def test_a_wrong_recipe_is_refused(change, message):
 def test_missing_tracks_are_found_by_check():
     with pytest.raises(ModicumError, match="Cannot read"):
         plan(parse(SMALL | {"application": {"name": "tracking", "tracks": "no-such.csv"}}))
+
+
+def test_check_refuses_what_cannot_be_played(tmp_path):
+    with pytest.raises(ModicumError, match="delay is 3, but RAG's agents wait"):
+        plan(parse(SMALL | {"policies": ["rag"], "delay": 3}))
+    (tmp_path / "tracks.csv").write_text("time,id,x,y\n0,a,0,0\n100,a,1,1\n")
+    tracks = {"name": "tracking", "agents": 2, "tracks": str(tmp_path / "tracks.csv"), "step": 10}
+    with pytest.raises(ModicumError, match="rounds is 11, but the file has enough for 10"):
+        plan(parse(SMALL | {"application": tracks, "rounds": 11}))
+    execute(parse(SMALL | {"application": tracks, "policies": ["random"], "rounds": 10}), tmp_path / "run", quiet=True)
 
 
 def test_differences_are_paired():

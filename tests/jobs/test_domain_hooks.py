@@ -7,9 +7,11 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from modicum.errors import ModicumError
 from modicum.jobs.training.domains import FILE, DomainCallback, DomainStream
+from modicum.submodular import BSG, FacilityLocation
 from modicum.submodular.data_selection import DomainScheduler, Needs, SelectionWorld, similarities
 from support import tiny_llama
 
@@ -37,13 +39,14 @@ def parts(seed=0, **knobs):
     return stream, DomainCallback(stream, probes, every=2)
 
 
-def train(folder, steps=8, resume=None):
+def train(folder, steps=8, resume=None, **changed):
     from transformers import Trainer, TrainingArguments
 
     stream, callback = parts()
+    usual = {"per_device_train_batch_size": 4, "save_steps": 3, "learning_rate": 1e-2, "logging_steps": 1}
     arguments = TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=4, save_steps=3, learning_rate=1e-2, report_to=[],
-        use_cpu=True, logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant", seed=0,
+        str(folder), max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
+        seed=0, **{**usual, **changed},
     )  # fmt: skip
     trainer = Trainer(tiny_llama(seed=0), arguments, train_dataset=stream, callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
@@ -63,6 +66,49 @@ def test_a_training_chooses_its_domains_and_goes_on_exactly(tmp_path):
     (tmp_path / "run" / "checkpoint-3" / FILE).unlink()
     with pytest.raises(ModicumError, match="cannot go on"):
         train(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_a_training_that_would_read_something_else_is_refused(tmp_path):
+    with pytest.raises(ModicumError, match="Set dataloader_num_workers to 0"):
+        train(tmp_path, steps=1, dataloader_num_workers=1)
+    with pytest.raises(
+        ModicumError, match=re.escape("1 processes with batches of 2 rows: expected 2 workers of 2 rows")
+    ):
+        train(tmp_path, steps=1, per_device_train_batch_size=2)
+    loader = DataLoader(parts()[0], batch_size=2, num_workers=1)
+    with pytest.raises(ModicumError, match="a copy of the scheduler, which never learns"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("policy", ["osg", "bsg", "best_response"])
+def test_learners_learn_from_what_was_trained_on(policy):
+    scheduler = DomainScheduler(torch.eye(3), workers=2, policy=policy, floor=0.9, seed=1)
+    for _ in range(20):
+        chosen = scheduler.next_domains()
+        learnt = scheduler.policy._done if policy == "best_response" else scheduler.policy._played
+        assert chosen == learnt.tolist()
+        scheduler.observe([1.0, 2.0, 3.0])
+
+
+def test_an_action_that_the_floor_chose_is_as_likely_as_the_floor_makes_it():
+    def learnt(floor, shares):
+        made = BSG([2], horizon=10**6)
+        made.floor, made.experts = floor, torch.tensor(shares, dtype=torch.float64).expand_as(made.experts).clone()
+        made.overrule(torch.tensor([1]))
+        made.update(FacilityLocation([[1.0, 0.0]]))
+        return made.experts[0, :, 1] / made.experts[0, :, 0] * (shares[0] / shares[1])
+
+    # All by the floor, an action has a chance of a half whatever the policy thinks.
+    torch.testing.assert_close(learnt(1.0, [0.6, 0.4]), learnt(0.0, [0.5, 0.5]), rtol=1e-4, atol=0)
+    assert bool((learnt(0.0, [0.6, 0.4]) < 0.99 * learnt(0.0, [0.5, 0.5])).all())
+
+
+def test_shares_count_the_draws_of_workers_that_would_idle():
+    scheduler = DomainScheduler(torch.eye(3), workers=2, knobs={"residual": "idle", "eta": 0.01}, W=[[0.5, 0.5]] * 2)
+    scheduler.next_domains()
+    scheduler.observe([1.0, 2.0, 3.0])
+    assert float(scheduler.policy.probabilities().sum()) < 1.9
+    torch.testing.assert_close(scheduler.shares().sum(1), torch.ones(2, dtype=torch.float64))
 
 
 def test_a_stream_reads_each_domain_in_turn_and_every_row_before_one_again():

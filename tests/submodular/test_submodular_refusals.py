@@ -19,6 +19,7 @@ from modicum.submodular import (
     ConcaveOverModular,
     FacilityLocation,
     Hedge,
+    LastGreedy,
     Mixture,
     ProbabilisticCoverage,
     Random,
@@ -151,7 +152,18 @@ BAD = {
     "an unknown precision": (lambda: Simulated(W, foreign="int8"), "foreign is 'int8'"),
     "a theory of no rounds": (lambda: theory_step(0), "T is 0"),
     "an unknown residual to draw": (lambda: sample_actions([1.0], 0.5, residual="x"), "residual is 'x'"),
-    "a state of another policy": (lambda: policy().load_state_dict(Random([2, 2]).state_dict()), "x is missing"),
+    "a state of another policy": (
+        lambda: policy().load_state_dict(Random([2, 2]).state_dict()),
+        "the state is of Random, expected that of MAOSMA",
+    ),
+    "a state of a policy alike": (
+        lambda: MASPL([2, 2], W, eta=1).load_state_dict(policy().state_dict()),
+        "the state is of MAOSMA, expected that of MASPL",
+    ),
+    "half a state": (
+        lambda: policy().load_state_dict({k: v for k, v in policy().state_dict().items() if k != "x"}),
+        "state of MAOSMA: x is missing",
+    ),
     "a state of other blocks": (lambda: policy().load_state_dict(other_state()), "x has shape (2, 5)"),
     "half a seed": (lambda: policy(seed=0.5), "seed is 0.5, expected a whole number"),
     "half a block": (lambda: policy_of([2.0, 2.5]), "blocks hold 2.0, expected sizes"),
@@ -213,3 +225,16 @@ def test_numbers_may_come_from_arrays():
     ]
     assert torch.equal(*one)
     assert Hedge([2, 2], eta=[1.0, 2.0], seed=[0, 1]).worlds == OSG([2], horizon=4, scale=[1, 2], seed=[0, 1]).worlds
+
+
+@pytest.mark.parametrize("made", [lambda: OSG([2, 2], horizon=4), lambda: LastGreedy([2, 2]), lambda: late()])
+def test_a_policy_goes_back_to_before_its_first_round(made):
+    one = made()
+    start = {name: part.clone() for name, part in one.state_dict().items()}
+    first = simulate(one, F, rounds=3).actions
+    one.load_state_dict(start)
+    assert torch.equal(simulate(one, F, rounds=3).actions, first)
+
+
+def late():
+    return MAOSMA([2, 2], Simulated(W, delay=1), eta=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -112,12 +113,45 @@ BAD = {
     "no places": ("time,id,x\n0,a,0\n", {}, "has no column 'lat'"),
     "a word for a number": ("time,id,x,y\n0,a,east,0\n", {}, "line 2: x is 'east', expected a number"),
     "a word for a time": ("time,id,x,y\nnoon,a,0,0\n", {}, "line 2: time is 'noon'"),
+    "no time of day": ("time,id,x,y\n0,a,0,0\nnan,a,5,5\n", {}, "line 3: time is 'nan'"),
+    "an endless time": ("time,id,x,y\n0,a,0,0\ninf,a,5,5\n", {}, "line 3: time is 'inf'"),
+    "a gap around all rounds": (
+        "time,id,x,y\n0,a,0,0\n10000,a,9,9\n",
+        {"start": 4000, "duration": 500, "step": 100},
+        "track a has a gap of 10000 s after 0 s",
+    ),
+    "nothing left": (FLAT, {"start": 0, "duration": 30, "incomplete": "leave_out"}, "none of 2 tracks is complete"),
     "a short line": ("time,id,x,y\n0,a,0\n", {}, "line 2: 3 values for 4 columns"),
     "a gap": (FLAT, {"max_gap": 15}, "track b has a gap of 20 s after 0 s, expected at most 15 s"),
     "tracks apart": ("time,id,x,y\n0,a,0,0\n1,a,0,0\n5,b,0,0\n6,b,0,0\n", {}, "track a ends before track b begins"),
     "beyond a track": (FLAT, {"start": 0, "duration": 30}, "track a covers 0 s to 20 s, expected 0 s to 30 s"),
     "a step of nothing": (FLAT, {"step": 0}, "step is 0"),
 }
+
+
+def test_tracks_that_are_not_complete_may_be_left_out(tmp_path):
+    (tmp_path / "tracks.csv").write_text(FLAT + "20,c,5,5\n30,c,6,6\n")
+    found = read_tracks(tmp_path / "tracks.csv", start=0, duration=20, max_gap=15, incomplete="leave_out")
+    assert found[:, 0].tolist() == [[0, 0], [1, 1], [2, 2]] and found.shape[1] == 1
+
+
+def test_the_date_line_is_no_wall(tmp_path):
+    (tmp_path / "tracks.csv").write_text("time,id,lat,lon\n0,a,0,179.99\n10,a,0,-179.99\n")
+    east = read_tracks(tmp_path / "tracks.csv", step=5)[:, 0, 0]
+    np.testing.assert_allclose(east, np.array([-0.01, 0, 0.01]) * np.pi / 180 * 6_371_008.8, atol=1e-6)
+
+
+def test_times_without_a_zone_are_utc(tmp_path, monkeypatch):
+    # In Berlin's clock two hours become one in this night.
+    (tmp_path / "tracks.csv").write_text("time,id,x,y\n2026-03-29T01:30:00,a,0,0\n2026-03-29T03:30:00,a,2,0\n")
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        found = read_tracks(tmp_path / "tracks.csv", step=3600, max_gap=1e4)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert found[:, 0, 0].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("what", BAD)

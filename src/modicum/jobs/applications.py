@@ -30,6 +30,9 @@ class Tracking(Section):
     max_gap: Positive = Field(default=600.0, description="seconds without a report that a track may have")
     start: NonNegative | None = Field(default=None, description="seconds after the first report at which rounds begin")
     duration: Positive | None = Field(default=None, description="seconds of the tracks that are used")
+    incomplete: Literal["refuse", "leave_out"] = Field(
+        default="refuse", description="what is done with a track that has a gap, or misses some of the rounds"
+    )
 
     def world(self) -> Callable[[Sequence[int]], Any]:
         """Return what makes the worlds of some seeds."""
@@ -40,7 +43,7 @@ class Tracking(Section):
         if self.tracks is not None:
             tracks = read_tracks(
                 self.tracks, fit=self.radius, step=self.step, max_gap=self.max_gap, start=self.start,
-                duration=self.duration,
+                duration=self.duration, incomplete=self.incomplete,
             )  # fmt: skip
         return lambda seeds: TrackingWorld(
             self.agents, self.targets, mixture=self.mixture, preset=self.preset, radius=self.radius,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from modicum.errors import RecipeError
 from modicum.jobs.applications import ObjectiveFile, Selection, Tracking, read_application
 from modicum.recipe import Choice, Recipe, choice
 from modicum.record import Run, write_atomic
@@ -49,9 +50,11 @@ class CoordinateRecipe(Recipe):
     @field_validator("policies")
     @classmethod
     def _complete(cls, chosen: list[Choice]) -> list[Choice]:
-        for one in chosen:
+        for number, one in enumerate(chosen):
             entry = policy[one.name]
             entry.knobs({entry.facts.step: 1.0, **one.knobs} if entry.facts.step else one.knobs)
+            if any((one.name, one.knobs) == (other.name, other.knobs) for other in chosen[:number]):
+                raise RecipeError(f"policies: {one.name} stands twice with the same knobs. Drop one, or change a knob.")
         return chosen
 
     def inputs(self) -> Iterator[str]:
@@ -77,6 +80,18 @@ class Comparison:
         base = recipe.seed * 1000
         self.seeds = [base + i for i in range(recipe.seeds)]
         self.tune_seeds = [base + 500 + i for i in range(recipe.tune_seeds)]
+        most = getattr(first, "rounds", None)
+        if most is not None and recipe.rounds > most:
+            raise RecipeError(f"rounds is {recipe.rounds}, but the file has enough for {most}. Lower rounds.")
+        self._try()
+
+    def _try(self) -> None:
+        """Make every policy once, so that what does not fit together is refused before anything is played."""
+        from modicum.submodular.policies.make import make_policy
+
+        for graph, variant in self.pairs():
+            knobs = {**variant.knobs} if variant.step is None else {**variant.knobs, variant.step: 1.0}
+            make_policy(variant.name, self.blocks, W=self.network(graph), horizon=self.recipe.rounds, knobs=knobs)
 
     @cached_property
     def adjacency(self) -> dict[str, Tensor]:
@@ -171,6 +186,11 @@ def plan(recipe: CoordinateRecipe) -> list[str]:
         f"{worlds * recipe.rounds:,} rounds in all, of up to {2 * n} evaluations and {(agents + 1) * n * 8 / 1e3:.0f} "
         f"kB of copies each; about {3 * most * agents * n * 8 / 1e6:.0f} MB at a time",
     ]
+    if longest := max(variant.hint for _, variant in found.pairs()):
+        lines.append(
+            f"rounds with a hint play up to {longest} more, {2 * n * (longest + 1):,} evaluations and messages of "
+            f"{longest + 1} rounds in all"
+        )
     for graph, links in found.adjacency.items():
         beta = second_modulus(metropolis_weights(links))
         sent = int(links.sum()) * n * 8

@@ -213,6 +213,7 @@ class DomainScheduler:
         blocks = [count] * workers
         own = {"eta": ETA} if registry.policy[policy].facts.step == "eta" else {}
         self.policy = make_policy(policy, blocks, W=weights, horizon=horizon, seed=seed, knobs={**own, **(knobs or {})})
+        self.policy.floor = floor
         self._keys = keys([seed], "domain-floor", range(workers))[0]
         self.round = 0
         self.current: list[int] | None = None
@@ -231,6 +232,7 @@ class DomainScheduler:
             draws = uniform(self._keys, self.round, 2)
             other = (draws[:, 1] * len(self.domains)).long()
             chosen = torch.where((draws[:, 0] < self.floor) | (chosen < 0), other, chosen)
+            self.policy.overrule(chosen)
             self.current = [int(d) for d in chosen]
         return list(self.current)
 
@@ -249,6 +251,7 @@ class DomainScheduler:
     def shares(self) -> Tensor:
         """Return the probability of each domain for each worker, floor included, (workers, domains)."""
         p = self.policy.probabilities().reshape(self.workers, -1)
+        p = p + (1 - p.sum(1, keepdim=True)) / len(self.domains)  # a worker that would idle draws any domain
         return (1 - self.floor) * p + self.floor / len(self.domains)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def several(value: Any) -> Any:
         >>> several([1, 2]), several(0.5)
         ((1.0, 2.0), 0.5)
     """
-    many = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0)
+    many = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
     return tuple(float(part) for part in value) if many else value
 
 

@@ -35,6 +35,7 @@ class FileWorld:
             raise RecipeError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, expected V (rows, elements).")
         self.V, self.weights = tensors["V"], tensors.get("weights")
         self.blocks = list(blocks)
+        self.rounds = len(self.V) if self.V.ndim == 3 else None  # how many there can be
         if self.V.ndim not in (2, 3) or self.V.shape[-1] != sum(blocks):
             raise RecipeError(f"{path}: V has shape {tuple(self.V.shape)}, but blocks cover {sum(blocks)} elements.")
         self.round, self.count = 0, 0

@@ -59,6 +59,7 @@ class TrackingWorld:
     Attributes:
         blocks: Sizes of the agents' blocks, for a policy.
         round: Number of the present round.
+        rounds: How many there can be, where tracks end.
 
     Raises:
         RecipeError: A knob is out of range.
@@ -123,6 +124,7 @@ class TrackingWorld:
                 raise RecipeError(f"tracking: {name} is {given}, expected {expected}.")
         self._target_speed, self._course = target_speed, course
         self._flee = (flee_within, flee_speed, max(1, round(flee_seconds / dt)))
+        self.rounds = None if self.tracks is None else len(self.tracks) - 1
         self.scale = 1 / self.targets if scaled else 1.0
         self.moves = _moves(known["directions"], known["speeds"], rest=known["rest"]) * dt
         self.blocks = [len(self.moves)] * agents

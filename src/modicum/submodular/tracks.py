@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,25 +36,28 @@ def read_tracks(
     fit: float | None = None,
     start: float | None = None,
     duration: float | None = None,
+    incomplete: Literal["refuse", "leave_out"] = "refuse",
 ) -> Tensor:
     """Read tracks from a CSV file and interpolate them to even rounds.
 
     Args:
-        path: A file with a header: time (seconds, or ISO 8601), an identity (``id``, ``MMSI``, ``icao24``), and either
-            ``x, y`` in units of length or ``lat, lon`` in degrees, which become metres from their middle.
+        path: A file with a header: time (seconds, or ISO 8601, in UTC where it names no zone), an identity (``id``,
+            ``MMSI``, ``icao24``), and either ``x, y`` in units of length or ``lat, lon`` in degrees, which become
+            metres from their middle.
         step: Seconds of a round.
-        max_gap: A track with a longer gap in the common time is refused.
+        max_gap: A track with a longer gap in the common time is not complete.
         fit: Shift and scale all positions into a disk of this radius.
         start: Seconds after the first report at which the rounds begin; the first time that all tracks share where not
             given.
         duration: Seconds of all rounds; as long as all tracks last where not given.
+        incomplete: What is done with a track that has a gap, or does not last from the first round to the last.
 
     Returns:
         Positions, (rounds, targets, 2) in float64.
 
     Raises:
         CheckpointError: The file cannot be read.
-        RecipeError: A column is missing, a value is no number, or a track has a gap.
+        RecipeError: A column is missing, a value is no number, or a track is not complete, or none is.
 
     Example:
         >>> import tempfile
@@ -79,20 +82,16 @@ def read_tracks(
     moments = begin + step * np.arange(math.floor((end - begin) / step + 1e-9) + 1)
     positions = []
     for name, (times, places) in reports.items():
-        if times[0] > begin + 1e-9 or times[-1] < end - 1e-9:
-            raise RecipeError(
-                f"{path}: track {name} covers {times[0] - first:g} s to {times[-1] - first:g} s, expected "
-                f"{begin - first:g} s to {end - first:g} s. Narrow start and duration, or leave it out."
-            )
-        inside = times[(times >= begin - max_gap) & (times <= end + max_gap)]
-        gaps = np.diff(inside)
-        if len(gaps) and gaps.max() > max_gap:
-            place = int(gaps.argmax())
-            raise RecipeError(
-                f"{path}: track {name} has a gap of {gaps[place]:g} s after {inside[place] - first:g} s, expected at "
-                f"most {max_gap:g} s. Raise max_gap, or leave the track out."
-            )
+        fault = _fault(times - first, begin - first, end - first, max_gap)
+        if fault and incomplete == "refuse":
+            raise RecipeError(f"{path}: track {name} {fault}, or leave it out (incomplete: leave_out).")
+        if fault:
+            continue
         positions.append(np.stack([np.interp(moments, times, places[:, axis]) for axis in (0, 1)], -1))
+    if not positions:
+        raise RecipeError(
+            f"{path}: none of {len(reports)} tracks is complete from {begin - first:g} s to {end - first:g} s."
+        )
     found = np.stack(positions, 1)
     if fit is not None:
         middle = (found.reshape(-1, 2).max(0) + found.reshape(-1, 2).min(0)) / 2
@@ -100,6 +99,17 @@ def read_tracks(
         reach = float(np.linalg.norm(found, axis=-1).max())
         found = found * (fit / reach if reach else 1.0)
     return torch.from_numpy(found)
+
+
+def _fault(times: Any, begin: float, end: float, max_gap: float) -> str | None:
+    """Say what a track lacks between two moments, and what may help."""
+    if times[0] > begin + 1e-9 or times[-1] < end - 1e-9:
+        return f"covers {times[0]:g} s to {times[-1]:g} s, expected {begin:g} s to {end:g} s. Narrow start and duration"
+    gaps = np.where((times[1:] > begin) & (times[:-1] < end), np.diff(times), 0)
+    if len(gaps) and gaps.max() > max_gap:
+        place = int(gaps.argmax())
+        return f"has a gap of {gaps[place]:g} s after {times[place]:g} s, expected at most {max_gap:g} s. Raise max_gap"
+    return None
 
 
 def _reports(path: Path) -> dict[str, tuple[Any, Any]]:
@@ -137,24 +147,33 @@ def _reports(path: Path) -> dict[str, tuple[Any, Any]]:
     if flat:
         return tracks
     every = np.concatenate([places for _, places in tracks.values()])
-    lat, lon = every.mean(0)
+    lat, anchor = every.mean(0)[0], every[0, 1]
+    lon = anchor + _degrees(every[:, 1] - anchor).mean()
     return {name: (times, _metres(places, lat, lon)) for name, (times, places) in tracks.items()}
 
 
 def _metres(places: Any, lat: float, lon: float) -> Any:
     """Return metres east and north of a point; good to 0.1 % within some 100 km."""
     degree = math.pi / 180 * EARTH
-    east = (places[:, 1] - lon) * degree * math.cos(math.radians(lat))
+    east = _degrees(places[:, 1] - lon) * degree * math.cos(math.radians(lat))
     return np.stack([east, (places[:, 0] - lat) * degree], -1)
+
+
+def _degrees(turns: Any) -> Any:
+    """Return differences of longitudes the short way round, also across the date line."""
+    return (turns + 180) % 360 - 180
 
 
 def _seconds(text: str, where: str) -> float:
     try:
-        return float(text)
+        found = float(text)
+        if math.isfinite(found):
+            return found
     except ValueError:
         pass
     try:
-        return datetime.fromisoformat(text.strip().replace("Z", "+00:00")).timestamp()
+        moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except ValueError:
         raise RecipeError(f"{where}: time is {text!r}, expected seconds or an ISO 8601 moment.") from None
 

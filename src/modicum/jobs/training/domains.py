@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainerCallback
 
 from modicum import processes
@@ -30,6 +30,10 @@ from modicum.record import digest
 from modicum.submodular.data_selection import DomainScheduler
 
 FILE = "domains.safetensors"
+LOADERS = (
+    "A process of the loader's would read with a copy of the scheduler, which never learns. Set dataloader_num_workers "
+    "to 0."
+)
 
 
 class DomainStream(IterableDataset):  # type: ignore[type-arg]
@@ -60,6 +64,8 @@ class DomainStream(IterableDataset):  # type: ignore[type-arg]
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     def __iter__(self) -> Iterator[Any]:
+        if get_worker_info() is not None:
+            raise TrainingError(LOADERS)
         taken = torch.zeros(self.scheduler.workers, len(self.rows), dtype=torch.long)
         number = 0
         while True:
@@ -110,7 +116,20 @@ class DomainCallback(TrainerCallback):
         self.losses: list[list[float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Go on from the checkpoint that the training goes on from."""
+        """Check that each process reads whole batches of workers, and go on from a checkpoint where there is one.
+
+        Raises:
+            RecipeError: The Trainer's batches are of another size, or loaders of its own read them.
+            CheckpointError: The state beside the checkpoint cannot be read.
+        """
+        if args.dataloader_num_workers:
+            raise RecipeError(LOADERS)
+        workers, batch, world = self.stream.scheduler.workers, self.stream.batch, processes.world()
+        if args.train_batch_size % batch or args.train_batch_size * world != workers * batch:
+            raise RecipeError(
+                f"{world} processes with batches of {args.train_batch_size} rows: expected {workers} workers of "
+                f"{batch} rows, {workers * batch / world:g} for each process (per_device_train_batch_size)."
+            )
         if not state.global_step:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

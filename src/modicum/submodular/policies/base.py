@@ -33,6 +33,7 @@ class Policy:
     """
 
     sees: ClassVar[Literal["past", "now"]] = "past"  # "now": act is given the objective of the round itself
+    floor: float = 0.0  # share of uniform choices that whoever plays puts in place of the policy's
 
     def __init__(
         self,
@@ -76,6 +77,9 @@ class Policy:
         self.acts += 1
         return actions
 
+    def overrule(self, actions: Tensor) -> None:
+        """Take in what was played in place of what :meth:`act` returned, where a policy learns from its actions."""
+
     def update(self, f: Objective) -> None:
         """Learn from the objective of the round, which is revealed after acting.
 
@@ -94,7 +98,7 @@ class Policy:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as tensors: what was learnt, how far the draws went, and their seeds."""
         counts = torch.tensor([self.acts, self.updates, self.evaluations])
-        return {"counts": counts, "seeds": torch.tensor(self._seeds), **self._state()}
+        return {"policy": self._tag(), "counts": counts, "seeds": torch.tensor(self._seeds), **self._state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a state, as if there had been no interruption.
@@ -102,26 +106,29 @@ class Policy:
         Raises:
             RecipeError: It is the state of another policy, or of other blocks.
         """
-        own = self._state()
-        known = {"counts", "seeds", *own}
-        if missing := sorted(known - state.keys()):
-            raise RecipeError(
-                f"state of {type(self).__name__}: {', '.join(missing)} is missing. Is it another policy's?"
-            )
-        for name, tensor in own.items():
-            if name in self.fixed and state[name].shape != tensor.shape:
+        own, name = self._state(), type(self).__name__
+        if "policy" in state and not torch.equal(state["policy"].cpu(), self._tag()):
+            raise RecipeError(f"the state is of {bytes(state['policy'].tolist()).decode()}, expected that of {name}.")
+        if missing := sorted({"policy", "counts", "seeds", *own} - self.passing - state.keys()):
+            raise RecipeError(f"state of {name}: {', '.join(missing)} is missing. Is it another policy's?")
+        for part, tensor in own.items():
+            if part in self.fixed and state[part].shape != tensor.shape:
                 raise RecipeError(
-                    f"state of {type(self).__name__}: {name} has shape {tuple(state[name].shape)}, expected "
-                    f"{tuple(tensor.shape)}. The blocks or worlds are others."
+                    f"state of {name}: {part} has shape {tuple(state[part].shape)}, expected {tuple(tensor.shape)}. "
+                    "The blocks or worlds are others."
                 )
         if len(state["seeds"]) != len(self._seeds):
             raise RecipeError(f"the state is of {len(state['seeds'])} worlds, expected {len(self._seeds)}.")
         self.acts, self.updates, self.evaluations = (int(count) for count in state["counts"])
         self._seeds = [int(seed) for seed in state["seeds"]]
         self._keys.clear()
-        self._load({name: tensor for name, tensor in state.items() if name not in ("counts", "seeds")})
+        self._load({part: tensor for part, tensor in state.items() if part not in ("policy", "counts", "seeds")})
 
     fixed: ClassVar[frozenset[str]] = frozenset({"x"})  # parts of the state whose shape is known beforehand
+    passing: ClassVar[frozenset[str]] = frozenset()  # parts that are there only after some round
+
+    def _tag(self) -> Tensor:
+        return torch.tensor(list(type(self).__name__.encode()), dtype=torch.uint8)
 
     # -- what a policy is made of --------------------------------------------------------------------------------
 

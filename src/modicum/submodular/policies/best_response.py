@@ -54,6 +54,10 @@ class BestResponse(Remembering):
         stay = (self._uniform("stay", turn, 1)[..., 0] < self.laziness) & (self._done >= 0)
         return torch.where(stay, self._done, best)
 
+    def overrule(self, actions: Tensor) -> None:
+        """Answer these actions in the next round (see :meth:`Policy.overrule`)."""
+        self._done = actions
+
     def _kept(self, actions: Tensor) -> Tensor:
         self._done = actions
         return actions

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ class Gossip(Policy):
             :class:`~modicum.submodular.communication.Communication`.
         settings: The knobs.
     """
+
+    passing: ClassVar[frozenset[str]] = frozenset({"network.sent"})
 
     def __init__(self, blocks: Blocks, W: Weights, settings: Settings) -> None:
         self.settings = settings

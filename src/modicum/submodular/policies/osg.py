@@ -37,6 +37,7 @@ class Experts(Policy):
     """
 
     fixed: ClassVar[frozenset[str]] = frozenset({"experts", "trust"})
+    passing: ClassVar[frozenset[str]] = frozenset({"played"})
 
     def __init__(
         self,
@@ -71,6 +72,10 @@ class Experts(Policy):
             shares = shares * self.partition.valid
         self._played = sample_actions(shares, self._uniform("act", self.acts, 1)[..., 0])
         return self._played
+
+    def overrule(self, actions: Tensor) -> None:
+        """Learn from these actions (see :meth:`Policy.overrule`)."""
+        self._played = actions
 
     def _before(self, f: Objective) -> Tensor:
         """Return what each agent's actions add to those played by the agents before it, (worlds, N, widest)."""

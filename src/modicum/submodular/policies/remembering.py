@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ class Remembering(Policy):
     The objective itself is no tensor: a policy that goes on from a state chooses by what it decided in advance.
     """
 
+    passing: ClassVar[frozenset[str]] = frozenset({"next"})
     _next: Tensor | None = None
 
     def _decide(self, f: Objective, turn: int) -> Tensor:
@@ -46,11 +49,6 @@ class Remembering(Policy):
 
     def _state(self) -> dict[str, Tensor]:
         return {} if self._next is None else {"next": self._next}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state (see :meth:`Policy.load_state_dict`)."""
-        self._next = None
-        super().load_state_dict(state)
 
     def _load(self, state: dict[str, Tensor]) -> None:
         self._next = state["next"].clone() if "next" in state else None
