@@ -40,7 +40,8 @@ def test_list_prints_every_table(monkeypatch, capsys):
     assert {"train", "merge", "average", "evaluate", "pipeline", "attack", "synthesize"} <= set(tables["jobs"])
     assert {"linear", "llama_guard3", "qwen3guard", "wild_guard", "decision", "declines"} <= set(tables["judges"])
     assert {"plain", "template", "base64", "flip", "past_tense", "persuasion"} <= set(tables["attacks"])
-    assert "quickstart" in tables["recipes"]
+    assert "route" in tables["jobs"] and "routed" in tables["models"]
+    assert {"quickstart", "mediator"} <= set(tables["recipes"])
 
 
 def test_show_prints_the_knobs_of_a_method(monkeypatch, capsys):

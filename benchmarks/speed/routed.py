@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
@@ -100,16 +103,38 @@ def load(folder: Path, dtype: Any = torch.float32, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 
+def with_router(folder: Path) -> Path:
+    """Return a copy of a folder with a linear router and its gate; weights and experts are the same files."""
+    from modicum.models.router import fit_router
+
+    out = folder.parent / "gated"
+    if not out.exists():
+        shutil.copytree(
+            folder, out, copy_function=lambda a, b: (os.link if a.endswith("tensors") else shutil.copy2)(a, b)
+        )
+    model = load(out)
+    prompts = torch.randint(5, 40_000, (40, 48), generator=torch.Generator().manual_seed(0))
+    router = fit_router(model.features(prompts), [i % EXPERTS for i in range(40)])
+    model.router = replace(router, threshold=1.0)
+    model.save_pretrained(out)
+    return out
+
+
 def part_disk(_: int) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    from modicum.models.router_fitting import stored_bytes
+
     found = {}
     whole = (models()[0] / "model.safetensors").stat().st_size
+    router = stored_bytes("linear", experts=EXPERTS, width=SMOLLM2_135M["hidden_size"], rank=8, gate=True)
     for store in ("random_rescaled", "magnitude", "sign"):
-        folder = routed_folder(store, layers=30)
-        record = json.loads((folder.parent / "record.json").read_text())
-        stated = record["metrics"]["routing_bytes"]["stored"]
-        from safetensors.torch import load_file
-
-        written = sum(t.nbytes for t in load_file(folder / "experts.safetensors").values())
+        plain = routed_folder(store, layers=30)
+        record = json.loads((plain.parent / "record.json").read_text())
+        stated = record["metrics"]["routing_bytes"]["stored"] + router
+        folder = with_router(plain)
+        files = (folder / "experts.safetensors", folder / "router.safetensors")
+        written = sum(t.nbytes for file in files for t in load_file(file).values())
         total = sum(path.stat().st_size for path in folder.iterdir())
         found[store] = {"stated bytes": stated, "written bytes": written, "folder / four models": total / (4 * whole)}
     return found
@@ -279,8 +304,6 @@ print(json.dumps({"MB above imports": round((peak.bytes - before) / 1e6, 1), "la
 
 
 def part_conflict(rounds: int) -> dict[str, Any]:
-    import shutil
-
     from modicum.weights import Checkpoint, merge
     from modicum.weights.mediator import layer_conflict
 

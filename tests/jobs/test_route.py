@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
 from modicum.models import RoutedForCausalLM
-from modicum.recipe import parse
+from modicum.recipe import parse, read
 from modicum.registry import expert_store
 from modicum.weights import Checkpoint, extract_lora
 from support import byte_tokenizer, tiny_llama
@@ -230,6 +234,96 @@ def test_adapters_keep_their_factors(parts, tmp_path):
         assert torch.equal(together[i, : alone.shape[1]], alone[0])
 
 
+def tables(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def test_a_folder_in_several_files_holds_the_same(parts, tmp_path):
+    execute(parse(recipe(parts, store="whole")), tmp_path / "one", quiet=True)
+    execute(parse(recipe(parts, store="whole", shard_bytes=20_000)), tmp_path / "many", quiet=True)
+    names = {path.name.partition("-")[0] for path in (tmp_path / "many" / "model").glob("*-of-*.safetensors")}
+    assert names == {"model", "experts"}
+    one, many = (tables(tmp_path / name / "model") for name in ("one", "many"))
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "many")]
+    models[1].save_pretrained(tmp_path / "saved")
+    models.append(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    ids = torch.tensor([[70, 71, 72], [90, 91, 92]])
+    logits = [model(ids, weights=[[1.0, 0], [0, 1.0]]).logits for model in models]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_another_tool_gets_the_class_by_its_name(parts, tmp_path, monkeypatch, capsys):
+    import transformers
+
+    from modicum.models.__main__ import main as hand_over
+
+    execute(parse(recipe(parts)), tmp_path / "run", quiet=True)
+    # A server takes a model's class from transformers by the name in its configuration.
+    (tmp_path / "show_class.py").write_text(
+        "import sys, transformers\n"
+        "name = transformers.AutoConfig.from_pretrained(sys.argv[1]).architectures[0]\n"
+        "print(type(getattr(transformers, name).from_pretrained(sys.argv[1])).__name__)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modicum.models", "show_class", str(tmp_path / "run" / "model")])
+    with monkeypatch.context() as patch:
+        for name in ("RoutedForCausalLM", "ZeroTokenForCausalLM"):
+            patch.setattr(transformers, name, None, raising=False)  # what is added is taken away again
+        hand_over()
+    assert capsys.readouterr().out == "RoutedForCausalLM\n"
+
+
+def test_the_harness_scores_a_routed_folder(parts, tmp_path):
+    pytest.importorskip("lm_eval")
+    execute(parse(recipe(parts)), tmp_path / "run", quiet=True)
+    rows = [{"prompt": word, "choices": [" 5", " 77"], "answer": 0} for word in ("abcdef", "uvwxyz", "fedcba")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "t.yaml").write_text(
+        "task: own\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 't.jsonl'}}}}}\n"
+        'doc_to_text: "{{prompt}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+    task = {"kind": "lm_eval", "task": "own", "data": str(tmp_path), "chat": False}
+    given = {"job": "evaluate", "model": str(tmp_path / "run" / "model"), "tasks": {"own": task}}
+    [cell] = execute(parse(given), tmp_path / "scores", quiet=True).record["metrics"]["cells"]
+    assert cell["n"] == 3
+
+
+@pytest.mark.slow
+def test_a_process_killed_anywhere_ends_with_the_same_bytes(parts, tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe(parts, variants=["top1"], router={"gate": 0.9})))
+
+    def start(folder):
+        command = [sys.executable, "-m", "modicum", "run", str(file), "--out", str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finished(process):
+        told, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, told[-2000:]
+
+    finished(start(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    kills = 0
+    for stage in ("record.json", ".building/*/*", ".building/*/dense", ".building/*/experts", ".model*", "model"):
+        process = start(killed)
+        while process.poll() is None and not list(killed.glob(stage)):
+            time.sleep(0.001)
+        if process.poll() is None:
+            kills += 1
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finished(start(killed))
+    assert kills >= 3
+    for path in sorted((tmp_path / "whole").rglob("*.*")):
+        if path.parent.name in ("model", "top1"):
+            other = killed / path.relative_to(tmp_path / "whole")
+            assert path.read_bytes() == other.read_bytes(), path.name
+    assert not list(killed.glob(".building")) and not list(killed.glob(".model*"))
+
+
 @pytest.mark.parametrize("kind", ["exact_match", "choice"])
 def test_an_evaluation_routes_every_prompt(parts, tmp_path, monkeypatch, kind):
     execute(parse(recipe(parts)), tmp_path / "run", quiet=True)
@@ -278,6 +372,21 @@ def test_what_a_run_would_refuse_is_found_by_check(parts, tmp_path, change, mess
     with pytest.raises(ModicumError, match=message):
         execute(parse(given), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_shipped_recipes_are_valid():
+    for name in ("mediator", "mediator-lora", "mediator-controls"):
+        stages = {stage["name"]: stage for stage in parse(read(name)).stages}
+        used = {reference.removeprefix("stage:").partition("/")[0] for reference in stages["scores"]["models"].values()}
+        assert used - stages.keys() <= {"builtin:smollm2-135m-instruct"}
+        for stage in stages.values():
+            if stage["job"] == "route":
+                assert set(parse(stage_alone(stage)).experts) == {"reverser", "adder", "orderer", "sorter"}
+    assert parse(read("mediator-budget")).budget_share == 0.75
+
+
+def stage_alone(stage):
+    return {key: value for key, value in stage.items() if key != "name"}
 
 
 def test_a_training_cannot_convert_its_model_to_a_routed_one(parts):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.registry import expert_store
+from modicum.weights.mediator import ExpertSet, build_experts
 from modicum.weights.stores import reader_of, store_bytes
 from modicum.weights.stores.random_rescaled import drawn_mask
 from oracles import mediator as oracle
@@ -148,6 +149,42 @@ def test_int8_is_off_by_half_a_step_at_most():
     exact = read("magnitude", dense, expert, density=0.5, values="f32")
     error = (reader_of(parts, (9, 40)).dense() - exact).abs()
     assert bool((error <= parts["scale"][:, None] / 2 + 1e-6).all())
+
+
+LARGE = [
+    *(("random_rescaled", {"layout": layout}) for layout in (*LAYOUTS, "seed_only")),
+    *(("magnitude", {"layout": layout}) for layout in LAYOUTS),
+    ("sign", {}),
+    ("whole", {}),
+]
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (2, 70_000), (3, 200, 210)])
+@pytest.mark.parametrize(("name", "knobs"), LARGE)
+def test_a_tensor_of_several_blocks_is_mixed_as_it_stands(shape, name, knobs):
+    dense, one = pair(shape)
+    other = pair(shape, seed=1)[1]
+    given = knobs if name == "sign" else {**knobs, "values": "f32"}
+    built = build_experts({"w": dense}, [{"w": one}, {"w": other}], ["w"], dense="base", sparsifier=name, **given)
+
+    def stored(t, expert):
+        delta = delta_of(dense, expert)
+        if name == "random_rescaled":
+            return (
+                np.where(drawn_mask(built.about.key(t, "w"), 0, delta.size, density=0.1).reshape(shape), delta, 0) / 0.1
+            )
+        if name == "magnitude":
+            kept = np.argsort(-np.abs(delta).ravel(), kind="stable")[: int(0.1 * delta.size)]
+            found = np.zeros(delta.size)
+            found[kept] = delta.ravel()[kept]
+            return found.reshape(shape)
+        return oracle.sign(delta) if name == "sign" else delta
+
+    want = dense.double().numpy() + 0.75 * stored(0, one) + 0.25 * stored(1, other)
+    np.testing.assert_allclose(built.tensor("w", [0.75, 0.25]).numpy(), want, rtol=1e-4, atol=1e-4)
+    low = ExpertSet(built.about, {"w": dense.bfloat16()}, built.parts).tensor("w", [0.75, 0.25])
+    gap = want - dense.double().numpy() + dense.bfloat16().double().numpy()
+    np.testing.assert_allclose(low.double().numpy(), gap, rtol=0.01, atol=0.01)
 
 
 def test_places_that_no_seed_gives_back_must_be_stored():

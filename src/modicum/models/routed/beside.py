@@ -43,7 +43,6 @@ class SidePath:
             down = torch.cat([x for x in a if x is not None]).to(like)
             up = torch.cat([x for x in b if x is not None], 1).to(like)
             self.factors[module] = (down, up, ranks)
-            module.register_forward_hook(self._add)
 
     @staticmethod
     def fits(experts: ExpertSet) -> bool:
@@ -56,8 +55,7 @@ class SidePath:
         )
 
     def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self.rows is None:
-            return output
+        assert self.rows is not None  # noqa: S101
         x = args[0]
         down, up, ranks = self.factors[module]
         if (down.dtype, down.device) != (x.dtype, x.device):  # the model was moved
@@ -77,7 +75,11 @@ class SidePath:
     def __call__(self, rows: Tensor | Sequence[Sequence[float]]) -> Iterator[None]:
         """Answer each row of a batch by its own weights of the experts while the block runs."""
         self.rows = torch.as_tensor(rows)
+        # Only as long as they are needed: a hook in Python costs every step of a plain request, too.
+        handles = [module.register_forward_hook(self._add) for module in self.factors]
         try:
             yield
         finally:
             self.rows = None
+            for handle in handles:
+                handle.remove()
