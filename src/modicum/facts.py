@@ -100,12 +100,12 @@ class AveragerFacts(Facts):
 
     Attributes:
         learns: It searches the coefficients by a loss: of its values, or of its gradients too.
-        work: ``(n, batches, **knobs) -> (gradients, values)``: how many passes over a batch it takes with so many
-            checkpoints and batches; at least.
+        work: ``(n, batches, **knobs) -> (gradients, least, most)``: how many passes over a batch it takes with so many
+            checkpoints and batches, with a gradient, and from how many to how many without.
     """
 
     learns: Literal["value", "gradient"] | None = None
-    work: Callable[..., tuple[int, int]] | None = None
+    work: Callable[..., tuple[int, int, int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from safetensors.torch import load_file
 from modicum.errors import CheckpointError, ModicumError, RecipeError
 from modicum.jobs import average as average_job
 from modicum.jobs import execute, plan
-from modicum.recipe import parse
+from modicum.jobs.averaging.folders import find_checkpoints, note_on_folders
+from modicum.jobs.averaging.overlap import note_on_overlap
+from modicum.jobs.data.rows import load_rows
+from modicum.jobs.data.section import DataSection
+from modicum.recipe import parse, parse_yaml
 from modicum.record import read_record
 from modicum.registry import averager
 from modicum.weights import average
@@ -42,6 +47,47 @@ def test_a_pattern_stands_for_checkpoints_in_the_order_of_their_steps(run_folder
     for name, tensor in load_file(tmp_path / "run/model/model.safetensors").items():
         torch.testing.assert_close(tensor, ((a[name].double() + b[name].double()) / 2).to(tensor.dtype))
     assert any("checkpoint-100: 0.5" in line for line in plan(parse(data)))
+
+
+def test_folders_stand_for_their_checkpoints_and_have_an_order(tmp_path: Path) -> None:
+    for step in (9, 10):
+        (tmp_path / f"run/checkpoint-{step}").mkdir(parents=True)
+    saved, run = [str(tmp_path / f"run/checkpoint-{step}") for step in (9, 10)], str(tmp_path / "run")
+    assert find_checkpoints([run]) == saved and note_on_folders([run]) == []
+    for file in ("model.safetensors", "adapter_model.bin"):
+        (tmp_path / "run" / file).touch()
+        assert find_checkpoints([run]) == saved
+        assert "stands for its 2 checkpoints" in note_on_folders([run])[0]
+        assert find_checkpoints([saved[0], run]) == [saved[0], run] and note_on_folders([saved[0], run]) == []
+        (tmp_path / "run" / file).unlink()
+    for number in (2, 10):
+        (tmp_path / f"exp-{number}/model").mkdir(parents=True)
+    found = find_checkpoints([f"{tmp_path}/exp-*/model"])
+    assert [Path(path).parent.name for path in found] == ["exp-2", "exp-10"]
+    (tmp_path / "run/checkpoint-final").mkdir()
+    with pytest.raises(CheckpointError, match="checkpoint-final, which has no number among numbered ones"):
+        find_checkpoints([f"{run}/checkpoint-*"])
+
+
+def test_what_is_searched_is_not_held_out(spoilt: Path, tmp_path: Path) -> None:
+    section = {"path": str(spoilt / "text.jsonl")}
+    data = {"job": "average", "checkpoints": [f"{spoilt}/checkpoint-*"], "method": "best", "data": section,
+            "held_out": section}  # fmt: skip
+    for work in (plan, lambda recipe: execute(recipe, tmp_path / "same", quiet=True)):
+        with pytest.raises(RecipeError, match="All 3 rows of held_out are among those of data"):
+            work(parse(data))
+    (tmp_path / "partly.jsonl").write_text('{"text": "abababababababab"}\n{"text": "bbbbbbbb"}\n')
+    partly = parse(data | {"held_out": {"path": str(tmp_path / "partly.jsonl")}})
+    assert any("1 of 2 rows of held_out are among those of data" in line for line in plan(partly))
+    execute(partly, tmp_path / "run", quiet=True)
+    record = read_record(tmp_path / "run")
+    assert record["metrics"]["averaging"]["measured_on"] == "held_out and data"
+    assert any("1 of 2 rows" in note for note in record["notes"])
+
+
+def test_the_model_s_class_tells_its_buffers(run_folder: Path) -> None:
+    recipe = parse({"job": "average", "checkpoints": [f"{run_folder}/checkpoint-*"]})
+    assert "model.rotary_emb.inv_freq" in average_job.open_checkpoints(recipe)[-1].buffers
 
 
 def test_no_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
@@ -122,6 +168,7 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(root / f"checkpoint-{step}")
         byte_tokenizer().save_pretrained(root / f"checkpoint-{step}")
     (root / "text.jsonl").write_text('{"text": "abababababababab"}\n' * 3)
+    (root / "held-out.jsonl").write_text('{"text": "babababababababa"}\n' * 3)
     return root
 
 
@@ -129,9 +176,9 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_learning_averager_runs_from_a_recipe(spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = {"path": str(spoilt / "text.jsonl")}
     data = {"job": "average", "checkpoints": [f"{spoilt}/checkpoint-*"], "method": "toy_descent", "data": section,
-            "held_out": section, "batch_size": 2}  # fmt: skip
+            "held_out": {"path": str(spoilt / "held-out.jsonl")}, "batch_size": 2}  # fmt: skip
     assert any("toy_descent learns the coefficients from 3 rows" in line for line in plan(parse(data)))
-    assert list(parse(data).inputs())[-2:] == [section["path"]] * 2
+    assert list(parse(data).inputs())[-2:] == [section["path"], str(spoilt / "held-out.jsonl")]
     execute(parse(data), tmp_path / "run", quiet=True)
     metrics = read_record(tmp_path / "run")["metrics"]
     found = list(metrics["coefficients"].values())
@@ -179,3 +226,13 @@ def test_pickled_checkpoints_are_averaged_when_allowed(tmp_path: Path) -> None:
         execute(parse(data), tmp_path / "run", quiet=True)
     execute(parse(data | {"allow_pickle": True}), tmp_path / "run", quiet=True)
     assert read_record(tmp_path / "run")["status"] == "done"
+
+
+@pytest.mark.parametrize("name", ["average-lora", "average-run", "train-ema"])
+def test_shipped_recipes_are_valid_and_hold_out_what_they_do_not_search(name: str) -> None:
+    data: dict[str, Any] = parse_yaml((files("modicum") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert parse(data).job == ("average" if name == "average-run" else "pipeline")
+    for stage in data.get("stages", [data]):
+        if stage["job"] == "average":
+            searched, held_out = (load_rows(DataSection(**stage[key]), seed=0) for key in ("data", "held_out"))
+            assert note_on_overlap(searched, held_out) == []

@@ -57,6 +57,21 @@ def test_windows_and_a_break_between_regimes(tmp_path: Path) -> None:
     assert "break after checkpoint-2" in found.findings[2]
 
 
+def test_what_other_rules_found_is_read_and_estimates_are_called_so(tmp_path: Path) -> None:
+    told = metrics(logits=[-1, 2, 1, 0])
+    windows = [[0, 1, 1.0], [1, 1, 1.1], [2, 1, 0.9], [3, 1, 0.8], [0, 2, 0.95], [1, 2, 3.0], [2, 2, 0.7]]
+    tried = [[[0, 0.5, 0.5, 0], 1.0625, 1.125]]
+    told["averaging"]["rules"][1]["trace"] = {"windows": windows, "surrogate": [[1, 1.3], [2, 1.0]], "tried": tried}
+    told["averaging"]["measured_on"] = "held_out and data"
+    write_run(tmp_path / "run", job="average", metrics=told)
+    view = load([tmp_path / "run"])
+    found = averaging(view)
+    assert found is not None and regimes(view) == [1]
+    for text in ("Estimate by the surrogate of the loss", "checkpoint-2 and checkpoint-3", "1.062", "1.125",
+                 "some rows were searched too"):  # fmt: skip
+        assert text in found.body, text
+
+
 def test_what_greedy_did_and_a_plain_average(tmp_path: Path) -> None:
     told = metrics(greedy=[{"checkpoint": 3, "loss": 1.2, "kept": True}, {"checkpoint": 0, "loss": 1.5, "kept": False}])
     write_run(tmp_path / "greedy", job="average", metrics=told)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,9 +14,9 @@ from modicum import processes
 from modicum.borders import read_json
 from modicum.durable import write_atomic
 from modicum.errors import CheckpointError
+from modicum.jobs.averaging.folders import find_checkpoints, note_on_folders
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.loading.folders import note_code
-from modicum.jobs.training.checkpoints import checkpoints as saved_in
 from modicum.recipe import Recipe, Section, choice
 from modicum.record import Run
 from modicum.registry import averager, job
@@ -43,7 +40,7 @@ class AverageRecipe(Recipe):
     job: Literal["average"] = "average"
     checkpoints: list[str] = Field(
         min_length=1,
-        description="folders, oldest first; * stands for anything, a folder of checkpoints for all of them",
+        description="folders, oldest first; * stands for anything, a run's folder alone for all checkpoints in it",
     )
     method: choice(averager) = Field(default="uniform", validate_default=True)  # type: ignore[valid-type]
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
@@ -89,39 +86,21 @@ class AverageRecipe(Recipe):
             yield from section.inputs()
 
 
-def find_checkpoints(patterns: list[str]) -> list[str]:
-    """Return the folders that ``patterns`` stand for; those of one pattern in the order of the numbers in their names.
-
-    A folder that holds ``checkpoint-<step>`` stands for all of them.
-
-    Raises:
-        CheckpointError: A pattern matches nothing.
-    """
-    found: list[str] = []
-    for pattern in patterns:
-        if not glob.has_magic(pattern):
-            folder = Path(pattern).expanduser()
-            # The folder of a run holds its checkpoints and no weights; one with weights of its own is meant itself.
-            saved = [] if any(folder.glob("*.safetensors")) else saved_in(folder)
-            found += [str(path) for path in saved] or [pattern]
-            continue
-        matches = [path for path in glob.glob(str(Path(pattern).expanduser())) if Path(path).is_dir()]  # noqa: PTH207
-        if not matches:
-            raise CheckpointError(f"No folder matches {pattern}. Check the path, and that the run saved checkpoints.")
-        found += sorted(matches, key=lambda path: ([int(n) for n in re.findall(r"\d+", Path(path).name)], path))
-    return found
-
-
 def open_checkpoints(recipe: AverageRecipe) -> list[Checkpoint]:
-    """Open the checkpoints; reads headers only."""
+    """Open the checkpoints; reads headers only. The newest one's class says which of their tensors are no weights."""
+    from modicum.jobs.loading.models import skeleton
     from modicum.weights.checkpoint import Checkpoint
 
     found = find_checkpoints(recipe.checkpoints)
-    return [Checkpoint(path, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code) for path in found]
+    opened = [Checkpoint(path, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code) for path in found]
+    if (model := skeleton(opened[-1].base.folder)) is not None:
+        opened[-1].buffers = frozenset(name for name, _ in model.named_buffers())
+    return opened
 
 
 def plan(recipe: AverageRecipe) -> list[str]:
     """Describe what would be read and written; an averager that learns is not asked, as that is the job's work."""
+    from modicum.jobs.averaging.overlap import note_on_overlap
     from modicum.jobs.data.packing_trial import foresee_batches
     from modicum.jobs.data.rows import load_rows
     from modicum.weights.average import choose
@@ -138,10 +117,11 @@ def plan(recipe: AverageRecipe) -> list[str]:
     else:
         coefficients = choose(checkpoints, method=method.name, seed=recipe.seed, **method.knobs).coefficients
         told = [f"{c.name}: {w:.4g}" for c, w in zip(checkpoints, coefficients)]
-    lines = _result(recipe, checkpoints, coefficients).describe()
+    lines = [*note_on_folders(recipe.checkpoints), *_result(recipe, checkpoints, coefficients).describe()]
     if recipe.data is not None:
         sections = [section for section in (recipe.data, recipe.held_out) if section is not None]
         read = [load_rows(section, seed=recipe.seed) for section in sections]
+        lines += note_on_overlap(*read) if len(read) == 2 else []
         batches = [math.ceil(len(rows) / recipe.batch_size) for rows in read]
         if averager[method.name].facts.learns:
             lines.append(f"{method.name} learns the coefficients from {len(read[0])} rows of {recipe.data.path}")
@@ -166,12 +146,13 @@ def _check_number(rule: Any, n: int) -> None:
 
 def _work(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], batches: int, held: int) -> list[str]:
     """Say how many passes over a batch the searches and measurements take, and what they hold in memory."""
-    n, gradients, values = len(checkpoints), 0, 0
+    n, gradients = len(checkpoints), 0
+    least = most = held * (n + 2 + len(recipe.compare) + (n - recipe.curve.last + 1 if recipe.curve else 0))
     for rule in (recipe.method, *recipe.compare):
         work = averager[rule.name].facts.work
-        more = work(n, batches, **rule.knobs) if work else (0, 0)
-        gradients, values = gradients + more[0], values + more[1]
-    values += held * (n + 2 + len(recipe.compare) + (n - recipe.curve.last + 1 if recipe.curve else 0))
+        more = work(n, batches, **rule.knobs) if work else (0, 0, 0)
+        gradients, least, most = gradients + more[0], least + more[1], most + more[2]
+    values = f"{least} to {most}" if most > least else str(least)
     newest = checkpoints[-1]
     size = 4 * sum(newest.spec(name).numel for name in newest) / 1e9
     passes = f"about {gradients} forward and backward passes and {values} forward passes of {recipe.batch_size} rows"
@@ -189,6 +170,7 @@ def average(recipe: AverageRecipe, run: Run) -> None:
         recipe: The checkpoints and the averager.
         run: Gets ``model/`` or ``adapter/``, and in its metrics each checkpoint's coefficient and what was measured.
     """
+    from modicum.weights.averageable import check_unused
     from modicum.weights.lora_mean import LoraMean, run_lora_mean
     from modicum.weights.merge import run_plan
 
@@ -196,7 +178,11 @@ def average(recipe: AverageRecipe, run: Run) -> None:
     note_code(checkpoints, run)
     # Shapes, names and architectures are compared before anything is searched.
     _result(recipe, checkpoints, [1 / len(checkpoints)] * len(checkpoints))
+    for line in note_on_folders(recipe.checkpoints):
+        run.note(line)
     chosen, measured = decide(recipe, checkpoints, run)
+    if not averager[recipe.method.name].facts.learns:  # a search has looked at all
+        check_unused(checkpoints, chosen.coefficients)
     if chosen.note:
         run.note(chosen.note)
     result = _result(recipe, checkpoints, chosen.coefficients)
@@ -240,8 +226,14 @@ def decide(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], run: Run) -
         return choose(checkpoints, **wanted), {}
     from modicum.jobs.averaging.loss import connected
     from modicum.jobs.averaging.measure import measure
+    from modicum.jobs.averaging.overlap import note_on_overlap
+    from modicum.jobs.data.rows import load_rows
     from modicum.weights.journal import Journal
 
+    both = [load_rows(s, seed=recipe.seed) for s in (recipe.data, recipe.held_out) if s and recipe.held_out]
+    overlap = note_on_overlap(*both) if both else []
+    for line in overlap:
+        run.note(line)
     path, answers = run.folder / "choice.json", run.folder / "search.jsonl"
     with connected():
         found = read_json(path, str(run.folder), "Delete it and run again.") if run.main and path.exists() else {}
@@ -251,6 +243,8 @@ def decide(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], run: Run) -
             landscape = make_landscape(recipe, checkpoints, run, journal)
             choice = choose(checkpoints, landscape=landscape, fallback=recipe.fallback, **wanted)
             found = {"hash": run.hash, "choice": asdict(choice), "measured": measure(recipe, landscape, choice)}
+            if overlap:
+                found["measured"]["measured_on"] = "held_out and data"
             if run.main:
                 write_atomic(path, json.dumps(found, indent=2) + "\n")
                 answers.unlink(missing_ok=True)

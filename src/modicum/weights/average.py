@@ -107,7 +107,8 @@ def average(
         check_vacant(Path(out))
     choice = choose(opened, method=method, landscape=landscape, fallback=fallback, seed=seed, **knobs)
     plan = plan_average(opened, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
-    check_unused(opened, choice.coefficients)
+    if landscape is None:  # a search has looked at all
+        check_unused(opened, choice.coefficients)
     run_plan(plan, Path(out), progress=progress)
     return choice.coefficients
 
@@ -165,7 +166,8 @@ def average_state_dicts(
     if landscape is not None:  # what would be refused afterwards is refused before the search
         plan_average(known, [0.0] * (len(known) - 1) + [1.0], dtype=dtype, exclude=exclude, device=device)
     choice = choose(known, method=method, landscape=landscape, fallback=fallback, seed=seed, **knobs)
-    check_unused(known, choice.coefficients)
+    if landscape is None:  # a search has looked at all
+        check_unused(known, choice.coefficients)
     mean = weighted_mean(known, choice.coefficients, dtype=dtype, exclude=exclude, device=device)
     return mean, choice.coefficients
 

@@ -140,9 +140,13 @@ def check_unused(checkpoints: Sequence[Tensors], coefficients: Sequence[float]) 
     unused = [i for i, value in enumerate(coefficients) if not value]
     for i in unused:
         model, owner = checkpoints[i], _label(checkpoints, i)
-        for name in model:
-            if spec_of(model, name).dtype.is_floating_point:
-                refuse_non_finite(name, [model[name]], [owner])
+        adapter = model.adapter if isinstance(model, Checkpoint) else None
+        factors = {} if adapter is None else adapter.factors
+        for name in model if adapter is None else {*factors, *adapter.replaced}:  # the rest is the base's
+            change = factors.get(name)
+            tensors = [model[name]] if change is None else [change.A, change.B]
+            if tensors[0].is_floating_point():
+                refuse_non_finite(name, tensors, [owner] * len(tensors))
 
 
 def _label(checkpoints: Sequence[Tensors], i: int) -> str:

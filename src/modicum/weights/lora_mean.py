@@ -35,7 +35,7 @@ class LoraMean:
         models: Those with a coefficient.
         coefficients: One for each.
         modules: The changes of each weight, in the order of the models.
-        rank: The result's highest rank; the sum of theirs when not given.
+        rank: The result's highest rank; the sum of theirs, which is exact, when not given.
     """
 
     base: Checkpoint
@@ -47,15 +47,17 @@ class LoraMean:
     def rank_of(self, name: str) -> int:
         """Return the rank of a module of the result."""
         known = [change for change in self.modules[name] if change is not None]
-        full = min(sum(change.A.shape[0] for change in known), *known[0].shape)
-        return min(full, self.rank or full)
+        full = sum(change.A.shape[0] for change in known)
+        return full if self.rank is None or self.rank >= full else min(self.rank, *known[0].shape)
 
     def describe(self) -> list[str]:
         """Return the plan in words, a line each."""
         most = max(self.rank_of(name) for name in self.modules)
+        whole = max(sum(c.A.shape[0] for c in changes if c is not None) for changes in self.modules.values())
         return [
             f"{len(self.modules)} modules from {len(self.models)} adapters of {self.base.name}",
-            f"writes an adapter of rank {most}" + ("" if self.rank else ", the exact mean"),
+            f"writes an adapter of rank {most}, "
+            + ("the exact mean" if most == whole else f"the nearest to the mean, whose rank is {whole}"),
         ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
 from modicum.jobs.loading.models import load_model
+from modicum.jobs.training.average_callback import AverageCallback
+from modicum.jobs.training.averages import Ring
 from modicum.recipe import parse
 from modicum.record import read_log, read_record
 from modicum.weights import Checkpoint
@@ -82,7 +85,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 
     def stop(self: Average) -> dict[str, torch.Tensor]:
         found = real(self)
-        if self.moving is not None and self.moving.updates == 6:
+        moving = self.callback.moving if self.callback is not None else None
+        if moving is not None and moving.updates == 6:
             raise StoppedError
         return found
 
@@ -117,6 +121,7 @@ def test_of_an_adapter_the_products_are_averaged(tiny_model: Path, tmp_path: Pat
         ({"average": {"moving": {"decay": 1.0}}}, "decay"),
         ({"average": {"snapshots": {"keep": 3}}}, "every"),
         ({"average": {"snapshots": {"every": 2, "method": "greedy"}}}, "learns from data"),
+        ({"average": {"snapshots": {"keep": 3, "every": 2, "method": {"name": "lawa", "last": 5}}}}, "last is 5"),
         ({"average": {"window": 12}}, "save_total_limit keeps 8.*12 or more"),
         ({"average": {"moving": {}}, "trainer": {"fsdp": "full_shard", "fsdp_config": {"version": 1}}}, "FSDP 1"),
     ],
@@ -127,3 +132,58 @@ def test_wrong_averages_are_one_clear_line(
     with pytest.raises(ModicumError, match=message) as error:
         plan(parse(recipe(tiny_model, tmp_path, **changes)))
     assert "\n" not in str(error.value)
+
+
+def test_a_ring_with_too_few_snapshots_is_noted_and_draws_follow_the_seed(tiny_model: Path, tmp_path: Path) -> None:
+    lawa = {"snapshots": {"keep": 5, "every": 2, "method": {"name": "lawa", "last": 5}}}
+    execute(parse(recipe(tiny_model, tmp_path, average=lawa)), tmp_path / "few", quiet=True)
+    record = read_record(tmp_path / "few")
+    assert any("took 4 snapshots, too few for lawa" in note for note in record["notes"])
+    assert "snapshots" not in record["outputs"]
+    states = [{"weight": torch.tensor([[float(i)]])} for i in range(8)]
+    seen = set()
+    for seed in range(4):
+        model = torch.nn.Linear(1, 1, bias=False)
+        ring = Ring(model, {}, keep=8, method="random", knobs={"k": 1, "seed": seed})
+        ring.snapshots.load_state_dict({"steps": range(8), "states": states})
+        with ring.in_place():
+            seen.add(model.weight.item())
+    assert len(seen) > 1
+
+
+def test_the_callback_serves_a_bare_trainer(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = load_model(tiny_model, dtype="float32")
+    rows = [{"input_ids": [1, 2, 3, i], "labels": [1, 2, 3, i]} for i in range(4, 8)]
+    callback = AverageCallback({"moving": {"decay": 0.5}, "snapshots": {"keep": 2, "every": 1}})
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=3, report_to=[], save_strategy="no", use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
+    trainer.train()
+    assert callback.moving is not None and callback.moving.updates == 3 and callback.ring is not None
+    assert {"eval_loss_moving_average", "eval_loss_snapshots"} <= trainer.evaluate().keys()
+    last = model.get_input_embeddings().weight.clone()
+    with callback.moving.in_place():
+        assert not torch.equal(model.get_input_embeddings().weight, last)
+    assert torch.equal(model.get_input_embeddings().weight, last)
+    with pytest.raises(ModicumError, match="average"):
+        AverageCallback({"moving": {"decay": 2.0}})
+
+
+@pytest.mark.parametrize(("kind", "version", "message"), [("DEEPSPEED", 2, "DeepSpeed"), ("FSDP", 1, "FSDP 1")])
+def test_what_a_launcher_brings_along_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: str, version: int, message: str
+) -> None:
+    from types import SimpleNamespace
+
+    from modicum.jobs.training import average_callback
+
+    class State(SimpleNamespace):
+        _shared_state = {"known": True}  # noqa: RUF012
+
+    told = partial(State, distributed_type=kind, fsdp_plugin=SimpleNamespace(fsdp_version=version))
+    monkeypatch.setattr(State, "__init__", lambda self: self.__dict__.update(told.keywords))
+    monkeypatch.setattr(average_callback, "AcceleratorState", State)
+    callback = AverageCallback({"moving": {}})
+    with pytest.raises(ModicumError, match=message):
+        callback.make(torch.nn.Linear(1, 1))

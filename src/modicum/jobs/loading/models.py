@@ -72,8 +72,19 @@ def load_model(
 def linear_modules(folder: Path) -> list[str] | None:
     """Return the layers of transformers' own class for a model that LoRA can change; ``None`` where it has none."""
     import torch
+    from transformers import pytorch_utils
+
+    if (model := skeleton(folder)) is None:
+        return None
+    kinds = (torch.nn.Linear, pytorch_utils.Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def skeleton(folder: Path) -> PreTrainedModel | None:
+    """Return transformers' own class for a model, without weights or memory for them; ``None`` where it has none."""
+    import torch
     import transformers
-    from transformers import AutoConfig, pytorch_utils
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not (folder / "config.json").is_file():
@@ -87,9 +98,8 @@ def linear_modules(folder: Path) -> list[str] | None:
     check_sizes(written, str(folder), MOST_LAYERS, MOST_ENTRIES)
     with borders.border(f"{folder}/config.json"), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = classes[0]._from_config(AutoConfig.from_pretrained(folder))
-    kinds = (torch.nn.Linear, pytorch_utils.Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+        made: PreTrainedModel = classes[0]._from_config(AutoConfig.from_pretrained(folder))
+    return made
 
 
 def model_shape(ref: str | Path, fields: Mapping[str, Any], *, remote_code: bool = False) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modicum import processes
-from modicum.errors import UnsupportedError
+from modicum.errors import RecipeError, UnsupportedError
 from modicum.layout import unwrapped
 from modicum.weights.average import choose, weighted_mean
 from modicum.weights.moving import Factors, Places
@@ -48,7 +48,7 @@ class Ring:
         factors: Of an adapter; their products are averaged.
         keep: How many snapshots.
         method: A rule.
-        knobs: Its knobs.
+        knobs: Its knobs, and the seed of its draws.
     """
 
     def __init__(
@@ -58,6 +58,14 @@ class Ring:
         self.snapshots = Snapshots(model, keep=keep, trained=True)
         names = {id(p): unwrapped(name) for name, p in model.named_parameters()}
         self._parts = {name: (names[id(f.A)], names[id(f.B)], f.scale) for name, f in factors.items()}
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are as many snapshots as the rule asks for."""
+        try:
+            return bool(choose(range(len(self.snapshots)), method=self.method, **self.knobs))
+        except RecipeError:
+            return False
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

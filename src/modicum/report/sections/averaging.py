@@ -15,6 +15,12 @@ from modicum.report.runs import RunView
 from modicum.report.sections import Section, section
 from modicum.report.text import is_number, number, phrase
 
+WHERE = {
+    "held_out": "held-out data",
+    "held_out and data": "held-out data of which some rows were searched too",
+    "data": "the data that was searched",
+}
+
 
 @section(order=32)
 def averaging(run: RunView) -> Section | None:
@@ -25,7 +31,9 @@ def averaging(run: RunView) -> Section | None:
     bodies, findings = [], []
     for part in found:
         name = Markup("<h3>{}</h3>").format(part.name) if len(found) > 1 else Markup("")
-        bodies.append(name + _chosen(part) + _rules(part) + _curves(part) + _windows(part) + _greedy(part))
+        bodies.append(
+            name + _chosen(part) + _rules(part) + _curves(part) + _windows(part) + _greedy(part) + _tried(part)
+        )
         findings += _findings(part)
     return Section("Averaged checkpoints", Markup("").join(bodies), findings=tuple(findings))
 
@@ -36,8 +44,15 @@ def _measured(run: RunView) -> Mapping[str, Any]:
 
 
 def _trace(run: RunView) -> Mapping[str, Any]:
+    """Return what the choice's search reports."""
     found = _measured(run).get("trace")
     return found if isinstance(found, Mapping) else {}
+
+
+def _traced(run: RunView, key: str) -> tuple[Any, Mapping[str, Any]]:
+    """Return what a search reports under a key, the choice's before those of other rules, and all that it reports."""
+    traces = [_trace(run), *(rule.get("trace") or {} for rule in _measured(run).get("rules") or [])]
+    return next(((trace[key], trace) for trace in traces if trace.get(key)), ([], {}))
 
 
 def _names(run: RunView) -> list[str]:
@@ -71,7 +86,7 @@ def _rules(run: RunView) -> Markup:
         ]
         for i, rule in enumerate(rules)
     ]
-    where = "held-out data" if _measured(run).get("measured_on") == "held_out" else "the data that was searched"
+    where = WHERE.get(_measured(run).get("measured_on", ""), WHERE["data"])
     caption = f"Losses on {where}; intervals are over batches, differences to the choice on the same batches."
     return table(["Rule", "Checkpoints", "Loss", "Difference"], rows, caption=caption)
 
@@ -88,7 +103,7 @@ def _curves(run: RunView) -> Markup:
     """Draw the loss against the number of checkpoints, and the rolling mean along the run."""
     charts = []
     lines = []
-    evaluated, surrogate = _trace(run).get("curve") or [], _trace(run).get("surrogate") or []
+    evaluated, surrogate = _traced(run, "curve")[0], _traced(run, "surrogate")[0]
     if evaluated:
         points = [(float(k), finite(loss)) for k, loss in enumerate(evaluated, 1)]
         lines.append(Line(points, 0, "evaluated", number(points[-1][1])))
@@ -126,28 +141,44 @@ def _curves(run: RunView) -> Markup:
 
 def _windows(run: RunView) -> Markup:
     """Draw the loss of the mean of every contiguous window, by start and length."""
-    found = {(start, length): loss for start, length, loss in _trace(run).get("windows") or []}
+    windows, trace = _traced(run, "windows")
+    found = {(start, length): loss for start, length, loss in windows}
     if len(found) < 4:
         return Markup("")
     names, longest = _names(run), max(length for _, length in found)
     values = [[finite(found.get((start, length))) for start in range(len(names))] for length in range(1, longest + 1)]
     shown = sorted(value for row in values for value in row if value is not None)
+    what = "Estimate by the surrogate of the loss" if trace.get("surrogate") else "Loss"
     # A few windows over a break would take all the ink.
     scale = Scale(shown[0], shown[min(len(shown) - 1, int(0.9 * len(shown)))])
     drawn = heat_map(
         [str(length) for length in range(1, longest + 1)],
         [str(start + 1) for start in range(len(names))],
         values,
-        title="Loss of the mean of a window, by its length",
-        describe="Loss of the mean of every contiguous window of checkpoints, by start and length.",
+        title=f"{what} of the mean of a window, by its length",
+        describe=f"{what} of the mean of every contiguous window of checkpoints, by start and length.",
         scale=scale,
         x_label="first checkpoint",
     )
     return figure(drawn, scale.legend("loss"), caption="Paler is better. Rows are lengths, columns first checkpoints.")
 
 
+def _tried(run: RunView) -> Markup:
+    """Tabulate the candidates of the surrogate that were evaluated."""
+    names, found = _names(run), _traced(run, "tried")[0]
+    rows = []
+    for weights, estimate, loss in found:
+        used = [name for name, weight in zip(names, weights) if weight]
+        shown = phrase(used) if len(used) <= 6 else f"{len(used)} of {len(names)} checkpoints"
+        rows.append([shown, number(estimate, 4), number(loss, 4)])
+    heads = ["Candidate", "By the surrogate", "Evaluated"]
+    return (
+        table(heads, rows, caption="Candidates that were evaluated on the data of the search") if rows else Markup("")
+    )
+
+
 def _greedy(run: RunView) -> Markup:
-    told = _trace(run).get("greedy") or []
+    told = _traced(run, "greedy")[0]
     names = _names(run)
     rows = [
         [names[step["checkpoint"]], number(step["loss"], 4), "kept" if step["kept"] else "left out"] for step in told
@@ -184,7 +215,7 @@ def _findings(run: RunView) -> list[str | Markup]:
 
 def regimes(run: RunView) -> list[int]:
     """Return after which checkpoints a break lies: the mean of two neighbours is worse than both alone."""
-    windows = {(start, length): loss for start, length, loss in _trace(run).get("windows") or []}
+    windows = {(start, length): loss for start, length, loss in _traced(run, "windows")[0]}
     found = []
     for i, j in pairwise(range(len(run.metrics["coefficients"]))):
         both, one, other = (windows.get(key) for key in ((i, 2), (i, 1), (j, 1)))

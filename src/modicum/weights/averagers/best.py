@@ -9,9 +9,9 @@ from modicum.weights.averagers.support import mean_of
 from modicum.weights.search import Landscape
 
 
-def work(n: int, batches: int) -> tuple[int, int]:
-    """Return the passes with gradient and without."""
-    return 0, n * batches
+def work(n: int, batches: int) -> tuple[int, int, int]:
+    """Return the passes with gradient, and the least and most without."""
+    return 0, n * batches, n * batches
 
 
 @averager("best", learns="value", work=work)

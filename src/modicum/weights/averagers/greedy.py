@@ -11,9 +11,9 @@ from modicum.weights.averagers.support import check_k, mean_of
 from modicum.weights.search import Landscape
 
 
-def work(n: int, batches: int, **_: Any) -> tuple[int, int]:
-    """Return the passes with gradient and without."""
-    return 0, (2 * n - 1) * batches
+def work(n: int, batches: int, *, most: int | None = None) -> tuple[int, int, int]:
+    """Return the passes with gradient, and the least and most without."""
+    return 0, (n + min(most or n, n) - 1) * batches, (n if most == 1 else 2 * n - 1) * batches
 
 
 @averager("greedy", learns="value", paper="arXiv:2203.05482", supplied={"report"}, work=work)

@@ -15,9 +15,9 @@ from modicum.weights.kernels.surrogate import Surrogate
 from modicum.weights.search import Landscape
 
 
-def work(n: int, batches: int, **_: Any) -> tuple[int, int]:
-    """Return the passes with gradient and without."""
-    return (n + 1) * batches, 3 * batches
+def work(n: int, batches: int, **_: Any) -> tuple[int, int, int]:
+    """Return the passes with gradient, and the least and most without."""
+    return (n + 1) * batches, batches, 3 * batches
 
 
 @averager("quadratic", learns="gradient", supplied={"report"}, work=work)

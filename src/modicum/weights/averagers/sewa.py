@@ -31,12 +31,19 @@ Start: TypeAlias = Literal["prior", "stride", "random"]
 
 def work(
     n: int, batches: int, *, k: int | str, estimator: str, iters: int, samples: int | None, refine: bool, **_: Any
-) -> tuple[int, int]:
-    """Return the passes with gradient and without; one round of exchanges at least."""
+) -> tuple[int, int, int]:
+    """Return the passes with gradient, and those without: of one round of exchanges, and of three."""
     size = k if isinstance(k, int) else min(5, math.ceil(n / 2))
-    values = batches * ((n if k == "auto" else 0) + (1 + size * (n - size) if refine else 0))
-    drawn = samples or (4 if estimator == "reinforce" else 1)
-    return (0, values + iters * drawn) if estimator == "reinforce" else (iters * drawn, values)
+    if size == n:
+        return 0, 0, 0
+    curve, swaps = n if k == "auto" else 0, 1 + size * (n - size) if refine else 0
+    least, most, asked = batches * (curve + swaps), batches * (curve + 3 * swaps), iters * drawn_in(estimator, samples)
+    return (0, least + asked, most + asked) if estimator == "reinforce" else (asked, least, most)
+
+
+def drawn_in(estimator: str, samples: int | None) -> int:
+    """Return how many masks a step draws: of ``reinforce``, which compares them, 4 where nothing is said."""
+    return samples or (4 if estimator == "reinforce" else 1)
 
 
 @averager("sewa", learns="gradient", paper="arXiv:2502.10119", supplied={"report"}, work=work)
@@ -113,7 +120,7 @@ def sewa(
     n = len(checkpoints)
     if isinstance(k, int):
         check_k("sewa", k, n)
-    drawn = samples or (4 if estimator == "reinforce" else 1)
+    drawn = drawn_in(estimator, samples)
     if estimator == "reinforce" and drawn < 2:
         raise RecipeError("sewa: reinforce compares the masks of a step, and samples is 1. Set samples to 2 or more.")
     size = k if isinstance(k, int) else min(5, math.ceil(n / 2))

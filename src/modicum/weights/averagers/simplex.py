@@ -12,9 +12,9 @@ from modicum.types import Positive, PositiveInt
 from modicum.weights.search import Landscape
 
 
-def work(n: int, batches: int, *, iters: int, **_: Any) -> tuple[int, int]:  # noqa: ARG001
-    """Return the passes with gradient and without."""
-    return iters, 0
+def work(n: int, batches: int, *, iters: int, **_: Any) -> tuple[int, int, int]:  # noqa: ARG001
+    """Return the passes with gradient, and the least and most without."""
+    return iters, 0, 0
 
 
 @averager("simplex", learns="gradient", paper="arXiv:2205.13104", supplied={"report"}, work=work)

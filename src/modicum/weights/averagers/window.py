@@ -11,10 +11,10 @@ from modicum.weights.averagers.support import check_k, mean_of
 from modicum.weights.search import Landscape
 
 
-def work(n: int, batches: int, *, most: int | None = None) -> tuple[int, int]:
-    """Return the passes with gradient and without."""
-    longest = min(most or n, n)
-    return 0, sum(n - length + 1 for length in range(1, longest + 1)) * batches
+def work(n: int, batches: int, *, most: int | None = None) -> tuple[int, int, int]:
+    """Return the passes with gradient, and the least and most without."""
+    values = sum(n - length + 1 for length in range(1, min(most or n, n) + 1)) * batches
+    return 0, values, values
 
 
 @averager("window", learns="value", paper="arXiv:2102.08604", supplied={"report"}, work=work)

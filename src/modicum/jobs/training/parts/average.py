@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.training.parts import Build, Part
@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import TrainingArguments
 
-    from modicum.jobs.training.averages import Ring
+    from modicum.jobs.training.average_callback import AverageCallback
     from modicum.jobs.training.recipe import TrainRecipe
     from modicum.jobs.training.trainer import PartsTrainer
-    from modicum.weights.moving import MovingAverage
 
 
 class MovingSection(Section):
@@ -41,9 +40,12 @@ class RingSection(Section):
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> RingSection:
+        from modicum.weights.average import choose
+
         method: Any = self.method
         if averager[method.name].facts.learns:
             raise ValueError(f"{method.name} learns from data: save checkpoints, and average them by the job average")
+        choose(range(self.keep), method=method.name, **method.knobs)
         return self
 
 
@@ -67,14 +69,52 @@ class AverageSection(Section):
             raise ValueError("expected moving, snapshots or window, such as {moving: {decay: 0.999}}")
         return self
 
+    @classmethod
+    def of(cls, given: AverageSection | Mapping[str, Any]) -> AverageSection:
+        """Return a section as it is, or that of its keys.
+
+        Raises:
+            RecipeError: A key is wrong.
+        """
+        if isinstance(given, AverageSection):
+            return given
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RecipeError(f"average.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def check_engine(*, deepspeed: bool, fsdp: int | None, adapter: bool) -> None:
+    """Refuse engines that keep the weights to themselves.
+
+    Args:
+        deepspeed: DeepSpeed trains.
+        fsdp: The version of FSDP that trains, if one does.
+        adapter: An adapter is trained.
+
+    Raises:
+        UnsupportedError: The weights cannot be averaged on the way.
+    """
+    if deepspeed:
+        raise UnsupportedError(
+            "average: DeepSpeed keeps the weights to itself. Use DDP or FSDP2 (fsdp_config: {fsdp_version: 2})."
+        )
+    if fsdp is not None and fsdp < 2:
+        raise UnsupportedError("average: FSDP 1 flattens the weights. Set fsdp_config: {fsdp_version: 2}.")
+    if fsdp is not None and adapter:
+        raise UnsupportedError(
+            "average: products of sharded factors are not averaged on the way. Save checkpoints, and average them "
+            "by the job average; or train the adapter with DDP."
+        )
+
 
 @training_part("average", section=AverageSection, description="averages of the weights on the way", order=60)
 class Average(Part):
     """Keep averages of the trained weights, evaluate them with every evaluation, and save them beside the model."""
 
     section: AverageSection
-    moving: MovingAverage | None = None
-    ring: Ring | None = None
+    callback: AverageCallback | None = None
 
     def __init__(self, name: str, recipe: TrainRecipe, section: AverageSection) -> None:
         super().__init__(name, recipe, section)
@@ -82,18 +122,10 @@ class Average(Part):
 
     def check(self, arguments: TrainingArguments) -> None:
         """Refuse engines that keep the weights to themselves, and checkpoints that would be gone."""
-        if arguments.deepspeed:
-            raise UnsupportedError(
-                "average: DeepSpeed keeps the weights to itself. Use DDP or FSDP2 (fsdp_config: {fsdp_version: 2})."
-            )
         config: Mapping[str, Any] = arguments.fsdp_config or {}
-        if arguments.fsdp and int(config.get("version", config.get("fsdp_version", 2))) < 2:
-            raise UnsupportedError("average: FSDP 1 flattens the weights. Set fsdp_config: {fsdp_version: 2}.")
-        if arguments.fsdp and self.recipe.section("adapter") is not None:
-            raise UnsupportedError(
-                "average: products of sharded factors are not averaged on the way. Save checkpoints, and average them "
-                "by the job average; or train the adapter with DDP."
-            )
+        version = int(config.get("version", config.get("fsdp_version", 2))) if arguments.fsdp else None
+        adapter = self.recipe.section("adapter") is not None
+        check_engine(deepspeed=bool(arguments.deepspeed), fsdp=version, adapter=adapter)
         limit = self.recipe.trainer.get("save_total_limit", 2)
         if self.section.window is not None and limit is not None and 0 < limit < self.section.window:
             raise RecipeError(
@@ -103,78 +135,28 @@ class Average(Part):
 
     def trainer(self, build: Build) -> None:
         """Add the callback that updates and evaluates."""
-        from transformers import TrainerCallback
+        from modicum.jobs.training.average_callback import AverageCallback
 
-        part = self
+        def tell(state: Any, losses: dict[str, float]) -> None:
+            if state.is_world_process_zero:
+                self.run.log("average", step=state.global_step, **losses)
+                told = " ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+                self.run.say(f"step {state.global_step} {told}")
 
-        class AverageCallback(TrainerCallback):
-            def on_step_end(self, _args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
-                part.make(model)
-                moving, ring = part.section.moving, part.section.snapshots
-                step = state.global_step
-                if part.moving is not None and moving is not None and step > moving.start and step % moving.every == 0:
-                    part.moving.update()
-                if part.ring is not None and ring is not None and step % ring.every == 0:
-                    part.ring.snapshots.take(step)
+        def loss(model: Any, batch: Mapping[str, Any]) -> Any:
+            return model(**batch).loss if (own := build.own_loss) is None else own(model, batch)[0]
 
-            def on_evaluate(self, args: Any, state: Any, _control: Any, **given: Any) -> None:
-                from modicum.jobs.training.averages import evaluate
-
-                batches, losses = given.get("eval_dataloader"), {}
-                for name, average in part.averages().items():
-                    if batches is None:
-                        continue
-                    with average.in_place():
-                        losses[f"eval_loss_{name}"] = evaluate(given["model"], batches, part.loss(build), args.device)
-                if losses and state.is_world_process_zero:
-                    part.run.log("average", step=state.global_step, **losses)
-                    told = " ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
-                    part.run.say(f"step {state.global_step} {told}")
-
-        build.add_callback(AverageCallback())
-
-    def loss(self, build: Build) -> Any:
-        """Return the loss that evaluations take."""
-        if (own := build.own_loss) is not None:
-            return lambda model, batch: own(model, batch)[0]
-        return lambda model, batch: model(**batch).loss
-
-    def make(self, model: Any) -> None:
-        """Make the averages, of the model that the Trainer has prepared; once."""
-        from modicum.jobs.training.averages import Ring, lora_factors
-        from modicum.weights.moving import MovingAverage
-
-        if self.section.moving is not None and self.moving is None:
-            self.moving = MovingAverage(model, decay=self.section.moving.decay, factors=lora_factors(model))
-            if state := self.before.get("moving"):
-                self.moving.load_state_dict(state)
-        if (ring := self.section.snapshots) is not None and self.ring is None:
-            method: Any = ring.method
-            self.ring = Ring(model, lora_factors(model), keep=ring.keep, method=method.name, knobs=method.knobs)
-            if state := self.before.get("ring"):
-                self.ring.load_state_dict(state)
-
-    def averages(self) -> dict[str, Any]:
-        """Return the averages that have seen something, by name."""
-        found: dict[str, Any] = {}
-        if self.moving is not None and self.moving.updates:
-            found["moving_average"] = self.moving
-        if self.ring is not None and len(self.ring.snapshots):
-            found["snapshots"] = self.ring
-        return found
+        self.callback = AverageCallback(self.section, seed=self.recipe.seed, loss=loss, tell=tell)
+        self.callback.load_state_dict(self.before)
+        build.add_callback(self.callback)
 
     def remember(self) -> dict[str, Tensor]:
         """Return the averages, of each process its own shards."""
-        parts = {"moving": self.moving, "ring": self.ring}
-        return {
-            f"{name}/{key}": tensor
-            for name, part in parts.items()
-            if part is not None
-            for key, tensor in part.state_dict().items()
-        }
+        parts = self.callback.state_dict() if self.callback is not None else {}
+        return {f"{name}/{key}": tensor for name, part in parts.items() for key, tensor in part.items()}
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
-        """Keep what was remembered for :meth:`make`, which knows the model."""
+        """Keep what was remembered for the callback, which knows the model at its first step."""
         for name in ("moving", "ring"):
             start = f"{name}/"
             self.before[name] = {key.removeprefix(start): t for key, t in state.items() if key.startswith(start)}
@@ -182,12 +164,18 @@ class Average(Part):
     def finish(self, _trainer: PartsTrainer) -> dict[str, Any]:
         """Return how often the averages were updated."""
         found: dict[str, Any] = {}
-        if self.moving is not None and self.moving.updates:
-            found["moving_average"] = {"updates": self.moving.updates}
-        if self.ring is not None and len(self.ring.snapshots):
-            found["snapshots"] = {"steps": self.ring.snapshots.steps}
+        moving, ring = (self.callback.moving, self.callback.ring) if self.callback is not None else (None, None)
+        if moving is not None and moving.updates:
+            found["moving_average"] = {"updates": moving.updates}
+        if ring is not None and ring.ready:
+            found["snapshots"] = {"steps": ring.snapshots.steps}
+        elif ring is not None:
+            self.run.note(
+                f"average.snapshots took {len(ring.snapshots)} snapshots, too few for {ring.method}: none are averaged"
+            )
         return {"average": found} if found else {}
 
     def variants(self) -> dict[str, AbstractContextManager[None]]:
         """Return the averages, each to be saved as the model is."""
-        return {name: average.in_place() for name, average in self.averages().items()}
+        averages = self.callback.averages() if self.callback is not None else {}
+        return {name: average.in_place() for name, average in averages.items()}

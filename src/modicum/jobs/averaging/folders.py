@@ -1,0 +1,70 @@
+"""Which folders the ``checkpoints`` of a recipe stand for, and in which order."""
+
+from __future__ import annotations
+
+import glob
+import re
+from itertools import zip_longest
+from pathlib import Path
+
+from modicum.errors import CheckpointError
+from modicum.jobs.training.checkpoints import checkpoints as saved_in
+from modicum.layout import natural
+
+
+def find_checkpoints(patterns: list[str]) -> list[str]:
+    """Return the folders that ``patterns`` stand for; those of one pattern in the order of the numbers in their paths.
+
+    A folder that holds ``checkpoint-<step>`` stands for all of them, unless it is a model itself and listed beside
+    others.
+
+    Raises:
+        CheckpointError: A pattern matches nothing, or its matches have no order.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if not glob.has_magic(pattern):
+            folder = Path(pattern).expanduser()
+            meant = len(patterns) > 1 and _is_model(folder)
+            found += [str(path) for path in ([] if meant else saved_in(folder))] or [pattern]
+            continue
+        matches = [path for path in glob.glob(str(Path(pattern).expanduser())) if Path(path).is_dir()]  # noqa: PTH207
+        if not matches:
+            raise CheckpointError(f"No folder matches {pattern}. Check the path, and that the run saved checkpoints.")
+        found += in_order(matches, pattern)
+    return found
+
+
+def note_on_folders(patterns: list[str]) -> list[str]:
+    """Say where the folder of a run holds a model of its own beside its checkpoints, which is not averaged."""
+    folder = Path(patterns[0]).expanduser()
+    if len(patterns) > 1 or not _is_model(folder) or not (saved := saved_in(folder)):
+        return []
+    return [f"{patterns[0]} stands for its {len(saved)} checkpoints; the model beside them is left out"]
+
+
+def in_order(paths: list[str], pattern: str) -> list[str]:
+    """Return folders by the numbers in those parts of their paths in which they differ.
+
+    Example:
+        >>> in_order(["runs/b-10/model", "runs/a-2/model"], "runs/*/model")
+        ['runs/a-2/model', 'runs/b-10/model']
+
+    Raises:
+        CheckpointError: Some have a number there and some have none.
+    """
+    parts = list(zip_longest(*(Path(path).parts for path in paths), fillvalue=""))
+    varying = [texts for texts in parts if len(set(texts)) > 1]
+    numbers = {
+        path: [int(n) for texts in varying for n in re.findall(r"\d+", texts[i])] for i, path in enumerate(paths)
+    }
+    bare = [path for path in paths if not numbers[path]]
+    if 0 < len(bare) < len(paths):
+        raise CheckpointError(
+            f"{pattern} matches {bare[0]}, which has no number among numbered ones. List the folders, oldest first."
+        )
+    return sorted(paths, key=lambda path: (numbers[path], natural(path)))
+
+
+def _is_model(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*model*.bin"))
