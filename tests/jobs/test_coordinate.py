@@ -114,7 +114,8 @@ def test_a_killed_comparison_goes_on_with_the_same_bytes(done, tmp_path):
 def test_the_report_moves_without_script_or_network(done):
     page = write([done]).read_text()
     assert page.count("<animate ") > 20 and "<script" not in page and "http" not in re.sub(r"http-equiv", "", page)
-    for text in ("Coordination", "Utility, ring graph", "paired differences", "β = ", "hint 2", "Steps"):
+    charts = ("Utility, ring graph", "Regret, ring graph", "a greedy that sees the objective")
+    for text in ("Coordination", *charts, "paired differences", "β = ", "hint 2", "Steps"):
         assert text in page
 
 
@@ -144,6 +145,15 @@ def test_values_of_a_file(tmp_path):
     run = execute(parse(recipe), tmp_path / "run", quiet=True)
     cells = json.loads((run.folder / "results.json").read_text())["cells"]
     assert [cell["label"] for cell in cells] == ["ma_osma", "oracle_greedy"]
+    # Four joint moves are few: the best of all is known, and regret against it is drawn.
+    assert {cell["optimum"] for cell in cells} == {"exact"}
+    assert all(
+        regret[-1] == pytest.approx(cell["regret"][i], abs=1e-5)
+        for cell in cells
+        for i, regret in enumerate(cell["course"]["regret"])
+    )
+    page = write([run.folder]).read_text()
+    assert "Regret, complete graph" in page and "the best of all joint moves would have had" in page
     assert not (run.folder / "frames.json").exists() and "no prediction" in run.record["notes"][0]
     with pytest.raises(ModicumError, match="rounds is 9, but the file has enough for 6"):
         plan(parse(recipe | {"rounds": 9}))

@@ -44,7 +44,10 @@ class CoordinateRecipe(Recipe):
     tune_seeds: PositiveInt = Field(default=1, description="number of further worlds that steps are chosen on")
     steps: list[Positive] = Field(default=[1, 10, 100, 1000], min_length=1, description="grid of every policy's step")
     hints: list[NonNegativeInt] = Field(default=[0], min_length=1, description="rounds played on a prediction; 0: none")
-    optimum: bool = Field(default=True, description="compare with a greedy that sees each round's objective")
+    optimum: bool = Field(
+        default=True,
+        description="compare with each round's best move: of all where they are few, else of a greedy that sees it",
+    )
     frames: NonNegativeInt = Field(default=120, description="pictures of the animation; 0: none")
 
     @field_validator("policies")

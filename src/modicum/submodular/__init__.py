@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from modicum.submodular.functions.facility import FacilityLocation
     from modicum.submodular.functions.greedy import greedy, sequential_greedy
     from modicum.submodular.geometry import (
+        bregman_step,
         kl_capped_simplex_step,
         mix_uniform,
         project_capped_simplex,
@@ -85,6 +86,7 @@ __all__ = [
     "Trace",
     "TrackingWorld",
     "WeightedCover",
+    "bregman_step",
     "check_axioms",
     "complete",
     "consensus",

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from modicum.registry import policy
 from modicum.submodular.functions.base import Objective
+from modicum.submodular.functions.greedy import count_joint
 from modicum.submodular.policies.make import make_policy
-from modicum.submodular.simulation import Trace, simulate
+from modicum.submodular.simulation import SMALL, Optimum, Trace, simulate
 
 MakeWorld = Callable[[Sequence[int]], Any]
 
@@ -89,7 +90,8 @@ def play(
         seeds: Seeds of worlds and policies.
         rounds: How many.
         steps: Values of the step; worlds go first by step, then by seed.
-        optimum: Measure the optimum of each round by a greedy that sees it.
+        optimum: Measure the optimum of each round: by trying all joint actions where they are few in all worlds
+            together, else by a greedy that sees the objective.
         watch: See :func:`~modicum.submodular.simulation.simulate`.
         made: A world of these seeds, where it is made already.
     """
@@ -101,9 +103,10 @@ def play(
     scene = world(every) if made is None else made
     agents = make_policy(variant.name, scene.blocks, W=W, horizon=max(2, rounds), seed=every, knobs=knobs)
     hints: Any = True if variant.hint else None
+    kind: Optimum = "exact" if count_joint(agents.partition) * len(every) <= SMALL else "greedy"
     return simulate(
         agents, scene, rounds=rounds, hints=hints, hint_rounds=max(1, variant.hint),
-        optimum="greedy" if optimum else None, watch=watch,
+        optimum=kind if optimum else None, watch=watch,
     )  # fmt: skip
 
 
@@ -145,7 +148,7 @@ def summary(trace: Trace, *, points: int = 100) -> dict[str, Any]:
     utility = trace.utility
     found: dict[str, Any] = {
         "utility": [float(value) for value in utility.mean(0)],
-        "course": _course(utility, points),
+        "course": _course(trace, points),
         "bytes": trace.bytes // max(1, utility.shape[1]),
         "evaluations": trace.evaluations,
         "rounds": len(utility),
@@ -157,8 +160,16 @@ def summary(trace: Trace, *, points: int = 100) -> dict[str, Any]:
     return found
 
 
-def _course(values: Tensor, points: int) -> dict[str, Any]:
-    """Return means over stretches of rounds: where each ends, and a course for each world."""
+def _course(trace: Trace, points: int) -> dict[str, Any]:
+    """Return a course for each world: where stretches of rounds end, mean utility in each, and regret at its end."""
+    values = trace.utility
     bounds = torch.linspace(0, len(values), min(points, len(values)) + 1).round().long().tolist()
     worlds = torch.stack([values[a:b].mean(0) for a, b in pairwise(bounds)], 1)
-    return {"rounds": bounds[1:], "worlds": [[round(float(v), 6) for v in row] for row in worlds]}
+    found: dict[str, Any] = {"rounds": bounds[1:], "worlds": _rounded(worlds)}
+    if trace.optimum is not None:
+        found["regret"] = _rounded(trace.regret()[[end - 1 for end in bounds[1:]]].T)
+    return found
+
+
+def _rounded(rows: Tensor) -> list[list[float]]:
+    return [[round(float(v), 6) for v in row] for row in rows]

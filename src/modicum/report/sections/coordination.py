@@ -43,9 +43,14 @@ def _results(run: RunView) -> dict[str, Any] | None:
 
 
 def _one(run: RunView, results: Mapping[str, Any]) -> Markup:
-    charts = grid((_chart(results["cells"], graph) for graph in results["graphs"]), wide=True)
+    charts = grid(
+        (_chart(results["cells"], graph, what) for what in ("worlds", "regret") for graph in results["graphs"]),
+        wide=True,
+    )
     course = figure(
-        charts, caption="Means over the worlds; where there are few policies, single worlds are faint behind them."
+        charts,
+        caption="Means over the worlds; where there are few policies, single worlds are faint behind them. Regret is "
+        "what the best moves of all rounds so far, from the places that a policy had reached, would have had more.",
     )
     return _films(run, results) + course + _table(results) + _graphs(results) + _tuning(results)
 
@@ -78,21 +83,27 @@ def _films(run: RunView, results: Mapping[str, Any]) -> Markup:
     return figure(grid(pictures), caption=caption)
 
 
-def _chart(cells: Sequence[Cell], graph: str) -> Markup:
+def _chart(cells: Sequence[Cell], graph: str, what: str) -> Markup:
+    """Draw the utility of each round, or the regret so far."""
     lines = []
     shown = [cell for cell in cells if cell["graph"] == graph and isinstance(cell.get("course"), Mapping)]
+    shown = [cell for cell in shown if what in cell["course"]]
+    if not shown:
+        return Markup("")
+    name = "Utility" if what == "worlds" else "Regret"
     for color, cell in enumerate(shown):
-        rounds, worlds = cell["course"]["rounds"], cell["course"]["worlds"]
+        rounds, worlds = cell["course"]["rounds"], cell["course"][what]
         if len(shown) <= BANDS:
             lines += [
                 Line([(float(t), finite(u)) for t, u in zip(rounds, world)], color, style="faint") for world in worlds
             ]
         means = [_mean(values) for values in zip(*worlds)]
         points = [(float(t), finite(u)) for t, u in zip(rounds, means)]
-        lines.append(Line(points, color, cell["label"], number(_mean(cell["utility"]))))
+        final = _mean(cell["utility"]) if what == "worlds" else means[-1]
+        lines.append(Line(points, color, cell["label"], number(final)))
     return line_chart(
-        lines, title=f"Utility, {graph} graph", x_label="round", from_zero=True,
-        describe=f"Utility by round of each policy over the {graph} graph.",
+        lines, title=f"{name}, {graph} graph", x_label="round", from_zero=True,
+        describe=f"{name} by round of each policy over the {graph} graph.",
     )  # fmt: skip
 
 
@@ -117,9 +128,11 @@ def _table(results: Mapping[str, Any]) -> Markup:
     first = results["cells"][0]["label"]
     header = ["Policy", "Graph", "Step", "Utility", "Of the best move", f"Less {first}", "Sent a round", "Evaluations"]
     drawn = table(header, rows, texts=2, caption="Mean utility by world, and paired differences with 95 % intervals")
+    exact = {cell.get("optimum") for cell in results["cells"]} == {"exact"}
+    best = "the best of all joint moves" if exact else "a greedy that sees the objective"
     note = (
-        "Of the best move: utility over what a greedy that sees the objective would have had in that round, from the "
-        "places that this policy had reached. It says how good a policy's moves are, not how good its places are."
+        f"Of the best move: utility over what {best} would have had in that round, from the places that this policy "
+        "had reached. It says how good a policy's moves are, not how good its places are."
     )
     return figure(drawn, caption=note)
 
