@@ -58,9 +58,11 @@ def test_a_training_chooses_its_domains_and_goes_on_exactly(tmp_path):
     assert len(callback.losses) == 4 and stream.scheduler.round == 4 and len(stream.history) >= 8
     assert all(len(batch) == 2 for batch in stream.history)
     kept = load_file(tmp_path / "run" / "checkpoint-3" / FILE)
-    assert {"history", "losses", "round", "policy.x"} <= kept.keys() and int(kept["round"]) == 1
+    assert {"history", "losses", "shares", "round", "policy.x"} <= kept.keys() and int(kept["round"]) == 1
     again, after, other = train(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-3"))
     assert after.history[:8] == stream.history[:8] and other.losses == callback.losses
+    assert other.shares == callback.shares and torch.tensor(callback.shares).shape == (4, 2, 3)
+    assert torch.tensor(callback.shares).sum(-1).allclose(torch.ones(4, 2))
     for a, b in zip(whole.model.parameters(), again.model.parameters()):
         assert torch.equal(a, b)
     (tmp_path / "run" / "checkpoint-3" / FILE).unlink()

@@ -103,6 +103,7 @@ class DomainCallback(TrainerCallback):
 
     Attributes:
         losses: The losses of the probes after each round.
+        shares: The probability of each domain for each worker in each round, (rounds, workers, domains).
     """
 
     def __init__(self, stream: DomainStream, probes: Sequence[Mapping[str, Tensor]], *, every: int) -> None:
@@ -114,6 +115,7 @@ class DomainCallback(TrainerCallback):
             )
         self.stream, self.probes, self.every = stream, probes, every
         self.losses: list[list[float]] = []
+        self.shares: list[list[list[float]]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Check that each process reads whole batches of workers, and go on from a checkpoint where there is one.
@@ -135,12 +137,12 @@ class DomainCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         try:
             tensors = load_file(folder / FILE)
-        except OSError as error:
+            self.stream.history = tensors.pop("history").tolist()
+            self.losses, self.shares = tensors.pop("losses").tolist(), tensors.pop("shares").tolist()
+        except (OSError, KeyError) as error:
             raise CheckpointError(
                 f"Cannot read {folder / FILE}: {error}. The choice of domains cannot go on."
             ) from None
-        self.stream.history = tensors.pop("history").tolist()
-        self.losses = tensors.pop("losses").tolist()
         self.stream.scheduler.load_state_dict(tensors)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -149,6 +151,7 @@ class DomainCallback(TrainerCallback):
             return
         losses = processes.broadcast(self._measure(kwargs["model"]))
         self.losses.append(losses.tolist())
+        self.shares.append(self.stream.scheduler.shares().tolist())
         self.stream.scheduler.observe(losses)
         self._agree()
 
@@ -160,6 +163,9 @@ class DomainCallback(TrainerCallback):
         own = {
             "history": torch.tensor(self.stream.history, dtype=torch.long).reshape(-1, self.stream.scheduler.workers),
             "losses": torch.tensor(self.losses, dtype=torch.float64).reshape(-1, probes),
+            "shares": torch.tensor(self.shares, dtype=torch.float64).reshape(
+                -1, self.stream.scheduler.workers, len(self.stream.rows)
+            ),
         }
         tensors = {**own, **self.stream.scheduler.state_dict()}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
