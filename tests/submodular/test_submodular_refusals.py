@@ -116,6 +116,7 @@ BAD = {
     "phi without tau": (lambda: ConcaveOverModular([[1.0]], phi="min"), "tau belongs to phi='min'"),
     "an unknown phi": (lambda: ConcaveOverModular([[1.0]], phi="cube"), "phi is 'cube'"),
     "a mixture of strangers": (lambda: Mixture([F, FacilityLocation([[1.0]])]), "same elements"),
+    "a mixture of names": (lambda: Mixture([F, Falling()]), "a mixture of Falling: expected set functions"),
     "a mixture of nothing": (lambda: Mixture([]), "0 functions"),
     "an empty set of value": (lambda: from_callable(lambda mask: 1.0, 2), "f of the empty set is 1"),
     "a value that is no number": (lambda: from_callable(lambda m: math.nan * m.sum(), 2), "is nan, expected a finite"),

@@ -24,7 +24,8 @@ class Mixture(SetFunction):
         weights: A weight ≥ 0 for each; 1 where not given.
 
     Raises:
-        RecipeError: There is none, they have different elements or worlds, or a weight is negative or not finite.
+        RecipeError: There is none, one is no :class:`SetFunction`, they have different elements or worlds, or a weight
+            is negative or not finite.
 
     Example:
         >>> from modicum.submodular import FacilityLocation
@@ -46,6 +47,8 @@ class Mixture(SetFunction):
             raise RecipeError(f"{len(self.functions)} functions and {len(self.weights)} weights, expected as many.")
         if any(not 0 <= weight < float("inf") for weight in self.weights):
             raise RecipeError(f"weights are {self.weights}, expected finite numbers of at least 0.")
+        if strange := [type(f).__name__ for f in self.functions if not isinstance(f, SetFunction)]:
+            raise RecipeError(f"a mixture of {strange[0]}: expected set functions. from_callable makes one of a value.")
         first = self.functions[0]
         if any((f.n, f.worlds) != (first.n, first.worlds) for f in self.functions):
             raise RecipeError("functions of a mixture must have the same elements and worlds.")
