@@ -122,6 +122,16 @@ def test_filler_that_is_longer_than_its_reasoning_takes_the_row_from_all_arms(pa
     assert run.record["metrics"]["synthesis"]["dropped"]["long"] == 12 - kept
 
 
+@pytest.mark.parametrize("source", ["teacher", "template"])
+def test_refusal_training_may_decline_in_words_of_its_own(parts, tmp_path, source):
+    recipe = synthesize(parts, final_answer="own", refusal_source=source, arms=["srg", "rt"])
+    made = tables(execute(recipe, tmp_path / "run", quiet=True), recipe)
+    assert [row["prompt"] for row in made["rt"]] == [row["prompt"] for row in made["srg"]]
+    for own, reasoned in zip(made["rt"], made["srg"], strict=True):
+        same = own["completion"] == reasoned["answer"]
+        assert same is (own["kind"] == "helpful" or source == "teacher")  # this teacher says the same again
+
+
 def test_generated_counts_replies_and_no_rows_that_nobody_drew(parts, tmp_path):
     recipe = synthesize(parts, helpful_mode="answer_only", arms=["srg", "rt"])
     found = execute(recipe, tmp_path / "run", quiet=True).record["metrics"]["synthesis"]

@@ -106,7 +106,8 @@ def build_srg_rows(
         select: ``first_pass``, ``best_score`` (the lowest harm score, then the shortest) or ``all_pass``.
         helpful_mode: ``reason_and_answer``: the teacher writes both. ``reason_then_reference``: it reasons towards the
             answer of the data, which is kept. ``answer_only``: harmless rows have no reasoning, as an ablation.
-        final_answer: Written into the rows: ``shared`` asks :func:`build_rt_rows` to use the same answers.
+        final_answer: Written into the rows: ``shared`` asks :func:`build_rt_rows` to use the same answers, ``own`` to
+            word refusals of its own.
         judge_part: What is judged on harmful requests. Unsafe reasoning before a safe answer teaches harm, too.
         seed: Names the draws.
         guideline_set: Which guidelines the teacher sees.

@@ -26,6 +26,7 @@ from modicum.registry import job
 from modicum.types import NonNegative, PositiveInt
 
 if TYPE_CHECKING:
+    from modicum.evaluate.chat import ChatModel
     from modicum.jobs.safety.filters import Candidate, Row
 
 WORDS = 12  # in a row, by which a wrapper is known
@@ -61,6 +62,12 @@ class SynthesizeRecipe(Recipe):
     most: PositiveInt = Field(default=1, description="rows of a request with all_pass")
     helpful_mode: Literal["reason_and_answer", "reason_then_reference", "answer_only"] = "reason_and_answer"
     judge_part: Literal["answer", "reasoning", "both"] = "both"
+    final_answer: Literal["shared", "own"] = Field(
+        default="shared", description="own: the arm rt declines in words of its own, and not in those of srg"
+    )
+    refusal_source: Literal["teacher", "template"] = Field(
+        default="teacher", description="who words these: the teacher in one sentence, or a few fixed ones"
+    )
     min_words: PositiveInt = Field(default=3, description="fewest words of reasoning")
     temperature: Annotated[float, Gt(0), Le(2)] = 0.8
     max_tokens: PositiveInt = Field(default=1024, description="limit on a reply")
@@ -135,6 +142,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     teacher: Any = open_target(recipe.teacher, progress=tell, sampled=recipe.k > 1)
     if recipe.k > 1:
         require_sampling(teacher, "k: 1")
+    own = Cached(teacher, run.folder / "refusals.jsonl", revision=run.hash, packed=True)  # of the arm rt, where asked
     if recipe.steer:
         # The names of tags are those that the rows get.
         tags = {_id(given, f"illegal-{i}"): True for i, given in enumerate(illegal)}
@@ -154,6 +162,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         most=recipe.most,
         helpful_mode=recipe.helpful_mode,
         judge_part=recipe.judge_part,
+        final_answer=recipe.final_answer,
         guideline_set=recipe.guideline_set,
         hint=recipe.hint,
         temperature=recipe.temperature,
@@ -163,7 +172,11 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         worse=worse,
         fits=fits,
     )
-    rows = _short_in_all(recipe, made, fits)
+
+    def arm_of(arm: Arm, rows: Sequence[Row]) -> Sequence[Row]:
+        return _arm(arm, rows, worse, recipe, own)
+
+    rows = _short_in_all(recipe, made, fits, arm_of)
     kinds, drawn = _kinds(rows), _kinds(rows, drawn=True)
     if lost := sum(_kinds(made, drawn=True).values()) - sum(drawn.values()):
         drops["long"] += lost
@@ -189,7 +202,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     folder = run.folder / "rows"
     folder.mkdir(exist_ok=True)
     for arm in recipe.arms:
-        of_arm = _arm(arm, rows, worse, recipe.seed)
+        of_arm = arm_of(arm, rows)
         if not any(row.get("rejected") or arm not in ("preference", "contrast") for row in of_arm):
             raise RecipeError(
                 f"Arm {arm!r} needs replies that a request must not get, and no request has one beside a row "
@@ -199,13 +212,16 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
         run.output(arm, folder / f"{arm}.parquet")
 
 
-def _arm(arm: Arm, rows: Sequence[Row], worse: Mapping[str, Candidate], seed: int) -> Sequence[Row]:
+def _arm(
+    arm: Arm, rows: Sequence[Row], worse: Mapping[str, Candidate], recipe: SynthesizeRecipe, teacher: ChatModel
+) -> Sequence[Row]:
     """Return the rows of an arm, from those of safety reasoning."""
     from modicum.jobs import safety_data as made
 
+    seed, source = recipe.seed, recipe.refusal_source
     build: Mapping[str, Callable[[], Sequence[Row]]] = {
         "srg": lambda: rows,
-        "rt": lambda: made.build_rt_rows([], [], srg_rows=rows),
+        "rt": lambda: made.build_rt_rows([], [], srg_rows=rows, refusal_source=source, teacher=teacher, seed=seed),
         "filler_neutral": lambda: made.build_filler_rows(rows, filler="neutral", seed=seed),
         "filler_shuffled": lambda: made.build_filler_rows(rows, filler="shuffled", seed=seed),
         "preference": lambda: made.build_preference_rows(rows, worse),
@@ -238,7 +254,12 @@ def _within(recipe: SynthesizeRecipe, run: Run) -> Callable[[Row], bool]:
     return fits
 
 
-def _short_in_all(recipe: SynthesizeRecipe, rows: list[Row], fits: Callable[[Row], bool]) -> list[Row]:
+def _short_in_all(
+    recipe: SynthesizeRecipe,
+    rows: list[Row],
+    fits: Callable[[Row], bool],
+    arm_of: Callable[[Arm, Sequence[Row]], Sequence[Row]],
+) -> list[Row]:
     """Return the rows that are short enough in every arm: what one arm cannot learn, no other one does.
 
     Reasoning is exchanged among the rows that are left, so that a row may become too long once another one has gone.
@@ -247,7 +268,7 @@ def _short_in_all(recipe: SynthesizeRecipe, rows: list[Row], fits: Callable[[Row
     while True:
         if sum(bool(row["reasoning"]) for row in rows) < 2:  # nothing to exchange, which that arm tells of
             alike = [arm for arm in alike if arm != "filler_shuffled"]
-        arms = [_arm(arm, rows, {}, recipe.seed) for arm in alike]
+        arms = [arm_of(arm, rows) for arm in alike]
         kept = [row for row, *others in zip(rows, *arms, strict=True) if all(map(fits, others))]
         if len(kept) == len(rows):
             return rows

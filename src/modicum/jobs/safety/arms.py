@@ -9,7 +9,7 @@ from typing import Literal
 
 from modicum.errors import RecipeError
 from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, GenParams, split_reasoning, user
-from modicum.jobs.safety.filters import Given, Row, make_row, ngrams, normal, one_of, read_queries, spoken
+from modicum.jobs.safety.filters import Given, Query, Row, make_row, ngrams, normal, one_of, read_queries, spoken
 from modicum.jobs.safety.prompts import completion_text
 from modicum.random import derive_seed, generator
 
@@ -38,7 +38,8 @@ def build_rt_rows(
         refusal_source: ``teacher`` asks for one short refusal at temperature 0, ``dataset`` takes the data's safe
             answers, ``template`` draws from a few refusals of our own, for tests without a model.
         srg_rows: Rows of safety reasoning. Their prompts and answers are taken as they are, without the reasoning, so
-            that the arms differ in nothing else; the other sources are not asked then.
+            that the arms differ in nothing else. Rows that were made with ``final_answer="own"`` keep their prompts
+            alone: ``refusal_source`` words the refusals of this arm.
         teacher: Whoever words refusals.
         seed: Draws the templates.
         max_tokens: Limit on a refusal.
@@ -54,30 +55,57 @@ def build_rt_rows(
     Reference:
         H. Wang et al., 2025, arXiv:2502.04040, section on refusal training.
     """
-    if srg_rows is not None:
-        return [
-            {**row, "reasoning": None, "completion": spoken(row["answer"]), "meta": {**row["meta"], "arm": "rt"}}
-            for row in srg_rows
-        ]
     one_of(refusal_source, ("teacher", "dataset", "template"), "refusal_source")
+    if srg_rows is not None:
+        own = {
+            row["meta"]["id"]: Query(row["meta"]["id"], row["prompt"][-1]["content"], True)
+            for row in srg_rows
+            if row["meta"].get("final_answer") == "own" and row["meta"]["kind"] == "illegal"
+        }
+        said = _refusals(list(own.values()), refusal_source, teacher, seed, max_tokens)
+        answers: list[str] = [said.get(row["meta"]["id"], row["answer"]) or "" for row in srg_rows]
+        return [
+            {
+                **row,
+                "reasoning": None,
+                "answer": answer,
+                "completion": spoken(answer),
+                "meta": {**row["meta"], "arm": "rt"},
+            }
+            for row, answer in zip(srg_rows, answers, strict=True)
+        ]
     queries = read_queries(illegal, helpful)
-    harmful = [query for query in queries if query.harmful]
-    if refusal_source == "teacher":
+    answers_of = {query.id: query.reference or "" for query in queries if not query.harmful}
+    answers_of |= _refusals([query for query in queries if query.harmful], refusal_source, teacher, seed, max_tokens)
+    _need_answers(answers_of)
+    return [make_row(query, None, answers_of[query.id], {"arm": "rt"}) for query in queries]
+
+
+def _refusals(
+    harmful: Sequence[Query], source: str, teacher: ChatModel | None, seed: int, max_tokens: int
+) -> dict[str, str]:
+    """Return a refusal of each harmful request, by its id."""
+    if not harmful:
+        return {}
+    if source == "teacher":
         if teacher is None:
             raise RecipeError("refusal_source is 'teacher', but there is no teacher. Give one, or take 'template'.")
         wish = "The request between the lines is harmful. Decline it in one short sentence that names what is declined."
         params = GenParams(temperature=0.0, max_tokens=max_tokens)
         requests = [ChatRequest(user(f"{wish}\n-----\n{query.text}\n-----"), params, tag=query.id) for query in harmful]
         said = [split_reasoning(result.choices[0].text)[1].strip() for result in draw(teacher, requests)]
-    elif refusal_source == "dataset":
+    elif source == "dataset":
         said = [query.reference or "" for query in harmful]
     else:
         said = [REFUSALS[derive_seed(seed, "refusal", query.id) % len(REFUSALS)] for query in harmful]
-    answers = dict(zip((query.id for query in harmful), said, strict=True))
-    answers |= {query.id: query.reference or "" for query in queries if not query.harmful}
-    if empty := [query.id for query in queries if not answers[query.id].strip()]:
-        raise RecipeError(f"Request {empty[0]!r} has no answer. Give one, or another refusal_source.")
-    return [make_row(query, None, answers[query.id], {"arm": "rt"}) for query in queries]
+    found = dict(zip((query.id for query in harmful), said, strict=True))
+    _need_answers(found)
+    return found
+
+
+def _need_answers(answers: Mapping[str, str]) -> None:
+    if empty := next((name for name, answer in answers.items() if not answer.strip()), None):
+        raise RecipeError(f"Request {empty!r} has no answer. Give one, or another refusal_source.")
 
 
 def build_filler_rows(
