@@ -5,7 +5,7 @@
 Both train SmolLM2-135M on one batch of pairs, in float32 on the processor, each in a process of its own, whose peak of
 memory is then its own; they take turns. Time is that of a step after the first, by the trainer's callbacks: by the
 clock, and as seconds of processors, which a busy machine changes less.
-Results are merged into ``benchmarks/results/preferences-speed.json``.
+Results are merged into ``benchmarks/results/preferences-speed.json``, each case with its code, machine and load.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ def main() -> None:
     from modicum.record import write_atomic
 
     found: dict[str, list[dict[str, Any]]] = {"trl": [], "modicum": []}
+    where, load = {**origin(), "environment": environment()}, [os.getloadavg()[0]]
     for _ in range(given.rounds):
         for side, kept in found.items():
             command = [sys.executable, "-m", "benchmarks.speed.preferences", "--side", side]
@@ -162,8 +163,9 @@ def main() -> None:
     work = {side: statistics.median(s for one in kept for s in one["work"]) for side, kept in found.items()}
     size = {side: statistics.median(one["bytes"] for one in kept) for side, kept in found.items()}
     result = {
+        **where,
+        "load": [*load, os.getloadavg()[0]],  # before and after
         "pairs": given.pairs,
-        "load": os.getloadavg()[0],
         "processor_seconds_per_step": work,
         "processor_ratio": work["trl"] / work["modicum"],
         "seconds_per_step": seconds,
@@ -177,7 +179,7 @@ def main() -> None:
     }
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     cases = old.get("cases", {}) | {f"prompt {given.prompt}, answer {given.answer}": result}
-    write_atomic(RESULTS, json.dumps({**origin(), "environment": environment(), "cases": cases}, indent=1) + "\n")
+    write_atomic(RESULTS, json.dumps({"cases": cases}, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -122,6 +122,21 @@ def recipes() -> dict[str, dict[str, Any]]:
             {"name": "mix", "job": "merge", "base": "base", "experts": ["stage:tune", "one"], "method": "linear"},
             {"name": "score", "job": "evaluate", "models": {"m": "stage:mix"},
              "tasks": {"read": {"kind": "perplexity", "data": data}}}]},
+        "grid": {"job": "grid",
+                 "axes": {"rows": {"say": {"data": ROWS}, "text": {"data": data}},
+                          "method": {"mean": {"method": "linear"},
+                                     "sum": {"method": {"name": "task_arithmetic"},
+                                             "tune": {"method.scale": [0.5, 1]}}}},
+                 "choose": {"method": "choose"},
+                 "stages": [
+            {"name": "tune", "role": "expert", "over": ["rows"], "job": "train", "model": "base", "data": ROWS,
+             "adapter": {"rank": 2}, "trainer": TRAINER | {"max_steps": 2}},
+            {"name": "mix", "role": "merge", "over": ["method"], "job": "merge", "base": "base",
+             "experts": ["stage:tune"], "method": "set by the axis"},
+            {"name": "choose", "over": ["method"], "job": "evaluate", "models": {"m": "stage:mix"},
+             "tasks": {"read": {"kind": "perplexity", "data": data}}},
+            {"name": "score", "over": ["method"], "job": "evaluate", "models": {"m": "stage:mix"},
+             "tasks": {"read": {"kind": "perplexity", "data": data | {"size": 4}}}}]},
     }  # fmt: skip
     return found
 

@@ -1,5 +1,6 @@
 """The recipe of dimensions, on a tiny model: what it makes loads elsewhere, and no kill changes a byte of it."""
 
+import json
 import os
 import random
 import signal
@@ -11,9 +12,11 @@ from importlib.metadata import distributions
 import pytest
 import yaml
 
+from modicum.cli import main
 from modicum.jobs import execute
 from modicum.jobs.data.rows import DataSection, load_rows
 from modicum.recipe import override, parse, read
+from modicum.report.dimensions import read as dimensions
 
 
 def small(model):
@@ -59,6 +62,89 @@ def test_the_mixture_learns_the_pairs_of_the_experts_and_no_others(name):
         assert pairs_of(cell) == set.union(*experts), cell.title
 
 
+def refused(monkeypatch, capsys, recipe, folder, *words):
+    """Run a recipe by the command line; return the one line by which it is refused."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    told = []
+    for command in (["check", str(file)], ["run", str(file), "--out", str(folder / "run"), *words]):
+        monkeypatch.setattr(sys, "argv", ["modicum", *command])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        told.append(capsys.readouterr().err)
+        assert caught.value.code == 2 and told[-1].count("\n") == 1 and told[-1].startswith("modicum: ")
+    assert not (folder / "run").exists() and told[0] == told[1]
+    return told[0]
+
+
+def pairs_file(path, *prompts):
+    rows = [{"prompt": prompt, "chosen": f"yes {i}", "rejected": "no"} for i, prompt in enumerate(prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_bad_pair_ends_a_run_with_one_line(tiny_model, tmp_path, monkeypatch, capsys):  # H17
+    rows = tmp_path / "rows.jsonl"
+    pairs_file(rows, "a", "b")
+    rows.write_text(rows.read_text() + json.dumps({"prompt": "c", "chosen": "same", "rejected": "same "}))
+    recipe = {"job": "train", "model": str(tiny_model), "data": str(rows), "objective": "dpo"}
+    line = refused(monkeypatch, capsys, recipe | {"trainer": {"max_steps": 1}}, tmp_path)
+    assert "rows.jsonl, row 2: chosen and rejected are the same text" in line
+
+
+def test_a_grid_that_tests_what_it_teaches_ends_with_one_line(tiny_model, tmp_path, monkeypatch, capsys):  # H18
+    taught, asked = pairs_file(tmp_path / "taught.jsonl", "a", "b c?"), pairs_file(tmp_path / "asked.jsonl", "B, C")
+    train = {"name": "expert", "job": "train", "model": str(tiny_model), "data": taught, "objective": "dpo"}
+    test = {"name": "test", "job": "evaluate", "models": {"expert": "stage:expert"}}
+    stages = [train | {"trainer": {"max_steps": 1}}, test | {"tasks": {"a": {"kind": "pairs", "data": asked}}}]
+    line = refused(monkeypatch, capsys, {"job": "grid", "stages": stages}, tmp_path, "--workers", "1")
+    assert "row 0 ('B, C') asks what the data of 'expert seed 0', row 1 ('b c?') teaches" in line
+
+
+EQUAL = {  # H16: knobs with which three equal experts merge into that expert
+    "linear": {},
+    "karcher": {},
+    "model_stock": {},
+    "task_arithmetic": {"scale": 1 / 3},
+    "ties": {"density": 1.0},
+    "dare": {"density": 1.0, "scale": 1 / 3},
+}
+
+
+def test_merges_of_three_equal_experts_have_a_normalised_average_of_1(tiny_model, tmp_path):  # H16
+    names = ("helpful", "honest", "harmless")
+    taught = pairs_file(tmp_path / "taught.jsonl", *"abcdefgh")
+    tasks = {
+        name: {"kind": "pairs", "data": pairs_file(tmp_path / f"{name}.jsonl", *(f"{name} {i}" for i in range(6)))}
+        for name in names
+    }
+    trainer = {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    grid = {
+        "job": "grid",
+        "axes": {
+            # A seed that nothing draws by: three runs that make one expert.
+            "dimension": {name: {"data.seed": seed} for seed, name in enumerate(names)},
+            "method": {name: {"method": {"name": name} | knobs} for name, knobs in EQUAL.items()},
+        },
+        "stages": [
+            {"name": "expert", "role": "expert", "over": ["dimension"], "job": "train", "model": str(tiny_model)}
+            | {"data": {"path": taught}, "objective": "dpo", "adapter": {"rank": 2}, "trainer": trainer},
+            {"name": "merged", "role": "merge", "over": ["method"], "job": "merge", "base": str(tiny_model)}
+            | {"experts": ["stage:expert"], "method": "set by the axis", "dtype": "float32"},
+            {"name": "test", "job": "evaluate", "tasks": tasks}
+            | {"models": {"expert": "stage:expert", "merged": "stage:merged", "base": str(tiny_model)}},
+        ],
+    }
+    folder = execute(parse(grid), tmp_path / "g", quiet=True, workers=1).folder
+    experts = {file.read_bytes() for file in folder.glob("stages/expert-*/adapter/adapter_model.safetensors")}
+    assert len(experts) == 1
+    table = dimensions(folder)
+    merges = {arm.name.removeprefix("merged "): arm for arm in table.of_role("merge")}
+    assert {*merges} == {*EQUAL} and table.own == [*names]
+    values = {name: (table.average(arm).value, table.worst(arm).value) for name, arm in merges.items()}
+    assert values == dict.fromkeys(EQUAL, (pytest.approx(1.0), pytest.approx(1.0)))
+
+
 def content(folder):
     """Return the bytes of everything that the grid made for others."""
     kinds = ("cells/*.json", "grid.json", "stages/*/adapter/*", "stages/*/model/*", "stages/*/items/*")
@@ -92,9 +178,12 @@ def test_experts_load_in_peft_and_merges_in_transformers(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_kills_change_no_byte(tiny_model, tmp_path):
+def test_ten_kills_change_no_byte(tiny_model, tmp_path, monkeypatch):
     data = small(tiny_model)
+    monkeypatch.setenv("MODICUM_CACHE", str(tmp_path / "cache"))
     whole = execute(parse(data), tmp_path / "whole", quiet=True, workers=2).folder
+    # A cache of their own: kills are to hit the computation of the reference, too.
+    monkeypatch.setenv("MODICUM_CACHE", str(tmp_path / "other cache"))
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(data))
     command = [sys.executable, "-m", "modicum", "run", str(tmp_path / "g.yaml"), "--out", str(tmp_path / "killed")]
     command += ["--workers", "2", "--quiet"]

@@ -63,6 +63,19 @@ def test_two_workers_run_cells_side_by_side_and_keep_the_order(tmp_path):
     assert (run.folder / "stages").is_dir() and len(json.loads((run.folder / "grid.json").read_text())["cells"]) == 5
 
 
+def test_cells_of_an_earlier_form_are_not_shown_and_not_done_again(tmp_path):
+    def shown(folder):
+        names = {file.stem for file in (folder / "cells").iterdir()}
+        assert names == {cell["cell"] for cell in json.loads((folder / "grid.json").read_text())["cells"]}
+        return names
+
+    whole = shown(execute(parse(grid(tmp_path, cells=3)), tmp_path / "g", quiet=True, workers=1).folder)
+    less = shown(execute(parse(grid(tmp_path, cells=2)), tmp_path / "g", quiet=True, workers=1).folder)
+    assert len(whole) == 4 and len(less) == 3 and len(less - whole) == 1  # the last one sums up others
+    assert shown(execute(parse(grid(tmp_path, cells=3)), tmp_path / "g", quiet=True, workers=1).folder) == whole
+    assert begun(tmp_path) == {"0/0": 1, "1/0": 1, "2/0": 1, "99/0": 2}
+
+
 def test_a_killed_worker_costs_one_cell(tmp_path):
     data = grid(tmp_path, seconds=0.2)
     data["axes"]["value"] = {"a": {"value": 1, "kill": str(tmp_path / "killed")}, "b": {"value": 2}, "c": {"value": 3}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modicum.evaluate.dimensions import normalised_average
 from modicum.weights import merge_state_dicts
 
 KNOBS = {
@@ -28,7 +27,3 @@ def test_three_equal_experts_are_that_expert(method):
     for name, value in expert.items():
         # Half a unit in the last place of the expert, and as much of each of base and delta where these are added.
         torch.testing.assert_close(merged[name], value, rtol=3e-7, atol=3e-7)
-
-
-def test_who_scores_as_the_experts_has_a_normalised_average_of_1():
-    assert normalised_average([0.8, 0.9, 0.7], [0.8, 0.9, 0.7]) == 1

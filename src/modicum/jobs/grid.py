@@ -172,6 +172,9 @@ def grid(recipe: GridRecipe, run: Run) -> None:
         means = over_seeds(found["scores"], judges, tasks)
         run.record["metrics"] = {"cells": means, "chosen": found["chosen"]}
         write_json(run.folder / "grid.json", found)
+        for file in (run.folder / "cells").glob("*.json"):
+            if file.stem not in cells:  # of an earlier form of the grid; its run stays, and is known again
+                file.unlink()
         run.save()
         return found
 

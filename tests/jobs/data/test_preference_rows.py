@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Rows
@@ -13,6 +14,7 @@ from modicum.jobs.data.kinds.preference import preference
 from modicum.jobs.data.pairs import Pair, PairCollator, encode_pairs
 from modicum.jobs.data.rows import tokenize
 from modicum.jobs.data.section import DataSection
+from modicum.objectives import copies_attention
 from support import byte_tokenizer
 
 USER, GOOD, BAD = (
@@ -177,6 +179,24 @@ def test_batches_hold_every_token_once(pairs, shared):
             at += count
             visible = batch["input_ids"][last // width][seen[last // width, last % width]]
             assert visible.tolist() == list(row[:-1])
+
+
+@given(tokens, tokens, tokens)
+def test_a_pair_in_a_row_of_its_own_has_the_mask_of_two_copies(prompt, chosen, rejected):
+    mask = PairCollator(0)([Pair(prompt, chosen, rejected)])["attention_mask"]
+    copies = [0] * len(prompt) + [1] * (len(chosen) - 1) + [2] * (len(rejected) - 1)
+    assert torch.equal(mask, copies_attention(torch.tensor([copies])))
+
+
+def test_pairs_that_a_tokenizer_or_chat_template_cannot_carry_are_named(tokenizer):
+    chats = rows_of({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]})
+    with pytest.raises(CheckpointError, match="x, row 0 is a chat, but the tokenizer has no chat template"):
+        encode_pairs(chats, byte_tokenizer(chat=False), SECTION, note=print)
+    lowering = byte_tokenizer(chat=False)
+    lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
+    same = rows_of({"prompt": "Sky?", "chosen": "Blue.", "rejected": "BLUE."})
+    with pytest.raises(CheckpointError, match="x, row 0: chosen and rejected are the same tokens"):
+        encode_pairs(same, lowering, SECTION, note=print)
 
 
 def test_a_numeric_mask_says_the_same():

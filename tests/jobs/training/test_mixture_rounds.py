@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs import execute
 from modicum.jobs.data.pairs import Pair, PairCollator
 from modicum.jobs.training.objective import LabelHead
@@ -156,6 +156,28 @@ def test_a_mixture_without_rounds_is_scored_by_dimension_too(recipe, tmp_path):
     execute(parse(recipe), tmp_path / "run", quiet=True)
     metrics = read_record(tmp_path / "run")["metrics"]
     assert {*metrics["dimensions"]} == {*NAMES} and "rounds" not in metrics
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_dimension_of_which_max_length_leaves_nothing_is_refused_before_the_training(recipe, tmp_path, split, rounds):
+    from transformers import Trainer
+
+    long = [{"prompt": f"two {split} {i}" + "!" * 60, "chosen": "yes", "rejected": "no"} for i in range(12)]
+    (tmp_path / f"two-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    if not rounds:
+        del recipe["data"]["mix"]["rounds"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RecipeError, match="mix: no pair of two is left"):
+        patch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("it was trained"))
+        execute(parse(recipe), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_file_as_a_part_is_refused(recipe, tmp_path):
+    (tmp_path / "two-train.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match="two-train.jsonl .* no rows, expected at least one"):
+        execute(parse(recipe), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_evaluation_of_what_a_mixture_teaches_is_refused(recipe, tmp_path):  # H18

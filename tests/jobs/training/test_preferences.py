@@ -153,6 +153,26 @@ def test_the_loss_is_that_of_its_function():
     assert loss.means() == {}
 
 
+@pytest.mark.parametrize("means", [False, True])
+def test_every_column_of_the_log_is_what_it_says(monkeypatch, means):  # H1
+    from modicum.jobs.training import preferences
+
+    monkeypatch.setattr(preferences, "log_probabilities", lambda *_: torch.tensor([[-10.0, -9.0], [-9.0, -10.0]]))
+    loss = PairLoss("dpo", objective["dpo"].knobs({"beta": 0.1, "length_normalised": means}), tiny_llama())
+    found, told = loss(loss._head.model, {"reference": torch.tensor([[-12.0, -8.0]] * 2), "counts": [4, 2, 5, 3]})
+    rows = [(-10, -9, -12, -8, 4, 2), (-9, -10, -12, -8, 5, 3)]
+    assert found.item() == pytest.approx(oracle.dpo(rows, beta=0.1, means=means), abs=1e-6)
+    if not means:
+        assert oracle.dpo(rows[:1], beta=0.1) == pytest.approx(0.554355, abs=1e-6)
+    # Rewards are those of whole answers, whatever the loss compares.
+    columns = torch.tensor([[1, 0.3, 0.2, -0.1, -10, -9, 4, 2], [1, 0.5, 0.3, -0.2, -9, -10, 5, 3]])
+    torch.testing.assert_close(told["pairs"], columns)
+    assert [*loss.means()] == [*preferences.COLUMNS] and len(preferences.COLUMNS) == 8
+    flipped = torch.tensor([[-8.0, -12.0]] * 2)
+    _, told = loss(loss._head.model, {"reference": flipped, "counts": [4, 2, 5, 3]})
+    torch.testing.assert_close(told["pairs"][0], torch.tensor([0, -0.5, -0.2, 0.3, -10, -9, 4, 2]))
+
+
 def test_the_reference_is_computed_once_for_each_pair_and_model(monkeypatch):
     asked = []
     usual = references._computed

@@ -2,20 +2,24 @@
 
 They depend on the weights, on the tokens of the pair and on the precision, and on nothing else of a run: an expert for
 each dimension, mixtures of them and all seeds share them. The store is a folder of small files in the user's cache,
-each written whole, so that several runs and machines may add to it at once.
+each written whole, so that several runs and machines may add to it at once; a lock on a share of the pairs keeps two of
+them from computing the same ones.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from modicum import processes
+from modicum import lock, processes
 from modicum.borders import loads
 from modicum.content import cache_folder
 from modicum.durable import write_atomic
@@ -23,6 +27,7 @@ from modicum.jobs.data.pairs import Pair, PairCollator, with_reference
 from modicum.jobs.training.objective import LabelHead
 
 KEPT = 64  # pairs after which what was computed is kept
+EVERY = 0.1  # seconds between two looks at what another run computes
 Known: TypeAlias = dict[str, tuple[float, float]]
 
 
@@ -64,11 +69,13 @@ class ReferenceStore:
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
         self.folder = (folder or cache_folder() / "references") / name
+        self._read: set[Path] = set()
 
     def read(self, note: Callable[[str], object]) -> Known:
-        """Return all that is known; a file that cannot be read is left out, and said."""
+        """Return all that is known since the last call; a file that cannot be read is left out, and said."""
         known: Known = {}
-        for file in sorted(self.folder.glob("*.json")):
+        for file in sorted({*self.folder.glob("*.json")} - self._read):
+            self._read.add(file)
             try:
                 known |= {key: (float(a), float(b)) for key, (a, b) in loads(file.read_text()).items()}
             except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -82,6 +89,47 @@ class ReferenceStore:
         text = json.dumps(found, sort_keys=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / f"{xxh3_128_hexdigest(text.encode())}.json", text)
+
+    def turns(
+        self, keys: Collection[str], known: Known, note: Callable[[str], object]
+    ) -> Generator[list[str], None, None]:
+        """Yield keys that are not known, while no other run computes the same ones; all are known in the end.
+
+        Keys are locked by how they begin. What others found is added to ``known``; what the caller finds it has to
+        :meth:`add`, and put there, before it asks for the next ones.
+        """
+        known |= self.read(note)
+        waiting: dict[str, list[str]] = defaultdict(list)
+        for key in sorted({*keys} - known.keys()):
+            waiting[key[:2]].append(key)
+        told = False
+        while waiting:
+            with ExitStack() as locks:
+                taken: list[str] = []
+                for start in waiting:
+                    if sum(len(waiting[each]) for each in taken) < KEPT and self._locked(start, locks):
+                        taken.append(start)
+                if taken:
+                    known |= self.read(note)
+                    left = [key for start in taken for key in waiting.pop(start) if key not in known]
+                    for at in range(0, len(left), KEPT):  # a run that is killed finds them when it goes on
+                        yield left[at : at + KEPT]
+                    continue
+            if not told:
+                note("Another run computes reference log-probabilities of the same pairs: this one waits for them.")
+                told = True
+            time.sleep(EVERY)
+
+    def _locked(self, start: str, locks: ExitStack) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".{start}.lock"
+        try:
+            locks.enter_context(lock.hold(path, self.folder))
+        except lock.HeldError:
+            owner = lock.read_owner(path)
+            # One that cannot be looked at may be dead: its pairs are computed twice rather than never.
+            return owner is not None and owner.alive() is None
+        return True
 
 
 def referenced(
@@ -109,19 +157,22 @@ def referenced(
         folder: See :class:`ReferenceStore`.
     """
     store = ReferenceStore(fingerprint(model, f"{precision} {autocast} shared={collator.shared}"), folder)
-    known = processes.broadcast_object(store.read(note))  # other runs may add to it at any moment
     by_key = {key_of(pair): pair for pairs in sets for pair in pairs}
-    missing = sorted(by_key.keys() - known.keys())
-    for start in range(0, len(missing), KEPT):  # a run that is killed finds them when it goes on
-        part = missing[start : start + KEPT]
-        values = _computed([by_key[key] for key in part], model, collator, autocast)
-        found = {key: (a, b) for key, (a, b) in zip(part, values.tolist())}
-        known |= found
-        if processes.main():
-            store.add(found)
+    known: Known = {}
+    computed = 0
+    with closing(store.turns(by_key, known, note)) as turns:
+        # The first process claims pairs and knows what other runs found; all compute.
+        while (part := processes.broadcast_object(next(turns, None) if processes.main() else None)) is not None:
+            values = _computed([by_key[key] for key in part], model, collator, autocast)
+            computed += len(part)
+            if processes.main():
+                found = {key: (a, b) for key, (a, b) in zip(part, values.tolist())}
+                store.add(found)
+                known |= found
+    known = processes.broadcast_object(known)
     note(
-        f"Reference log-probabilities of {len(by_key)} pairs: {len(missing)} computed, "
-        f"{len(by_key) - len(missing)} known from earlier runs."
+        f"Reference log-probabilities of {len(by_key)} pairs: {computed} computed, {len(by_key) - computed} known from "
+        "other runs."
     )
     return [[with_reference(pair, known[key_of(pair)]) for pair in pairs] for pairs in sets]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import RecipeError, UnsupportedError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from modicum.jobs.data.pairs import Pair
+    from modicum.jobs.data.section import Mix
     from modicum.jobs.training.parts.preferences import Preferences
     from modicum.jobs.training.recipe import TrainRecipe
     from modicum.jobs.training.rounds import RoundStream
@@ -73,6 +74,9 @@ class Mixture(Part):
 
         self.preferences = pairs = _preferences(build.parts)
         mix = self.recipe.data.mix
+        for training, section in ((True, self.recipe.data), (False, self.recipe.eval_data)):
+            if pairs is not None and section is not None and section.mix is not None:
+                _by_dimension(pairs.sets[training], _drawn(section.mix))  # refused before the training, not after it
         if self.rounds is None or pairs is None or mix is None:
             return
         arguments = build.args
@@ -113,7 +117,7 @@ class Mixture(Part):
             found["rounds"] = [dict(zip(self.stream.pairs, weights)) for weights in self.stream.weights]
         pairs, section = self.preferences, self.recipe.eval_data
         if pairs is not None and section is not None and section.mix is not None:
-            held_out = _by_dimension(pairs.sets[False], section.mix.parts)
+            held_out = _by_dimension(pairs.sets[False], _drawn(section.mix))
             values = accuracies(trainer.model, held_out, pairs.collator)
             found["dimensions"] = {
                 name: {"pair_accuracy": value, "n": len(part)} for (name, part), value in zip(held_out.items(), values)
@@ -128,7 +132,12 @@ def _preferences(parts: Sequence[Part]) -> Preferences | None:
     return next((part for part in parts if isinstance(part, Preferences)), None)
 
 
-def _by_dimension(pairs: list[Pair], names: Any) -> dict[str, list[Pair]]:
+def _drawn(mix: Mix) -> list[str]:
+    """Return the parts from which something is drawn."""
+    return [name for name, share in zip(mix.parts, mix.shares) if share > 0]
+
+
+def _by_dimension(pairs: list[Pair], names: Iterable[str]) -> dict[str, list[Pair]]:
     found = {name: [pair for pair in pairs if pair.dimension == name] for name in names}
     if empty := [name for name, part in found.items() if not part]:
         raise RecipeError(f"mix: no pair of {empty[0]} is left. Give it more rows, or a larger max_length.")
