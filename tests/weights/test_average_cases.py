@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.claims.sewa.arms import greedy_within
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modicum.errors import CheckpointError
 from modicum.jobs.averaging.folders import in_order
 from modicum.weights import Checkpoint, average, average_state_dicts
 from modicum.weights.averagers.sewa import work
 from modicum.weights.lora_mean import plan_lora_mean, run_lora_mean
+from modicum.weights.search import Landscape
 
 POINTS = (0.0, 1.0, 2.0, 10.0)
 SQRT = (0.5, 0.2071067812, 0.1589186226, 0.1339745962)
@@ -109,6 +112,8 @@ def test_adapters_of_one_number_have_the_mean_of_their_products_at_the_sum_of_th
     known = [Checkpoint(tmp_path / str(i)) for i in range(2)]
     average(known, tmp_path / "out", progress=False)
     assert load_file(tmp_path / "out/model.safetensors")["q.weight"].item() == 1.0
+    with pytest.raises(CheckpointError, match="among the checkpoints twice"):
+        plan_lora_mean([known[0], Checkpoint(f"{tmp_path}/0/"), known[1]], [0.2, 0.3, 0.5])
     plan = plan_lora_mean(known, [0.5, 0.5])
     assert plan.describe()[-1] == "writes an adapter of rank 2, the exact mean"
     run_lora_mean(plan, tmp_path / "adapter", progress=False)
@@ -123,3 +128,13 @@ def test_adapters_of_one_number_have_the_mean_of_their_products_at_the_sum_of_th
 def test_numbers_count_in_every_part_of_a_path_that_differs() -> None:
     paths = ["1/a-10/checkpoint-5", "1/b-2/checkpoint-7", "1/a-10/checkpoint-40"]
     assert in_order(paths, "*") == [paths[1], paths[0], paths[2]]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_study_s_greedy_control_spends_what_it_is_given(n: int) -> None:
+    known = toys()[:n]
+    few, many = (greedy_within(Landscape(bowl, known, [1.0]), budget, seed=0) for budget in (0, 200))
+    losses = [Landscape(bowl, known, [1.0]).value(found) for found in (few, many)]
+    assert losses[1] <= losses[0]
+    if n == 4:  # without a budget it is greedy itself
+        assert few == average_state_dicts(known, method="greedy", loss=bowl, batches=[1.0], fallback=False)[1]

@@ -12,7 +12,8 @@ STUDIES = {
 }  # fmt: skip
 SHOWN = (
     "last", "decay over the window", "uniform", "lawa, tuned", "ema, tuned", "wsm sqrt, tuned", "random 5, mean of 5",
-    "best", "window", "greedy", "sewa, k 5", "sewa, k auto, no exchanges", "sewa, k auto",
+    "best", "window", "greedy", "greedy, with the forwards of sewa", "sewa, k 5", "sewa, k auto, no exchanges",
+    "sewa, k auto",
     "sewa, k auto, guard", "sewa, k auto, tuned guard", "sewa, k auto, on held-out data", "sewa published, k 5",
     "simplex", "quadratic", "quadratic, k auto", "quadratic, k 5",
 )  # fmt: skip

@@ -67,7 +67,7 @@ def parts_of(checkpoints: Sequence[Tensors], exclude: str | None = None) -> Part
         RecipeError: ``exclude`` is malformed, or finds nothing.
     """
     labels = [_label(checkpoints, i) for i in range(len(checkpoints))]
-    _check_apart(checkpoints)
+    check_apart(checkpoints)
     for model, name in zip(checkpoints, labels):
         check_tensors(model, name)
     newest, *others = list(checkpoints)[::-1]
@@ -153,7 +153,12 @@ def _label(checkpoints: Sequence[Tensors], i: int) -> str:
     return label(checkpoints[i], f"checkpoints[{i}]")
 
 
-def _check_apart(checkpoints: Sequence[Tensors]) -> None:
+def check_apart(checkpoints: Sequence[Tensors]) -> None:
+    """Refuse a checkpoint that is listed twice: a record of shares by name could not tell them apart.
+
+    Raises:
+        CheckpointError: Two are one folder or file.
+    """
     seen: set[Path] = set()
     for model in checkpoints:
         if not isinstance(model, Checkpoint):

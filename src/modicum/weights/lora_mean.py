@@ -19,6 +19,7 @@ from torch import Tensor
 from modicum.errors import CheckpointError, RecipeError
 from modicum.layout import ADAPTER_PREFIX
 from modicum.weights.adapter import LowRank
+from modicum.weights.averageable import check_apart
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.kernels.compare import refuse_non_finite, refuse_overflow
 from modicum.weights.lora import check_lora, write_adapter
@@ -72,11 +73,12 @@ def plan_lora_mean(
         rank: Highest rank of the result.
 
     Raises:
-        CheckpointError: One is no adapter, or stores tensors whole, or their bases differ.
+        CheckpointError: One is no adapter, or there twice, or stores tensors whole, or their bases differ.
         RecipeError: There is none.
     """
     if not checkpoints:
         raise RecipeError("There are no checkpoints to average. List at least one.")
+    check_apart(checkpoints)
     for checkpoint in checkpoints:
         if checkpoint.adapter is None:
             raise CheckpointError(
