@@ -45,6 +45,12 @@ class Router:
     temperature: float = 1.0
     threshold: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.threshold is not None and "centers" not in self.tensors:
+            raise RecipeError(
+                "A threshold needs the tasks' centers, which a router without a gate does not keep. Fit it again."
+            )
+
     def logits(self, features: Tensor) -> Tensor:
         """Return a number for each expert, from features ``(n, d)``: the higher, the likelier.
 
@@ -65,7 +71,7 @@ class Router:
 
     def distance(self, features: Tensor) -> Tensor | None:
         """Return the Mahalanobis distance to the nearest task in multiples of the threshold, if there is one."""
-        if self.threshold is None or "centers" not in self.tensors:
+        if self.threshold is None:
             return None
         return mahalanobis(features, self.tensors["centers"], self.tensors["precision"]) / self.threshold
 

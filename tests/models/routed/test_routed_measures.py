@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.routed.support_routed import host, prompts, routed, weights_of
+from modicum.evaluate.measures.lm_eval import _by_context
 from modicum.jobs.subject import LocalSubject
 from modicum.models.routed import route_experts
 from modicum.models.router import fit_router
@@ -77,6 +78,36 @@ def test_a_text_is_scored_by_what_stands_before_it_alone(model):
     chosen = model.route(start).weights[0].tolist()
     want = [found.nats for found in subject(plain(model, chosen)).likelihoods(texts)]
     assert got == pytest.approx(want, rel=1e-4)
+
+
+class Harness:
+    """A stand-in for the harness' class: rows filled up by zeros on the right, without a mask."""
+
+    def __init__(self, pretrained, **_):
+        self.model = pretrained
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, asked, disable_tqdm=False):
+        rows = [torch.tensor(context + answer) for _, context, answer in asked]
+        logits = self.model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)).logits.log_softmax(-1)
+        spans = [(len(context), len(context) + len(answer)) for _, context, answer in asked]
+        return [float(logits[i, torch.arange(a, b) - 1, rows[i][a:b]].sum()) for i, (a, b) in enumerate(spans)]
+
+
+def test_the_harness_scores_all_candidates_by_the_expert_of_the_question(model):
+    tokenizer = byte_tokenizer(chat=False)
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    asked = [(None, ids(row["prompt"]), ids(row["completion"])) for group in rows() for row in group]
+    got = _by_context(Harness, model)(pretrained=model)._loglikelihood_tokens(asked, disable_tqdm=True)
+    for t in range(2):
+        other = plain(model, ONE_HOT[t])
+        assert _by_context(Harness, other) is Harness
+        want = Harness(other)._loglikelihood_tokens(asked)
+        mine = [i for i in range(len(asked)) if (i // 3) % 2 == t]
+        assert [got[i] for i in mine] == pytest.approx([want[i] for i in mine], rel=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

@@ -57,6 +57,10 @@ def test_what_distances_need_is_stored_with_a_gate_alone(tmp_path):
         assert ("precision" in parts) == (threshold is not None)
         found = RoutedForCausalLM.from_pretrained(tmp_path / str(threshold))
         assert torch.equal(found.route(ids).weights, model.route(ids).weights)
+    found = RoutedForCausalLM.from_pretrained(tmp_path / "None")
+    found.config.routing = {**found.config.routing, "threshold": 2.0}
+    with pytest.raises(RecipeError, match="threshold needs the tasks' centers"):
+        found.route(ids)  # no gate that lets everything pass
     width = 16
     assert sizes[2.0] - sizes[None] == 4 * (3 * width + width * (width + 1) // 2)
 

@@ -1,5 +1,7 @@
 """Stores against plain NumPy, and the exact sizes of the spec."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modicum.errors import CheckpointError, RecipeError
+from modicum.models.router_fitting import stored_bytes
 from modicum.registry import expert_store
 from modicum.weights.mediator import ExpertSet, build_experts
 from modicum.weights.stores import reader_of, store_bytes
@@ -114,7 +117,13 @@ def test_m9_four_experts_of_smollm2_with_all_blocks_routed(store, share):
     block += 2 * expert_store["whole"].function((d,)).nbytes
     whole = 2 * (49152 * d + d + 30 * (sum(a * b for a, b in matrices) + 2 * d))
     assert whole == 269_030_016
-    assert whole + 4 * 30 * block <= share * 4 * whole + 1_000_000
+    # A gate's distances, and the headers that name every part, fit into the megabyte beside.
+    router = stored_bytes("linear", experts=4, width=d, rank=8, gate=True)
+    parts = len(expert_store[store].function((d, d), **knobs).specs) * len(matrices) + 2
+    entry = {"dtype": "BF16", "shape": [10**6], "data_offsets": [10**9, 10**9]}
+    header = len(json.dumps({"0.model.layers.10.self_attn.q_proj.weight.values": entry})) * (parts * 4 * 30 + 272)
+    assert router + header < 1_000_000
+    assert whole + 4 * 30 * block + router + header <= share * 4 * whole + 1_000_000
 
 
 def test_m16_bitdelta_of_four_numbers():

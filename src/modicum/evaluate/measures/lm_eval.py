@@ -120,7 +120,9 @@ def lm_eval(
     with _offline(unsafe_code=unsafe_code):
         try:
             found = simple_evaluate(
-                model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch_size),
+                model=_by_context(HFLM, subject.model)(
+                    pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch_size
+                ),
                 tasks=[name],
                 task_manager=tasks,
                 num_fewshot=shots,
@@ -138,6 +140,25 @@ def lm_eval(
                 ) from None
             raise CheckpointError(f"Task {name} of the harness cannot be run: {first_line(error)}") from None
     return _items(name, found["samples"][name], score)
+
+
+def _by_context(harness: Any, model: Any) -> Any:
+    """Return the harness' class, for a routed model with its experts chosen by the context of a candidate alone."""
+    from modicum.evaluate.generation import requests
+
+    if not hasattr(model, "requests"):
+        return harness
+
+    class Routed(harness):
+        def _loglikelihood_tokens(self, asked: Sequence[Any], *args: Any, **options: Any) -> list[Any]:
+            found: dict[int, Any] = {}
+            for numbers, within in requests(model, [context for _, context, _ in asked]):
+                with within:
+                    part = super()._loglikelihood_tokens([asked[i] for i in numbers], *args, **options)
+                found |= dict(zip(numbers, part, strict=True))
+            return [found[i] for i in range(len(asked))]
+
+    return Routed
 
 
 def _items(name: str, samples: Sequence[dict[str, Any]], score: str | None) -> list[Result]:

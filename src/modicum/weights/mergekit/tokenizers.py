@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,20 @@ def clashes(models: Mapping[str, object]) -> list[str]:
     Args:
         models: By what to call them; the first one gives the result its tokenizer.
     """
-    found: dict[str, bytes] = {}
-    for name, model in models.items():
-        if isinstance(model, Checkpoint) and (path := _file(model, TOKENIZER)):
-            found[name] = path.read_bytes()
-    if len(set(found.values())) < 2:
+    files = {
+        name: path
+        for name, model in models.items()
+        if isinstance(model, Checkpoint) and (path := _file(model, TOKENIZER))
+    }
+    # Files of many megabytes are held one at a time, and read as JSON only where they differ.
+    digests = {name: sha256(path.read_bytes()).digest() for name, path in files.items()}
+    if len(set(digests.values())) < 2:
         return []
-    first, *others = found
-    mine = _tokens_by_row(found[first])
+    first, *others = files
+    mine = _tokens_by_row(files[first].read_bytes())
     notes = []
-    for other in others:
-        theirs = _tokens_by_row(found[other])
+    for other in (name for name in others if digests[name] != digests[first]):
+        theirs = _tokens_by_row(files[other].read_bytes())
         rows = [row for row, token in mine.items() if theirs.get(row, token) != token]
         if rows:
             notes.append(
