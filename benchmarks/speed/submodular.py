@@ -261,9 +261,9 @@ def main() -> None:
     torch.set_num_threads(1)
     found = load(NAME) or {"parts": {}}
     for part in parser.parse_args().parts:
-        found["parts"][part] = PARTS[part]()
+        found["parts"][part] = PARTS[part]() | {"from": origin()}
         print(part, json.dumps(found["parts"][part]), flush=True)
-        found |= {"environment": environment(), "peak_gb": peak_gb(), **origin()}
+        found |= {"environment": environment(), "peak_gb": peak_gb()}
         write_atomic(RESULTS / NAME, json.dumps(found, indent=1) + "\n")
 
 
