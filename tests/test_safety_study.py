@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.claims.safety import tables
+from benchmarks.claims.safety import smollm2, tables
 from benchmarks.claims.safety.language import (
     FORMS,
     ID,
@@ -189,3 +189,40 @@ def test_what_is_not_measured_has_no_verdict():
     known = {"linked.rt.0": cell(harmful=0.1, harmless=0.0), "unlinked.rt.0": cell(harmful=0.2, harmless=0.0)}
     assert list(tables.cells(known, "linked")) == ["rt"]
     assert "rt" in tables.outcomes(tables.cells(known, "linked"))
+
+
+def test_the_study_of_smollm2_trains_every_arm_on_its_own_rows_and_measures_all():
+    from modicum.recipe import parse
+
+    made = parse(smollm2.recipe(3))
+    stages = {stage["name"]: stage for stage in smollm2.recipe(3)["stages"]}
+    assert made.job == "pipeline" and all(stage["seed"] == 3 for stage in stages.values())
+    for arm, (rows, reasons) in smollm2.ARMS.items():
+        assert stages[arm]["data"]["path"] == f"stage:synthesis/{rows}" and ("objective" in stages[arm]) is reasons
+        assert rows in stages["synthesis"]["arms"]
+        for stage, field in (("attack", "targets"), ("inside", "targets"), ("helpfulness", "models")):
+            assert stages[stage][field][arm] == f"stage:{arm}"
+    assert stages["attack"]["targets"]["guided"]["guidelines"] is True
+
+
+def test_records_of_smollm2_become_a_table():
+    def estimate(value):
+        return {"value": value, "low": 0.0, "high": 1.0, "n": 6}
+
+    def shown(suite, value):
+        return {"target": "srg", "suite": suite, "greedy": estimate(value), "refused": estimate(1 - value),
+                "over_refusal": estimate(0.25), "malformed": 0.0, "ns": [1, 2], "prompts": 6,
+                "asr_all": [estimate(value), estimate(value / 2)], "corrected": {"value": value}}  # fmt: skip
+
+    metrics = {
+        "attack": {"safety": {"cells": [shown("plain", 0.0), shown("roleplay", 0.5)], "judge": {"judge": "linear"}}},
+        "synthesis": {"synthesis": {"generated": 4}},
+        "inside": {"representation": {"cells": [
+            {"target": "srg", "outcome": {"auroc": 0.75}, "suites": {"roleplay": {"gap": 1.0}}}]}},
+        "helpfulness": {"cells": [{"model": "srg", "task": "adding", "value": 0.5}]},
+    }  # fmt: skip
+    found = smollm2.collected(metrics)
+    assert found["arms"]["srg"]["helpfulness"] == {"adding": 0.5} and found["arms"]["srg"]["gap"] == {"roleplay": 1.0}
+    row = tables.smollm2({"seed.0": found}).splitlines()[-1]
+    assert "| srg | 1 | 0.50 (one seed) | 0.50 (one seed) | 0.50 (one seed) | 0.25 (one seed)" in row
+    assert row.endswith("| 0.25 (one seed) | 0.75 |") and tables.smollm2({}) == "Not measured yet.\n"

@@ -122,6 +122,13 @@ def test_filler_that_is_longer_than_its_reasoning_takes_the_row_from_all_arms(pa
     assert run.record["metrics"]["synthesis"]["dropped"]["long"] == 12 - kept
 
 
+def test_an_arm_without_harmful_rows_is_the_rest_of_refusal_training(parts, tmp_path):
+    recipe = synthesize(parts, arms=["rt", "helpful"])
+    made = tables(execute(recipe, tmp_path / "run", quiet=True), recipe)
+    rest = [row["prompt"] for row in made["rt"] if row["kind"] == "helpful"]
+    assert [row["prompt"] for row in made["helpful"]] == rest and len(rest) == 6
+
+
 @pytest.mark.parametrize("source", ["teacher", "template"])
 def test_refusal_training_may_decline_in_words_of_its_own(parts, tmp_path, source):
     recipe = synthesize(parts, final_answer="own", refusal_source=source, arms=["srg", "rt"])

@@ -156,6 +156,37 @@ def curve_table(arms: Mapping[str, Mapping[int, Cell]]) -> str:
     return markdown(["arm", *(f"N = {n}" for n in NS)], rows)
 
 
+def smollm2(known: Mapping[str, Cell]) -> str:
+    """Return the table of SmolLM2's arms in wrappers, over seeds."""
+    seeds = list(known.values())
+
+    def wrapped(arm: Cell, read: Read) -> float:
+        return mean(read(cell) for name, cell in arm["suites"].items() if name != "plain")
+
+    def last(curve: str) -> Read:
+        return lambda cell: cell[curve][-1]["value"]
+
+    columns: dict[str, Read] = {
+        "harmful answered": lambda c: c["greedy"]["value"],
+        "corrected": lambda c: c["corrected"]["value"] if "corrected" in c else math.nan,
+        "harmful refused": lambda c: c["refused"]["value"],
+        "harmless refused": lambda c: c["over_refusal"]["value"],
+        "malformed": lambda c: c["malformed"],
+        "all samples unsafe": last("asr_all"),
+    }
+
+    def foretold(arm: Cell) -> str:
+        area = (arm.get("foretold") or {}).get("auroc")
+        return "–" if area is None else f"{area:.2f}"
+
+    rows = []
+    for name in dict.fromkeys(name for cell in seeds for name in cell["arms"]):
+        arms = [cell["arms"][name] for cell in seeds if name in cell["arms"]]
+        values = [interval([wrapped(arm, read) for arm in arms], 2) for read in columns.values()]
+        rows.append([name, str(len(arms)), *values, ", ".join(map(foretold, arms))])
+    return markdown(["arm", "seeds", *columns, "outcome foretold, by seed"], rows)
+
+
 def verdicts(said: Sequence[Said]) -> str:
     return markdown(["expected", "found", "held"], [[s.expected, s.found, "yes" if s.held else "**no**"] for s in said])
 
@@ -175,6 +206,7 @@ def main() -> None:
             "What would refute the claim (a line holds where its interval lies above zero):\n",
             verdicts(refutations(arms)),
         ]
+    parts += ["### SmolLM2-135M in wrappers\n", smollm2(load("safety-smollm2.json").get("cells", {}))]
     write("safety-tables.inc", "benchmarks/claims/safety/tables.py", parts)
 
 

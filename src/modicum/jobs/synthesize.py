@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from modicum.jobs.safety.filters import Candidate, Row
 
 WORDS = 12  # in a row, by which a wrapper is known
-Arm = Literal["srg", "rt", "filler_neutral", "filler_shuffled", "preference", "contrast", "prompts"]
+Arm = Literal["srg", "rt", "helpful", "filler_neutral", "filler_shuffled", "preference", "contrast", "prompts"]
 
 
 class SynthesizeRecipe(Recipe):
@@ -218,10 +218,17 @@ def _arm(
     """Return the rows of an arm, from those of safety reasoning."""
     from modicum.jobs import safety_data as made
 
-    seed, source = recipe.seed, recipe.refusal_source
+    seed = recipe.seed
+
+    def refusals() -> Sequence[Row]:
+        return made.build_rt_rows(
+            [], [], srg_rows=rows, refusal_source=recipe.refusal_source, teacher=teacher, seed=seed
+        )
+
     build: Mapping[str, Callable[[], Sequence[Row]]] = {
         "srg": lambda: rows,
-        "rt": lambda: made.build_rt_rows([], [], srg_rows=rows, refusal_source=source, teacher=teacher, seed=seed),
+        "rt": refusals,
+        "helpful": lambda: [row for row in refusals() if row["meta"]["kind"] == "helpful"],  # a control of best of N
         "filler_neutral": lambda: made.build_filler_rows(rows, filler="neutral", seed=seed),
         "filler_shuffled": lambda: made.build_filler_rows(rows, filler="shuffled", seed=seed),
         "preference": lambda: made.build_preference_rows(rows, worse),
