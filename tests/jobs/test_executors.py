@@ -18,7 +18,7 @@ from modicum.errors import MissingExtraError, ModicumError, RecipeError, Unsuppo
 from modicum.jobs import execute
 from modicum.jobs.executors import DONE, Task, answered, opened, perform
 from modicum.recipe import parse
-from modicum.record import read_record
+from modicum.record import read_log, read_record
 from waiting import ENTRY, know_the_job, lines, together
 
 
@@ -97,16 +97,22 @@ def held(tmp_path, processes):
         time.sleep(0.02)
 
 
-def test_two_processes_share_a_grid(tmp_path):
+def test_two_processes_share_a_grid(tmp_path, tiny_model):
     (tmp_path / "hold").touch()
     data = grid(tmp_path, cells=6, hold=str(tmp_path / "hold"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(8)))
+    tune = {"name": "tune", "job": "train", "model": str(tiny_model), "data": {"path": str(tmp_path / "rows.jsonl")}}
+    tune["trainer"] = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "save_steps": 1}
+    data["stages"].insert(1, tune)
     heads = [start(tmp_path, data, "--workers", "1") for _ in range(2)]
     held(tmp_path, 2)
     (tmp_path / "hold").unlink()
     assert [head.wait(timeout=120) for head in heads] == [0, 0], (tmp_path / "told").read_text()
     assert set(begun(tmp_path).values()) == {1} and together(tmp_path / "log") == 2
     assert read_record(tmp_path / "g")["status"] == "done"
-    assert len(json.loads((tmp_path / "g" / "grid.json").read_text())["cells"]) == 7
+    assert len(json.loads((tmp_path / "g" / "grid.json").read_text())["cells"]) == 8
+    (trained,) = (tmp_path / "g").glob("stages/tune-*")
+    assert [line["step"] for line in read_log(trained, "train")] == [1, 2, 3]  # by one of them, once
 
 
 def test_a_killed_head_costs_the_cells_at_work_and_the_other_process_ends_the_grid(tmp_path):
