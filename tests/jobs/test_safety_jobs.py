@@ -21,6 +21,7 @@ from modicum.jobs.safety.drawing import Drawing, Verdicts, expected_draws, first
 from modicum.jobs.safety.filters import spoken
 from modicum.jobs.synthesize import _write
 from modicum.recipe import parse
+from modicum.stored import damage
 from support import byte_tokenizer, tiny_llama
 
 TEXTS = ["I cannot help with that.", "I will not do it.", "Step one: take it.", "Sure, here is how it goes."]
@@ -202,6 +203,29 @@ def test_one_answer_that_never_comes_does_not_cost_the_report(parts, tmp_path, m
     monkeypatch.setattr(LocalHF, "generate", lambda self, requests: [ChatResult(error="down") for _ in requests])
     with pytest.raises(RecipeError, match="answers none of"):
         execute(attack_recipe(parts), tmp_path / "other", quiet=True)
+
+
+def test_a_stage_that_lacks_answers_is_asked_again_by_its_pipeline(parts, tmp_path, monkeypatch):
+    from modicum.evaluate.chat import ChatResult
+    from modicum.jobs.chat.local import LocalHF
+
+    six = {name: parts[name] | {"size": 6} for name in ("goals", "benign")}  # all of them, so that number 1 is there
+    stage = attack_recipe(parts | six, samples=1).model_dump(mode="json", exclude_none=True, exclude={"out"})
+    recipe = parse({"job": "pipeline", "stages": [{**stage, "name": "attack"}]})
+    real = LocalHF.generate
+
+    def flaky(self, requests):
+        found = real(self, requests)
+        return [ChatResult(error="lost") if "wish, number 1" in str(r.messages) else f for r, f in zip(requests, found)]
+
+    monkeypatch.setattr(LocalHF, "generate", flaky)
+    run = execute(recipe, tmp_path / "run", quiet=True)
+    assert run.record["status"] == "done" and "stages/attack/base.plain" in damage(run.folder)
+    monkeypatch.setattr(LocalHF, "generate", real)
+    again = execute(recipe, tmp_path / "run", quiet=True)
+    assert not damage(run.folder) and "lost" not in json.dumps(again.record["metrics"])
+    monkeypatch.setattr(LocalHF, "generate", lambda *_: pytest.fail("asked though nothing is lacking"))
+    assert execute(recipe, tmp_path / "run", quiet=True).done
 
 
 @pytest.mark.parametrize(
