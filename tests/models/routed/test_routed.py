@@ -110,6 +110,30 @@ def test_a_batch_of_several_experts_is_answered_as_one_by_one():
         torch.testing.assert_close(whole[i : i + 1], model(ids[i : i + 1], weights=rows[i]).logits)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 2, 1]])
+def test_what_is_asked_of_a_batch_is_given_for_the_rows_of_every_expert(order):
+    model, ids = routed(), prompts(4)
+    model.config._attn_implementation = "eager"  # which gives its weights; set on the outer configuration alone
+    model.config.output_hidden_states = True
+    rows = torch.tensor([*ONE_HOT, [1 / 3] * 3])[order]
+    whole = model(ids, weights=rows, output_attentions=True)
+    assert len(whole.hidden_states) == 4 and len(whole.attentions) == 3
+    for i in range(4):
+        alone = model(ids[i : i + 1], weights=rows[i], output_attentions=True)
+        for name in ("logits", "hidden_states", "attentions"):
+            got = whole[name] if name == "logits" else torch.stack(whole[name], 1)
+            want = alone[name] if name == "logits" else torch.stack(alone[name], 1)
+            torch.testing.assert_close(got[i : i + 1], want)
+    assert isinstance(model(ids, weights=rows, return_dict=False), tuple)
+
+
+def test_a_folder_goes_by_transformers_name_and_attention_is_chosen_in_both_configurations(tmp_path):
+    model = routed()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(pretrained_model_name_or_path=tmp_path, attn_implementation="eager")
+    assert again.config._attn_implementation == again.host.config._attn_implementation == "eager"
+
+
 def test_near_mixtures_are_one_and_many_experts_weigh_alike():
     rows = torch.tensor([[1 / 6] * 6, [0.1667, 0.1667, 0.1667, 0.1667, 0.1666, 0.1666], [1.0, 0, 0, 0, 0, 0]])
     groups = groups_of(rows.double())

@@ -76,6 +76,7 @@ class RoutedConfig(PreTrainedConfig):
 
     model_type = "routed"
     keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 - transformers declares it so
+    sub_configs = {"host": AutoConfig}  # noqa: RUF012 - how attention is computed is set in both
 
     host: Any = None
     experts: Any = None

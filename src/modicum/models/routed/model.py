@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.initialization import no_init_weights, no_tie_weights
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.layout import stacks
@@ -23,6 +24,7 @@ from modicum.models.router import Router
 from modicum.references import find_model, pinned
 from modicum.weights.experts import ExpertSet
 
+ASKED = ("output_hidden_states", "output_attentions")
 CACHES = ("cache", "past_key_values")  # what transformers calls it: the second name is the older one
 
 
@@ -68,6 +70,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.host = AutoModelForCausalLM.from_config(config.host) if host is None else host
         self.config.host = self.host.config
+        self.config._attn_implementation = self.host.config._attn_implementation
         self.host.config._name_or_path = ""  # a folder is the same wherever it was loaded from
         self.generation_config = self.host.generation_config
         self.experts = experts
@@ -87,6 +90,8 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
             _check_tap(config, experts, next(iter(stacks(n for n, _ in self.host.named_parameters()).values()), 0))
             if config.route.centred:
                 experts.about.coefficients(experts.about.even, centred=True)  # refuses what cannot be centred
+        with no_init_weights(), no_tie_weights():  # the host's are what they are
+            self.post_init()
         self.eval()
 
     @property
@@ -109,7 +114,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *_: Any,
         config: RoutedConfig | None = None,
         memory_bytes: int = 0,
@@ -120,7 +125,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         """Load a routed model; the experts and the dense weights of routed layers stay mapped from disk.
 
         Args:
-            folder: What :meth:`save_pretrained` or the job ``route`` wrote, or a reference to it.
+            pretrained_model_name_or_path: What :meth:`save_pretrained` or the job ``route`` wrote, or a reference.
             config: Its configuration; read when not given.
             memory_bytes: How much copies of mixtures used before may take.
             verify: Compare every file with its checksum, which reads all of it once.
@@ -133,7 +138,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         """
         if options.get("quantization_config") is not None:
             raise UnsupportedError("A routed model writes its weights anew, which packed numbers do not allow.")
-        path = find_model(pinned(str(folder), options.pop("revision", None)))
+        path = find_model(pinned(str(pretrained_model_name_or_path), options.pop("revision", None)))
         config = config or RoutedConfig.from_pretrained(path)
         if verify and config.checksums:
             files.check_files(path, config.checksums)
@@ -229,6 +234,8 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep, **kwargs}
         given |= {} if labels is None else {"labels": labels}
+        # What is asked of the configuration is asked of the outer one, and the host reads its own.
+        given = {key: True for key in ASKED if getattr(self.config, key)} | given
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         embeds = {key: kwargs[key] for key in ("inputs_embeds",) if kwargs.get(key) is not None}
         rows = self._weights(input_ids, attention_mask, weights, cache, embeds)
@@ -254,16 +261,15 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         """Run the rows of one mixture after those of another; without a cache, which rows would share."""
         if given.get("labels") is not None or given.get("cache", given.get("past_key_values")) is not None:
             raise UnsupportedError("Rows of several experts share no cache and no loss. Give them batch by batch.")
-        n = sum(map(len, groups.values()))
-        logits: Tensor | None = None
-        output: Any = None
+        n, found = sum(map(len, groups.values())), []
+        ways = {"use_cache": False, "return_dict": True}
         for weights, numbers in groups.items():
             self.materialise(weights)
-            part = rows_of(given, numbers, n)
-            output = self.host(**{**part, "use_cache": False})
-            logits = output.logits.new_empty(n, *output.logits.shape[1:]) if logits is None else logits
-            logits[numbers] = output.logits
-        return type(output)(logits=logits)
+            found.append(self.host(**{**rows_of(given, numbers, n), **ways}))
+        numbers = [i for group in groups.values() for i in group]
+        places = torch.tensor(numbers).argsort()
+        whole = type(found[0])(**{key: _in_order([part[key] for part in found], places) for key in found[0]})
+        return whole.to_tuple() if given.get("return_dict") is False else whole
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, weights: Any = None, **kwargs: Any) -> Any:
@@ -321,6 +327,13 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         pad, end = (kwargs.get(key, getattr(config, key)) for key in ("pad_token_id", "eos_token_id"))
         ends = [] if end is None else torch.as_tensor(end).reshape(-1).tolist()
         return None if pad is None else int(pad), ends
+
+
+def _in_order(parts: Sequence[Any], places: Tensor) -> Any:
+    """Return the rows of several outputs, or of each of their layers, in the order of the batch."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))[places.to(parts[0].device)]
+    return tuple(_in_order(layer, places) for layer in zip(*parts))
 
 
 def _remembered(output: Any, rows: Tensor, *caches: Any) -> Any:
