@@ -16,7 +16,16 @@ from typing import Any
 
 from modicum.errors import CheckpointError, ModicumError, first_line
 
-MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError, MemoryError)
+MALFORMED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NameError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 LARGEST = 256 << 20  # bytes of a text that is read whole, tokenizers being the largest
 LONGEST, DEEPEST = 4096, 200  # bytes of a path, and its folders
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}

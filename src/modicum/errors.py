@@ -48,6 +48,20 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(".") + "."
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8: half a character, as of a file's name in another encoding, cannot.
+
+    Example:
+        >>> is_text("caf\u00e9"), is_text("caf\udce9")
+        (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(text: str) -> str:
     """Return text as a terminal may get it: control characters, which could steer it, and line ends are written out.
 

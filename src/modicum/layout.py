@@ -182,9 +182,19 @@ def layer_of(name: str) -> Layer | None:
     """
     parts = name.split(".")
     for place in range(1, len(parts) - 1):
-        if parts[place].isdigit() and parts[place - 1] in _LAYERS:
+        if is_number(parts[place]) and parts[place - 1] in _LAYERS:
             return Layer(".".join(parts[:place]), int(parts[place]), ".".join(parts[place + 1 :]))
     return None
+
+
+def is_number(part: str) -> bool:
+    """Whether a part of a name is a number as layers and experts have one.
+
+    Example:
+        >>> is_number("12"), is_number("\u00b2"), is_number("9" * 5000)
+        (True, False, False)
+    """
+    return part.isascii() and part.isdigit() and len(part) < 10
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
@@ -230,8 +240,10 @@ def natural(name: object) -> tuple[object, ...]:
         >>> sorted(["h.10", "h.9"], key=natural)
         ['h.9', 'h.10']
     """
-    parts = re.split(r"(\d+)", str(name))
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
+    numbers = re.split(r"([0-9]+)", str(name))
+    # Without zeros in front, the longer number is the larger one, however long it is.
+    stripped = [part.lstrip("0") if place % 2 else part for place, part in enumerate(numbers)]
+    return tuple((0, len(part), part) if place % 2 else (1, 0, part) for place, part in enumerate(stripped))
 
 
 def role(name: str) -> Role | None:

@@ -32,6 +32,7 @@ except ImportError:  # not a POSIX system
 NAME = ".lock"
 LEFT = re.compile(r"\.(?:.+\.)?lock\.[0-9a-f]{32}")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+MOST_PID = 2**31 - 1
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -118,7 +119,7 @@ def read_owner(path: Path) -> Owner | None:
     """
     for _ in range(50):
         try:
-            return Owner(**loads(path.read_text(encoding="utf-8")))
+            return _owner(path)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
@@ -126,12 +127,21 @@ def read_owner(path: Path) -> Owner | None:
     raise CheckpointError(f"{path} is no lock file that can be read. If nothing writes there, delete it and run again.")
 
 
+def _owner(path: Path) -> Owner:
+    owner = Owner(**loads(path.read_text(encoding="utf-8")))
+    words = [value for name, value in asdict(owner).items() if name != "pid"]
+    # A signal to process 0, or to a number below it, would go to a whole group.
+    if type(owner.pid) is not int or not 1 <= owner.pid <= MOST_PID or not all(isinstance(w, str) for w in words):
+        raise ValueError("no process has this number")
+    return owner
+
+
 def is_left(path: Path) -> bool:
     """Whether a file is what a process that was killed had written to take a lock with."""
     if not LEFT.fullmatch(path.name):
         return False
     try:
-        return Owner(**loads(path.read_text(encoding="utf-8"))).alive() is False
+        return _owner(path).alive() is False
     except FileNotFoundError:
         return False
     except (OSError, ValueError, TypeError):

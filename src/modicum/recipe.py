@@ -20,7 +20,7 @@ from modicum.borders import MALFORMED
 from modicum.credentials import secrets_in
 from modicum.documents import is_mergekit, parse_documents
 from modicum.documents import parse_yaml as parse_yaml
-from modicum.errors import ModicumError, RecipeError, did_you_mean, first_line
+from modicum.errors import ModicumError, RecipeError, did_you_mean, first_line, is_text
 from modicum.inputs import Inputs, look
 from modicum.registry import Registry
 from modicum.schema import explain, not_finite
@@ -188,6 +188,8 @@ def parse(data: Data, where: str = "recipe") -> Recipe:
     Raises:
         RecipeError: A key is unknown or missing, or a value is out of range; one line for each.
     """
+    if odd := next((text for text in _texts(data) if not is_text(text)), None):
+        raise RecipeError(f"{where}: {odd!r:.60} is no text in UTF-8. Correct it, or rename the file.")
     if is_mergekit(data):
         data = {"job": "merge", **data}
     elif "job" not in data and {"base_model", "experts"} <= data.keys():  # a file of mergekit-moe
@@ -209,6 +211,19 @@ def parse(data: Data, where: str = "recipe") -> Recipe:
     except MALFORMED as error:  # a value of a kind that nobody thought of
         told = f"{type(error).__name__}: {first_line(error)}"
         raise RecipeError(f"{where}: a value has the wrong kind ({told}) See: modicum show {name}") from None
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """Yield every text in a recipe, keys among them."""
+    left = [data]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
 
 
 def job_schema(name: str) -> type[Recipe]:

@@ -129,7 +129,7 @@ class Run:
 
     def _read(self) -> dict[str, Any]:
         """Return the record of this very run as it stands in the folder, or that of a new one."""
-        return self._previous() or {
+        new = {
             "job": self._job,
             "hash": self.hash,
             "status": "new",
@@ -140,6 +140,7 @@ class Run:
             "notes": [],
             "seconds": 0.0,
         }
+        return new | (self._previous() or {})
 
     def _previous(self) -> dict[str, Any] | None:
         if not self._files():

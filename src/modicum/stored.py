@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,21 @@ def read_record(folder: str | Path, *, strict: bool = True) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{folder} is not a run: it holds no record.json.")
     record = read_json(path, str(folder), "Delete the folder and run again.")
-    for key, kind in KINDS.items():
-        if strict and not isinstance(record.get(key, kind()), kind):
+    for key, kind in KINDS.items() if strict else ():
+        if key not in record and key in ALWAYS:
+            raise CheckpointError(f"{path} has no {key}. Delete the folder and run again.")
+        if not _is(record.get(key, kind()), kind):
             raise CheckpointError(f"{path}: {key} is no {kind.__name__}. Delete the folder and run again.")
     if strict and not _is_sound(record):
         raise CheckpointError(f"{path}: files, outputs or stages are malformed. Delete the folder and run again.")
     return record
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether a value is of a kind as JSON has them: a whole number is a number, true and NaN are none."""
+    if kind is not float:
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_sound(record: Mapping[str, Any]) -> bool:
@@ -60,10 +70,16 @@ def stored_recipe(folder: str | Path) -> dict[str, Any] | None:
     return recipe | found if isinstance(recipe, dict) else found
 
 
-def read_log(folder: str | Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Return the log's lines, of one kind when ``event`` is given; a line cut off by a crash is left out."""
-    lines = read_lines(Path(folder) / "log.jsonl")
-    return [line for line in lines if event is None or line.get("event") == event]
+def read_log(folder: str | Path, event: str | None = None, **kinds: type) -> list[dict[str, Any]]:
+    """Return the log's lines, of one kind when ``event`` is given; a line cut off by a crash is left out.
+
+    Args:
+        folder: The run folder.
+        event: Of which kind.
+        **kinds: Keys that a line must have, and what stands under them; other lines were damaged, and are left out.
+    """
+    lines = [line for line in read_lines(Path(folder) / "log.jsonl") if event is None or line.get("event") == event]
+    return [line for line in lines if all(key in line and _is(line[key], kind) for key, kind in kinds.items())]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -84,7 +100,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 # What a record holds under its keys, where it has them.
 KINDS = {"job": str, "status": str, "hash": str, "inputs": dict, "metrics": dict, "outputs": dict, "notes": list,
-         "files": dict, "stages": list, "environment": dict, "lacks": dict}  # fmt: skip
+         "files": dict, "stages": list, "environment": dict, "lacks": dict,
+         "seconds": float}  # fmt: skip
+ALWAYS = ("job", "status")  # and what every record has
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,8 @@ class Finished:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._cells = {_key(line["model"], line["task"]): _plain(line) for line in read_log(run.folder, "cell")}
+        lines = read_log(run.folder, "cell", model=str, task=str)
+        self._cells = {_key(line["model"], line["task"]): _plain(line) for line in lines}
 
     def __contains__(self, key: object) -> bool:
         return key in self._cells and _items_file(self._run, str(key)).is_file()

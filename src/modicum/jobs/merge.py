@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import yaml
 from pydantic import AliasChoices, Field, model_validator
 
-from modicum.borders import loads
+from modicum.borders import border, loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
@@ -152,7 +152,8 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
         from modicum.jobs.merging.settings import notes_on_unsaid
         from modicum.weights.mergekit.planning import plan_mergekit
 
-        plan = plan_mergekit(recipe.mergekit, opened, statistics, find=find_tokenizer, convert=tokenizer_json)
+        with border("The mergekit file", "Check its values."):
+            plan = plan_mergekit(recipe.mergekit, opened, statistics, find=find_tokenizer, convert=tokenizer_json)
         twice = [f"{place}: the last one counts, as in mergekit" for place in recipe.twice]
         notes = [*twice, *plan.notes, *notes_on_unsaid(plan)]
         plan = settled(replace(plan, seed=recipe.seed, device=recipe.device, notes=notes))

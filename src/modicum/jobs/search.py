@@ -197,7 +197,8 @@ class _Measured:
 
     def __init__(self, recipe: SearchRecipe, run: Run, space: Space) -> None:
         self.recipe, self.run, self.space = recipe, run, space
-        self.known = {line["trial"]: line for line in read_log(run.folder, "trial")}
+        lines = read_log(run.folder, "trial", trial=int, shares=list, value=float, scores=dict)
+        self.known = {line["trial"]: line for line in lines}
         self.subject: LocalSubject | None = None
         self.rows: dict[int, Rows] = {}
         self.others = supplied(self._other)

@@ -232,10 +232,10 @@ class Adapter:
             missing = "lora_B" if "A" in pair else "lora_A"
             raise CheckpointError(f"{self.owner}: {module} has no {missing}. Save the adapter again.")
         A, B = pair["A"], pair["B"]
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.shape[0]:
             raise CheckpointError(
                 f"{self.owner}: {module} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, "
-                "expected (r, in) and (out, r). Convolutions must be merged with PEFT first."
+                "expected (r, in) and (out, r) with r of at least 1. Convolutions must be merged with PEFT first."
             )
         return A, B
 

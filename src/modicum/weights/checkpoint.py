@@ -18,7 +18,7 @@ from torch import Tensor
 from modicum.architectures import is_tied_unsaid
 from modicum.borders import border, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
-from modicum.errors import CheckpointError, UnsupportedError
+from modicum.errors import CheckpointError, UnsupportedError, is_text
 from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, copies, is_vocabulary, role
 from modicum.references import beside, find_model
 from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
@@ -378,13 +378,15 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def inside(path: Path, owner: str) -> Path:
-    """Return a file of a model's folder, unless it is a link to somewhere else: that would be copied into results.
+    """Return a file of a model's folder that may be copied into results: no link to somewhere else, and with a name.
 
     The Hub's cache keeps files in a folder of its own, beside that of their links.
 
     Raises:
-        CheckpointError: It leads out of the folder.
+        CheckpointError: It leads out of the folder, or its name is no text.
     """
+    if not is_text(path.name):
+        raise CheckpointError(f"{owner}: the name of the file {path.name!r} is not UTF-8. Rename or remove it.")
     target, folder = path.resolve(), path.parent.resolve()
     cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if folder not in target.parents and cache not in target.parents:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError
-from modicum.layout import Unit, natural, unit_of
+from modicum.layout import Unit, is_number, natural, unit_of
 from modicum.registry import expert_store
 from modicum.weights.aliases import aligned
 from modicum.weights.compatibility import Tensors, spec_of
@@ -52,7 +52,7 @@ class ExpertSet:
         for key in parts:
             expert, _, rest = key.partition(".")
             name, _, part = rest.rpartition(".")
-            if not expert.isdigit() or int(expert) >= len(about.names) or name not in dense:
+            if not is_number(expert) or int(expert) >= len(about.names) or name not in dense:
                 raise CheckpointError(
                     f"The experts hold {key!r}, which does not belong to this model. Build them again."
                 )

@@ -99,6 +99,8 @@ def read_header(path: Path, *, owner: str) -> dict[str, Slot]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{corrupt}: its header is not a mapping. Download it again.")
     header.pop("__metadata__", None)
+    if not header:
+        raise CheckpointError(f"{owner}: {path.name} holds no tensors. Download it again.")
     slots = {name: _slot(path, name, entry, 8 + length, corrupt) for name, entry in header.items()}
     _check_cover(slots, 8 + length, size, corrupt)
     _ask_the_library(path, corrupt)

@@ -199,8 +199,8 @@ def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """Return the dtype called ``name``."""
     if name is None or isinstance(name, torch.dtype):
         return name
-    if name not in DTYPES:
-        raise RecipeError(f"dtype {name!r} is not known. {did_you_mean(name, DTYPES)}")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise RecipeError(f"dtype {name!r} is not known. {did_you_mean(str(name), DTYPES)}")
     return DTYPES[name]
 
 

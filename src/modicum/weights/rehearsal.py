@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modicum.errors import RecipeError
+from modicum.errors import RecipeError, first_line
 
 if TYPE_CHECKING:
     from modicum.weights.plan import Step
@@ -33,3 +33,8 @@ def rehearse(steps: Iterable[Step]) -> None:
             step.entry.function(base if step.base else None, experts, **step.knobs, **supplied)
         except RecipeError as error:
             raise RecipeError(f"{step.name}: {error}" if len(kinds) > 1 else str(error)) from None
+        except (RuntimeError, ArithmeticError) as error:  # a number that no tensor takes
+            told = first_line(error)
+            raise RecipeError(
+                f"{step.name}: {step.method} cannot compute with its knobs: {told} Correct them."
+            ) from None

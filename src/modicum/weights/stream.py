@@ -242,7 +242,7 @@ def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -
 
 def _read_key(beside: Path) -> str | None:
     try:
-        return (beside / "key").read_text()
+        return (beside / "key").read_text(errors="replace")
     except FileNotFoundError:
         return None
 

@@ -7,6 +7,7 @@ filtered by tensor name. :mod:`.planning` turns what stands here into the steps 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -117,17 +118,21 @@ def read_slices(document: Data) -> list[Slice]:
     present = [key for key in ("models", "slices", "modules") if document.get(key)]
     if len(present) != 1:
         raise RecipeError(f"A mergekit file needs exactly one of models, slices and modules; got {present or 'none'}.")
-    scopes: tuple[Data, ...] = (document.get("parameters") or {},)
+    scopes: tuple[Data, ...] = (_parameters(document, "mergekit file"),)
+    tags = document.get("tags") or []
+    if not isinstance(tags, str) and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
+        raise RecipeError(f"tags: expected a list of words, got {tags!r:.60}.")
     base = Reference.parse(document["base_model"], "base_model") if document.get("base_model") else None
     found = []
     for module, body in _bodies(document):
-        inner = (body.get("parameters") or {}, *scopes) if module else scopes
         where = f"modules.{module}." if module else ""
+        inner = (_parameters(body, f"modules.{module}"), *scopes) if module else scopes
         if body.get("models"):
-            parts = tuple(_part(model, f"{where}models[{i}]", ranged=False) for i, model in enumerate(body["models"]))
+            models = _listed(body, "models", where)
+            parts = tuple(_part(model, f"{where}models[{i}]", ranged=False) for i, model in enumerate(models))
             found.append(Slice(parts, base, inner, module))
         else:
-            slices = body.get("slices") or []
+            slices = _listed(body, "slices", where)
             found += [_slice(piece, f"{where}slices[{i}]", base, inner, module) for i, piece in enumerate(slices)]
     return found
 
@@ -163,15 +168,14 @@ def _slice(
     piece: Data, where: str, base: Reference | None, scopes: tuple[Data, ...], module: str | None = None
 ) -> Slice:
     _check_keys(piece, SLICE_KEYS, where)
-    parts = tuple(
-        _part(part, f"{where}.sources[{i}]", ranged=True) for i, part in enumerate(piece.get("sources") or [])
-    )
+    sources = _listed(piece, "sources", f"{where}.")
+    parts = tuple(_part(part, f"{where}.sources[{i}]", ranged=True) for i, part in enumerate(sources))
     lengths = {part.layers[1] - part.layers[0] for part in parts if part.layers}
     if len(lengths) != 1:
         raise RecipeError(f"{where}: its sources have layer ranges of lengths {sorted(lengths)}, expected one length.")
     if piece.get("base_model"):
         base = Reference.parse(piece["base_model"], f"{where}.base_model")
-    return Slice(parts, base, (piece.get("parameters") or {}, *scopes), module)
+    return Slice(parts, base, (_parameters(piece, where), *scopes), module)
 
 
 def _part(value: Data, where: str, *, ranged: bool) -> Part:
@@ -180,14 +184,29 @@ def _part(value: Data, where: str, *, ranged: bool) -> Part:
     if ranged and not _is_range(layers):
         raise RecipeError(f"{where}: layer_range is {layers!r}, expected [first, end] with first < end.")
     reference = Reference.parse(value.get("model"), f"{where}.model")
-    return Part(reference, (layers[0], layers[1]) if layers else None, value.get("parameters") or {})
+    return Part(reference, (layers[0], layers[1]) if ranged else None, _parameters(value, where))
+
+
+def _listed(value: Data, key: str, where: str) -> list[Any]:
+    found = value.get(key) or []
+    if not isinstance(found, list):
+        raise RecipeError(f"{where}{key}: expected a list, got {found!r:.60}.")
+    return found
+
+
+def _parameters(value: Data, where: str) -> Data:
+    """Return the parameters that stand on a part of a file."""
+    found = value.get("parameters") or {}
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise RecipeError(f"{where}: parameters is {found!r:.60}, expected a mapping of names to values.")
+    return found
 
 
 def _is_range(value: object) -> bool:
     if not isinstance(value, list | tuple) or len(value) != 2:
         return False
     first, end = value
-    return isinstance(first, int) and isinstance(end, int) and 0 <= first < end
+    return type(first) is int and type(end) is int and 0 <= first < end
 
 
 def _check_keys(value: object, known: set[str], where: str) -> None:
@@ -204,7 +223,7 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
 
     Args:
         setting: A value, a gradient (list of numbers over depth), or one or a list of ``{filter, value}``, first hit
-            wins. In a list that holds other things than numbers, such as true and false, depth picks one of them.
+            wins. In a list of words, or of true and false, depth picks one of them. A number may stand in quotes.
         tensor: Name of the tensor; a filter is a part of it.
         t: Depth within the slice, from 0 to 1.
         where: For messages.
@@ -218,7 +237,7 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):
-        return setting
+        return _unquoted(setting)
     if not setting:
         raise RecipeError(f"{where}: the list is empty. Give a value, a gradient of values, or filters.")
     if isinstance(setting[0], Mapping):
@@ -228,8 +247,10 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
             if wanted in (None, "*") or any(str(wanted) in name for name in also_called(tensor)):
                 return evaluate(choice.get("value"), tensor, t, where)
         return None
-    if not all(isinstance(value, bool | int | float | str) for value in setting):
-        raise RecipeError(f"{where}: a gradient is a list of numbers, got {setting!r}.")
+    setting = [_unquoted(value) for value in setting]
+    words = [isinstance(value, str) for value in setting]
+    if not all(isinstance(value, bool | int | float | str) for value in setting) or any(words) != all(words):
+        raise RecipeError(f"{where}: a gradient is a list of numbers, got {setting!r:.120}.")
     position = t * (len(setting) - 1)
     if any(isinstance(value, bool | str) for value in setting):
         return setting[int(position)]
@@ -237,7 +258,19 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
     if len(setting) == 1:
         return setting[0]
     share = position - index
-    return setting[index] * (1 - share) + setting[index + 1] * share
+    try:
+        return setting[index] * (1 - share) + setting[index + 1] * share
+    except OverflowError:
+        raise RecipeError(f"{where}: a number of the gradient is too large.") from None
+
+
+def _unquoted(value: object) -> object:
+    """Return the number that a text is, as mergekit reads it; all else as it is."""
+    if isinstance(value, str) and value.isascii() and len(value) < 40:
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def has_gradient(scope: Data) -> bool:

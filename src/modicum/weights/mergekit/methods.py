@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,23 +26,70 @@ Reader = Callable[["Getter"], Translation]
 
 @dataclass(frozen=True)
 class Getter:
-    """Looks parameters up: ``shared(name, default)`` of the merge, ``each(name[, default])`` of every model."""
+    """Looks parameters up: ``shared(name, default)`` of the merge, ``each(name[, default])`` of every model.
+
+    What a reader counts or decides with comes as a number or a switch; what goes to a method as it is, the method's own
+    schema checks.
+    """
 
     shared: Callable[[str, Any], Any]
     each: Callable[..., list[Any]]
 
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return a number of the merge; without a default it must be set.
+
+        Raises:
+            RecipeError: It is missing, or no finite number.
+        """
+        value = self.shared(name, default)
+        if value is None:
+            raise RecipeError(f"parameter {name!r} is missing. Set it.")
+        return _number(value, name)
+
+    def numbers(self, name: str, *default: float, with_base: bool = False) -> list[float]:
+        """Return a number of every model.
+
+        Raises:
+            RecipeError: One is missing, or no finite number.
+        """
+        return [_number(value, name) for value in self.each(name, *default, with_base=with_base)]
+
+    def switch(self, name: str, default: bool) -> bool:
+        """Return what is on or off: true or false, as mergekit's files also say 1 or 0.
+
+        Raises:
+            RecipeError: It is something else.
+        """
+        value = self.shared(name, default)
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise RecipeError(f"parameter {name!r} is {value!r:.60}, expected true or false.")
+        return bool(value)
+
+
+def _number(value: object, name: str) -> float:
+    with suppress(OverflowError):
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            return value
+    raise RecipeError(f"parameter {name!r} is {value!r:.60}, expected a finite number.")
+
+
+def _total(weights: list[float]) -> float:
+    """Return the sum that normalized weights are divided by."""
+    total = sum(weights)
+    if total == 0 or not math.isfinite(total):
+        raise RecipeError(f"The weights {weights} sum to {total:g} and cannot be normalized. Set normalize: false.")
+    return total
+
 
 def _linear(get: Getter) -> Translation:
-    weights = get.each("weight", with_base=True)
-    return Translation("linear", {"weights": weights, "normalize": get.shared("normalize", True)}, False)
+    weights = get.numbers("weight", with_base=True)
+    return Translation("linear", {"weights": weights, "normalize": get.switch("normalize", True)}, False)
 
 
 def _task_arithmetic(get: Getter) -> Translation:
-    weights = get.each("weight")
-    total = sum(weights) if get.shared("normalize", False) else 1
-    if total == 0:
-        raise RecipeError(f"The weights {weights} sum to 0 and cannot be normalized. Set normalize: false.")
-    return Translation("task_arithmetic", {"weights": weights, "scale": get.shared("lambda", 1.0) / total}, True)
+    weights = get.numbers("weight")
+    total = _total(weights) if get.switch("normalize", False) else 1
+    return Translation("task_arithmetic", {"weights": weights, "scale": get.number("lambda", 1.0) / total}, True)
 
 
 def _sparse(
@@ -50,12 +98,12 @@ def _sparse(
     """Make the reader of a method that sparsifies deltas and adds them up; ``more`` reads knobs of its own."""
 
     def read(get: Getter) -> Translation:
-        weights, density, scale = get.each("weight"), get.each("density", 1.0), get.shared("lambda", 1.0)
-        normalized = bool(get.shared("normalize", normalize))
+        weights, density, scale = get.numbers("weight"), get.numbers("density", 1.0), get.number("lambda", 1.0)
+        normalized = get.switch("normalize", normalize)
         if 0 in density:
             # mergekit drops the whole delta of an expert of density 0; without election its weight still divides.
             if normalized and elect == "none":
-                scale, normalized = scale / sum(weights), False
+                scale, normalized = scale / _total(weights), False
             weights = [weight if share else 0.0 for weight, share in zip(weights, density)]
             density = [share or 1.0 for share in density]
         knobs = {"weights": weights, "scale": scale, "density": density, "normalize": normalized}
@@ -65,71 +113,63 @@ def _sparse(
 
 
 def _gamma(get: Getter) -> Data:
-    return {"gamma": get.each("gamma", 0.01)}
+    return {"gamma": get.numbers("gamma", 0.01)}
 
 
 def _rescale(get: Getter) -> Data:
     norm = get.shared("rescale_norm", "l1")
     if norm not in (None, "l1"):
         raise UnsupportedError(f"rescale_norm is {norm!r}, expected l1 or none.")
-    return {"rescale": "l1" if get.shared("rescale", True) and norm else "none"}
+    return {"rescale": "l1" if get.switch("rescale", True) and norm else "none"}
 
 
 def _epsilon(get: Getter) -> Data:
     # mergekit leaves a tensor alone at density 1, whatever epsilon says.
-    return _rescale(get) | {"epsilon": get.each("epsilon", 0.15)}
-
-
-def _required(get: Getter, method: str, name: str) -> Any:
-    value = get.shared(name, None)
-    if value is None:
-        raise RecipeError(f"{method}: parameter {name!r} is missing. Set it.")
-    return value
+    return _rescale(get) | {"epsilon": get.numbers("epsilon", 0.15)}
 
 
 def _slerp(get: Getter) -> Translation:
-    return Translation("slerp", {"t": _required(get, "slerp", "t")}, True)
+    return Translation("slerp", {"t": get.number("t")}, True)
 
 
 def _nuslerp(get: Getter) -> Translation:
     knobs = {
-        "weights": get.each("weight"),
-        "flatten": get.shared("nuslerp_flatten", True),
-        "row_wise": not get.shared("nuslerp_row_wise", False),
+        "weights": get.numbers("weight"),
+        "flatten": get.switch("nuslerp_flatten", True),
+        "row_wise": not get.switch("nuslerp_row_wise", False),
     }
     return Translation("nuslerp", knobs, None)
 
 
 def _multislerp(get: Getter) -> Translation:
     # mergekit's tangents are not scaled by their angles, so that their weighted sum, and with it the step, vanishes.
-    knobs = {"weights": get.each("weight"), "normalize_weights": get.shared("normalize_weights", True), "steps": 0}
-    return Translation("multislerp", knobs, None)
+    knobs = {"weights": get.numbers("weight"), "normalize_weights": get.switch("normalize_weights", True)}
+    return Translation("multislerp", knobs | {"steps": 0}, None)
 
 
 def _karcher(get: Getter) -> Translation:
-    return Translation(
-        "karcher", {"iterations": get.shared("max_iter", 10), "tolerance": get.shared("tol", 1e-5)}, False
-    )
+    knobs = {"iterations": get.number("max_iter", 10), "tolerance": get.number("tol", 1e-5)}
+    return Translation("karcher", knobs, False)
 
 
 def _model_stock(get: Getter) -> Translation:
-    return Translation("model_stock", {"clamp": False, "filter_wise": bool(get.shared("filter_wise", False))}, True)
+    return Translation("model_stock", {"clamp": False, "filter_wise": get.switch("filter_wise", False)}, True)
 
 
 def _nearswap(get: Getter) -> Translation:
-    return Translation("nearswap", {"t": max(0.0, _required(get, "nearswap", "t"))}, True)
+    return Translation("nearswap", {"t": max(0.0, get.number("t"))}, True)
 
 
 def _ram(plus: bool) -> Reader:
     def read(get: Getter) -> Translation:
-        knobs = {"eps": get.shared("epsilon", 1e-5), "r": get.shared("r", 0.1) if plus else 0.0}
-        return Translation("ram", knobs | {"alpha": get.shared("alpha", 0.2)}, True)
+        knobs = {"eps": get.number("epsilon", 1e-5), "r": get.number("r", 0.1) if plus else 0.0}
+        return Translation("ram", knobs | {"alpha": get.number("alpha", 0.2)}, True)
 
     return read
 
 
 def _passthrough(get: Getter) -> Translation:
-    return Translation("passthrough", {"scale": get.each("scale", 1.0, with_base=True)[0]}, False)
+    return Translation("passthrough", {"scale": get.numbers("scale", 1.0, with_base=True)[0]}, False)
 
 
 METHODS: dict[str, Reader] = {
@@ -149,7 +189,7 @@ METHODS: dict[str, Reader] = {
     "nuslerp": _nuslerp,
     "multislerp": _multislerp,
     "karcher": _karcher,
-    "sce": lambda get: Translation("sce", {"select": get.shared("select_topk", 1.0)}, True),
+    "sce": lambda get: Translation("sce", {"select": get.number("select_topk", 1.0)}, True),
     "ram": _ram(plus=False),
     "ramplus_tl": _ram(plus=True),
     "passthrough": _passthrough,

@@ -136,7 +136,7 @@ def with_vocabulary(
         full = dict(setting) if isinstance(setting, Mapping) else {"source": setting or short}
         for key in full:
             if key not in ("source", "tokens", "pad_to_multiple_of"):
-                raise RecipeError(f"tokenizer: unknown key {key!r}. {did_you_mean(key, ['source', 'tokens'])}")
+                raise RecipeError(f"tokenizer: unknown key {key!r}. {did_you_mean(str(key), ['source', 'tokens'])}")
         result = _unify(full, models, base, find, convert)
     if not document.get("chat_template"):
         return result
@@ -174,8 +174,12 @@ def _unify(
     else:
         owner = _stranger(source, folder, convert)
     known = {name: token_ids(tokenizer, models[name].name) for name, tokenizer in tokenizers.items()}
-    forced: dict[str, Mapping[str, Any]] = dict(setting.get("tokens") or {})
+    forced: dict[str, Mapping[str, Any]] = setting.get("tokens") or {}
+    if not isinstance(forced, Mapping):
+        raise RecipeError(f"tokenizer.tokens is {forced!r:.60}, expected a mapping of tokens to their sources.")
     for token, choice in forced.items():
+        if not isinstance(token, str):
+            raise RecipeError(f"tokenizer.tokens: {token!r:.60} is no text. Write the token in quotes.")
         if not isinstance(choice, Mapping):
             raise RecipeError(f"tokenizer.tokens[{token!r}] is {choice!r}, expected {{source: …}}, perhaps with force.")
     tokens = token_ids(owner.tokenizer, owner.name)
@@ -307,8 +311,9 @@ def _choice(
     else:
         model = str(source)
         row = known.get(model, {}).get(token)
-    if model not in models or row is None:
+    if model not in models or not isinstance(row, int):
         raise RecipeError(f"tokenizer.tokens[{token!r}]: {source!r} names no token of a model of the file.")
-    if not 0 <= int(row) < (limit := _table_rows(models[model])):
-        raise RecipeError(f"tokenizer.tokens[{token!r}]: {model} has {limit} rows, so there is no row {row}.")
-    return model, int(row)
+    limit = _table_rows(models[model])
+    if not 0 <= row < limit:
+        raise RecipeError(f"tokenizer.tokens[{token!r}]: {model} has {limit} rows, so there is no row {row!s:.40}.")
+    return model, row
