@@ -110,7 +110,10 @@ def test_records_name_files_or_are_refused(tmp_path, change):
 
 @pytest.mark.parametrize(
     "recipe",
-    [{"job": "coordinate", "policies": ["osg"], "application": {"name": []}}, {"merge_method": "linear", "models": 1}],
+    [
+        {"job": "coordinate", "policies": ["osg"], "application": {"name": []}},
+        {"merge_method": ["linear"], "models": []},
+    ],
 )
 def test_values_of_unforeseen_kinds_are_one_line(recipe):
     with pytest.raises(RecipeError, match="has the wrong kind"):

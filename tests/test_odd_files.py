@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from modicum import layout, lock, stored
+from modicum.credentials import HIDDEN
 from modicum.errors import CheckpointError, RecipeError
+from modicum.jobs.data.section import DataSection
+from modicum.jobs.data.sources import local
 from modicum.recipe import parse
-from modicum.record import Run
+from modicum.record import ASIDE, Run, read_record
 from modicum.weights import Checkpoint
 from modicum.weights.files import Spec
 from modicum.weights.stream import map_tensors
@@ -98,3 +101,82 @@ def test_names_with_numbers_of_any_kind_have_an_order():
     names = ["h.10", "h.9", "h.²", "h." + "9" * 5000, "h.010"]
     assert sorted(names, key=layout.natural)[:2] == ["h.9", "h.10"]
     assert [layout.layer_of(f"layers.{part}.w") is None for part in ("1", "²", "9" * 5000)] == [False, True, True]
+
+
+def made(folder, text="{}"):
+    """A run that made a model of two files."""
+    with Run(folder, job="merge", recipe={"job": "merge"}, quiet=True) as run:
+        (folder / "model").mkdir(exist_ok=True)
+        (folder / "model/config.json").write_text(text)
+        (folder / "model/model.safetensors").write_text("x")
+        run.output("model", folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-00001-of-00001.safetensors", "x.bin"])
+def test_weights_that_were_added_are_damage_and_set_aside(tmp_path, name):
+    run = made(tmp_path / "run")
+    (run / "model/notes.txt").write_text("mine")
+    assert not stored.damage(run)
+    (run / "model" / name).write_text("{}")
+    assert stored.damage(run) == stored.verify(run).damaged == {f"model/{name}": "was added"}
+    made(run)
+    assert not stored.damage(run) and (run / ASIDE / "model" / name).read_text() == "{}"
+
+
+def test_what_was_set_aside_before_is_kept(tmp_path):
+    run = made(tmp_path / "run")
+    for text in ("first", "second", "third"):
+        (run / "model/config.json").write_text(text)
+        made(run)
+    kept = [run / ASIDE / place / "model/config.json" for place in (".", "2", "3")]
+    assert [path.read_text() for path in kept] == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("change", [{"outputs": {"model": "../one"}}, {"outputs": {"model": "/etc"}},
+                                    {"stages": [{"folder": "../../x"}]}])  # fmt: skip
+def test_a_record_that_points_outside_is_refused(tmp_path, change):
+    run = made(tmp_path / "run")
+    (run / "record.json").write_text(json.dumps(read_record(run) | change))
+    for read in (stored.verify, stored.damage, read_record):
+        with pytest.raises(CheckpointError, match="points outside its folder"):
+            read(run)
+
+
+@pytest.mark.parametrize("lost", ["files", "status"])
+def test_a_stage_whose_record_says_nothing_is_damage(tmp_path, lost):
+    run = made(tmp_path / "run")
+    stage = made(run / "stages/a")
+    (run / "record.json").write_text(json.dumps(read_record(run) | {"stages": [{"folder": "stages/a"}]}))
+    assert not stored.damage(run)
+    record = read_record(stage) | ({"status": "failed"} if lost == "status" else {})
+    (stage / "record.json").write_text(json.dumps({key: value for key, value in record.items() if key != lost or
+                                                   lost == "status"}))  # fmt: skip
+    assert stored.damage(run) == {"stages/a/record.json": "does not say what was made"}
+
+
+def test_what_a_run_logs_and_says_holds_no_key(tmp_path, capsys):
+    key = "hf_" + "a" * 30
+    with Run(tmp_path / "run", job="merge", recipe={"job": "merge"}) as run:
+        run.log("x", told=[f"with {key}"], bits_per_token=1.5)
+        run.say(f"with {key}")
+    (line,) = stored.read_log(tmp_path / "run")
+    assert line["told"] == [f"with {HIDDEN}"] and line["bits_per_token"] == 1.5
+    assert f"with {HIDDEN}" in capsys.readouterr().err
+
+
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "LONGEST", 100)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"text": "a\xc2\x85b"}\r\n\n' + b'{"text": "c"}')
+    assert local.local(DataSection(path=str(file)), str(file)) == [{"text": "a\x85b"}, {"text": "c"}]
+    with file.open("wb") as opened:
+        opened.write(b'{"text": "c"}\n')
+        opened.truncate(1 << 36)  # more than any memory
+    with pytest.raises(CheckpointError, match="line 2 has more than"):
+        local.local(DataSection(path=str(file)), str(file))
+    for name in ("rows.json", "text.txt"):
+        file.rename(tmp_path / name)
+        with pytest.raises(CheckpointError, match="has 68719 MB, more than 268"):
+            local.local(DataSection(path=str(tmp_path / name)), str(tmp_path / name))
+        file = tmp_path / name

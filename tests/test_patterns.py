@@ -74,3 +74,12 @@ def test_replacements_that_name_no_group_are_one_line():
     assert Pattern(r"layers\.\d+", "groups").replaced("all", "layers.3.x") == "all.x"
     with pytest.raises(RecipeError, match="groups"):
         Pattern("a", "groups").replaced(r"\7", "a")
+
+
+def test_all_matches_of_an_expression_together_take_bounded_time(monkeypatch):
+    monkeypatch.setattr(patterns, "TOTAL", 0.05)
+    pattern, began = Pattern("(a|aa)+$", "exclude"), time.process_time()
+    with pytest.raises(RecipeError, match=r"^exclude .* takes more than 0.05 s on all texts together"):
+        for number in range(10_000):
+            pattern.finds("a" * 17 + f"{number}")
+    assert time.process_time() - began < 3

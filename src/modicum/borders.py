@@ -76,6 +76,14 @@ def check_plain(path: Path) -> None:
         raise CheckpointError(f"{path} is {kind}, expected a file. Give the file itself.")
 
 
+def is_file(name: str | Path) -> bool:
+    """Whether there is a file of this name, which may be any text."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have
+        return False
+
+
 def check_name(path: str | Path) -> None:
     """Refuse the name of a place to write to that no file system has.
 

@@ -15,13 +15,14 @@ HIDDEN = "(hidden)"
 # What it looks like, and the variable in which the service's own tools look for it.
 SHAPES: Mapping[str, str] = MappingProxyType(
     {
-        r"\bhf_[A-Za-z0-9]{16,}": "HF_TOKEN",
+        r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}": "HF_TOKEN",
+        r"\bhf_jwt_[A-Za-z0-9._-]{16,}": "HF_TOKEN",
         r"\bapi_org_[A-Za-z0-9]{16,}": "HF_TOKEN",
         r"\bsk-ant-[A-Za-z0-9_-]{16,}": "ANTHROPIC_API_KEY",
         r"\bsk-[A-Za-z0-9_-]{16,}": "OPENAI_API_KEY",
         r"\bgh[opsur]_[A-Za-z0-9]{20,}": "GITHUB_TOKEN",
         r"\bgithub_pat_[A-Za-z0-9_]{20,}": "GITHUB_TOKEN",
-        r"\bgl(?:pat|dt|rt|cbt|ptt|ft|soat)-[A-Za-z0-9_-]{16,}": "GITLAB_TOKEN",
+        r"\bgl(?:pat|dt|rt|cbt|ptt|ft|soat|agent|imt|ffct)-[A-Za-z0-9_-]{16,}": "GITLAB_TOKEN",
         r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b": "AWS_ACCESS_KEY_ID",
         r"\bnvapi-[A-Za-z0-9_-]{20,}": "NVIDIA_API_KEY",
         r"\bAIza[A-Za-z0-9_-]{35}": "GOOGLE_API_KEY",
@@ -32,19 +33,31 @@ SHAPES: Mapping[str, str] = MappingProxyType(
         r"\bglsa_[A-Za-z0-9_]{20,}": "GRAFANA_TOKEN",
         r"\br8_[A-Za-z0-9]{30,}": "REPLICATE_API_TOKEN",
         r"\bgsk_[A-Za-z0-9]{30,}": "GROQ_API_KEY",
+        r"\b(?:xai|pplx)-[A-Za-z0-9]{20,}": "a variable of its own",
+        r"\b(?:wandb|tgp|dop|doo|dor)_v1_[A-Za-z0-9_-]{20,}": "a variable of its own",
+        r"\bdckr_(?:pat|oat)_[A-Za-z0-9_-]{20,}": "a variable of its own",
+        r"\bhv[sb]\.[A-Za-z0-9_-]{20,}": "VAULT_TOKEN",
+        r"\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}": "STRIPE_API_KEY",
+        r"\b[0-9]{8,10}:AA[A-Za-z0-9_-]{30,}": "a variable of its own",
+        r"\bhooks\.slack\.com/services/[A-Za-z0-9/_-]{10,}": "a variable of its own",
+        r"\bdiscord(?:app)?\.com/api/webhooks/[0-9]+/[A-Za-z0-9_-]{16,}": "a variable of its own",
         r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}": "a variable of its own",
-        r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[^-]*": "a file of its own",
+        r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[\s\S]*?(?=-----END|\Z)": "a file of its own",
         r"(?i)(?<=\bbearer )[A-Za-z0-9._~+/=-]{12,}": "a variable of its own",
-        r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)": "a variable, or git's credential store",
+        r"(?i)\b(?:authorization\W{1,5}(?:basic|token)\s+|x-api-key\W{1,5})[^\s,;'\"]{6,}": "a variable of its own",
+        r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)": "a variable, or git's credential store",
         r"(?<=://)[^/\s:@]{12,}(?=@)": "a variable, or git's credential store",
-        r"(?i)(?<=[?&;])(?:access_token|api_?key|token|sig|signature|secret)=[^&\s]{6,}": "a variable of its own",
-        r"\b[A-Z][A-Z0-9_]*_(?:TOKEN|KEY|SECRET|PASSWORD)\s*[=:]\s*[^\s,;'\"]{6,}": "that variable itself",
+        r"(?i)(?<=[?&;#])(?:[\w-]{0,40}(?:token|secret|signature|password|key)|sig|pwd)=[^&\s]{6,}": "a variable",
+        r"\b[A-Z][A-Z0-9_]*_(?:TOKEN|KEY|SECRET|PASSWORD)['\"]?\s*[=:]\s*['\"]?[^\s,;'\"]{6,}": "that variable itself",
+        r"(?i)\b\w{0,40}(?:secret_access_key|access_token|auth_token|api_key|client_secret|private_key)['\"]?\s*[=:]"
+        r"\s*['\"]?[^\s,;'\"]{6,}": "a variable of its own",
     }
 )
 _ANY = re.compile("|".join(f"(?:{shape.removeprefix('(?i)')})" for shape in SHAPES if not shape.startswith("(?i)")))
 _ANY_CASE = re.compile("|".join(f"(?:{shape[4:]})" for shape in SHAPES if shape.startswith("(?i)")), re.IGNORECASE)
 _KEY = re.compile(
-    r"(?i)(password|passwd|passphrase|secret|authorization|credentials?|(api|access|private|secret|encryption)_?key)$"
+    r"(?i)(password|passwd|passphrase|secret|authorization|credentials?|(api|access|private|secret|encryption)[-_]?key)$"
+    r"|^(?i:pwd|bearer|(?:set-)?cookie)$|(?i:^|_)(?i:wandb|openai|anthropic|hf|aws|azure|google)_?(?i:key)$"
     r"|(^|_)(hub|auth|access|api|hf|bearer|refresh|session|github|gitlab)?_?token$|_(TOKEN|KEY|SECRET)$"
 )
 _NOT_KEY = re.compile(r"(?i)(mask|pad|eos|bos|unk|sep|cls|image|audio|video|special|stop|start|end)_token$")
@@ -65,8 +78,12 @@ def _hides(value: Mapping[Any, Any], key: object) -> bool:
     return is_secret_name(str(key)) and not (key == "token" and value.get("kind") == "model_token")
 
 
-def redact(value: Any) -> Any:
+def redact(value: Any, *, names: bool = True) -> Any:
     """Return JSON-like ``value`` with whatever looks like a key or password hidden.
+
+    Args:
+        value: The value.
+        names: Hide also what stands under the name of a secret, whatever it looks like.
 
     Example:
         >>> redact({"hub_token": "x", "mask_token": "<m>", "error": "at https://me:pw@host"})
@@ -74,11 +91,11 @@ def redact(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if item not in (None, "") and _hides(value, key) else redact(item)
+            key: HIDDEN if names and item not in (None, "") and _hides(value, key) else redact(item, names=names)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [redact(item) for item in value]
+        return [redact(item, names=names) for item in value]
     return _ANY_CASE.sub(HIDDEN, _ANY.sub(HIDDEN, value)) if isinstance(value, str) else value
 
 

@@ -16,6 +16,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 from modicum.errors import CheckpointError, ModicumError
@@ -94,6 +95,14 @@ def _exchange(one: Path, other: Path) -> bool:
 
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return call is not None and call(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
+def keep_aside(path: Path, place: Path, name: str) -> None:
+    """Move a file to ``name`` in a folder, over nothing: into a numbered folder there where that is taken."""
+    places = chain([place], (place / str(number) for number in count(2)))
+    target = next(each / name for each in places if not (each / name).exists())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(target)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,12 +20,13 @@ from typing import Any
 from modicum.errors import RecipeError, first_line
 
 SECONDS = 1.0  # that one match may take
+TOTAL = 2.0  # of the processor's seconds that all matches of one expression may take
 LONGEST = 10_000  # letters of a pattern
 MOST = 100_000  # copies that counts inside counts, such as (a{100}){100}, may stand for
 
 
 class Pattern:
-    """A regular expression in Python's syntax, whose matches take bounded time.
+    """A regular expression in Python's syntax, whose matches take bounded time: each of them, and all together.
 
     Args:
         pattern: The expression.
@@ -45,6 +47,7 @@ class Pattern:
     def __init__(self, pattern: str, what: str) -> None:
         self.pattern, self.what = pattern, what
         self._compiled = _compiled(pattern, what)
+        self._left = TOTAL
 
     @property
     def groups(self) -> int:
@@ -60,6 +63,12 @@ class Pattern:
         """Whether the expression matches at the beginning of a text."""
         with self._bounded(text):
             return self._compiled.match(text, timeout=SECONDS) is not None
+
+    def first_group(self, text: str) -> str | None:
+        """Return what the last group holds where the expression matches at the beginning of a text."""
+        with self._bounded(text):
+            found = self._compiled.match(text, timeout=SECONDS)
+            return None if found is None else str(found[found.re.groups])
 
     def all_in(self, text: str) -> list[Any]:
         """Return all matches in a text, as ``re.findall`` does."""
@@ -80,10 +89,14 @@ class Pattern:
 
     @contextmanager
     def _bounded(self, text: str) -> Iterator[None]:
+        began = time.thread_time()
         try:
             yield
         except (TimeoutError, MemoryError, RecursionError):
             raise _slow(self.pattern, self.what, text) from None
+        self._left -= time.thread_time() - began
+        if self._left < 0:
+            raise _slow(self.pattern, self.what, text, TOTAL)
 
 
 def try_pattern(pattern: str, names: Iterable[str], what: str, *, around: str = "{}") -> None:
@@ -154,8 +167,10 @@ def _error() -> type[Exception]:
     return found
 
 
-def _slow(pattern: str, what: str, text: str) -> RecipeError:
+def _slow(pattern: str, what: str, text: str, seconds: float | None = None) -> RecipeError:
     took = f"takes more than {SECONDS:g} s on {len(text)} letters"
+    if seconds is not None:
+        took = f"takes more than {seconds:g} s on all texts together"
     return RecipeError(f"{what} {_short(pattern)} {took}. Write it without repeats inside repeats.")
 
 

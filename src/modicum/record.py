@@ -38,12 +38,13 @@ from modicum.content import hash_files, is_old, old_fingerprint
 from modicum.credentials import redact
 from modicum.documents import stored_yaml
 from modicum.durable import follow_umask as follow_umask
+from modicum.durable import keep_aside
 from modicum.durable import whole_folder as whole_folder
 from modicum.durable import write_atomic as write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError, ModicumError, printable
 from modicum.inputs import Inputs
-from modicum.stored import damage, outputs_in
+from modicum.stored import ADDED, damage, outputs_in
 from modicum.stored import read_lines as read_lines
 from modicum.stored import read_log as read_log
 from modicum.stored import read_record as read_record
@@ -129,18 +130,16 @@ class Run:
 
     def _read(self) -> dict[str, Any]:
         """Return the record of this very run as it stands in the folder, or that of a new one."""
-        new = {
+        return {
             "job": self._job,
             "hash": self.hash,
             "status": "new",
             "inputs": dict(self.inputs.hashes),
-            "numerics": NUMERICS,
             "metrics": {},
             "outputs": {},
             "notes": [],
             "seconds": 0.0,
-        }
-        return new | (self._previous() or {})
+        } | (self._previous() or {})
 
     def _previous(self) -> dict[str, Any] | None:
         if not self._files():
@@ -275,11 +274,10 @@ class Run:
 
     def _set_aside(self, damaged: Mapping[str, str]) -> None:
         """Move what is not as the record says out of the way, and say so: it may be somebody's work."""
-        for name in damaged:
-            path, aside = self.folder / name, self.folder / ASIDE / name
-            if path.is_file() and name in self.record.get("files", ()):  # a stage sees to its own
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(aside)
+        for name, problem in damaged.items():
+            own = name in self.record.get("files", ()) or (problem == ADDED and not name.startswith("stages/"))
+            if own and (path := self.folder / name).is_file():  # a stage sees to its own
+                keep_aside(path, self.folder / ASIDE, name)
         told = ", ".join(f"{name} {problem}" for name, problem in list(damaged.items())[:3])
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         self.note(f"made again, since after the run was done {told}{more}; what was there is kept in {ASIDE}/")
@@ -353,7 +351,8 @@ class Run:
         if not self.main:
             return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_json({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+            line = {"event": event, "time": round(time.time(), 3), **redact(values, names=False)}
+            file.write(_json(line) + "\n")
 
     def note(self, text: str, *, lacks: str = "") -> None:
         """Keep (and say) what the user should know; ``lacks`` names what a done run asks for again when run again."""
@@ -368,7 +367,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line to the terminal's error stream, so that standard output stays clean for results."""
         if not self.quiet:
-            print(printable(text), file=sys.stderr, flush=True)
+            print(printable(redact(text)), file=sys.stderr, flush=True)
 
     def output(self, name: str, path: Path, *, kept: bool = True) -> None:
         """Name something that the run made; the first is what other stages get.

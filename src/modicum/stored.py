@@ -35,7 +35,17 @@ def read_record(folder: str | Path, *, strict: bool = True) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {key} is no {kind.__name__}. Delete the folder and run again.")
     if strict and not _is_sound(record):
         raise CheckpointError(f"{path}: files, outputs or stages are malformed. Delete the folder and run again.")
+    if strict and (
+        outside := [name for name in _places(record) if Path(name).is_absolute() or ".." in Path(name).parts]
+    ):
+        raise CheckpointError(f"{path} points outside its folder, to {outside[0]!r}. Do not use this run.")
     return record
+
+
+def _places(record: Mapping[str, Any]) -> list[str]:
+    """Return every path in the run's folder that a record names."""
+    stages = [stage["folder"] for stage in record.get("stages") or ()]
+    return [*(record.get("files") or ()), *(record.get("outputs") or {}).values(), *stages]
 
 
 def _is(value: object, kind: type) -> bool:
@@ -98,6 +108,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+ADDED, UNSAID = "was added", "does not say what was made"
+WEIGHTS = (".safetensors", ".bin", ".index.json")  # names of what a model is read from end so
 # What a record holds under its keys, where it has them.
 KINDS = {"job": str, "status": str, "hash": str, "inputs": dict, "metrics": dict, "outputs": dict, "notes": list,
          "files": dict, "stages": list, "environment": dict, "lacks": dict,
@@ -163,17 +175,30 @@ def damage(folder: str | Path, record: Mapping[str, Any] | None = None, *, cache
         return _damage(folder, record, cached)
 
 
+def _damage_of_stage(folder: Path, cached: bool) -> dict[str, str]:
+    record = read_record(folder)
+    return damage(folder, record, cached=cached) if record["status"] == "done" else {"record.json": UNSAID}
+
+
+def _added(folder: Path, record: Mapping[str, Any], known: Mapping[str, object]) -> list[str]:
+    """Return weights, and lists of their files, that somebody laid beside those of the run's outputs."""
+    found = []
+    for output in record.get("outputs", {}).values():
+        if any(name.startswith(f"{output}/") for name in known) and (folder / output).is_dir():
+            files = [path for path in outputs_in(folder / output) if path.name.endswith(WEIGHTS)]
+            found += [str(path.relative_to(folder)) for path in files]
+    return [name for name in dict.fromkeys(found) if name not in known and not Path(name).name.startswith(".")]
+
+
 def _damage(folder: Path, record: Mapping[str, Any], cached: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     known: Mapping[str, list[Any]] = record.get("files") or {}
+    if "files" not in record and "numerics" in record:
+        return {"record.json": UNSAID}
     if "files" not in record:  # of version 0.1.0
         found = {
             path: "is missing" for path in list(record.get("outputs", {}).values())[:1] if not (folder / path).exists()
         }
-    if outside := [name for name in known if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise CheckpointError(
-            f"{folder}/record.json points outside its folder, to {outside[0]!r}. Do not use this run."
-        )
     there = {name: folder / name for name in known if (folder / name).is_file()}
     sized = {name: path for name, path in there.items() if path.stat().st_size == known[name][0]}
     hashes = hash_files(list(sized.values()), cached=cached)
@@ -183,9 +208,10 @@ def _damage(folder: Path, record: Mapping[str, Any], cached: bool) -> dict[str, 
         elif name not in sized or hashes[sized[name]] != expected:
             found[name] = "changed"
     found |= dict.fromkeys(record.get("lacks") or (), "is incomplete")
+    found |= dict.fromkeys(_added(folder, record, known), ADDED)
     for stage in record.get("stages") or []:
         inner = folder / "stages" / Path(stage["folder"]).name
         lost = not (inner / "record.json").is_file()
-        within = {"record.json": "is missing"} if lost else damage(inner, cached=cached)
+        within = {"record.json": "is missing"} if lost else _damage_of_stage(inner, cached)
         found |= {f"{stage['folder']}/{name}": problem for name, problem in within.items()}
     return found

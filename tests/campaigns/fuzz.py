@@ -26,7 +26,7 @@ from campaigns import bombs, tally, workshop  # noqa: E402 - after the settings 
 
 RESULT = ROOT / "benchmarks/results/fuzz.json"
 Target = Callable[[bytes], object]
-SLOW = {"recipe": 0.03, "values of recipes": 0.1}  # shares of what takes milliseconds each
+SLOW = {"recipe": 0.03, "values of recipes": 0.1, "mergekit files": 0.1}  # shares of what takes milliseconds each
 
 
 def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
@@ -37,17 +37,19 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     from modicum import lock, stored
     from modicum.borders import read_json
     from modicum.credentials import redact, secrets_in
-    from modicum.documents import parse_documents
+    from modicum.documents import is_mergekit, parse_documents
     from modicum.errors import printable
     from modicum.jobs.card import front_matter
     from modicum.jobs.data.rows import load_rows
     from modicum.jobs.data.section import DataSection
+    from modicum.jobs.merge import make_plan
     from modicum.patterns import Pattern
     from modicum.recipe import override, parse
     from modicum.vocabulary import token_ids
     from modicum.weights.files import read_header
     from modicum.weights.finished import read_journals
     from support import byte_tokenizer
+    from weights.test_mergekit_borders import FILES, write_models
 
     def file(name: str, read: Callable[[Path], object]) -> Target:
         path = folder / name
@@ -66,6 +68,10 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     def values(content: bytes) -> object:
         data = json.loads(content)  # changed as a value, and so still JSON
         return parse(data) if isinstance(data, dict) else None
+
+    def mergekit(content: bytes) -> object:
+        found = parse_documents(content.decode("utf-8", "replace"), "m.yml")
+        return [make_plan(parse(data)) for data in found if is_mergekit(data)]  # type: ignore[arg-type]
 
     def assigned(content: bytes) -> object:
         texts = content.decode("utf-8", "replace").split("\n")
@@ -97,8 +103,12 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
              b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n']  # fmt: skip
     log = [b'{"event": "train", "step": 1, "loss": 2.0}\n{"event": "eval"}\n']
     journal = [b'\n["model.a", {"norm": 1.0}]\n["model.b", {}]\n']
+    (folder / "zoo").mkdir()
+    write_models(folder / "zoo")
+    documents = [json.dumps(one).replace("$R", str(folder / "zoo")).encode() for one in FILES.values()]
     return {
         "recipe": (texts, recipe),
+        "mergekit files": (documents, mergekit),
         "values of recipes": (texts, values),
         "assignments": ([b"method.density=0.4\nseed=3", b"experts.0=x\nmethod={name: ties}"], assigned),
         "safetensors header": ([save_tensors(tensors)], file("x.safetensors", lambda p: read_header(p, owner="m"))),
@@ -143,7 +153,7 @@ def case(content: bytes, name: str, rng: random.Random) -> bytes:
     """Return the next input of one border: strange bytes, or JSON with a strange value."""
     json_like = name not in ("assignments", "safetensors header", "log", "rows", "journal", "model card", "patterns",
                              "secrets", "terminal")  # fmt: skip
-    if name == "values of recipes" or (json_like and rng.random() < 0.4):
+    if name in ("values of recipes", "mergekit files") or (json_like and rng.random() < 0.4):
         return json.dumps(bombs.strange(json.loads(content), rng)).encode("utf-8", "surrogatepass")
     return changed(content, rng)
 

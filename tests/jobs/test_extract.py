@@ -106,3 +106,12 @@ def test_ranks_and_shares_are_recorded(models: Path, tmp_path: Path) -> None:
     assert 0 < metrics["energy"] < 1
     assert set(metrics["ranks"]) == set(metrics["energies"])
     assert "LoRA extraction" in (tmp_path / "run/adapter/README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_adapter_leaves_out_is_said(models: Path, tmp_path: Path) -> None:
+    run = execute(parse(recipe(models / "llama")), tmp_path / "run", quiet=True)
+    (told,) = [note for note in run.record["notes"] if "differ too" in note]
+    assert told.startswith("11 tensors that have no low-rank form") and "save_rest: true" in told
+    run = execute(parse(recipe(models / "llama", save_rest=True)), tmp_path / "whole", quiet=True)
+    assert not [note for note in run.record["notes"] if "differ too" in note]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
@@ -138,3 +140,32 @@ def test_prompts_are_needed_and_must_differ(zoo: Path) -> None:
     with pytest.raises(ModicumError, match="is a gpt2 model"):
         make_family(zoo / "gpt2", "gpt2")
         plan(parse(document(zoo, "gpt2", "random")))
+
+
+def folder_with(zoo: Path, out: Path, change: Any) -> dict[str, Any]:
+    """Return a recipe of experts of Llama whose tensors are changed."""
+    for name in ("base", "a", "b"):
+        shutil.copytree(zoo / "llama" / name, out / name)
+        file = out / name / "model.safetensors"
+        save_file(change(load_file(file)), file, {"format": "pt"})
+    listed = [{"source_model": str(out / name)} for name in "ab"]
+    return {"base_model": str(out / "base"), "gate_mode": "random", "experts": listed}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_biases_that_the_class_has_no_place_for_are_refused(zoo: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.q_proj.bias" for layer in range(4)]
+    recipe = folder_with(zoo, tmp_path, lambda tensors: tensors | {name: torch.ones(16) for name in names})
+    with pytest.raises(ModicumError, match=r"q_proj.bias' and 3 more tensors have no place in MixtralForCausalLM"):
+        plan(parse(recipe))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_keep_their_own_dtypes(zoo: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+
+    recipe = folder_with(zoo, tmp_path, change)
+    execute(parse(recipe), tmp_path / "run", quiet=True)
+    for name, tensor in Checkpoint(tmp_path / "run/model").items():
+        assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name

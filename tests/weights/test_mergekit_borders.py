@@ -24,15 +24,20 @@ TENSORS = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "mo
 SHARED = {"normalize": True, "lambda": 0.5}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
+def write_models(folder: Path) -> None:
+    """Write three small folders of tensors with tokenizers."""
     for seed, name in enumerate(("base", "a", "b")):
         (folder / name).mkdir()
         rng = torch.Generator().manual_seed(seed)
         save_file({tensor: torch.randn(8, 4, generator=rng) for tensor in TENSORS}, folder / name / "model.safetensors")
         vocabulary = {token: row for row, token in enumerate("abcdefgh")}
         (folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
     return folder
 
 

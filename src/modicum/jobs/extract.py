@@ -97,12 +97,18 @@ def extract(recipe: ExtractRecipe, run: Run) -> None:
         recipe: The models and the rank.
         run: Gets ``adapter/``, and each module's rank and share of its difference in its metrics.
     """
-    from modicum.weights.extract import run_extraction
+    from modicum.weights.extract import left_out, run_extraction
 
     plan = make_plan(recipe)
     note_code([plan.tuned, plan.origin], run)
     for note in notes(plan):
         run.note(note)
+    lost = [] if recipe.save_rest else left_out(plan)
+    if lost:
+        run.note(
+            f"{len(lost)} tensors that have no low-rank form or no module differ too, such as {lost[0]!r}, and stay as "
+            "they are in the base; save_rest: true stores those without a low-rank form whole"
+        )
     card = model_card(
         {model.name: [model.folder] for model in (plan.origin, plan.tuned)},
         base=recipe.base,

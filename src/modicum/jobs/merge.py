@@ -118,15 +118,17 @@ class MergeRecipe(Recipe):
         return self
 
     def inputs(self) -> Iterator[str]:
-        """Yield the models and their statistics."""
-        if self.mergekit is not None:
-            from modicum.weights.mergekit.document import models_of
+        """Yield the models, their statistics, and whose tokenizer the result gets."""
+        from modicum.weights.mergekit.document import models_of, tokenizer_of
 
+        if self.mergekit is not None:
             yield from models_of(self.mergekit)
         yield from ([self.base] if self.base else [])
         for expert in self.experts:
             yield from filter(None, _model_and_adapter(expert))
         yield from self.statistics
+        for other in tokenizer_of({"tokenizer": self.tokenizer}):
+            yield from filter(None, (other.model, other.adapter))
 
 
 def _model_and_adapter(reference: str) -> tuple[str, str | None]:

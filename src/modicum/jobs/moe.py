@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 from pydantic import Field, model_validator
 
-from modicum.errors import RecipeError
+from modicum.borders import loads
+from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
 from modicum.recipe import Recipe, Section, dump
@@ -117,10 +118,36 @@ def make_plan(recipe: MoeRecipe, rows: Mapping[int, torch.Tensor] | None = None)
         experts_per_token=recipe.experts_per_token,
         dtype=recipe.dtype,
     )
+    _refuse_homeless(plan, base.name)
     notes = [f"{n} experts: many kernels want a power of two"] if n & (n - 1) else []
     if "random" in recipe.gate_mode:
         notes.append("routers are random: the mixture must be trained before it is of use")
     return replace(plan, seed=recipe.seed, notes=[*notes, *plan.notes])
+
+
+def _refuse_homeless(plan: Plan, name: str) -> None:
+    """Refuse tensors outside the experts, such as biases, that the mixture's class has no place for, or lacks."""
+    from modicum.jobs.merging.layers import built, opened
+    from modicum.layout import is_recomputed, role
+
+    config = opened(loads(plan.companions["config.json"]))
+    model = None if config is None else built(config)
+    if model is None:
+        raise RecipeError(f"transformers does not build the mixture that {name} would become. Update transformers.")
+
+    def outside(names: Iterable[str]) -> set[str]:
+        return {name for name in names if not {"mlp", "block_sparse_moe"} & set(name.split("."))}
+
+    ours = outside(step.name for step in plan.steps if not is_recomputed(step.name, step.spec.shape))
+    theirs = {name for name in outside(model.state_dict()) if role(name) != "head"}
+    kind = type(model).__name__
+    if extra := sorted(each for each in ours - theirs if role(each) != "head"):
+        raise CheckpointError(
+            f"{name}: {extra[0]!r} and {len(extra) - 1} more tensors have no place in {kind}, which would leave them "
+            "out. Choose models without them."
+        )
+    if lost := sorted(theirs - ours):
+        raise CheckpointError(f"{name} has no {lost[0]!r}, which {kind} needs. Choose models that have it.")
 
 
 def describe(recipe: MoeRecipe) -> list[str]:

@@ -6,17 +6,20 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from modicum.borders import border
 from modicum.borders import read_json as read_json
 from modicum.errors import CheckpointError, ModicumError, UnsupportedError, first_line
 from modicum.layout import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_PREFIX, ADAPTER_WEIGHTS, inner, is_turned, role
 from modicum.patterns import Pattern
 from modicum.references import pinned
+from modicum.weights.adapter_targets import is_named
 from modicum.weights.files import MappedFile, read_header
 
 if TYPE_CHECKING:
@@ -87,6 +90,7 @@ class Adapter:
     def __init__(self, folder: Path, *, owner: str, allow_pickle: bool = False) -> None:
         self.owner = owner
         self.notes: list[str] = []
+        self._pattern = cache(Pattern)  # the time of all its matches is bounded together
         self.config = read_json(folder / ADAPTER_CONFIG, owner)
         self._refuse_unknown()
         self.file = folder / ADAPTER_WEIGHTS
@@ -215,11 +219,20 @@ class Adapter:
                 pair = pairs.pop((module, embedding))
                 self._whole_pair(module, pair)
                 self.parameters.setdefault(own, {})[module.count(".base_layer")] = pair
+            elif not self.config.get("ensure_weight_tying") and not self._names(own):
+                raise CheckpointError(
+                    f"{self.owner}: the adapter has factors of {own!r}, which its {ADAPTER_CONFIG} does not name, so "
+                    "that PEFT leaves them out. Correct target_modules, exclude_modules or layers_to_transform there."
+                )
         self._tables = {f"{module}.weight" for module, embedding in pairs if embedding}
         factors = {
             f"{module}.weight": self._factors(module, embedding, pair) for (module, embedding), pair in pairs.items()
         }
         return factors, replaced
+
+    def _names(self, module: str) -> bool:
+        with border(f"{self.owner}: {ADAPTER_CONFIG}", "Correct it."):
+            return is_named(module, self.config, self._pattern)
 
     def _targets(self, module: str) -> list[str]:
         """Return those of ``target_parameters`` that may be a module's."""
@@ -239,15 +252,26 @@ class Adapter:
             )
         return A, B
 
-    def _scale(self, module: str, rank: int) -> float:
+    def _number(self, patterns: str, key: str, module: str, default: float) -> float:
         try:
-            alpha = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
+            for pattern, value in (self.config.get(patterns) or {}).items():
+                if self._pattern(rf"(.*\.)?({pattern})$", patterns).begins(module):
+                    return float(value)
+            return float(self.config.get(key, default))
         except ModicumError:
             raise
         except (TypeError, ValueError, AttributeError, OverflowError):
             raise CheckpointError(
-                f"{self.owner}: lora_alpha or alpha_pattern is no number or table of numbers. Correct {ADAPTER_CONFIG}."
+                f"{self.owner}: {key} or {patterns} is no number or table of numbers. Correct {ADAPTER_CONFIG}."
             ) from None
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = self._number("alpha_pattern", "lora_alpha", module, 8)
+        if (said := self._number("rank_pattern", "r", module, rank)) != rank:
+            raise CheckpointError(
+                f"{self.owner}: {module} has factors of rank {rank}, its {ADAPTER_CONFIG} says r {said:g}. Correct it "
+                "there: the factor on the change depends on it."
+            )
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         if not math.isfinite(scale):
             raise CheckpointError(
@@ -284,13 +308,6 @@ def name_in(names: Iterable[str]) -> Callable[[str], str]:
         return alike[0] if name not in known and len(alike) == 1 else name
 
     return find
-
-
-def _pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
-    for key, value in patterns.items():
-        if Pattern(rf"(.*\.)?({key})$", "alpha_pattern").begins(module):
-            return float(value)
-    return float(default)
 
 
 def load_pickle(path: Path, owner: str) -> dict[str, Tensor]:

@@ -18,12 +18,13 @@ from torch import Tensor
 from modicum.architectures import is_tied_unsaid
 from modicum.borders import border, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
-from modicum.errors import CheckpointError, UnsupportedError, is_text
+from modicum.errors import CheckpointError, UnsupportedError
 from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, copies, is_vocabulary, role
 from modicum.references import beside, find_model
 from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
 from modicum.weights.configs import rewritten
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
+from modicum.weights.whole import check_layers, check_parts, inside
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = "pytorch_model*.bin"
@@ -89,12 +90,14 @@ class Checkpoint(Mapping[str, Tensor]):
                 self._open_adapter(path, resolve, base, allow_pickle)
             else:
                 self._open_weights(path, allow_pickle)
+                check_layers(self, self.config, self.name)
                 self._refuse_packed()
                 self._drop_copies()
                 self._drop_tied()
 
     def _open_weights(self, path: Path, allow_pickle: bool) -> None:
         if path.is_file():
+            check_parts([path], self.name)
             if path.suffix in PICKLED:
                 return self._load_pickled([path], allow_pickle)
             if path.suffix != ".safetensors":
@@ -108,7 +111,7 @@ class Checkpoint(Mapping[str, Tensor]):
                     f"{INDEX}. Remove the older ones."
                 )
         else:
-            files = sorted(path.glob("*.safetensors"))
+            check_parts(files := sorted(path.glob("*.safetensors")), self.name)
             single = path / SINGLE
             if single in files or len(files) == 1:
                 self._slots = self._header(single if single in files else files[0])
@@ -159,6 +162,7 @@ class Checkpoint(Mapping[str, Tensor]):
         files = sorted(folder.glob(PICKLES))
         if not files:
             raise CheckpointError(f"{self.name} holds no weights: expected model.safetensors or {INDEX} in {folder}.")
+        check_parts(files, self.name)
         self._load_pickled(files, allow_pickle)
 
     def _load_pickled(self, files: Sequence[Path], allow_pickle: bool) -> None:
@@ -245,12 +249,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def _drop_tied(self) -> None:
         if not self.tied or self.tied not in self:
             return
-        embedding = next((name for name in self if role(name) == "embedding"), None)
-        if embedding is None:
+        tables = [name for name in self if role(name) == "embedding"]
+        if not tables:
             return
-        if not torch.equal(self[embedding], self[self.tied]):
+        if not any(torch.equal(self[name], self[self.tied]) for name in tables):
             raise CheckpointError(
-                f"{self.name}: its config ties {self.tied!r} to {embedding!r}, but the two differ. "
+                f"{self.name}: its config ties {self.tied!r} to {tables[0]!r}, but the two differ. "
                 "Set tie_word_embeddings to false in its config.json, or remove one."
             )
         self._slots.pop(self.tied, None)
@@ -362,7 +366,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """Files that belong to the model besides its weights: config, tokenizer, generation defaults, license."""
         if self._beneath:
             files = self._beneath.companions()
-            own = {path.name: path for path in sorted(self.folder.iterdir()) if path.name in TOKENIZER_FILES}
+            own = {p.name: inside(p, self.name) for p in sorted(self.folder.iterdir()) if p.name in TOKENIZER_FILES}
             if self.rows is None or not own:
                 return files
             # Other rows are other tokens, whose tokenizer lies beside the adapter.
@@ -373,25 +377,8 @@ class Checkpoint(Mapping[str, Tensor]):
             for path in files
             if (path.suffix in CARRIED and not NOT_CARRIED.search(path.name))
             or (path.suffix == ".py" and self.remote_code)
-            or path.stem.upper() in ("LICENSE", "NOTICE")
+            or (path.stem.upper() in ("LICENSE", "NOTICE") and path.suffix in ("", ".txt", ".md"))
         ]
-
-
-def inside(path: Path, owner: str) -> Path:
-    """Return a file of a model's folder that may be copied into results: no link to somewhere else, and with a name.
-
-    The Hub's cache keeps files in a folder of its own, beside that of their links.
-
-    Raises:
-        CheckpointError: It leads out of the folder, or its name is no text.
-    """
-    if not is_text(path.name):
-        raise CheckpointError(f"{owner}: the name of the file {path.name!r} is not UTF-8. Rename or remove it.")
-    target, folder = path.resolve(), path.parent.resolve()
-    cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    if folder not in target.parents and cache not in target.parents:
-        raise CheckpointError(f"{owner}: {path.name} is a link to {target}, outside its folder. Copy the file there.")
-    return path
 
 
 def _is_float8(dtype: torch.dtype) -> bool:

@@ -42,9 +42,18 @@ def differences(
         {'rms_norm_eps': (1e-05, 1e-06)}
     """
     a, b = flatten(one), flatten(other)
+    found = {key: (a[key], b[key]) for key in a if key in b and a[key] != b[key]}
     return {
-        key: (a[key], b[key]) for key in a if key in b and a[key] != b[key] and _is_asked(key.rpartition(".")[2], heads)
+        key: values
+        for key, values in found.items()
+        if _is_asked(key.rpartition(".")[2], heads) or (not heads and _same_layers(key, *values))
     }
+
+
+def _same_layers(key: str, one: object, other: object) -> bool:
+    """Whether lists say what each layer is, of models with as many layers."""
+    listed = key.rpartition(".")[2] in LAYER_LISTS and isinstance(one, list) and isinstance(other, list)
+    return listed and len(one) == len(other)  # type: ignore[arg-type]
 
 
 def is_material(key: str) -> bool:

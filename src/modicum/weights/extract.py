@@ -158,7 +158,7 @@ def run_extraction(
     parts = dict(run_all(decompose, order, workers=cores()))
     found = {name: part for name in plan.matrices if (part := parts[name])}
     others = plan.rest if save_rest else ()
-    rest = {name: tuned[name] for name in others if not torch.equal(tuned[name], origin[name])}
+    rest = {name: tuned[name] for name in others if _differ(tuned[name], origin[name])}
     if not found and not rest:
         raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
     tensors = _peft_tensors({plan.matrices[name]: svd for name, (svd, _) in found.items()}, dtype)
@@ -184,6 +184,16 @@ def run_extraction(
         turned=any(map(plan.turned, found)),
     )
     return [Extracted(plan.matrices[name], len(svd.S), held) for name, (svd, held) in sorted(found.items())]
+
+
+def left_out(plan: Extraction) -> list[str]:
+    """Return what the models differ in besides the matrices of which the adapter is made; reads those tensors."""
+    names = [*plan.rest, *plan.homeless]
+    return [name for name in names if _differ(plan.tuned[name], plan.origin[name])]
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return not torch.equal(one, other) if one.dtype == other.dtype else not torch.equal(one.float(), other.float())
 
 
 def _peft_tensors(parts: Mapping[str, SVD], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -112,8 +112,8 @@ def plan_mixture(
     tables = [(Expert(model, each.scale), model) for each, model in zip(everyone, opened[1:])]
     steps = [step for name in opened[0] for step in made.steps(name, tables, shared is not None)]
     steps += made.gates()
-    steps = [replace(s, spec=Spec(s.spec.shape, wanted or opened[0].spec(next(iter(opened[0]))).dtype))
-             if s.spec.dtype.is_floating_point else s for s in steps]  # fmt: skip
+    steps = [replace(s, spec=Spec(s.spec.shape, wanted)) if wanted and s.spec.dtype.is_floating_point else s
+             for s in steps]  # fmt: skip
     config = _config(base.config, kind, len(experts), experts_per_token)
     companions = companion_files(opened[0], wanted, **config)
     return Plan(steps, opened, companions, notes_on_configs(opened, names))
@@ -182,13 +182,18 @@ class _Made:
         """Return the steps of the routers, and of the shared expert's gate."""
         stack = next(iter(stacks(self.base)))
         tensors: dict[str, Tensor] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for number in range(depth_of(self.base)):
             at = f"{stack}.{number}.{self.kind.block}"
+            dtypes[at] = self.base.spec(f"{stack}.{number}.mlp.gate_proj.weight").dtype  # of the experts beside it
             tensors[f"{at}.gate.weight"] = self.routers[number]
             if self.kind.shared:
                 zero = torch.zeros(1, width_of(self.base))
                 tensors[f"{at}.{self.kind.shared[1]}.weight"] = self.shared_gates.get(number, zero)
-        return [kept(Spec(tuple(t.shape), t.dtype), Source(ROUTERS, tensors, name)) for name, t in tensors.items()]
+        return [
+            kept(Spec(tuple(tensor.shape), dtypes[name.rsplit(".", 2)[0]]), Source(ROUTERS, tensors, name))
+            for name, tensor in tensors.items()
+        ]
 
 
 def _config(before: Mapping[str, Any], kind: Kind, experts: int, per_token: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def rehearse(steps: Iterable[Step]) -> None:
         except RecipeError as error:
             raise RecipeError(f"{step.name}: {error}" if len(kinds) > 1 else str(error)) from None
         except (RuntimeError, ArithmeticError) as error:  # a number that no tensor takes
-            told = first_line(error)
+            problem = first_line(error)
             raise RecipeError(
-                f"{step.name}: {step.method} cannot compute with its knobs: {told} Correct them."
+                f"{step.name}: {step.method} cannot compute with its knobs: {problem} Correct them."
             ) from None

@@ -146,8 +146,8 @@ def _compare(origin: PreTrainedConfig, made: PreTrainedConfig | None, order: Seq
             )
 
 
-def _layers(config: PreTrainedConfig) -> Sequence[torch.nn.Module] | None:
-    """Return the text's layers of a model that takes no memory; ``None`` where there is no class of models."""
+def built(config: PreTrainedConfig) -> torch.nn.Module | None:
+    """Return a model that takes no memory; ``None`` where there is no class of models."""
     import torch
     import transformers
 
@@ -155,7 +155,17 @@ def _layers(config: PreTrainedConfig) -> Sequence[torch.nn.Module] | None:
     if maker is None:
         return None
     with torch.device("meta"), torch.random.fork_rng():
-        model = maker.from_config(config)
+        model: torch.nn.Module = maker.from_config(config)
+    return model
+
+
+def _layers(config: PreTrainedConfig) -> Sequence[torch.nn.Module] | None:
+    """Return the text's layers of a model; ``None`` where there is no class of models."""
+    import torch
+
+    model = built(config)
+    if model is None:
+        return None
     depth = _text(config).num_hidden_layers
     found = [
         module

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, create_model, field_validator, model_validator
 
 from modicum import registry
+from modicum.borders import is_file
 from modicum.jobs.data.rows import DataSection
 from modicum.jobs.training.parts import check_fit, in_order, parts_of
 from modicum.recipe import Recipe, Section, choice
@@ -80,8 +81,11 @@ class TrainRecipe(Recipe):
         return getattr(self, part, None)
 
     def inputs(self) -> Iterator[str]:
-        """Yield the models and the data."""
+        """Yield the models, the data, and the files that the trainer's arguments name."""
         yield self.model.path
+        for value in self.trainer.values():
+            if isinstance(value, str) and is_file(value):
+                yield value
         for part in parts_of(self):
             yield from part.inputs()
         for data in (self.data, self.eval_data):

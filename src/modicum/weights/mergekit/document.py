@@ -95,12 +95,24 @@ class Slice:
 
 
 def models_of(document: Data) -> list[str]:
-    """Return every model and adapter that a document names, in order."""
-    found: list[str] = []
+    """Return every model and adapter that a document names, in order, and whose tokenizer the result gets."""
+    found: list[Reference] = []
     for piece in read_slices(document):
-        for reference in [*(part.reference for part in piece.parts), *([piece.base] if piece.base else [])]:
-            found += [reference.model, *([reference.adapter] if reference.adapter else [])]
-    return list(dict.fromkeys(found))
+        found += [*(part.reference for part in piece.parts), *([piece.base] if piece.base else [])]
+    found += tokenizer_of(document)
+    return list(dict.fromkeys(name for each in found for name in (each.model, each.adapter) if name))
+
+
+def tokenizer_of(document: Data) -> list[Reference]:
+    """Return the model whose tokenizer a document's settings name; none where it is that of its models.
+
+    Example:
+        >>> tokenizer_of({"tokenizer": {"source": "x"}}), tokenizer_of({"tokenizer_source": "union"})
+        ([Reference(model='x', adapter=None)], [])
+    """
+    setting = document.get("tokenizer") or document.get("tokenizer_source")
+    source = setting.get("source") if isinstance(setting, Mapping) else setting
+    return [] if source in (None, "", "union", "base") else [Reference.parse(source, "tokenizer.source")]
 
 
 def read_slices(document: Data) -> list[Slice]:
@@ -184,7 +196,7 @@ def _part(value: Data, where: str, *, ranged: bool) -> Part:
     if ranged and not _is_range(layers):
         raise RecipeError(f"{where}: layer_range is {layers!r}, expected [first, end] with first < end.")
     reference = Reference.parse(value.get("model"), f"{where}.model")
-    return Part(reference, (layers[0], layers[1]) if ranged else None, _parameters(value, where))
+    return Part(reference, (layers[0], layers[1]) if ranged and layers else None, _parameters(value, where))
 
 
 def _listed(value: Data, key: str, where: str) -> list[Any]:
@@ -247,19 +259,19 @@ def evaluate(setting: object, tensor: str, t: float, where: str) -> object:
             if wanted in (None, "*") or any(str(wanted) in name for name in also_called(tensor)):
                 return evaluate(choice.get("value"), tensor, t, where)
         return None
-    setting = [_unquoted(value) for value in setting]
-    words = [isinstance(value, str) for value in setting]
-    if not all(isinstance(value, bool | int | float | str) for value in setting) or any(words) != all(words):
+    values: list[Any] = [_unquoted(value) for value in setting]
+    words = [isinstance(value, str) for value in values]
+    if not all(isinstance(value, bool | int | float | str) for value in values) or any(words) != all(words):
         raise RecipeError(f"{where}: a gradient is a list of numbers, got {setting!r:.120}.")
-    position = t * (len(setting) - 1)
-    if any(isinstance(value, bool | str) for value in setting):
-        return setting[int(position)]
-    index = min(int(position), max(0, len(setting) - 2))
-    if len(setting) == 1:
-        return setting[0]
+    position = t * (len(values) - 1)
+    if any(isinstance(value, bool | str) for value in values):
+        return values[int(position)]
+    index = min(int(position), max(0, len(values) - 2))
+    if len(values) == 1:
+        return values[0]
     share = position - index
     try:
-        return setting[index] * (1 - share) + setting[index + 1] * share
+        return values[index] * (1 - share) + values[index + 1] * share
     except OverflowError:
         raise RecipeError(f"{where}: a number of the gradient is too large.") from None
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from filecmp import cmp
 from functools import cache
-from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from modicum.errors import RecipeError, UnsupportedError, did_you_mean
-from modicum.layout import VOCABULARY_FILES
+from modicum.errors import ModicumError, RecipeError, UnsupportedError, did_you_mean
+from modicum.layout import VOCABULARY_FILES, VOCABULARY_PARTS
 from modicum.vocabulary import TOKENIZER, token_ids
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 
 TEMPLATES = resources.files("modicum.weights.mergekit") / "templates"
+CLASH = "has other tokens than FIRST"
 Converter = Callable[[Path], bytes]
 
 
@@ -46,46 +47,80 @@ def read_tokenizer(model: Checkpoint, convert: Converter | None = None) -> Mappi
 
 
 def notes_on_tokenizers(models: Mapping[str, object]) -> list[str]:
-    """Say where models are merged that give a row to different tokens; see :func:`clashes`."""
+    """Say where models are merged whose tokenizers differ, in tokens or in how they cut texts, or may differ.
+
+    Args:
+        models: By what to call them; the first one gives the result its tokenizer.
+    """
     more = ", and they are merged all the same; tokenizer: union brings equal tokens together"
-    return [told + more for told in clashes(models)]
+    return [told + more for _, told in _differences(models)]
 
 
 def clashes(models: Mapping[str, object]) -> list[str]:
     """Say where models give a row to different tokens, as tokenizers of one size may.
 
     Args:
-        models: By what to call them; the first one gives the result its tokenizer.
+        models: By what to call them.
     """
-    files = {
-        name: path
-        for name, model in models.items()
-        if isinstance(model, Checkpoint) and (path := _file(model, TOKENIZER))
-    }
-    # Files of many megabytes are held one at a time, and read as JSON only where they differ.
-    digests = {name: sha256(path.read_bytes()).digest() for name, path in files.items()}
-    if len(set(digests.values())) < 2:
-        return []
-    first, *others = files
-    mine = _tokens_by_row(files[first].read_bytes())
-    notes = []
-    for other in (name for name in others if digests[name] != digests[first]):
-        theirs = _tokens_by_row(files[other].read_bytes())
-        rows = [row for row, token in mine.items() if theirs.get(row, token) != token]
-        if rows:
-            notes.append(
-                f"{other} has other tokens than {first} in {len(rows)} rows, such as {theirs[rows[0]]!r} for "
-                f"{mine[rows[0]]!r}"
-            )
-    return notes
+    return [told for clash, told in _differences(models) if clash]
 
 
-def _tokens_by_row(text: bytes) -> dict[int, str]:
-    """Return the token of each row in a ``tokenizer.json``; nothing where it cannot be read."""
+def _differences(models: Mapping[str, object]) -> list[tuple[bool, str]]:
+    """Return what tokenizers differ in from the first one, and whether they give a row to different tokens."""
+    found: dict[str, dict[str, Path]] = {}
+    for name, model in models.items():
+        if isinstance(model, Checkpoint) and (files := {p.name: p for p in model.companions() if _is_vocabulary(p)}):
+            found[name] = files
+    first, *others = found or [""]
+    notes = ((other, _difference(found[first], found[other])) for other in others)
+    return [(CLASH in told, f"{other} {told.replace('FIRST', first)}") for other, told in notes if told]
+
+
+def _is_vocabulary(path: Path) -> bool:
+    return path.name in (*VOCABULARY_FILES, *VOCABULARY_PARTS) or path.suffix == ".tiktoken"
+
+
+def _difference(one: Mapping[str, Path], other: Mapping[str, Path]) -> str | None:
+    """Return in what a tokenizer differs from the FIRST one, each given by its files; ``None`` where it does not."""
+    common = [name for name in one if name in other]
+    changed = [name for name in common if not cmp(one[name], other[name], shallow=False)]
+    if TOKENIZER in common:  # what transformers reads, if it is there
+        if TOKENIZER not in changed:
+            return None
+        mine, theirs = _data(one[TOKENIZER]), _data(other[TOKENIZER])
+        return _difference_of_data(mine, theirs) if mine and theirs else f"has a {TOKENIZER} that cannot be compared"
+    if not set(common) - set(VOCABULARY_PARTS):
+        return "has no file of its tokenizer in common with FIRST, so that their tokens cannot be compared"
+    return f"has another {changed[0]} than FIRST" if changed else None
+
+
+def _difference_of_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    mine, theirs = ({row: token for token, row in token_ids(each, "").items()} for each in (one, other))
+    rows = [row for row, token in mine.items() if theirs.get(row, token) != token]
+    if rows:
+        told = f"such as {theirs[rows[0]]!r} for {mine[rows[0]]!r}"
+        return f"{CLASH} in {len(rows)} rows, {told}"
+    a, b = _cutting(one), _cutting(other)
+    parts = sorted(key for key in a.keys() & b.keys() if a[key] != b[key])
+    return f"has the tokens of FIRST and cuts texts into others ({', '.join(parts)})" if parts else None
+
+
+def _cutting(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a ``tokenizer.json`` by which a text is cut into tokens."""
+    model = tokenizer["model"]
+    found = {key: value for key, value in model.items() if key != "vocab"}
+    if isinstance(merges := model.get("merges"), list):  # as text in files of earlier versions
+        found["merges"] = [each.split(" ", 1) if isinstance(each, str) else each for each in merges]
+    return found | {key: tokenizer.get(key) for key in ("normalizer", "pre_tokenizer")}
+
+
+def _data(path: Path) -> Mapping[str, Any] | None:
+    """Return the content of a ``tokenizer.json``; nothing where its vocabulary cannot be read."""
     try:
-        return {row: token for token, row in token_ids(json.loads(text), "").items()}
-    except (ValueError, RecursionError):  # the project's own errors are values that are wrong, too
-        return {}
+        found = read_json(path, "")
+        return found if token_ids(found, "") else None
+    except ModicumError:
+        return None
 
 
 def extended(tokenizer: Mapping[str, Any], added: Mapping[str, int], others: Iterable[Mapping[str, Any]]) -> bytes:

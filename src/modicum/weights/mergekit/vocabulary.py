@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modicum.borders import check_plain_folder
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from modicum.layout import TOKENIZER_FILES, VOCABULARY_FILES, VOCABULARY_PARTS, is_vocabulary
 from modicum.references import find_model
@@ -32,6 +33,7 @@ from modicum.weights.mergekit.tokenizers import (
     without_template,
 )
 from modicum.weights.retabled import Retabled
+from modicum.weights.whole import inside
 
 LARGEST_MULTIPLE = 65_536  # to which rows of a vocabulary are filled up
 
@@ -221,7 +223,8 @@ def _found(source: str, find: Callable[[str], Path]) -> Path:
 
 def _stranger(name: str, folder: Path, convert: Converter | None) -> _Owner:
     """Return the tokenizer of a model that is not merged."""
-    paths = [path for path in sorted(folder.iterdir()) if path.name in TOKENIZER_FILES]
+    check_plain_folder(folder)
+    paths = [inside(path, name) for path in sorted(folder.iterdir()) if path.name in TOKENIZER_FILES]
     files = {path.name: path.read_bytes() for path in paths}
     if TOKENIZER in files:
         return _Owner(name, read_json(folder / TOKENIZER, name), files)

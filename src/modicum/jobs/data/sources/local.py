@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from modicum.borders import border, check_plain, loads
+from modicum.borders import LARGEST, border, check_plain, loads
 from modicum.errors import CheckpointError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.bad_rows import BadRow
@@ -77,7 +77,7 @@ def _read(file: Path, text_field: str) -> list[Row]:
     check_plain(file)
     try:
         if file.suffix in TEXTS:
-            text = file.read_text(encoding="utf-8")
+            text = _whole(file, "Cut it into several files.")
             return [{text_field: text}] if text.strip() else []
         if file.suffix in TABLES:
             return TABLES[file.suffix](file)
@@ -91,14 +91,9 @@ def _read(file: Path, text_field: str) -> list[Row]:
 def _read_jsonl(file: Path) -> list[Row]:
     """Return the rows of the lines; a line that is no row comes as a :class:`BadRow`."""
     rows: list[Row] = []
-    # Only a line feed ends a line of JSON; splitlines would also cut at separators inside strings.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in _lines(file):
         if not line.strip():
             continue
-        if len(line) > LONGEST:
-            raise CheckpointError(
-                f"{file}, line {number} has {len(line) / 1e6:.0f} million letters, which is no row. Cut it into rows."
-            )
         try:
             row = loads(line)
         except (ValueError, RecursionError) as error:
@@ -109,9 +104,31 @@ def _read_jsonl(file: Path) -> list[Row]:
     return rows
 
 
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines with their numbers; one that is no row is not read to its end."""
+    with file.open("rb") as opened:
+        # Only a line feed ends a line of JSON; text that is cut at other separators would be cut inside strings.
+        for number, line in enumerate(iter(lambda: opened.readline(LONGEST + 1), b""), 1):
+            if len(line) > LONGEST:
+                raise CheckpointError(
+                    f"{file}, line {number} has more than {LONGEST / 1e6:.0f} million letters, which is no row. "
+                    "Cut it into rows."
+                )
+            yield number, line.removesuffix(b"\n").decode("utf-8")
+
+
+def _whole(file: Path, remedy: str) -> str:
+    """Return the text of a file that is read at once."""
+    if (size := file.stat().st_size) > LARGEST:
+        raise CheckpointError(f"{file} has {size / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f}. {remedy}")
+    return file.read_text(encoding="utf-8")
+
+
 def _read_json(file: Path) -> list[Row]:
     try:
-        rows = loads(file.read_text(encoding="utf-8"))
+        rows = loads(_whole(file, "Save its rows as JSON lines, in a file called .jsonl."))
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError):
         return _read_jsonl(file)  # many call a file of JSON lines .json
     rows = [rows] if isinstance(rows, dict) else rows
