@@ -52,7 +52,7 @@ def is_text(text: str) -> bool:
     """Whether a text can be written as UTF-8: half a character, as of a file's name in another encoding, cannot.
 
     Example:
-        >>> is_text("caf\u00e9"), is_text("caf\udce9")
+        >>> is_text("caf\\u00e9"), is_text("caf\\udce9")
         (True, False)
     """
     try:
