@@ -156,7 +156,8 @@ def main() -> None:
     environment = load("routed-speed.json").get("environment", {})
     parts = (
         "## Measured\n",
-        "Small decoders, three seeds, mean and 95 % interval; see `benchmarks/claims/mediator`. Share of the gap",
+        f"Small decoders, {len(cells('layers plain'))} seeds, mean and 95 % interval; see `benchmarks/claims/mediator`. "
+        "Share of the gap",
         "between averaging all and each expert on its own task, by which blocks are kept apart, whole:\n",
         layers(),
         "Conflict, and what a single block gives:\n",
@@ -170,7 +171,7 @@ def main() -> None:
         "What the claims rest on. A claim that a difference is above zero falls where it is not, beyond the interval; "
         "one that it is not below falls where it is:\n",
         verdicts(),
-        "Real fine-tunes of SmolLM2-135M, one seed, 16 steps each; see `benchmarks/claims/mediator/record.py`:\n",
+        "Four fine-tunes of SmolLM2-135M in 30 % of the bytes of four models, one seed (`modicum run mediator`):\n",
         real("mediator-smollm2"),
         "Four LoRA adapters of rank 8 in 29 % of the bytes of four models, one seed (`modicum run mediator-lora`):\n",
         real("mediator-lora"),
