@@ -156,7 +156,7 @@ def main() -> None:
     environment = load("routed-speed.json").get("environment", {})
     parts = (
         "## Measured\n",
-        f"Small decoders, {len(cells('layers plain'))} seeds, mean and 95 % interval; see `benchmarks/claims/mediator`.",
+        f"Small decoders, {len(cells('layers plain'))} seeds, mean and 95 % interval: `benchmarks/claims/mediator`.",
         "Share of the gap",
         "between averaging all and each expert on its own task, by which blocks are kept apart, whole:\n",
         layers(),
