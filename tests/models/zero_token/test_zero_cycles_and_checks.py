@@ -3,7 +3,13 @@
 import pytest
 import torch
 from test_zero_token import full
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DynamicCache,
+    StaticCache,
+)
 
 from models.zero_token.support_zero import base_model, looped, tokens
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
@@ -133,3 +139,71 @@ def test_resized_embeddings_survive_saving(tmp_path):
     model.resize_token_embeddings(48)
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.shape[0] == 48
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"exit_threshold": float("nan")},
+        {"exit_threshold": "high"},
+        {"exit_threshold": 0.1, "min_cycles": 0},
+        {"exit_threshold": 0.1, "min_cycles": 99},
+        {"exit_threshold": 0.1, "min_cycles": 1.5},
+        {"n_cycles": torch.tensor([0, 9])},
+        {"n_cycles": torch.tensor([1.5, 2.7])},
+        {"n_cycles": torch.tensor([1, 2, 3])},
+        {"n_cycles": 2.7},
+        {"n_cycles": [1, 2]},
+    ],
+)
+def test_calls_are_held_to_what_a_configuration_is_held_to(call):
+    with pytest.raises(RecipeError, match=r"n_cycles is|min_cycles is|exit_threshold is"):
+        looped()(tokens(), **call)
+
+
+def test_a_step_of_fewer_cycles_has_the_weights_of_all():
+    model = looped(cycle_loss_weights=[0.2, 0.3, 0.5]).train()
+    loss = model(tokens(), labels=tokens(), n_cycles=2).loss
+    model.eval()
+    terms = [model(tokens(), labels=tokens(), n_cycles=c).loss for c in (1, 2)]
+    torch.testing.assert_close(loss, 0.4 * terms[0] + 0.6 * terms[1])
+
+
+def test_weights_that_leave_a_step_without_a_loss_are_refused():
+    with pytest.raises(RecipeError, match="would have no loss"):
+        looped(cycle_loss_weights=[0.0, 0.5, 0.5], train_cycles="random")
+    with pytest.raises(RecipeError, match="without a loss"):
+        looped(cycle_loss_weights=[0.0, 0.5, 0.5]).train()(tokens(), labels=tokens(), n_cycles=1)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_losses_after_each_cycle_are_those_of_every_head(kind):
+    auto = AutoModelForSequenceClassification if kind == "sequence" else AutoModelForTokenClassification
+    model = auto.from_config(looped(cycle_loss_weights=[0.2, 0.3, 0.5]).config)
+    ids = tokens()
+    ids[0, -2:] = 0  # padding on the right
+    call = {"input_ids": ids, "labels": torch.ones(ids.shape if kind == "token" else 2, dtype=torch.long)}
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the head of tokens has one
+    loss = model(**call).loss
+    model.eval()
+    terms = [model(**call, n_cycles=c).loss for c in (1, 2, 3)]
+    torch.testing.assert_close(loss, 0.2 * terms[0] + 0.3 * terms[1] + 0.5 * terms[2])
+
+
+def test_losses_and_predictions_between_cycles_ask_no_router():
+    model = looped("mixtral", cycle_loss_weights=[0.2, 0.3, 0.5]).train()
+    out = model(tokens(), labels=tokens(), output_router_logits=True)
+    assert out.loss.isfinite() and out.aux_loss > 0
+    leaving = model.eval()(tokens(), output_router_logits=True, exit_threshold=0.0, exit_criterion="confidence")
+    assert int(leaving.cycles.max()) == 1
+
+
+def test_a_model_in_training_generates_with_all_its_cycles():
+    model = looped(train_cycles="random")
+    knobs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want = model.generate(tokens(), **knobs)
+    assert torch.equal(model.train().generate(tokens(), **knobs), want)
+    assert torch.equal(looped(train_cycles="grow").train().generate(tokens(), **knobs), want)

@@ -9,8 +9,11 @@ ahead. The list belongs to one call: nothing about it stays on a module.
 from __future__ import annotations
 
 import inspect
+import math
+import operator
 import warnings
 from functools import cache as cached
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from modicum.errors import RecipeError, UnsupportedError
 from modicum.models.zero_token import loop
 from modicum.models.zero_token.cache import prepare_cache
 from modicum.models.zero_token.config import CAUSAL_SCOPES, PlainConfig
+from modicum.models.zero_token.visit import within
 
 logger = logging.get_logger(__name__)
 
@@ -209,6 +213,7 @@ def _begin_run(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs:
             f"exit_scope {settings['scope']!r} lets later tokens, and in a packed row other texts, choose the depth of "
             f"earlier ones: these logits give no likelihood of a text. Use exit_scope {' or '.join(CAUSAL_SCOPES)}."
         )
+    _check_exit(settings, owner.depth)
     n_cycles, depths = _cycles(owner, call.n_cycles, b, t)
     return loop.LoopRun(
         config=plain,
@@ -233,17 +238,49 @@ def _cycles(owner: Any, n_cycles: int | Tensor | None, b: int, t: int) -> tuple[
     """Return how many cycles to run at most, and how many each token runs if they differ."""
     depth = owner.depth
     if isinstance(n_cycles, Tensor) and n_cycles.dim() > 0:
+        whole = not n_cycles.is_floating_point() and n_cycles.dtype is not torch.bool
+        fits = n_cycles.shape in ((b,), (b, t), (b, 1), (1, t), (1, 1))
+        read = not torch.compiler.is_compiling()  # a graph cannot depend on what the numbers are
+        if not (whole and fits) or (read and not bool(((n_cycles >= 1) & (n_cycles <= depth)).all())):
+            raise _wrong_cycles(n_cycles, depth)
         if len(owner._stages.cycles) < depth:
             raise UnsupportedError(f"The order {owner.config.order!r} runs all tokens equally deep. Use order: cycle.")
         depths = (n_cycles[:, None] if n_cycles.dim() == 1 else n_cycles).expand(b, t)
         return depth, depths
     if n_cycles is None:
         return (owner.training_cycles() if owner.training else depth), None
-    if isinstance(n_cycles, bool) or not 1 <= int(n_cycles) <= depth:
-        raise RecipeError(
-            f"n_cycles is {n_cycles!r}, expected 1 to {depth}: the model has zero tokens for {depth} cycles."
-        )
-    return int(n_cycles), None
+    cycles = _whole_number(n_cycles)
+    if cycles is None or not 1 <= cycles <= depth:
+        raise _wrong_cycles(n_cycles, depth)
+    return cycles, None
+
+
+def _wrong_cycles(n_cycles: object, depth: int) -> RecipeError:
+    return RecipeError(
+        f"n_cycles is {n_cycles!r}, expected 1 to {depth}, or a tensor of such numbers for each sequence or token: the "
+        f"model has zero tokens for {depth} cycles."
+    )
+
+
+def _whole_number(value: Any) -> int | None:
+    """Return a whole number, or None of what is none: fractions, truth values, lists."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _check_exit(settings: dict[str, Any], depth: int) -> None:
+    """Refuse what a call asked of its exits, as a configuration would."""
+    threshold, least = settings["threshold"], settings["min_cycles"]
+    try:
+        number = threshold is None or not math.isnan(threshold)
+    except TypeError:
+        number = False
+    if not number:
+        raise RecipeError(f"exit_threshold is {threshold!r}, expected a number.")
+    if not 1 <= (_whole_number(least) or 0) <= depth:
+        raise RecipeError(f"min_cycles is {least!r}, expected 1 to {depth}.")
 
 
 @cached
@@ -264,11 +301,24 @@ def looped_body(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
     )
 
 
+@cached
+def looped_layer(layer: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a layer whose parts know which visit is under way: the host's own, with another forward."""
+
+    @wraps(layer.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return within(layer.forward, self, args, kwargs)
+
+    name = f"{layer.__name__}[{layer.__module__.replace('.', ':')}]"
+    return type(layer.__name__, (layer,), {"forward": forward, "__module__": __name__, "__qualname__": name})
+
+
 def __getattr__(name: str) -> Any:
-    """Return a body's class by its name, which is how pickle finds it."""
+    """Return the class of a body or of a layer by its name, which is how pickle finds it."""
     if name.endswith("]") and "[" in name:
         import importlib
 
         host, module = name[:-1].split("[")
-        return looped_body(getattr(importlib.import_module(module.replace(":", ".")), host))
+        found = getattr(importlib.import_module(module.replace(":", ".")), host)
+        return looped_body(found) if issubclass(found, PreTrainedModel) else looped_layer(found)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

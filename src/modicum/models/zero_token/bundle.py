@@ -15,6 +15,7 @@ from typing import Any
 
 from modicum import errors, random
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
+from modicum.layout import LAYER_LISTS
 
 FILE = "modeling_zero_token.py"
 _PARTS = (
@@ -82,6 +83,7 @@ def source() -> str:
     shared: list[Any] = [ModicumError, RecipeError, UnsupportedError, errors.CheckpointError, errors.did_you_mean]
     shared += [random.derive_seed, random.generator]
     parts = [_HEAD, "from __future__ import annotations\n", "\n".join(sorted(imports)), _STAND_INS]
+    parts += [f"LAYER_LISTS = frozenset({sorted(LAYER_LISTS)})\n"]
     parts += [inspect.getsource(each) + "\n" for each in shared] + bodies
     parts.append(
         "def __getattr__(name: str) -> Any:\n"

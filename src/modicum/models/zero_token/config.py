@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.knobs import fields_of
+from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token.attention import Route
 from modicum.models.zero_token.hosts import check_config
 from modicum.models.zero_token.schedule import Order, Stages, VisitId, cycle_schedule, stages
@@ -93,7 +94,8 @@ class ZeroTokenConfig(PreTrainedConfig):
         cycle_onset: Share of the training, from 0 up to but not including 1, that runs one cycle before the others
             join; it costs what the plain model does. Like ``grow`` it needs to know the length of the run: see
             :meth:`~modicum.models.ZeroTokenForCausalLM.set_training_step`, which modicum's trainer calls.
-        cycle_loss_weights: Train the prediction after each cycle, with these weights; ``None`` only the last.
+        cycle_loss_weights: Train the prediction after each cycle, with these weights; ``None`` only the last. A step of
+            fewer cycles raises the weights of those that run to the same sum.
         route: How the zero attention is computed; see :func:`~modicum.models.zero_token.attention.zero_attention`.
         seed: Seed of what is drawn: new zero keys, random cycles, random exits.
     """
@@ -160,7 +162,9 @@ class ZeroTokenConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         if name == "auto_map":  # tools read it of any class that transformers does not know, and write into it
             return self.__dict__.setdefault(name, {})
-        return getattr(host, name)
+        value = getattr(host, name)
+        # Lists of the physical layers become lists of the visits, as the number of layers did.
+        return [value[layer] for layer, _ in self.schedule] if name in LAYER_LISTS and value is not None else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         host = self.__dict__.get("host")
@@ -220,6 +224,14 @@ class ZeroTokenConfig(PreTrainedConfig):
             raise RecipeError(f"cycle_onset is {self.cycle_onset}, expected a share of the training: 0 <= share < 1.")
         if self.cycle_loss_weights is not None and len(self.cycle_loss_weights) != self.depth:
             raise RecipeError(f"cycle_loss_weights has {len(self.cycle_loss_weights)} entries for {self.depth} cycles.")
+        weights = self.cycle_loss_weights
+        if weights is not None and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
+            raise RecipeError(f"cycle_loss_weights are {weights}, expected numbers from 0 up that are not all 0.")
+        if weights is not None and weights[0] == 0 and (self.train_cycles != "fixed" or self.cycle_onset):
+            raise RecipeError(
+                f"cycle_loss_weights are {weights}: a training step of one cycle would have no loss. Raise the first "
+                "weight, or set train_cycles to fixed and cycle_onset to 0."
+            )
         if self.lora_rank < 0:
             raise RecipeError(f"lora_rank is {self.lora_rank}, expected 0 or more.")
         if self.ffn_gate and not self.zero_token:

@@ -117,13 +117,24 @@ def attention_of(block: nn.Module) -> nn.Module:
 
 
 def feed_forward_of(block: nn.Module) -> nn.Module:
-    """Return what ends the feed-forward branch of a layer: its module, or the last linear map of the layer itself."""
+    """Return what ends the feed-forward branch of a layer: its module, or the last linear map of the layer itself.
+
+    Raises:
+        UnsupportedError: There is none, or there are several.
+    """
     words = ("mlp", "moe", "feedforward", "experts")
-    named = [c for c in block.children() if any(word in type(c).__name__.lower() for word in words)]
+    others = ("norm", "attention", "router")  # every class of some hosts has "Moe" in its name
+    classes = {child: type(child).__name__.lower() for child in block.children()}
+    named = [c for c, name in classes.items() if _has(name, words) and not _has(name, others)]
     linear = [c for c in block.children() if isinstance(c, nn.Linear | Conv1D)]
-    if not named and not linear:
-        raise UnsupportedError(f"{type(block).__name__} has no feed-forward part that ffn_gate could close.")
+    if len(named) > 1 or not (named or linear):
+        found = "several feed-forward parts" if named else "no feed-forward part"
+        raise UnsupportedError(f"{type(block).__name__} has {found}: ffn_gate closes one.")
     return (named or linear)[-1]
+
+
+def _has(name: str, words: tuple[str, ...]) -> bool:
+    return any(word in name for word in words)
 
 
 def normed_key(attention: nn.Module, key: Tensor) -> Tensor:
@@ -171,8 +182,8 @@ def rotated_key(attention: nn.Module, key: Tensor, rotary: tuple[Tensor, Tensor]
 
 
 def linear_maps(layer: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear maps of a layer by name."""
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """Return the linear maps of a layer by name, less those that return more than their product (some routers)."""
+    return {name: module for name, module in layer.named_modules() if type(module) in (nn.Linear, Conv1D)}
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

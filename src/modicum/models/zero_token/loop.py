@@ -148,8 +148,9 @@ class LoopRun:
         visit.shared, visit.some = shared, some
         visit.seen = self.seen.get(layer) if shared and cycle else None
         new = self.layers[layer](hidden if some is None else some.take(hidden), *args, **kwargs, visit=visit)
-        if not isinstance(new, Tensor) or visit.states is None:
-            why = "it computes attention by code of its own" if visit.states is None else "it returns more than a state"
+        if not isinstance(new, Tensor) or visit.calls != 1:
+            why = "it returns more than a state" if visit.calls == 1 else f"it calls attention {visit.calls} times"
+            why = why if visit.calls else "it computes attention by code of its own"
             raise UnsupportedError(f"{type(self.layers[layer]).__name__} cannot be looped: {why}.")
         if torch.is_grad_enabled() and not visit.with_gradient and self.remembers:
             raise UnsupportedError(

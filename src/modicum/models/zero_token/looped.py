@@ -16,11 +16,11 @@ from transformers.utils import logging
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.models.zero_token import hosts, loop
-from modicum.models.zero_token.body import Call, by_name, looped_body, run_body, view_of
+from modicum.models.zero_token.body import Call, by_name, looped_body, looped_layer, run_body, view_of
 from modicum.models.zero_token.config import EXITS, LABELS, ZeroTokenConfig, check_choice
 from modicum.models.zero_token.pool import OTHER_CYCLES, ZeroTokenPool
 from modicum.models.zero_token.spent import Spent, counted, counting
-from modicum.models.zero_token.visit import ATTENTION, add_gate, add_lora, watch
+from modicum.models.zero_token.visit import ATTENTION, add_gate, add_lora
 from modicum.random import generator
 
 logger = logging.get_logger(__name__)
@@ -78,13 +78,13 @@ class Looped(PreTrainedModel):
         self.zero_token = ZeroTokenPool(config, shapes)
         if config.zero_key_rope == "relative":
             hosts.rotation_of(hosts.attention_of(layers[0]))
-        for layer in config.middle if config.lora_rank or config.ffn_gate else ():
-            feed_forward = hosts.feed_forward_of(layers[layer])
+        for block in layers if config.lora_rank or config.ffn_gate else ():
+            block.__class__ = looped_layer(type(block))  # type: ignore[arg-type]
+        for layer in config.middle:
             for path, module in maps.get(layer, {}).items():
                 add_lora(module, f"{layer}:{path.replace('.', '/')}")
             if config.ffn_gate:
-                add_gate(feed_forward)
-            watch(hosts.attention_of(layers[layer]), feed_forward)
+                add_gate(hosts.feed_forward_of(layers[layer]))
         self.follow_schedule()
         self._progress: float | None = None
         # The host's plan would split the heads among devices, and leave the zero keys of all heads on each.
@@ -248,10 +248,27 @@ class Looped(PreTrainedModel):
         plain = named.pop("return_dict", None)
         named["return_dict"] = True
         out = counting(self, lambda call: self._run_host(dict(named), call), named, call)
-        out = self._reported(out, call.trace, report, named)
+        if out.get("loss") is not None:
+            out["loss"] = self._weighted_loss(out["loss"], call.trace, named)
+        out = self._reported(out, call.trace, report)
         return out if (self.config.return_dict if plain is None else plain) else out.to_tuple()
 
-    def _reported(self, out: Any, trace: loop.Trace, report: bool, _named: dict[str, Any]) -> Any:
+    def _weighted_loss(self, loss: Tensor, trace: loop.Trace, named: dict[str, Any]) -> Tensor:
+        """Return the sum of the losses after each cycle that ran; fewer cycles share the weights of all."""
+        weights, run = self.config.cycle_loss_weights, trace.run
+        if weights is None or not self.training or run is None:
+            return loss
+        ran = len(trace.cycle_states)
+        share = sum(weights[:ran]) / sum(weights)
+        if not share > 0:
+            raise RecipeError(f"cycle_loss_weights are {weights}, which leaves a pass of {ran} cycles without a loss.")
+        tail = run.without_cache()  # these passes through the tail come after the one that filled the cache
+        left_out = ("inputs_embeds", "cache", "attention_mask", "position_ids", "use_cache")
+        kept = {name: value for name, value in named.items() if name not in left_out}
+        terms = [self._read_out(tail.tail(s), **kept).loss for s in trace.cycle_states[:-1]] + [loss]
+        return torch.stack([w / share * term for w, term in zip(weights, terms)]).sum()
+
+    def _reported(self, out: Any, trace: loop.Trace, report: bool) -> Any:
         for name, value in report_of(trace, report).items():
             setattr(out, name, value)
         return out
@@ -264,10 +281,13 @@ class Looped(PreTrainedModel):
     def _read_out(self, hidden: Tensor, **kwargs: Any) -> Any:
         if self.kind == "base":
             raise UnsupportedError("A body without head predicts nothing to leave by. Use another exit_criterion.")
-        width = self.get_input_embeddings().weight.shape[-1]
-        blank = hidden.new_zeros(*hidden.shape[:2], width)
-        call = Call(n_cycles=1, result=hidden)
-        return self._run_host(kwargs | {"inputs_embeds": blank, "use_cache": False, "return_dict": True}, call)
+        kwargs |= {"use_cache": False, "return_dict": True}
+        if kwargs.get("input_ids") is None:  # a head that reads them gets them
+            width = self.get_input_embeddings().weight.shape[-1]
+            kwargs["inputs_embeds"] = hidden.new_zeros(*hidden.shape[:2], width)
+        if "output_router_logits" in inspect.signature(self.host_class.forward).parameters:  # type: ignore[union-attr]
+            kwargs["output_router_logits"] = False  # no layer runs, so no router does
+        return self._run_host(kwargs, Call(n_cycles=1, result=hidden))
 
 
 def report_of(trace: loop.Trace, report: bool) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import (
@@ -112,22 +111,9 @@ class ZeroTokenForCausalLM(Looped, GenerationMixin):
 
     kind = "causal"
 
-    def _reported(self, out: Any, trace: loop.Trace, report: bool, named: dict[str, Any]) -> Any:
+    def _reported(self, out: Any, trace: loop.Trace, report: bool) -> Any:
         found = {name: value for name, value in out.items() if name in _REPORTED}
-        if trace.run is not None and named.get("labels") is not None:
-            found["loss"] = self._weighted_loss(found["loss"], trace, named)
         return ZeroTokenOutput(**found, **report_of(trace, report))
-
-    def _weighted_loss(self, loss: Tensor, trace: loop.Trace, named: dict[str, Any]) -> Tensor:
-        """Return the sum of the losses after each cycle that ran, by their weights."""
-        weights, run = self.config.cycle_loss_weights, trace.run
-        if weights is None or not self.training or run is None:
-            return loss
-        tail = run.without_cache()  # these passes through the tail come after the one that filled the cache
-        left_out = ("input_ids", "inputs_embeds", "cache", "attention_mask", "position_ids", "use_cache")
-        kept = {name: value for name, value in named.items() if name not in left_out}
-        terms = [self._read_out(tail.tail(s), **kept).loss for s in trace.cycle_states[:-1]] + [loss]
-        return torch.stack([w * term for w, term in zip(weights, terms)]).sum()
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,6 +131,8 @@ class ZeroTokenForCausalLM(Looped, GenerationMixin):
             value = getattr(config, name, None)
             if value is not None:
                 model_kwargs.setdefault(name, value)
+        if self.training and model_kwargs.get("n_cycles") is None:
+            model_kwargs["n_cycles"] = self.depth  # what a training step draws is no depth to generate with
         asked = {name: model_kwargs.get(name) for name in ("exit_threshold", "exit_scope")}
         threshold, scope = (getattr(self.config, n) if v is None else v for n, v in asked.items())
         if threshold is not None and scope not in CAUSAL_SCOPES:

@@ -58,6 +58,7 @@ class Visit:
         weights: Attention on the real tokens, by the eager implementation.
         states: Keys and values of the new tokens as they were stored.
         with_gradient: Whether autograd recorded the call.
+        calls: How often the layer called attention.
     """
 
     # No dataclass: sharded modules copy what is one on its way in, and what the call leaves here would be lost.
@@ -84,6 +85,7 @@ class Visit:
         self.weights: Tensor | None = None
         self.states: tuple[Tensor, Tensor] | None = None
         self.with_gradient = True
+        self.calls = 0
 
     def whole(self, x: Tensor | None) -> Tensor | None:
         """Return ``x`` (b, h, t, …) of all tokens, zero for those that the layer did not run on."""
@@ -168,6 +170,7 @@ def attend(
         raise UnsupportedError(
             f"Layers with {type(module).__name__} cannot be looped: they do not pass on arguments that are not theirs."
         )
+    visit.calls += 1
     query, key, value = as_autocast(query, key, value)
     visit.with_gradient = torch.is_grad_enabled()
     zero = visit.zero(module, key)
@@ -238,15 +241,18 @@ def _host_attention(backend: str, module: nn.Module) -> Any:
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
 
-# The visit under way in this thread: linear maps and feed-forward parts are called without the arguments that attention
-# gets. Attention sets it, in a recomputed layer too, and the feed-forward part, which comes last, takes it away.
+# The visit under way in this thread: linear maps and feed-forward parts are called without the arguments that a layer
+# gets. The layer's forward sets it and takes it away, also when it fails and when it is recomputed.
 _UNDER_WAY = CompileableContextVar("modicum_zero_token_visit")
 
 
-def watch(attention: nn.Module, feed_forward: nn.Module) -> None:
-    """Let linear maps and gates inside a layer know which visit is under way; call this after the hooks were added."""
-    attention.register_forward_pre_hook(_begin, with_kwargs=True)
-    feed_forward.register_forward_hook(_end)
+def within(forward: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a layer's forward, and let linear maps and gates inside it know of which visit."""
+    token = _UNDER_WAY.set(kwargs.get("visit"))
+    try:
+        return forward(layer, *args, **kwargs)
+    finally:
+        _UNDER_WAY.reset(token)
 
 
 def add_lora(linear: nn.Module, key: str) -> None:
@@ -259,14 +265,6 @@ def add_gate(feed_forward: nn.Module) -> None:
     feed_forward.register_forward_hook(_gate)
 
 
-def _begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _UNDER_WAY.set(kwargs.get("visit"))
-
-
-def _end(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
-    _UNDER_WAY.set(None)
-
-
 def _relax(key: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     visit: Visit | None = _UNDER_WAY.get()
     if visit is None:
@@ -277,8 +275,10 @@ def _relax(key: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
 
 def _gate(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
     visit: Visit | None = _UNDER_WAY.get()
-    if visit is None or visit.p0 is None:
+    if visit is None or visit.row is None:
         return output
+    if visit.p0 is None:
+        raise UnsupportedError("ffn_gate needs layers that attend before they run their feed-forward part.")
     first = output[0] if isinstance(output, tuple) else output
     gated = first * (1 - visit.p0.mean(1)).to(first.dtype).reshape(*first.shape[:-1], 1)
     return (gated, *output[1:]) if isinstance(output, tuple) else gated
