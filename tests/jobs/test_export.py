@@ -71,6 +71,33 @@ def test_what_no_plain_layer_does_is_refused_by_name(knobs):
         zero_columns(looped())
 
 
+@pytest.mark.parametrize(
+    ("host", "knobs", "said"),
+    [
+        ("llama", {}, "all layers or in none"),
+        ("mistral", {"zero_layers": "all"}, "window"),
+        ("gemma3_text", {"zero_layers": "all"}, "window"),
+        ("llama", {"zero_layers": "all", "zero_kind": "sink"}, "no key"),
+    ],
+)
+def test_zero_tokens_that_no_column_holds_are_refused_before_the_work(host, knobs, said, tmp_path):
+    model = looped(host, **knobs)
+    with pytest.raises(UnsupportedError, match=said):
+        unroll(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=said):
+        plan(parse({"job": "export", "model": str(tmp_path)}))
+
+
+def test_a_host_whose_layers_depend_on_their_place_is_not_unrolled(monkeypatch):
+    scaled = looped("gpt2", host_overrides={"scale_attn_by_inverse_layer_idx": True}, zero_token=False)
+    with pytest.raises(UnsupportedError, match="number of its layer"):
+        unroll(scaled)
+    monkeypatch.setattr("modicum.models.zero_token.export.check_unrollable", lambda _: None)
+    with pytest.raises(UnsupportedError, match="depend on their place"):
+        unroll(scaled)
+
+
 LOADS = """import sys, torch
 from transformers import AutoModelForCausalLM
 assert "modicum" not in sys.modules

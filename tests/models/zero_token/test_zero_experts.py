@@ -79,9 +79,21 @@ def test_a_pass_does_not_depend_on_the_one_before():
         assert torch.equal(model(tokens()).logits, first)
 
 
-def test_a_layer_that_attends_twice_is_refused():
+@pytest.mark.parametrize("knobs", [{"zero_token": False}, {"mode": "tie", "zero_token": False}, {}])
+def test_a_layer_that_attends_twice_is_refused(knobs):
     with pytest.raises(UnsupportedError, match="2 times"):
-        converted("diffllama")(tokens())
+        convert_to_zero_token(untested("diffllama"), n_head=0, n_cycles=2, **knobs)
+
+
+@pytest.mark.parametrize("mode", ["loop", "tie"])
+def test_a_host_with_sinks_is_refused_when_it_is_converted(mode):
+    with pytest.raises(UnsupportedError, match="zero_token to false"):
+        convert_to_zero_token(untested("gpt_oss"), n_head=0, n_cycles=2, mode=mode)
+
+
+def test_a_gate_is_refused_where_the_feed_forward_part_is_no_module():
+    with pytest.raises(UnsupportedError, match="Leave ffn_gate out"):
+        looped("opt", ffn_gate="zero_attention")
 
 
 @pytest.mark.parametrize("kind", ["exaone_moe", "cohere2_moe", "mellum"])

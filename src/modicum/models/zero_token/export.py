@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from modicum.errors import UnsupportedError
 from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token import hosts
+from modicum.models.zero_token.body import Call
 from modicum.models.zero_token.config import zero_key_shape
 from modicum.models.zero_token.looped import Looped
 from modicum.models.zero_token.schedule import VisitId
@@ -38,9 +39,29 @@ def check_unrollable(config: Any) -> None:
     ]
     if config.cache_policy == "share_first":
         reasons.append("cache_policy: share_first")
+    if getattr(config.host, "scale_attn_by_inverse_layer_idx", False):
+        reasons.append("attention that is scaled by the number of its layer")
     if reasons:
         raise UnsupportedError(
             f"{reasons[0]} cannot be folded into the weights of plain layers: keep the looped model."
+        )
+    if config.zero_token:
+        _check_columns(config)
+
+
+def _check_columns(config: Any) -> None:
+    """Refuse zero tokens that no column of a cache can hold."""
+    if any(visit not in config.rows for visit in config.schedule):
+        raise UnsupportedError(
+            "A column for the zero token stands in all layers or in none. Train with zero_layers: all, or unroll a "
+            "model with zero_token: false."
+        )
+    if config.zero_kind == "sink" or config.zero_key_rope == "relative":
+        raise UnsupportedError("A zero token that is no key, or turns with the query, has no place in a cache.")
+    if set(config.layer_types) - {"full_attention"}:
+        raise UnsupportedError(
+            "A column for the zero token falls out of the window of layers that attend to near tokens alone. Keep the "
+            "looped model, or train one with zero_token: false."
         )
 
 
@@ -90,10 +111,34 @@ def unroll(looped: Looped, *, n_cycles: PositiveInt | None = None) -> PreTrained
             f"The unrolled tensors do not fit: {(report.missing_keys + report.unexpected_keys)[:3]}."
         )
     plain.tie_weights()
+    _compare(looped, plain.eval(), n_cycles)
     if getattr(looped, "generation_config", None) is not None:
         plain.generation_config = copy.deepcopy(looped.generation_config)
     result: PreTrainedModel = plain.eval()
     return result
+
+
+def _compare(looped: Looped, plain: Any, n_cycles: int | None) -> None:
+    """Hold the plain model to the looped one without its zero tokens.
+
+    Raises:
+        UnsupportedError: They differ: a layer of this host depends on its place.
+    """
+    ids = torch.arange(16, device=looped.device)[None] % looped.config.vocab_size
+    was_training = looped.training
+    looped.eval()
+    call = Call(n_cycles=n_cycles, plain=True, stay=True)
+    want = looped(input_ids=ids, use_cache=False, return_dict=True, looping=call)
+    looped.train(was_training)
+    got = plain(input_ids=ids, use_cache=False, return_dict=True)
+    name = "logits" if "logits" in want else "last_hidden_state"
+    far = float((got[name] - want[name]).abs().max() / want[name].abs().max().clamp(min=1e-9))
+    # Sums are made in another order, in the weights' own precision.
+    if not far <= (allowed := 64 * torch.finfo(plain.dtype).eps):
+        raise UnsupportedError(
+            f"The unrolled {looped.config.host.model_type!r} model differs from the looped one by {far:.1e} of the "
+            f"largest {name.replace('_', ' ')}, more than {allowed:.1e}: its layers depend on their place."
+        )
 
 
 def unrolled_schedule(config: Any, n_cycles: int | None) -> list[VisitId]:
@@ -132,13 +177,9 @@ def zero_columns(looped: Looped, *, n_cycles: PositiveInt | None = None) -> dict
     """
     config: Any = looped.config
     visits = unrolled_schedule(config, n_cycles)
-    if not config.zero_token or any(visit not in config.rows for visit in visits):
-        raise UnsupportedError(
-            "A column for the zero token stands in all layers or in none. Train with zero_layers: all, or unroll a "
-            "model with zero_token: false."
-        )
-    if config.zero_kind == "sink" or config.zero_key_rope == "relative":
-        raise UnsupportedError("A zero token that is no key, or turns with the query, has no place in a cache.")
+    if not config.zero_token:
+        raise UnsupportedError("The model has no zero tokens, and its plain one needs no columns.")
+    _check_columns(config)
     found = {}
     for slot, visit in enumerate(visits):
         if config.zero_kind == "off_by_one":

@@ -117,20 +117,22 @@ def attention_of(block: nn.Module) -> nn.Module:
 
 
 def feed_forward_of(block: nn.Module) -> nn.Module:
-    """Return what ends the feed-forward branch of a layer: its module, or the last linear map of the layer itself.
+    """Return the feed-forward part of a layer.
 
     Raises:
-        UnsupportedError: There is none, or there are several.
+        UnsupportedError: There is none, or there are several. A linear map of the layer itself is none: an adapter
+            would stand around it, and what it adds would not be gated.
     """
     words = ("mlp", "moe", "feedforward", "experts")
     others = ("norm", "attention", "router")  # every class of some hosts has "Moe" in its name
     classes = {child: type(child).__name__.lower() for child in block.children()}
     named = [c for c, name in classes.items() if _has(name, words) and not _has(name, others)]
-    linear = [c for c in block.children() if isinstance(c, nn.Linear | Conv1D)]
-    if len(named) > 1 or not (named or linear):
-        found = "several feed-forward parts" if named else "no feed-forward part"
-        raise UnsupportedError(f"{type(block).__name__} has {found}: ffn_gate closes one.")
-    return (named or linear)[-1]
+    if len(named) != 1:
+        raise UnsupportedError(
+            f"{type(block).__name__} has {len(named)} modules for its feed-forward part, and ffn_gate closes one. "
+            "Leave ffn_gate out."
+        )
+    return named[0]
 
 
 def _has(name: str, words: tuple[str, ...]) -> bool:
