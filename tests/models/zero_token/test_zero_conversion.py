@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.zero_token.support_zero import base_model, looped, tokens
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
-from modicum.models import calibrate_threshold, choose_cycle_range, convert_to_zero_token, resize_pool
+from modicum.models import calibrate_threshold, choose_cycle_range, convert_to_zero_token, fit_exit_gate, resize_pool
 from modicum.models.zero_token.calibrate import cheapest, exit_curve
 from modicum.models.zero_token.conversion import ends, low_rank
 from modicum.registry import model as model_registry
@@ -216,3 +216,12 @@ def test_the_calibrated_threshold_keeps_its_promise(criterion):
     assert found[0.0].mean_cycles >= found[0.2].mean_cycles >= found[100.0].mean_cycles
     with pytest.raises(RecipeError):
         calibrate_threshold(model, [])
+
+
+def test_a_fitted_exit_gate_is_resized_with_the_cycles():
+    model = looped(n_cycles=3)
+    fit_exit_gate(model, [tokens(4, 12)])
+    gate = model.zero_token.exit_gate
+    for n_cycles in (1, 2, 5):
+        resized = resize_pool(model, n_cycles).zero_token.exit_gate
+        assert torch.equal(resized, gate[[0, 1, 1, 1][: n_cycles - 1]])

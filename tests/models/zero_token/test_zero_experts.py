@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.zero_token.support_zero import _SIZES, looped, tokens
+from models.zero_token.support_zero import _SIZES, decode, looped, tokens
 from modicum.errors import UnsupportedError
 from modicum.models import ZeroTokenForCausalLM, convert_to_zero_token
 from modicum.models.zero_token import visit
@@ -118,3 +118,29 @@ def test_layers_that_know_their_visit_are_copied_pickled_and_compiled():
         torch.testing.assert_close(got, want)
         torch._dynamo.reset()
         assert torch.equal(model(tokens(), use_cache=False).logits, want)
+
+
+@pytest.mark.parametrize("knobs", [{"route": "concat"}, {}])
+def test_hosts_that_take_a_view_of_what_attention_returns(knobs):
+    model = converted("afmoe", **knobs)
+    want = model(tokens(), use_cache=False).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(tokens(), use_cache=False).logits, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"cycle_embedding": "add"},
+        {"cycle_embedding": "multiply", "cycle_gate": "rezero"},
+        {"lora_rank": 2, "ffn_gate": "zero_attention"},
+    ],
+)
+def test_a_pool_of_more_bits_than_the_weights_trains_and_decodes(knobs):
+    model = looped(**knobs).bfloat16()
+    model.zero_token.float()
+    out = model(tokens(), labels=tokens())
+    out.loss.backward()
+    assert out.logits.dtype is torch.bfloat16
+    assert all(p.grad.isfinite().all() and p.grad.dtype is torch.float32 for p in model.zero_token.parameters())
+    assert decode(model, tokens())[0].isfinite().all()

@@ -1,8 +1,10 @@
 """Looped models at work: drafts by fewer cycles, what passes cost, visits that are left out, exits that were fitted."""
 
+import types
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from models.zero_token.support_zero import ALL_HOSTS, decode, left_padded, looped, tokens
 from modicum.errors import RecipeError, UnsupportedError
@@ -11,6 +13,7 @@ from modicum.models.zero_token import loop, some
 from modicum.models.zero_token.body import Call
 from modicum.models.zero_token.calibrate import exit_curve
 from modicum.models.zero_token.speculation import CycleCandidates
+from modicum.models.zero_token.spent import counted, counting
 
 # The others take seconds together; the guide's table of hosts holds drafts by all of them.
 OFTEN = ("llama", "gpt2", "mistral", "gemma2")
@@ -284,3 +287,20 @@ def test_packing_is_left_alone_where_few_have_left():
     assert some.those_running(active).places is None
     active[:, 3:] = False
     assert some.those_running(active).places.shape == (3, 3)
+
+
+@pytest.mark.parametrize("criterion", ["confidence", "entropy", "kl"])
+def test_a_classifier_of_sequences_does_not_leave_by_its_prediction(criterion):
+    model = AutoModelForSequenceClassification.from_config(looped().config).eval()
+    with pytest.raises(UnsupportedError, match="Use another exit_criterion"):
+        model(tokens(), exit_threshold=0.5, exit_criterion=criterion)
+
+
+def test_the_clock_waits_for_the_device(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append(1))
+    model = types.SimpleNamespace(device=torch.device("cuda"), training=False)
+    call = types.SimpleNamespace(trace=types.SimpleNamespace(cycles=None, run=None))
+    with counted():
+        counting(model, lambda _: None, {"input_ids": tokens()}, call)
+    assert len(waited) == 2

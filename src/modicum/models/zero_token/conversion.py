@@ -344,7 +344,7 @@ def resize_pool(model: ZeroTokenForCausalLM, n_cycles: PositiveInt) -> ZeroToken
         if name in ("zero_key", "zero_bias"):
             for (layer, cycle), row in config.rows.items():
                 parameter[row] = source[old[layer, min(cycle, last)]]
-        elif name == "cycle_gate":
+        elif name in ("cycle_gate", "exit_gate"):  # between cycles: one fewer than there are
             if len(source):
                 parameter.copy_(source[torch.arange(n_cycles - 1).clamp(max=len(source) - 1)])
         else:

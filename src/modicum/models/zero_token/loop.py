@@ -277,17 +277,17 @@ def _hold(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
 
 def _embed(run: LoopRun, hidden: Tensor, cycle: int) -> Tensor:
     if run.config.cycle_embedding == "add":
-        return hidden + run.pool["cycle_embedding"][cycle]
+        return hidden + run.pool["cycle_embedding"][cycle].to(hidden.dtype)
     return hidden
 
 
 def _connect(run: LoopRun, before: Tensor, after: Tensor, anchor: Tensor, cycle: int) -> Tensor:
     if run.config.cycle_embedding == "multiply":
-        after = after * run.pool["cycle_embedding"][cycle]
+        after = after * run.pool["cycle_embedding"][cycle].to(after.dtype)
     if run.config.loop_connection is not None:
         after = after + (anchor if run.config.loop_connection == "anchor" else before)
     if run.config.cycle_gate is not None and cycle:
-        after = before + run.pool["cycle_gate"][cycle - 1] * (after - before)
+        after = before + run.pool["cycle_gate"][cycle - 1].to(after.dtype) * (after - before)
     return after
 
 

@@ -275,6 +275,11 @@ class Looped(PreTrainedModel):
 
     def read_out(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Return the logits of a state that comes after the last layer, by the host's norm and head."""
+        if self.kind == "sequence":
+            raise UnsupportedError(
+                "A classifier of sequences predicts nothing for a token to leave by. Use another exit_criterion than "
+                "confidence, entropy and kl."
+            )
         logits: Tensor = self._read_out(hidden).logits
         return logits
 

@@ -114,10 +114,10 @@ def counting(model: Any, run: Callable[[Any], Any], named: dict[str, Any], call:
     ids = named.get("input_ids")
     short = (named["inputs_embeds"] if ids is None else ids).shape[1] == 1
     comparing = [m for m in meters if m.compares(short=short)] if not model.training else []
-    full = _full_time(run, named, type(call)(stay=True)) if comparing and model.may_leave(call) else None
-    began = time.perf_counter()
+    full = _full_time(model, run, named, type(call)(stay=True)) if comparing and model.may_leave(call) else None
+    began = _now(model)
     out = run(call)
-    seconds = time.perf_counter() - began
+    seconds = _now(model) - began
     for meter in meters:
         kind = meter.kinds[short]
         kind.seconds, kind.passes = kind.seconds + seconds, kind.passes + 1
@@ -136,14 +136,21 @@ def _count(meter: Spent, model: Any, trace: Trace) -> None:
     meter.cycles.append(cycles if real is None else cycles.masked_fill(~real, torch.nan))
 
 
-def _full_time(run: Callable[[Any], Any], named: dict[str, Any], call: Any) -> float:
+def _now(model: Any) -> float:
+    """Return the time at which the model's device has done what it was asked to: an accelerator lags behind."""
+    if model.device.type not in ("cpu", "meta"):
+        torch.get_device_module(model.device).synchronize()
+    return time.perf_counter()
+
+
+def _full_time(model: Any, run: Callable[[Any], Any], named: dict[str, Any], call: Any) -> float:
     """Return the time of the pass with all cycles; the cache is put back."""
     cache: Any = named.get("cache")
     layers = None if cache is None else [copy.copy(layer) for layer in cache.layers]
-    began = time.perf_counter()
+    began = _now(model)
     with torch.no_grad():
         run(call)
-    seconds = time.perf_counter() - began
+    seconds = _now(model) - began
     if layers is not None:
         cache.layers[:] = layers
     return seconds

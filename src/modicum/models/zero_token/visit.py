@@ -211,7 +211,7 @@ def attend(
     else:
         what = f"attn_implementation={backend!r}" + ("" if kwargs.get("softcap") is None else " with softcap")
         raise UnsupportedError(f"{what} cannot express a zero token. Use 'sdpa' or 'eager'.")
-    return out.transpose(1, 2), visit.weights
+    return out.transpose(1, 2).contiguous(), visit.weights  # as stock attention does: some hosts take a view
 
 
 def _route(visit: Visit, zero: Zero, mask: Tensor | None, is_causal: bool) -> Route:
@@ -270,7 +270,8 @@ def _relax(key: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
     if visit is None:
         return output
     a, b = visit.pool[f"lora.{key}:A"][visit.cycle], visit.pool[f"lora.{key}:B"][visit.cycle]
-    return output + (inputs[0] @ a.mT) @ b.mT
+    x = inputs[0]  # the pool may be kept in more bits than the weights
+    return output + (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
 
 
 def _gate(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
