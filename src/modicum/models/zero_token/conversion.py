@@ -18,7 +18,6 @@ from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.knobs import known
 from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token import hosts
-from modicum.models.zero_token.body import Call
 from modicum.models.zero_token.config import EXITS, TRAINING, ZeroTokenConfig, ZeroTokenKnobs
 from modicum.models.zero_token.looped import Looped
 from modicum.models.zero_token.model import (
@@ -27,6 +26,7 @@ from modicum.models.zero_token.model import (
     ZeroTokenForTokenClassification,
     ZeroTokenModel,
 )
+from modicum.models.zero_token.trial import compare, decode
 from modicum.random import generator
 from modicum.registry import model as model_registry
 from modicum.types import NonNegativeInt, PositiveInt
@@ -101,15 +101,15 @@ def convert_to_zero_token(
     if mode == "loop":
         looped = _loop(model, config)
         if model.config.model_type not in hosts.TESTED:
-            _compare(model, looped)
-            _decode(looped)
+            compare(model, looped)
+            decode(looped)
         return looped
     if mode == "tie":
         if config.order != "cycle":
             raise UnsupportedError("mode 'tie' needs order 'cycle'.")
         tied = _tie(model, config, tie_init)
         if model.config.model_type not in hosts.TESTED:
-            _decode(tied)
+            decode(tied)
         return tied
     raise RecipeError(f"There is no mode {mode!r}. {did_you_mean(mode, ['loop', 'tie'])}")
 
@@ -152,65 +152,6 @@ def _fresh(config: ZeroTokenConfig, model: PreTrainedModel, kind: str) -> Any:
     if getattr(model, "generation_config", None) is not None:
         looped.generation_config = copy.deepcopy(model.generation_config)
     return looped.eval()
-
-
-@torch.no_grad()
-def _compare(model: PreTrainedModel, looped: Any) -> None:
-    """Hold a host that is not among the tested ones to its own result: one cycle without zero tokens changes nothing.
-
-    Raises:
-        UnsupportedError: It does, so that something happens between the layers of this host.
-    """
-    if looped.config.loop_connection is not None or looped.config.order != "cycle":
-        return
-    model_was_training = model.training
-    model.eval()
-    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
-    want = model(input_ids=ids, use_cache=False, return_dict=True)
-    model.train(model_was_training)
-    got = _tried(looped, ids, use_cache=False, looping=Call(n_cycles=1, plain=True))
-    if not torch.equal(_result(want), _result(got)):
-        raise hosts.refused(
-            model.config, "run once and without zero tokens its layers give another result than the model itself"
-        )
-
-
-@torch.no_grad()
-def _decode(looped: Any) -> None:
-    """Let a host that is not among the tested ones run with its zero tokens, and decode one token with a cache.
-
-    Raises:
-        UnsupportedError: It fails, or decodes something else than it computes at once.
-    """
-    ids = torch.arange(8, device=looped.device)[None] % looped.config.vocab_size
-    _tried(looped, ids, use_cache=False)
-    if looped.kind == "sequence":
-        return  # it never decodes
-
-    def once() -> Call:
-        return Call(n_cycles=1, plain=True)
-
-    want = _result(_tried(looped, ids, use_cache=False, looping=once()))[:, -1]
-    cache = _tried(looped, ids[:, :-1], use_cache=True, looping=once()).cache
-    got = _result(_tried(looped, ids[:, -1:], use_cache=True, cache=cache, looping=once()))[:, -1]
-    _tried(looped, ids[:, -1:], use_cache=True, cache=_tried(looped, ids[:, :-1], use_cache=True).cache)
-    # Sums are made in another order, in the weights' own precision.
-    if not (got - want).abs().max() <= max(1e-3, 64 * torch.finfo(want.dtype).eps) * want.abs().max():
-        raise hosts.refused(looped.config.host, "with a cache its layers give another result than without")
-
-
-def _tried(looped: Any, ids: Tensor, **call: Any) -> Any:
-    try:
-        return looped(input_ids=ids, return_dict=True, **call)
-    except UnsupportedError:
-        raise
-    except Exception as error:
-        raise hosts.refused(looped.config.host, f"its layers failed with {error!r}") from error
-
-
-def _result(out: Any) -> Tensor:
-    found: Tensor = out["logits" if "logits" in out else "last_hidden_state"]
-    return found
 
 
 def _loop(model: PreTrainedModel, config: ZeroTokenConfig) -> Any:
