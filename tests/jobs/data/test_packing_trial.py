@@ -1,6 +1,7 @@
 """`modicum check` finds out whether packed samples are kept apart before weights are read, and says what a run says."""
 
 import json
+import shutil
 
 import pytest
 from test_packing import BY_MASK, BY_POSITION, REFUSED, SIZES, made
@@ -56,6 +57,10 @@ def test_one_layer_of_each_kind_is_left():
     assert few_layers(mixed).layer_types == kinds
 
 
+def twin(path):
+    return str(shutil.copytree(path, path.with_name(f"{path.name}-2"), dirs_exist_ok=True))
+
+
 @pytest.mark.parametrize("job", ["train", "statistics", "average"])
 def test_check_refuses_for_every_job_that_packs(folder, tmp_path, job):
     rows = tmp_path / "rows.jsonl"
@@ -64,7 +69,7 @@ def test_check_refuses_for_every_job_that_packs(folder, tmp_path, job):
     recipes = {
         "train": lambda path: {"model": str(path), "trainer": {"max_steps": 1}},
         "statistics": lambda path: {"model": str(path), "kind": "fisher"},
-        "average": lambda path: {"checkpoints": [str(path)] * 2, "method": "greedy"},
+        "average": lambda path: {"checkpoints": [str(path), twin(path)], "method": "greedy"},
     }
     leaking, apart = folder("bloom", hidden_size=32), folder("llama")
     with pytest.raises(UnsupportedError, match="with bloom .* Set packing: false"):

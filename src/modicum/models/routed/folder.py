@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from modicum.errors import CheckpointError
 from modicum.models.router import Router
 from modicum.models.router_fitting import packed, unpacked
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.experts import ExpertSet
+from modicum.weights.files import MappedFile, read_header
+from modicum.weights.whole import check_parts
 
 if TYPE_CHECKING:
     from modicum.models.routed.config import RoutedConfig
@@ -72,8 +75,14 @@ def read_experts(folder: Path, config: RoutedConfig) -> ExpertSet | None:
     files = expert_files(folder)
     if about is None:
         return None
-    parts = ChainMap(*(dict(Checkpoint(path).items()) for path in files))
+    check_parts(files, str(folder))
+    parts = ChainMap(*map(_mapped, files))
     return ExpertSet(about, Checkpoint(folder), parts)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    slots, file = read_header(path, owner=path.name), MappedFile(path)
+    return {name: file.tensor(slot) for name, slot in slots.items()}
 
 
 def read_router(folder: Path, config: RoutedConfig) -> Router | None:
