@@ -14,7 +14,7 @@ from annotated_types import Gt, Lt
 from pydantic import Field, model_validator
 
 from modicum.durable import whole_folder
-from modicum.errors import CheckpointError, RecipeError
+from modicum.errors import RecipeError
 from modicum.jobs.data.section import DataSection
 from modicum.model_facts import check_centred
 from modicum.recipe import Recipe, Section, choice
@@ -206,6 +206,7 @@ class Build:
 
 def plan_build(recipe: RouteRecipe) -> Build:
     """Open the models, measure their conflict and choose the routed layers."""
+    from modicum.jobs.routing import router_bytes
     from modicum.weights.aliases import aligned
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.expert_plan import bytes_by_layer, describe, plan_stores
@@ -240,7 +241,7 @@ def plan_build(recipe: RouteRecipe) -> Build:
     everything = replace(about, routed=units)
     sizes = bytes_by_layer(plan_stores(base, experts, everything), everything)
     whole = sum(step.spec.nbytes for step in merge.steps)
-    router = _router_bytes(recipe, base)
+    router = router_bytes(recipe, base)
     rule = recipe.rule.model_dump()
     budget = recipe.budget_bytes
     if recipe.budget_share is not None:
@@ -264,25 +265,6 @@ def plan_build(recipe: RouteRecipe) -> Build:
         pattern = "^(" + "|".join(re.escape(unit) for unit in routed) + r")(\.|$)"
         merge = plan_merge(base, experts, method=average.name, knobs=average.knobs, seed=recipe.seed, exclude=pattern)
     return Build(base, experts, conflict, about, plan_stores(base, experts, about), merge, sizes, router)
-
-
-def _router_bytes(recipe: RouteRecipe, base: Checkpoint) -> int:
-    """Return the bytes of the router's numbers, which its kind and the width of the model decide."""
-    from transformers import AutoConfig
-
-    from modicum.models.router_fitting import stored_bytes
-
-    section = recipe.router
-    if section is None:
-        return 0
-    given = dict(base.config)
-    if "model_type" not in given:
-        raise CheckpointError(
-            f"{base.name} has no model_type in its config.json. Save the model with transformers first."
-        )
-    width = AutoConfig.for_model(given.pop("model_type"), **given).get_text_config().hidden_size
-    gate, n = section.gate is not None, len(recipe.experts)
-    return stored_bytes(section.kind, experts=n, width=width, rank=section.rank, gate=gate)
 
 
 def _share_of(share: float, conflict: Mapping[str, float], sizes: Mapping[str, int], shared: int, all_: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import RecipeError
+from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.data.rows import load_rows
 from modicum.jobs.data.tokens import prompt_ids
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
@@ -23,11 +23,31 @@ if TYPE_CHECKING:
     from modicum.jobs.data.section import DataSection
     from modicum.jobs.route import Build, RouteRecipe, RouterSection
     from modicum.models.router import Router
+    from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.expert_plan import Experts
 
 BINS = 20  # of the histogram of uncertainty
 LEAST = 2  # prompts of a task that a router is fitted on
 Prompts = dict[str, dict[str, list[Any]]]
+
+
+def router_bytes(recipe: RouteRecipe, base: Checkpoint) -> int:
+    """Return the bytes of the router's numbers, which its kind and the width of the model decide."""
+    from transformers import AutoConfig
+
+    from modicum.models.router_fitting import stored_bytes
+
+    section = recipe.router
+    if section is None:
+        return 0
+    given = dict(base.config)
+    if "model_type" not in given:
+        raise CheckpointError(
+            f"{base.name} has no model_type in its config.json. Save the model with transformers first."
+        )
+    width = AutoConfig.for_model(given.pop("model_type"), **given).get_text_config().hidden_size
+    gate, n = section.gate is not None, len(recipe.experts)
+    return stored_bytes(section.kind, experts=n, width=width, rank=section.rank, gate=gate)
 
 
 def tap_of(section: RouterSection, about: Experts) -> int:
