@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and the tokenizers are imported: tests run side by side, one thread each, and never ask the network.
@@ -21,6 +23,15 @@ settings.register_profile(
     "modicum", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("modicum")
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    """Refuse a test that leaves torch with other threads: later tests of its process would get other last bits."""
+    torch = sys.modules.get("torch")
+    before = torch and torch.get_num_threads()
+    yield
+    assert torch is None or torch.get_num_threads() == before
 
 
 @pytest.fixture(scope="session")

@@ -70,8 +70,13 @@ def test_threads_and_one_thread_make_the_same_mean_and_slope(monkeypatch: pytest
     expected = Landscape(bowl, known, [0.5]).gradient([0.25] * 4)
     monkeypatch.setattr(search, "LARGE", 0)
     monkeypatch.setattr(search, "cores", lambda: 3)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    found = Landscape(bowl, known, [0.5]).gradient([0.25] * 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = Landscape(bowl, known, [0.5]).gradient([0.25] * 4)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
     assert found[0] == expected[0] and torch.equal(found[1], expected[1])
 
 
