@@ -90,7 +90,7 @@ def test_the_code_of_a_model_is_left_out_unless_it_is_allowed(family, tmp_path):
     for made, carried in (("plain", False), ("allowed", True)):
         opened = Checkpoint(base, remote_code=carried)
         merge(opened, experts, tmp_path / made, method="task_arithmetic")
-        average([opened, experts[0]], tmp_path / f"{made}-average")
+        average([experts[0], opened], tmp_path / f"{made}-average")  # what is no weight comes from the newest
         for folder in (tmp_path / made, tmp_path / f"{made}-average"):
             assert (folder / "modeling_own.py").exists() == carried
 
@@ -104,7 +104,7 @@ def test_a_recipe_says_whether_code_comes_along(family, tmp_path, allowed):
     models = [str(base), str(experts[0])]
     for recipe in (
         {"job": "merge", "base": models[0], "experts": models[1:], "method": "task_arithmetic"},
-        {"job": "average", "checkpoints": models},
+        {"job": "average", "checkpoints": models[::-1]},
     ):
         run = execute(parse(recipe | {"remote_code": allowed}), tmp_path / recipe["job"], quiet=True)
         assert (run.folder / "model" / "modeling_own.py").exists() == allowed

@@ -102,6 +102,7 @@ class ZeroTokenForCausalLM(Looped, GenerationMixin):
     It returns a :class:`ZeroTokenOutput`.
 
     Example:
+        >>> import torch
         >>> config = ZeroTokenConfig(host={"model_type": "llama", "vocab_size": 16, "hidden_size": 8,
         ...     "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1})
         >>> model = ZeroTokenForCausalLM(config).eval()
