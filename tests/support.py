@@ -111,3 +111,14 @@ def with_own_entries(monkeypatch: Any, table: Any) -> None:
     All entries are loaded first: a module that is imported meanwhile would be lost to the table with the test's own.
     """
     monkeypatch.setattr(table, "_entries", {name: table[name] for name in table})
+
+
+# Knobs with which three equal experts merge into that expert (case H16).
+EQUAL_EXPERTS = {
+    "linear": {},
+    "karcher": {},
+    "model_stock": {},
+    "task_arithmetic": {"scale": 1 / 3},
+    "ties": {"density": 1.0},
+    "dare": {"density": 1.0, "scale": 1 / 3},
+}

@@ -17,6 +17,7 @@ from modicum.jobs import execute
 from modicum.jobs.data.rows import DataSection, load_rows
 from modicum.recipe import override, parse, read
 from modicum.report.dimensions import read as dimensions
+from support import EQUAL_EXPERTS
 
 
 def small(model):
@@ -101,16 +102,6 @@ def test_a_grid_that_tests_what_it_teaches_ends_with_one_line(tiny_model, tmp_pa
     assert "row 0 ('B, C') asks what the data of 'expert seed 0', row 1 ('b c?') teaches" in line
 
 
-EQUAL = {  # H16: knobs with which three equal experts merge into that expert
-    "linear": {},
-    "karcher": {},
-    "model_stock": {},
-    "task_arithmetic": {"scale": 1 / 3},
-    "ties": {"density": 1.0},
-    "dare": {"density": 1.0, "scale": 1 / 3},
-}
-
-
 def test_merges_of_three_equal_experts_have_a_normalised_average_of_1(tiny_model, tmp_path):  # H16
     names = ("helpful", "honest", "harmless")
     taught = pairs_file(tmp_path / "taught.jsonl", *"abcdefgh")
@@ -124,7 +115,7 @@ def test_merges_of_three_equal_experts_have_a_normalised_average_of_1(tiny_model
         "axes": {
             # A seed that nothing draws by: three runs that make one expert.
             "dimension": {name: {"data.seed": seed} for seed, name in enumerate(names)},
-            "method": {name: {"method": {"name": name} | knobs} for name, knobs in EQUAL.items()},
+            "method": {name: {"method": {"name": name} | knobs} for name, knobs in EQUAL_EXPERTS.items()},
         },
         "stages": [
             {"name": "expert", "role": "expert", "over": ["dimension"], "job": "train", "model": str(tiny_model)}
@@ -140,9 +131,9 @@ def test_merges_of_three_equal_experts_have_a_normalised_average_of_1(tiny_model
     assert len(experts) == 1
     table = dimensions(folder)
     merges = {arm.name.removeprefix("merged "): arm for arm in table.of_role("merge")}
-    assert {*merges} == {*EQUAL} and table.own == [*names]
+    assert {*merges} == {*EQUAL_EXPERTS} and table.own == [*names]
     values = {name: (table.average(arm).value, table.worst(arm).value) for name, arm in merges.items()}
-    assert values == dict.fromkeys(EQUAL, (pytest.approx(1.0), pytest.approx(1.0)))
+    assert values == dict.fromkeys(EQUAL_EXPERTS, (pytest.approx(1.0), pytest.approx(1.0)))
 
 
 def content(folder):

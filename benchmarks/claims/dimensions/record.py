@@ -7,14 +7,11 @@ Writes the scores of ``grid.json`` with their intervals, and where and for how l
 
 from __future__ import annotations
 
-import argparse
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import origin
-from benchmarks.tables import RESULTS
+from benchmarks.records import keep
 
 from modicum.record import read_record
 
@@ -26,17 +23,8 @@ def kept(folder: Path) -> dict[str, Any]:
     record, grid = read_record(folder), json.loads((folder / "grid.json").read_text())
     scores = [{key: score[key] for key in SCORE} | {"role": score["of"]["role"]} for score in grid["scores"]]
     about = {key: grid[key] for key in ("axes", "seeds")} | {"seconds": record["seconds"], "cells": len(grid["cells"])}
-    when = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
-    return about | when | origin() | {"scores": scores, "environment": record["environment"]}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--name", default="3h-quick")
-    arguments = parser.parse_args()
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(kept(arguments.run), indent=1) + "\n")
+    return about | {"scores": scores, "environment": record["environment"]}
 
 
 if __name__ == "__main__":
-    main()
+    keep(kept, doc=__doc__, name="3h-quick")

@@ -187,16 +187,16 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
         return opened[name]
 
     @cache
-    def wrapped(name: str) -> tuple[Any, Any]:
+    def wrapped(name: str) -> tuple[Any, Any, int]:
         harmful, harmless = (recipe.suites[name].wrap(name, part, attacker) for part in (goals, benign))
         if lost := len(goals) + len(benign) - len(harmful) - len(harmless):
             run.note(f"{name}: {lost} of {len(goals) + len(benign)} requests were not worded anew, and are left out.")
-        return harmful, harmless
+        return harmful, harmless, lost
 
     def measure(target: str, name: str) -> Cell:
-        harmful, harmless = wrapped(name)
+        harmful, harmless, lost = wrapped(name)
         cell = {"target": target, "suite": name, "attack": recipe.suites[name].attack.name}
-        if lost := len(goals) + len(benign) - len(harmful) - len(harmless):
+        if lost:
             cell["not_worded"] = lost
         return cell | measured(how, drawing(target), harmful, harmless, errors)
 

@@ -232,7 +232,7 @@ class PointToPoint(Network):
     @property
     def neighbours(self) -> list[int]:
         """The agents that this one exchanges messages with, by the present weights."""
-        return [j for j in range(self.count) if j != self.rank and bool(self.W[self.rank, j] > 0)]
+        return [j for j in self.W[self.rank].nonzero().flatten().tolist() if j != self.rank]
 
     def average(self, x: Tensor, partition: Partition, turn: int, *, trial: int | None = None) -> Tensor:
         """Return this agent's weighted mean (see :meth:`Communication.average`)."""

@@ -1,21 +1,12 @@
-"""transformers' own tests of a model, on the routed one of five hosts. Its wheel does not hold them, its source
-distribution does; see ``tests/models/zero_token/test_zero_mixins.py`` for how they are run. The distribution leaves out
-their tests of generation; ours are beside this file.
-"""
+"""transformers' own tests of a model, on the routed one of five hosts: ``tests/models/support_mixins.py`` tells how."""
 
-import os
 import unittest
 
-import pytest
 import torch
 
 from models.routed.support_routed import HOSTS, prompts
+from models.support_mixins import common
 from modicum.models import RoutedConfig, RoutedForCausalLM
-
-if "TRANSFORMERS_SOURCE" not in os.environ:
-    pytest.skip("TRANSFORMERS_SOURCE names no source distribution of transformers", allow_module_level=True)
-
-from models.zero_token.test_zero_mixins import mixin
 
 
 class Tester:
@@ -32,19 +23,7 @@ class Tester:
         return RoutedConfig(host=self.host), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-class Common(mixin()):
-    all_model_classes = (RoutedForCausalLM,)
-    all_generative_model_classes = ()
-    host = "llama"
-
-    def setUp(self):
-        self.model_tester = Tester(self.host)
-
-    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
-        # The mixin gives labels to the models that it knows by name.
-        return inputs | ({"labels": inputs["input_ids"]} if return_labels else {})
-
+class Common(common(RoutedForCausalLM, Tester)):
     # Three layers, of which a tap and routes before and behind it need one each.
     test_num_layers_is_small = None
     # Refused in one line, by tests of our own: other vocabularies, no folder, a file that was changed.

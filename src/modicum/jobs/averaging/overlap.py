@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Any
-
 from modicum.errors import RecipeError
 from modicum.evaluate.rows import Rows
+from modicum.record import digest
 
 
 def note_on_overlap(searched: Rows, held_out: Rows) -> list[str]:
@@ -16,8 +13,8 @@ def note_on_overlap(searched: Rows, held_out: Rows) -> list[str]:
     Raises:
         RecipeError: All are.
     """
-    known = {_digest(row) for row in searched.rows}
-    shared = sum(_digest(row) in known for row in held_out.rows)
+    known = {digest(row) for row in searched.rows}
+    shared = sum(digest(row) in known for row in held_out.rows)
     if shared == len(held_out):
         raise RecipeError(
             f"All {shared} rows of held_out are among those of data, so nothing is held out. Give other rows, or "
@@ -25,7 +22,3 @@ def note_on_overlap(searched: Rows, held_out: Rows) -> list[str]:
         )
     told = f"{shared} of {len(held_out)} rows of held_out are among those of data: the choice is judged on them too"
     return [told] if shared else []
-
-
-def _digest(row: dict[str, Any]) -> bytes:
-    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import Any
 
 from modicum.evaluate.chat import Judge
+from modicum.record import digest
 
 
 def judge_identity(judge: Judge) -> str:
@@ -26,7 +25,7 @@ def judge_identity(judge: Judge) -> str:
     Cost:
         One pass over the weights of the models that it asks.
     """
-    return sha256(json.dumps(_told(judge), sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()[:16]
+    return digest(_told(judge))
 
 
 def weights_of(model: Any) -> str:

@@ -23,6 +23,7 @@ from modicum.models.zero_token.body import Call
 from modicum.models.zero_token.config import zero_key_shape
 from modicum.models.zero_token.looped import Looped
 from modicum.models.zero_token.schedule import VisitId
+from modicum.models.zero_token.trial import apart, result_of
 from modicum.types import PositiveInt
 
 
@@ -111,10 +112,10 @@ def unroll(looped: Looped, *, n_cycles: PositiveInt | None = None) -> PreTrained
             f"The unrolled tensors do not fit: {(report.missing_keys + report.unexpected_keys)[:3]}."
         )
     plain.tie_weights()
-    _compare(looped, plain.eval(), n_cycles)
-    if getattr(looped, "generation_config", None) is not None:
-        plain.generation_config = copy.deepcopy(looped.generation_config)
     result: PreTrainedModel = plain.eval()
+    _compare(looped, result, n_cycles)
+    if getattr(looped, "generation_config", None) is not None:
+        result.generation_config = copy.deepcopy(looped.generation_config)
     return result
 
 
@@ -131,13 +132,11 @@ def _compare(looped: Looped, plain: Any, n_cycles: int | None) -> None:
     want = looped(input_ids=ids, use_cache=False, return_dict=True, looping=call)
     looped.train(was_training)
     got = plain(input_ids=ids, use_cache=False, return_dict=True)
-    name = "logits" if "logits" in want else "last_hidden_state"
-    far = float((got[name] - want[name]).abs().max() / want[name].abs().max().clamp(min=1e-9))
-    # Sums are made in another order, in the weights' own precision.
-    if not far <= (allowed := 64 * torch.finfo(plain.dtype).eps):
+    far, allowed = apart(result_of(got), result_of(want))
+    if not far <= allowed:
         raise UnsupportedError(
             f"The unrolled {looped.config.host.model_type!r} model differs from the looped one by {far:.1e} of the "
-            f"largest {name.replace('_', ' ')}, more than {allowed:.1e}: its layers depend on their place."
+            f"largest number, more than {allowed:.1e}: its layers depend on their place."
         )
 
 

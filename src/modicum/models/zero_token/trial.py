@@ -28,7 +28,7 @@ def compare(model: PreTrainedModel, looped: Any) -> None:
     want = model(input_ids=ids, use_cache=False, return_dict=True)
     model.train(model_was_training)
     got = _tried(looped, ids, use_cache=False, looping=Call(n_cycles=1, plain=True))
-    if not torch.equal(_result(want), _result(got)):
+    if not torch.equal(result_of(want), result_of(got)):
         raise hosts.refused(
             model.config, "run once and without zero tokens its layers give another result than the model itself"
         )
@@ -49,9 +49,9 @@ def decode(looped: Any) -> None:
     def once() -> Call:
         return Call(n_cycles=1, plain=True)
 
-    want = _result(_tried(looped, ids, use_cache=False, looping=once()))[:, -1]
+    want = result_of(_tried(looped, ids, use_cache=False, looping=once()))[:, -1]
     cache = _tried(looped, ids[:, :-1], use_cache=True, looping=once()).cache
-    got = _result(_tried(looped, ids[:, -1:], use_cache=True, cache=cache, looping=once()))[:, -1]
+    got = result_of(_tried(looped, ids[:, -1:], use_cache=True, cache=cache, looping=once()))[:, -1]
     _tried(looped, ids[:, -1:], use_cache=True, cache=_tried(looped, ids[:, :-1], use_cache=True).cache)
     # Sums are made in another order, in the weights' own precision.
     if not (got - want).abs().max() <= max(1e-3, 64 * torch.finfo(want.dtype).eps) * want.abs().max():
@@ -67,6 +67,13 @@ def _tried(looped: Any, ids: Tensor, **call: Any) -> Any:
         raise hosts.refused(looped.config.host, f"its layers failed with {error!r}") from error
 
 
-def _result(out: Any) -> Tensor:
+def result_of(out: Any) -> Tensor:
+    """Return what a model computes: its logits, or its states where it has no head."""
     found: Tensor = out["logits" if "logits" in out else "last_hidden_state"]
     return found
+
+
+def apart(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """Return how far results are apart, of the largest number, and how far sums in another order may bring them."""
+    far = float((got - want).abs().max() / want.abs().max().clamp(min=1e-9))
+    return far, 64 * torch.finfo(got.dtype).eps

@@ -12,6 +12,7 @@ from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.training.parts import Build, Part
 from modicum.recipe import Section, choice
 from modicum.registry import averager, training_part
+from modicum.schema import explain
 from modicum.types import Decay, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ class AverageSection(Section):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise RecipeError(f"average.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise RecipeError(explain(error, "average", cls)) from None
 
 
 def check_engine(*, deepspeed: bool, fsdp: int | None, adapter: bool) -> None:
