@@ -133,9 +133,9 @@ def test_policies_refuse_gains_that_are_negative_or_no_numbers(name):
 
 def test_greedy_refuses_what_is_not_submodular():
     square = from_callable(lambda mask: float(mask.sum()) ** 2, 3)
-    with pytest.raises(RecipeError, match=re.escape("element 1 adds 3 to {0}, and 1 to some of them")):
+    with pytest.raises(RecipeError, match=re.escape("element 1 adds 3 to {0}, but 1 to some of them")):
         greedy(square, 2)
-    with pytest.raises(RecipeError, match="adds 5 to all others, but 1 alone"):
+    with pytest.raises(RecipeError, match="element 0 adds 5 to {1, 2}, but 1 alone"):
         square.curvature()
     with pytest.raises(RecipeError, match="not monotone: element 0 adds -1 to {1, 2}"):
         from_callable(lambda mask: float(mask.sum()) * (3 - float(mask.sum())) / 2, 3).curvature()

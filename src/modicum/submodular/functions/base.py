@@ -99,7 +99,10 @@ class SetFunction:
         """
         alone, last = self.first_gains(), self.last_gains()
         if not self.trusted:
-            self._refuse_rising(alone, last)
+            full, every = self._mask(torch.ones(*self.worlds, self.n)), torch.arange(self.n, device=self.device)
+            refuse_falling(alone, ~full, every)
+            refuse_falling(last, full, every)
+            refuse_rising(last, alone, full, every, value=float(alone.amax()), fewer="alone")
         share = torch.where(alone > 0, last / torch.where(alone > 0, alone, 1), 1)
         found = (1 - share.amin(-1)).clamp(0, 1)
         return found if self.worlds else float(found)
@@ -134,18 +137,6 @@ class SetFunction:
         return Growing(self)
 
     # -- helpers for subclasses ----------------------------------------------------------------------------------
-
-    def _refuse_rising(self, alone: Tensor, last: Tensor) -> None:
-        full, every = self._mask(torch.ones(*self.worlds, self.n)), torch.arange(self.n, device=self.device)
-        refuse_falling(alone, ~full, every)
-        refuse_falling(last, full, every)
-        rises = last > alone + RISE * (alone.abs().amax() + last.abs())
-        if bool(rises.any()):
-            place = tuple(int(i) for i in rises.nonzero()[0])
-            raise RecipeError(
-                f"the objective is not submodular: element {place[-1]} adds {float(last[place]):g} to all others, but "
-                f"{float(alone[place]):g} alone."
-            )
 
     def _mask(self, mask: Any) -> Tensor:
         found = torch.as_tensor(np.asarray(mask) if isinstance(mask, (list, tuple)) else mask)
@@ -268,16 +259,46 @@ def refuse_falling(gains: Tensor, mask: Tensor, block: Tensor) -> None:
         RecipeError: There is one; it names the element and the set.
     """
     bad = ~(gains >= -TOLERANCE * (1 + gains.abs()))
-    if not bool(bad.any()):
-        return
-    *place, column = (int(i) for i in bad.nonzero()[0])
-    element = int(block.expand(*mask.shape[:-1], block.shape[-1])[(*place, column)])
-    rest = mask[tuple(place)].clone()
+    if bool(bad.any()):
+        element, where, place = _first(bad, mask, block)
+        raise RecipeError(
+            f"the objective is not monotone: element {element} adds {float(gains[place]):g} to {where}. "
+            "Policies need gains of at least 0."
+        )
+
+
+def refuse_rising(
+    gains: Tensor, before: Tensor, mask: Tensor, block: Tensor, *, value: float, fewer: str = "to some of them"
+) -> None:
+    """Refuse gains that are larger, beyond rounding, than they were to a smaller set.
+
+    Args:
+        gains: What elements add, (..., K).
+        before: What they added to the smaller set.
+        mask: To which sets they add ``gains``, (..., n).
+        block: The elements, (K,) or (..., K).
+        value: Of what size the values are that gains are differences of.
+        fewer: How the smaller set is named.
+
+    Raises:
+        RecipeError: There is one; it names the element and the set.
+    """
+    rises = gains > before + RISE * (value + before.abs())
+    if bool(rises.any()):
+        element, where, place = _first(rises, mask, block)
+        raise RecipeError(
+            f"the objective is not submodular: element {element} adds {float(gains[place]):g} to {where}, but "
+            f"{float(before[place]):g} {fewer}."
+        )
+
+
+def _first(bad: Tensor, mask: Tensor, block: Tensor) -> tuple[int, str, tuple[int, ...]]:
+    """Return the first element with a bad gain, the set without it, and where the gain stands."""
+    place = tuple(int(i) for i in bad.nonzero()[0])
+    element = int(block.expand(*mask.shape[:-1], block.shape[-1])[place])
+    rest = mask[place[:-1]].clone()
     rest[element] = False
-    raise RecipeError(
-        f"the objective is not monotone: element {element} adds {float(gains[(*place, column)]):g} to "
-        f"{members_of(rest)}. Policies need gains of at least 0."
-    )
+    return element, members_of(rest), place
 
 
 def members_of(mask: Tensor, most: int = 12) -> str:

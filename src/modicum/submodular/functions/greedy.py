@@ -13,13 +13,12 @@ from torch import Tensor
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.submodular.functions.base import (
     BUDGET,
-    RISE,
     Growing,
     Objective,
     SetFunction,
     check_empty,
-    members_of,
     pieces,
+    refuse_rising,
     trusted,
     values_of,
 )
@@ -90,10 +89,11 @@ def greedy(f: Objective, k: int) -> Selection:
             if len(stale) > batch:
                 stale = stale[np.argpartition(-bounds[stale], batch - 1)[:batch]]
             stale = np.union1d(stale[bounds[stale] > -np.inf], [best])
-            now = _numbers(grown.gains(torch.from_numpy(stale)))
+            found = grown.gains(torch.from_numpy(stale))
             if not trusted(f):
-                _refuse_rising(now, bounds[stale], stale, grown.mask, sum(gains))
-            bounds[stale] = np.minimum(bounds[stale], now)  # rounding must not make a gain rise
+                before = torch.from_numpy(bounds[stale])
+                refuse_rising(found.double().cpu(), before, grown.mask, torch.from_numpy(stale), value=sum(gains))
+            bounds[stale] = np.minimum(bounds[stale], _numbers(found))  # rounding must not make a gain rise
             fresh[stale] = turn
             batch = min(2 * batch, 256)
         picks.append(best)
@@ -203,16 +203,6 @@ def best_joint(f: Objective, partition: Partition) -> tuple[Tensor, Tensor]:
         best = torch.where(better, top, best)
         actions = torch.where(better[..., None], tried[place], actions)
     return actions, best
-
-
-def _refuse_rising(now: Any, before: Any, elements: Any, mask: Tensor, value: float) -> None:
-    rises = now > before + RISE * (value + np.abs(before))
-    if rises.any():
-        place = int(rises.argmax())
-        raise RecipeError(
-            f"the objective is not submodular: element {elements[place]} adds {now[place]:g} to {members_of(mask)}, "
-            f"and {before[place]:g} to some of them. Greedy needs gains that never rise."
-        )
 
 
 def _numbers(gains: Tensor) -> Any:
