@@ -10,7 +10,7 @@ checker for every one of them, so what ``modicum show`` prints has been checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -236,11 +236,14 @@ class PolicyFacts(Facts):
 
     Attributes:
         step: The knob that scales its step, which a grid tunes; ``None`` where there is none.
+        grid: Gives the values of that knob to try, from the sizes of the agents' blocks, where a recipe's grid of steps
+            is not meant.
         hints: What its ``act`` makes of a predicted objective: ``rounds`` played on it, a choice on the ``whole``, the
             ``truth`` that it must be shown, or ``None``.
     """
 
     step: str | None = None
+    grid: Callable[[Sequence[int]], Sequence[float]] | None = None
     hints: Literal["rounds", "whole", "truth"] | None = None
 
 

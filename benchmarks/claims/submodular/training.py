@@ -7,7 +7,6 @@ probes and a test. Every arm sees as many tokens. Run it again to go on.
 from __future__ import annotations
 
 import argparse
-import math
 import sysconfig
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -20,8 +19,10 @@ from benchmarks.claims.adagc.byte_model import CONTEXT, ByteModel
 from torch import Tensor
 
 from modicum.random import generator
-from modicum.submodular.data_selection import DomainScheduler, Needs, counted, similarities
+from modicum.submodular.data_selection import DomainScheduler, Needs, counted, objective_of, similarities
 from modicum.submodular.graphs import complete, metropolis_weights, ring
+from modicum.submodular.policies import ODM, Fixed, Hedge, Policy
+from modicum.submodular.policies.fixed import favourites
 
 PACKAGES = ("asyncio", "concurrent", "email", "importlib", "logging", "multiprocessing", "unittest", "xml")
 WORKERS, ROWS, STEPS, EVERY, RATE, SEEDS = 4, 4, 800, 10, 3e-3, 10
@@ -69,46 +70,27 @@ def table_of(kind: str, shuffled: int | None = None) -> Tensor:
     return table.flatten()[order].reshape(table.shape)
 
 
-def evenly(weights: Sequence[float], seed: int) -> Chooser:
-    """Draw every worker's domain from fixed weights."""
-    p = torch.tensor(weights, dtype=torch.float64)
-
-    def choose(round_: int, losses: list[float]) -> list[int]:  # noqa: ARG001
-        return torch.multinomial(p, WORKERS, replacement=True, generator=generator(seed, "fixed", round_)).tolist()
-
-    return choose
-
-
-def doremi(seed: int, reference: Sequence[float], eta: float) -> Chooser:
-    """Multiply weights by the exponential of the loss in excess of a reference, smoothed towards even ones."""
-    logs = torch.zeros(len(reference), dtype=torch.float64)
+def drawn(policy: Policy, name: str, seed: int, *, above: Sequence[float] | None = None) -> Chooser:
+    """Draw every worker's domain from a policy's weights, which follow the losses (in excess of ``above``)."""
+    count = policy.partition.widest
+    needs = Needs(count, reference=above, memory=0.0)
 
     def choose(round_: int, losses: list[float]) -> list[int]:
         if losses:
-            excess = (torch.tensor(losses, dtype=torch.float64) - torch.tensor(reference)).clamp(min=0)
-            logs.add_(eta * excess)
-        p = 0.95 * logs.softmax(0) + 0.05 / len(logs)
-        return torch.multinomial(p, WORKERS, replacement=True, generator=generator(seed, "doremi", round_)).tolist()
+            needs.observe(losses)
+            policy.update(objective_of("loss", torch.eye(count), needs.known, workers=WORKERS))
+        p = policy.probabilities()[:count]
+        rng = generator(seed, name, round_)
+        policy.act()
+        policy.overrule(chosen := torch.multinomial(p, WORKERS, replacement=True, generator=rng))
+        return chosen.tolist()
 
     return choose
 
 
-def odm(seed: int, count: int) -> Chooser:
-    """Exp3 with the losses of the domains that were chosen as rewards, weighted by their probability."""
-    reward = torch.zeros(count, dtype=torch.float64)
-    last: list[int] = []
-    shares = torch.full((count,), 1 / count, dtype=torch.float64)
-
-    def choose(round_: int, losses: list[float]) -> list[int]:
-        for d in set(last) if losses else ():
-            reward[d] = 0.9 * reward[d] + 0.1 * losses[d] / float(shares[d])
-        rate = min(1 / count, math.sqrt(math.log(count) / (count * (round_ + 1))))
-        shares.copy_((1 - count * rate) * (rate * reward).softmax(0) + rate)
-        drawn = torch.multinomial(shares, WORKERS, replacement=True, generator=generator(seed, "odm", round_))
-        last[:] = drawn.tolist()
-        return list(last)
-
-    return choose
+def evenly(count: int, seed: int, **knobs: Any) -> Chooser:
+    """Draw every worker's domain from fixed weights, even ones where no other are given."""
+    return drawn(Fixed([count] * WORKERS, **knobs), "fixed", seed)
 
 
 def scheduled(scheduler: DomainScheduler, *, constant: bool = False) -> Chooser:
@@ -164,19 +146,16 @@ def tuned(name: str) -> dict[float, float]:
 
 
 @cache
-def best_fixed(kind: str) -> list[float]:
-    """Return the best of even weights and those that give one domain 40 %."""
+def favourite(kind: str) -> int:
+    """Return the domain whose weight of 40 % is best for all probes; -1 where even weights are."""
     count = len(texts(kind)["train"])
-    grid = [[1 / count] * count]
-    grid += [[0.4 if d == one else 0.6 / (count - 1) for d in range(count)] for one in range(count)]
-    return min(grid, key=lambda weights: train(evenly(weights, 100), kind, 100)["probe"])
+    return min(favourites([count]), key=lambda one: train(evenly(count, 100, favourite=one), kind, 100)["probe"])
 
 
 @cache
 def reference(kind: str) -> list[float]:
     """Return the probes' losses after a training on all domains alike."""
-    count = len(texts(kind)["train"])
-    losses: list[float] = train(evenly([1 / count] * count, 200), kind, 200)["final"]
+    losses: list[float] = train(evenly(len(texts(kind)["train"]), 200), kind, 200)["final"]
     return losses
 
 
@@ -189,21 +168,22 @@ def arm(name: str, seed: int, step: float | None = None) -> dict[str, Any]:
         best = min(tuning, key=lambda eta: tuning[eta])
         return arm(name, seed, best) | {"step": best, "tuning": {str(k): v for k, v in tuning.items()}}
     if name == "uniform" or name.startswith("uniform,"):
-        choose = evenly([1 / count] * count, seed)
+        choose = evenly(count, seed)
     elif name == "by size":
-        choose = evenly([len(text) for text in texts(kind)["train"]], seed)
+        choose = evenly(count, seed, weights=[len(text) for text in texts(kind)["train"]])
     elif name == "best fixed":
-        choose = evenly(best_fixed(kind), seed)
+        choose = evenly(count, seed, favourite=favourite(kind))
     elif name == "odm":
-        choose = odm(seed, count)
+        choose = drawn(ODM([count] * WORKERS), "odm", seed)
     elif name == "doremi":
-        choose = doremi(seed, reference(kind), (step or 1.0) / 10)
+        policy = Hedge([count] * WORKERS, eta=(step or 1.0) / 10, gamma=0.05)
+        choose = drawn(policy, "doremi", seed, above=reference(kind))
     else:
-        policy, _, control = name.partition(",")
+        chosen, _, control = name.partition(",")
         links = complete(WORKERS) if "complete" in control else ring(WORKERS)
         table = table_of(kind, seed if "shuffled" in control else None)
         scheduler = DomainScheduler(
-            table, workers=WORKERS, policy=policy, W=metropolis_weights(links), horizon=STEPS // EVERY, seed=seed,
+            table, workers=WORKERS, policy=chosen, W=metropolis_weights(links), horizon=STEPS // EVERY, seed=seed,
             knobs={} if step is None else {"eta": step},
         )  # fmt: skip
         choose = scheduled(scheduler, constant="constant" in control)

@@ -62,8 +62,9 @@ class Selection(Section):
     packages: list[str] | None = Field(
         default=None, description="packages of the standard library as domains, in place of a similarity"
     )
-    utility: Literal["coverage", "facility"] = Field(
-        default="coverage", description="whether a second worker on a domain still helps"
+    utility: Literal["coverage", "facility", "loss"] = Field(
+        default="coverage",
+        description="a second worker on a domain still helps, does not, or domains count by their own needs alone",
     )
     learn: UnitInterval = 0.3
     drift: UnitInterval = 0.05

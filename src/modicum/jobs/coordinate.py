@@ -93,7 +93,9 @@ class Comparison:
         from modicum.submodular.policies.make import make_policy
 
         for graph, variant in self.pairs():
-            knobs = {**variant.knobs} if variant.step is None else {**variant.knobs, variant.step: 1.0}
+            knobs = dict(variant.knobs)
+            if variant.step is not None:
+                knobs[variant.step] = variant.grid(self.recipe.steps, self.blocks)[0]
             make_policy(variant.name, self.blocks, W=self.network(graph), horizon=self.recipe.rounds, knobs=knobs)
 
     @cached_property
@@ -146,7 +148,7 @@ class Comparison:
             variant, self.world, self.network(graph), seeds=self.seeds, rounds=self.recipe.rounds,
             steps=None if step is None else [step], optimum=self.recipe.optimum, watch=film.take, made=made,
         )  # fmt: skip
-        return {"graph": graph, "label": variant.label, "policy": variant.name, "step": step,
+        return {"graph": graph, "label": variant.label, "policy": variant.name, "step": step, "knob": variant.step,
                 "hint": variant.hint, **summary(trace), "frames": film.frames}  # fmt: skip
 
 
@@ -180,12 +182,12 @@ def plan(recipe: CoordinateRecipe) -> list[str]:
     found = Comparison(recipe)
     n, agents = sum(found.blocks), len(found.blocks)
     tuned = [variant for _, variant in found.pairs() if variant.step is not None]
-    worlds = len(tuned) * len(recipe.steps) * recipe.tune_seeds + len(found.pairs()) * recipe.seeds
-    most = max(len(recipe.steps) * recipe.tune_seeds if tuned else 1, recipe.seeds)
+    tried = [len(variant.grid(recipe.steps, found.blocks)) * recipe.tune_seeds for variant in tuned]
+    worlds = sum(tried) + len(found.pairs()) * recipe.seeds
+    most = max(*tried, recipe.seeds, 1)
     lines = [
         f"{agents} agents with {n} actions, {recipe.rounds} rounds, {recipe.seeds} worlds",
-        f"{len(found.pairs())} variants; {len(tuned)} of them tuned over {len(recipe.steps)} steps on "
-        f"{recipe.tune_seeds} further worlds",
+        f"{len(found.pairs())} variants; {len(tuned)} of them tuned on {recipe.tune_seeds} further worlds",
         f"{worlds * recipe.rounds:,} rounds in all, of up to {2 * n} evaluations and {(agents + 1) * n * 8 / 1e3:.0f} "
         f"kB of copies each; about {3 * most * agents * n * 8 / 1e6:.0f} MB at a time",
     ]

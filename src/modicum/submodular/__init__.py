@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     )
     from modicum.submodular.policies.best_response import BestResponse
     from modicum.submodular.policies.bsg import BSG
+    from modicum.submodular.policies.fixed import Fixed
     from modicum.submodular.policies.hedge import Hedge
     from modicum.submodular.policies.last_greedy import LastGreedy
     from modicum.submodular.policies.ma_osea import MAOSEA
     from modicum.submodular.policies.ma_osma import MAOSMA
     from modicum.submodular.policies.ma_spl import MASPL
     from modicum.submodular.policies.no_communication import NoCommunication
+    from modicum.submodular.policies.odm import ODM
     from modicum.submodular.policies.oracle_greedy import OracleGreedy
     from modicum.submodular.policies.osg import OSG
     from modicum.submodular.policies.rag import RAG
@@ -66,12 +68,14 @@ __all__ = [
     "MAOSEA",
     "MAOSMA",
     "MASPL",
+    "ODM",
     "OSG",
     "RAG",
     "BestResponse",
     "ConcaveOverModular",
     "DomainScheduler",
     "FacilityLocation",
+    "Fixed",
     "Hedge",
     "LastGreedy",
     "Mixture",

@@ -13,6 +13,7 @@ from torch import Tensor
 from modicum.registry import policy
 from modicum.submodular.functions.base import Objective
 from modicum.submodular.functions.greedy import count_joint
+from modicum.submodular.partition import Partition
 from modicum.submodular.policies.make import make_policy
 from modicum.submodular.simulation import SMALL, Optimum, Trace, simulate
 
@@ -40,6 +41,16 @@ class Variant:
         """The knob to tune, or ``None`` where there is none or it is set."""
         knob: str | None = policy[self.name].facts.step
         return None if knob is None or knob in self.knobs else knob
+
+    def grid(self, steps: Sequence[float], blocks: Sequence[Any]) -> list[float]:
+        """Return the values of the step to try: these, or the policy's own.
+
+        Args:
+            steps: The grid of all policies whose step is one.
+            blocks: Element numbers of each agent's actions, or sizes of blocks.
+        """
+        own = policy[self.name].facts.grid
+        return list(steps if own is None else own([len(block) for block in Partition.of(blocks).blocks]))
 
     @property
     def local(self) -> bool:
@@ -121,8 +132,9 @@ def tune(
         W: Weights of the averages.
         seeds: Seeds of worlds and policies; others than those that results are reported on.
         rounds: How many.
-        steps: Values of the step.
+        steps: Values of the step, where the policy has no grid of its own.
     """
+    steps = variant.grid(steps, world(seeds).blocks)
     trace = play(variant, world, W, seeds=seeds, rounds=rounds, steps=steps)
     means = trace.utility.mean(0).reshape(len(steps), len(seeds)).mean(1)
     return {f"{step:g}": float(value) for step, value in zip(steps, means)}

@@ -9,8 +9,11 @@ domain ``d`` serves probe ``j`` with a similarity :math:`s_{jd}`:
     f_t(A) = \sum_j w_{t,j} \Bigl(1 - \prod_{(i,d) \in A} (1 - s_{jd})\Bigr)
 
 Both are monotone and submodular, and once the needs are known every action's gain can be computed without training on
-it. This application is ours, not the publications'. With a global all-reduce a central greedy costs the same messages;
-the policies earn their keep where workers only reach neighbours. Higher coverage is not lower loss: measure both.
+it. The published mixtures (``odm``, DoReMi as ``hedge``) learn from losses instead: ``utility="loss"`` is the sum of
+the losses of the domains that are taken, each counted once.
+
+This application is ours, not the publications'. With a global all-reduce a central greedy costs the same messages; the
+policies earn their keep where workers only reach neighbours. Higher coverage is not lower loss: measure both.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from modicum.submodular.graphs import metropolis_weights, ring
 from modicum.submodular.policies.make import make_policy
 
 ETA = 1.0  # a step for objectives of at most 1
-Utility = Literal["coverage", "facility"]
+Utility = Literal["coverage", "facility", "loss"]
 
 
 def similarities(features: Any, probes: Any | None = None) -> Tensor:
@@ -84,6 +87,54 @@ def counted(texts: Sequence[str], *, size: int = 4096) -> Tensor:
     return vectors - vectors.mean(0)
 
 
+def objective_of(utility: Utility, similarity: Tensor, weights: Tensor, *, workers: int) -> SetFunction:
+    """Return what the choices of all workers are worth.
+
+    Args:
+        utility: ``coverage`` (a second worker on a domain still helps), ``facility`` (it does not), or ``loss``: the
+            sum of the weights of the probes whose own domains are taken, whatever is similar.
+        similarity: How well each domain serves each probe, (probes, domains).
+        weights: Of the probes, (..., probes), with worlds before.
+        workers: How many workers choose.
+
+    Example:
+        >>> f = objective_of("loss", torch.eye(2), torch.tensor([2.0, 3.0]), workers=2)
+        >>> float(f.value([True, False, True, False])), float(f.value([True, False, False, True]))
+        (2.0, 5.0)
+    """
+    columns = list(range(similarity.shape[1])) * workers
+    if utility == "loss":
+        return FacilityLocation(torch.diag_embed(weights), columns=columns)
+    table = similarity.expand(*weights.shape[:-1], -1, -1)
+    if utility == "facility":
+        return FacilityLocation(table, weights=weights, columns=columns)
+    return ProbabilisticCoverage(table[..., columns], weights=weights)
+
+
+def checked_table(similarity: Any, utility: str) -> Tensor:
+    """Return similarities as a table that suits a utility.
+
+    Raises:
+        RecipeError: It is no table of numbers in [0, 1], or the utility is unknown or has no use for it.
+    """
+    if utility not in ("coverage", "facility", "loss"):
+        raise RecipeError(f"utility is {utility!r}, expected coverage, facility or loss.")
+    try:
+        table = torch.as_tensor(np.asarray(similarity)).double()
+    except (TypeError, ValueError):
+        raise RecipeError(
+            "similarity has rows of several lengths, or no numbers: expected (probes, domains)."
+        ) from None
+    if table.ndim != 2 or not table.numel() or not bool(((table >= 0) & (table <= 1)).all()):
+        raise RecipeError(f"similarity of shape {tuple(table.shape)}: expected (probes, domains) in [0, 1].")
+    if utility == "loss" and len(table) != table.shape[1]:
+        raise RecipeError(
+            f"utility loss is of each domain's own probe, but {len(table)} probes and {table.shape[1]} domains are "
+            "given. Give as many probes as domains, in the same order, or take utility coverage."
+        )
+    return table
+
+
 class Needs:
     """How much each probe still needs, from its losses.
 
@@ -113,20 +164,23 @@ class Needs:
             raise RecipeError(
                 f"probes {probes}, memory {memory}, floor {floor}: expected 1 or more, [0, 1) and [0, 1]."
             )
-        self.reference = torch.zeros(probes) if reference is None else torch.as_tensor(reference)
-        self.reference = self.reference.double()
+        self.reference = torch.as_tensor([0.0] * probes if reference is None else reference, dtype=torch.float64)
         if self.reference.shape != (probes,):
             raise RecipeError(f"reference has {len(self.reference)} losses, expected {probes}, one for each probe.")
         self.memory, self.floor = memory, floor
         self.excess = torch.full((probes,), math.nan, dtype=torch.float64)
 
     @property
+    def known(self) -> Tensor:
+        """The smoothed losses in excess of the reference; 1 each before anything was observed."""
+        return self.excess.nan_to_num(nan=1.0)
+
+    @property
     def weights(self) -> Tensor:
         """The needs, which sum to 1; even before anything was observed, and once nothing is needed."""
         even = torch.full_like(self.excess, 1 / len(self.excess))
-        total = self.excess.sum()
-        known = bool(torch.isfinite(total)) and float(total) > 0
-        return (1 - self.floor) * (self.excess / total if known else even) + self.floor * even
+        total = self.known.sum()
+        return (1 - self.floor) * (self.known / total if float(total) > 0 else even) + self.floor * even
 
     def observe(self, losses: Any) -> Tensor:
         """Take in a loss for each probe and return the needs.
@@ -157,10 +211,11 @@ class DomainScheduler:
         domains: Names of the domains.
         policy: A policy's name.
         worker: The worker that this process trains, whose domain :meth:`next_domain` returns.
-        utility: ``coverage`` (a second worker on a domain still helps) or ``facility`` (it does not).
+        utility: ``coverage``, ``facility`` or ``loss`` (see :func:`objective_of`), of the needs; with ``loss`` of the
+            losses themselves, as ``odm`` and DoReMi (``hedge``) learn.
         W: Weights between the workers; a ring where not given.
         horizon: Number of rounds, which some policies must know.
-        needs: How needs follow from losses.
+        needs: How needs follow from losses; by default smoothed, but with ``loss`` as they are.
         floor: Share of choices that are uniform, so that no domain is ever left out.
         seed: Seed of all draws.
         knobs: The policy's own knobs; a step that is not given is 1.
@@ -191,24 +246,17 @@ class DomainScheduler:
         seed: int = 0,
         knobs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.similarity = torch.as_tensor(np.asarray(similarity)).double()
-        if self.similarity.ndim != 2 or not bool(((self.similarity >= 0) & (self.similarity <= 1)).all()):
-            raise RecipeError(
-                f"similarity of shape {tuple(self.similarity.shape)}: expected (probes, domains) in [0, 1]."
-            )
+        self.similarity = checked_table(similarity, utility)
         probes, count = self.similarity.shape
         self.domains = list(domains) if domains is not None else [str(d) for d in range(count)]
         if len(self.domains) != count:
             raise RecipeError(f"{len(self.domains)} domains are named, but similarity has {count} columns.")
         if workers < 1 or not 0 <= floor <= 1:
             raise RecipeError(f"workers {workers}, floor {floor}: expected at least 1 worker and a share in [0, 1].")
-        if utility not in ("coverage", "facility"):
-            raise RecipeError(f"utility is {utility!r}, expected coverage or facility.")
         if not 0 <= worker < workers:
             raise RecipeError(f"worker is {worker}, expected 0 to {workers - 1}.")
         self.worker, self.workers, self.utility, self.floor = worker, workers, utility, floor
-        self.needs = needs or Needs(probes)
-        self._columns = list(range(count)) * workers
+        self.needs = needs or Needs(probes, memory=0.0 if utility == "loss" else 0.5)
         weights = metropolis_weights(ring(workers)) if W is None else W
         blocks = [count] * workers
         own = {"eta": ETA} if registry.policy[policy].facts.step == "eta" else {}
@@ -220,9 +268,8 @@ class DomainScheduler:
 
     def objective(self) -> SetFunction:
         """Return the objective of the present needs."""
-        if self.utility == "facility":
-            return FacilityLocation(self.similarity, weights=self.needs.weights, columns=self._columns)
-        return ProbabilisticCoverage(self.similarity[:, self._columns], weights=self.needs.weights)
+        weights = self.needs.known if self.utility == "loss" else self.needs.weights
+        return objective_of(self.utility, self.similarity, weights, workers=self.workers)
 
     def next_domains(self) -> list[int]:
         """Choose a domain for every worker; until the next observation the choice stands."""
@@ -281,7 +328,7 @@ class SelectionWorld:
     Args:
         similarity: How well each domain serves each probe, (probes, domains), in [0, 1].
         workers: How many workers choose.
-        utility: See :class:`DomainScheduler`.
+        utility: See :func:`objective_of`.
         learn: How much of a probe's need one round of full service takes away.
         drift: How fast needs return to 1 of themselves.
         seed: Seeds of the first needs; several for as many worlds.
@@ -304,14 +351,13 @@ class SelectionWorld:
         drift: float = 0.05,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        self.similarity = torch.as_tensor(np.asarray(similarity)).double()
+        self.similarity = checked_table(similarity, utility)
         self.workers, self.utility, self.learn, self.drift = workers, utility, learn, drift
         seeds, self.worlds = seeds_of(seed)
         probes, count = self.similarity.shape
         self.blocks = [count] * workers
         self.need = 0.5 + 0.5 * uniform(keys(seeds, "selection-need", [0])[:, 0], 0, probes)
         self._last = self.need
-        self._columns = list(range(count)) * workers
 
     def objective(self) -> SetFunction:
         """Return the objective of the present needs."""
@@ -322,10 +368,8 @@ class SelectionWorld:
         return self._of(self._last)
 
     def _of(self, need: Tensor) -> SetFunction:
-        weights = need / need.sum(-1, keepdim=True)
-        table = self.similarity[:, self._columns].expand(len(need), -1, -1)
-        made = FacilityLocation if self.utility == "facility" else ProbabilisticCoverage
-        return made(table, weights=weights) if self.worlds else made(table[0], weights=weights[0])
+        weights = need if self.utility == "loss" else need / need.sum(-1, keepdim=True)
+        return objective_of(self.utility, self.similarity, weights if self.worlds else weights[0], workers=self.workers)
 
     def step(self, actions: Tensor) -> None:
         """Train on the chosen domains."""

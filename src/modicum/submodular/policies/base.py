@@ -181,6 +181,11 @@ class Policy:
         """Return uniform probabilities, (worlds, held, widest)."""
         return self._uniform_choice.clone()
 
+    def _chance(self, actions: Tensor) -> Tensor:
+        """Return how likely these actions were, (worlds, N), the share of uniform ones that a player adds included."""
+        p = self._shares().gather(-1, actions[..., None])[..., 0]
+        return (1 - self.floor) * p + self.floor / self.partition.sizes
+
     def _check(self, f: Objective) -> None:
         n = getattr(f, "n", None)
         if n != self.n:

@@ -85,10 +85,8 @@ class BSG(Experts):
         most = alone.amax((-1, -2), keepdim=True)
         gain = before.gather(-1, place) / torch.where(most > 0, most, 1)
         loss = (1 - gain).clamp(0, 1)
-        # An action that the floor chose was as likely as the floor makes it.
-        chance = (1 - self.floor) * self._shares().gather(-1, place) + self.floor / self.partition.sizes[:, None]
         rates = (self._scale[..., 0] if self.worlds else self._scale) * self.rates
-        estimate = loss / (chance + rates / 2)  # (worlds, N, experts)
+        estimate = loss / (self._chance(played)[..., None] + rates / 2)  # (worlds, N, experts)
         at = place[..., None, :].expand(*estimate.shape, 1)
         met = self.experts.gather(-1, at)[..., 0] * estimate
         raised = torch.zeros_like(self.experts).scatter_(-1, at, -(rates * estimate)[..., None])

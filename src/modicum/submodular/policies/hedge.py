@@ -23,7 +23,7 @@ class Hedge(Policy):
     r"""Multiply each action's weight by the exponential of its value alone; nobody looks at what the others do.
 
     .. math::
-        w_a \leftarrow \frac{w_a e^{\eta f(a)}}{\sum_b w_b e^{\eta f(b)}}, \qquad p = (1 - \gamma) w + \gamma u
+        w_a = \frac{e^{\eta \sum_t f_t(a)}}{\sum_b e^{\eta \sum_t f_t(b)}}, \qquad p = (1 - \gamma) w + \gamma u
 
     Args:
         blocks: Element numbers of each agent's actions, or sizes of blocks.
@@ -45,15 +45,16 @@ class Hedge(Policy):
         One evaluation for each action; no messages.
 
     Deviates:
-        DoReMi weighs the domains of one batch by a reference model's excess loss; here the weights are choices of
-        agents, and the objective holds the excess.
+        DoReMi weighs the domains of one batch by the loss in excess of a reference model's; here the weights are
+        choices of agents, and the objective holds the excess: ``utility="loss"`` of
+        :class:`~modicum.submodular.data_selection.DomainScheduler`, whose needs have the reference.
 
     Reference:
         Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", NeurIPS 2023,
         arXiv:2305.10429, Algorithm 1; Hedge: Freund and Schapire, 1997.
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"weights"})
+    fixed: ClassVar[frozenset[str]] = frozenset({"logs"})
 
     def __init__(
         self,
@@ -74,20 +75,20 @@ class Hedge(Policy):
             raise RecipeError(f"gamma is {gamma}, expected a share in [0, 1].")
         self.gamma = gamma
         self._eta = torch.tensor(steps, dtype=torch.float64).view(-1, *[1] * 2 if self.worlds else ())
-        self.weights = self._even()
+        self.logs = torch.zeros_like(self._even())  # a weight itself would be 0 for good once it is too small
 
     def _shares(self) -> Tensor:
-        return mix_uniform(self.weights, self._uniform_choice, gamma=self.gamma)
+        weights = torch.where(self.partition.valid, self.logs, -torch.inf).softmax(-1)
+        return mix_uniform(weights, self._uniform_choice, gamma=self.gamma)
 
     def _choose(self, hint: Objective | None, rounds: int) -> Tensor:  # noqa: ARG002
         return sample_actions(self._shares(), self._uniform("act", self.acts, 1)[..., 0])
 
     def _learn(self, f: Objective) -> None:
-        raised = self.weights.log() + self._eta * self._alone(f)
-        self.weights = torch.where(self.partition.valid, raised, -torch.inf).softmax(-1)
+        self.logs = self.logs + self._eta * self._alone(f)
 
     def _state(self) -> dict[str, Tensor]:
-        return {"weights": self.weights}
+        return {"logs": self.logs}
 
     def _load(self, state: dict[str, Tensor]) -> None:
-        self.weights = state["weights"].clone()
+        self.logs = state["logs"].clone()
