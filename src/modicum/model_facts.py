@@ -17,11 +17,13 @@ class StoreFacts(Facts):
         drawn: What is kept is drawn from a seed, whatever the weights: its places need not be stored.
         unbiased: The stored difference is the true one on average over seeds.
         factors: It takes an adapter's factors as they are; the dense layer is then the base.
+        scales: It keeps one size for each matrix, which can be fitted to the expert's answers.
     """
 
     drawn: bool = False
     unbiased: bool = False
     factors: bool = False
+    scales: bool = False
     supplied: Collection[str] = frozenset({"key"})
 
 

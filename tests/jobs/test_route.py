@@ -2,63 +2,26 @@
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from jobs.support_route import WORDS, expert, recipe, write_parts
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
 from modicum.models import RoutedForCausalLM
 from modicum.recipe import parse, read
 from modicum.registry import expert_store
 from modicum.weights import Checkpoint, extract_lora
-from support import byte_tokenizer, tiny_llama
-
-WORDS = {"low": "abcdef", "high": "uvwxyz"}
-
-
-def expert(seed, scale=0.02):
-    model = tiny_llama(seed=0, num_hidden_layers=3)
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=rng))
-    return model
+from support import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    for name, model in (("base", expert(0, 0.0)), ("low", expert(1)), ("high", expert(2))):
-        model.save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    rng = torch.Generator().manual_seed(0)
-    (folder / "text.jsonl").write_text('{"text": "no prompt"}\n' * 6)
-    for name, letters in {**WORDS, "other": "012345"}.items():
-        rows = []
-        for _ in range(24):
-            picks = torch.randint(len(letters), (6,), generator=rng).tolist()
-            rows.append(json.dumps({"prompt": "".join(letters[i] for i in picks), "completion": "x"}))
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-def recipe(parts, **more):
-    return {
-        "job": "route",
-        "base": str(parts / "base"),
-        "experts": {name: str(parts / name) for name in WORDS},
-        "data": {name: str(parts / f"{name}.jsonl") for name in WORDS},
-        "rule": "all",
-        "store": "sign",
-        **more,
-    }
+    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 def test_a_folder_that_transformers_loads(parts, tmp_path):
@@ -79,24 +42,6 @@ def test_a_folder_that_transformers_loads(parts, tmp_path):
     assert not (tmp_path / "run" / ".building").exists()
     dense = Checkpoint(tmp_path / "run" / "model")
     assert all(torch.equal(dense[name], model.experts.dense[name]) for name in dense)
-
-
-def test_the_same_recipe_gives_the_same_bytes_and_goes_on_after_a_stop(parts, tmp_path, monkeypatch):
-    given = parse(recipe(parts))
-    execute(given, tmp_path / "one", quiet=True)
-    from modicum.jobs import routing
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(routing, "fit", stop)
-        with pytest.raises(KeyboardInterrupt):
-            execute(given, tmp_path / "two", quiet=True)
-    assert not (tmp_path / "two" / "model").exists()
-    execute(given, tmp_path / "two", quiet=True)
-    for path in sorted((tmp_path / "one" / "model").iterdir()):
-        assert path.read_bytes() == (tmp_path / "two" / "model" / path.name).read_bytes(), path.name
 
 
 def test_check_tells_every_layer_and_the_bytes(parts):
@@ -291,39 +236,6 @@ def test_the_harness_scores_a_routed_folder(parts, tmp_path):
     assert cell["n"] == 3
 
 
-@pytest.mark.slow
-def test_a_process_killed_anywhere_ends_with_the_same_bytes(parts, tmp_path):
-    file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(recipe(parts, variants=["top1"], router={"gate": 0.9})))
-
-    def start(folder):
-        command = [sys.executable, "-m", "modicum", "run", str(file), "--out", str(folder)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def finished(process):
-        told, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, told[-2000:]
-
-    finished(start(tmp_path / "whole"))
-    killed = tmp_path / "killed"
-    kills = 0
-    for stage in ("record.json", ".building/*/*", ".building/*/dense", ".building/*/experts", ".model*", "model"):
-        process = start(killed)
-        while process.poll() is None and not list(killed.glob(stage)):
-            time.sleep(0.001)
-        if process.poll() is None:
-            kills += 1
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finished(start(killed))
-    assert kills >= 3
-    for path in sorted((tmp_path / "whole").rglob("*.*")):
-        if path.parent.name in ("model", "top1"):
-            other = killed / path.relative_to(tmp_path / "whole")
-            assert path.read_bytes() == other.read_bytes(), path.name
-    assert not list(killed.glob(".building")) and not list(killed.glob(".model*"))
-
-
 @pytest.mark.parametrize("kind", ["exact_match", "choice"])
 def test_an_evaluation_routes_every_prompt(parts, tmp_path, monkeypatch, kind):
     execute(parse(recipe(parts)), tmp_path / "run", quiet=True)
@@ -362,6 +274,8 @@ def test_an_evaluation_routes_every_prompt(parts, tmp_path, monkeypatch, kind):
         (lambda r: r["data"].update(low={"path": r["data"]["low"], "size": 2}), "data.low has 2 prompts"),
         (lambda r: r["data"].update(low=r["data"]["low"].replace("low", "text")), "holds text rows"),
         (lambda r: r.update(base="/nowhere"), "nowhere"),
+        (lambda r: r.update(distil={}, store="magnitude"), "distil fits the sizes that store: sign keeps"),
+        (lambda r: r.update(distil={}, router=None, data={}), "data has prompts of nothing.*distil: null"),
     ],
 )
 def test_what_a_run_would_refuse_is_found_by_check(parts, tmp_path, change, message):

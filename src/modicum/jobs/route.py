@@ -8,19 +8,19 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from annotated_types import Gt, Lt
 from pydantic import Field, model_validator
 
 from modicum.durable import whole_folder
 from modicum.errors import RecipeError
 from modicum.jobs.data.section import DataSection
+from modicum.jobs.route_sections import ConflictSection, DistilSection, RouterSection, RuleSection
 from modicum.model_facts import check_centred
-from modicum.recipe import Recipe, Section, choice
+from modicum.recipe import Recipe, choice
 from modicum.record import Run, digest
 from modicum.registry import expert_store, job, merge_method
-from modicum.types import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+from modicum.types import Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from modicum.weights.checkpoint import Checkpoint
@@ -30,56 +30,6 @@ if TYPE_CHECKING:
 
 BUILDING = ".building"
 Selection = Literal["entropy_gated", "soft", "top1", "nucleus", "uniform", "standardised"]
-RULES = Literal[
-    "mean_std", "topk", "quantile", "absolute", "chance", "budget_bytes", "all", "none", "first", "least", "random"
-]
-
-
-class ConflictSection(Section):
-    """How conflict is measured; see :func:`modicum.weights.mediator.layer_conflict`."""
-
-    aggregate: Literal["pairwise_mean", "any"] = "pairwise_mean"
-    weight: Literal["count", "magnitude"] = "count"
-    denoise: Literal["topk", "sigma", "none"] = "topk"
-    keep: Fraction = 0.2
-    sigma: Positive = 1.0
-    scope: Literal["tensor", "unit"] = "tensor"
-    unit: Literal["block", "sublayer", "matrix"] = "block"
-
-
-class RuleSection(Section):
-    """Which layers are routed; see :func:`modicum.weights.mediator.select_layers`."""
-
-    name: RULES = "mean_std"
-    c: NonNegative = 1.0
-    k: Positive | None = None
-    q: Annotated[float, Field(ge=0, le=1)] = 0.8
-    threshold: float = 0.5
-
-
-class RouterSection(Section):
-    """How the router is fitted and what it sees; see :func:`modicum.models.router.fit_router`."""
-
-    kind: Literal["linear", "mlp", "subspace", "entropy"] = "linear"
-    tap: NonNegativeInt | Literal["auto"] = Field(
-        default="auto", description="block whose input is looked at; auto: the first routed one"
-    )
-    pooling: Literal["mean", "last"] = "mean"
-    second_prefill: bool = Field(default=False, description="read each prompt by the dense weights first")
-    held_out: Annotated[float, Gt(0), Lt(1)] = Field(default=0.25, description="share of the prompts to calibrate on")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    gate: Annotated[float, Gt(0), Lt(1)] | None = Field(
-        default=None, description="quantile of the held-out distances beyond which a prompt is unknown"
-    )
-    u_lo: Annotated[float, Field(ge=0, le=1)] = 0.1
-    u_hi: Annotated[float, Field(ge=0, le=1)] = 0.9
-    nucleus: Fraction = 0.9
-    centred: bool = False
-    batch_size: PositiveInt = 16
-    least: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.2, description="smallest weight under standardised")
-    rank: PositiveInt = Field(default=8, description="directions of each task, for subspace")
-    epochs: PositiveInt = Field(default=50, description="for mlp")
-    decay: NonNegative = Field(default=1e-3, description="weight decay, for linear and mlp")
 
 
 class RouteRecipe(Recipe):
@@ -104,6 +54,9 @@ class RouteRecipe(Recipe):
     dense: Literal["average", "base"] = "average"
     average: choice(merge_method) = Field(  # type: ignore[valid-type]
         default_factory=lambda: {"name": "linear"}, validate_default=True, description="how all other layers are merged"
+    )
+    distil: DistilSection | None = Field(
+        default=None, description="fit the sizes of one-bit experts to each fine-tune's logits; needs store: sign"
     )
     router: RouterSection | None = RouterSection()
     selection: Selection = "entropy_gated"
@@ -144,17 +97,17 @@ class RouteRecipe(Recipe):
         store: Any = self.store
         if expert_store[store.name].facts.factors and self.dense != "base":
             raise RecipeError("store lora needs dense: base, because an expert less the average has no thin factors.")
+        if self.distil is not None and not expert_store[store.name].facts.scales:
+            raise RecipeError(f"distil fits the sizes that store: sign keeps, and the store is {store.name}. Drop one.")
+        if self.distil is not None:
+            self._fits_prompts("set distil: null")
         return self
 
     def _fits_router(self, router: RouterSection) -> None:
         """Refuse a router that lacks prompts, or is asked for what it cannot do."""
         # Entropies have nothing to learn: their prompts only tell how good they are.
-        needed = router.kind != "entropy" or self.data
-        if needed and set(self.data) != set(self.experts):
-            raise RecipeError(
-                f"data has prompts of {', '.join(self.data) or 'nothing'}, expected one entry for each expert: "
-                f"{', '.join(self.experts)}. Add them, or set router: null."
-            )
+        if router.kind != "entropy" or self.data:
+            self._fits_prompts("set router: null")
         if router.kind == "entropy" and router.gate is not None:
             raise RecipeError(
                 "router.gate is a distance of features, which an entropy router has none of. Leave it out."
@@ -164,6 +117,14 @@ class RouteRecipe(Recipe):
         if router.centred:
             store: Any = self.store
             check_centred(self.dense, store.name, expert_store[store.name].facts)
+
+    def _fits_prompts(self, otherwise: str) -> None:
+        """Refuse data that lack prompts of an expert, or have those of another."""
+        if set(self.data) != set(self.experts):
+            raise RecipeError(
+                f"data has prompts of {', '.join(self.data) or 'nothing'}, expected one entry for each expert: "
+                f"{', '.join(self.experts)}. Add them, or {otherwise}."
+            )
 
     def inputs(self) -> Iterator[str]:
         """Yield the models and the data."""
@@ -286,7 +247,7 @@ def plan(recipe: RouteRecipe) -> list[str]:
     from modicum.jobs.routing import bytes_by_store, check_tap, prompts_of
 
     notes: list[str] = []
-    rows = {} if recipe.router is None else prompts_of(recipe, notes.append)
+    rows = prompts_of(recipe, notes.append)
     build = plan_build(recipe)
     check_tap(recipe, build)
     routed, t = set(build.about.routed), len(build.experts)
@@ -304,9 +265,16 @@ def plan(recipe: RouteRecipe) -> list[str]:
     )
     if recipe.router is not None and recipe.router.kind == "entropy":
         lines.append(f"router entropy: each prompt is read {t} times, once by every expert")
+    if (section := recipe.distil) is not None:
+        parameters = sum(step.spec.numel for step in build.merge.steps)
+        lines.append(
+            f"distil: {section.steps} steps of {section.batch_size} prompts for each of {t} experts; in memory this "
+            f"model and the fine-tune in float32, {2 * 4 * parameters} bytes"
+        )
     lines += [
         f"router: {len(known)} prompts of {name} from {recipe.data[name].path}"
-        for name, known in rows.get("known", {}).items()
+        for name, known in rows["known"].items()
+        if recipe.router is not None
     ]
     return [*lines, *notes, *build.merge.notes]
 
@@ -320,6 +288,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
         run: Gets ``model/``, which transformers loads as one model, and a folder for each variant; ``record.json``
             holds the conflict of every layer, the bytes, and how well the router tells the tasks apart.
     """
+    from modicum.jobs.route_scales import distil
     from modicum.jobs.routing import (
         assemble,
         bytes_by_store,
@@ -332,7 +301,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
     )
     from modicum.weights.merge import run_plan
 
-    rows = {} if recipe.router is None else prompts_of(recipe, run.note)
+    rows = prompts_of(recipe, run.note)
     build = plan_build(recipe)
     check_tap(recipe, build)
     for note in build.merge.notes:
@@ -347,8 +316,10 @@ def route(recipe: RouteRecipe, run: Run) -> None:
     if build.stores and not (work / "experts").is_dir():
         _write_experts(recipe, build, work, progress=not run.quiet)
     run.inputs.check()
-    with whole_folder(run.folder / "model") as folder:
+    with whole_folder(run.folder / "model", check=run.inputs.check) as folder:
         assemble(work, folder, build)
+        if recipe.distil is not None:
+            run.record["metrics"]["distilled"] = distil(recipe, build, folder, rows["known"], work)
         if recipe.router is not None:
             run.record["metrics"]["router"] = fit(recipe, folder, rows, run.note)
         finish_config(folder)

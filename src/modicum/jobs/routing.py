@@ -13,6 +13,7 @@ from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.data.rows import load_rows
 from modicum.jobs.data.tokens import prompt_ids
 from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
+from modicum.jobs.route_sections import RouterSection
 from modicum.layout import layer_of, stacks
 from modicum.registry import expert_store
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from modicum.evaluate.rows import Rows
     from modicum.jobs.data.section import DataSection
-    from modicum.jobs.route import Build, RouteRecipe, RouterSection
+    from modicum.jobs.route import Build, RouteRecipe
     from modicum.models.router import Router
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.expert_plan import Experts
@@ -82,7 +83,9 @@ def check_tap(recipe: RouteRecipe, build: Build) -> None:
 
 
 def prompts_of(recipe: RouteRecipe, note: Callable[[str], None]) -> Prompts:
-    """Return the rows of every known and unknown task."""
+    """Return the rows of every known and unknown task; none where nothing is fitted on them."""
+    if recipe.router is None and recipe.distil is None:
+        return {"known": {}, "unknown": {}}
 
     def read(section: DataSection) -> list[Any]:
         rows: Rows = load_rows(section, seed=recipe.seed, note=note)
@@ -92,16 +95,15 @@ def prompts_of(recipe: RouteRecipe, note: Callable[[str], None]) -> Prompts:
 
     known = {name: read(recipe.data[name]) for name in recipe.experts if name in recipe.data}
     for name, rows in known.items():
-        if len(rows) - _held(recipe, len(rows)) < LEAST:
+        if len(rows) - held_out(recipe, len(rows)) < LEAST:
             raise RecipeError(f"data.{name} has {len(rows)} prompts, expected at least 3. Give more.")
     return {"known": known, "unknown": {name: read(section) for name, section in recipe.unknown.items()}}
 
 
-def _held(recipe: RouteRecipe, count: int) -> int:
-    """Return how many of a task's prompts are held out: the last ones, to calibrate on."""
-    section = recipe.router
-    assert section is not None  # noqa: S101
-    return max(1, round(section.held_out * count))
+def held_out(recipe: RouteRecipe, count: int) -> int:
+    """Return how many of a task's prompts are held out: the last ones, to calibrate and measure on."""
+    share = RouterSection().held_out if recipe.router is None else recipe.router.held_out
+    return max(1, round(share * count))
 
 
 def fit(recipe: RouteRecipe, folder: Path, rows: Prompts, note: Callable[[str], None]) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def fit(recipe: RouteRecipe, folder: Path, rows: Prompts, note: Callable[[str], 
     config.save_pretrained(folder)
     features = _features(folder, rows, section.batch_size)
     names = list(recipe.experts)
-    ends = {name: len(found) - _held(recipe, len(found)) for name, found in features["known"].items()}
+    ends = {name: len(found) - held_out(recipe, len(found)) for name, found in features["known"].items()}
     held = {name: found[ends[name] :] for name, found in features["known"].items()}
     if section.kind == "entropy":
         router = Router("entropy", len(names))
@@ -244,15 +246,13 @@ def _features(folder: Path, rows: Prompts, batch_size: int) -> dict[str, dict[st
 def _of(model: Any, prompts: Sequence[Sequence[int]], batch_size: int) -> Tensor:
     import torch
 
+    from modicum.models.routed.features import left_padded
+
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        length = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[0] * (length - len(prompts[i])) + list(prompts[i]) for i in chosen], device=model.device)
-        mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
-        for i, row in zip(chosen, model.features(ids, mask.to(model.device))):
-            found[i] = row
+        found |= zip(chosen, model.features(*left_padded([prompts[i] for i in chosen], model.device)))
     return torch.stack([found[i] for i in range(len(prompts))])
 
 

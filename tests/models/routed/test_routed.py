@@ -64,6 +64,19 @@ def test_a_switch_and_back_restores_every_bit_in_the_same_memory(store, dtype):
     assert places == {name: p.data_ptr() for name, p in model.host.named_parameters()}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixtures_reach_a_cuda_device_as_they_are_made(dtype):
+    model, plain_one = routed(router=False), routed(router=False)
+    plain_one.to(dtype)
+    model.to("cuda", dtype)
+    for weights in (*ONE_HOT, [0.5, 0.25, 0.25], [1 / 3] * 3, ONE_HOT[0]):
+        model.materialise(weights)
+        plain_one.materialise(weights)
+        got = {name: target.cpu() for name, target in model.working.targets.items()}
+        assert all(torch.equal(got[name], target) for name, target in plain_one.working.targets.items())
+
+
 def test_mixtures_used_before_are_copied_within_the_memory_that_is_given():
     base, experts = experts_of()
     built = build_experts(base, experts, ["model.layers.0"], sparsifier="sign")

@@ -5,7 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 from models.routed.support_routed import host, prompts, routed, weights_of
+from modicum.errors import RecipeError
 from modicum.models.routed import route_experts
+from modicum.models.routed.mixed import Cost
+from modicum.models.routed.requests import groups_of
 from modicum.weights.expert_plan import Experts
 from modicum.weights.experts import ExpertSet
 
@@ -117,6 +120,45 @@ def test_factors_beside_the_weights_are_the_whole_experts(kind):
             assert torch.equal(got[i, : len(alone)], alone)
     assert not model.host._forward_hooks  # what runs beside the weights is gone when nothing asks for it
     assert not any(module._forward_hooks for module in model.host.modules())
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_both_ways_of_a_mixed_batch_say_the_same_and_the_one_that_costs_less_is_taken(mode):
+    built, _ = lora_experts("llama")
+    model, ids, rows = route_experts(host(), built), prompts(6), torch.eye(3).repeat(2, 1)
+    knobs = MODES[mode]
+    found = {}
+    for way in ("beside", "grouped", "measured"):
+        model.mixed.way = way
+        before = model.working.written
+        found[way] = answered(model, ids, weights=rows, **knobs)
+        assert way != "grouped" or model.working.written >= before + 2
+    assert torch.equal(found["beside"], found["grouped"]) and torch.equal(found["measured"], found["beside"])
+    assert len(model.mixed.costs) == 1
+    [(shape, (beside, grouped))] = model.mixed.costs.items()
+    assert all(cost.start > 0 and cost.step > 0 for cost in (beside, grouped))
+    # What was measured once decides until the shape changes, by the length of the answer.
+    cheap, dear = Cost(1.0, 0.0), Cost(0.0, 1.0)
+    for costs, tokens, want in (((cheap, dear), 6, True), ((dear, cheap), 6, False), ((dear, cheap), 0, True)):
+        model.mixed.costs[shape] = costs
+        each = 1 if mode == "greedy" else 3
+        assert model.mixed.beside(model, ids, rows, groups_of(rows), tokens=tokens, each=each) is want
+    assert list(model.mixed.costs) == [shape]
+
+
+def test_what_rows_share_is_given_whatever_costs_less():
+    built, _ = lora_experts("llama")
+    model, ids, rows = route_experts(host(), built), prompts(3), torch.eye(3)
+    model.mixed.way = "grouped"
+    cached = model(ids, weights=rows)
+    assert any(cached.get(name) is not None for name in ("cache", "past_key_values"))
+    assert model.generate(ids, weights=rows, return_dict_in_generate=True, **NEW).sequences.shape == (3, 11)
+    grouped = model(ids, weights=rows, use_cache=False).logits
+    model.mixed.way = "beside"
+    torch.testing.assert_close(grouped, model(ids, weights=rows, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(RecipeError, match="way 'fast' is not known"):
+        model.mixed.way = "fast"
+
 
 
 def test_a_loaded_folder_generates_through_the_auto_class(tmp_path):

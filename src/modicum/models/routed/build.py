@@ -10,6 +10,7 @@ from modicum.models.routed.model import RoutedForCausalLM
 from modicum.models.router import Router
 from modicum.registry import model
 from modicum.types import NonNegativeInt
+from modicum.weights.compatibility import Tensors
 from modicum.weights.experts import ExpertSet
 
 
@@ -53,7 +54,12 @@ def route_experts(
         else {"kind": router.kind, "temperature": router.temperature, "threshold": router.threshold}
     )
     config = RoutedConfig(host=host.config, experts=asdict(experts.about), routing=routing)
-    missing = host.load_state_dict(dict(experts.dense), strict=False).unexpected_keys
-    if missing:
-        host.base_model.load_state_dict({name: experts.dense[name] for name in missing})
+    fill_host(host, experts.dense)
     return RoutedForCausalLM(config, host=host, experts=experts, router=router, memory_bytes=memory_bytes)
+
+
+def fill_host(host: Any, tensors: Tensors) -> None:
+    """Load a checkpoint's tensors into a host, whose prefix their names may lack."""
+    missing = host.load_state_dict(dict(tensors), strict=False).unexpected_keys
+    if missing:
+        host.base_model.load_state_dict({name: tensors[name] for name in missing})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -71,6 +72,20 @@ def real_tokens(host: Any, states: Tensor, ids: Tensor | None, mask: Tensor | No
     fill = (ids == 0) | (ids == (0 if pad is None else pad))
     behind = fill.flip(1).long().cumprod(1).flip(1).bool()
     return (~behind | behind.all(1, keepdim=True)).to(states.device)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], device: Any = None) -> tuple[Tensor, Tensor]:
+    """Return prompts as one batch, filled up in front, and its mask ``(n, t)``.
+
+    Example:
+        >>> ids, mask = left_padded([[5], [6, 7]])
+        >>> ids.tolist(), mask.tolist()
+        ([[0, 5], [6, 7]], [[0, 1], [1, 1]])
+    """
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask
 
 
 def _last(real: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from modicum.layout import stacks
 from modicum.models.routed import folder as files
 from modicum.models.routed.beside import SidePath
 from modicum.models.routed.config import RoutedConfig, Routing
+from modicum.models.routed.mixed import Mixed
 from modicum.models.routed.requests import FIXED, Groups, Requests, groups_of, rows_of
 from modicum.models.routed.working import WorkingWeights
 from modicum.models.router import Router
@@ -81,6 +83,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         self._fixed: Tensor | None = None
         self.working: WorkingWeights | None = None
         self.side: SidePath | None = None
+        self.mixed = Mixed()
         if experts is not None:
             self.requires_grad_(False)
             self.config.experts = asdict(experts.about)
@@ -244,18 +247,26 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         groups = groups_of(rows)
         if len(groups) == 1:
             self.materialise(rows[0])
-            output = self.host(**given)
-        elif self.side is not None:
-            output = self._mixed(rows, given)
-        else:
-            return self._one_by_one(groups, given)
-        return _remembered(output, rows)
+            return _remembered(self.host(**given), rows)
+        # What rows share, a cache or a loss, one expert after the other cannot give.
+        shared = labels is not None or cache is not None or given.get("use_cache") is not False
+        if self._beside(input_ids, rows, groups, shared=shared):
+            with self._side(rows):
+                return _remembered(self.host(**given), rows)
+        return self._one_by_one(groups, given)
 
-    def _mixed(self, rows: Tensor, given: dict[str, Any]) -> Any:
+    def _beside(self, ids: Tensor | None, rows: Tensor, groups: Groups, *, shared: bool, **lengths: int) -> bool:
+        """Return whether a batch of several experts is run beside the dense weights; see :class:`Mixed`."""
+        if self.side is None:
+            return False
+        return shared or ids is None or self.mixed.beside(self, ids, rows, groups, **lengths)
+
+    @contextmanager
+    def _side(self, rows: Tensor) -> Iterator[None]:
         assert self.side is not None and self.working is not None  # noqa: S101
         self.working.dense()
         with self.side(rows):
-            return self.host(**given)
+            yield
 
     def _one_by_one(self, groups: Groups, given: dict[str, Any]) -> Any:
         """Run the rows of one mixture after those of another; without a cache, which rows would share."""
@@ -297,11 +308,11 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         if len(groups) == 1:
             self.materialise(rows[0])
             return _remembered(self.host.generate(ids, **kwargs), rows, cache)
-        if self.side is not None and self.working is not None:
-            self.working.dense()
-            with self.side(rows):
+        shared = bool(kwargs.get("return_dict_in_generate")) or kwargs.get("streamer") is not None or cache is not None
+        if self._beside(ids, rows, groups, shared=shared, **self._lengths(kwargs, ids)):
+            with self._side(rows):
                 return _remembered(self.host.generate(ids, **kwargs), rows, cache)
-        if kwargs.get("return_dict_in_generate") or kwargs.get("streamer") is not None or cache is not None:
+        if shared:
             raise UnsupportedError("Prompts of several experts give no common output object. Ask one after the other.")
         return self._answered(groups, ids, kwargs, len(rows))
 
@@ -320,6 +331,14 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         fill = next(iter(ends), 0) if pad is None else pad  # as transformers fills up what ended early
         parts = [torch.nn.functional.pad(found[i], (0, length - found[i].shape[1]), value=fill) for i in range(n)]
         return torch.cat(parts)
+
+    def _lengths(self, kwargs: Mapping[str, Any], ids: Tensor | None) -> dict[str, int]:
+        """Return the most tokens of an answer, and how many rows each prompt has: beams or samples."""
+        config = kwargs.get("generation_config") or self.generation_config
+        names = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
+        new, whole, beams, samples = (kwargs.get(name, getattr(config, name, None)) for name in names)
+        left = (whole or 0) - (0 if ids is None else ids.shape[1])
+        return {"tokens": new or max(0, left), "each": max(beams or 1, samples or 1)}
 
     def _special(self, kwargs: Mapping[str, Any]) -> tuple[int | None, list[int]]:
         """Return the padding token of a generation, if there is one, and the tokens that end an answer."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.models.routed.features import entropies, pooled
+from modicum.models.routed.features import entropies, left_padded, pooled
 from modicum.models.routed.working import WorkingWeights
 from modicum.models.router import is_uniform, routing_weights, uncertainty
 from modicum.weights.experts import ExpertSet
@@ -119,10 +119,8 @@ class Requests:
         found: dict[int, list[float]] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            length = max(len(prompts[i]) for i in chosen)
-            ids = torch.tensor([[0] * (length - len(prompts[i])) + list(prompts[i]) for i in chosen])
-            mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
-            weights = self._weights(ids.to(self.device), mask.to(self.device), None, None, {})
+            ids, mask = left_padded([prompts[i] for i in chosen], self.device)
+            weights = self._weights(ids, mask, None, None, {})
             found |= dict(zip(chosen, [[]] * len(chosen) if weights is None else weights.tolist()))
         groups = groups_of(torch.tensor([found[i] for i in range(len(prompts))], dtype=torch.float64))
         return [(list(row), sorted(numbers)) for row, numbers in sorted(groups.items(), reverse=True)]

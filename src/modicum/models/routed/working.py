@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class WorkingWeights:
         self.current: tuple[float, ...] = ()  # what the host holds is known once something was written
         self.written = 0  # mixtures made from the stored differences
         self._copies: OrderedDict[tuple[float, ...], list[Tensor]] = OrderedDict()
+        self._pinned: dict[torch.device, Pinned] = {}
 
     @torch.no_grad()
     def set(self, weights: Sequence[float], *, centred: bool = False) -> None:
@@ -67,8 +69,19 @@ class WorkingWeights:
         self.current = wanted
 
     def _write(self, wanted: tuple[float, ...]) -> None:
+        used = set()
         for name, target in self.targets.items():
-            self.experts.write_(target.detach(), name, wanted)
+            write = partial(self.experts.write_, name=name, coefficients=wanted)
+            if target.device.type != "cuda":
+                write(target.detach())
+                continue
+            if target.device not in self._pinned:
+                most = max(t.nbytes for t in self.targets.values())
+                self._pinned[target.device] = Pinned(target.device, most)
+            self._pinned[target.device].send(target.detach(), write)
+            used.add(target.device)
+        for device in used:
+            self._pinned[device].wait()
         self.written += 1
         if self.room and any(wanted):
             while len(self._copies) >= self.room:
@@ -81,6 +94,36 @@ class WorkingWeights:
         if any(self.current) or len(self.current) != n:
             self._write((0.0,) * n)
             self.current = (0.0,) * n
+
+
+class Pinned:
+    """Two page-locked buffers and a stream: while one tensor travels to a CUDA device, the next one is made.
+
+    Args:
+        device: Where the tensors go.
+        most: Bytes of the largest one.
+    """
+
+    def __init__(self, device: torch.device, most: int) -> None:
+        self.device, self.turn = device, 0
+        self.stream = torch.cuda.Stream(device)
+        self.buffers = [torch.empty(most, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.copied = [torch.cuda.Event() for _ in range(2)]
+
+    def send(self, target: Tensor, make: Callable[[Tensor], None]) -> None:
+        """Let ``make`` write a tensor on the processor, and start its way to ``target``."""
+        self.turn = 1 - self.turn
+        self.copied[self.turn].synchronize()
+        made = self.buffers[self.turn][: target.nbytes].view(target.dtype).view(target.shape)
+        make(made)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # what still computes with the old weights
+        with torch.cuda.stream(self.stream):
+            target.copy_(made, non_blocking=True)
+            self.copied[self.turn].record(self.stream)
+
+    def wait(self) -> None:
+        """Let the device compute no further before all have arrived."""
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 def _own_names(host: nn.Module, experts: ExpertSet) -> Mapping[str, str]:

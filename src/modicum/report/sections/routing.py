@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from modicum.report.charts import Line, Scale, finite, heat_map, line_chart
 from modicum.report.html import figure, grid, table
+from modicum.report.route_points import MERGE, RoutePoint, route_points
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, Stat, section
 from modicum.report.sections.measurements import size
-from modicum.report.text import measure, number
+from modicum.report.text import measure, number, plain
 
 READ = (
     "The share of contradicting signs in every layer, in the order of the model. Dots mark the layers that are kept "
@@ -23,11 +24,16 @@ DOUBT = (
     "lines are tasks that no expert was trained on: where these are near 0 too, the router does not know that it does "
     "not know, and only the gate of distances helps."
 )
+TRADE = (
+    "Every routed model and merge that was evaluated, by the bytes that its folder takes. High and left is better. "
+    "Dots of one store above each other differ in which layers are kept apart or in how experts are selected. "
+    "Tasks that no expert was trained on are left out."
+)
 
 
 @section(order=18)
 def routing(run: RunView) -> Section | None:
-    """Draw conflict by layer, bytes by store, the confusion of the router, and its doubt of known and unknown tasks."""
+    """Draw conflict by layer, bytes by store, how the router tells tasks apart, and quality over bytes."""
     parts, findings, stats = [], [], []
     for part in run.walk():
         if part.stages or not isinstance(part.metrics.get("routing_conflict"), Mapping):
@@ -43,6 +49,7 @@ def routing(run: RunView) -> Section | None:
             parts += list(_router(found["router"]))
     if not parts:
         return None
+    parts += _trades(route_points(run))
     return Section("Routed experts", Markup("").join(parts), tuple(findings), tuple(stats[:2]))
 
 
@@ -96,6 +103,35 @@ def _bytes(found: Mapping[str, Any]) -> Markup:
             ]
         )
     return table(["What is kept", "Bytes", "Share"], rows, caption="The routed layers in each store")
+
+
+def _trades(points: Sequence[RoutePoint]) -> Iterator[Markup]:
+    """Draw quality over bytes, all stores in one picture; one for each metric."""
+    for metric in dict.fromkeys(point.metric for point in points):
+        own = sorted((p for p in points if p.metric == metric), key=lambda p: (p.cost.kind == MERGE, p.cost.kind))
+        factor = 100 if metric.unit == "share" else 1
+        lines = [
+            Line(
+                [(100 * p.cost.share, factor * p.quality) for p in own if p.cost.kind == kind],
+                color=color,
+                label=plain(kind),
+                style="dots",
+            )
+            for color, kind in enumerate(dict.fromkeys(p.cost.kind for p in own))
+        ]
+        chart = line_chart(
+            lines,
+            title=f"{plain(metric.name)}{', %' if factor > 1 else ''}, mean of the known tasks",
+            x_label="bytes, % of all experts as whole models",
+            describe=f"{plain(metric.name)} over bytes of {len(own)} models, a color for each store",
+            from_zero=True,
+        )
+        rows = [
+            [p.model, p.cost.kind, measure(p.quality, metric.unit), measure(p.cost.share, "share"), str(p.cost.routed)]
+            for p in sorted(own, key=lambda p: -p.quality)
+        ]
+        head = ["Model", "Store", plain(metric.name), "Bytes", "Layers kept apart"]
+        yield figure(chart, caption=TRADE, numbers=table(head, rows, texts=2))
 
 
 def _router(found: Mapping[str, Any]) -> Iterator[Markup]:

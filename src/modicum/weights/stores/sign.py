@@ -14,7 +14,7 @@ from modicum.weights.files import Spec
 from modicum.weights.stores.base import Store, difference
 
 
-@expert_store("sign", paper="arXiv:2402.10193")
+@expert_store("sign", paper="arXiv:2402.10193", scales=True)
 class Sign(Store):
     r"""Keep the sign of every entry and one number for each matrix.
 
@@ -37,7 +37,7 @@ class Sign(Store):
 
     Deviates:
         The published method takes the difference from the base; here it is taken from the dense layer, which may be
-        the average. Its distillation of α is not part of the store.
+        the average. What is written is the α of least squared error; ``distil`` of the job ``route`` fits it.
 
     Reference:
         Liu et al., "BitDelta: Your Fine-Tune May Only Be Worth One Bit", 2024, arXiv:2402.10193, equations 1 to 4.
