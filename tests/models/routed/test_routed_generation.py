@@ -160,7 +160,6 @@ def test_what_rows_share_is_given_whatever_costs_less():
         model.mixed.way = "fast"
 
 
-
 def test_a_loaded_folder_generates_through_the_auto_class(tmp_path):
     model, ids = routed(), prompts(4)
     model.save_pretrained(tmp_path)

@@ -42,7 +42,7 @@ def route_experts(
 
     Deviates:
         The published system adds sparse experts on a GPU by atomic operations and prefetches them. Here mixtures are
-        made on the processor, a block at a time.
+        made on the processor, a block at a time; to a CUDA device one tensor travels while the next is made.
 
     Reference:
         "Mediator: Memory-efficient LLM Merging with Less Parameter Conflicts and Uncertainty Based Routing", 2025,

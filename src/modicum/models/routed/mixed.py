@@ -59,9 +59,7 @@ class Mixed:
             raise RecipeError(f"way {way!r} is not known. {did_you_mean(str(way), get_args(Way))}")
         self._way = way
 
-    def beside(
-        self, model: Any, ids: Tensor, rows: Tensor, groups: Groups, *, tokens: int = 0, each: int = 1
-    ) -> bool:
+    def beside(self, model: Any, ids: Tensor, rows: Tensor, groups: Groups, *, tokens: int = 0, each: int = 1) -> bool:
         """Return whether a batch is run beside the dense weights.
 
         Args:

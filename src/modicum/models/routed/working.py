@@ -106,9 +106,9 @@ class Pinned:
 
     def __init__(self, device: torch.device, most: int) -> None:
         self.device, self.turn = device, 0
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.buffers = [torch.empty(most, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self.copied = [torch.cuda.Event() for _ in range(2)]
+        self.copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def send(self, target: Tensor, make: Callable[[Tensor], None]) -> None:
         """Let ``make`` write a tensor on the processor, and start its way to ``target``."""
