@@ -170,13 +170,30 @@ def test_values_of_a_file(tmp_path):
 def test_needs_of_data_selection(tmp_path):
     recipe = SMALL | {
         "application": {"name": "selection", "workers": 3, "similarity": [[1, 0.2, 0], [0.1, 1, 0], [0, 0, 1]]},
-        "policies": ["ma_spl", "random"],
+        "policies": ["ma_spl", "odm", "fixed", "random"],
         "graphs": ["ring"],
     }
+    assert "2 of them tuned" not in plan(parse(recipe))[1] and "3 of them tuned" in plan(parse(recipe))[1]
     run = execute(parse(recipe), tmp_path / "run", quiet=True)
     assert {cell["label"] for cell in run.record["metrics"]["coordination"]["cells"]} == {
-        "ma_spl", "ma_spl, hint 2", "random",
+        "ma_spl", "ma_spl, hint 2", "odm", "fixed", "random",
     }  # fmt: skip
+    results = json.loads((run.folder / "results.json").read_text())
+    cells = {cell["label"]: cell for cell in results["cells"]}
+    assert results["domains"] == ["0", "1", "2"]
+    assert list(cells["fixed"]["tuning"]) == ["-1", "0", "1", "2"] and cells["fixed"]["knob"] == "favourite"
+    chosen = cells["odm"]["choices"]
+    assert chosen["rounds"] == list(range(1, 9)) and [len(row) for row in chosen["shares"]] == [8, 8, 8]
+    assert all(sum(shares) == pytest.approx(1, abs=1e-5) for shares in zip(*chosen["shares"]))
+    page = write([run.folder]).read_text()
+    for text in ("Domains under odm, ring graph", "1 further picture", "Utility by favourite", 'class="band'):
+        assert text in page
+
+
+def test_a_ragged_similarity_is_one_line():
+    ragged = {"name": "selection", "workers": 2, "similarity": [[1, 0], [0]]}
+    with pytest.raises(ModicumError, match="similarity has rows of several lengths"):
+        plan(parse(SMALL | {"application": ragged}))
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,14 @@ class Comparison:
         }
         return {name: made[name]() for name in self.recipe.graphs}
 
+    @property
+    def domains(self) -> list[str]:
+        """Names of what every agent chooses among, where that is the same."""
+        application = self.recipe.application
+        if not isinstance(application, Selection):
+            return []
+        return application.packages or [str(domain) for domain in range(self.blocks[0])]
+
     def network(self, graph: str) -> Any:
         """Return a fresh network of a graph."""
         from modicum.submodular.communication import Simulated
@@ -139,7 +147,7 @@ class Comparison:
 
     def play(self, graph: str, variant: Variant, tuned: Cell | None) -> Cell:
         """Play a variant with its best step."""
-        from modicum.submodular.comparison import best_step, play, summary
+        from modicum.submodular.comparison import best_step, choices, play, summary
 
         step = None if tuned is None else best_step(tuned["utility"])
         made = self.world(self.seeds)
@@ -148,8 +156,9 @@ class Comparison:
             variant, self.world, self.network(graph), seeds=self.seeds, rounds=self.recipe.rounds,
             steps=None if step is None else [step], optimum=self.recipe.optimum, watch=film.take, made=made,
         )  # fmt: skip
-        return {"graph": graph, "label": variant.label, "policy": variant.name, "step": step, "knob": variant.step,
+        cell = {"graph": graph, "label": variant.label, "policy": variant.name, "step": step, "knob": variant.step,
                 "hint": variant.hint, **summary(trace), "frames": film.frames}  # fmt: skip
+        return cell | ({"choices": choices(trace)} if self.domains else {})
 
 
 class Film:
@@ -253,9 +262,10 @@ def coordinate(recipe: CoordinateRecipe, run: Run) -> None:
         for name, links in found.adjacency.items()
     }
     results = {"cells": cells, "graphs": graphs, "differences": differences(cells), "blocks": found.blocks}
+    results |= {"domains": found.domains} if found.domains else {}
     write_atomic(run.folder / RESULTS, json.dumps(results, indent=1) + "\n")
     kept = {"application": recipe.application.name, "rounds": recipe.rounds, "worlds": recipe.seeds}
-    lean = [{key: value for key, value in cell.items() if key != "course"} for cell in cells]
+    lean = [{key: value for key, value in cell.items() if key not in ("course", "choices")} for cell in cells]
     run.record["metrics"] = {"coordination": {**kept, "cells": lean, "differences": results["differences"]}}
     run.output("results", run.folder / RESULTS)
     if any(one["frames"] for one in frames):

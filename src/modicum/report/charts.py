@@ -29,6 +29,7 @@ class Line:
     label: str = ""
     value: str = ""
     style: str = "solid"  # solid, thin, faint or dots
+    band: Sequence[Point] = ()  # the outline of an area behind the line, once around
 
 
 def line_chart(
@@ -58,7 +59,7 @@ def line_chart(
     if not lines:
         return Markup("")
     x_low, x_high = _extent(x for line in lines for x, _ in line.points)
-    y_low, y_high = _extent(y for line in lines for _, y in line.points if y is not None)
+    y_low, y_high = _extent(y for line in lines for _, y in (*line.points, *line.band) if y is not None)
     if log:
         y_ticks = log_ticks(y_low, y_high)
         y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
@@ -81,7 +82,9 @@ def line_chart(
         Markup('<line class="rule" x1="0" x2="{0}" y1="{1}" y2="{1}"/>').format(UNITS, _unit(1 - position(y)))
         for y in y_ticks
     )
-    drawn = Markup("").join(_draw(line, place) for line in lines)
+    drawn = Markup("").join(
+        [_fill(line, place) for line in lines if line.band] + [_draw(line, place) for line in lines]
+    )
     return Markup(
         '<div class="chart{labelled}" style="--labels:{gutter}ch">'
         '<p class="axis-title">{title}</p>'
@@ -123,6 +126,12 @@ def _draw(line: Line, place: Callable[[float, float], tuple[float, float]]) -> M
         path.append(f"M{u} {v}h0" if line.style == "dots" else f"{'M' if begin else 'L'}{u} {v}")
         begin = False
     return Markup('<path class="{} c{}" d="{}"/>').format(line.style, line.color % COLORS, "".join(path))
+
+
+def _fill(line: Line, place: Callable[[float, float], tuple[float, float]]) -> Markup:
+    corners = [place(x, y) for x, y in line.band if y is not None]
+    path = "L".join(f"{_unit(u)} {_unit(v)}" for u, v in corners)
+    return Markup('<path class="band c{}" d="M{}Z"/>').format(line.color % COLORS, path)
 
 
 def _end_labels(lines: Sequence[Line], place: Callable[[float, float], tuple[float, float]], height: int) -> Markup:

@@ -175,12 +175,36 @@ def summary(trace: Trace, *, points: int = 100) -> dict[str, Any]:
 def _course(trace: Trace, points: int) -> dict[str, Any]:
     """Return a course for each world: where stretches of rounds end, mean utility in each, and regret at its end."""
     values = trace.utility
-    bounds = torch.linspace(0, len(values), min(points, len(values)) + 1).round().long().tolist()
+    bounds = _stretches(len(values), points)
     worlds = torch.stack([values[a:b].mean(0) for a, b in pairwise(bounds)], 1)
     found: dict[str, Any] = {"rounds": bounds[1:], "worlds": _rounded(worlds)}
     if trace.optimum is not None:
         found["regret"] = _rounded(trace.regret()[[end - 1 for end in bounds[1:]]].T)
     return found
+
+
+def choices(trace: Trace, *, points: int = 20) -> dict[str, Any]:
+    """Return how often each position was chosen in each stretch of rounds, by all agents in all worlds together.
+
+    Args:
+        trace: The trace, of agents whose positions stand for the same things.
+        points: How many stretches there are at most.
+
+    Returns:
+        ``rounds``, where stretches end, and ``shares``, a row of shares of the choices for each position.
+    """
+    bounds = _stretches(len(trace.actions), points)
+    count = trace.partition.widest
+    rows = [
+        torch.bincount(trace.actions[a:b].flatten() + 1, minlength=count + 1)[1:] / trace.actions[a:b].numel()
+        for a, b in pairwise(bounds)
+    ]
+    return {"rounds": bounds[1:], "shares": _rounded(torch.stack(rows, 1))}
+
+
+def _stretches(count: int, most: int) -> list[int]:
+    ends: list[int] = torch.linspace(0, count, min(most, count) + 1).round().long().tolist()
+    return ends
 
 
 def _rounded(rows: Tensor) -> list[list[float]]:

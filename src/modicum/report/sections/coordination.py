@@ -9,15 +9,18 @@ from typing import Any
 from markupsafe import Markup
 
 from modicum.borders import loads
-from modicum.report.charts import Line, finite, line_chart
+from modicum.evaluate.intervals import mean
+from modicum.report.axes import Point
+from modicum.report.charts import COLORS, Line, finite, line_chart
 from modicum.report.film import animate
 from modicum.report.html import figure, fold, grid, table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, Stat, section
-from modicum.report.text import MINUS, number
+from modicum.report.text import MINUS, number, plural
 
 FILMS = 3  # how many are shown at most
-BANDS = 4  # more policies than this in a picture hide the single worlds
+BANDS = 6  # more policies than this in a picture hide each other's bands
+WEIGHTS = 4  # how many pictures of weights are shown at first
 Cell = Mapping[str, Any]
 
 
@@ -49,10 +52,11 @@ def _one(run: RunView, results: Mapping[str, Any]) -> Markup:
     )
     course = figure(
         charts,
-        caption="Means over the worlds; where there are few policies, single worlds are faint behind them. Regret is "
+        caption="Means over the worlds; where there are few policies, with bands of their 95 % intervals. Regret is "
         "what the best moves of all rounds so far, from the places that a policy had reached, would have had more.",
     )
-    return _films(run, results) + course + _table(results) + _graphs(results) + _tuning(results)
+    parts = (_films(run, results), course, _weights(results), _table(results), _graphs(results), _tuning(results))
+    return Markup("").join(parts)
 
 
 def _films(run: RunView, results: Mapping[str, Any]) -> Markup:
@@ -92,18 +96,62 @@ def _chart(cells: Sequence[Cell], graph: str, what: str) -> Markup:
         return Markup("")
     name = "Utility" if what == "worlds" else "Regret"
     for color, cell in enumerate(shown):
-        rounds, worlds = cell["course"]["rounds"], cell["course"][what]
-        if len(shown) <= BANDS:
-            lines += [
-                Line([(float(t), finite(u)) for t, u in zip(rounds, world)], color, style="faint") for world in worlds
-            ]
-        means = [_mean(values) for values in zip(*worlds)]
-        points = [(float(t), finite(u)) for t, u in zip(rounds, means)]
-        final = _mean(cell["utility"]) if what == "worlds" else means[-1]
-        lines.append(Line(points, color, cell["label"], number(final)))
+        worlds = cell["course"][what]
+        rounds = [float(t) for t in cell["course"]["rounds"]]
+        middles = [mean(values) for values in zip(*worlds)]
+        points = [(t, finite(one.value)) for t, one in zip(rounds, middles)]
+        band: list[Point] = []
+        if len(worlds) > 1 and len(shown) <= BANDS:
+            least = min(0.0, *(min(values) for values in worlds))  # an interval's end below 0 means nothing
+            band = [(t, finite(one.high)) for t, one in zip(rounds, middles)]
+            band += [(t, max(least, one.low or 0.0)) for t, one in zip(reversed(rounds), reversed(middles))]
+        final = _mean(cell["utility"]) if what == "worlds" else middles[-1].value
+        lines.append(Line(points, color, cell["label"], number(final), band=band))
     return line_chart(
         lines, title=f"{name}, {graph} graph", x_label="round", from_zero=True,
         describe=f"{name} by round of each policy over the {graph} graph.",
+    )  # fmt: skip
+
+
+def _weights(results: Mapping[str, Any]) -> Markup:
+    """Draw how often each domain was chosen, by round: a picture for each variant of a selection of data."""
+    names = results.get("domains")
+    cells = [cell for cell in results["cells"] if isinstance(cell.get("choices"), Mapping)]
+    if not names or not cells:
+        return Markup("")
+    first = cells[0]["graph"]
+    cells.sort(key=lambda cell: (cell["graph"] != first, bool(cell["hint"])))
+    shares = [[sum(row) for row in cell["choices"]["shares"]] for cell in cells]
+    # Of many domains those are drawn that are chosen most, the same in all pictures.
+    most = sorted(range(len(names)), key=lambda d: -sum(row[d] for row in shares))[:COLORS]
+    drawn = [_weights_of(cell, names, sorted(most)) for cell in cells]
+    left = len(names) - len(most)
+    caption = "Share of all workers' choices, in all worlds together, in stretches of rounds." + (
+        f" Left out: {plural(left, 'domain')} chosen less." if left else ""
+    )
+    rest = (
+        fold(f"{plural(len(drawn) - WEIGHTS, 'further picture')}", grid(drawn[WEIGHTS:], wide=True))
+        if drawn[WEIGHTS:]
+        else ""
+    )
+    return figure(grid(drawn[:WEIGHTS], wide=True), caption=caption) + rest
+
+
+def _weights_of(cell: Cell, names: Sequence[str], shown: Sequence[int]) -> Markup:
+    rounds, shares = cell["choices"]["rounds"], cell["choices"]["shares"]
+    lines = [
+        Line(
+            [(float(t), finite(share)) for t, share in zip(rounds, shares[d])],
+            color,
+            names[d],
+            number(shares[d][-1], 2),
+        )
+        for color, d in enumerate(shown)
+    ]
+    title = f"Domains under {cell['label']}, {cell['graph']} graph"
+    return line_chart(
+        lines, title=title, x_label="round", from_zero=True,
+        describe=f"How often each domain was chosen, by round, under {cell['label']} over the {cell['graph']} graph.",
     )  # fmt: skip
 
 
@@ -117,7 +165,7 @@ def _table(results: Mapping[str, Any]) -> Markup:
             [
                 cell["label"],
                 cell["graph"],
-                number(cell["step"]) if cell.get("step") is not None else None,
+                f"{cell.get('knob', '')} {number(cell['step'])}".strip() if cell.get("step") is not None else None,
                 _with_spread(cell["utility"]),
                 f"{_mean(cell['ratio']):.1%}" if cell.get("ratio") else None,
                 _interval(difference) if difference else None,
@@ -165,11 +213,21 @@ def _tuning(results: Mapping[str, Any]) -> Markup:
     tuned = [cell for cell in results["cells"] if isinstance(cell.get("tuning"), Mapping)]
     if not tuned:
         return Markup("")
-    steps = list(tuned[0]["tuning"])
-    rows = [[cell["label"], cell["graph"], *(number(cell["tuning"].get(step)) for step in steps)] for cell in tuned]
-    return fold(
-        "Steps", table(["Policy", "Graph", *steps], rows, texts=2, caption="Utility by step, on worlds of their own")
-    )
+    # Policies with a grid of their own have a table of their own.
+    grids = {tuple(cell["tuning"]): [] for cell in tuned}  # type: dict[tuple[str, ...], list[Cell]]
+    for cell in tuned:
+        grids[tuple(cell["tuning"])].append(cell)
+    caption = "Utility by step, on worlds of their own"
+    tables = [
+        table(
+            ["Policy", "Graph", *steps],
+            [[cell["label"], cell["graph"], *(number(cell["tuning"][step]) for step in steps)] for cell in cells],
+            texts=2,
+            caption=caption if "-1" not in steps else "Utility by favourite (-1: none), on worlds of their own",
+        )
+        for steps, cells in grids.items()
+    ]
+    return fold("Steps", Markup("").join(tables))
 
 
 def _findings(results: Mapping[str, Any]) -> list[Markup]:
