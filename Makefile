@@ -43,7 +43,7 @@ bench: $(VENV)/.ready
 # loss of power and two machines need Linux and root, and are left out elsewhere.
 SEED ?= $(shell date +%s)
 campaign: $(VENV)/.ready
-	for part in hostile fuzz kills ranks disk_full; do \
+	for part in hostile places fuzz kills ranks disk_full; do \
 	  $(BIN)/python tests/campaigns/$$part.py --seconds 600 --seed $(SEED) || [ $$? = 2 ] || exit 1; done
 	$(BIN)/python tests/campaigns/power_loss.py --moments 10 --seed $(SEED) || [ $$? = 2 ]
 

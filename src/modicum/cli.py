@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -247,10 +246,7 @@ def main() -> None:
     # Importing torch makes objects that all stay: looking through them again and again is a tenth of every start.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)  # they go with the process, which would look through them once more as it ends
-    # What other libraries say to their own developers helps nobody here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="(?!modicum)")
-    warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
+    processes.hush_libraries()
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to say Ctrl-C: the run's record tells of it
     try:
         status = app(standalone_mode=False)

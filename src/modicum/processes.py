@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LOOK, GRACE = 0.5, 5.0  # seconds between two looks at the launcher, and those that a process has to stop by itself
+
+
+def hush_libraries() -> None:
+    """Leave out what other libraries say to their own developers, which helps nobody here."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(?!modicum)")
+    warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
 
 
 def end_with_launcher() -> None:

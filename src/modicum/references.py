@@ -9,6 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from modicum.errors import CheckpointError
+from modicum.layout import ADAPTER_CONFIG
+
 CONVERTED = "base"  # what a training calls the model that it converted, beside the adapter on it
 RESOLVER = "modicum.jobs.loading.references"
 
@@ -51,6 +54,14 @@ def beside(folder: Path, reference: str) -> str:
     if Path(reference).is_absolute() and path.name == CONVERTED and not path.is_dir() and moved.is_dir():
         path = moved
     return str(path) if reference and path.is_dir() else reference
+
+
+def on_itself(folder: Path) -> CheckpointError:
+    """Return the error of an adapter whose base is the adapter itself, or one that stands on it."""
+    return CheckpointError(
+        f"{folder}: the adapter names itself as its base. Set base_model_name_or_path in its {ADAPTER_CONFIG} to the "
+        "model that it was trained on."
+    )
 
 
 def pinned(reference: str, revision: str | None) -> str:

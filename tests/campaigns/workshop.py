@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ def _write(root: Path) -> None:
     lines("chat.jsonl", [{"messages": [{"role": "user", "content": f"say {i}"},
                                        {"role": "assistant", "content": "abc"}]} for i in range(8)])  # fmt: skip
     lines("pairs.jsonl", [{"prompt": f"say {i}", "chosen": "abc", "rejected": "xyz"} for i in range(8)])
-    for name in ("harmful", "harmless"):
+    shutil.copy(files("modicum.jobs.safety").joinpath("guidelines.yaml"), root / "guidelines.yaml")
+    for name in ("harmful", "harmless", "wishes"):
         lines(f"{name}.jsonl", [{"prompt": f"A {name} wish, number {i}", "completion": "Here."} for i in range(4)])
     (root / "tracks.csv").write_text(
         "time,id,x,y\n" + "".join(f"{t},{i},{100 * i + t},{50 * i - t}\n" for t in range(0, 200, 10) for i in range(4))
@@ -116,6 +119,19 @@ def recipes() -> dict[str, dict[str, Any]]:
                        "illegal": {"path": "harmful.jsonl", "size": 3},
                        "helpful": {"path": "harmless.jsonl", "size": 3}, "k": 2, "max_tokens": 8, "min_words": 1,
                        "minimum": 0},
+        "attack-judged": {"job": "attack", "targets": {"base": {"model": "talker", "guidelines": "guidelines.yaml"}},
+                          "judge": {"name": "jbb", "backend": "talker"}, "attacker": "talker",
+                          "suites": {"plain": "plain"}, "goals": {"path": "harmful.jsonl", "size": 2},
+                          "benign": {"path": "harmless.jsonl", "size": 2},
+                          "trained_on": {"path": "wishes.jsonl"}, "samples": 1, "max_new_tokens": 4},
+        "represent": {"job": "represent", "targets": {"base": "talker"}, "suites": {"flip": "flip"}, "folds": 2,
+                      "goals": {"path": "harmful.jsonl", "size": 4}, "benign": {"path": "harmless.jsonl", "size": 4}},
+        "search": {"job": "search", "merge": {"base": "base", "experts": ["one", "two"], "method": "task_arithmetic"},
+                   "knobs": {"scale": {"low": 0.1, "high": 1}}, "tasks": {"read": {"kind": "perplexity", "data": data}},
+                   "trials": 5, "population": 4},
+        "transplant": {"job": "transplant", "model": "one", "donor": "talker", "k": 2},
+        "moe": {"job": "moe", "base_model": "base", "gate_mode": "random",
+                "experts": [{"source_model": "one"}, {"source_model": "two"}]},
         "pipeline": {"job": "pipeline", "stages": [
             {"name": "tune", "job": "train", "model": "base", "data": ROWS, "adapter": {"rank": 2},
              "trainer": TRAINER | {"max_steps": 2}},

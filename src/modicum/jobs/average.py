@@ -103,6 +103,7 @@ def plan(recipe: AverageRecipe) -> list[str]:
     from modicum.jobs.averaging.overlap import note_on_overlap
     from modicum.jobs.data.packing_trial import foresee_batches
     from modicum.jobs.data.rows import load_rows
+    from modicum.jobs.loading.models import load_tokenizer, rehearse_model
     from modicum.weights.average import choose
 
     checkpoints = open_checkpoints(recipe)
@@ -119,6 +120,9 @@ def plan(recipe: AverageRecipe) -> list[str]:
         told = [f"{c.name}: {w:.4g}" for c, w in zip(checkpoints, coefficients)]
     lines = [*note_on_folders(recipe.checkpoints), *_result(recipe, checkpoints, coefficients).describe()]
     if recipe.data is not None:
+        options: dict[str, Any] = {"remote_code": recipe.remote_code}
+        rehearse_model(checkpoints[-1].base.folder, allow_pickle=recipe.allow_pickle, **options)
+        load_tokenizer(checkpoints[-1].name, **options)
         sections = [section for section in (recipe.data, recipe.held_out) if section is not None]
         read = [load_rows(section, seed=recipe.seed) for section in sections]
         lines += note_on_overlap(*read) if len(read) == 2 else []

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from modicum.durable import whole_folder
-from modicum.errors import RecipeError, UnsupportedError
+from modicum.errors import RecipeError
 from modicum.jobs.data.rows import DataSection, load_rows, tokenize
-from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
+from modicum.jobs.loading.models import load_model, load_tokenizer, looped_model, native_bfloat16, rehearse_loading
 from modicum.recipe import Recipe
 from modicum.record import Run
 from modicum.registry import job
@@ -51,9 +51,18 @@ def plan(recipe: CalibrateRecipe) -> list[str]:
     """Say what would be tried."""
     rows, tried = len(load_rows(recipe.data, seed=recipe.seed)), recipe.candidates + 1
     lines = [f"try {tried} thresholds of {', '.join(recipe.criteria)} on {rows} documents of {recipe.data.path}"]
+    _leaving(rehearse_loading(recipe.model), recipe)
     if recipe.prune or recipe.importance:
         lines.insert(0, f"skip each visit of a layer once{f', then {recipe.prune} for good' if recipe.prune else ''}")
     return lines
+
+
+def _leaving(model: Any, recipe: CalibrateRecipe) -> Any:
+    """Return the looped model, in one piece; refuse one whose loop cannot be left."""
+    looped = looped_model(model, recipe.model)
+    if looped.depth < 2:
+        raise RecipeError(f"{recipe.model} has a single cycle, so there is nothing to leave.")
+    return looped
 
 
 @job("calibrate", plan=plan)
@@ -69,7 +78,6 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     import torch
 
     from modicum.models.zero_token.calibrate import cheapest, exit_curve, fit_exit_gate, loss_by_cycles
-    from modicum.models.zero_token.model import ZeroTokenForCausalLM
 
     tokenizer = load_tokenizer(recipe.model)
     rows = tokenize(load_rows(recipe.data, seed=recipe.seed, note=run.note), tokenizer, recipe.data, note=run.note)
@@ -77,12 +85,9 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     longest = max(map(len, rows["input_ids"]))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     whole = torch.tensor([ids for ids in rows["input_ids"] if len(ids) == longest], device=device)
-    model: Any = load_model(recipe.model, dtype="auto" if native_bfloat16(device) else "float32", device=device)
-    model = getattr(model, "merge_and_unload", lambda: model)()
-    if not isinstance(model, ZeroTokenForCausalLM):
-        raise UnsupportedError(f"{recipe.model} is no looped model. Convert it first: model.convert of a train job.")
-    if model.depth < 2:
-        raise RecipeError(f"{recipe.model} has a single cycle, so there is nothing to leave.")
+    model = _leaving(
+        load_model(recipe.model, dtype="auto" if native_bfloat16(device) else "float32", device=device), recipe
+    )
     metrics = run.record["metrics"] = {"tokens": whole.numel(), "criteria": {}}
     if recipe.importance or recipe.prune:
         model = _prune(recipe, run, model, torch.split(whole, recipe.batch_size))

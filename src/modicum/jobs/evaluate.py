@@ -26,7 +26,7 @@ from modicum.durable import write_atomic
 from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
 from modicum.evaluate.rows import Rows
 from modicum.jobs.data.rows import DataSection, load_rows
-from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
+from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16, rehearse_loading
 from modicum.jobs.loading.references import resolve_model
 from modicum.jobs.subject import LocalSubject, supplied
 from modicum.jobs.task import Task
@@ -107,7 +107,7 @@ class EvaluateRecipe(Recipe):
 
 
 def plan(recipe: EvaluateRecipe) -> list[str]:
-    """Describe the evaluation; reads the data, but no model."""
+    """Describe the evaluation; reads the data, but no weights."""
     lines = []
     read = {name: task.rows(recipe.seed) for name, task in recipe.tasks.items()}
     _refuse_taught(recipe, read)
@@ -116,6 +116,7 @@ def plan(recipe: EvaluateRecipe) -> list[str]:
         work = task.ask(task.measure.facts.work, count) or f"{task.metric} of {count} rows"
         lines.append(f"{name}: {work} from each of {len(recipe.models)} models ({task.data.path})")
     for name, reference in recipe.models.items():
+        rehearse_loading(reference, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
         size = sum(file.stat().st_size for file in resolve_model(reference).glob("*.safetensors"))
         lines.append(f"read {name} from {reference} ({size / 1e6:.0f} MB of weights)")
     return lines

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from modicum.borders import loads
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.loading.models import load_model, load_tokenizer, looped_model, rehearse_model
 from modicum.recipe import Recipe
 from modicum.record import Run, whole_folder
 from modicum.registry import job
@@ -39,24 +38,16 @@ class ExportRecipe(Recipe):
 
 def plan(recipe: ExportRecipe) -> list[str]:
     """Say what would be written; refuse what cannot be."""
-    from modicum.jobs.loading.folders import is_adapter
-    from modicum.jobs.loading.references import resolve_model
-
-    folder = resolve_model(recipe.model)
-    if is_adapter(folder):
-        return [f"merge {recipe.model} and write one layer for each visit"]
-    config = loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "zero_token":
-        raise UnsupportedError(f"{recipe.model} is no looped model, so there is nothing to unroll.")
-    from modicum.models import ZeroTokenConfig
     from modicum.models.zero_token.export import check_unrollable, unrolled_schedule
 
-    looped = ZeroTokenConfig.from_pretrained(folder)
+    looped = looped_model(rehearse_model(recipe.model), recipe.model).config
     if recipe.format == "remote-code":
         _check_remote(recipe)
+        load_tokenizer(recipe.model)
         return [f"write {recipe.model} with the code of a looped {looped.host.model_type!r} model"]
     check_unrollable(looped)
     visits = unrolled_schedule(looped, recipe.n_cycles)
+    load_tokenizer(recipe.model)
     physical = looped.host.num_hidden_layers
     return [f"write {physical} layers as {len(visits)} of a plain {looped.host.model_type!r} model"]
 
@@ -76,13 +67,9 @@ def export(recipe: ExportRecipe, run: Run) -> None:
     from transformers import AutoModelForCausalLM
 
     from modicum.models.zero_token.export import column_cache, unroll, zero_columns
-    from modicum.models.zero_token.model import ZeroTokenForCausalLM
     from modicum.models.zero_token.trial import apart
 
-    model: Any = load_model(recipe.model, dtype=recipe.dtype)
-    model = getattr(model, "merge_and_unload", lambda: model)()
-    if not isinstance(model, ZeroTokenForCausalLM):
-        raise UnsupportedError(f"{recipe.model} is no looped model, so there is nothing to unroll.")
+    model: Any = looped_model(load_model(recipe.model, dtype=recipe.dtype), recipe.model)
     if recipe.format == "remote-code":
         return _with_code(recipe, model, run)
     if model.config.exit_threshold is not None:

@@ -152,6 +152,10 @@ def _refuse_homeless(plan: Plan, name: str) -> None:
 
 def describe(recipe: MoeRecipe) -> list[str]:
     """Return the plan in words, a line each."""
+    if recipe.gate_mode in BY_PROMPTS:
+        from modicum.jobs.loading.models import rehearse_loading
+
+        rehearse_loading(recipe.base_model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     return [f"routers by gate_mode {recipe.gate_mode}", *make_plan(recipe).describe()]
 
 

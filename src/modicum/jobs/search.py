@@ -18,7 +18,7 @@ from modicum.errors import RecipeError
 from modicum.evaluate.rows import Rows
 from modicum.jobs.evaluate import native_dtype, refuse_not_finite, usable_device
 from modicum.jobs.loading.folders import note_code
-from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.loading.models import load_model, load_tokenizer, rehearse_loading
 from modicum.jobs.merge import MergeRecipe, make_plan
 from modicum.jobs.merge import described as card_of
 from modicum.jobs.merging.in_place import InPlace, moves
@@ -99,6 +99,8 @@ def make_space(recipe: SearchRecipe) -> Space:
 def plan(recipe: SearchRecipe) -> list[str]:
     """Describe the search; reads the data, and headers of the models."""
     space = make_space(recipe)
+    first: Any = space.plan.models[0]
+    rehearse_loading(first.base.folder, allow_pickle=recipe.merge.allow_pickle, remote_code=recipe.merge.remote_code)
     changing = sum(moves(step) for step in space.plan.steps)
     lines = [
         f"{len(space.names)} numbers: {', '.join(space.names)}",

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.data.section import DataSection
-from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.loading.models import load_model, load_tokenizer, rehearse_loading
 from modicum.patterns import Pattern
 from modicum.recipe import Recipe
 from modicum.record import Run
@@ -62,6 +62,7 @@ def plan(recipe: StatisticsRecipe) -> list[str]:
     rows = load_rows(recipe.data, seed=recipe.seed)
     checkpoint = Checkpoint(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     what = {"fisher": "mean squared gradients", "gram": "Gram matrices of the linear layers' inputs"}[recipe.kind]
+    rehearse_loading(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     return [
         f"{what} of {recipe.model} ({checkpoint.nbytes / 1e6:.0f} MB) on {len(rows)} rows of {recipe.data.path}",
         f"holds at most {max(1, recipe.memory // 10**6)} MB of sums at a time, or those of one tensor",

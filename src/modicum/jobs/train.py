@@ -25,6 +25,7 @@ from modicum.jobs.loading.models import (
     load_tokenizer,
     model_shape,
     native_bfloat16,
+    rehearse_model,
 )
 from modicum.jobs.loading.references import resolve_model
 from modicum.jobs.training.batches import Batches, optimizer_steps
@@ -53,6 +54,8 @@ def plan(recipe: TrainRecipe) -> list[str]:
     weights = sum(file.stat().st_size for file in resolve_model(recipe.model.path).glob("*.safetensors"))
     read = {name: _data(recipe, section, parts, notes.append, scored=False) for name, section in _sections(recipe)}
     rows = {name: len(data.rows) for name, data in read.items()}
+    if recipe.model.scratch is None:
+        _refuse_untrainable(rehearse_model(recipe.model.path, **_loading(recipe)), recipe)
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     for data in read.values():
         try_rows(data, tokenizer, notes.append)
@@ -237,15 +240,38 @@ def _plain(recipe: TrainRecipe, parts: Sequence[Part], tokenizer: Any, run: Run)
 
 def _model(recipe: TrainRecipe, parts: Sequence[Part], run: Run, device: torch.device) -> PreTrainedModel:
     section = recipe.model
-    shared: dict[str, Any] = {
-        "dtype": _dtype(recipe, parts, run, device),
+    dtype = _dtype(recipe, parts, run, device)
+    if section.scratch is None:
+        model = load_model(section.path, dtype=dtype, **_loading(recipe))
+        _refuse_untrainable(model, recipe)
+        return model
+    shape = model_shape(section.path, section.scratch, remote_code=section.remote_code)
+    return fresh_model(
+        shape, seed=recipe.seed, dtype=dtype, attention=section.attention, remote_code=section.remote_code
+    )
+
+
+def _loading(recipe: TrainRecipe) -> dict[str, Any]:
+    section = recipe.model
+    return {
         "attention": section.attention,
+        "allow_pickle": section.allow_pickle,
         "remote_code": section.remote_code,
     }
-    if section.scratch is None:
-        return load_model(section.path, allow_pickle=section.allow_pickle, **shared)
-    shape = model_shape(section.path, section.scratch, remote_code=section.remote_code)
-    return fresh_model(shape, seed=recipe.seed, **shared)
+
+
+def _refuse_untrainable(model: PreTrainedModel, recipe: TrainRecipe) -> None:
+    """Refuse a model whose weights a training leaves as they are."""
+    if hasattr(model, "peft_config"):
+        raise UnsupportedError(
+            f"{recipe.model.path} is an adapter already. Merge it into its base first (job: merge), and train the "
+            "result, with a new adapter if you like."
+        )
+    if recipe.section("adapter") is None and not any(weight.requires_grad for weight in model.parameters()):
+        raise UnsupportedError(
+            f"{recipe.model.path} is a {model.config.model_type} model, whose weights stay as they are. Train the "
+            "models that it was made of, and make it anew."
+        )
 
 
 def _dtype(recipe: TrainRecipe, parts: Sequence[Part], run: Run, device: torch.device) -> str:

@@ -20,13 +20,12 @@ from modicum.borders import border, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, copies, is_vocabulary, role
-from modicum.references import beside, find_model
+from modicum.references import beside, find_model, on_itself
 from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
 from modicum.weights.configs import rewritten
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
-from modicum.weights.whole import check_layers, check_parts, inside
+from modicum.weights.whole import INDEX, SINGLE, check_layers, check_once, check_parts, inside
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = "pytorch_model*.bin"
 PICKLED = (".bin", ".pt", ".pth")
 CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -105,11 +104,7 @@ class Checkpoint(Mapping[str, Tensor]):
             self._slots = self._header(path)
         elif (path / INDEX).exists():
             self._slots = self._read_index(path)
-            if (path / SINGLE).exists() and path / SINGLE not in self._stamps:
-                raise CheckpointError(
-                    f"{self.name} holds its weights twice: {SINGLE}, which transformers reads, and the files of "
-                    f"{INDEX}. Remove the older ones."
-                )
+            check_once(path, [file.name for file in self._stamps], self.name)
         else:
             check_parts(files := sorted(path.glob("*.safetensors")), self.name)
             single = path / SINGLE
@@ -184,8 +179,15 @@ class Checkpoint(Mapping[str, Tensor]):
         reference = str(base or beside(folder, adapter.base))
         if not reference:
             raise CheckpointError(f"{self.name}: {ADAPTER_CONFIG} names no base model. Give the base.")
+
+        def another(name: str) -> Path:
+            path = resolve(name)
+            if path.resolve() == folder.resolve():
+                raise on_itself(folder)
+            return path
+
         self._beneath = beneath = Checkpoint(
-            reference, resolve=resolve, allow_pickle=allow_pickle, remote_code=self.remote_code
+            reference, resolve=another, allow_pickle=allow_pickle, remote_code=self.remote_code
         )
         adapter.fit(beneath)
         if beneath.tied and beneath.tied not in beneath:

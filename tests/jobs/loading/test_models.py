@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modicum.errors import CheckpointError, MissingExtraError
+from modicum.errors import CheckpointError, MissingExtraError, UnsupportedError
 from modicum.jobs.loading import references
 from modicum.jobs.loading.models import load_model, load_tokenizer
 from modicum.jobs.loading.references import resolve_model
@@ -185,7 +185,7 @@ def test_a_model_that_brings_its_own_code_does_not_run_it(copy):
     set_config(
         copy, "config.json", model_type="own", auto_map={"AutoModelForCausalLM": "own.Own", "AutoConfig": "own.C"}
     )
-    with pytest.raises(CheckpointError, match="cannot load the model"):
+    with pytest.raises(UnsupportedError, match="comes with code of its own, which is not run"):
         load_model(copy)
 
 

@@ -123,11 +123,12 @@ def look_at(target: Target) -> None:
         _client(target)
         return
     from modicum.jobs.chat.local import need_template
-    from modicum.jobs.loading.models import load_tokenizer, usable
+    from modicum.jobs.loading.models import load_tokenizer, rehearse_model, usable
 
     reference = target.model or ""
     usable(target.dtype, target.device)
     need_template(load_tokenizer(reference, remote_code=target.remote_code), reference)
+    rehearse_model(reference, remote_code=target.remote_code)
 
 
 def look_at_judge(section: JudgeSection) -> None:

@@ -13,7 +13,7 @@ from modicum.errors import ModicumError
 from modicum.jobs.data.collators import collate
 from modicum.jobs.data.packing import isolating, ordinary_ids
 from modicum.jobs.data.tokens import tokenize
-from modicum.jobs.loading.folders import adapter_base, is_adapter
+from modicum.jobs.loading.folders import beneath
 from modicum.jobs.loading.models import fresh_model, load_tokenizer, model_shape
 from modicum.jobs.loading.references import resolve_model
 
@@ -51,9 +51,7 @@ def foresee(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = resolve_model(reference, remote_code=remote_code)
-    while is_adapter(folder):
-        folder = resolve_model(adapter_base(folder), remote_code=remote_code)
+    *_, folder = beneath(resolve_model(reference, remote_code=remote_code), remote_code=remote_code)
     tokenizer = load_tokenizer(folder, remote_code=remote_code)
     try:
         if fields is None:

@@ -14,6 +14,7 @@ import threading
 
 from modicum import shortened
 from modicum.jobs.executors import answer
+from modicum.processes import hush_libraries
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
     shortened.install()
+    hush_libraries()
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(tasks,), daemon=True).start()
     while True:

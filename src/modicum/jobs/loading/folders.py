@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum import borders
 from modicum.errors import CheckpointError, first_line
-from modicum.jobs.loading.references import PICKLES
+from modicum.jobs.loading.references import PICKLES, resolve_model
 from modicum.layout import ADAPTER_CONFIG
 from modicum.patterns import try_pattern
-from modicum.references import beside, pinned
+from modicum.references import beside, on_itself, pinned
+from modicum.weights.whole import INDEX, check_once
 
 if TYPE_CHECKING:
     from modicum.record import Run
@@ -29,8 +30,29 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def adapter_base(folder: Path) -> str:
-    """Return the reference of the base model that the adapter in ``folder`` was trained on."""
+def beneath(folder: Path, *, allow_pickle: bool = False, remote_code: bool = False) -> Iterator[Path]:
+    """Yield the folder, and where it is an adapter what that was trained on, down to a whole model.
+
+    Args:
+        folder: Of a model or an adapter.
+        allow_pickle: Also download pickled weights from the Hub.
+        remote_code: Also download the model's own code from the Hub.
+
+    Raises:
+        CheckpointError: An adapter names no base, one that is not there, or itself.
+    """
+    seen: list[Path] = []
+    while True:
+        yield folder
+        if not is_adapter(folder):
+            return
+        seen.append(folder.resolve())
+        folder = resolve_model(_adapter_base(folder), allow_pickle=allow_pickle, remote_code=remote_code)
+        if folder.resolve() in seen:
+            raise on_itself(folder)
+
+
+def _adapter_base(folder: Path) -> str:
     config = read_json(folder / ADAPTER_CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
@@ -79,7 +101,7 @@ def check_weights(folder: Path, *, allow_pickle: bool = False) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if outside := [name for name in names if Path(name).name != name]:
@@ -87,6 +109,7 @@ def check_weights(folder: Path, *, allow_pickle: bool = False) -> None:
         shards = [folder / name for name in names]
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names. Copy or download it again.")
+        check_once(folder, names, str(folder))
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum import borders, registry
-from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
+from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean, first_line
 from modicum.jobs.loading.folders import (
-    adapter_base,
+    beneath,
     check_sizes,
     check_weights,
-    is_adapter,
     read_json,
     try_patterns,
 )
@@ -57,16 +56,71 @@ def load_model(
     Raises:
         CheckpointError: The folder is incomplete or corrupt, or tensors are missing, extra, mis-shaped or not finite.
     """
-    folder = resolve_model(ref, allow_pickle=allow_pickle, remote_code=remote_code)
     options: dict[str, Any] = {"allow_pickle": allow_pickle, "remote_code": remote_code}
-    if is_adapter(folder):
-        check_weights(folder, allow_pickle=allow_pickle)
-        base = load_model(adapter_base(folder), dtype=dtype, attention=attention, **options)
-        model = _with_adapter(base, folder, trainable=trainable)
-    else:
-        model = _load_whole(folder, dtype=dtype, attention=attention, **options)
+    model = _load(ref, dtype=dtype, attention=attention, trainable=trainable, **options)
     _check_finite(model, ref)
     return model.to(device)
+
+
+def rehearse_model(
+    ref: str | Path, *, allow_pickle: bool = False, remote_code: bool = False, attention: str | None = None
+) -> PreTrainedModel:
+    """Return what :func:`load_model` would, without its numbers, in no memory: what that would refuse is refused.
+
+    Args:
+        ref: See :func:`resolve_model`.
+        allow_pickle: Accept pickled weights.
+        remote_code: Run the code that comes with the model.
+        attention: Attention implementation.
+
+    Raises:
+        CheckpointError: The folder is incomplete, or tensors are missing, extra or mis-shaped.
+    """
+    options: dict[str, Any] = {"allow_pickle": allow_pickle, "remote_code": remote_code}
+    return _load(ref, dtype="auto", attention=attention, trainable=False, device_map="meta", **options)
+
+
+def rehearse_loading(ref: str | Path, *, remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """Do :func:`rehearse_model`, and look at the tokenizer too; for what will load both.
+
+    Raises:
+        CheckpointError: Either cannot be loaded.
+    """
+    model = rehearse_model(ref, remote_code=remote_code, **options)
+    load_tokenizer(ref, remote_code=remote_code)
+    return model
+
+
+def _load(
+    ref: str | Path, *, trainable: bool, allow_pickle: bool, remote_code: bool, **options: Any
+) -> PreTrainedModel:
+    shared: dict[str, Any] = {"allow_pickle": allow_pickle, "remote_code": remote_code}
+    *adapters, whole = beneath(resolve_model(ref, **shared), **shared)
+    for folder in adapters:
+        check_weights(folder, allow_pickle=allow_pickle)
+    model = _load_whole(whole, **shared, **options)
+    for folder in reversed(adapters):
+        model = getattr(model, "merge_and_unload", lambda base=model: base)()  # PEFT would mix up two of one name
+        model = _with_adapter(model, folder, trainable=trainable)
+    return model
+
+
+def looped_model(model: Any, ref: str) -> Any:
+    """Return a looped model with its adapter merged into it.
+
+    Args:
+        model: Of :func:`load_model` or :func:`rehearse_model`.
+        ref: What was loaded.
+
+    Raises:
+        UnsupportedError: It is another kind of model.
+    """
+    from modicum.models.zero_token.model import ZeroTokenForCausalLM
+
+    whole = getattr(model, "merge_and_unload", lambda: model)()
+    if not isinstance(whole, ZeroTokenForCausalLM):
+        raise UnsupportedError(f"{ref} is no looped model. Convert one first: model.convert of a train job.")
+    return whole
 
 
 def linear_modules(folder: Path) -> list[str] | None:
@@ -117,8 +171,11 @@ def model_shape(ref: str | Path, fields: Mapping[str, Any], *, remote_code: bool
     from transformers import AutoConfig
 
     folder = resolve_model(ref, remote_code=remote_code)
-    _know_architecture(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    _know_architecture(folder, remote_code=remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except Exception as error:  # whatever transformers stumbles over in a configuration that is not one
+        raise CheckpointError(f"{folder}: cannot read its config.json: {first_line(error)}") from None
     known = config.to_dict()
     check_sizes(known | dict(fields), "scratch", MOST_LAYERS, MOST_ENTRIES)
     for key in fields:
@@ -201,10 +258,10 @@ def load_tokenizer(ref: str | Path, *, remote_code: bool = False) -> PreTrainedT
     Raises:
         CheckpointError: There is no tokenizer, or it cannot be read.
     """
-    folder = resolve_model(ref, remote_code=remote_code)
-    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
-        if is_adapter(folder):
-            return load_tokenizer(adapter_base(folder), remote_code=remote_code)
+    for folder in beneath(resolve_model(ref, remote_code=remote_code), remote_code=remote_code):
+        if any((folder / name).is_file() for name in VOCABULARY_FILES):
+            break
+    else:
         raise CheckpointError(f"{ref} holds no tokenizer (looked for {', '.join(VOCABULARY_FILES)}). Copy one there.")
     from transformers import AutoTokenizer
 
@@ -218,11 +275,9 @@ def load_tokenizer(ref: str | Path, *, remote_code: bool = False) -> PreTrainedT
 
 
 def _load_whole(
-    folder: Path, *, dtype: str | torch.dtype, attention: str | None, allow_pickle: bool, remote_code: bool
+    folder: Path, *, attention: str | None, allow_pickle: bool, remote_code: bool, **options: Any
 ) -> PreTrainedModel:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a model: it holds no config.json.")
-    _know_architecture(folder)
+    _know_architecture(folder, remote_code=remote_code)
     check_weights(folder, allow_pickle=allow_pickle)
     import torch
     from transformers import AutoModelForCausalLM
@@ -231,12 +286,12 @@ def _load_whole(
         with no_progress_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=remote_code,
                 use_safetensors=None if allow_pickle else True,
                 ignore_mismatched_sizes=True,  # so that the report below names them
                 output_loading_info=True,
+                **options,
             )
     except torch.OutOfMemoryError:
         raise
@@ -252,9 +307,18 @@ def _load_whole(
     return model.eval()
 
 
-def _know_architecture(folder: Path) -> None:
+def _know_architecture(folder: Path, *, remote_code: bool) -> None:
     """Import modicum's own model where a checkpoint needs it: that registers it with the Auto classes."""
-    kind = read_json(folder / "config.json").get("model_type")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a model: it holds no config.json.")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if not remote_code and "auto_map" in config and kind not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"{folder} comes with code of its own, which is not run. Set remote_code: true if you trust its source."
+        )
     if isinstance(kind, str) and kind in registry.model:
         _ = registry.model[kind]
 
@@ -268,7 +332,10 @@ def _with_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> Pr
         with warnings.catch_warnings():
             # PEFT only warns when an adapter lacks tensors, and leaves them at their random start.
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable).train(trainable)
+            made = PeftModel.from_pretrained(
+                base, str(folder), is_trainable=trainable, low_cpu_mem_usage=base.device.type == "meta"
+            )
+            return made.train(trainable)
     except Exception as error:  # whatever PEFT stumbles over
         raise CheckpointError(f"{folder}: the adapter does not fit its base: {first_line(error)}") from None
 

@@ -36,14 +36,12 @@ def within_positions(recipe: R, note: Callable[[str], object]) -> R:
 
 
 def _table(recipe: TrainRecipe) -> int | None:
-    from modicum.jobs.loading.folders import adapter_base, is_adapter
+    from modicum.jobs.loading.folders import beneath
     from modicum.jobs.loading.models import model_shape
     from modicum.jobs.loading.references import resolve_model
 
     section = recipe.model
-    folder = resolve_model(section.path, remote_code=section.remote_code)
-    while is_adapter(folder):
-        folder = resolve_model(adapter_base(folder), remote_code=section.remote_code)
+    *_, folder = beneath(resolve_model(section.path, remote_code=section.remote_code), remote_code=section.remote_code)
     config: dict[str, Any] = model_shape(folder, section.scratch or {}, remote_code=section.remote_code).to_dict()
     if any(word in key for key, value in config.items() if value for word in COMPUTED):
         return None

@@ -122,8 +122,6 @@ class Adapter(Part):
         from modicum.random import derive_seed
 
         base = self._base(model)
-        if hasattr(model, "peft_config"):
-            raise UnsupportedError(f"{base} is an adapter already. Merge it into its base first (job: merge).")
         try_patterns(fields, model, "adapter.config")
         config = self._config(fields)
         try:
