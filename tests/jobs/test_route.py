@@ -299,6 +299,24 @@ def test_shipped_recipes_are_valid():
     assert parse(read("mediator-budget")).budget_share == 0.75
 
 
+def test_what_a_route_would_refuse_is_found_before_its_experts_are_trained(parts):
+    def check(**more):
+        train = {"job": "train", "model": str(parts / "base"), "trainer": {"max_steps": 1}}
+        stages = [train | {"name": name, "data": str(parts / f"{name}.jsonl")} for name in WORDS]
+        given = recipe(parts, experts={name: f"stage:{name}" for name in WORDS}, name="routed", **more)
+        return plan(parse({"job": "pipeline", "stages": [*stages, given]}))
+
+    assert any("routed: route after" in line for line in check())
+    for more, message in (
+        ({"rule": "mean_std", "budget_bytes": 5}, "routed: budget.* is 5"),
+        ({"rule": "mean_std", "budget_share": 0.4}, "routed: budget_share is 0.4.*Give at least 0.5"),
+        ({"router": {"tap": 3, "second_prefill": True}}, "routed: router.tap is block 3"),
+        ({"data": {name: str(parts / "text.jsonl") for name in WORDS}}, "routed: .*holds text rows"),
+    ):
+        with pytest.raises(ModicumError, match=message):
+            check(**more)
+
+
 def stage_alone(stage):
     return {key: value for key, value in stage.items() if key != "name"}
 

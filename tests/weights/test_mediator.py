@@ -64,6 +64,8 @@ def test_m7_a_budget(budget, routed):
     assert select_layers(conflict, rule="budget_bytes", budget=budget, unit_bytes=sizes) == routed
     with pytest.raises(ModicumError, match="budget is 9 bytes.*Give at least 10"):
         select_layers(conflict, rule="budget_bytes", budget=9, unit_bytes=sizes)
+    with pytest.raises(ModicumError, match="budget is 9 bytes.*Give at least 10"):  # alike or not
+        select_layers(dict.fromkeys("abcd", 0.5), rule="budget_bytes", budget=9, unit_bytes=sizes)
 
 
 SIZES = st.integers(1, 30)

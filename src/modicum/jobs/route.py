@@ -197,8 +197,10 @@ def plan_build(recipe: RouteRecipe) -> Build:
         names=list(recipe.experts),
     )
     merge = plan_merge(base, experts, method=average.name, knobs=average.knobs, seed=recipe.seed)
-    conflict = layer_conflict(base, experts, **recipe.conflict.model_dump())
     units = list(units_of(base, unit=unit))
+    # Stand-ins of a check are the base itself: nothing is read to find that they agree.
+    alike = all(expert.folder == base.folder for expert in experts)
+    conflict = dict.fromkeys(units, 0.0) if alike else layer_conflict(base, experts, **recipe.conflict.model_dump())
     everything = replace(about, routed=units)
     sizes = bytes_by_layer(plan_stores(base, experts, everything), everything)
     whole = sum(step.spec.nbytes for step in merge.steps)
@@ -281,7 +283,12 @@ def plan(recipe: RouteRecipe) -> list[str]:
     return [*lines, *notes, *build.merge.notes]
 
 
-@job("route", plan=plan)
+def _foreseeable(recipe: Any) -> bool:
+    """Whether the plan takes whole models in the place of the experts: it does, but where their factors are kept."""
+    return not expert_store[recipe.store.name].facts.factors
+
+
+@job("route", plan=plan, foreseeable=_foreseeable)
 def route(recipe: RouteRecipe, run: Run) -> None:
     """Build a routed model: dense weights, stored experts and a router.
 
@@ -321,7 +328,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
     with whole_folder(run.folder / "model", check=run.inputs.check) as folder:
         assemble(work, folder, build)
         if recipe.distil is not None:
-            run.record["metrics"]["distilled"] = distil(recipe, build, folder, rows["known"], work)
+            run.record["metrics"]["distilled"] = distil(recipe, build, folder, rows["known"], work, run.note)
         if recipe.router is not None:
             run.record["metrics"]["router"] = fit(recipe, folder, rows, run.note)
         finish_config(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def distil(
-    recipe: RouteRecipe, build: Build, folder: Path, rows: Mapping[str, Sequence[Any]], work: Path
+    recipe: RouteRecipe,
+    build: Build,
+    folder: Path,
+    rows: Mapping[str, Sequence[Any]],
+    work: Path,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Fit the sizes of every expert in a folder to its fine-tune, and write them there; the bytes stay as many.
 
@@ -30,6 +35,7 @@ def distil(
         folder: Of the routed model, not finished yet.
         rows: Prompts of each expert's task; those held out tell what the fit is worth.
         work: Where a stopped run finds the experts that it is done with.
+        note: Told of experts that the fit does no good.
 
     Returns:
         The error of each expert's logits before and after.
@@ -38,7 +44,7 @@ def distil(
     from transformers import AutoModelForCausalLM
 
     from modicum.models.routed.build import fill_host
-    from modicum.models.routed.distilling import answered, distil_scales
+    from modicum.models.routed.distilling import distil_scales
 
     section = recipe.distil
     assert section is not None  # noqa: S101
@@ -52,7 +58,7 @@ def distil(
         kept = work / f"scales-{digest([section.model_dump(), recipe.seed, t, prompts])}.json"
         if not kept.is_file():
             fill_host(teacher, build.experts[t])
-            texts = answered(teacher, prompts, tokens=section.answer) if section.answer else prompts
+            texts = _answered(teacher, tokenizer, prompts, section.answer)
             end = len(texts) - held_out(recipe, len(texts))
             fitted = distil_scales(
                 model,
@@ -67,9 +73,26 @@ def distil(
             )
             write_atomic(kept, json.dumps(fitted._asdict()) + "\n")
         found[name] = json.loads(kept.read_text())
+        if found[name]["after"] > found[name]["before"]:
+            note(
+                f"distil: the logits of {name} on held-out prompts are farther from its fine-tune's than before, "
+                f"{found[name]['after']:.4g} instead of {found[name]['before']:.4g}. Give more prompts or fewer steps."
+            )
     del model, teacher  # what is written next is mapped by them
     _rescale(folder, [found[name]["factors"] for name in recipe.experts])
     return {name: {key: one[key] for key in ("before", "after")} for name, one in found.items()}
+
+
+def _answered(teacher: Any, tokenizer: Any, prompts: Sequence[list[int]], tokens: int) -> Sequence[list[int]]:
+    """Return each prompt with the fine-tune's own likeliest answer behind it."""
+    from modicum.evaluate import generate, stop_tokens
+    from modicum.jobs.data.collators import pad_id
+
+    if not tokens:
+        return prompts
+    stop = stop_tokens(teacher, tokenizer)
+    answers = generate(teacher, prompts, max_new_tokens=tokens, stop=stop, pad=pad_id(tokenizer))
+    return [prompt + answer for prompt, answer in zip(prompts, answers)]
 
 
 def _rescale(folder: Path, factors: Sequence[Mapping[str, float]]) -> None:

@@ -240,10 +240,11 @@ def select_layers(
     if rule in ("all", "none") or not order:
         return order if rule == "all" else []
     alike = min(values) == max(values) and (len(values) > 1 or not values[0])
+    fitting = list(_within(order, budget, unit_bytes)) if rule == "budget_bytes" else []
     if alike and rule in ("mean_std", "topk", "quantile", "budget_bytes"):
         return []  # no layer stands out, whatever rounding says
     if rule == "budget_bytes":
-        return list(_within(order, budget, unit_bytes))
+        return fitting
     if rule in ("topk", "first", "least", "random"):
         count = _number(k, len(order), rule)
         if rule == "random":

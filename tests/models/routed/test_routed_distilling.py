@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from models.routed.support_routed import experts_of, host, prompts, routed
+from modicum.errors import RecipeError
 from modicum.models.routed import distilling
 from modicum.models.routed.build import fill_host, route_experts
-from modicum.models.routed.distilling import answered, distil_scales
+from modicum.models.routed.distilling import distil_scales
 from modicum.weights.experts import ExpertSet
 
 
@@ -82,13 +83,9 @@ def test_every_text_is_read_before_any_is_read_again():
     assert all(len(batch) == 8 for batch in distilling._batches([[1], [2]], 2, 8, rng))
 
 
-def test_a_prompt_is_answered_by_the_fine_tune_up_to_its_end():
-    _, teacher, texts = parts()
-    told = answered(teacher, texts, tokens=6, batch_size=7)
-    for text, whole in zip(texts, told):
-        alone = teacher.generate(torch.tensor([text]), max_new_tokens=6, do_sample=False)[0].tolist()
-        assert whole == alone
-    end = told[0][len(texts[0]) + 1]
-    teacher.generation_config.eos_token_id = [end]
-    short = answered(teacher, texts[:1], tokens=6)[0]
-    assert short == told[0][: short.index(end, len(texts[0])) + 1] and short[-1] == end
+def test_errors_that_are_not_finite_are_refused_by_name():
+    model, teacher, texts = parts()
+    teacher.get_output_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(RecipeError, match=rf"expert {model.experts.about.names[1]}: the error of its logits is nan"):
+        distil_scales(model, teacher, texts, texts, expert=1, steps=1)
+    assert not any(p.requires_grad for p in model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modicum.models.routed.features import left_padded
+from modicum.errors import RecipeError
 from modicum.random import generator
 from modicum.types import NonNegativeInt, Positive, PositiveInt
 
@@ -60,6 +61,9 @@ def distil_scales(
         learning_rate: Of the factors; 0.01 moves each by about a hundredth a step.
         seed: Of the order of the texts.
 
+    Raises:
+        RecipeError: An error is not finite.
+
     Example:
         >>> distil_scales(model, fine_tune, texts, held_out, expert=0).factors  # doctest: +SKIP
 
@@ -78,43 +82,32 @@ def distil_scales(
         for name in model.working.targets
         if (reader := model.experts.reader(name, expert)) is not None and "alpha" in reader.parts
     ]
+
+    def error() -> float:
+        found = _error_of(model, teacher, held_out, batch_size)
+        if not math.isfinite(found):
+            raise RecipeError(
+                f"expert {model.experts.about.names[expert]}: the error of its logits is {found}: the fine-tune's own "
+                "numbers overflow, or learning_rate is too high. Lower it, or leave the fit out."
+            )
+        return found
+
     factors = torch.ones(len(names), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([factors], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     _write(model, expert, dict.fromkeys(names, 1.0))
-    before = _error_of(model, teacher, held_out, batch_size)
+    before = error()
     with _slopes(model, expert, names) as slopes:
         for batch in _batches(texts, steps, batch_size, generator(seed, "distil_scales", expert)):
             _write(model, expert, dict(zip(names, factors.tolist())))
+            slopes.clear()  # a tensor that this batch does not reach has none
             torch.autograd.backward(_error(model, teacher, batch))
-            factors.grad = torch.tensor([slopes[name] for name in names], dtype=torch.float64)
+            factors.grad = torch.tensor([slopes.get(name, 0.0) for name in names], dtype=torch.float64)
             optimizer.step()
             schedule.step()
     fitted = dict(zip(names, factors.tolist()))
     _write(model, expert, fitted)
-    return Distilled(fitted, before, _error_of(model, teacher, held_out, batch_size))
-
-
-@torch.no_grad()
-def answered(teacher: Any, prompts: Sequence[Sequence[int]], *, tokens: int, batch_size: int = 32) -> list[list[int]]:
-    """Return each prompt with the teacher's own likeliest answer behind it.
-
-    Args:
-        teacher: A causal language model.
-        prompts: Token ids.
-        tokens: The most that an answer has.
-        batch_size: Prompts at a time.
-    """
-    ends = set(torch.as_tensor(teacher.generation_config.eos_token_id or []).reshape(-1).tolist())
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        some = prompts[start : start + batch_size]
-        ids, mask = left_padded(some, teacher.device)
-        told = teacher.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        for prompt, answer in zip(some, told[:, ids.shape[1] :].tolist()):
-            end = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
-            found.append([*prompt, *answer[:end]])
-    return found
+    return Distilled(fitted, before, error())
 
 
 @torch.no_grad()
