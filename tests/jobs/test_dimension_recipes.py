@@ -28,10 +28,12 @@ def small(model):
         if stage["job"] == "train":
             stage["model"] = str(model)
             stage["data"] |= {"size": 8, "max_length": 240}
-            stage["adapter"] = {"rank": 2}
+            stage["adapter"] = {"rank": 2, "config": {"layers_to_transform": [1]}}
             stage["trainer"] = stage["trainer"] | {"max_steps": 3, "save_steps": 1}
             if "mix" in stage["data"]:
                 stage["data"]["mix"]["harmless"] = {"path": "preference:instructions", "seed": 7}
+        if "cached_blocks" in stage:
+            stage["cached_blocks"] = 1
         if stage["job"] == "merge":
             stage["base"] = str(model)
         if stage["job"] == "evaluate":

@@ -14,6 +14,7 @@ from modicum.errors import RecipeError
 from modicum.linalg import SVD, inv_sqrt_polar, mixed_svd, truncated_svd
 from modicum.registry import merge_method
 from modicum.weights import merge_state_dicts
+from modicum.weights.kernels.matrices import merge_matrices
 from modicum.weights.methods import (
     dare,
     emr,
@@ -34,6 +35,14 @@ from modicum.weights.methods import (
 from modicum.weights.methods.resm import occupancy, outlier_weights, rank_plan
 from modicum.weights.methods.tsv import combine, task_interference
 from oracles import merge as oracle
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (5,), (2, 3, 3)])
+def test_what_no_expert_has_changed_is_decomposed_by_none(shape: tuple[int, ...]) -> None:
+    base = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    base.view(-1)[0] = -0.0
+    merged = merge_matrices(base, [base.clone(), base.clone()], lambda _: pytest.fail("decomposed"))
+    assert torch.equal(merged.view(torch.int16), base.view(torch.int16)) and merged.data_ptr() != base.data_ptr()
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7), (9, 9)])

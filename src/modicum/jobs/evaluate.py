@@ -33,6 +33,7 @@ from modicum.jobs.task import Task
 from modicum.recipe import Recipe
 from modicum.record import Run, read_log
 from modicum.registry import job
+from modicum.types import PositiveInt
 
 if TYPE_CHECKING:
     from modicum.evaluate.subject import Result, Subject
@@ -55,6 +56,10 @@ class EvaluateRecipe(Recipe):
         default="auto", description="auto: the checkpoint's own where the device computes in it, else float32"
     )
     device: str = "auto"
+    cached_blocks: PositiveInt | None = Field(
+        default=None,
+        description="lowest blocks whose states of pairs and choices a process keeps for models that are equal there",
+    )
     allow_pickle: bool = False
     remote_code: bool = False
 
@@ -142,7 +147,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
     run.inputs.check()
     (run.folder / "items").mkdir(exist_ok=True)
     loaded: list[LocalSubject] = []
-    others = supplied(lambda reference: _subject(recipe, "reference", reference, lambda _: None))
+    others = supplied(lambda reference: _subject(recipe, "reference", reference, lambda _: None, run.note))
     given = {**others, "seed": recipe.seed, "level": recipe.level}
 
     def keep(**more: Any) -> None:
@@ -159,7 +164,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
         def cell(model: str, name: str) -> Cell:
             if [subject.name for subject in loaded] != [model]:
                 loaded.clear()  # frees the memory of the model before
-                loaded.append(_subject(recipe, model, recipe.models[model], step))
+                loaded.append(_subject(recipe, model, recipe.models[model], step, run.note))
                 run.inputs.check()
             task, began = recipe.tasks[name], time.monotonic()
             with getattr(getattr(loaded[0], "model", None), "counted", nullcontext)() as spent:
@@ -227,13 +232,16 @@ def refuse_not_finite(model: str, task: str, metric: str, found: Mapping[str, An
         )
 
 
-def _subject(recipe: EvaluateRecipe, name: str, reference: str, progress: Progress) -> LocalSubject:
+def _subject(
+    recipe: EvaluateRecipe, name: str, reference: str, progress: Progress, note: Callable[[str], None]
+) -> LocalSubject:
     device = usable_device(recipe.device)
     dtype = native_dtype(recipe.dtype, device)
     model = load_model(
         reference, dtype=dtype, device=device, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code
     )
-    return LocalSubject(name, model, load_tokenizer(reference, remote_code=recipe.remote_code), progress)
+    tokenizer = load_tokenizer(reference, remote_code=recipe.remote_code)
+    return LocalSubject(name, model, tokenizer, progress, recipe.cached_blocks, note)
 
 
 def native_dtype(dtype: str, device: str) -> str:

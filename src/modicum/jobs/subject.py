@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from modicum.errors import UnsupportedError
 from modicum.evaluate.rows import Row, question_of
 from modicum.evaluate.subject import Likelihood
 from modicum.jobs.data.collators import pad_id
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from modicum.evaluate.chat import Judge
+    from modicum.jobs.training.lower_blocks import LowerBlocks
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,19 @@ class LocalSubject:
         model: A causal language model.
         tokenizer: Its own.
         progress: Told which share of a call is done.
+        cached_blocks: Lowest blocks whose states are kept for the next model that is the same up to there; see
+            :mod:`modicum.jobs.training.lower_blocks`.
+        note: Told where this cannot be.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     progress: Callable[[float], None] = lambda _: None
+    cached_blocks: int | None = None
+    note: Callable[[str], object] = lambda _: None
     _layouts: list[PairCollator] = field(default_factory=list, repr=False)
+    _lower: list[LowerBlocks | None] = field(default_factory=list, repr=False)
 
     def generate(self, rows: Sequence[Row], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Return the model's greedy answer to the prompt of each row."""
@@ -102,11 +110,12 @@ class LocalSubject:
             order = sorted((kept[number] for number in numbers), key=lambda i: (-long[i], i))
             with within, torch.inference_mode():
                 collator = self._layout([asked[i] for i in order])
+                known = dict(zip(order, self._begun([asked[i] for i in order], collator)))
                 head = LabelHead(self.model)
                 try:
                     for begin in range(0, len(order), batch_size):
                         chosen = order[begin : begin + batch_size]
-                        batch = collator([asked[i] for i in chosen])
+                        batch = collator([known[i] for i in chosen])
                         values = iter(answer_log_probabilities(self.model, batch).tolist())
                         for i in chosen:
                             found[i] = [Likelihood(-next(values), len(answer)) for answer in asked[i].answers]
@@ -127,6 +136,23 @@ class LocalSubject:
         if not self._layouts:
             self._layouts.append(layout(self.model, asked[:1], pad, lambda _: None))
         return self._layouts[0]
+
+    def _begun(self, asked: list[Alternatives], collator: PairCollator) -> list[Alternatives]:
+        """Return questions with what the lowest blocks make of them, where these are to be kept and can be."""
+        from modicum.jobs.training.lower_blocks import LowerBlocks
+
+        if self.cached_blocks is None or not asked or hasattr(self.model, "requests"):
+            return asked
+        told = f"{self.name}: cached_blocks: {self.cached_blocks} is off, and passes begin at the tokens"
+        try:
+            if not self._lower:
+                self._lower.append(None)
+                self._lower[0] = LowerBlocks(self.model, self.cached_blocks, asked[0], collator)
+            if (lower := self._lower[0]) is not None and lower.collator == collator:
+                return lower.under(asked)
+        except UnsupportedError as error:
+            self.note(f"{told}: {error}.")
+        return asked
 
     def _document(self, text: str) -> tuple[list[int], int]:
         """Return the ids of a text after one token of context, so that its own first token is scored too."""

@@ -260,6 +260,22 @@ def test_linear_heads_are_trained_on_other_prompts_and_remembered(base, monkeypa
         load_rows(section(parts=few, filter=settings))
 
 
+def test_heads_read_each_answer_once_however_many_runs_ask(base, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from modicum.jobs.data import scoring_models
+
+    usual, read = scoring_models._states, []
+    monkeypatch.setattr(
+        scoring_models, "_states", lambda *given: read.extend(map(json.dumps, given[2])) or usual(*given)
+    )
+    parts = {name: {"path": path, "size": 60} for name, path in PARTS.items()}
+    asked = section(parts=parts, filter={"scorer": {"heads_of": base}, "rank": "mean", "keep": 0.5})
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (each.result() for each in [pool.submit(load_rows, asked) for _ in range(2)])
+    assert first == second and len(read) == len({*read}) == 240
+
+
 def test_heads_of_a_part_learn_what_it_prefers():
     from modicum.jobs.data import scoring_models
     from modicum.jobs.data.section import ScorerSection

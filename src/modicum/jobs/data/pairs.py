@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from modicum.errors import CheckpointError
 from modicum.evaluate.rows import answered
@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 Tokens: TypeAlias = tuple[int, ...]
 
 
+class Lower(NamedTuple):
+    """What leaves the lowest blocks of a model for the tokens of a pair; see :mod:`modicum.jobs.training.lower_blocks`.
+
+    Attributes:
+        blocks: How many they are.
+        states: Of the tokens as :class:`PairCollator` lays the pair out, (tokens, hidden size).
+    """
+
+    blocks: int
+    states: Tensor
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prompt with two answers as tokens, their log-probabilities under the reference, and of which dimension."""
@@ -39,6 +51,7 @@ class Pair:
     rejected: Tokens
     reference: tuple[float, float] = (0.0, 0.0)
     dimension: str = ""
+    lower: Lower | None = field(default=None, compare=False, repr=False)
 
     @property
     def answers(self) -> tuple[Tokens, Tokens]:
@@ -114,6 +127,7 @@ class Alternatives:
     prompt: Tokens
     answers: tuple[Tokens, ...]
     reference: tuple[float, ...] = ()
+    lower: Lower | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class PairCollator:
     mask: torch.dtype | None = None
 
     def __call__(self, pairs: Sequence[Pair | Alternatives]) -> dict[str, Any]:
-        """Return the inputs of the model and what :func:`~modicum.jobs.training.preferences.log_probabilities` reads.
+        """Return the inputs of the model and what :func:`~modicum.jobs.training.references.log_probabilities` reads.
 
         The first entry has one row for each pair, which is how the Trainer counts a batch.
         """
@@ -145,6 +159,7 @@ class PairCollator:
         ids, places, owners = (torch.full((len(rows), width), fill) for fill in (self.pad, 0, -1))
         copies = torch.zeros_like(ids)
         reads: list[list[list[int]]] = [[] for _ in segments]
+        spots: list[list[int]] = [[] for _ in segments]
         for number, row in enumerate(rows):
             at = 0
             for index in row:
@@ -153,6 +168,7 @@ class PairCollator:
                 for table, part in ((ids, segment.ids), (places, segment.places), (copies, segment.copies)):
                     table[number, here] = torch.tensor(part)
                 owners[number, here] = index
+                spots[index] = [number * width + place for place in range(here.start, here.stop)]
                 reads[index] = [[number * width + at + place for place in answer] for answer in segment.reads]
                 at = here.stop
         mask = self._mask(owners, copies) if self.shared else (owners >= 0).long()
@@ -165,6 +181,7 @@ class PairCollator:
             "reads": torch.tensor(list(chain.from_iterable(chain.from_iterable(reads)))),
             "targets": torch.tensor(list(chain.from_iterable(chain.from_iterable(pair.answers for pair in pairs)))),
             "counts": [len(answer) for pair in pairs for answer in pair.answers],
+            **_above(pairs, torch.tensor(list(chain.from_iterable(spots))), ids.shape),
         }
 
     def _segments(self, pair: Pair | Alternatives) -> list[_Segment]:
@@ -199,6 +216,18 @@ class PairCollator:
         if self.mask is None or self.mask == torch.bool:
             return seen
         return torch.zeros(seen.shape, dtype=self.mask).masked_fill_(~seen, torch.finfo(self.mask).min)
+
+
+def _above(pairs: Sequence[Pair | Alternatives], spots: Tensor, shape: Sequence[int]) -> dict[str, Any]:
+    """Return where the pairs' tokens lie, and the states with which a pass begins above the lowest blocks."""
+    import torch
+
+    known = [pair.lower for pair in pairs if pair.lower is not None]
+    if len(known) < len(pairs):
+        return {"spots": spots}
+    states = known[0].states.new_zeros(shape[0] * shape[1], known[0].states.shape[1])
+    states[spots] = torch.cat([lower.states for lower in known])
+    return {"spots": spots, "states": states.view(*shape, -1), "below": known[0].blocks}
 
 
 @dataclass(frozen=True)

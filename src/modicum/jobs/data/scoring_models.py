@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum import lock
 from modicum.content import cache_folder, fingerprint
 from modicum.durable import write_atomic
 from modicum.errors import CheckpointError, RecipeError, first_line
 from modicum.evaluate.rows import Row, answered, question_of
+from modicum.jobs.data.kinds.preference import SIDES
 from modicum.jobs.data.section import ScorerSection
 from modicum.jobs.data.tokens import encode
 from modicum.jobs.loading.models import load_model, load_tokenizer
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FEWEST = 8  # pairs on which a head is trained
+EVERY = 0.1  # seconds between two looks at what another run computes
 
 
 class Classifier:
@@ -92,26 +98,31 @@ def trained_heads(
         RecipeError: A part has too few pairs.
 
     Cost:
-        One forward pass over every answer, remembered for the next run.
+        One forward pass over every answer, for all runs that ask the same.
     """
     import torch
 
     from modicum.evaluate.logistic import fit
 
     reference = str(section.heads_of)
-
-    def features(asked: Sequence[tuple[Row, str]]) -> Tensor:
-        return torch.tensor(_remembered("states", reference, asked, lambda: _states(reference, section, asked)))
-
     training, rest = _split(rows, section.share, seed)
-    heads = []
     for name, part in training.items():
         if len(part) < FEWEST or not rest[name]:
             raise RecipeError(
                 f"mix: {name} has {len(rows[name])} pairs, of which {len(part)} would train its head; expected "
                 f"{FEWEST} or more, and some to keep. Give it more rows, or another share."
             )
-        chosen, rejected = (features([(row, row[side]) for row in part]) for side in ("chosen", "rejected"))
+    every = {_key(row, row[side]): (row, row[side]) for part in rows.values() for row in part for side in SIDES}
+    asked = list(every.values())
+    states = torch.tensor(_remembered("states", reference, asked, lambda: _states(reference, section, asked)))
+    places = {key: place for place, key in enumerate(every)}
+
+    def features(asked: Sequence[tuple[Row, str]]) -> Tensor:
+        return states[[places[_key(row, answer)] for row, answer in asked]]
+
+    heads = []
+    for part in training.values():
+        chosen, rejected = (features([(row, row[side]) for row in part]) for side in SIDES)
         gaps = (chosen - rejected).double()
         signs = torch.tensor([True] * len(gaps) + [False] * len(gaps))
         weight = fit(torch.cat([gaps, -gaps]), signs, l2=section.l2).weight
@@ -124,9 +135,8 @@ def trained_heads(
         return found
 
     for place, (name, part) in enumerate(rest.items()):
-        margins = torch.tensor(score([(row, row["chosen"]) for row in part])) - torch.tensor(
-            score([(row, row["rejected"]) for row in part])
-        )
+        chosen, rejected = (torch.tensor(score([(row, row[side]) for row in part])) for side in SIDES)
+        margins = chosen - rejected
         right = (margins[:, place] > 0).double().mean()
         note(
             f"mix: the head of {name}, trained on {len(training[name])} pairs, agrees with {right:.0%} of {len(part)} "
@@ -203,24 +213,55 @@ def _by_length(
     return found
 
 
+def _key(row: Row, answer: str) -> str:
+    """Return what tells an answer from all others."""
+    return json.dumps(answered(row, answer), sort_keys=True)
+
+
 def _remembered(
     what: str,
     reference: str,
     asked: Sequence[tuple[Row, str]],
     compute: Callable[[], list[list[float]]],
 ) -> list[list[float]]:
-    """Return what was computed for these answers before, or compute and keep it: runs of a grid share it."""
+    """Return what was computed for these answers before, or compute and keep it: runs of a grid share it.
+
+    Of runs that ask at the same time one computes, and the others wait for it.
+    """
     from xxhash import xxh3_128_hexdigest
 
     key = [what, fingerprint(resolve_model(reference)), [[answered(row, answer) for row, answer in asked]]]
     file = cache_folder() / "scores" / f"{xxh3_128_hexdigest(json.dumps(key).encode())}.json"
+    if (known := _read(file, len(asked))) is not None:
+        return known
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _turn(file.with_name(f".{file.stem}.lock")):
+        if (known := _read(file, len(asked))) is not None:
+            return known
+        found = compute()
+        write_atomic(file, json.dumps(found))
+        return found
+
+
+def _read(file: Path, count: int) -> list[list[float]] | None:
     try:
         known: list[list[float]] = json.loads(file.read_text())
-        if len(known) == len(asked):
-            return known
-    except (OSError, ValueError):
-        pass
-    found = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(found))
-    return found
+        return known if len(known) == count else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Hold a lock once whoever has it is done; of an owner that cannot be looked at nothing is expected."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock.hold(path, path.parent))
+                break
+            except lock.HeldError:
+                owner = lock.read_owner(path)
+                if owner is not None and owner.alive() is None:
+                    break  # computed twice rather than never
+                time.sleep(EVERY)
+        yield

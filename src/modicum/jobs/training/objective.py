@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modicum.errors import UnsupportedError
+from modicum.jobs.training.partial_passes import base_of
 from modicum.objectives.batch import Batch
 from modicum.objectives.collator import ObjectiveCollator, check_mask_id, special_ids
 from modicum.objectives.mask_token import check_causal, drop_mask_token, ensure_mask_token, suppress_mask_token
@@ -55,7 +56,7 @@ def complete_knobs(name: str, knobs: Mapping[str, Any], *, tokenizer: Any, model
     wanted = entry.parameters[1]
     if entry.facts.acts_on != "input_ids":
         return completed
-    base = _base(model)
+    base = base_of(model)
     check_causal(base)
     if "vocab_size" in wanted and completed["vocab_size"] is None:
         completed["vocab_size"] = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
@@ -135,7 +136,7 @@ def use_objective(trainer: Trainer | Build, name: str, *, seed: int | None = Non
     if gather:
         trainer.compute_loss_func = LabelHead(trainer.model)
     if entry.facts.acts_on != "input_ids":
-        hook_model(_base(trainer.model), name, entry.knobs(knobs), seed=seed, moment=moment)
+        hook_model(base_of(trainer.model), name, entry.knobs(knobs), seed=seed, moment=moment)
     return collator
 
 
@@ -155,7 +156,7 @@ def finish_model(model: Any, *, mask_token_id: int, rows: int) -> None:
         mask_token_id: The mask token.
         rows: Embedding rows before training.
     """
-    base = _base(model)
+    base = base_of(model)
     _remove_token_adapters(model, base)
     drop_mask_token(base, mask_token_id=mask_token_id, rows=rows)
     if mask_token_id < rows and getattr(base, "generation_config", None) is not None:
@@ -244,7 +245,7 @@ class LabelHead:
         # PEFT calls the forward of the model it wraps, not the model: only the outer one's hooks run.
         self._handles = [
             self.model.register_forward_pre_hook(self._take, with_kwargs=True),
-            _base(self.model).get_output_embeddings().register_forward_pre_hook(self._gather),
+            base_of(self.model).get_output_embeddings().register_forward_pre_hook(self._gather),
         ]
 
     def _take(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -335,10 +336,6 @@ def _apply(
 def _writes_mask(knobs: Mapping[str, Any]) -> bool:
     uses = knobs.get("mask_share", 1) and knobs.get("replacement", "mask") == "mask"
     return "mask_token_id" in knobs and bool(uses)
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _require_sdpa(model: Any) -> None:

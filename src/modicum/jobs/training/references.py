@@ -23,20 +23,22 @@ from modicum import lock, processes
 from modicum.borders import loads
 from modicum.content import cache_folder
 from modicum.durable import write_atomic
-from modicum.jobs.data.pairs import Pair, PairCollator, with_reference
+from modicum.jobs.data.pairs import Alternatives, Pair, PairCollator, with_reference
 from modicum.jobs.training.objective import LabelHead
+from modicum.jobs.training.partial_passes import begun
 
 KEPT = 64  # pairs after which what was computed is kept
 EVERY = 0.1  # seconds between two looks at what another run computes
 Known: TypeAlias = dict[str, tuple[float, float]]
 
 
-def fingerprint(model: Any, precision: str) -> str:
+def fingerprint(model: Any, precision: str, *, without: Callable[[str], bool] = lambda _: False) -> str:
     """Return a name for a model's function: its configuration, all its weights, and how it computes.
 
     Args:
         model: The model itself, without an adapter.
         precision: What else decides its numbers, such as autocast.
+        without: Names of tensors that do not matter.
 
     Cost:
         One pass over the weights.
@@ -46,17 +48,19 @@ def fingerprint(model: Any, precision: str) -> str:
     config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "use_cache")}
     digest = xxh3_128(json.dumps([precision, type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
+        if without(name):
+            continue
         data = value.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def key_of(pair: Pair) -> str:
+def key_of(pair: Pair | Alternatives) -> str:
     """Return the name of a pair: its tokens and where its parts begin."""
     from xxhash import xxh3_128_hexdigest
 
-    return xxh3_128_hexdigest(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+    return xxh3_128_hexdigest(json.dumps([pair.prompt, *pair.answers]).encode())
 
 
 class ReferenceStore:
@@ -218,5 +222,6 @@ def token_log_probabilities(model: Any, batch: dict[str, Any]) -> Tensor:
     device = getattr(model, "device", batch["input_ids"].device)
     read = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "attention_mask")}
     places, targets = batch["reads"].to(device), batch["targets"].to(device)
-    logits = model(**read, use_cache=False, label_positions=places).logits[0]
+    with begun(model, batch):
+        logits = model(**read, use_cache=False, label_positions=places).logits[0]
     return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.training.parts import Build, Part
+from modicum.jobs.training.parts.preferences import Preferences, preferences_of
 from modicum.registry import training_part
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from modicum.jobs.data.pairs import Pair
     from modicum.jobs.data.section import Mix
-    from modicum.jobs.training.parts.preferences import Preferences
     from modicum.jobs.training.recipe import TrainRecipe
     from modicum.jobs.training.rounds import RoundStream
     from modicum.jobs.training.trainer import PartsTrainer
@@ -54,7 +54,7 @@ class Mixture(Part):
 
     def fit(self, parts: Sequence[Part]) -> None:
         """Refuse rounds of rows that are no pairs."""
-        if self.rounds is not None and _preferences(parts) is None:
+        if self.rounds is not None and preferences_of(parts) is None:
             raise RecipeError("data.mix.rounds compares pairs: set objective: dpo.")
 
     def arguments(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Mixture(Part):
         """Replace the training pairs by the stream of rounds."""
         from modicum.jobs.training.rounds import RoundStream, round_callback
 
-        self.preferences = pairs = _preferences(build.parts)
+        self.preferences = pairs = preferences_of(build.parts)
         mix = self.recipe.data.mix
         for training, section in ((True, self.recipe.data), (False, self.recipe.eval_data)):
             if pairs is not None and section is not None and section.mix is not None:
@@ -123,13 +123,6 @@ class Mixture(Part):
                 name: {"pair_accuracy": value, "n": len(part)} for (name, part), value in zip(held_out.items(), values)
             }
         return found
-
-
-def _preferences(parts: Sequence[Part]) -> Preferences | None:
-    """Return the part that holds the pairs."""
-    from modicum.jobs.training.parts.preferences import Preferences
-
-    return next((part for part in parts if isinstance(part, Preferences)), None)
 
 
 def _drawn(mix: Mix) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -157,3 +157,8 @@ class Preferences(Part):
         adapter: Any = self.recipe.section("adapter")
         init = None if adapter is None else adapter.init
         return init is None or not registry.adapter_init[init.name].facts.preheated
+
+
+def preferences_of(parts: Sequence[Part]) -> Preferences | None:
+    """Return the part that holds the pairs, where there is one."""
+    return next((part for part in parts if isinstance(part, Preferences)), None)
