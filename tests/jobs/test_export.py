@@ -13,7 +13,7 @@ from models.zero_token.support_zero import ALL_HOSTS, looped, tokens
 from modicum.errors import UnsupportedError
 from modicum.jobs import execute, plan
 from modicum.jobs.loading.models import load_tokenizer
-from modicum.models.zero_token.export import column_cache, unroll, zero_columns
+from modicum.models.zero_token.export import column_cache, hold, unroll, zero_columns
 from modicum.recipe import parse
 
 KNOBS = {
@@ -171,6 +171,18 @@ def test_a_model_with_its_code_runs_where_modicum_is_not(host, knobs, tmp_path):
     torch.testing.assert_close(got["logits"], model(ids).logits, atol=1e-5, rtol=0)
     assert torch.equal(got["cycles"], model(ids).cycles)
     assert torch.equal(got["new"], model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
+
+
+def test_a_plain_model_that_is_another_one_is_refused():
+    model = looped(zero_layers="all", exit_threshold=0.12)
+    plain, columns = unroll(model), zero_columns(model)
+    assert hold(plain, model) < 1e-5 > hold(plain, model, columns=columns)
+    columns["zero_key.2"] = columns["zero_key.2"] + 1
+    with pytest.raises(UnsupportedError, match="differs"):
+        hold(plain, model, columns=columns)
+    plain.lm_head.weight.data[0] += 1
+    with pytest.raises(UnsupportedError, match="differs"):
+        hold(plain, model)
 
 
 def test_cycles_to_unroll_and_code_do_not_go_together(tmp_path):

@@ -90,6 +90,13 @@ def kernel(host):
     logits(model)
 
 
+def static(host):
+    model, knobs = looped(host), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(
+        model.generate(tokens(), cache_implementation="static", **knobs), model.generate(tokens(), **knobs)
+    )
+
+
 def drafts(host):
     model, knobs = looped(host), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     ids = tokens()[:1]
@@ -110,6 +117,7 @@ FEATURES = {
     "checkpointing": checkpoints,
     "sdpa": kernel,
     "exits": leaves,
+    "static cache": static,
     "drafts": drafts,
     "unrolled": unrolls,
     "`lora_rank`": lambda host: trains(host, lora_rank=2),

@@ -287,6 +287,8 @@ def test_packing_is_left_alone_where_few_have_left():
     assert some.those_running(active).places is None
     active[:, 3:] = False
     assert some.those_running(active).places.shape == (3, 3)
+    for rows, running, packs in ((8, 2, False), (8, 1, True), (16, 9, False), (16, 8, True)):
+        assert (some.those_running(torch.arange(rows)[:, None] < running) is not None) is packs
 
 
 @pytest.mark.parametrize("criterion", ["confidence", "entropy", "kl"])

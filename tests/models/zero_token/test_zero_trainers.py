@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig
 
 from models.zero_token.support_zero import decode, looped, tokens
 from models.zero_token.test_zero_seams import trainer_of
@@ -158,8 +158,6 @@ def test_what_generation_cannot_do_is_refused_by_name():
     for knobs, name in (
         ({"exit_scope": "sequence"}, "exit_scope"),
         ({"exit_threshold": 0.1, "exit_scope": "batch"}, "exit_scope"),
-        ({"cache_implementation": "static"}, "growing cache"),
-        ({"cache": StaticCache(config=model.config, max_cache_len=16)}, "growing cache"),
     ):
         with pytest.raises(UnsupportedError, match=name):
             model.generate(tokens(), max_new_tokens=2, pad_token_id=0, **knobs)

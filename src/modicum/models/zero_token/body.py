@@ -193,9 +193,6 @@ def _begin_run(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs:
     if tokens is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
         raise RecipeError("Give exactly one of input_ids and inputs_embeds.")
     b, t = tokens.shape[:2]
-    mask, real = kwargs.get("attention_mask"), None
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        real = mask[:, -t:].bool()
     plain = PlainConfig(config)
     settings = {
         name: getattr(plain, f"exit_{name}") for name in ("threshold", "criterion", "score", "scope")
@@ -222,7 +219,7 @@ def _begin_run(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs:
         rows={} if call.plain else owner._rows,
         pool=owner.zero_token(),
         cache=cache,
-        real=real,
+        real=_real(kwargs.get("attention_mask"), t),
         past=0 if cache is None else cache.get_seq_length(),
         predict=owner.read_out,
         n_cycles=n_cycles,
@@ -232,6 +229,18 @@ def _begin_run(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs:
         arguments={},
         seen={},
     )
+
+
+def _real(mask: Any, t: int) -> Tensor | None:
+    """Return which of the new tokens are no padding (b, t), or None for all."""
+    if isinstance(mask, dict):  # by kind of attention
+        mask = next(iter(mask.values()))
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask[:, -t:].bool()
+    # What was made beforehand for a static cache: padding in front sees nothing.
+    return (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min)[:, 0].any(-1)
 
 
 def _cycles(owner: Any, n_cycles: int | Tensor | None, b: int, t: int) -> tuple[int, Tensor | None]:

@@ -6,17 +6,20 @@ nothing else. The zero key never counts: lengths, masks and positions are those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from modicum.errors import UnsupportedError
 from modicum.models.zero_token.schedule import VisitId
 
+_MAKE = "DynamicCache(config=model.config)", "StaticCache(config=model.config, max_cache_len=…)"
 _AHEAD = 16  # a buffer grows by its length over this: memory stays within 7 % of what the tokens take
 
 
@@ -144,10 +147,8 @@ def prepare_cache(cache: Cache, schedule: list[VisitId]) -> Cache:
     """Check that ``cache`` has a slot for every visit, and give a fresh one slots that are written in place.
 
     Raises:
-        UnsupportedError: The cache is static, or was sized for another number of layer visits.
+        UnsupportedError: The cache was sized for another number of layer visits.
     """
-    if isinstance(cache, StaticCache):
-        raise UnsupportedError("A looped model keeps a growing cache. Use DynamicCache, or leave cache out.")
     layers = cache.layers
     if not layers:
         layers.extend(SlotLayer() for _ in schedule)
@@ -156,7 +157,7 @@ def prepare_cache(cache: Cache, schedule: list[VisitId]) -> Cache:
         hint = " It was sized for the physical layers." if len(layers) == physical else ""
         raise UnsupportedError(
             f"The cache has {len(layers)} slots for {len(schedule)} layer visits.{hint} "
-            "Build it with DynamicCache(config=model.config)."
+            f"Build it with {_MAKE[isinstance(cache, StaticCache)]}."
         )
     for slot, layer in enumerate(layers):
         if getattr(cache, "offloading", False):
@@ -164,3 +165,33 @@ def prepare_cache(cache: Cache, schedule: list[VisitId]) -> Cache:
         if type(layer) is DynamicLayer and not layer.is_initialized:
             layers[slot] = SlotLayer()
     return cache
+
+
+@contextmanager
+def without_trace(cache: Cache | None, slots: Iterable[int] | None = None) -> Iterator[None]:
+    """Let the passes within write into slots of ``cache``, or into all, and take out again what they wrote."""
+    if cache is None:
+        yield
+        return
+    made = len(cache.layers)
+    layers: dict[int, Any] = {slot: cache.layers[slot] for slot in (range(made) if slots is None else slots)}
+    # What is appended to a growing slot lies beyond its length, or in other tensors; a static one is written in place.
+    held = {slot: copy.copy(layer) for slot, layer in layers.items()}
+    static = {slot: _written(layer) for slot, layer in layers.items() if isinstance(layer, StaticLayer)}
+    try:
+        yield
+    finally:
+        del cache.layers[made:]
+        for slot, layer in layers.items():
+            cache.layers[slot] = held[slot] if slot not in static else layer
+        for slot, tensors in static.items():
+            if hasattr(held[slot], "cumulative_length_int"):
+                layers[slot].cumulative_length_int = held[slot].cumulative_length_int
+            for name, tensor in tensors.items():
+                getattr(layers[slot], name).copy_(tensor)
+
+
+def _written(layer: StaticLayer) -> dict[str, Tensor]:
+    """Return copies of what a pass overwrites: the length, and the tokens of a window, which go on."""
+    names = ["cumulative_length"] + (["keys", "values"] if layer.is_sliding and layer.is_initialized else [])
+    return {name: getattr(layer, name).clone() for name in names}

@@ -23,7 +23,7 @@ from modicum.models.zero_token.body import Call
 from modicum.models.zero_token.config import zero_key_shape
 from modicum.models.zero_token.looped import Looped
 from modicum.models.zero_token.schedule import VisitId
-from modicum.models.zero_token.trial import apart, result_of
+from modicum.models.zero_token.trial import result_of
 from modicum.types import PositiveInt
 
 
@@ -113,31 +113,46 @@ def unroll(looped: Looped, *, n_cycles: PositiveInt | None = None) -> PreTrained
         )
     plain.tie_weights()
     result: PreTrainedModel = plain.eval()
-    _compare(looped, result, n_cycles)
+    hold(result, looped, n_cycles=n_cycles)
     if getattr(looped, "generation_config", None) is not None:
         result.generation_config = copy.deepcopy(looped.generation_config)
     return result
 
 
-def _compare(looped: Looped, plain: Any, n_cycles: int | None) -> None:
-    """Hold the plain model to the looped one without its zero tokens.
+@torch.no_grad()
+def hold(
+    plain: Any, looped: Looped, *, n_cycles: PositiveInt | None = None, columns: dict[str, Tensor] | None = None
+) -> float:
+    """Hold an unrolled model to the looped one, and return how far their results are apart, of the largest number.
+
+    Args:
+        plain: The unrolled model.
+        looped: The looped one, with all the cycles that were unrolled, whatever exits it has.
+        n_cycles: Cycles that were unrolled; all when not given.
+        columns: What :func:`zero_columns` returned; without it the looped model runs without its zero tokens.
 
     Raises:
-        UnsupportedError: They differ: a layer of this host depends on its place.
+        UnsupportedError: They differ by more than sums in another order do.
     """
     ids = torch.arange(16, device=looped.device)[None] % looped.config.vocab_size
+    call: dict[str, Any] = {"input_ids": ids, "use_cache": columns is not None}
+    if columns is not None:
+        call["cache"] = column_cache(plain, columns, 1)
+        call["position_ids"] = torch.arange(16, device=ids.device)[None]
+        call["attention_mask"] = ids.new_ones(1, 17)
     was_training = looped.training
     looped.eval()
-    call = Call(n_cycles=n_cycles, plain=True, stay=True)
-    want = looped(input_ids=ids, use_cache=False, return_dict=True, looping=call)
+    asked = Call(n_cycles=n_cycles, plain=columns is None, stay=True)
+    want = result_of(looped(input_ids=ids, use_cache=False, return_dict=True, looping=asked))
     looped.train(was_training)
-    got = plain(input_ids=ids, use_cache=False, return_dict=True)
-    far, allowed = apart(result_of(got), result_of(want))
+    got = result_of(plain(**call, return_dict=True))
+    far, allowed = float((got - want).abs().max() / want.abs().max().clamp(min=1e-9)), 64 * torch.finfo(got.dtype).eps
     if not far <= allowed:
         raise UnsupportedError(
             f"The unrolled {looped.config.host.model_type!r} model differs from the looped one by {far:.1e} of the "
             f"largest number, more than {allowed:.1e}: its layers depend on their place."
         )
+    return far
 
 
 def unrolled_schedule(config: Any, n_cycles: int | None) -> list[VisitId]:

@@ -8,7 +8,6 @@ policy: its own last keys and values (``latest``), its last state through the la
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from modicum.errors import UnsupportedError
+from modicum.models.zero_token.cache import without_trace
 from modicum.models.zero_token.config import ExitCriterion, ExitScope, ExitScore, PlainConfig
 from modicum.models.zero_token.criterion import Criterion, pad_history
 from modicum.models.zero_token.hosts import attention_of
@@ -193,13 +193,11 @@ class LoopRun:
         visits, states = len(self.trace.visits), len(self.trace.states)
         if last is None or self.config.cache_policy == "share_first":  # keys of the tail are not those of a first cycle
             last = {}
-        for entry in self.stages.tail:
-            slot = None if self.cache is None else copy.copy(self.cache.layers[entry[2]])
-            hidden, visit = self.visit(hidden, entry, active=active, previous=last.get(entry[2]), some=some)
-            if visit.states is not None:
-                last[entry[2]] = visit.states
-            if self.cache is not None:
-                self.cache.layers[entry[2]] = slot  # keys that it was given lie beyond its length, or in other tensors
+        with without_trace(self.cache, [slot for _, _, slot in self.stages.tail]):
+            for entry in self.stages.tail:
+                hidden, visit = self.visit(hidden, entry, active=active, previous=last.get(entry[2]), some=some)
+                if visit.states is not None:
+                    last[entry[2]] = visit.states
         del self.trace.visits[visits:], self.trace.states[states:]
         return hidden
 

@@ -42,7 +42,6 @@ class Looped(PreTrainedModel):
     kind: ClassVar[str] = "base"
     _supports_flash_attn = False
     _supports_flex_attn = False
-    _can_compile_fullgraph = False
     _keys_to_ignore_on_load_unexpected = [r"zero_token\.draws"]  # noqa: RUF012 - counts passes of a training
 
     def __new__(cls, config: ZeroTokenConfig | None = None, *_: Any, **__: Any) -> Any:
@@ -217,11 +216,11 @@ class Looped(PreTrainedModel):
         call: Call = named.pop("looping", None) or Call(n_cycles=own["n_cycles"], exit=exits)
         return call, bool(own["output_zero_attention"])
 
-    def may_leave(self, call: Call) -> bool:
-        """Whether a call may run fewer cycles than all."""
+    def decides(self, call: Call) -> bool:
+        """Whether a call finds out for each token how many cycles it runs."""
         asked = call.exit.get("threshold")
-        threshold = asked if self.training or asked is not None else self.config.exit_threshold
-        return threshold is not None or call.n_cycles is not None
+        threshold = asked if self.training or call.stay or asked is not None else self.config.exit_threshold
+        return threshold is not None or (isinstance(call.n_cycles, Tensor) and call.n_cycles.dim() > 0)
 
     @staticmethod
     def counted(every: int = 8) -> AbstractContextManager[Spent]:
@@ -245,6 +244,9 @@ class Looped(PreTrainedModel):
     def looped_forward(self, named: dict[str, Any]) -> Any:
         """Run the model on arguments by name."""
         call, report = self._call(named)
+        return (_eagerly if self.decides(call) else Looped._pass)(self, named, call, report)
+
+    def _pass(self, named: dict[str, Any], call: Call, report: bool) -> Any:
         plain = named.pop("return_dict", None)
         named["return_dict"] = True
         out = counting(self, lambda call: self._run_host(dict(named), call), named, call)
@@ -293,6 +295,13 @@ class Looped(PreTrainedModel):
         if "output_router_logits" in inspect.signature(self.host_class.forward).parameters:  # type: ignore[union-attr]
             kwargs["output_router_logits"] = False  # no layer runs, so no router does
         return self._run_host(kwargs, Call(n_cycles=1, result=hidden))
+
+
+# Who goes on is read off tensors, which no graph can do: the compiler is kept out of such passes.
+_eagerly: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    Looped._pass,
+    reason="A pass that may leave early compiles to no single graph. Leave out fullgraph, or the exits.",
+)
 
 
 def report_of(trace: loop.Trace, report: bool) -> dict[str, Any]:

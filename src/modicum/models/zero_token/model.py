@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForTokenClassification,
     GenerationMixin,
 )
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -149,6 +150,13 @@ class ZeroTokenForCausalLM(Looped, GenerationMixin):
         if cycles is None:
             return super()._get_candidate_generator(generation_config=generation_config, **kwargs)
         return CycleCandidates(self, cycles, generation_config, kwargs["logits_processor"])
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """Make the masks of a static cache beforehand, as the host takes them."""
+        masks = getattr(super(), "create_masks_for_generate", create_masks_for_generate)(**kwargs)
+        if isinstance(masks, dict) and getattr(self.config.host, "layer_types", None) is None:
+            (masks,) = masks.values()  # all layers of this host attend alike
+        return masks
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Refuse: continuous batching keys its cache by the physical layer."""

@@ -10,8 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 _WORTH = 0.9  # share of a batch's tokens up to which packing them pays
-_FEW = 4  # a batch of single tokens costs little less unless so many times as few run,
-_MANY = 8  # or so many leave: a linear map reads its weights whatever the number
+_MANY = 8  # a batch of single tokens costs no less unless so many leave: two to eight rows take as long to multiply
 
 
 class Some:
@@ -90,7 +89,7 @@ def those_running(active: Bool[Tensor, "b t"] | None) -> Some | None:
         return None
     counts, (b, t) = active.sum(-1), active.shape
     rows = counts.nonzero()[:, 0]
-    if not len(rows) or (t == 1 and len(rows) * _FEW > b and b - len(rows) < _MANY):
+    if not len(rows) or (t == 1 and len(rows) > 1 and b - len(rows) < _MANY):
         return None
     width = int(counts.amax())
     if width < t and len(rows) * width <= _WORTH * b * t:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils.output_capturing import CompileableContextVar
 
+from modicum.models.zero_token.cache import without_trace
 from modicum.models.zero_token.loop import Trace
 
 # Those who count the passes of this thread.
@@ -114,7 +114,7 @@ def counting(model: Any, run: Callable[[Any], Any], named: dict[str, Any], call:
     ids = named.get("input_ids")
     short = (named["inputs_embeds"] if ids is None else ids).shape[1] == 1
     comparing = [m for m in meters if m.compares(short=short)] if not model.training else []
-    full = _full_time(model, run, named, type(call)(stay=True)) if comparing and model.may_leave(call) else None
+    full = _full_time(model, run, named, type(call)(stay=True)) if comparing and model.decides(call) else None
     began = _now(model)
     out = run(call)
     seconds = _now(model) - began
@@ -145,12 +145,7 @@ def _now(model: Any) -> float:
 
 def _full_time(model: Any, run: Callable[[Any], Any], named: dict[str, Any], call: Any) -> float:
     """Return the time of the pass with all cycles; the cache is put back."""
-    cache: Any = named.get("cache")
-    layers = None if cache is None else [copy.copy(layer) for layer in cache.layers]
-    began = _now(model)
-    with torch.no_grad():
+    with torch.no_grad(), without_trace(named.get("cache")):
+        began = _now(model)
         run(call)
-    seconds = _now(model) - began
-    if layers is not None:
-        cache.layers[:] = layers
-    return seconds
+        return _now(model) - began

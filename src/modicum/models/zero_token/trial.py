@@ -71,9 +71,3 @@ def result_of(out: Any) -> Tensor:
     """Return what a model computes: its logits, or its states where it has no head."""
     found: Tensor = out["logits" if "logits" in out else "last_hidden_state"]
     return found
-
-
-def apart(got: Tensor, want: Tensor) -> tuple[float, float]:
-    """Return how far results are apart, of the largest number, and how far sums in another order may bring them."""
-    far = float((got - want).abs().max() / want.abs().max().clamp(min=1e-9))
-    return far, 64 * torch.finfo(got.dtype).eps

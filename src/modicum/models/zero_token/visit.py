@@ -175,6 +175,10 @@ def attend(
     visit.with_gradient = torch.is_grad_enabled()
     zero = visit.zero(module, key)
     key, value, leads = visit.store(key, value, zero)
+    count = query.shape[2] if visit.some is None else visit.some.size[1]
+    if attention_mask is None and count > 1 and not leads:
+        # Without a mask these are the first tokens; behind them lies what a static cache has room for.
+        key, value = key[:, :, :count], value[:, :, :count]
     backend = visit.config._attn_implementation_internal or "sdpa"
     if visit.some is not None and attention_mask is None:
         attention_mask = visit.some.causal(key.shape[2] - leads, query)
