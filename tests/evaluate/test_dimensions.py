@@ -128,6 +128,10 @@ def test_declining_and_calibration():  # H14, H15
             "at least one of each",
         ),
         (lambda: dimensions.brier([1.5], [1]), "outside"),
+        (lambda: dimensions.brier([0.5], [2]), "An outcome is 2, expected 1"),
+        (lambda: dimensions.calibration_error([0.5], [1], bins=0), "bins is 0, expected at least 1"),
+        (lambda: dimensions.collaboration(0.5, EXPERTS, undetermined=[True]), "undetermined has 1 columns, expected 3"),
+        (lambda: dimensions.hypervolume([[]]), "Row 0 has no scores"),
     ],
 )
 def test_numbers_that_say_nothing_are_refused(call, message):

@@ -163,6 +163,9 @@ def test_each_cell_is_asked_for_once_with_what_it_needs(cluster, tmp_path):
         assert [first[key] for key in ("cpus_per_task", "gpus_per_node", "mem_gb", "timeout_min")] == [2, 1, 3, 30]
         assert last["timeout_min"] == 12 * 60 and "mem_gb" not in last
         assert cluster.folders == {(run.folder / "stages" / ".jobs", "local")}
+        few = grid(tmp_path, resources={"cpus": 0.5, "hours": 0.01})
+        execute(few, tmp_path / "few", quiet=True, on="slurm", workers=2)
+        assert [cluster.asked[4][key] for key in ("cpus_per_task", "timeout_min")] == [1, 1]
     assert len(json.loads((run.folder / "grid.json").read_text())["cells"]) == 4
 
 

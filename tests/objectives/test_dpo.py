@@ -67,6 +67,12 @@ def test_short_types_are_computed_in_float32():
         ({"sft_weight": 1.0}, "chosen_tokens is missing"),
         ({"length_normalised": True, "chosen_tokens": 3}, "rejected_tokens is missing"),
         ({"sft_weight": 1.0, "chosen_tokens": 0}, "chosen_tokens holds 0"),
+        (
+            {"sft_weight": 1.0, "chosen_tokens": torch.ones(3)},
+            r"chosen_tokens has the shape \(3,\), expected one number",
+        ),
+        ({"beta": math.inf}, "beta is inf, expected above 0, and finite"),
+        ({"sft_weight": math.inf}, "sft_weight is inf, expected at least 0, and finite"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(knobs, message):
@@ -74,3 +80,5 @@ def test_what_cannot_be_computed_is_refused(knobs, message):
         dpo_loss(*PAIR, **knobs)
     with pytest.raises(RecipeError, match="expected one number for each pair"):
         dpo_loss(torch.zeros(2), *PAIR[1:])
+    with pytest.raises(RecipeError, match="There is no pair"):
+        dpo_loss(*[torch.zeros(0)] * 4)

@@ -92,6 +92,15 @@ def test_a_merge_minus_a_mixture_is_paired_by_seed(tmp_path):
     assert merge.scores[0]["helpful"] == 0.6  # not the score by which it was chosen
 
 
+def test_the_best_of_several_says_that_it_was_chosen_by_these_scores(tmp_path):
+    content = grid()
+    told = "each the best of 2 merges and 1 mixture by these very scores"
+    assert not any(told in str(finding) for finding in drawn(tmp_path / "one", content).findings)
+    for seed in range(3):
+        content["scores"] += score("merged ties", "merge", BASE, seed)
+    assert any(told in str(finding) for finding in drawn(tmp_path / "two", content).findings)
+
+
 def test_what_is_not_determined_stays_blank(tmp_path):
     content = grid(seeds=(0,))
     for row in content["scores"]:

@@ -37,7 +37,7 @@ def collaboration(
         The rows; ``None`` in a column whose expert gains nothing, or that is undetermined.
 
     Raises:
-        ModicumError: The scores are not square, or not finite.
+        ModicumError: The scores are not square, or not finite, or ``undetermined`` has other columns.
 
     Example:
         >>> collaboration(0.5, [[0.75, 0.25], [0.5, 1.0]])
@@ -47,6 +47,8 @@ def collaboration(
         Nothing that matters.
     """
     before, rows = _square(base, experts)
+    if undetermined is not None and len(undetermined) != len(rows):
+        raise ModicumError(f"undetermined has {len(undetermined)} columns, expected {len(rows)}.")
     gains = [rows[j][j] - before[j] for j in range(len(rows))]
     blank = [gain == 0 or bool(undetermined and undetermined[j]) for j, gain in enumerate(gains)]
     return [
@@ -255,6 +257,8 @@ def calibration_error(confidences: Scores, right: Sequence[bool | int], *, bins:
         0.3
     """
     _probabilities(confidences, right)
+    if bins < 1:
+        raise ModicumError(f"bins is {bins}, expected at least 1.")
     groups: dict[int, list[tuple[float, float]]] = {}
     for confidence, outcome in zip(confidences, right):
         groups.setdefault(min(int(confidence * bins), bins - 1), []).append((confidence, float(outcome)))
@@ -305,6 +309,8 @@ def _same(first: Scores, second: Scores) -> None:
 
 def _finite(rows: Sequence[Scores]) -> None:
     for number, row in enumerate(rows):
+        if not len(row):
+            raise ModicumError(f"Row {number} has no scores, expected one in each dimension.")
         if len(row) != len(rows[0]):
             raise ModicumError(f"Row {number} has {len(row)} scores, expected {len(rows[0])} as in the first.")
         for place, value in enumerate(row):
@@ -319,3 +325,5 @@ def _probabilities(confidences: Scores, right: Sequence[bool | int]) -> None:
         )
     if not all(0 <= confidence <= 1 for confidence in confidences):
         raise ModicumError("A confidence lies outside [0, 1], expected probabilities.")
+    if other := [outcome for outcome in right if outcome not in (0, 1)]:
+        raise ModicumError(f"An outcome is {other[0]!r}, expected 1 where the answer was right, else 0.")

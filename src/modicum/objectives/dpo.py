@@ -7,6 +7,7 @@ data here; the seam that computes them once, and those of the model in training,
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, TypeAlias
 
 import torch
@@ -65,7 +66,8 @@ def dpo_loss(
         The mean over the pairs, in float32 (float64 for float64).
 
     Raises:
-        RecipeError: A knob is out of range, the vectors differ in length, or counts that a knob needs are missing or 0.
+        RecipeError: A knob is out of range, there is no pair, the vectors differ in length, or counts that a knob needs
+            are missing or 0.
 
     Example:
         >>> pair = [torch.tensor([x]) for x in (-10.0, -9.0, -12.0, -8.0)]
@@ -92,6 +94,8 @@ def dpo_loss(
             "number for each pair in all four."
         )
     won, lost, won_before, lost_before = sums
+    if not won.numel():
+        raise RecipeError("There is no pair, expected at least one: the mean over none is no loss.")
     chosen = _counts(chosen_tokens, won, "chosen_tokens", needed=length_normalised or sft_weight > 0)
     rejected = _counts(rejected_tokens, lost, "rejected_tokens", needed=length_normalised)
     gained, shifted = won - won_before, lost - lost_before
@@ -123,6 +127,10 @@ def _counts(given: Counts, like: Tensor, name: str, *, needed: bool) -> Tensor:
     if given is None:
         raise RecipeError(f"{name} is missing; length_normalised and sft_weight divide by the tokens of an answer.")
     counts = torch.as_tensor(given, device=like.device).to(like.dtype)
+    if counts.ndim and counts.shape != like.shape:
+        raise RecipeError(
+            f"{name} has the shape {tuple(counts.shape)}, expected one number for each of {len(like)} pairs."
+        )
     if bool((counts < 1).any()):
         raise RecipeError(f"{name} holds {counts.min().item():g}, expected at least one token for each answer.")
     return counts
@@ -130,9 +138,9 @@ def _counts(given: Counts, like: Tensor, name: str, *, needed: bool) -> Tensor:
 
 def _check(beta: float, label_smoothing: float, sft_weight: float, variant: str) -> None:
     for name, value, ok, expected in (
-        ("beta", beta, beta > 0, "above 0"),
+        ("beta", beta, 0 < beta < math.inf, "above 0, and finite"),
         ("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "in [0, 0.5)"),
-        ("sft_weight", sft_weight, sft_weight >= 0, "at least 0"),
+        ("sft_weight", sft_weight, 0 <= sft_weight < math.inf, "at least 0, and finite"),
         ("variant", variant, variant in ("sigmoid", "ipo", "hinge"), "sigmoid, ipo or hinge"),
     ):
         if not ok:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -73,9 +74,10 @@ class Jobs:
         found = self._engine.AutoExecutor(folder=task.folder.parent / ".jobs", cluster=self._cluster)
         found.update_parameters(
             name=task.name,
-            timeout_min=int(60 * task.resources.get("hours", HOURS)),
-            cpus_per_task=int(task.resources.get("cpus", 1)),
-            gpus_per_node=int(task.resources.get("gpus", 0)),
+            # Slurm counts whole minutes, processors and accelerators; a share of one is one, as 0 minutes have no end.
+            timeout_min=max(1, math.ceil(60 * task.resources.get("hours", HOURS))),
+            cpus_per_task=max(1, math.ceil(task.resources.get("cpus", 1))),
+            gpus_per_node=math.ceil(task.resources.get("gpus", 0)),
             **({"mem_gb": task.resources["memory"]} if "memory" in task.resources else {}),
         )
         future: Future[str] = Future()

@@ -14,7 +14,7 @@ from modicum.report.dimensions import BASE, CONTINUAL, EXPERT, MERGE, MIXTURE, A
 from modicum.report.html import figure, fold, grid, table
 from modicum.report.runs import RunView
 from modicum.report.sections import Section, Stat, section
-from modicum.report.text import change, measure, number, phrase, plain
+from modicum.report.text import change, measure, number, phrase, plain, plural
 
 PLANES = 6  # pictures of two dimensions at most
 NAMED = 6  # methods of a front that are named in a picture
@@ -234,8 +234,14 @@ def _findings(found: Table) -> list[str]:
             f"and {measure(worst and worst.value, 'share')} in its worst dimension{_beside(found, base)}."
         )
     if merge is not None and mixture is not None and (gap := found.difference(merge, mixture)) is not None:
-        said.append(f"{merge.name} minus {mixture.name}: {change(gap.value, 'number')}{_sure(gap)}.")
+        several = f", each the best of {_counts(found)} by these very scores"
+        chosen = several if len(found.of_role(MERGE)) + len(found.of_role(MIXTURE)) > 2 else ""
+        said.append(f"{merge.name} minus {mixture.name}: {change(gap.value, 'number')}{_sure(gap)}{chosen}.")
     return said
+
+
+def _counts(found: Table) -> str:
+    return f"{plural(len(found.of_role(MERGE)), 'merge')} and {plural(len(found.of_role(MIXTURE)), 'mixture')}"
 
 
 def _beside(found: Table, base: Arm | None) -> str:
