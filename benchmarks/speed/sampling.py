@@ -1,9 +1,11 @@
-"""Cost of drawing answers: samples that share one reading of their prompt, early stopping, judged items from a cache.
+"""Cost of drawing answers: samples that share one reading of their prompt, early stopping, judged items from a cache,
+and clients of a server.
 
-    python -m benchmarks.speed.sampling [--rounds 5] [--parts samples stopping cache]
+    PEERS=/venv/with/garak/bin/python python -m benchmarks.speed.sampling [--rounds 5] [--parts samples endpoint ...]
 
 Writes ``benchmarks/results/sampling-speed.json``. Ways of sampling take turns in one run and are compared by processor
-time on one thread, so that other work on the machine is busy for all of them.
+time on one thread, so that other work on the machine is busy for all of them. Clients of a server are compared by the
+clock, which wants a machine that does nothing else; see :mod:`benchmarks.speed.endpoint` for what that part needs.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from benchmarks.provenance import origin
+from benchmarks.speed.endpoint import endpoint
 
 RESULTS = Path(__file__).parents[1] / "results" / "sampling-speed.json"
 PROMPT, NEW, SAMPLES = 300, 12, 8
@@ -127,7 +130,7 @@ def cache(_: int) -> dict[str, Any]:
     return {"items_per_second": len(requests) / seconds, "calls": echo.calls - calls, "equal": first == again}
 
 
-PARTS = {"samples": samples, "stopping": stopping, "cache": cache}
+PARTS = {"samples": samples, "stopping": stopping, "cache": cache, "endpoint": endpoint}
 
 
 def main() -> None:

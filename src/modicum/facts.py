@@ -283,11 +283,13 @@ class JudgeFacts(Facts):
         answers: What it tells: ``unsafe``, ``refusal`` or both.
         approximate: It goes by words, not by meaning; reports say so beside every figure.
         asks_model: Its first parameter is a chat model.
+        learns: It learns from answers that people have labelled, and measures its errors on those it held out.
     """
 
     answers: Collection[str] = frozenset({"unsafe"})
     approximate: bool = False
     asks_model: bool = True
+    learns: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
 """How often do judges without a large guard err on answers that people have labelled?
 
-    python -m benchmarks.claims.safety.judges [--parts rules self]
+    python -m benchmarks.claims.safety.judges [--parts rules states self]
 
-Writes ``benchmarks/results/safety-judges.json``: the small guard on held-out goals with three draws of the folds, and
-the rules for refusals, both on harm and on refusals; and SmolLM2 as its own judge, with the goal before it and with the
-goal inside a wrapper, as a judge sees it who is shown the prompt. What would refute the small guard: errors that add up
-to 1, or an area under the curve near one half.
+Writes ``benchmarks/results/safety-judges.json``: the small guards on held-out goals with three draws of the folds, by
+words, by hidden states of SmolLM2 and by both; the rules for refusals, both on harm and on refusals; and SmolLM2 as its
+own judge, with the goal before it and with the goal inside a wrapper, as a judge sees it who is shown the prompt. What
+would refute a small guard: errors that add up to 1, or an area under the curve near one half; what would refute the
+hidden states: no larger area than by words alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from benchmarks.provenance import origin
 from modicum.random import generator
 
 RESULTS = Path(__file__).parents[2] / "results" / "safety-judges.json"
+DEPTH, TOKENS = 0.6, 64
 
 
 def main() -> None:
@@ -91,6 +94,38 @@ def rules() -> dict[str, Any]:
     return found
 
 
+def states() -> dict[str, Any]:
+    """Return the errors of the guard by hidden states, alone and beside words, and of words alone on the same answers.
+
+    States are read once and kept. The depth was chosen on a quarter of the goals, among 4, 8, 12, 15 and 18 of 30
+    blocks; ``fresh`` leaves these goals out. In 16 bits the model takes less than half of the time.
+    """
+    from modicum.evaluate.judges.linear import LinearGuard
+    from modicum.evaluate.judges.states import StateGuard
+    from modicum.jobs.attack_data import labelled
+    from modicum.jobs.chat.local import LocalHF
+    from modicum.jobs.loading.models import load_model, load_tokenizer
+
+    reference = "builtin:smollm2-135m-instruct"
+    torch.set_num_threads(1)
+    local = LocalHF(load_model(reference, dtype="bfloat16", device="cpu").eval(), load_tokenizer(reference))
+    items, labels = labelled("harm")
+    read = local.answer_states(items, depth=DEPTH, tokens=TOKENS)
+    seen = sorted({item.goal or "" for item in items})[::4]
+    sets = {"harm": range(len(items)), "fresh": [i for i, item in enumerate(items) if item.goal not in seen]}
+    found: dict[str, Any] = {}
+    for name, rows in sets.items():
+        part, truth, states_of = [items[i] for i in rows], [labels[i] for i in rows], read[list(rows)]
+        kept = SimpleNamespace(answer_states=lambda *_, states_of=states_of, **__: states_of)
+        for kind in ("words", "states", "both"):
+            for seed in range(3):
+                knobs = {"words": kind == "both", "depth": DEPTH, "tokens": TOKENS}
+                guard = LinearGuard() if kind == "words" else StateGuard(kept, **knobs)
+                guard.fit(part, truth, seed=seed)
+                found[f"{kind}.{name}.{seed}"] = {"auroc": guard.area, **_rates(guard.calibration)}
+    return found
+
+
 def _refusals(items: Any, labels: Any) -> dict[str, Any]:
     """Return the errors of the rules for refusals, on all answers and on those that are not labelled both ways.
 
@@ -120,7 +155,7 @@ def _rates(found: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PARTS = {"rules": rules, "self": itself}
+PARTS = {"rules": rules, "states": states, "self": itself}
 
 
 if __name__ == "__main__":

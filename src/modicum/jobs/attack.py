@@ -273,4 +273,4 @@ def _look(recipe: AttackRecipe, goals: list[Any], benign: list[Any]) -> None:
     from modicum.jobs.chat.targets import look_at_all
 
     targets = [*recipe.targets.values(), *([recipe.attacker] if recipe.attacker else [])]
-    look_at_all(recipe.suites.values(), [*goals[:1], *benign[:1]], targets, recipe.judge)
+    look_at_all(recipe.suites.values(), (goals, benign), targets, recipe.judge)

@@ -91,7 +91,7 @@ def _goals(recipe: RepresentRecipe) -> tuple[list[Any], list[Any]]:
 
     goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
     refuse_both(goals, benign)
-    look_at_all(recipe.suites.values(), [*goals[:1], *benign[:1]], recipe.targets.values(), recipe.judge)
+    look_at_all(recipe.suites.values(), (goals, benign), recipe.targets.values(), recipe.judge)
     return goals, benign
 
 

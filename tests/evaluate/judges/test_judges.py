@@ -28,7 +28,11 @@ from modicum.evaluate.judges.xstest import XSTest3Way
 from modicum.evaluate.judging import either, every, filled, majority
 from modicum.jobs.chat.scripted import Scripted
 
-ASKING = [entry for entry in registry.judge.values() if entry.facts.asks_model and entry.name != "decision"]
+ASKING = [  # those that read a model's words
+    entry
+    for entry in registry.judge.values()
+    if entry.facts.asks_model and entry.name != "decision" and not entry.facts.learns
+]
 HARM = [entry for entry in ASKING if "unsafe" in entry.facts.answers]
 
 

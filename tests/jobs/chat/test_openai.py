@@ -1,3 +1,4 @@
+import json
 import math
 import threading
 import time
@@ -96,6 +97,14 @@ def test_lasting_trouble_fails_one_request_and_no_other(trouble, said, calls):
     assert said in bad.error and not bad.choices and good.choices[0].text == "ok" and len(seen) == calls + 1
 
 
+@pytest.mark.parametrize("message", [{"content": [{"text": "ok"}]}, {"content": "ok", "reasoning": {"steps": 1}}])
+def test_answers_in_parts_are_errors_and_cost_no_other_answer(message):
+    strange = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    with serving(lambda body, number: strange if number == 1 else completion("ok")) as (url, _):
+        bad, good = (OpenAICompatible(url, "m").generate([request()])[0] for _ in range(2))
+    assert bad.error == "the answer is no chat completion" and good.choices[0].text == "ok"
+
+
 def test_a_server_that_is_not_there_is_one_line():
     (result,) = OpenAICompatible("http://127.0.0.1:9/v1", "m", retries=1).generate([request()])
     assert "ConnectionRefusedError at 127.0.0.1:9" in result.error and "\n" not in result.error
@@ -150,6 +159,38 @@ def test_a_probe_finds_servers_that_do_not_sample():
     for look in (lone.probe, lone.reach):
         with pytest.raises(RecipeError, match="does not answer"):
             look()
+
+
+def test_a_server_that_samples_as_its_first_request_did_is_refused():
+    """``transformers serve --continuous-batching`` keeps the way of sampling of whoever asks first."""
+
+    def keeping(first):
+        def answer(body, number):
+            first.append('do_sample": true' in body.get("generation_config", ""))
+            return completion(str(number) if first[0] else "x")
+
+        return answer
+
+    mine = {"generation_config": '{"do_sample": true}'}
+    with serving(keeping([])) as (url, _), pytest.raises(RecipeError, match="two answers at temperature 0"):
+        OpenAICompatible(url, "m", extra_body=mine).probe()
+    with serving(keeping([])) as (url, _):
+        assert not OpenAICompatible(url, "m").probe()
+
+
+def test_what_a_recipe_says_of_generation_reaches_the_server():
+    mine = {"generation_config": '{"do_sample": true, "min_new_tokens": 3, "top_k": 5, "temperature": 0.1}'}
+    with serving(lambda body, number: completion(str(number) if body["temperature"] else "x")) as (url, seen):
+        client = OpenAICompatible(url, "m", extra_body=mine)
+        assert client.probe()
+        client.generate([request(temperature=0.5, top_p=0.9)])
+        client.generate([request(temperature=0.0)])
+    sampled, greedy = (json.loads(body["generation_config"]) for body in seen[-2:])
+    assert sampled == {"do_sample": True, "min_new_tokens": 3, "top_k": 5, "temperature": 0.5, "top_p": 0.9}
+    assert greedy == {"do_sample": False, "min_new_tokens": 3, "top_k": 5}
+    for bad in ("no JSON", "[1]", {"do_sample": True}):
+        with pytest.raises(RecipeError, match="no JSON object in a text"):
+            OpenAICompatible(url, "m", extra_body={"generation_config": bad})
 
 
 def test_a_probe_asks_no_more_than_it_needs_and_bears_servers_that_know_no_field_but_the_usual_ones():
@@ -210,6 +251,18 @@ def test_more_are_asked_at_a_time_while_that_brings_more_answers(monkeypatch, sp
     with gate:
         pass
     assert gate.limit == before // 2
+
+
+def test_who_asks_for_too_many_goes_back_to_the_number_that_brought_most(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("modicum.jobs.chat.http.time.monotonic", lambda: now)
+    gate = _Gate(4, 64, Endpoint("http://127.0.0.1:9/v1", key=None, timeout=1.0, retries=0))
+    seen = []
+    for _ in range(600):
+        with gate:
+            seen.append(gate.limit)
+            now += 1 / min(gate.limit, 8) * (2 if gate.limit > 8 else 1)
+    assert max(seen) == 16 and seen.count(8) > 0.8 * len(seen)
 
 
 def test_typed_decisions_and_log_probabilities():

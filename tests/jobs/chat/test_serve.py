@@ -139,8 +139,8 @@ def test_a_teacher_behind_the_server_makes_rows_and_is_asked_once(served, tmp_pa
     )  # fmt: skip
     run = execute(recipe, tmp_path / "run", quiet=True)
     found = run.record["metrics"]["synthesis"]
-    assert found["generated"] == 5 == sum(found["kept"].values()) + sum(found["dropped"].values())
-    assert found["kept"]["helpful"] == 1 and {path.name for path in (run.folder / "rows").iterdir()}
+    assert found["generated"] == 4 == sum(found["kept"].values()) + sum(found["dropped"].values())
+    assert found["given"] == 1 and {path.name for path in (run.folder / "rows").iterdir()}
     before = (run.folder / "replies.jsonl").read_bytes()
     assert len(before.splitlines()) == 4
     (run.folder / "record.json").write_text((run.folder / "record.json").read_text().replace('"done"', '"running"'))

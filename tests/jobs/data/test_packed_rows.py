@@ -35,8 +35,24 @@ def test_text_is_cut_with_a_note_when_it_is_not_packed(tokenizer):
     found = make("text", [{"text": "a" * 9}, {"text": "b"}], tokenizer, notes.append, max_length=5)
     assert [len(ids) for ids in found["input_ids"]] == [5, 2]
     assert notes == [
-        "1 of 2 rows are longer than max_length 5 and were cut; 0 had nothing left to learn and were dropped."
+        "1 of 2 rows are longer than max_length 5 and were cut; 0 had nothing left to learn and were dropped. "
+        "data.long_rows: drop leaves them out."
     ]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_that_are_too_long_are_left_out_where_none_may_be_cut(tokenizer, packing):
+    """An answer that is cut teaches to stop in the middle, and arms that cut are not comparable with arms that drop."""
+    notes: list[str] = []
+    rows = [{"prompt": "p", "completion": "c" * 60}, {"prompt": "p", "completion": "c"}]
+    knobs = {"max_length": 60, "long_rows": "drop", "packing": packing}
+    found = make("completion", rows, tokenizer, notes.append, **knobs)
+    assert found["input_ids"] == make("completion", rows[1:], tokenizer, max_length=60, packing=packing)["input_ids"]
+    assert "1 of 2 rows are longer than max_length 60 and were left out; none is cut." in notes[0]
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        make("completion", rows, tokenizer, **knobs)
+    with pytest.raises(CheckpointError, match="all 1 rows are longer than max_length 60. Raise it"):
+        make("completion", rows[:1], tokenizer, **knobs)
 
 
 def test_rows_whose_answer_does_not_fit_are_dropped_with_a_note(tokenizer):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
+from modicum.evaluate.attacks.reworded import NotWordedError
 from modicum.registry import attack
 
 MORSE: Mapping[str, str] = dict(
@@ -142,6 +143,9 @@ def morse(goal: str) -> str:
     Returns:
         The prompt.
 
+    Raises:
+        NotWordedError: The goal has no letter or digit that the code knows, so that nothing of it would be left.
+
     Example:
         >>> body(morse("so s"))
         '... --- / ...'
@@ -156,6 +160,10 @@ def morse(goal: str) -> str:
         Y. Yuan et al., 2023, arXiv:2308.06463.
     """
     words = re.findall(r"[a-z0-9]+", goal.lower())
+    if not words:
+        raise NotWordedError(
+            "The goal has no letter or digit of the Morse code. Take an attack that keeps its letters."
+        )
     return _asked("Morse code, a slash between words", " / ".join(" ".join(MORSE[c] for c in word) for word in words))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from modicum.registry import attack
-from modicum.types import PositiveInt
 
 
 def _joined(prompt: str, **_: object) -> str:
@@ -14,12 +16,12 @@ def _joined(prompt: str, **_: object) -> str:
 
 
 @attack("payload_split", laws={"reversible"}, decode=_joined)
-def payload_split(goal: str, *, pieces: PositiveInt = 4) -> str:
+def payload_split(goal: str, *, pieces: Annotated[int, Ge(1), Le(25)] = 4) -> str:
     """Give the goal as variables that the model has to join.
 
     Args:
         goal: The plain request.
-        pieces: Number of variables.
+        pieces: Number of variables, from 1 to 25; fewer for a goal of fewer letters.
 
     Returns:
         The prompt.
@@ -40,7 +42,7 @@ def payload_split(goal: str, *, pieces: PositiveInt = 4) -> str:
     Reference:
         D. Kang et al., "Exploiting Programmatic Behavior of LLMs", 2023, arXiv:2302.05733.
     """
-    count = min(pieces, 25, max(1, len(goal)))
+    count = min(pieces, max(1, len(goal)))
     edges = [len(goal) * i // count for i in range(count + 1)]
     names = [chr(ord("a") + i) for i in range(count + 1)]
     lines = [f"{names[i]} = {json.dumps(goal[edges[i] : edges[i + 1]])}" for i in range(count)]

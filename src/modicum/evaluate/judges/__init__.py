@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from modicum.evaluate.judges.qwen_guard import Qwen3Guard
     from modicum.evaluate.judges.rubric import RubricLLM
     from modicum.evaluate.judges.shield_gemma import ShieldGemma
+    from modicum.evaluate.judges.states import StateGuard
     from modicum.evaluate.judges.strongreject import StrongRejectFT, StrongRejectRubric
     from modicum.evaluate.judges.wild_guard import WildGuard
     from modicum.evaluate.judges.xstest import XSTest3Way
@@ -31,6 +32,7 @@ __all__ = [
     "Qwen3Guard",
     "RubricLLM",
     "ShieldGemma",
+    "StateGuard",
     "StrongRejectFT",
     "StrongRejectRubric",
     "TypedDecision",

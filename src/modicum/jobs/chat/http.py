@@ -150,8 +150,8 @@ def together(
 ) -> list[R]:
     """Return ``function`` of every item, in order, with as many at a time as the server bears.
 
-    The number grows by one with every round of answers as long as more of them come in a second, and halves when the
-    server says that there are too many.
+    The number doubles with every round of answers as long as not fewer of them come in a second, else it goes back to
+    the one that brought most and stays there for some rounds. It halves when the server says that there are too many.
     """
     parts = coming(function, items, most=most, endpoint=endpoint, progress=progress)
     found = dict(pair for part in parts for pair in part)
@@ -201,7 +201,9 @@ class _Gate:
         self.limit, self.most, self.endpoint = start, most, endpoint
         self.condition = threading.Condition()
         self.inside = self.done = 0
-        self.busy, self.rate, self.since = endpoint.busy, 0.0, time.monotonic()
+        self.busy, self.since = endpoint.busy, time.monotonic()
+        self.best = (0.0, start)  # most answers a second so far, and the number that brought them
+        self.hold, self.patience = 0, 4  # rounds to stay as it is, now and after the next retreat
 
     def __enter__(self) -> None:
         with self.condition:
@@ -217,10 +219,14 @@ class _Gate:
                 self._restart()
             elif self.done >= 2 * self.limit:
                 rate = self.done / max(1e-6, time.monotonic() - self.since)
+                self.best = max(self.best, (rate, self.limit))
                 # A server of one core answers no faster for being asked by more; one that batches does.
-                if rate >= 0.95 * self.rate:
-                    self.limit = min(self.most, self.limit + max(1, self.limit // 2))
-                self.rate = max(rate, self.rate)
+                if self.hold:
+                    self.hold -= 1
+                elif rate >= 0.95 * self.best[0]:
+                    self.limit = min(self.most, 2 * self.limit)
+                else:
+                    self.limit, self.hold, self.patience = self.best[1], self.patience, 2 * self.patience
                 self._restart()
             self.condition.notify_all()
 

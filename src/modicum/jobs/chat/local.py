@@ -9,12 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.evaluate.chat import THINK, ChatRequest, ChatResult, Choice, GenParams, Usage, split_reasoning
+from modicum.evaluate.chat import (
+    THINK,
+    ChatRequest,
+    ChatResult,
+    Choice,
+    GenParams,
+    JudgeItem,
+    Usage,
+    split_reasoning,
+    user,
+)
 from modicum.evaluate.generation import Sample, sample, stop_tokens
 from modicum.jobs.data import chat_template
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GOAL_TOKENS, STATES_AT_ONCE = 256, 8
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,45 @@ class LocalHF:
             part.append(index)
         if part:
             yield list(zip(part, self.generate([requests[i] for i in part]), strict=True))
+
+    def answer_states(self, items: Sequence[JudgeItem], *, depth: float, tokens: int) -> Tensor:
+        """Return what the model holds in mind while it reads answers to goals, (n, width).
+
+        Args:
+            items: Answers, with the goals that they belong to.
+            depth: Share of the blocks after which the states are read.
+            tokens: Most tokens of an answer that are read, from its beginning; a goal keeps its last 256.
+
+        Raises:
+            CheckpointError: The tokenizer has no chat template.
+        """
+        import torch
+
+        from modicum.evaluate.answer_states import answer_states
+
+        layer = max(1, round(depth * self.model.config.num_hidden_layers))
+        positions = getattr(self.model.config, "max_position_embeddings", None) or 2**40
+        rows = []
+        for item in items:
+            asked = self._prompt(ChatRequest(user(item.asked)))[0]
+            said = self.tokenizer(item.response, add_special_tokens=False, verbose=False)["input_ids"] or asked[-1:]
+            said = said[: min(tokens, positions - 1)]
+            rows.append((asked[-min(GOAL_TOKENS, positions - len(said)) :], said))
+        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # so that little is padding
+        found: dict[int, Tensor] = {}
+        for start in range(0, len(order), STATES_AT_ONCE):
+            part = order[start : start + STATES_AT_ONCE]
+            width = max(sum(map(len, rows[i])) for i in part)
+            ids, mask, answer = (torch.zeros(len(part), width, dtype=torch.long) for _ in range(3))
+            for row, (asked, said) in zip(range(len(part)), (rows[i] for i in part), strict=True):
+                end = len(asked) + len(said)
+                ids[row, :end] = torch.tensor([*asked, *said])
+                mask[row, :end] = answer[row, len(asked) : end] = 1
+            place = self.model.device
+            read = answer_states(self.model, ids.to(place), mask.to(place), answer.to(place), layer=layer)
+            found |= dict(zip(part, read.cpu().unbind(), strict=True))
+            self.progress(len(part))
+        return torch.stack([found[i] for i in range(len(rows))])
 
     def tokens(self, request: ChatRequest) -> list[int]:
         """Return the ids of a request's prompt, generation header included."""

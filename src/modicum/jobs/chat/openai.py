@@ -29,6 +29,7 @@ from modicum.jobs.chat.http import Endpoint, FailedError, coming, together
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FINISH: Mapping[str, Finish] = {"length": "length", "content_filter": "content_filter"}  # others are ordinary stops
+SAMPLING = "generation_config"  # the field by which ``transformers serve`` is told how to sample, as JSON
 OPEN_QUESTION = "Write one sentence about anything you like."
 
 
@@ -48,8 +49,8 @@ class OpenAICompatible:
         progress: Called with the number of requests just finished.
 
     Raises:
-        RecipeError: There is no model, the address is no HTTP address, or another machine without ``allow_remote``, or
-            the key's variable is not set.
+        RecipeError: There is no model, the address is no HTTP address, or another machine without ``allow_remote``, a
+            field is malformed, or the key's variable is not set.
 
     Example:
         >>> OpenAICompatible("http://127.0.0.1:8000/v1", "smollm2").name
@@ -91,6 +92,11 @@ class OpenAICompatible:
                 f"concurrency is {concurrency}, retries {retries} and timeout {timeout}, expected 1 or more, 0 or more "
                 "and a positive number."
             )
+        try:
+            if not isinstance(json.loads((extra_body or {}).get(SAMPLING, "{}")), dict):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise RecipeError(f"extra_body has a {SAMPLING} that is no JSON object in a text, expected one.") from None
         key = None
         if api_key_env is not None and not (key := os.environ.get(api_key_env)):
             raise RecipeError(
@@ -111,13 +117,14 @@ class OpenAICompatible:
 
         Two answers settle it where they differ; that four are equal by chance is out of the question for an open wish.
         ``transformers serve`` samples only when told so by a field of its own, which is tried second and kept if it
-        helps.
+        helps. Such a server may hold on to how its first request sampled (``--continuous-batching``): then its greedy
+        answers differ, and no temperature of a recipe means anything.
 
         Raises:
-            RecipeError: The server does not answer.
+            RecipeError: The server does not answer, or samples when asked not to.
         """
         plain = self.extra_body
-        own = {"generation_config": json.dumps({"do_sample": True, "temperature": 1.0, "top_k": 0})}
+        own = {SAMPLING: json.dumps(self._fields | {"do_sample": True, "temperature": 1.0, "top_k": 0})}
         said: dict[bool, set[tuple[str, str | None]]] = {False: set(), True: set()}
         for told, seeds in ((False, (0, 1)), (True, (0, 1)), (False, (2, 3)), (True, (2, 3))):
             self.extra_body = plain | (own if told else {})
@@ -131,9 +138,26 @@ class OpenAICompatible:
                 said[told] |= {(result.choices[0].text, result.choices[0].reasoning) for result in results}
             self.samples = len(said[told]) > 1
             if self.samples:
+                self._need_greedy()
                 return True
         self.extra_body = plain
         return False
+
+    def _need_greedy(self) -> None:
+        if SAMPLING not in self.extra_body:
+            return
+        asked = ChatRequest(user(OPEN_QUESTION), GenParams(temperature=0.0, max_tokens=24))
+        first, second = (result.choices for result in self.generate([asked, asked]))
+        if first and second and first[0].text != second[0].text:
+            raise RecipeError(
+                f"{self.name} gives two answers at temperature 0: it samples every request as its first one, as "
+                "transformers serve does with --continuous-batching. Start it anew without that option."
+            )
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        """What requests say to ``transformers serve`` about generation, as the recipe has it."""
+        return dict(json.loads(self.extra_body.get(SAMPLING, "{}")))
 
     def reach(self) -> None:
         """Find out whether the server answers at all, by one token.
@@ -217,23 +241,31 @@ class OpenAICompatible:
             messages.append({"role": "assistant", "content": request.prefill})
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         extra = dict(self.extra_body)
-        if params.temperature == 0:
-            extra.pop("generation_config", None)
-        elif "generation_config" in extra:
-            own = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
-            extra["generation_config"] = json.dumps(own)
+        if SAMPLING in extra:
+            fields = {
+                name: value for name, value in self._fields.items() if name not in ("do_sample", "temperature", "top_p")
+            }
+            if params.temperature:
+                own = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
+                extra[SAMPLING] = json.dumps({"top_k": 0} | fields | own)
+            elif fields.keys() - {"top_k"}:
+                extra[SAMPLING] = json.dumps({**fields, "do_sample": False})
+            else:
+                del extra[SAMPLING]
         return body | extra
 
     def _choice(self, entry: Mapping[str, Any]) -> Choice:
         message = entry["message"]
         text = message.get("content") or ""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if not isinstance(text, str) or not isinstance(reasoning, str | None):
+            raise TypeError  # some servers answer in parts
         finish = FINISH.get(str(entry.get("finish_reason")), "stop")
         if message.get("refusal"):
             text, finish = str(message["refusal"]), "refusal"
         if reasoning is None:
             reasoning, text, _ = split_reasoning(text, tags=self.tags)
-        return Choice(str(text), reasoning, finish, _likely(entry.get("logprobs")))
+        return Choice(text, reasoning, finish, _likely(entry.get("logprobs")))
 
 
 def _likely(given: Any) -> list[dict[str, float]] | None:

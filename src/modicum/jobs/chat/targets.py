@@ -147,13 +147,13 @@ def look_at_judge(section: JudgeSection) -> None:
 
 
 def look_at_all(
-    suites: Iterable[Suite], requests: Sequence[Goal], targets: Iterable[Target], judge: JudgeSection | None
+    suites: Iterable[Suite], requests: Sequence[Sequence[Goal]], targets: Iterable[Target], judge: JudgeSection | None
 ) -> None:
     """Refuse what hours of drawing would end with: wrappers, targets and a judge that cannot be used.
 
     Args:
         suites: Those that a model writes are tried when it is there.
-        requests: Some, to try the wrappers on.
+        requests: Harmful and harmless ones, to try the wrappers on.
         targets: All models that are asked, but for the judge's.
         judge: Its section, if there is one.
 
@@ -161,8 +161,8 @@ def look_at_all(
         ModicumError: One of them cannot be used.
     """
     for suite in suites:
-        if not suite.needs_model:
-            suite.wrap("", requests, None)
+        for part in () if suite.needs_model else requests:
+            suite.wrap(suite.attack.name, part, None)
     for target in targets:
         look_at(target)
     if judge is not None:
@@ -244,6 +244,8 @@ class JudgeSection(Section):
 
 def _has_its_model(section: JudgeSection) -> None:
     entry = registry.judge[section.name]
+    if section.calibrate and entry.facts.learns:
+        raise ValueError(f"judge {section.name!r} measures itself while it learns; leave out calibrate")
     if section.calibrate and not entry.facts.asks_model:
         raise ValueError(f"calibrate measures judges that ask a model, and {section.name!r} asks none; leave it out")
     if section.calibrate == 1:
@@ -252,6 +254,11 @@ def _has_its_model(section: JudgeSection) -> None:
         raise ValueError(f"judge {section.name!r} asks a model: name it as `backend`")
     if not entry.facts.asks_model and section.backend is not None:
         raise ValueError(f"judge {section.name!r} asks no model: leave out its `backend`")
+    if entry.facts.learns and section.backend is not None:
+        if section.backend.model is None:
+            raise ValueError(f"judge {section.name!r} reads hidden states, which no endpoint shows; give a `model`")
+        if section.backend.thinking != "own":
+            raise ValueError(f"judge {section.name!r} has its model write nothing: leave out `thinking`")
     alone = getattr(entry.function, "endpoint_alone", False)
     if alone and section.backend is not None and section.backend.endpoint is None:
         raise ValueError(f"judge {section.name!r} asks what endpoints alone answer: give its `backend` an `endpoint`")
@@ -308,21 +315,18 @@ def open_judge(section: JudgeSection) -> tuple[Judge, dict[str, Any]]:
         ModicumError: It cannot be made.
     """
     from modicum.evaluate.judges.declines import Declines
-    from modicum.evaluate.judges.linear import LinearGuard
     from modicum.evaluate.judges.prefix import PrefixRefusal
     from modicum.jobs.attack_data import labelled
 
     entry = registry.judge[section.name]
     known: dict[str, Any] = {"judge": section.name, "approximate": entry.facts.approximate, "labelled": []}
-    if section.name == "linear":
-        guard = LinearGuard(**entry.knobs(section.knobs)).fit(*labelled("harm"))
-        known |= {"auroc": guard.area, "labelled": ["harm"]} | _errors(guard.calibration)
-        harm: Judge = guard
-    else:
-        knobs = entry.knobs(section.knobs)
-        backend = None if section.backend is None else open_target(section.backend, sampled=False)
-        harm = entry.function(backend, **knobs) if backend is not None else entry.function(**knobs)
-    tells_itself = "refusal" in entry.facts.answers and section.name != "linear"
+    knobs = entry.knobs(section.knobs)
+    backend = None if section.backend is None else open_target(section.backend, sampled=False)
+    harm: Any = entry.function(backend, **knobs) if backend is not None else entry.function(**knobs)
+    if entry.facts.learns:
+        harm.fit(*labelled("harm"))
+        known |= {"auroc": harm.area, "labelled": ["harm"]} | _errors(harm.calibration)
+    tells_itself = "refusal" in entry.facts.answers and not entry.facts.learns
     if tells_itself and section.name != "prefix":
         return harm, known
     told_by = "prefix" if tells_itself else section.refusal
@@ -383,5 +387,5 @@ def require_sampling(model: ChatModel, instead: str = "samples: 1 and temperatur
     if "sampling" not in model.caps:
         raise RecipeError(
             f"{model.name} gives the same answer at temperature 1 again and again, so best-of-N would be flat. Let the "
-            f"server sample, or set {instead}."
+            f"server sample (transformers serve: without --continuous-batching), or set {instead}."
         )

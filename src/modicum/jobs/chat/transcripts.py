@@ -72,7 +72,10 @@ def read_transcripts(folder: str | os.PathLike[str]) -> dict[str, Choice]:
                 continue
             try:
                 address = str(entry["key"]).partition("/")[0]
-                known[address] = Choice(entry["text"], entry["reasoning"], entry["finish"])
+                said = Choice(entry["text"], entry["reasoning"], entry["finish"])
+                if not isinstance(said.text, str) or not isinstance(said.reasoning, str | None):
+                    raise TypeError
+                known[address] = said
             except (KeyError, TypeError):
                 raise CheckpointError(f"{path} holds a line that is no judged answer. Move the file away.") from None
     if not known:

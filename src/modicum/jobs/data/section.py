@@ -156,7 +156,7 @@ class Mix(Section):
     def part(self, name: str, section: DataSection) -> DataSection:
         """Return a part, with what the section says for all parts that do not say it themselves."""
         part = self.parts[name]
-        shared = {"split", "seed", "system", "template", "max_length", "on_bad_row", "fields", "shuffle"}
+        shared = {"split", "seed", "system", "template", "max_length", "long_rows", "on_bad_row", "fields", "shuffle"}
         given = {key: getattr(section, key) for key in shared if key not in part.model_fields_set}
         return part.model_copy(update=given)
 
@@ -188,7 +188,11 @@ class DataSection(Section):
     fields: Fields = Fields()
     system: str | None = Field(default=None, description="system message put before every prompt or chat")
     template: str = Field(default="{prompt}", description="text around every prompt")
-    max_length: PositiveInt = Field(default=1024, description="tokens of a row; longer ones are cut")
+    max_length: PositiveInt = Field(default=1024, description="tokens of a row; longer ones are cut, or dropped")
+    long_rows: Literal["cut", "drop"] = Field(
+        default="cut",
+        description="drop: rows longer than max_length are left out and counted, so that no answer is cut",
+    )
     packing: bool = Field(default=False, description="fill rows up to max_length with several samples")
     completion_only: bool = Field(default=True, description="learn from the assistant's words only")
     on_bad_row: Literal["stop", "skip"] = Field(

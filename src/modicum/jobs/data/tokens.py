@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Row, Rows
 from modicum.jobs.data import chat_template
-from modicum.jobs.data.bad_rows import each
+from modicum.jobs.data.bad_rows import each, whole
 from modicum.registry import row_kind
 from modicum.types import IGNORED
 
@@ -45,7 +46,7 @@ def tokenize(
     Args:
         rows: Rows of :func:`modicum.jobs.data.rows.load_rows`.
         tokenizer: The model's own; its chat template is used where it has one.
-        section: ``max_length``, ``packing`` and ``completion_only`` are read.
+        section: ``max_length``, ``long_rows``, ``packing`` and ``completion_only`` are read.
         note: Told when rows were cut, dropped or left out, and with which token answers end.
 
     Raises:
@@ -100,7 +101,9 @@ def _ending(labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: 
 def dataset(
     examples: list[Example], section: DataSection, note: Callable[[str], None] | None = None
 ) -> datasets.Dataset:
-    """Return examples as a data set: cut to ``max_length``, packed where the section says so."""
+    """Return examples as a data set: cut to ``max_length`` or left out, packed where the section says so."""
+    if section.long_rows == "drop":
+        examples = whole(examples, lambda example: len(example[0]), section, note or warnings.warn, noun="rows")
     short = _cut(examples, section.max_length, note)
     return _packed(short, section) if section.packing else _padded(short, section)
 
@@ -296,9 +299,10 @@ def _cut(examples: list[Example], max_length: int, note: Callable[[str], None] |
     # The first token is never predicted, so its label alone teaches nothing.
     kept = [example for example in short if any(label != IGNORED for label in example[1][1:])]
     if note and (long or len(kept) < len(examples)):
+        instead = " data.long_rows: drop leaves them out." if long else ""
         note(
             f"{long} of {len(examples)} rows are longer than max_length {max_length} and were cut; "
-            f"{len(examples) - len(kept)} had nothing left to learn and were dropped."
+            f"{len(examples) - len(kept)} had nothing left to learn and were dropped.{instead}"
         )
     return kept
 

@@ -72,9 +72,10 @@ class GoalSection(Section):
         from modicum.jobs.data.section import DataSection
 
         try:
-            rows = load_rows(DataSection(path=self.path, format="completion"), seed=self.seed).rows
+            load_rows(DataSection(path=self.path, format="completion", size=1), seed=self.seed)
         except RecipeError:
             return list(goals)  # prompts alone
+        rows = load_rows(DataSection(path=self.path, format="completion"), seed=self.seed).rows
         answers = {f"{Path(self.path).stem}-{index}": row["completion"] for index, row in enumerate(rows)}
         return [{"id": goal.id, "prompt": goal.text, "completion": answers[goal.id]} for goal in goals]
 
@@ -122,6 +123,14 @@ class Suite(Section):
         registry.attack[value.name].knobs(own)
         return value
 
+    @model_validator(mode="after")
+    def _family_is_used(self) -> Suite:
+        if self.family is not None and self.packaged is None:
+            raise ValueError(
+                f"attack {self.attack.name!r} takes no wrappers of a package here; leave out family {self.family!r}"
+            )
+        return self
+
     @property
     def packaged(self) -> str | None:
         """The family of an installed package from which the wrappers come; none where the recipe has its own."""
@@ -145,6 +154,10 @@ class Suite(Section):
             return {"": None}
         found = attack_data.templates(self.packaged)
         names = sorted(found)
+        if "count" in self.model_fields_set and self.count > len(names):
+            raise RecipeError(
+                f"Family {self.packaged!r} has {len(names)} wrappers, and count is {self.count}. Lower it."
+            )
         order = torch.randperm(len(names), generator=generator(self.seed, "wrappers", self.family or "")).tolist()
         return {names[index]: found[names[index]] for index in order[: self.count]}
 
@@ -152,7 +165,7 @@ class Suite(Section):
         """Return every goal in one of the wrappers, which take turns; without those that the model does not word.
 
         Raises:
-            RecipeError: The model is missing, fails, or words none of the goals.
+            RecipeError: The model is missing, fails, or words none of the goals; or the attack has no words for them.
         """
         entry = registry.attack[self.attack.name]
         wrappers = list(self.wrappers().items())
@@ -167,17 +180,18 @@ class Suite(Section):
                 )
             return result.choices[0].text
 
-        made = []
+        made, why = [], ""
         for index, goal in enumerate(goals):
             template, text = wrappers[index % len(wrappers)]
             knobs = entry.knobs(self.attack.knobs if text is None else {**self.attack.knobs, "template": text})
             try:
                 prompt = entry.function(goal.text, **knobs, **wanted(entry.function, {"ask": ask}))
-            except NotWordedError:
+            except NotWordedError as error:
+                why = str(error)
                 continue
             made.append(AttackedPrompt(goal, user(prompt), name, template))
         if goals and not made:
-            raise RecipeError(f"Suite {name!r}: the model words none of {len(goals)} goals anew. Take another one.")
+            raise RecipeError(f"Suite {name!r} words none of {len(goals)} goals: {why}")
         return made
 
 
