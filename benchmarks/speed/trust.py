@@ -1,26 +1,31 @@
-"""What trust costs: a merge with and without waiting for the disk in turn, and the speed of hashing.
+"""What trust costs: merges that wait for the disk and merges that do not, by turns, and the speed of hashing.
 
-    python -m benchmarks.speed.trust [--rounds 7] [--work DIR]
+    python -m benchmarks.speed.trust [--pairs 40] [--most 1.03] [--work DIR]
 
-Each merge is a process of its own that times the merge alone. ``without`` makes ``fsync`` and ``fdatasync`` do nothing
-there; the rest of the program is the same. What the first ends with is on the disk; what the second leaves in memory is
-written later, at nobody's time: before each merge the disk is waited for, so that neither pays for the other.
+Merges are made in one process for each method, in pairs: one of a pair waits for the disk, in the other ``fsync`` and
+``fdatasync`` do nothing, and which comes first changes from pair to pair, so that a slow spell of the machine falls on
+both alike. What the first ends with is on the disk; what the second leaves in memory is written later, at nobody's
+time: before each merge the disk is waited for, so that neither pays for the other. The first pair is left out.
+
+What decides is the median of the pairs' ratios, with an interval for it that assumes nothing about how times spread
+(order statistics, at least 95 %). The cost is below ``--most`` when the whole interval is, above when all of it is, and
+undecided in between: then give more pairs, or a quieter machine. Ends with 0, 1 and 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from benchmarks.provenance import origin
 from benchmarks.speed.shapes import SMOLLM2_135M, write_family
@@ -31,29 +36,60 @@ from modicum.environment import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "trust-speed.json"
 METHODS = {"task_arithmetic": {"scale": 0.4}, "ties": {"density": 0.2}}
-MERGE = """
-import json, os, sys, time
+MERGES = """
+import json, os, shutil, sys, time
 from pathlib import Path
 from modicum.jobs.merge import make_plan
 from modicum.recipe import parse
 from modicum.weights.merge import run_plan
-recipe, out, how = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-if how == "without":
-    os.fsync = os.fdatasync = lambda _: None
-plan = make_plan(parse(recipe))
-plan.identity  # hashed beforehand: that is measured by itself
-start = time.perf_counter()
-run_plan(plan, out, fork=True, progress=False)
-print(json.dumps(time.perf_counter() - start))
+recipe, out, pairs = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+waits = os.fsync, os.fdatasync
+def merged(wait):
+    os.fsync, os.fdatasync = waits if wait else (lambda _: None,) * 2
+    plan = make_plan(parse(recipe))
+    plan.identity  # hashed beforehand: that is measured by itself
+    os.sync()
+    start = time.perf_counter()
+    run_plan(plan, out, fork=True, progress=False)
+    took = time.perf_counter() - start
+    shutil.rmtree(out)
+    return took
+for pair in range(pairs + 1):
+    order = (True, False) if pair % 2 else (False, True)
+    found = {wait: merged(wait) for wait in order}
+    if pair:
+        print(json.dumps([found[True], found[False]]), flush=True)
 """
 
 
-def merged(recipe: dict[str, Any], out: Path, how: str) -> float:
-    """Return the seconds of one merge."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    command = [sys.executable, "-c", MERGE, json.dumps(recipe), str(out), how]
-    return float(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return an interval that holds the median with at least this probability, whatever the values' distribution.
+
+    Example:
+        >>> median_interval([float(n) for n in range(1, 21)])
+        (6.0, 15.0)
+        >>> median_interval([1.0, 2.0, 3.0])  # too few to tell
+        (-inf, inf)
+    """
+    n, chance, out = len(values), 0.5 ** len(values), 0
+    # `out` values at each end are left out: as many as still lie on one side of the median with half of 1 - level.
+    while chance <= (1 - level) / 2 and out < n:
+        out += 1
+        chance += math.comb(n, out) * 0.5**n
+    if out == 0:
+        return -math.inf, math.inf
+    ordered = sorted(values)
+    return ordered[out - 1], ordered[n - out]
+
+
+def verdict(interval: tuple[float, float], most: float) -> str:
+    """Return whether a ratio is below a limit, above it, or not known.
+
+    Example:
+        >>> [verdict(found, 1.03) for found in ((1.0, 1.02), (1.04, 1.1), (1.01, 1.06))]
+        ['below', 'above', 'undecided']
+    """
+    return "below" if interval[1] <= most else "above" if interval[0] > most else "undecided"
 
 
 def hashing(paths: list[Path], threads: int, rounds: int) -> float:
@@ -67,38 +103,46 @@ def hashing(paths: list[Path], threads: int, rounds: int) -> float:
     return best
 
 
-def main() -> None:
-    """Measure and write the results."""
+def main() -> int:
+    """Measure, decide and write the results."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--work", type=Path)
+    arguments.add_argument("--pairs", type=int, default=40)
+    arguments.add_argument("--most", type=float, default=1.03, help="the largest ratio that will do")
+    arguments.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    arguments.add_argument("--work", type=Path, help="a folder on the disk in question; the temporary one")
+    arguments.add_argument("--trial", action="store_true", help="write nothing")
     chosen = arguments.parse_args()
     work = Path(tempfile.mkdtemp(prefix="trust-", dir=chosen.work))
     try:
         base, experts = write_family(work, SMOLLM2_135M, experts=2)
         files = [folder / "model.safetensors" for folder in (base, *experts)]
         rows = {}
-        for method, knobs in METHODS.items():
+        for method in chosen.methods:
             recipe = {"job": "merge", "base": str(base), "experts": [str(e) for e in experts],
-                      "method": {"name": method, **knobs}}  # fmt: skip
-            times: dict[str, list[float]] = {"with": [], "without": []}
-            for _ in range(chosen.rounds):
-                for how, found in times.items():
-                    found.append(merged(recipe, work / "out", how))
-            median = {how: statistics.median(found) for how, found in times.items()}
-            ratios = [a / b for a, b in zip(times["with"], times["without"])]
-            rows[method] = {"seconds": median, "ratio": median["with"] / median["without"],
-                            "pairs": [round(ratio, 3) for ratio in sorted(ratios)]}  # fmt: skip
-            print(method, rows[method], flush=True)
-        speed = {f"{n} threads": round(hashing(files, n, chosen.rounds), 2) for n in (1, 2)}
+                      "method": {"name": method, **METHODS[method]}}  # fmt: skip
+            command = [sys.executable, "-c", MERGES, json.dumps(recipe), str(work / "out"), str(chosen.pairs)]
+            done = subprocess.run(command, capture_output=True, check=True, text=True)
+            pairs = [json.loads(line) for line in done.stdout.splitlines()]
+            ratios = [a / b for a, b in pairs]
+            interval = median_interval(ratios)
+            rows[method] = {
+                "seconds": {how: statistics.median(times) for how, times in zip(("with", "without"), zip(*pairs))},
+                "ratio": statistics.median(ratios), "interval": interval, "verdict": verdict(interval, chosen.most),
+                "pairs": [[round(a, 4), round(b, 4)] for a, b in pairs],
+            }  # fmt: skip
+            print(method, {key: value for key, value in rows[method].items() if key != "pairs"}, flush=True)
+        speed = {f"{n} threads": round(hashing(files, n, 7), 2) for n in (1, 2)}
         print(speed)
         result = {"what": "a merge of two experts of SmolLM2-135M's shape, and hashing of the three files",
-                  "bytes": sum(file.stat().st_size for file in files), "merge": rows, "hash_gb_per_s": speed,
-                  "rounds": chosen.rounds, "environment": environment(), **origin()}  # fmt: skip
-        write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
+                  "bytes": sum(file.stat().st_size for file in files), "most": chosen.most, "merge": rows,
+                  "hash_gb_per_s": speed, "environment": environment(), **origin()}  # fmt: skip
+        if not chosen.trial:
+            write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
+        found = {row["verdict"] for row in rows.values()}
+        return 1 if "above" in found else 2 if "undecided" in found else 0
     finally:
         shutil.rmtree(work)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

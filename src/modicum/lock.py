@@ -111,13 +111,17 @@ def hold(path: Path, what: str | Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def read_owner(path: Path) -> Owner | None:
+def read_owner(path: Path, *, tries: int = 50) -> Owner | None:
     """Return who holds the lock file ``path``; ``None`` when nobody does.
+
+    Args:
+        path: The lock file.
+        tries: How often it is read until its content is there.
 
     Raises:
         CheckpointError: The file is not a lock.
     """
-    for _ in range(50):
+    for _ in range(tries):
         try:
             return _owner(path)
         except FileNotFoundError:
