@@ -46,6 +46,15 @@ def _widen(address, kind, start, out):
 
 
 @jit
+def half_of(number):
+    """Return the bits of the bfloat16 nearest to a float32, of the even one of two."""
+    word = np.float32(number).view(np.uint32)
+    rounded = np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    nan = word & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+    return np.uint16(0x7FC0) if nan else np.uint16(rounded)
+
+
+@jit
 def _narrow(row, spare, address, kind, start):
     """Store a row from entry ``start`` on, rounded to the nearest, to the even one of two."""
     n = len(row)
@@ -53,10 +62,7 @@ def _narrow(row, spare, address, kind, start):
     if kind == BFLOAT16:
         halves = carray(pointer(address + 2 * start), n, np.uint16)
         for i in range(n):
-            word = words[i]
-            rounded = np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-            nan = word & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
-            halves[i] = np.uint16(0x7FC0) if nan else np.uint16(rounded)
+            halves[i] = half_of(row[i])
     elif kind == FLOAT16:
         halves = carray(pointer(address + 2 * start), n, np.uint16)
         tiny = spare[:n].view(np.uint32)
@@ -77,10 +83,21 @@ def _narrow(row, spare, address, kind, start):
 
 
 @jit
+def read(half):
+    """Return the number whose bfloat16 has these bits."""
+    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
+
+
+@jit
 def _delta(tensors, kinds, t, start, n, origin, out):
-    _widen(tensors[t + 1], kinds[t + 1], start, out[:n])
-    for i in range(n):
-        out[i] -= origin[i]
+    if kinds[t + 1] == BFLOAT16:
+        halves = carray(pointer(tensors[t + 1] + 2 * start), n, np.uint16)
+        for i in range(n):
+            out[i] = read(halves[i]) - origin[i]
+    else:
+        _widen(tensors[t + 1], kinds[t + 1], start, out[:n])
+        for i in range(n):
+            out[i] -= origin[i]
 
 
 @jit
@@ -109,15 +126,14 @@ def _tally(words, low, high, flags, inside, count):
         most = np.int32(max(most, word))
         flags[i] = (word > low) & (word < high)
     found = count[3]
-    # Few lie between: eight at a time are passed over.
+    # Few lie between: eight at a time are passed over. Which of eight do, no branch could foresee.
     flags[n : -(-n // 8) * 8] = 0
     eights = flags.view(np.uint64)
     for group in range(-(-n // 8)):
         if eights[group]:
-            for i in range(8 * group, min(n, 8 * group + 8)):
-                if flags[i]:
-                    inside[found] = np.int32(words[i] & MAGNITUDE)
-                    found += 1
+            for i in range(8 * group, 8 * group + 8):
+                inside[found] = np.int32(words[i] & MAGNITUDE)
+                found += flags[i]
     count[0] += above
     count[1] += from_high - above
     if low != high:
@@ -192,47 +208,37 @@ def _mix(rows, n, shares, out):
 @jit
 def _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total, divisor, merged):
     """Merge the deltas of the elected sign; as ``combine.Election`` does, step by step."""
-    rows = len(deltas)
+    zero, one = np.float32(0), np.float32(1)
     if weighted:
-        for t in range(rows):
+        for t in range(len(deltas)):
             row, weight = deltas[t, :n], weights[t]
             for i in range(n):
                 row[i] *= weight
     _mix(deltas, n, halves, total)
-    for i in range(n):
-        total[i] += np.float32(0)
-    if normalize and not weighted:
-        _count(deltas, n, total, divisor, merged)
-    elif normalize:
+    if normalize and weighted:
         _agreeing(deltas, n, weights, least, total, divisor, merged)
-    for t in range(rows):
-        row = deltas[t, :n]
+    elif normalize:
+        divisor[:n] = zero
+        for t in range(len(deltas)):
+            row = deltas[t, :n]
+            for i in range(n):
+                agrees = row[i] > zero if total[i] >= zero else row[i] < zero
+                divisor[i] += one if agrees else zero
         for i in range(n):
-            row[i] = abs(row[i])
-    _mix(deltas, n, halves, merged)
-    for i in range(n):
-        merged[i] += abs(total[i])
-    words, signs = merged[:n].view(np.int32), total[:n].view(np.int32)
-    for i in range(n):  # copysign() would be a call, which no vector unit does
-        words[i] ^= np.int32(signs[i] & ~MAGNITUDE)
+            divisor[i] = divisor[i] if divisor[i] > one else one
+    merged[:n] = zero
+    for t in range(len(deltas)):
+        row, half = deltas[t, :n], halves[t]
+        for i in range(n):
+            merged[i] += abs(row[i]) * half
     if normalize:
         for i in range(n):
-            merged[i] /= divisor[i]
-    for i in range(n):
-        merged[i] *= scale
-
-
-@jit
-def _count(deltas, n, total, divisor, spare):
-    elected, agreeing = total[:n].view(np.int32), spare[:n].view(np.int32)
-    agreeing[:] = np.int32(0)
-    for t in range(len(deltas)):
-        words = deltas[t, :n].view(np.int32)
+            magnitude = (merged[i] + abs(total[i])) / divisor[i]
+            merged[i] = (magnitude if total[i] >= zero else -magnitude) * scale
+    else:
         for i in range(n):
-            agrees = ((words[i] ^ elected[i]) >= 0) & ((words[i] & MAGNITUDE) != 0)
-            agreeing[i] = agreeing[i] + agrees
-    for i in range(n):
-        divisor[i] = np.float32(max(agreeing[i], np.int32(1)))
+            magnitude = merged[i] + abs(total[i])
+            merged[i] = (magnitude if total[i] >= zero else -magnitude) * scale
 
 
 @jit
@@ -252,6 +258,19 @@ def _agreeing(deltas, n, weights, least, total, divisor, spare):
     for i in range(n):
         low = divisor[i] < least if least > zero else abs(divisor[i]) < np.float32(1e-8)
         divisor[i] = (least if least > zero else np.float32(1)) if low else divisor[i]
+
+
+@jit
+def store(origin, n, share, merged, spare, address, kind, start):
+    """Store ``share * origin + merged`` from entry ``start`` on; both rows may be overwritten."""
+    if kind == BFLOAT16:
+        halves = carray(pointer(address + 2 * start), n, np.uint16)
+        for i in range(n):
+            halves[i] = half_of(origin[i] * share + merged[i])
+    else:
+        for i in range(n):
+            origin[i] = origin[i] * share + merged[i]
+        _narrow(origin[:n], spare, address, kind, start)
 
 
 @jit
@@ -283,21 +302,19 @@ def merge(tensors, kinds, begin, end, cuts, spares, factors, ratios, weights, el
                     _keep(words, cuts[t, 1], spares[t], 1, merged.view(np.int32))
                     for i in range(n):
                         row[i] -= merged[i]
+            ratio = ratios[t]
             if factors[t]:
                 mask = carray(pointer(factors[t] + start - begin), n, np.uint8)
                 for i in range(n):
-                    row[i] *= np.float32(mask[i])
-            ratio = ratios[t]
-            if ratio != 1:
+                    row[i] = row[i] * np.float32(mask[i]) * ratio
+            elif ratio != 1:
                 for i in range(n):
                     row[i] *= ratio
         if elected:
             _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total, divisor, merged)
         else:
             _mix(deltas, n, weights, merged)
-        for i in range(n):
-            origin[i] = origin[i] * share + merged[i]
-        _narrow(origin[:n], total, tensors[-1], kinds[-1], start)
+        store(origin, n, share, merged, total, tensors[-1], kinds[-1], start)
 
 
 @jit(fastmath={"reassoc", "contract", "nsz"})

@@ -54,13 +54,13 @@ def variances(tensors, kinds, size, low, high, inside):
 
 
 @jit
-def _selected(tensors, kinds, start, n, selecting, cut, spares, room):
-    """Read a chunk of deltas; where entries are selected, with zeros for those whose variance is none or too small."""
+def _selected(tensors, kinds, start, n, cut, spares, room):
+    """Read a chunk of deltas, with zeros for those whose variance is none or below a cut; -1 selects all."""
     deltas, work, origin, mean, spread, shares = room
     _widen(tensors[0], kinds[0], start, origin[:n])
     for t in range(len(deltas)):
         _delta(tensors, kinds, t, start, n, origin, deltas[t])
-    if selecting:
+    if cut >= 0:
         _variance(deltas, n, shares, work, mean, spread)
         _keep(spread[:n].view(np.int32), cut, spares, 0, mean.view(np.int32))
         for t in range(len(deltas)):
@@ -70,13 +70,13 @@ def _selected(tensors, kinds, start, n, selecting, cut, spares, room):
 
 
 @jit
-def squares(tensors, kinds, begin, size, selecting, cut, spares, rows):
+def squares(tensors, kinds, begin, size, cut, spares, rows):
     """Fill rows with the squares of the selected deltas' entries from ``begin`` on."""
     room = _room(len(rows))
     deltas = room[0]
     for start in range(0, size, CHUNK):
         n = min(CHUNK, size - start)
-        _selected(tensors, kinds, begin + start, n, selecting, cut, spares, room)
+        _selected(tensors, kinds, begin + start, n, cut, spares, room)
         for t in range(len(rows)):
             row, out = deltas[t, :n], rows[t, start : start + n]
             for i in range(n):
@@ -84,7 +84,7 @@ def squares(tensors, kinds, begin, size, selecting, cut, spares, rows):
 
 
 @jit
-def merge_selected(tensors, kinds, size, selecting, cut, spares, weights):
+def merge_selected(tensors, kinds, size, cut, spares, weights):
     """Merge the selected deltas as ``sce`` does; the last of the tensors is the result."""
     n_experts = len(tensors) - 2
     room = _room(n_experts)
@@ -93,7 +93,7 @@ def merge_selected(tensors, kinds, size, selecting, cut, spares, weights):
     one, zero, least = np.float32(1), np.float32(0), np.float32(2.0**-126)
     for start in range(0, size, CHUNK):
         n = min(CHUNK, size - start)
-        _selected(tensors, kinds, start, n, selecting, cut, spares, room)
+        _selected(tensors, kinds, start, n, cut, spares, room)
         _mix(deltas, n, ones, mean)
         for i in range(n):
             spread[i] = one if mean[i] >= zero else -one

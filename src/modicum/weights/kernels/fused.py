@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,9 +21,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from modicum.weights.kernels.selection import Cut
 
+FEW = 6  # experts whose deltas fit into registers
 LEAST = 1 << 16  # entries of a tensor, or of a block of one, for which it pays
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 INFINITY = 0x7F800000  # its bit pattern
+HIGHEST = 0x7FFFFFFF  # of all patterns without a sign
+SLACK = 8  # entries that a pass may write beyond the last that counts
+Halves: TypeAlias = NDArray[np.uint16]
 Factors = Callable[[int, int], NDArray[Any] | None]
 """From an expert and the length of the next block to truth values, false for what is dropped; None where nothing is."""
 
@@ -67,7 +72,7 @@ def usable(*tensors: Tensor) -> bool:
 def prepare(entries: int) -> None:
     """Import what tensors of so many entries will need, before processes are forked that would each import it."""
     if entries >= LEAST and installed():
-        from modicum.weights.kernels import compiled_selected  # noqa: F401 - which imports the others
+        from modicum.weights.kernels import compiled_few, compiled_selected  # noqa: F401 - which import the others
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -89,7 +94,7 @@ def count(
     rows = np.array([t for t, several in enumerate(brackets) for _ in several], np.int64)
     ends = np.array([bracket for several in brackets for bracket in several], np.float32).reshape(-1, 2)
     low, high = np.ascontiguousarray(ends.T).view(np.int32)
-    inside = np.empty((len(rows), base.numel()), np.int32)  # memory is taken only where it is written
+    inside = np.empty((len(rows), base.numel() + SLACK), np.int32)  # memory is taken only where it is written
     counts, most = compiled.brackets(*_addresses([base, *experts]), base.numel(), rows, low, high, inside)
     if most > INFINITY:
         return None
@@ -122,6 +127,9 @@ def fold(
     """
     from modicum.weights.kernels import compiled
 
+    if _few(base, experts, out) and not (parts.elected and all(parts.elected[:2])):
+        _fold_few(base, experts, parts, out, share, sizes)
+        return
     n = len(experts)
     cuts, spares = np.zeros((n, 2), np.int32), np.full((n, 2), -1, np.int64)
     cuts[:, 1] = INFINITY + 1
@@ -140,6 +148,66 @@ def fold(
         places = np.array([0 if block is None else block.ctypes.data for block in factors], np.int64)
         compiled.merge(tensors, kinds, begin, begin + size, cuts, spares, places, ratios, weights, election, *last)
         begin += size
+
+
+def _few(base: Tensor, experts: Sequence[Tensor], *others: Tensor) -> bool:
+    """Whether the passes for few experts in bfloat16 take these tensors."""
+    return len(experts) <= FEW and all(tensor.dtype == torch.bfloat16 for tensor in (base, *experts, *others))
+
+
+def _halves(tensor: Tensor) -> Halves:
+    return tensor.reshape(-1).view(torch.int16).numpy().view(np.uint16)
+
+
+def _fold_few(
+    base: Tensor, experts: Sequence[Tensor], parts: Parts, out: Tensor, share: float, sizes: Sequence[int]
+) -> None:
+    from modicum.weights.kernels import compiled_few
+
+    origin, others, merged = _halves(base), [_halves(expert) for expert in experts], _halves(out)
+    weights, last = tuple(parts.weights.numpy()), (np.float32(share),)
+    plain, masked, settings = compiled_few.summed, compiled_few.summed_masked, last
+    if parts.elected is not None:
+        plain, masked = compiled_few.elected, compiled_few.elected_masked
+        settings = parts.elected[1], np.float32(parts.elected[3]), *last  # type: ignore[assignment]
+
+    def part(where: slice) -> tuple[Halves, tuple[Halves, ...], Halves]:
+        return origin[where], tuple(other[where] for other in others), merged[where]
+
+    if parts.factors is None:
+        for where, lows, tops in _stretches(origin, others, parts.cuts or [(None, None)] * len(others)):
+            plain(*part(where), lows, tops, weights, *settings)
+        return
+    ratios, begin = tuple(torch.ones(len(others)).numpy() if parts.ratios is None else parts.ratios.numpy()), 0
+    for size in sizes:
+        factors = (parts.factors(t, size) for t in range(len(others)))
+        masks = tuple(np.ones(size, np.uint8) if mask is None else mask.view(np.uint8) for mask in factors)
+        masked(*part(slice(begin, begin + size)), masks, ratios, weights, *settings)
+        begin += size
+
+
+def _stretches(
+    base: Halves, experts: Sequence[Halves], cuts: Sequence[tuple[Cut | None, Cut | None]]
+) -> Iterator[tuple[slice, tuple[np.int32, ...], tuple[np.int32, ...]]]:
+    """Yield stretches in which a cut keeps all entries of its value or none, with the least and the largest patterns.
+
+    Where all spare entries of a value have passed, the pattern moves on by one.
+    """
+    from modicum.weights.kernels import compiled_few
+
+    whole = len(base)
+
+    def end(expert: Halves, cut: Cut | None, without: int, shift: int) -> tuple[int, int]:
+        if cut is None:
+            return without, whole
+        pattern = np.float32(cut.value).view(np.int32)
+        return int(pattern) - shift, whole if cut.exhaustive else compiled_few.reach(base, expert, pattern, cut.spare)
+
+    lows = [end(expert, within, 0, 0) for expert, (within, _) in zip(experts, cuts)]
+    tops = [end(expert, without, HIGHEST, 1) for expert, (_, without) in zip(experts, cuts)]
+    for start, stop in pairwise(sorted({0, whole, *(until for _, until in lows + tops)})):
+        low, top = (tuple(np.int32(p + (until <= start)) for p, until in ends) for ends in (lows, tops))
+        yield slice(start, stop), low, top
 
 
 def mask_(row: Tensor, factors: NDArray[Any]) -> Tensor:
@@ -165,11 +233,15 @@ def count_variances(
     base: Tensor, experts: Sequence[Tensor], low: float, high: float
 ) -> tuple[int, tuple[int, int, int, NDArray[Any]]] | None:
     """Return how many entries differ between the experts, and what :func:`count` returns for a bracket of variances."""
-    from modicum.weights.kernels import compiled_selected
+    from modicum.weights.kernels import compiled_few, compiled_selected
 
-    inside = np.empty(base.numel(), np.int32)
+    inside = np.empty(base.numel() + SLACK, np.int32)
     ends = np.array([low, high], np.float32).view(np.int32)
-    counts, most, differing = compiled_selected.variances(*_addresses([base, *experts]), base.numel(), *ends, inside)
+    if _few(base, experts):
+        found = compiled_few.variances(_halves(base), tuple(_halves(expert) for expert in experts), *ends, inside)
+    else:
+        found = compiled_selected.variances(*_addresses([base, *experts]), base.numel(), *ends, inside)
+    counts, most, differing = found
     if most > INFINITY:
         return None
     above, at_high, at_low, within = map(int, counts)
@@ -180,31 +252,40 @@ class Selected:
     """Deltas of which only those entries are used whose variance between the experts a cut keeps; all without one."""
 
     def __init__(self, base: Tensor, experts: Sequence[Tensor], cut: Cut | None) -> None:
-        self.tensors = [base, *experts]
-        self.cut = np.float32(cut.value if cut else 0).view(np.int32)
+        self.tensors, self.few = [base, *experts], _few(base, experts)
+        self.cut = np.int32(-1) if cut is None else np.float32(cut.value).view(np.int32)
         self.spare = -1 if cut is None or cut.exhaustive else cut.spare
-        self.selecting = cut is not None
 
     def squares(self, size: int) -> Iterator[Tensor]:
         """Yield the squares ``(n, block)``, a block of ``size`` after the other; each in the memory of the last."""
-        from modicum.weights.kernels import compiled_selected
+        from modicum.weights.kernels import compiled_few, compiled_selected
 
-        tensors, kinds = _addresses(self.tensors)
-        rows, spares = torch.empty((len(tensors) - 1) * size), np.array([self.spare])
+        fill, which = (compiled_few if self.few else compiled_selected).squares, self._given()
+        rows, spares = torch.empty((len(self.tensors) - 1) * size), np.array([self.spare])
         whole = self.tensors[0].numel()
         for start in range(0, whole, size):
             n = min(size, whole - start)
-            block = rows[: (len(tensors) - 1) * n].view(-1, n)
-            compiled_selected.squares(tensors, kinds, start, n, self.selecting, self.cut, spares, block.numpy())
+            block = rows[: (len(self.tensors) - 1) * n].view(-1, n)
+            fill(*which, start, n, self.cut, spares, block.numpy())
             yield block
 
     def merge(self, weights: Tensor, out: Tensor) -> None:
         """Write the base plus, over those that have the elected sign, the weighted mean of the deltas to ``out``."""
-        from modicum.weights.kernels import compiled_selected
+        from modicum.weights.kernels import compiled_few, compiled_selected
 
-        tensors, kinds = _addresses([*self.tensors, out])
-        settings = self.selecting, self.cut, np.array([self.spare]), weights.numpy()
-        compiled_selected.merge_selected(tensors, kinds, out.numel(), *settings)
+        spares = np.array([self.spare])
+        if self.few:
+            compiled_few.merge_selected(*self._given(), _halves(out), self.cut, spares, tuple(weights.numpy()))
+        else:
+            places = _addresses([*self.tensors, out])
+            compiled_selected.merge_selected(*places, out.numel(), self.cut, spares, weights.numpy())
+
+    def _given(self) -> tuple[Any, ...]:
+        """Return the tensors as a pass takes them."""
+        if not self.few:
+            return _addresses(self.tensors)
+        base, *experts = map(_halves, self.tensors)
+        return base, tuple(experts)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
