@@ -94,6 +94,10 @@ class RouteRecipe(Recipe):
             raise RecipeError(f"rule {self.rule.name} needs k, a number of layers or a share below 1. Set rule.k.")
         if self.router is not None:
             self._fits_router(self.router)
+        elif self.variants or self.selection != "entropy_gated":
+            raise RecipeError(
+                "selection and variants say how a router's word is used, and router is null. Leave them out, or set it."
+            )
         store: Any = self.store
         if expert_store[store.name].facts.factors and self.dense != "base":
             raise RecipeError("store lora needs dense: base, because an expert less the average has no thin factors.")

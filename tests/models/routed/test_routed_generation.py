@@ -146,6 +146,37 @@ def test_both_ways_of_a_mixed_batch_say_the_same_and_the_one_that_costs_less_is_
     assert list(model.mixed.costs) == [shape]
 
 
+def test_blends_are_the_same_ones_either_way():
+    built, _ = lora_experts("llama")
+    model, ids = route_experts(host(), built), prompts(3)
+    rows = torch.tensor([[0.33349, 0.66651, 0.0], [0.0, 0.49951, 0.50049], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    logits = {}
+    for way in ("beside", "grouped"):
+        model.mixed.way = way
+        logits[way] = model(ids, weights=rows, use_cache=False).logits
+    torch.testing.assert_close(logits["beside"], logits["grouped"], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["beside", "grouped"])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[1.0, 0, 0], [0, 1.0, 0]], r"weights are \[2, 3\], expected \(3\) for all requests or one row for each"),
+        ([[1.0, 0], [0, 1.0], [1.0, 0]], "expected 3 that are not negative"),
+        ([[1.0, 0, 0], [2.0, -1.0, 0], [0, 0, 1.0]], "expected 3 that are not negative"),
+        ([[1.0, 0, 0], [0.5, 0, 0], [0, 0, 1.0]], "sum to 1"),
+        ([float("nan"), 0, 1.0], "not negative"),
+    ],
+)
+def test_what_are_no_weights_is_refused_either_way(way, weights, message):
+    built, _ = lora_experts("llama")
+    model = route_experts(host(), built)
+    model.mixed.way = way
+    for ask in (model, lambda *a, **k: model.generate(*a, **k, **NEW)):
+        with pytest.raises(RecipeError, match=message):
+            ask(prompts(3), weights=weights)
+
+
 def test_what_rows_share_is_given_whatever_costs_less():
     built, _ = lora_experts("llama")
     model, ids, rows = route_experts(host(), built), prompts(3), torch.eye(3)

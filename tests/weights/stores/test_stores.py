@@ -204,3 +204,11 @@ def test_places_that_no_seed_gives_back_must_be_stored():
 def test_parts_of_no_store_are_refused():
     with pytest.raises(CheckpointError, match="parts delta, more, which no store writes"):
         reader_of({"delta": torch.ones(1), "more": torch.ones(1)}, (1,))
+
+
+@pytest.mark.parametrize("layout", ["csr", "int32"])
+def test_places_that_four_bytes_cannot_count_are_refused(layout):
+    shape = (256, 4096, 2048)
+    with pytest.raises(RecipeError, match="has 2147483648 entries. Use layout: bitmask"):
+        store_bytes(shape, 100, layout=layout)
+    assert store_bytes(shape, 100) == 256 * 4096 * 2048 // 8 + 200

@@ -21,7 +21,7 @@ from modicum.models.routed.beside import SidePath
 from modicum.models.routed.config import RoutedConfig, Routing
 from modicum.models.routed.mixed import Mixed
 from modicum.models.routed.requests import FIXED, Groups, Requests, groups_of, rows_of
-from modicum.models.routed.working import WorkingWeights
+from modicum.models.routed.working import WorkingWeights, settled
 from modicum.models.router import Router
 from modicum.references import find_model, pinned
 from modicum.weights.experts import ExpertSet
@@ -265,7 +265,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
     def _side(self, rows: Tensor) -> Iterator[None]:
         assert self.side is not None and self.working is not None  # noqa: S101
         self.working.dense()
-        with self.side(rows):
+        with self.side([settled(row) for row in rows.tolist()]):  # the mixtures that would be written
             yield
 
     def _one_by_one(self, groups: Groups, given: dict[str, Any]) -> Any:

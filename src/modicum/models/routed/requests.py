@@ -137,10 +137,28 @@ class Requests:
         if known is not None and cache.get_seq_length():
             return _kept(known, asked, n)
         if asked is not None:
-            return asked.expand(n, -1)
+            return self._given(asked, n)
         if self.router is None:
             return torch.full((n, len(self.config.experts["names"])), 1.0 / len(self.config.experts["names"])).double()
         return self.route(ids, mask, **inputs).weights
+
+    def _given(self, asked: Tensor, n: int) -> Tensor:
+        """Return the weights that are asked for, a row for each of ``n`` requests.
+
+        Raises:
+            RecipeError: They are no weights of these experts, or of another number of requests.
+        """
+        assert self.experts is not None  # noqa: S101
+        about = self.experts.about
+        if asked.ndim not in (1, 2) or (asked.ndim == 2 and len(asked) not in (1, n)):
+            raise RecipeError(
+                f"weights are {list(asked.shape)}, expected ({len(about.names)}) for all requests or one row for each, "
+                f"({n}, {len(about.names)})."
+            )
+        rows = asked.expand(n, -1)
+        for row in groups_of(rows):
+            about.coefficients(row)  # refuses what are no weights, whichever way the batch is run
+        return rows
 
 
 def _kept(known: Tensor, asked: Tensor | None, n: int) -> Tensor:

@@ -53,10 +53,7 @@ class WorkingWeights:
             centred: See :meth:`ExpertSet.state_dict`.
         """
         self.experts.about.coefficients(weights)  # refuses what are no weights, before they are rounded
-        rounded = [round(float(w), 3) for w in weights]
-        total = sum(rounded)
-        kept = list(weights) if total == 0 or max(weights) - min(weights) < 1e-6 else [w / total for w in rounded]
-        wanted = tuple(self.experts.about.coefficients(kept, centred=centred))
+        wanted = tuple(self.experts.about.coefficients(settled(weights), centred=centred))
         if wanted == self.current:
             return
         self.current = ()  # if writing fails half way, nothing is current
@@ -94,6 +91,18 @@ class WorkingWeights:
         if any(self.current) or len(self.current) != n:
             self._write((0.0,) * n)
             self.current = (0.0,) * n
+
+
+def settled(weights: Sequence[float]) -> list[float]:
+    """Return weights rounded to a thousandth, of sum 1 again; equal ones as they are.
+
+    Example:
+        >>> settled([0.33349, 0.66651, 0.0]), settled([1 / 3, 1 / 3, 1 / 3]) == [1 / 3] * 3
+        ([0.333, 0.667, 0.0], True)
+    """
+    rounded = [round(float(w), 3) for w in weights]
+    total = sum(rounded)
+    return list(weights) if total == 0 or max(weights) - min(weights) < 1e-6 else [w / total for w in rounded]
 
 
 class Pinned:

@@ -15,6 +15,7 @@ from modicum.errors import RecipeError
 from modicum.weights.files import Spec
 from modicum.weights.stores.base import FLOATS, Layout, Store, Values, difference
 
+MOST = 1 << 31  # entries from which on a place takes more than four bytes
 NARROW = 1 << 16  # columns up to which a column number takes two bytes
 
 
@@ -39,6 +40,11 @@ def kept_specs(shape: Sequence[int], kept: int, *, layout: Layout, values: Value
     """Return shape and dtype of each part of a store of ``kept`` entries."""
     numel, columns = math.prod(shape), shape[-1] if shape else 1
     rows = numel // columns if columns else 0
+    if layout in ("csr", "int32") and numel >= MOST:
+        raise RecipeError(
+            f"layout {layout} counts places in 31 bits, and a tensor of shape {list(shape)} has {numel} entries. Use "
+            "layout: bitmask."
+        )
     specs = {"values": Spec((kept,), FLOATS.get(values, torch.int8))}
     if values == "int8":
         specs["scale"] = Spec((rows,), torch.float32)
