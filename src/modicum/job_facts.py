@@ -22,6 +22,8 @@ class JobFacts(Facts):
         spreads: It runs stages, which an executor may spread over processes and machines.
         makes_like: ``recipe -> reference or None``: a model of the shape of its first output, or a reference to the
             stage that makes one; a later stage is checked on it.
+        makes_adapter: ``recipe -> bool``: its first output is an adapter.
+        needs_whole: ``recipe -> references``: the models that it reads and that may be no adapters.
         foreseeable: ``recipe -> bool``: its plan takes a whole model where it will be given an adapter.
     """
 
@@ -31,6 +33,8 @@ class JobFacts(Facts):
     shared: bool = False
     spreads: bool = False
     makes_like: Callable[[Any], str | None] | None = None
+    makes_adapter: Callable[[Any], bool] = lambda _: False
+    needs_whole: Callable[[Any], Iterable[str]] = lambda _: ()
     foreseeable: Callable[[Any], bool] | None = None
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from modicum.errors import RecipeError
+from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs import execute, plan
 from modicum.recipe import parse
 from modicum.record import read_record
@@ -140,3 +140,14 @@ def test_an_output_that_a_stage_did_not_make_is_named(tiny_model, rows, tmp_path
 def test_the_plan_tells_what_waits_for_what(tiny_model, rows):
     lines = plan(parse({"job": "pipeline", "stages": stages(tiny_model, rows)}))
     assert "merged: merge after first, second/adapter" in lines
+
+
+def test_training_what_an_earlier_stage_makes_an_adapter_of_is_refused_before_anything_runs(tiny_model, rows):
+    changed = stages(tiny_model, rows)
+    for reference in ("stage:first", "stage:first/adapter"):
+        changed[1]["model"] = reference
+        with pytest.raises(UnsupportedError, match=rf"second: {reference} is an adapter, and train needs a whole"):
+            plan(parse({"job": "pipeline", "stages": changed}))
+    del changed[0]["adapter"]
+    changed[1]["model"] = "stage:first"
+    plan(parse({"job": "pipeline", "stages": changed}))

@@ -166,7 +166,7 @@ def _work(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], batches: int
     return [f"{passes}, each on a mean of the checkpoints", f"holds {held_at_once}, and one batch's activations"]
 
 
-@job("average", plan=plan, distributed=True)
+@job("average", plan=plan, distributed=True, makes_adapter=lambda recipe: recipe.output == "lora")
 def average(recipe: AverageRecipe, run: Run) -> None:
     """Average checkpoints of one run into a better model.
 

@@ -89,7 +89,7 @@ def describe(recipe: ExtractRecipe) -> list[str]:
     ]
 
 
-@job("extract", plan=describe)
+@job("extract", plan=describe, makes_adapter=lambda _: True)
 def extract(recipe: ExtractRecipe, run: Run) -> None:
     """Write the LoRA adapter that comes closest to what distinguishes a model from its base.
 

@@ -78,7 +78,15 @@ def makes_like(recipe: TrainRecipe) -> str | None:
     return None if changed else recipe.model.path
 
 
-@job("train", plan=plan, distributed=True, makes_like=makes_like, foreseeable=lambda _: True)
+@job(
+    "train",
+    plan=plan,
+    distributed=True,
+    makes_like=makes_like,
+    makes_adapter=lambda recipe: recipe.section("adapter") is not None,
+    needs_whole=lambda recipe: [recipe.model.path],
+    foreseeable=lambda _: True,
+)
 def train(recipe: TrainRecipe, run: Run) -> None:
     """Fine-tune a model, saving checkpoints on the way and resuming from the last one.
 

@@ -8,12 +8,12 @@ models, is looked at before hours of work, and not after.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum import registry
-from modicum.errors import CheckpointError, ModicumError
+from modicum.errors import CheckpointError, ModicumError, UnsupportedError
 from modicum.jobs import plan as plan_job
 from modicum.jobs.stages.references import PREFIX, names_in, references, stage_of
 from modicum.recipe import Recipe, parse
@@ -36,6 +36,7 @@ def foresee(stages: Sequence[Stage], *, detailed: bool = True) -> list[str]:
     """
     stand_ins: dict[str, str | None] = {}
     known: dict[str, list[str]] = {}
+    adapters: set[str] = set()
     lines = []
     for stage in ordered(stages):
         if stage.pick is not None:
@@ -45,6 +46,7 @@ def foresee(stages: Sequence[Stage], *, detailed: bool = True) -> list[str]:
         uses = sorted({reference.removeprefix(PREFIX) for reference in references(stage.recipe)})
         shown = f"{', '.join(uses)}" if detailed else ", ".join(_titles(stage, stages))
         lines.append(f"{stage.title}: {inner.job}" + (f" after {shown}" if uses else ""))
+        _refuse_adapters(stage, inner, adapters)
         try:
             told = _foreseen(stage, inner, stand_ins, known)
         except ModicumError as error:
@@ -56,7 +58,20 @@ def foresee(stages: Sequence[Stage], *, detailed: bool = True) -> list[str]:
         if found is not None and found.startswith(PREFIX):
             found = stand_ins.get(stage_of(found))
         stand_ins[stage.name] = found
+        if registry.job[inner.job].facts.makes_adapter(inner):
+            adapters.add(stage.name)
     return lines
+
+
+def _refuse_adapters(stage: Stage, recipe: Recipe, adapters: Collection[str]) -> None:
+    """Refuse a stage that needs a whole model where an earlier one makes an adapter."""
+    for reference in registry.job[recipe.job].facts.needs_whole(recipe):
+        name, _, output = reference.removeprefix(PREFIX).partition("/")
+        if reference.startswith(PREFIX) and name in adapters and output in ("", "adapter"):
+            raise UnsupportedError(
+                f"{stage.title}: {reference} is an adapter, and {recipe.job} needs a whole model. Merge it into its "
+                "base first, in a stage between (job: merge)."
+            )
 
 
 def _plain(error: ModicumError) -> bool:
