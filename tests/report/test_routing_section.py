@@ -27,16 +27,18 @@ ROUTER = {
 
 
 def test_conflict_bytes_confusion_and_doubt(tmp_path):
-    metrics = {"routing_conflict": CONFLICT, "routing_bytes": BYTES, "router": ROUTER}
+    distilled = {"<a>": {"before": 0.25, "after": 0.125}}
+    metrics = {"routing_conflict": CONFLICT, "routing_bytes": BYTES, "router": ROUTER, "distilled": distilled}
     write_run(tmp_path / "run", job="route", metrics=metrics)
     found = routing(load([tmp_path / "run"]))
     assert found is not None and "<a>" not in found.body and "&lt;a&gt;" in found.body
-    for text in ("h.3", "chance", "kept apart", "1.25 kB", "4 kB", "31", "new"):
+    for text in ("h.3", "chance", "kept apart", "1.25 kB", "4 kB", "31", "new", "0.250", "0.125"):
         assert text in found.body, text
     assert "1 of 4 layers" in found.findings[0] and "75" in found.findings[0]
     assert found.stats and "of 4 whole models" in found.stats[0].detail
     assert "Routed experts" in write([tmp_path / "run"]).read_text()
-    assert "whole model" not in str(measurements(load([tmp_path / "run"])))
+    told = str(measurements(load([tmp_path / "run"])))
+    assert "whole model" not in told and "distilled" not in told
 
 
 def test_a_run_without_a_router_still_shows_its_layers(tmp_path):

@@ -12,7 +12,7 @@ from modicum.report.runs import RunView
 from modicum.report.sections import Section, section
 from modicum.report.text import duration, is_number, number, plain
 
-DRAWN = ("layers", "zeroth_order", "routing_conflict", "routing_bytes")  # sections of their own show these
+DRAWN = ("layers", "zeroth_order", "routing_conflict", "routing_bytes", "distilled")  # sections of their own show these
 
 
 @section(order=40)

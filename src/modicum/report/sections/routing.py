@@ -45,6 +45,8 @@ def routing(run: RunView) -> Section | None:
         if share is not None:
             count = found["routing_bytes"].get("experts", "?")
             stats.append(Stat("bytes of the folder", measure(share, "share"), f"of {count} whole models"))
+        if isinstance(found.get("distilled"), Mapping):
+            parts.append(_distilled(found["distilled"]))
         if isinstance(found.get("router"), Mapping):
             parts += list(_router(found["router"]))
     if not parts:
@@ -103,6 +105,16 @@ def _bytes(found: Mapping[str, Any]) -> Markup:
             ]
         )
     return table(["What is kept", "Bytes", "Share"], rows, caption="The routed layers in each store")
+
+
+def _distilled(found: Mapping[str, Any]) -> Markup:
+    rows = [
+        [str(name), *(number(error.get(key)) for key in ("before", "after"))]
+        for name, error in found.items()
+        if isinstance(error, Mapping)
+    ]
+    caption = "Mean squared error of the logits on held-out prompts: stored sizes, and fitted ones"
+    return table(["Expert", "Before", "After"], rows, caption=caption)
 
 
 def _trades(points: Sequence[RoutePoint]) -> Iterator[Markup]:
