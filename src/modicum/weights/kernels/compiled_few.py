@@ -97,20 +97,41 @@ def elected_masked(base, experts, out, masks, ratios, weights, normalize, scale,
 
 
 @jit
+def _patterns(base, expert, start, n, out):
+    """Fill a row with the magnitudes' patterns of ``n`` deltas from ``start`` on."""
+    for i in range(n):
+        at = start + np.uint64(i)
+        out[i] = np.int32(np.float32(read(expert[at]) - read(base[at])).view(np.int32) & MAGNITUDE)
+
+
+@jit
+def brackets(base, experts, rows, low, high, inside):
+    """Count around brackets as :func:`~modicum.weights.kernels.compiled.brackets` does."""
+    words, flags = np.empty(CHUNK, np.int32), np.zeros(CHUNK, np.uint8)
+    counts, most = np.zeros((len(rows), 4), np.int64), np.int32(0)
+    for start in range(0, len(base), CHUNK):
+        n = min(CHUNK, len(base) - start)
+        for b in range(len(rows)):
+            if b == 0 or rows[b] != rows[b - 1]:
+                _patterns(base, experts[rows[b]], np.uint64(start), n, words)
+            most = np.int32(max(most, _tally(words[:n], low[b], high[b], flags, inside[b], counts[b])))
+    return counts, most
+
+
+@jit
 def reach(base, expert, value, spare):
     """Return before which entry the last of so many deltas lies whose pattern is ``value``; the size if all do."""
-    size = len(base)
+    size, words = len(base), np.empty(CHUNK, np.int32)
     for start in range(0, size, CHUNK):
-        origin, other, equal = base[start : start + CHUNK], expert[start : start + CHUNK], np.int32(0)
-        for i in range(len(origin)):
-            pattern = np.int32(np.float32(read(other[i]) - read(origin[i])).view(np.int32) & MAGNITUDE)
-            equal = np.int32(equal + (pattern == value))
+        n, equal = min(CHUNK, size - start), np.int32(0)
+        _patterns(base, expert, np.uint64(start), n, words)
+        for i in range(n):
+            equal = np.int32(equal + (words[i] == value))
         if equal <= spare:
             spare -= equal
             continue
-        for i in range(len(origin)):
-            pattern = np.int32(np.float32(read(other[i]) - read(origin[i])).view(np.int32) & MAGNITUDE)
-            if pattern == value:
+        for i in range(n):
+            if words[i] == value:
                 if spare == 0:
                     return start + i
                 spare -= 1

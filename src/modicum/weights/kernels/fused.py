@@ -89,13 +89,16 @@ def count(
 
     ``None`` where a delta is NaN, which has no place among magnitudes.
     """
-    from modicum.weights.kernels import compiled
+    from modicum.weights.kernels import compiled, compiled_few
 
     rows = np.array([t for t, several in enumerate(brackets) for _ in several], np.int64)
     ends = np.array([bracket for several in brackets for bracket in several], np.float32).reshape(-1, 2)
     low, high = np.ascontiguousarray(ends.T).view(np.int32)
     inside = np.empty((len(rows), base.numel() + SLACK), np.int32)  # memory is taken only where it is written
-    counts, most = compiled.brackets(*_addresses([base, *experts]), base.numel(), rows, low, high, inside)
+    if _few(base, experts):
+        counts, most = compiled_few.brackets(*_as_few(base, experts), rows, low, high, inside)
+    else:
+        counts, most = compiled.brackets(*_addresses([base, *experts]), base.numel(), rows, low, high, inside)
     if most > INFINITY:
         return None
     found = iter(
@@ -159,12 +162,16 @@ def _halves(tensor: Tensor) -> Halves:
     return tensor.reshape(-1).view(torch.int16).numpy().view(np.uint16)
 
 
+def _as_few(base: Tensor, experts: Sequence[Tensor]) -> tuple[Halves, tuple[Halves, ...]]:
+    return _halves(base), tuple(_halves(expert) for expert in experts)
+
+
 def _fold_few(
     base: Tensor, experts: Sequence[Tensor], parts: Parts, out: Tensor, share: float, sizes: Sequence[int]
 ) -> None:
     from modicum.weights.kernels import compiled_few
 
-    origin, others, merged = _halves(base), [_halves(expert) for expert in experts], _halves(out)
+    (origin, others), merged = _as_few(base, experts), _halves(out)
     weights, last = tuple(parts.weights.numpy()), (np.float32(share),)
     plain, masked, settings = compiled_few.summed, compiled_few.summed_masked, last
     if parts.elected is not None:
@@ -238,7 +245,7 @@ def count_variances(
     inside = np.empty(base.numel() + SLACK, np.int32)
     ends = np.array([low, high], np.float32).view(np.int32)
     if _few(base, experts):
-        found = compiled_few.variances(_halves(base), tuple(_halves(expert) for expert in experts), *ends, inside)
+        found = compiled_few.variances(*_as_few(base, experts), *ends, inside)
     else:
         found = compiled_selected.variances(*_addresses([base, *experts]), base.numel(), *ends, inside)
     counts, most, differing = found
@@ -282,10 +289,7 @@ class Selected:
 
     def _given(self) -> tuple[Any, ...]:
         """Return the tensors as a pass takes them."""
-        if not self.few:
-            return _addresses(self.tensors)
-        base, *experts = map(_halves, self.tensors)
-        return base, tuple(experts)
+        return _as_few(self.tensors[0], self.tensors[1:]) if self.few else _addresses(self.tensors)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
