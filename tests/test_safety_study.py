@@ -226,3 +226,11 @@ def test_records_of_smollm2_become_a_table():
     row = tables.smollm2({"seed.0": found}).splitlines()[-1]
     assert "| srg | 1 | 0.50 (one seed) | 0.50 (one seed) | 0.50 (one seed) | 0.25 (one seed)" in row
     assert row.endswith("| 0.25 (one seed) | 0.75 |") and tables.smollm2({}) == "Not measured yet.\n"
+
+
+def test_the_table_of_guards_has_a_line_for_each_kind_and_set_of_goals_that_was_measured():
+    cell = {"auroc": 0.9, "fpr": {"value": 0.2}, "fnr": {"value": 0.1}}
+    names = [f"{kind}.{part}.{seed}" for kind in ("words", "states") for part in ("harm", "fresh") for seed in (0, 1)]
+    known = dict.fromkeys(names, cell)
+    lines = tables.judges(known | {"prefix.harm": cell}).strip().splitlines()
+    assert len(lines) == 2 + 4 and all("| 0.900 | 0.200 | 0.100 |" in line for line in lines[2:])

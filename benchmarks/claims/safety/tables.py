@@ -187,6 +187,24 @@ def smollm2(known: Mapping[str, Cell]) -> str:
     return markdown(["arm", "seeds", *columns, "outcome foretold, by seed"], rows)
 
 
+def judges(known: Mapping[str, Cell]) -> str:
+    """Return the table of small guards on goals that they had not seen, over draws of the folds."""
+    columns: dict[str, Read] = {
+        "area": lambda c: c["auroc"],
+        "false alarms": lambda c: c["fpr"]["value"],
+        "misses": lambda c: c["fnr"]["value"],
+    }
+    kinds = {"words": "words (`linear`)", "states": "states alone", "both": "states and words (`states`)"}
+    sets = {"harm": "all", "fresh": "those that had no part in the choice of the depth"}
+    rows = []
+    for part, answers in sets.items():
+        for kind, name in kinds.items():
+            drawn = [cell for key, cell in known.items() if key.startswith(f"{kind}.{part}.")]
+            if drawn:
+                rows.append([name, answers, *(f"{mean(map(read, drawn)):.3f}" for read in columns.values())])
+    return markdown(["features", "goals", *columns], rows)
+
+
 def verdicts(said: Sequence[Said]) -> str:
     return markdown(["expected", "found", "held"], [[s.expected, s.found, "yes" if s.held else "**no**"] for s in said])
 
@@ -207,6 +225,10 @@ def main() -> None:
             verdicts(refutations(arms)),
         ]
     parts += ["### SmolLM2-135M in wrappers\n", smollm2(load("safety-smollm2.json").get("cells", {}))]
+    parts += [
+        "### Small guards, on goals that they had not seen (five folds, means of three draws)\n",
+        judges(load("safety-judges.json").get("cells", {})),
+    ]
     write("safety-tables.inc", "benchmarks/claims/safety/tables.py", parts)
 
 
