@@ -248,7 +248,7 @@ def ends_of(model: ZeroTokenForCausalLM, times: int) -> None:
     """Run what every pass runs besides layers."""
     ids = torch.tensor([[3]])
     for _ in range(times):
-        model.lm_head(model.backbone.norm(model.get_input_embeddings()(ids)))
+        model.lm_head(model.base_model.norm(model.get_input_embeddings()(ids)))
 
 
 PARTS = {"attention": attention, "train": train, "decode": decode, "exit": exit_}

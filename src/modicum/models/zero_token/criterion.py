@@ -46,7 +46,7 @@ class Criterion:
         if visit.p0 is None:
             return active
         assert self.exit.threshold is not None  # noqa: S101 - by_layer implies it
-        return self._leave(layer_score([visit.p0], score="layer"), self.exit.threshold, active, self._own_slot(visit))
+        return self._leave(layer_score([visit.p0], score="layer"), self.exit.threshold, active, visit)
 
     def after_cycle(
         self, visits: list[Visit], before: Tensor, after: Tensor, active: Tensor | None, done: int, some: Some | None
@@ -82,13 +82,7 @@ class Criterion:
             threshold = threshold if criterion == "confidence" else -threshold
         if done < self.exit.min_cycles:
             return active
-        return self._leave(score, threshold, active, self._own_slot(visits[0]))
-
-    def _own_slot(self, visit: Visit) -> int:
-        """Return the slot of a visit that is its own even when the cycles share their keys."""
-        return next(
-            s for c in self.run.stages.cycles for (layer, at, s) in c if (layer, at) == (visit.layer, visit.cycle)
-        )
+        return self._leave(score, threshold, active, visits[0])
 
     def _of_prediction(self, after: Tensor, active: Tensor | None, some: Some | None) -> Tensor:
         """Return a score that needs the prediction, of the tokens that run; a small change scores high."""
@@ -105,7 +99,7 @@ class Criterion:
             score = -measure(previous if some is None else some.take(previous), logits)
         return score if some is None else some.put(score, score.new_zeros(after.shape[:2]))
 
-    def _leave(self, score: Tensor, threshold: float, active: Tensor | None, slot: int) -> Tensor:
+    def _leave(self, score: Tensor, threshold: float, active: Tensor | None, visit: Visit) -> Tensor:
         stays = active if active is not None else torch.ones_like(score, dtype=torch.bool)
         if self.run.real is not None:
             stays = stays & self.run.real
@@ -113,7 +107,8 @@ class Criterion:
         score = score.masked_fill(~stays, torch.nan)
         t = score.shape[1]
         if self.exit.scope == "prefix" and self.run.cache is not None:
-            score = _with_history(self.run.cache, slot, score)
+            # Its own slot, even where the cycles share their keys.
+            score = _with_history(self.run.cache, self.run.stages.slot(visit.layer, visit.cycle), score)
         pooled = spread(score, scope=self.exit.scope)[:, -t:]
         self.run.trace.scores.append(pooled)
         return stays & ~(pooled > threshold)

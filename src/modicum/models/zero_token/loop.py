@@ -139,7 +139,7 @@ class LoopRun:
         if some is not None:
             args, kwargs = some.arguments((args, kwargs))
         if shared and cycle:
-            slot = next(s for c in self.stages.cycles for (first, at, s) in c if first == layer and at == 0)
+            slot = self.stages.slot(layer, 0)
         visit = self.bare_visit((layer, cycle, slot))
         visit.rotary = kwargs.get("position_embeddings")
         visit.active = active
@@ -233,11 +233,8 @@ def _loop(run: LoopRun, hidden: Tensor) -> Tensor:
     cycles = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     criterion = Criterion(run)
     done = 0
-    # Cycles that cannot be told apart run as one piece, shortened to the visits asked for.
-    pieces = run.stages.cycles[: run.n_cycles]
+    pieces = run.stages.of_cycles(run.n_cycles)
     for c, piece in enumerate(pieces):
-        if len(run.stages.cycles) == 1:
-            piece = tuple(entry for entry in piece if entry[1] < run.n_cycles)
         before, first = hidden, len(run.trace.visits)
         some = None if run.all_run else those_running(active)
         running = None if select else active
@@ -262,7 +259,7 @@ def _loop(run: LoopRun, hidden: Tensor) -> Tensor:
             active = criterion.after_cycle(run.trace.visits[first:], before, hidden, active, done, some)
             if not select and active is not None and not bool(active.any()):
                 break
-    _fill(run, hidden, last, done)
+    _fill(run, hidden, last, {slot for piece in pieces[:done] for _, _, slot in piece})
     pad_history(run, hidden)
     run.trace.cycles = cycles if len(run.stages.cycles) > 1 else cycles * run.n_cycles
     return chosen
@@ -289,13 +286,11 @@ def _connect(run: LoopRun, before: Tensor, after: Tensor, anchor: Tensor, cycle:
     return after
 
 
-def _fill(run: LoopRun, hidden: Tensor, last: dict[int, tuple[Tensor, Tensor]], done: int) -> None:
-    """Give the cycles that nobody ran the keys and values that later tokens will look for."""
+def _fill(run: LoopRun, hidden: Tensor, last: dict[int, tuple[Tensor, Tensor]], filled: set[int]) -> None:
+    """Give the slots of visits that nobody made the keys and values that later tokens will look for."""
     if run.cache is None or run.config.cache_policy == "share_first":
         return
-    missing = [entry for piece in run.stages.cycles[done:] for entry in piece]
-    if len(run.stages.cycles) == 1:
-        missing = [entry for entry in run.stages.cycles[0] if entry[1] >= run.n_cycles]
+    missing = [entry for piece in run.stages.cycles for entry in piece if entry[2] not in filled]
     for layer, cycle, slot in missing:
         if run.config.cache_policy == "propagate" or layer not in last:
             run.visit(hidden, (layer, cycle, slot), only_store=True)

@@ -106,11 +106,6 @@ class Looped(PreTrainedModel):
         """The physical layers."""
         return self._body[0]._modules[self.layers_name]
 
-    @property
-    def backbone(self) -> Any:
-        """The host without its head."""
-        return self.base_model
-
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroTokenPool):
             module.initialize()

@@ -111,6 +111,16 @@ class Stages:
     cycles: tuple[tuple[tuple[int, int, int], ...], ...]
     tail: tuple[tuple[int, int, int], ...]
 
+    def slot(self, layer: int, cycle: int) -> int:
+        """Return the slot of a visit of the loop."""
+        return next(slot for piece in self.cycles for (*visit, slot) in piece if visit == [layer, cycle])
+
+    def of_cycles(self, count: int) -> list[tuple[tuple[int, int, int], ...]]:
+        """Return the visits of the first ``count`` cycles by cycle; those that cannot be told apart as one piece."""
+        if len(self.cycles) == 1:
+            return [tuple(entry for entry in self.cycles[0] if entry[1] < count)]
+        return list(self.cycles[:count])
+
     def without(self, skip: Collection[VisitId]) -> Stages:
         """Return the stages without some visits; the others keep their slots."""
 

@@ -33,6 +33,8 @@ class _Kind:
 class Spent:
     """Counts of a looped model's passes; see :meth:`~modicum.models.zero_token.looped.Looped.counted`.
 
+    A compiled pass is not counted.
+
     Attributes:
         every: One in so many passes that may leave early is made with all cycles too, for the time; 0 for none.
         reading: Whether passes over several tokens are among them, which cost most.
