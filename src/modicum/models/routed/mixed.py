@@ -90,6 +90,7 @@ def _measured(model: Any, ids: Tensor, rows: Tensor, groups: Groups, each: int) 
         return _seconds(run(some)), step
 
     grouped = []
+    model.working.dense()  # no group finds its mixture written already
     for weights, numbers in groups.items():
         written = _seconds(lambda weights=weights: model.materialise(weights))  # type: ignore[misc]
         start, step = cost(ids[numbers])
