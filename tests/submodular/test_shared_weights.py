@@ -123,8 +123,11 @@ def test_the_best_fixed_weights_are_tried_on_their_own_grid():
         (lambda: Fixed([2], favourite=(0, 1)), "favourite has 2 positions, which needs as many seeds"),
         (lambda: Fixed([2], share=2.0), "share is 2.0"),
         (lambda: DomainScheduler([[1.0, 0.0]], workers=1, utility="loss"), "1 probes and 2 domains"),
-        (lambda: DomainScheduler([[1.0], [1.0, 0.0]], workers=1), "rows of several lengths"),
+        (lambda: DomainScheduler([[1.0], [1.0, 0.0]], workers=1), "rows of one length"),
         (lambda: SelectionWorld([[1.0, 2.0]], workers=1), "in [0, 1]"),
+        (lambda: SelectionWorld(torch.eye(2), workers=0), "workers 0"),
+        (lambda: SelectionWorld(torch.eye(2), workers=1, learn=3.0), "learn 3.0"),
+        (lambda: DomainScheduler(torch.eye(2), workers=1).load_state_dict({}), "current, excess, round is missing"),
     ],
 )
 def test_what_does_not_fit_is_named(call, message):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Weights: TypeAlias = Any  # a matrix, a function from the round to one, or a Communication
 Foreign: TypeAlias = Literal["float64", "float16"]
+SPARSE = 8  # times as many places as links, from which on a product over the links alone is faster
 HINTS = 1 << 20  # more rounds than are ever played on one hint
 
 
@@ -146,6 +147,7 @@ class Simulated(Network):
         self._sent: list[Tensor] = []  # the last messages, of ``delay`` + 1 rounds
         self._tried: list[Tensor] = []  # those of the present hint
         self._size: tuple[Tensor, Partition, int] | None = None
+        self._thin: tuple[Tensor, Tensor] | None = None
 
     def _round_bytes(self, partition: Partition) -> int:
         """Return what all agents send in a round over the present weights."""
@@ -158,7 +160,7 @@ class Simulated(Network):
         W = self.weights(turn, trial=trial)
         self.bytes += self._round_bytes(partition) * x.shape[:-2].numel()
         if self.foreign == "float64" and not self.delay:
-            return W @ x
+            return self._times(W, x)
         sent = x
         if self.foreign == "float16":
             # What belongs to the sender keeps its digits.
@@ -171,6 +173,19 @@ class Simulated(Network):
             sent = under_way[-1 - self.delay]
         own = W.diagonal()
         return (W - torch.diag(own)) @ sent + own[:, None] * x
+
+    def _times(self, W: Tensor, x: Tensor) -> Tensor:
+        """Return the product, over the links alone where there are few, so that its work grows with them."""
+        if W is not self.W:
+            return W @ x
+        if self._thin is None or self._thin[0] is not W:
+            few = int((W != 0).sum()) * SPARSE <= W.numel()
+            self._thin = (W, W.to_sparse() if few else W)
+        thin = self._thin[1]
+        if not thin.is_sparse:
+            return W @ x
+        found = [torch.sparse.mm(thin, part) for part in x.reshape(-1, *x.shape[-2:])]
+        return found[0] if x.ndim == 2 else torch.stack(found).reshape(x.shape)
 
     def _under_way(self, sent: Tensor, trial: int | None) -> list[Tensor]:
         """Return all messages that are not too old, oldest first, once ``sent`` has left."""

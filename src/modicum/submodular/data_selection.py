@@ -32,6 +32,7 @@ from modicum.submodular.draws import keys, seeds_of, uniform
 from modicum.submodular.functions.base import SetFunction
 from modicum.submodular.functions.coverage import ProbabilisticCoverage
 from modicum.submodular.functions.facility import FacilityLocation
+from modicum.submodular.geometry import array
 from modicum.submodular.graphs import metropolis_weights, ring
 from modicum.submodular.policies.make import make_policy
 
@@ -56,7 +57,7 @@ def similarities(features: Any, probes: Any | None = None) -> Tensor:
         >>> similarities([[1.0, 0.0], [1.0, 1.0]])[0].tolist()
         [1.0, 0.7071067811865475]
     """
-    x, y = (torch.as_tensor(np.asarray(part)).double() for part in (features, features if probes is None else probes))
+    x, y = (array(part, "features").double() for part in (features, features if probes is None else probes))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not bool(x.isfinite().all() and y.isfinite().all()):
         raise RecipeError(f"features {tuple(x.shape)} and probes {tuple(y.shape)}: expected finite (number, length).")
     x, y = (part / part.norm(dim=1, keepdim=True).clamp(min=1e-12) for part in (x, y))
@@ -119,12 +120,7 @@ def checked_table(similarity: Any, utility: str) -> Tensor:
     """
     if utility not in ("coverage", "facility", "loss"):
         raise RecipeError(f"utility is {utility!r}, expected coverage, facility or loss.")
-    try:
-        table = torch.as_tensor(np.asarray(similarity)).double()
-    except (TypeError, ValueError):
-        raise RecipeError(
-            "similarity has rows of several lengths, or no numbers: expected (probes, domains)."
-        ) from None
+    table = array(similarity, "similarity").double()
     if table.ndim != 2 or not table.numel() or not bool(((table >= 0) & (table <= 1)).all()):
         raise RecipeError(f"similarity of shape {tuple(table.shape)}: expected (probes, domains) in [0, 1].")
     if utility == "loss" and len(table) != table.shape[1]:
@@ -164,7 +160,7 @@ class Needs:
             raise RecipeError(
                 f"probes {probes}, memory {memory}, floor {floor}: expected 1 or more, [0, 1) and [0, 1]."
             )
-        self.reference = torch.as_tensor([0.0] * probes if reference is None else reference, dtype=torch.float64)
+        self.reference = array([0.0] * probes if reference is None else reference, "reference").double()
         if self.reference.shape != (probes,):
             raise RecipeError(f"reference has {len(self.reference)} losses, expected {probes}, one for each probe.")
         self.memory, self.floor = memory, floor
@@ -313,6 +309,8 @@ class DomainScheduler:
         Raises:
             RecipeError: It is the state of another policy, or of other workers or domains.
         """
+        if missing := sorted({"round", "current", "excess"} - state.keys()):
+            raise RecipeError(f"state of a scheduler: {', '.join(missing)} is missing. Is it another object's?")
         if state["excess"].shape != self.needs.excess.shape or len(state["current"]) != self.workers:
             raise RecipeError("the scheduler's state is of other workers or probes. Take those it was saved with.")
         self.round = int(state["round"])
@@ -333,6 +331,9 @@ class SelectionWorld:
         drift: How fast needs return to 1 of themselves.
         seed: Seeds of the first needs; several for as many worlds.
 
+    Raises:
+        RecipeError: A knob is out of range.
+
     Example:
         >>> world = SelectionWorld(torch.eye(3), workers=2)
         >>> before = world.need
@@ -352,6 +353,8 @@ class SelectionWorld:
         seed: int | Sequence[int] = 0,
     ) -> None:
         self.similarity = checked_table(similarity, utility)
+        if workers < 1 or not 0 <= learn <= 1 or not 0 <= drift <= 1:
+            raise RecipeError(f"workers {workers}, learn {learn}, drift {drift}: expected 1 or more, and two shares.")
         self.workers, self.utility, self.learn, self.drift = workers, utility, learn, drift
         seeds, self.worlds = seeds_of(seed)
         probes, count = self.similarity.shape

@@ -27,6 +27,13 @@ STEP = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio, as a signed
 FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 SECOND = -7723592293110705685  # 0x94D049BB133111EB
 LEVELS = 2.0**-53
+HOST = (
+    (np.uint64(30), np.uint64(FIRST % (1 << 64))),
+    (np.uint64(27), np.uint64(SECOND % (1 << 64))),
+    (np.uint64(31), None),
+)  # shifts and factors of NumPy's
+CUT = np.uint64(11)
+CACHED = 1 << 15  # numbers that are made at a time, so that they stay in the cache
 
 
 def keys(seeds: Sequence[int], purpose: str, agents: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
@@ -103,19 +110,49 @@ def uniform(key: Tensor, turn: int, count: int) -> Tensor:
         >>> bool((a == b[..., :3]).all())
         True
     """
+    return rounds_of_uniform(key, turn, 1, count)[0]
+
+
+def rounds_of_uniform(key: Tensor, turn: int, turns: int, count: int) -> Tensor:
+    """Return the numbers of several rounds, which are cheaper to make together.
+
+    Args:
+        key: Keys of :func:`keys`, any shape.
+        turn: Number of the first round.
+        turns: How many rounds.
+        count: How many numbers a round and key.
+
+    Returns:
+        What :func:`uniform` returns, with the rounds as a first dimension.
+
+    Example:
+        >>> key = keys([0], "act", [0])
+        >>> rounds_of_uniform(key, 5, 3, 2)[1].equal(uniform(key, 6, 2))
+        True
+    """
     if key.device.type == "cpu":
-        return torch.from_numpy(_host(key.numpy(), turn, count))
-    turned = _mix(key + _wrap(turn * STEP))
+        return torch.from_numpy(_host(key.numpy(), turn, turns, count))
+    steps = torch.tensor([_wrap((turn + i) * STEP) for i in range(turns)], device=key.device)
+    turned = _mix(key + steps.view(-1, *[1] * key.ndim))
     places = torch.arange(1, count + 1, device=key.device) * STEP
     bits = _mix(turned[..., None] + places)
     return bits.bitwise_right_shift_(11).bitwise_and_((1 << 53) - 1).double().mul_(LEVELS)
 
 
-def _host(key: NDArray[np.int64], turn: int, count: int) -> NDArray[np.float64]:
+def _host(key: NDArray[np.int64], turn: int, turns: int, count: int) -> NDArray[np.float64]:
     """Return the same numbers from NumPy, whose small operations cost a fraction of a tensor's to call."""
-    turned = _host_mix(key.view(np.uint64) + np.uint64(turn * STEP % (1 << 64)))
-    bits = _host_mix(turned[..., None] + _places(count))
-    return (bits >> np.uint64(11)).astype(np.float64) * LEVELS
+    first = np.uint64(turn * STEP % (1 << 64))
+    steps = first + _places(turns) - _places(1) if turns > 1 else np.array([first])
+    turned = _host_mix((steps[:, None] + key.reshape(-1).view(np.uint64)).reshape(-1, 1))
+    out = np.empty((len(turned), count))
+    rows = max(1, CACHED // max(1, count))
+    for start in range(0, len(turned), rows):
+        bits = _host_mix(turned[start : start + rows] + _places(count))
+        bits >>= CUT
+        some = out[start : start + rows]
+        some[:] = bits
+        some *= LEVELS
+    return out.reshape(turns, *key.shape, count)
 
 
 @cache
@@ -124,10 +161,14 @@ def _places(count: int) -> NDArray[np.uint64]:
 
 
 def _host_mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    for shift, factor in ((30, FIRST), (27, SECOND)):
-        z = z ^ (z >> np.uint64(shift))
-        z *= np.uint64(factor % (1 << 64))
-    return z ^ (z >> np.uint64(31))
+    """Scramble each number in place."""
+    moved = np.empty_like(z)
+    for shift, factor in HOST:
+        np.right_shift(z, shift, out=moved)
+        z ^= moved
+        if factor is not None:
+            z *= factor
+    return z
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Every function works on the last dimension, for any number of agents and worlds 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +21,8 @@ def project_capped_simplex(v: Any, *, total: Positive = 1.0) -> Tensor:
     r"""Return the nearest point of :math:`\{b \ge 0, \sum b \le \text{total}\}`.
 
     .. math::
-        b = \max(v, 0) \text{ where its sum is at most total, else } \max(v - \tau, 0) \text{ with } \textstyle\sum b =
-        \text{total}
+        b = \max(v - \max(\tau, 0), 0), \qquad
+        \tau = \max_k \frac{v_{(1)} + \dots + v_{(k)} - \text{total}}{k}
 
     Args:
         v: Points, (..., K).
@@ -46,15 +47,16 @@ def project_capped_simplex(v: Any, *, total: Positive = 1.0) -> Tensor:
     if not total > 0:
         raise RecipeError(f"total is {total}, expected a number above 0.")
     v = numbers(v)
-    positive = v.clamp(min=0)
-    ordered = v.sort(dim=-1, descending=True).values
-    top = ordered[..., :1]
-    ordered = ordered - top  # next to a large number the total would be lost in rounding
-    over = ordered.cumsum(-1).sub_(total)
-    ranks = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
-    kept = (ordered * ranks > over).sum(-1, keepdim=True).clamp_(min=1)
-    shift = over.gather(-1, kept - 1).div_(kept)
-    return torch.where(positive.sum(-1, keepdim=True) <= total, positive, (v - top - shift).clamp_(min=0))
+    top = v.amax(-1, keepdim=True)
+    below = v - top  # next to a large number the total would be lost in rounding
+    over = below.sort(dim=-1, descending=True).values.cumsum_(-1).sub_(total)
+    shift = over.div_(_ranks(v.shape[-1], v.dtype, v.device)).amax(-1, keepdim=True)
+    return torch.where(top + shift <= 0, v, below.sub_(shift)).clamp_(min=0)
+
+
+@lru_cache(maxsize=64)
+def _ranks(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, dtype=dtype, device=device)
 
 
 def kl_capped_simplex_step(y: Any, grad: Any, *, eta: Any) -> Tensor:
@@ -180,11 +182,11 @@ def sample_actions(p: Any, u: Any, *, residual: Literal["renormalise", "idle"] =
         raise RecipeError(f"residual is {residual!r}, expected renormalise or idle.")
     p, u = numbers(p), numbers(u)[..., None]
     if residual == "idle":
-        place = (p.cumsum(-1) <= u).sum(-1)
+        place = torch.searchsorted(p.cumsum(-1), u, right=True)[..., 0]
         return torch.where(place < p.shape[-1], place, -1)
     p = torch.where(p.sum(-1, keepdim=True) > 0, p, 1)
     steps = p.cumsum(-1)
-    place = (steps <= u * steps[..., -1:]).sum(-1)
+    place = torch.searchsorted(steps, u * steps[..., -1:], right=True)[..., 0]
     # Rounding may carry u times the sum up to the sum itself: then the last action of positive probability.
     last = p.shape[-1] - 1 - (p > 0).flip(-1).long().argmax(-1)
     return torch.minimum(place, last)
@@ -192,5 +194,21 @@ def sample_actions(p: Any, u: Any, *, residual: Literal["renormalise", "idle"] =
 
 def numbers(values: Any) -> Tensor:
     """Return a tensor of floating-point numbers: float64, unless a tensor of another such type came."""
-    found = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    found = array(values, "numbers")
     return found if isinstance(values, Tensor) and found.is_floating_point() else found.double()
+
+
+def array(values: Any, name: str) -> Tensor:
+    """Return numbers as a tensor: a tensor as it is, anything else by way of NumPy.
+
+    Raises:
+        RecipeError: They are no numbers, or rows of several lengths.
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError):
+        shown = repr(values)
+        shown = shown if len(shown) <= 80 else shown[:80] + "…"
+        raise RecipeError(f"{name}: {shown} is no array. Expected numbers, in rows of one length.") from None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.random import generator
+from modicum.submodular.geometry import array
 from modicum.types import NonNegative, Positive, PositiveInt
 
 SUMS = 1e-8  # how far a row or column of weights may be from 1
@@ -234,7 +235,7 @@ def check_weights(weights: Any, *, adjacency: Any = None, agents: int | None = N
         >>> check_weights([[0.5, 0.5], [0.5, 0.5]]).shape
         torch.Size([2, 2])
     """
-    given = weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(np.asarray(weights))
+    given = array(weights, "W").detach()
     W = given.double()
     if W.ndim != 2 or W.shape[0] != W.shape[1]:
         raise RecipeError(f"W has shape {tuple(W.shape)}, expected (N, N).")
@@ -254,7 +255,7 @@ def check_weights(weights: Any, *, adjacency: Any = None, agents: int | None = N
                 "metropolis_weights makes such weights of any connected graph."
             )
     if adjacency is not None:
-        links = torch.as_tensor(np.asarray(adjacency)).to(W.device) != 0
+        links = array(adjacency, "adjacency").to(W.device) != 0
         stray = (W > 0) & ~links & ~torch.eye(len(W), dtype=torch.bool, device=W.device)
         if bool(stray.any()):
             i, j = (int(part) for part in stray.nonzero()[0])
@@ -315,7 +316,7 @@ def _apart(parts: list[list[int]]) -> str:
 
 
 def _graph(adjacency: Any) -> Tensor:
-    found = adjacency if isinstance(adjacency, Tensor) else torch.as_tensor(np.asarray(adjacency))
+    found = array(adjacency, "adjacency")
     links = (found != 0).double()
     if links.ndim != 2 or links.shape[0] != links.shape[1]:
         raise RecipeError(f"adjacency has shape {tuple(links.shape)}, expected (N, N).")

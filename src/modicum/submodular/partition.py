@@ -125,6 +125,28 @@ class Partition:
         """Whether the blocks are of one size and stand in order, so that a reshape cuts them out."""
         return self.even and bool((self.order == torch.arange(self.n, device=self.device)).all())
 
+    @cached_property
+    def mine(self) -> Tensor:
+        """Which agent is which, (agents, agents)."""
+        return torch.eye(self.agents, dtype=torch.bool, device=self.device)
+
+    @cached_property
+    def number(self) -> Tensor:
+        """The agents' numbers, (agents, 1)."""
+        return torch.arange(self.agents, device=self.device)[:, None]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The first element of each block."""
+        return self.index[:, 0].contiguous()
+
+    def at(self, place: Tensor) -> Tensor:
+        """Return the elements at positions of the agents' blocks, (..., agents); any for a position that is none."""
+        if self.plain:
+            return place + self.starts
+        inside = place.clamp(0, self.widest - 1)[..., None]
+        return self.index.expand(*place.shape, self.widest).gather(-1, inside)[..., 0]
+
     def cut(self, x: Tensor) -> Tensor:
         """Return all blocks of ``x (..., n)`` as (..., agents, widest), zero where there is no action."""
         if self.plain:
@@ -153,7 +175,7 @@ class Partition:
 
     def chosen(self, actions: Tensor) -> Tensor:
         """Return the set of what agents chose, (..., n) bool, from positions in their blocks; -1 chooses nothing."""
-        elements = self.index.expand(*actions.shape, self.widest).gather(-1, actions.clamp(min=0)[..., None])[..., 0]
+        elements = self.at(actions.clamp(min=0))
         mask = torch.zeros(*actions.shape[:-1], self.n, dtype=torch.bool, device=actions.device)
         return mask.scatter_(-1, elements, actions >= 0)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.submodular.functions.base import Objective, SetFunction, no_closed_form
+from modicum.submodular.functions.base import Objective, SetFunction, cached, no_closed_form, pieces
 from modicum.submodular.geometry import numbers
 from modicum.submodular.partition import Blocks, Partition
 from modicum.types import PositiveInt, UnitInterval
@@ -72,7 +72,7 @@ def sample_scale(u: Any, *, c: UnitInterval) -> Tensor:
     """
     c = check_curvature(c)
     u = numbers(u)
-    return u if c < SMALL else torch.log1p(u * math.expm1(c)) / c
+    return u if c < SMALL else (u * math.expm1(c)).log1p_().div_(c)
 
 
 def default_nodes(x: Tensor) -> int:
@@ -301,10 +301,10 @@ def draw_members(x: Tensor, partition: Partition, z: Tensor, u: Tensor, agents: 
     Returns:
         Elements, (..., rows, agents), ``n`` where an agent is absent; a row's own agent always is.
     """
-    steps = partition.cut(x).cumsum(-1).mul_(z[..., None])
-    place = (steps <= u[..., None]).sum(-1)
-    present = place < partition.widest
-    elements = partition.index.expand(*place.shape, -1).gather(-1, place.clamp(max=partition.widest - 1)[..., None])
-    own = torch.arange(partition.agents, device=x.device)
-    owners = own if agents is None else agents
-    return torch.where(present & (owners[:, None] != own), elements[..., 0], partition.n)
+    near = (u / z)[..., None]  # a scale moves the threshold in place of all probabilities
+    blocks, flat = partition.cut(x).flatten(0, -3), near.flatten(0, -3)
+    parts = pieces(len(blocks), partition.n, cached(x.device))
+    found = [torch.searchsorted(blocks[part].cumsum(-1), flat[part], right=True) for part in parts]
+    place = (found[0] if len(found) == 1 else torch.cat(found)).view(u.shape)
+    absent = (place == partition.widest).logical_or_(partition.mine if agents is None else partition.mine[agents])
+    return partition.at(place).masked_fill_(absent, partition.n)

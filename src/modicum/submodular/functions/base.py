@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
+from modicum.submodular.geometry import array
 from modicum.submodular.partition import Partition
 
 Matrix: TypeAlias = Tensor | NDArray[Any] | Sequence[Any]
 BUDGET = 1 << 24  # numbers of one temporary tensor; longer work is cut into pieces
+CACHED = 1 << 17  # on a processor, in whose cache they stay
 TOLERANCE = 1e-9  # of gains below zero, relative to the largest, that count as rounding
 RISE = 1e-6  # of gains that rise, relative to the values they are differences of, that count as rounding
 
@@ -76,6 +77,20 @@ class SetFunction:
         """Return gains where sets are lists of elements, (..., R), filled up with ``n``."""
         mask = torch.zeros(*members.shape[:-1], self.n + 1, dtype=torch.bool, device=members.device)
         return self.gains(mask.scatter_(-1, members, True)[..., :-1], block)
+
+    def own_gains(self, sets: Tensor, partition: Partition, *, disjoint: bool = False) -> Tensor:  # noqa: ARG002
+        """Return what each agent's own actions add to a set of its own.
+
+        Args:
+            sets: A set for each agent, as booleans (..., agents, n), or as a list of elements that is filled up with
+                ``n``, (..., agents, R).
+            partition: Whose the elements are.
+            disjoint: No own action is in the agent's set.
+
+        Returns:
+            Shape (..., agents, widest block).
+        """
+        return self.gains(sets, partition.index) if sets.dtype == torch.bool else self.gains_of(sets, partition.index)
 
     def last_gains(self) -> Tensor:
         """Return what each element adds to all others, (worlds, n)."""
@@ -139,14 +154,16 @@ class SetFunction:
     # -- helpers for subclasses ----------------------------------------------------------------------------------
 
     def _mask(self, mask: Any) -> Tensor:
-        found = torch.as_tensor(np.asarray(mask) if isinstance(mask, (list, tuple)) else mask)
+        found = array(mask, "mask")
         if found.dtype is not torch.bool:
             found = found != 0
         return self._shaped(found, "mask").to(self.device)
 
     def _point(self, x: Any) -> Tensor:
-        found = torch.as_tensor(np.asarray(x) if isinstance(x, (list, tuple)) else x).to(self.device, torch.float64)
-        return self._shaped(found, "x")
+        found = self._shaped(array(x, "x").to(self.device, torch.float64), "x")
+        if not bool(((found >= 0) & (found <= 1 + TOLERANCE)).all()):
+            raise RecipeError("x holds a number outside [0, 1], expected probabilities.")
+        return found
 
     def _shaped(self, found: Tensor, name: str) -> Tensor:
         if not found.ndim or found.shape[-1] != self.n:
@@ -158,7 +175,9 @@ class SetFunction:
         return found
 
     def _block(self, block: Any, batch: tuple[int, ...]) -> Tensor:
-        found = torch.as_tensor(np.asarray(block) if not isinstance(block, Tensor) else block, device=self.device)
+        found = array(block, "block").to(self.device)
+        if not isinstance(block, Tensor) and bool(((found < 0) | (found >= self.n)).any()):
+            raise RecipeError(f"block is {found.tolist()}, expected elements from 0 to {self.n - 1}.")
         return found.long().expand(*batch, found.shape[-1])
 
     @property
@@ -328,8 +347,7 @@ def matrix(values: Matrix, name: str, *, most: float | None = None) -> Tensor:
         RecipeError: It has other than two dimensions (three for several worlds), no row or column, or a number that is
             negative, not finite, or above ``most``.
     """
-    found = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    found = found.detach()
+    found = array(values, name).detach()
     found = found if found.dtype == torch.float32 else found.double()
     if found.ndim not in (2, 3) or 0 in found.shape:
         raise RecipeError(f"{name} has shape {tuple(found.shape)}, expected (rows, elements), neither of them 0.")
@@ -351,8 +369,7 @@ def row_weights(weights: Matrix | None, like: Tensor) -> Tensor:
     """
     if weights is None:
         return torch.ones(like.shape[-2], dtype=like.dtype, device=like.device)
-    found = weights if isinstance(weights, Tensor) else torch.as_tensor(np.asarray(weights))
-    found = found.detach().to(like)
+    found = array(weights, "weights").detach().to(like)
     if found.shape not in ((like.shape[-2],), like.shape[:-1]):
         raise RecipeError(f"weights have shape {tuple(found.shape)}, expected ({like.shape[-2]},), one for each row.")
     if not bool((found >= 0).all() and found.isfinite().all()):
@@ -367,7 +384,12 @@ def weighted(values: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("w...m,wm->w...", values, weights)
 
 
-def pieces(rows: int, each: int) -> list[slice]:
+def cached(device: torch.device) -> int:
+    """Return how many numbers of a temporary tensor are best made at a time."""
+    return CACHED if device.type == "cpu" else BUDGET
+
+
+def pieces(rows: int, each: int, budget: int = BUDGET) -> list[slice]:
     """Cut ``rows`` into slices whose temporaries of ``each`` numbers a row stay within the budget."""
-    step = max(1, BUDGET // max(1, each))
+    step = max(1, budget // max(1, each))
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]

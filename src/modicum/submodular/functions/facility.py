@@ -6,20 +6,22 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.submodular.functions.base import (
+    BUDGET,
     Growing,
     Matrix,
     SetFunction,
+    cached,
     matrix,
     pieces,
     row_weights,
     weighted,
 )
+from modicum.submodular.geometry import array
 from modicum.submodular.partition import Partition
 
 TINY = 1e-30  # in place of a probability 0 of absence; it cancels in the gradient
@@ -72,7 +74,7 @@ class FacilityLocation(SetFunction):
     def _set_columns(self, width: int, columns: Matrix | None) -> None:
         self.width, self.columns = width, None
         if columns is not None:
-            self.columns = torch.as_tensor(np.asarray(columns), device=self.device).long()
+            self.columns = array(columns, "columns").to(self.device).long()
             if self.columns.ndim != 1 or bool((self.columns < 0).any() or (self.columns >= width).any()):
                 raise RecipeError(f"columns name a column outside 0 … {width - 1}, or are no list.")
         self.n = width if self.columns is None else len(self.columns)
@@ -113,7 +115,7 @@ class FacilityLocation(SetFunction):
     def _table(self) -> Tensor:
         """The columns of all worlds one after the other, a row each, and one of zeros after those of each world."""
         flipped = self.V.reshape(-1, *self.V.shape[-2:]).mT
-        return torch.nn.functional.pad(flipped, (0, 0, 0, 1)).flatten(0, 1)
+        return torch.cat([flipped, self.V.new_zeros(self._count, 1, self.rows)], 1).flatten(0, 1)
 
     def _lookup(self, elements: Tensor, world: Tensor | None) -> Tensor:
         """Return columns of elements, (..., m); element ``n`` has zeros."""
@@ -142,7 +144,7 @@ class FacilityLocation(SetFunction):
         members = _members(found.reshape(-1, self.n))
         world, w = self._of_rows(len(members))
         out = torch.empty(len(members), dtype=self.dtype, device=self.device)
-        for part in pieces(len(members), members.shape[-1] * self.rows):
+        for part in pieces(len(members), members.shape[-1] * self.rows, cached(self.device)):
             best = self._best(members[part], None if world is None else world[part])
             out[part] = best @ w if w.ndim == 1 else (best * w[part]).sum(-1)
         return out.reshape(found.shape[:-1])
@@ -166,8 +168,8 @@ class FacilityLocation(SetFunction):
         block = block.expand(*batch, block.shape[-1]).reshape(len(members), -1)
         world, w = self._of_rows(len(members))
         out = torch.empty(len(members), block.shape[1], dtype=self.dtype, device=self.device)
-        width = min(block.shape[1], max(1, (1 << 24) // self.rows))
-        for part in pieces(len(members), max(members.shape[1], width) * self.rows):
+        width = min(block.shape[1], max(1, BUDGET // self.rows))
+        for part in pieces(len(members), max(members.shape[1], width) * self.rows, cached(self.device)):
             places = None if world is None else world[part]
             tops = self._tops(members[part], places, disjoint=disjoint)
             weights = w if w.ndim == 1 else w[part][:, :, None]
@@ -179,17 +181,54 @@ class FacilityLocation(SetFunction):
                 out[part, start : start + width] = gained
         return out.reshape(*batch, -1)
 
+    def own_gains(self, sets: Tensor, partition: Partition, *, disjoint: bool = False) -> Tensor:
+        """Return what each agent's own actions add (see :meth:`SetFunction.own_gains`)."""
+        if sets.dtype == torch.bool:
+            found = self._mask(sets)
+            sets = _members(found.reshape(-1, self.n)).reshape(*found.shape[:-1], -1)
+        batch, agents = sets.shape[:-1], partition.agents
+        ordered = partition.plain and (not self.worlds or sets.shape[:-2] == self.worlds)
+        if type(self) is not FacilityLocation or self.columns is not None or not ordered:
+            return self.gains_of(sets, partition.index, disjoint=disjoint)
+        # Blocks stand side by side in V: nothing needs to be looked up of an agent's own actions.
+        best, *others = self._tops_of(sets, disjoint=disjoint)
+        gains = self._over_own(best.reshape(-1, agents, self.rows), partition).reshape(*batch, partition.widest)
+        if not others:
+            return gains
+        second, whose = others
+        # Of an own action that serves a row best, what it adds is its lead over the second best.
+        lead = best.sub_(second).mul_(self.weights if self.weights.ndim == 1 else self.weights[:, None])
+        lead.masked_fill_(whose.div(partition.widest, rounding_mode="floor") != partition.number, 0)
+        return gains.scatter_add_(-1, whose.remainder_(partition.widest), lead)
+
+    def _over_own(self, best: Tensor, partition: Partition) -> Tensor:
+        """Return what own actions add where rows are served by ``best (sets of all agents, agents, rows)``."""
+        values = self.V.reshape(*self.V.shape[:-1], partition.agents, partition.widest)
+        found = []
+        for part in pieces(len(best), self.rows * self.n, cached(self.device)):
+            some = values[part] if self.worlds else values
+            better = (some - best[part].mT[..., None]).clamp_(min=0).flatten(-2)
+            found.append(torch.matmul(self.weights if self.weights.ndim == 1 else self.weights[part, None], better))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _tops_of(self, members: Tensor, *, disjoint: bool) -> tuple[Tensor, ...]:
+        """Return :meth:`_tops` of sets (..., R), made a part at a time."""
+        flat = members.reshape(-1, members.shape[-1])
+        world, _ = self._of_rows(len(flat))
+        parts = pieces(len(flat), flat.shape[-1] * self.rows, cached(self.device))
+        found = [self._tops(flat[p], None if world is None else world[p], disjoint=disjoint) for p in parts]
+        whole = found[0] if len(found) == 1 else [torch.cat(some) for some in zip(*found)]
+        return tuple(some.view(*members.shape[:-1], self.rows) for some in whole)
+
     def _best(self, members: Tensor, world: Tensor | None) -> Tensor:
         if not members.shape[-1]:
             return torch.zeros(len(members), self.rows, dtype=self.dtype, device=self.device)
         return self._lookup(members, world).amax(-2)
 
-    def _tops(
-        self, members: Tensor, world: Tensor | None, *, disjoint: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return for each set and row the best value, the second best, and the element of the best."""
+    def _tops(self, members: Tensor, world: Tensor | None, *, disjoint: bool) -> tuple[Tensor, ...]:
+        """Return for each set and row the best value and, where needed, the second best, and whose the best is."""
         if disjoint or not members.shape[-1]:
-            return self._best(members, world), None, None
+            return (self._best(members, world),)
         found = self._lookup(members, world)
         best, place = found.max(-2)
         second = found.scatter_(-2, place[..., None, :], 0).amax(-2)
@@ -205,9 +244,9 @@ class FacilityLocation(SetFunction):
 
     def last_gains(self) -> Tensor:
         """Return what each element adds to all others, (worlds, n)."""
-        columns = self._columns_of_all()
-        best, place = columns.max(-2)
-        lead = (best - columns.scatter(-2, place[..., None, :], 0).amax(-2)) * self.weights
+        values = self.V if self.columns is None else self.V[..., self.columns]
+        best, place = values.max(-1)
+        lead = (best - values.scatter(-1, place[..., None], 0).amax(-1)) * self.weights
         out = torch.zeros(*self.worlds, self.n, dtype=self.dtype, device=self.device)
         return out.scatter_add_(-1, place, lead)
 
@@ -305,18 +344,17 @@ class _Served(Growing):
 
 def _members(mask: Tensor) -> Tensor:
     """Return the elements of each set, (sets, largest size), filled up with ``n``."""
-    rows, elements = mask.nonzero(as_tuple=True)
+    rows, elements = mask.nonzero(as_tuple=True)  # set by set
     counts = torch.bincount(rows, minlength=len(mask))
-    widest = max(1, int(counts.max())) if len(rows) else 1
+    widest = max(1, int(counts.max())) if len(mask) else 1
     found = torch.full((len(mask), widest), mask.shape[-1], device=mask.device)
-    starts = counts.cumsum(0).sub_(counts)
-    found[rows, torch.arange(len(rows), device=mask.device).sub_(starts[rows])] = elements
-    return found
+    return found.masked_scatter_(torch.arange(widest, device=mask.device) < counts[:, None], elements)
 
 
-def _base(tops: tuple[Tensor, Tensor | None, Tensor | None], block: Tensor) -> Tensor:
+def _base(tops: tuple[Tensor, ...], block: Tensor) -> Tensor:
     """Return how well each row is served without each element of the block."""
-    best, second, whose = tops
-    if second is None or whose is None:
+    best, *others = tops
+    if not others:
         return best[:, None]
+    second, whose = others
     return torch.where(whose[:, None] == block[..., None], second[:, None], best[:, None])

@@ -74,7 +74,9 @@ def greedy(f: Objective, k: int) -> Selection:
     Reference:
         Minoux, "Accelerated Greedy Algorithms for Maximizing Submodular Set Functions", 1978.
     """
-    if not 1 <= k <= f.n:
+    if getattr(f, "worlds", ()):
+        raise UnsupportedError("greedy takes one world. Give the worlds one after the other.")
+    if not isinstance(k, (int, np.integer)) or not 1 <= k <= f.n:
         raise RecipeError(f"k is {k}, expected 1 to {f.n}, the number of elements.")
     grown = growing(f)
     bounds = _numbers(grown.gains(torch.arange(f.n)))

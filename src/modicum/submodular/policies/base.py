@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.submodular.draws import keys, seeds_of, uniform
+from modicum.submodular.draws import keys, rounds_of_uniform, seeds_of
 from modicum.submodular.functions.base import Objective, SetFunction, check_empty, refuse_falling, trusted
 from modicum.submodular.partition import Blocks, Partition
+
+AHEAD = (
+    1 << 13
+)  # numbers that are drawn for rounds to come, which depend on names alone: one call costs as much as many
 
 
 class Policy:
@@ -50,6 +54,7 @@ class Policy:
         self._all = agents is None or len(self.agents) == self.partition.agents
         self.acts = self.updates = self.evaluations = 0
         self._keys: dict[str, Tensor] = {}
+        self._drawn: dict[tuple[str, int], tuple[int, Tensor]] = {}  # numbers of some rounds from a first one on
 
     @property
     def n(self) -> int:
@@ -122,6 +127,7 @@ class Policy:
         self.acts, self.updates, self.evaluations = (int(count) for count in state["counts"])
         self._seeds = [int(seed) for seed in state["seeds"]]
         self._keys.clear()
+        self._drawn.clear()
         self._load({part: tensor for part, tensor in state.items() if part not in ("policy", "counts", "seeds")})
 
     fixed: ClassVar[frozenset[str]] = frozenset({"x"})  # parts of the state whose shape is known beforehand
@@ -151,11 +157,17 @@ class Policy:
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _uniform(self, purpose: str, turn: int, count: int) -> Tensor:
-        """Draw numbers for each held agent, (worlds, held, count)."""
-        if purpose not in self._keys:
-            made = keys(self._seeds, purpose, self.agents.tolist(), device=self.device)
-            self._keys[purpose] = made if self.worlds else made[0]
-        return uniform(self._keys[purpose], turn, count)
+        """Draw numbers for each held agent, (worlds, held, count); nobody may change them in place."""
+        first, made = self._drawn.get((purpose, count), (0, self._index[:0]))
+        if not first <= turn < first + len(made):
+            if purpose not in self._keys:
+                found = keys(self._seeds, purpose, self.agents.tolist(), device=self.device)
+                self._keys[purpose] = found if self.worlds else found[0]
+            key = self._keys[purpose]
+            turns = max(1, AHEAD // max(1, key.numel() * count))
+            first, made = turn, rounds_of_uniform(key, turn, turns, count)
+            self._drawn[purpose, count] = (first, made)
+        return made[turn - first]
 
     @cached_property
     def _index(self) -> Tensor:
@@ -216,10 +228,11 @@ class Policy:
         Raises:
             RecipeError: A gain is negative or no number: the objective is not monotone.
         """
+        whole = block is None and self._all
         block = self._index if block is None else block
         self.evaluations += 2 * self._sizes
         if isinstance(f, SetFunction):
-            gains = f.gains(mask, block)
+            gains = f.own_gains(mask, self.partition) if whole else f.gains(mask, block)
             if not trusted(f):
                 refuse_falling(gains, mask, block)
             return gains.double()

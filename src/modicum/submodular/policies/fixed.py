@@ -13,7 +13,7 @@ from modicum.errors import RecipeError
 from modicum.registry import policy
 from modicum.submodular.draws import several
 from modicum.submodular.functions.base import Objective
-from modicum.submodular.geometry import sample_actions
+from modicum.submodular.geometry import array, sample_actions
 from modicum.submodular.partition import Blocks
 from modicum.submodular.policies.base import Policy
 from modicum.types import UnitInterval
@@ -71,7 +71,7 @@ class Fixed(Policy):
     ) -> None:
         super().__init__(blocks, seed=seed)
         widest = self.partition.widest
-        given = torch.ones(widest, dtype=torch.float64) if weights is None else torch.tensor(weights).double()
+        given = array([1.0] * widest if weights is None else weights, "weights").double()
         if given.shape != (widest,) or not bool(((given >= 0) & given.isfinite()).all()):
             raise RecipeError(f"weights are {given.tolist()}, expected {widest} finite numbers of at least 0.")
         if not 0 <= share <= 1:

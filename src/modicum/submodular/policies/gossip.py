@@ -167,6 +167,12 @@ class Gossip(Policy):
         """Return each own block after the step."""
         raise NotImplementedError
 
+    def _moved(self, own: Tensor, gradient: Tensor) -> Tensor:
+        """Return own blocks a step up the gradient, with places that hold no action out of the way."""
+        eta = self._eta
+        moved = own + eta * gradient if isinstance(eta, Tensor) else own.add(gradient, alpha=eta)
+        return moved if self.partition.even else torch.where(self._valid, moved, -1)
+
     # -- the protocol --------------------------------------------------------------------------------------------
 
     def _choose(self, hint: Objective | None, rounds: int) -> Tensor:
@@ -178,13 +184,13 @@ class Gossip(Policy):
         own = self.partition.own(x, self._rows)
         steps = own.cumsum(-1)
         if self.settings.residual == "idle":
-            place = (steps <= u).sum(-1)
+            place = torch.searchsorted(steps, u, right=True)[..., 0]
             return torch.where(place < steps.shape[-1], place, -1)
-        mass = steps[..., -1:]
-        if bool((mass == 0).any()):
-            return sample_actions(self._shares(x), u[..., 0])
         # A number below 1 of 53 bits times the mass stays below it: the place is that of a positive probability.
-        return (steps <= u * mass).sum(-1)
+        place = torch.searchsorted(steps, u * steps[..., -1:], right=True)[..., 0]
+        if int(place.max()) == steps.shape[-1]:  # a block without mass
+            return sample_actions(self._shares(x), u[..., 0])
+        return place
 
     def _learn(self, f: Objective) -> None:
         self._x = self._round(self._x, f, self.updates)

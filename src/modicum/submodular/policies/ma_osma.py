@@ -81,23 +81,18 @@ class MAOSMA(Gossip):
             return self.partition.own(whole, self._rows)
         samples = settings.n_samples
         draws = self._uniform(f"{purpose}-set", turn, samples * self.n)
-        draws = draws.reshape(*draws.shape[:-1], samples, self.n)
-        if settings.surrogate:
-            u = self._uniform(f"{purpose}-scale", turn, samples)
-            if settings.stratified:
-                u = (u + torch.arange(samples, device=u.device)) / samples
-            present = sample_scale(u, c=settings.c)[..., None] * point[..., None, :]
-        else:
-            present = point[..., None, :]
-        self.evaluations += 2 * self._sizes * (samples - 1)
+        u = self._uniform(f"{purpose}-scale", turn, samples)
+        if settings.stratified:
+            u = (u + torch.arange(samples, device=u.device)) / samples
         if samples == 1:
-            gains = self._gains(f, (draws < present)[..., 0, :])
-        else:
-            gains = self._gains(f, draws < present, self._index[:, None]).mean(-2)
-        return gains * self._ratio
+            present = sample_scale(u, c=settings.c) * point if settings.surrogate else point
+            return self._gains(f, draws < present) * self._ratio
+        present = point[..., None, :]
+        if settings.surrogate:
+            present = sample_scale(u, c=settings.c)[..., None] * present
+        self.evaluations += 2 * self._sizes * (samples - 1)
+        draws = draws.reshape(*draws.shape[:-1], samples, self.n)
+        return self._gains(f, draws < present, self._index[:, None]).mean(-2) * self._ratio
 
     def _step(self, own: Tensor, gradient: Tensor) -> Tensor:
-        moved = own + self._eta * gradient
-        if not self.partition.even:
-            moved = torch.where(self._valid, moved, -1)
-        return project_capped_simplex(moved)
+        return project_capped_simplex(self._moved(own, gradient))

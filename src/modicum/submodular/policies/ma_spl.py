@@ -79,12 +79,14 @@ class MASPL(Gossip):
         others = self._uniform(f"{purpose}-set", turn, self.partition.agents)
         z = sample_scale(self._uniform(f"{purpose}-scale", turn, 1), c=1.0)
         members = draw_members(point, self.partition, z, others, self._rows)
-        return (1 - 1 / math.e) * self._over(f, members) + self._linear(f) / math.e
+        return (self._over(f, members) * (1 - 1 / math.e)).add_(self._linear(f), alpha=1 / math.e)
 
     def _over(self, f: Objective, members: Tensor) -> Tensor:
         if type(f) is FacilityLocation:
             # Own actions are never among the others', so that no second best is needed.
             self.evaluations += self._sizes + len(self.agents)
+            if self._all:
+                return f.own_gains(members, self.partition, disjoint=True).double()
             return f.gains_of(members, self._index, disjoint=True).double()
         mask = torch.zeros(*members.shape[:-1], self.n + 1, dtype=torch.bool, device=members.device)
         return self._gains(f, mask.scatter_(-1, members, True)[..., :-1])
@@ -111,7 +113,4 @@ class MASPL(Gossip):
         return policy_surrogate_grad_exact(f, rows, self.partition)[..., self.agents, :]
 
     def _step(self, own: Tensor, gradient: Tensor) -> Tensor:
-        moved = own + self._eta * gradient
-        if not self.partition.even:
-            moved = torch.where(self._valid, moved, -1)
-        return project_capped_simplex(moved)
+        return project_capped_simplex(self._moved(own, gradient))

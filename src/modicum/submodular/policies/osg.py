@@ -82,7 +82,7 @@ class Experts(Policy):
         if self._played is None:
             self._played = self._choose(None, 1)
         agents = self.partition.agents
-        elements = self.partition.index.expand(*self._played.shape, -1).gather(-1, self._played[..., None])[..., 0]
+        elements = self.partition.at(self._played)
         place = torch.empty(agents, dtype=torch.long)
         place[torch.tensor(self.order)] = torch.arange(agents)
         earlier = place < place[:, None]
