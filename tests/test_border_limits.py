@@ -200,3 +200,20 @@ def test_arguments_of_the_trainer_have_its_types(tiny_model: Path, tmp_path: Pat
     recipe = {"job": "train", "model": str(tiny_model), "data": str(tmp_path / "rows.jsonl"), "trainer": trainer}
     with pytest.raises(ModicumError, match=r"^trainer"):
         plan(parse(recipe))
+
+
+@pytest.mark.parametrize("key", ["base", "experts.0", "model.path", "data.path", "checkpoints.0", "application.tracks"])
+def test_a_home_of_nobody_is_a_path_that_is_not_there(key):
+    """It was a RuntimeError of pathlib's, in every job."""
+    nobody = "~nobody-of-this-name/x"
+    recipes = {
+        "base": {"job": "merge", "base": nobody, "experts": [nobody], "method": "linear"},
+        "experts.0": {"job": "merge", "experts": [nobody, f"{nobody}+{nobody}"], "method": "linear"},
+        "model.path": {"job": "train", "model": nobody, "data": "unread.jsonl"},
+        "data.path": {"job": "statistics", "kind": "fisher", "model": "unread", "data": {"path": f"{nobody}.jsonl"}},
+        "checkpoints.0": {"job": "average", "checkpoints": [nobody]},
+        "application.tracks": {"job": "coordinate", "policies": ["random"],
+                               "application": {"name": "tracking", "tracks": f"{nobody}.csv"}},
+    }  # fmt: skip
+    with pytest.raises(ModicumError, match=r"^[^\n]*~nobody-of-this-name[^\n]*$"):
+        plan(parse(recipes[key]))

@@ -76,11 +76,21 @@ def check_plain(path: Path) -> None:
         raise CheckpointError(f"{path} is {kind}, expected a file. Give the file itself.")
 
 
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` written out; ``~name`` of a user that does not exist stands for itself, as in shells.
+
+    Example:
+        >>> expanded("~nobody-of-this-name/model").parts
+        ('~nobody-of-this-name', 'model')
+    """
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib raises for a user that does not exist
+
+
 def is_file(name: str | Path) -> bool:
     """Whether there is a file of this name, which may be any text."""
     try:
-        return Path(name).expanduser().is_file()
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have
+        return expanded(name).is_file()
+    except (OSError, ValueError):  # a name that no file can have
         return False
 
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG, STATE_FILES
 
@@ -30,7 +31,7 @@ def cache_folder() -> Path:
     """Return where modicum keeps what it makes once: ``MODICUM_CACHE``, else the user's cache folder."""
     chosen = os.environ.get("MODICUM_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modicum"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modicum.borders import loads
+from modicum.borders import expanded, loads
 from modicum.content import Stamp, changed, check_in_place, combine, files_in, hash_file, hash_files
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG
@@ -74,18 +74,18 @@ def look(references: Iterable[str]) -> Inputs:
         name = waiting.pop(0)
         if name in hashes:
             continue
-        path = Path(name).expanduser()
+        path = expanded(name)
         hashes[name] = name
         if _exists(path):
             local[name] = files_in(path)
-            known = {Path(other).expanduser().resolve() for other in local}
-            waiting += [base for base in _base_of(path) if Path(base).expanduser().resolve() not in known]
+            known = {expanded(other).resolve() for other in local}
+            waiting += [base for base in _base_of(path) if expanded(base).resolve() not in known]
         else:
             hashes[name] = revision_of(name)
     stamps = {path: Stamp.of(path) for paths in local.values() for path in paths}
     found = hash_files(list(stamps))
     for name, paths in local.items():
-        hashes[name] = combine(Path(name).expanduser(), {path: found[path] for path in paths})
+        hashes[name] = combine(expanded(name), {path: found[path] for path in paths})
     return Inputs(hashes, {path: (stamp, found[path]) for path, stamp in stamps.items()})
 
 
@@ -96,7 +96,7 @@ def check_readable(references: Iterable[str]) -> None:
         CheckpointError: A file cannot be read.
     """
     for name in dict.fromkeys(references):
-        path = Path(name).expanduser()
+        path = expanded(name)
         for file in files_in(path) if _exists(path) else ():
             Stamp.of(file)
             if not os.access(file, os.R_OK):

@@ -32,7 +32,7 @@ from typing import Any, Literal, Self, TypeAlias
 import yaml
 
 from modicum import lock, processes
-from modicum.borders import MALFORMED, check_name
+from modicum.borders import MALFORMED, check_name, expanded
 from modicum.content import fingerprint as fingerprint
 from modicum.content import hash_files, is_old, old_fingerprint
 from modicum.credentials import redact
@@ -185,7 +185,7 @@ class Run:
         now = self.inputs.hashes.get(name)
         if now == known or (old and known == name):
             return True
-        return old and known is not None and is_old(known) and old_fingerprint(Path(name).expanduser()) == known
+        return old and known is not None and is_old(known) and old_fingerprint(expanded(name)) == known
 
     def _files(self) -> set[str]:
         # Hidden names are what a killed process was still writing.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG
 
@@ -28,7 +29,7 @@ def find_model(reference: str | Path, *, allow_pickle: bool = False, remote_code
         CheckpointError: There is no such path, builtin or Hub repository.
         MissingExtraError: The builtin needs a package that is not installed.
     """
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     if path.exists():
         return path
     found: Path = import_module(RESOLVER).resolve_model(reference, allow_pickle=allow_pickle, remote_code=remote_code)

@@ -43,6 +43,7 @@ QUICK = (
     "transplant",
 )
 NEEDED = ("merge", "train", "train-adapter", "statistics", "route", "pipeline", "attack")  # runs that stand in places
+LATER = ("there is nothing to extract.",)  # what only all numbers tell, which a check does not read
 Make = Callable[[Path, Path], object]
 
 
@@ -235,10 +236,10 @@ def attempt(world: Path, name: str, place: tuple[Any, ...], kind: str) -> tuple[
         if wrong := outcome.trouble(seconds=60.0 if outcome.status == 0 else 15.0):
             return "wrong", f"{command[0]}: {wrong}"
         ends.append(outcome)
-    if ends[0].status != ends[1].status:
+    if ends[0].status != ends[1].status and not (ends[0].status == 0 and ends[1].said.strip().endswith(LATER)):
         which = "check" if ends[0].status else "run"
         return "wrong", f"{which} alone refuses: {(ends[0].said if ends[0].status else ends[1].said).strip()[:400]}"
-    return ("worked" if ends[0].status == 0 else f"refused: {ends[0].said.strip()}"), None
+    return ("worked" if ends[1].status == 0 else f"refused: {ends[1].said.strip()}"), None
 
 
 def sample(world: Path, count: int) -> list[tuple[str, tuple[Any, ...], str]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import yaml
 from pydantic import AliasChoices, Field, model_validator
 
-from modicum.borders import border, loads
+from modicum.borders import border, expanded, loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
@@ -134,7 +134,7 @@ class MergeRecipe(Recipe):
 def _model_and_adapter(reference: str) -> tuple[str, str | None]:
     """Take ``model+adapter`` apart, unless the whole is the name of a folder."""
     model, plus, adapter = reference.partition("+")
-    return (model, adapter) if plus and not Path(reference).expanduser().exists() else (reference, None)
+    return (model, adapter) if plus and not expanded(reference).exists() else (reference, None)
 
 
 def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:

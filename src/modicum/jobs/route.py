@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from modicum.borders import expanded
 from modicum.durable import whole_folder
 from modicum.errors import RecipeError
 from modicum.jobs.data.section import DataSection
@@ -135,7 +136,7 @@ class RouteRecipe(Recipe):
         yield self.base
         for expert in self.experts.values():
             model, plus, adapter = expert.partition("+")
-            yield from (model, adapter) if plus and not Path(expert).expanduser().exists() else (expert,)
+            yield from (model, adapter) if plus and not expanded(expert).exists() else (expert,)
         for section in (*self.data.values(), *self.unknown.values()):
             yield from section.inputs()
 
@@ -180,7 +181,7 @@ def plan_build(recipe: RouteRecipe) -> Build:
 
     def opened(reference: str) -> Checkpoint:
         model, plus, adapter = reference.partition("+")
-        apart = plus and not Path(reference).expanduser().exists()
+        apart = plus and not expanded(reference).exists()
         return Checkpoint(
             adapter if apart else reference, base=model if apart else None, allow_pickle=recipe.allow_pickle
         )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from modicum.weights.checkpoint import Checkpoint
+
 Batch = dict[str, Any]
 T = TypeVar("T")
 
@@ -62,12 +64,28 @@ def plan(recipe: StatisticsRecipe) -> list[str]:
     rows = load_rows(recipe.data, seed=recipe.seed)
     checkpoint = Checkpoint(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     what = {"fisher": "mean squared gradients", "gram": "Gram matrices of the linear layers' inputs"}[recipe.kind]
-    rehearse_loading(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
+    model: Any = rehearse_loading(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
+    _measured(recipe, getattr(model, "merge_and_unload", lambda: model)(), checkpoint)
     return [
         f"{what} of {recipe.model} ({checkpoint.nbytes / 1e6:.0f} MB) on {len(rows)} rows of {recipe.data.path}",
         f"holds at most {max(1, recipe.memory // 10**6)} MB of sums at a time, or those of one tensor",
         *foresee_batches(recipe.data, rows, recipe.model, remote_code=recipe.remote_code),
     ]
+
+
+def _measured(recipe: StatisticsRecipe, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what will be measured, by name; refuse a model that has none of it."""
+    known = {name: shape for name, shape in measured_tensors(model, recipe.kind).items() if name in checkpoint}
+    if not known:
+        raise UnsupportedError(
+            f"{recipe.model}: a {model.config.model_type} model has no weights of its own to measure. Measure the "
+            "models that it was made of."
+        )
+    left_out = Pattern(recipe.exclude, "exclude") if recipe.exclude else None
+    found = {name: shape for name, shape in known.items() if not (left_out and left_out.finds(name))}
+    if not found:
+        raise RecipeError(f"exclude {recipe.exclude!r} leaves no tensor to measure. Correct it, or leave it out.")
+    return found
 
 
 @job("statistics", plan=plan)
@@ -98,14 +116,9 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
     batches = load_batches(
         recipe.data, tokenizer, batch_size=size, seed=recipe.seed, note=run.note, one_length=one_length, model=model
     )
-    known = measured_tensors(model, recipe.kind)
-    left_out = Pattern(recipe.exclude, "exclude") if recipe.exclude else None
-    names = [name for name in known if name in checkpoint and not (left_out and left_out.finds(name))]
-    if not names:
-        raise RecipeError(f"exclude {recipe.exclude!r} leaves no tensor to measure. Correct it, or leave it out.")
     # Shapes as they are stored: of a layer, its inputs; of a parameter, its own.
-    specs = {name: Spec(known[name], torch.float32) for name in names}
-    shares = shared_out(names_by_size(specs), {name: specs[name].numel * 8 for name in names}, recipe.memory)
+    specs = {name: Spec(shape, torch.float32) for name, shape in _measured(recipe, model, checkpoint).items()}
+    shares = shared_out(names_by_size(specs), {name: spec.numel * 8 for name, spec in specs.items()}, recipe.memory)
     done: dict[str, Tensor] = {}
     threads = torch.get_num_threads()
 
@@ -136,7 +149,7 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
         replace=True,
         check=run.inputs.check,
     )
-    run.record["metrics"] = {"tensors": len(names), "rows": rows, "tokens": tokens}
+    run.record["metrics"] = {"tensors": len(specs), "rows": rows, "tokens": tokens}
     run.output("statistics", out)
 
 

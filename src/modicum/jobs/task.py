@@ -10,12 +10,11 @@ import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, model_validator
 
-from modicum.borders import loads
+from modicum.borders import expanded, loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Rows
 from modicum.facts import MeasureFacts
@@ -126,7 +125,7 @@ def _tokens_of(reference: str) -> Callable[[str], int]:
 
 
 def _read_lines(name: str) -> Iterator[dict[str, Any]]:
-    path, number = Path(name).expanduser(), 0
+    path, number = expanded(name), 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             for line in file:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError, RecipeError
 from modicum.submodular.functions.facility import FacilityLocation
 
@@ -28,7 +28,7 @@ class FileWorld:
         from safetensors.torch import load_file
 
         try:
-            tensors = load_file(Path(path).expanduser())
+            tensors = load_file(expanded(path))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"Cannot read {path}: {error}.") from None
         if "V" not in tensors:

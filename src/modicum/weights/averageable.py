@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.layout import is_running_statistic
 from modicum.weights.checkpoint import PACKED, Checkpoint
@@ -163,7 +164,7 @@ def check_apart(checkpoints: Sequence[Tensors]) -> None:
     for model in checkpoints:
         if not isinstance(model, Checkpoint):
             continue
-        file = Path(model.name).expanduser()
+        file = expanded(model.name)
         place = (file if file.is_file() else model.folder).resolve()
         if place in seen:
             raise CheckpointError(f"{model.name} is among the checkpoints twice. List each once.")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from jobs.support_route import recipe as route_recipe
+from jobs.support_route import write_parts
 from modicum.errors import CheckpointError, ModicumError, UnsupportedError
 from modicum.jobs import execute, plan
 from modicum.jobs.loading.models import load_model, load_tokenizer, rehearse_model
@@ -107,3 +109,16 @@ def test_a_rehearsal_refuses_what_loading_would_in_the_same_words(damage, tiny_m
             load(folder)
         said.append(str(error.value))
     assert said[0] == said[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_routed_model_is_neither_trained_nor_measured_as_a_whole(tmp_path):
+    """Its weights stay as they are: a training ended in a RuntimeError, a measurement in words about `exclude`."""
+    parts = write_parts(tmp_path)
+    routed = execute(parse(route_recipe(parts)), tmp_path / "run", quiet=True).folder / "model"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    shared = {"model": str(routed), "data": {"path": str(tmp_path / "rows.jsonl")}}
+    with pytest.raises(UnsupportedError, match="is a routed model, whose weights stay as they are"):
+        plan(parse({"job": "train", "trainer": {"max_steps": 1}, **shared}))
+    with pytest.raises(UnsupportedError, match="a routed model has no weights of its own to measure"):
+        plan(parse({"job": "statistics", "kind": "fisher", **shared}))

@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError, MissingExtraError, RecipeError, did_you_mean, first_line
 from modicum.evaluate.intervals import Estimate, mean, mean_score, paired_proportions
 from modicum.evaluate.rows import Rows
@@ -22,7 +22,7 @@ USUAL = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "f1", "pas
 
 def _asked(_load: Callable[[], Rows], *, task: str, data_path: str) -> Rows:
     """Return the name of the task and its folder: the harness reads the data by itself."""
-    if not Path(data_path).expanduser().is_dir():
+    if not expanded(data_path).is_dir():
         raise CheckpointError(f"{data_path} is not a folder, expected one that holds the YAML file of task {task!r}.")
     return Rows("text", [{"text": task, "folder": data_path}])
 

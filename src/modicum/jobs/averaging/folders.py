@@ -7,6 +7,7 @@ import re
 from itertools import zip_longest
 from pathlib import Path
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError
 from modicum.jobs.training.checkpoints import checkpoints as saved_in
 from modicum.layout import natural
@@ -24,11 +25,11 @@ def find_checkpoints(patterns: list[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         if not glob.has_magic(pattern):
-            folder = Path(pattern).expanduser()
+            folder = expanded(pattern)
             meant = len(patterns) > 1 and _is_model(folder)
             found += [str(path) for path in ([] if meant else saved_in(folder))] or [pattern]
             continue
-        matches = [path for path in glob.glob(str(Path(pattern).expanduser())) if Path(path).is_dir()]  # noqa: PTH207
+        matches = [path for path in glob.glob(str(expanded(pattern))) if Path(path).is_dir()]  # noqa: PTH207
         if not matches:
             raise CheckpointError(f"No folder matches {pattern}. Check the path, and that the run saved checkpoints.")
         found += in_order(matches, pattern)
@@ -37,7 +38,7 @@ def find_checkpoints(patterns: list[str]) -> list[str]:
 
 def note_on_folders(patterns: list[str]) -> list[str]:
     """Say where the folder of a run holds a model of its own beside its checkpoints, which is not averaged."""
-    folder = Path(patterns[0]).expanduser()
+    folder = expanded(patterns[0])
     if len(patterns) > 1 or not _is_model(folder) or not (saved := saved_in(folder)):
         return []
     return [f"{patterns[0]} stands for its {len(saved)} checkpoints; the model beside them is left out"]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError
 from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving
 from modicum.jobs.chat.cache import read_lines_of
@@ -53,7 +54,7 @@ def transcript_files(folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         CheckpointError: There are none.
     """
-    found = sorted((Path(folder).expanduser() / "verdicts").glob("*.jsonl"))
+    found = sorted((expanded(folder) / "verdicts").glob("*.jsonl"))
     if not found:
         raise CheckpointError(f"{folder} has no verdicts/*.jsonl, expected the folder of a run of job: attack.")
     return found

@@ -10,9 +10,9 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError, RecipeError, first_line
 from modicum.evaluate.rows import Row, question_of
 from modicum.jobs.data.section import ScorerSection
@@ -133,7 +133,7 @@ def read_scores(name: str) -> Scorer:
     Raises:
         CheckpointError: The file cannot be read.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     known: dict[tuple[str, str], Scores] = {}
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
@@ -174,7 +174,7 @@ def load_function(name: str) -> Function:
     place, _, attribute = name.rpartition(":")
     try:
         if place.endswith(".py"):
-            path = Path(place).expanduser()
+            path = expanded(place)
             spec = importlib.util.spec_from_file_location(f"scorer_{path.stem}", path)
             if spec is None or spec.loader is None or not path.is_file():
                 raise RecipeError(f"There is no file {path} with a scorer.")

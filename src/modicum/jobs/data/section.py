@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from modicum.borders import expanded
 from modicum.errors import RecipeError, did_you_mean
 from modicum.job_facts import SourceFacts
 from modicum.recipe import Section
@@ -241,7 +241,7 @@ class DataSection(Section):
         key, colon, name = self.path.partition(":")
         if colon and key in source:
             return source[key], name
-        if Path(self.path).expanduser().exists():
+        if expanded(self.path).exists():
             return source["file"], self.path
         if colon and re.fullmatch(r"[a-z][a-z_-]+", key) and not name.startswith("//"):
             raise RecipeError(f"{self.path}: there is no data source {key!r}. {did_you_mean(key, source)}")

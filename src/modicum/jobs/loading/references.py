@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
-from modicum.borders import check_plain_folder
+from modicum.borders import check_plain_folder, expanded
 from modicum.content import cache_folder
 from modicum.durable import follow_umask, sync, sync_tree
 from modicum.errors import CheckpointError, did_you_mean, first_line
@@ -50,7 +50,7 @@ def resolve_model(
         return _built(name)
     if colon and kind == "stage":
         raise CheckpointError(f"{text} names a stage, which only a later stage of the same pipeline can read.")
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if folder.is_dir():
         check_plain_folder(folder)
         return folder
@@ -101,7 +101,7 @@ def hub_commit(reference: str, kind: str) -> str:
 
 def _is_path(text: str) -> bool:
     """Whether a reference is written like a path: a Hub id is ``name`` or ``org/name``."""
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     # What lies in a folder that exists is a path, too.
     inside = folder.parent != Path() and folder.parent.is_dir()
     return inside or folder.is_absolute() or text.startswith((".", "~")) or len(folder.parts) > 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from modicum.borders import LARGEST, border, check_plain, loads
+from modicum.borders import LARGEST, border, check_plain, expanded, loads
 from modicum.errors import CheckpointError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.bad_rows import BadRow
@@ -46,7 +46,7 @@ def local(section: DataSection, name: str) -> list[Row]:
     Cost:
         The files are held in memory whole.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         if section.split != "train":
             raise CheckpointError(f"{path} is one file and has only the split train, got {section.split!r}.")

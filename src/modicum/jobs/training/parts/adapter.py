@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from modicum import registry
-from modicum.borders import loads
+from modicum.borders import expanded, loads
 from modicum.durable import whole_folder, write_atomic
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from modicum.jobs.loading.folders import try_patterns
@@ -278,7 +278,7 @@ def hub_id(reference: str) -> tuple[str, str | None] | None:
         >>> hub_id("org/name@v2"), hub_id("builtin:byte-llama")
         (('org/name', 'v2'), None)
     """
-    if ":" in reference or Path(reference).expanduser().exists():
+    if ":" in reference or expanded(reference).exists():
         return None
     name, _, revision = reference.partition("@")
     return name, revision or None
