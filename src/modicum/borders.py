@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from modicum.errors import CheckpointError, ModicumError, first_line
+from modicum.layout import SINGLE
 
 MALFORMED = (
     ValueError,
@@ -154,3 +155,21 @@ def read_json(path: Path, owner: str, remedy: str = "Download it again.") -> dic
     if not isinstance(value, dict):
         raise CheckpointError(f"{owner}: {path.name} is not a mapping. {remedy}")
     return value
+
+
+def check_once(folder: Path, listed: Collection[str], owner: str) -> None:
+    """Refuse a model whose weights lie there twice: in the files of an index, and in one that is read before it.
+
+    Args:
+        folder: The model's.
+        listed: Names of the index's files.
+        owner: What to call the model.
+
+    Raises:
+        CheckpointError: Nobody can tell which are meant.
+    """
+    if (folder / SINGLE).exists() and SINGLE not in listed:
+        raise CheckpointError(
+            f"{owner} holds its weights twice: {SINGLE}, which transformers reads, and the files of its index. Remove "
+            "the older ones."
+        )

@@ -17,6 +17,7 @@ Unit = Literal["block", "sublayer", "matrix"]
 ADAPTER_PREFIX = "base_model.model."  # PEFT writes it before every name of an adapter's file
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # weights in several files, and in one
 # What a trainer keeps beside a model: nothing of the model depends on it.
 STATE_FILES = re.compile(
     r"^(optimizer|scheduler|rng_state|scaler|training_args|trainer_state)[\w.-]*$|^manifest\.json$|^parts-\d+\.state$"

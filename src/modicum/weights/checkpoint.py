@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from modicum.architectures import is_tied_unsaid
-from modicum.borders import border, check_plain, check_plain_folder
+from modicum.borders import border, check_once, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_CONFIG, TOKENIZER_FILES, copies, is_vocabulary, role
+from modicum.layout import ADAPTER_CONFIG, INDEX, SINGLE, TOKENIZER_FILES, copies, is_vocabulary, role
 from modicum.references import beside, find_model, on_itself
 from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
 from modicum.weights.configs import rewritten
 from modicum.weights.files import MappedFile, Slot, Spec, read_header
-from modicum.weights.whole import INDEX, SINGLE, check_layers, check_once, check_parts, inside
+from modicum.weights.whole import check_layers, check_parts, inside
 
 PICKLES = "pytorch_model*.bin"
 PICKLED = (".bin", ".pt", ".pth")

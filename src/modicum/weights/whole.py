@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from modicum.errors import CheckpointError, is_text
 from modicum.layout import DEPTH_KEYS, layer_of, modules
 from modicum.weights.configs import drafts, text_of
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<total>[0-9]{1,6})\.\w+")
 
 
@@ -35,24 +34,6 @@ def check_parts(files: Sequence[Path], owner: str) -> None:
             raise CheckpointError(
                 f"{owner} holds {len(numbers)} of the {total} files {stem}-…-of-{total:05}. Download the others too."
             )
-
-
-def check_once(folder: Path, listed: Collection[str], owner: str) -> None:
-    """Refuse a model whose weights lie there twice: in the files of an index, and in one that is read before it.
-
-    Args:
-        folder: The model's.
-        listed: Names of the index's files.
-        owner: What to call the model.
-
-    Raises:
-        CheckpointError: Nobody can tell which are meant.
-    """
-    if (folder / SINGLE).exists() and SINGLE not in listed:
-        raise CheckpointError(
-            f"{owner} holds its weights twice: {SINGLE}, which transformers reads, and the files of its index. Remove "
-            "the older ones."
-        )
 
 
 def check_layers(names: Iterable[str], config: Mapping[str, Any], owner: str) -> None:

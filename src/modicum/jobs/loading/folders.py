@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from modicum import borders
 from modicum.errors import CheckpointError, first_line
 from modicum.jobs.loading.references import PICKLES, resolve_model
-from modicum.layout import ADAPTER_CONFIG
+from modicum.layout import ADAPTER_CONFIG, INDEX
 from modicum.patterns import try_pattern
 from modicum.references import beside, on_itself, pinned
-from modicum.weights.whole import INDEX, check_once
 
 if TYPE_CHECKING:
     from modicum.record import Run
@@ -47,12 +46,13 @@ def beneath(folder: Path, *, allow_pickle: bool = False, remote_code: bool = Fal
         if not is_adapter(folder):
             return
         seen.append(folder.resolve())
-        folder = resolve_model(_adapter_base(folder), allow_pickle=allow_pickle, remote_code=remote_code)
+        folder = resolve_model(adapter_base(folder), allow_pickle=allow_pickle, remote_code=remote_code)
         if folder.resolve() in seen:
             raise on_itself(folder)
 
 
-def _adapter_base(folder: Path) -> str:
+def adapter_base(folder: Path) -> str:
+    """Return what an adapter says it was trained on: a path that is there, or the name that it gives."""
     config = read_json(folder / ADAPTER_CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
@@ -109,7 +109,7 @@ def check_weights(folder: Path, *, allow_pickle: bool = False) -> None:
         shards = [folder / name for name in names]
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names. Copy or download it again.")
-        check_once(folder, names, str(folder))
+        borders.check_once(folder, names, str(folder))
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:
