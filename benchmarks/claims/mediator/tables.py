@@ -173,6 +173,8 @@ def main() -> None:
         verdicts(),
         "Four fine-tunes of SmolLM2-135M in 30 % of the bytes of four models, one seed (`modicum run mediator`):\n",
         real("mediator-smollm2"),
+        "The same experts: blocks by other rules, other stores, and merges (`modicum run mediator-controls`):\n",
+        real("mediator-controls"),
         "Four LoRA adapters of rank 8 in 29 % of the bytes of four models, one seed (`modicum run mediator-lora`):\n",
         real("mediator-lora"),
         "Conflict of every third block of the first of these:\n",
