@@ -23,8 +23,6 @@ from modicum.weights.average import choose
 from support import byte_tokenizer, tiny_llama
 from weights.test_averagers import toys as toys
 
-ONE: dict[str, Any] = {"lawa": {"last": 1}, "random": {"k": 1}}  # knobs that fit one checkpoint
-
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -98,7 +96,7 @@ def test_no_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in averager if not averager[n].facts.learns])
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
 def test_coefficients_are_shares(name: str, n: int) -> None:
-    coefficients = choose(["x"] * n, method=name, **ONE.get(name, {})).coefficients
+    coefficients = choose(["x"] * n, method=name).coefficients
     assert len(coefficients) == n
     assert sum(coefficients) == pytest.approx(1, abs=1e-12)
     assert min(coefficients) >= 0
@@ -138,7 +136,7 @@ def test_a_plan_draws_the_coefficients_that_the_run_takes(run_folder: Path, tmp_
     """Whatever an averager draws comes from the recipe's seed, in ``check`` and in ``run``."""
     data = {"job": "average", "checkpoints": [f"{run_folder}/checkpoint-*"]}
     for name in (n for n in averager if not averager[n].facts.learns):
-        method = {"name": name, **ONE.get(name, {})}
+        method = {"name": name}
         for seed in (0, 3):
             recipe = parse(data | {"method": method, "seed": seed})
             told = plan(recipe)

@@ -61,6 +61,19 @@ def test_rules_have_the_coefficients_of_the_specification(
     assert float(made["w"]) == pytest.approx(mean, abs=1e-6)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 9])
+def test_rules_that_take_some_fit_any_number_where_none_is_given(n: int) -> None:
+    states = [{"w": torch.tensor([float(i)])} for i in range(n)]
+    assert sum(1 for c in average_state_dicts(states, method="lawa")[1] if c) == min(5, n)
+    drawn = average_state_dicts(states, method="random", loss=lambda w, t: 0.0, batches=[1.5])[1]
+    assert sum(1 for c in drawn if c) == min(5, (n + 1) // 2)
+
+
+def test_what_is_no_list_of_dictionaries_of_tensors_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"^checkpoints\[0\] is of type str, expected a dictionary of tensors"):
+        average_state_dicts({"w": torch.ones(1)}, method="uniform")  # type: ignore[arg-type]
+
+
 def test_a_mean_in_bfloat16_is_cast_once(tmp_path: Path) -> None:
     states = [{"w": torch.tensor([x], dtype=torch.bfloat16)} for x in (256.0, *[1.0] * 7)]
     assert average_state_dicts(states, method="uniform")[0]["w"].item() == 33.0

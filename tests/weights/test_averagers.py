@@ -165,10 +165,12 @@ def test_integer_tensors_are_no_weights_and_inputs_stay_as_they_are() -> None:
 
 
 def test_a_landscape_without_data_or_of_other_shapes_is_refused() -> None:
-    with pytest.raises(RecipeError, match="at least one batch"):
+    with pytest.raises(RecipeError, match="^batches is empty.*at least one batch"):
         Landscape(quadratic, models(2), [])
-    with pytest.raises(RecipeError, match="at least one batch"):
+    with pytest.raises(RecipeError, match="^held_out is empty.*at least one batch"):
         Landscape(quadratic, models(2), models(1), [])
+    with pytest.raises(RecipeError, match="^loss is a float, expected a function"):
+        Landscape(0.5, models(2), models(1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="2 coefficients for 3 checkpoints"):
         Landscape(quadratic, models(3), models(1)).value([0.5, 0.5])
 

@@ -288,8 +288,8 @@ def test_starts_temperatures_and_projections_are_walked_through(estimator: str, 
         ({"iters": 0}, "iters"),
         ({"estimator": "reinforce", "samples": 1}, "samples is 1"),
         ({"loss": None}, "learns its coefficients from a loss"),
-        ({"batches": []}, "at least one batch"),
-        ({"batches": None}, "at least one batch"),
+        ({"batches": []}, "^batches is empty"),
+        ({"batches": None}, "^batches is empty"),
         ({"loss": lambda _, target: torch.tensor(target, requires_grad=True) ** 2}, "does not look at the weights"),
         ({"loss": lambda w, t: (torch.ones(1, requires_grad=True) * w["w"].detach()).sum()}, "no gradient in the w"),
         ({"loss": lambda w, t: (0 * w["w"]).sum() + t}, "gradient of zero in all weights"),
@@ -320,4 +320,4 @@ def test_a_checkpoint_that_is_not_finite_is_named(method: str) -> None:
 
 def test_a_rule_that_draws_too_many_is_refused() -> None:
     with pytest.raises(RecipeError, match="random: k is 5"):
-        average_state_dicts(toys(), method="random")
+        average_state_dicts(toys(), method="random", k=5)

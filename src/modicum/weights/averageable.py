@@ -172,11 +172,15 @@ def check_apart(checkpoints: Sequence[Tensors]) -> None:
 
 
 def check_tensors(model: Tensors, owner: str) -> None:
-    """Refuse a dictionary in which something else stands beside the tensors.
+    """Refuse what is no mapping of names to tensors, and a dictionary in which something else stands beside them.
 
     Raises:
-        CheckpointError: An entry is no tensor.
+        CheckpointError: It is no mapping, or an entry is no tensor.
     """
+    if not isinstance(model, Mapping):
+        raise CheckpointError(
+            f"{owner} is of type {type(model).__name__}, expected a dictionary of tensors by name. Give a list of them."
+        )
     if not isinstance(model, dict):
         return  # of files everything is a tensor
     for name, value in model.items():

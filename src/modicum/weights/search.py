@@ -118,13 +118,17 @@ class Landscape:
     _charged: set[tuple[object, ...]] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise RecipeError(
+                f"loss is a {type(self.function).__name__}, expected a function of (weights, batch) to one number."
+            )
         for given, key in ((self.batches, "batches"), (self.held_out, "held_out")):
             if given is not None and not (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
                 raise RecipeError(
                     f"{key} is a {type(given).__name__}, and a search comes back to its batches. Give list({key})."
                 )
-        if not len(self.batches) or (self.held_out is not None and not len(self.held_out)):
-            raise RecipeError("A loss along checkpoints needs at least one batch of data. Give more data.")
+            if given is not None and not len(given):
+                raise RecipeError(f"{key} is empty, and a loss along checkpoints needs at least one batch. Give data.")
         _ = self.parts
 
     @cached_property

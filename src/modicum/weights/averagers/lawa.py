@@ -10,7 +10,7 @@ from modicum.weights.averagers.support import check_k
 
 
 @averager("lawa", paper="arXiv:2209.14981")
-def lawa(checkpoints: Sequence[object], *, last: PositiveInt = 5) -> list[float]:
+def lawa(checkpoints: Sequence[object], *, last: PositiveInt | None = None) -> list[float]:
     r"""Average the latest checkpoints equally.
 
     .. math::
@@ -18,7 +18,7 @@ def lawa(checkpoints: Sequence[object], *, last: PositiveInt = 5) -> list[float]
 
     Args:
         checkpoints: Oldest first.
-        last: How many of the latest (k).
+        last: How many of the latest (k); 5 when not given, or all where there are fewer.
 
     Returns:
         The coefficients.
@@ -41,5 +41,6 @@ def lawa(checkpoints: Sequence[object], *, last: PositiveInt = 5) -> list[float]
         arXiv:2209.14981, Section 2.
     """
     n = len(checkpoints)
+    last = min(5, n) if last is None else last
     check_k("lawa", last, n, knob="last")
     return [0.0] * (n - last) + [1 / last] * last

@@ -8,11 +8,11 @@ import torch
 
 from modicum.registry import averager
 from modicum.types import PositiveInt
-from modicum.weights.averagers.support import check_k, mean_of
+from modicum.weights.averagers.support import check_k, mean_of, some_of
 
 
 @averager("random")
-def random(checkpoints: Sequence[object], *, k: PositiveInt = 5, rng: torch.Generator) -> list[float]:
+def random(checkpoints: Sequence[object], *, k: PositiveInt | None = None, rng: torch.Generator) -> list[float]:
     r"""Average some checkpoints drawn without replacement: the control.
 
     .. math::
@@ -20,7 +20,7 @@ def random(checkpoints: Sequence[object], *, k: PositiveInt = 5, rng: torch.Gene
 
     Args:
         checkpoints: Oldest first.
-        k: How many.
+        k: How many; when not given, as many as ``sewa`` searches with: ``min(5, ceil(n / 2))``.
         rng: Of the recipe's seed: several seeds give several draws.
 
     Returns:
@@ -40,5 +40,6 @@ def random(checkpoints: Sequence[object], *, k: PositiveInt = 5, rng: torch.Gene
         None: a control.
     """
     n = len(checkpoints)
+    k = some_of(n) if k is None else k
     check_k("random", k, n)
     return mean_of(torch.randperm(n, generator=rng)[:k].tolist(), n)

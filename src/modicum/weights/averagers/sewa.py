@@ -12,7 +12,7 @@ from torch import Tensor
 from modicum.errors import RecipeError
 from modicum.registry import averager
 from modicum.types import Positive, PositiveInt
-from modicum.weights.averagers.support import check_k, mean_of
+from modicum.weights.averagers.support import check_k, mean_of, some_of
 from modicum.weights.kernels.masks import (
     Mask,
     exact_mask,
@@ -33,7 +33,7 @@ def work(
     n: int, batches: int, *, k: int | str, estimator: str, iters: int, samples: int | None, refine: bool, **_: Any
 ) -> tuple[int, int, int]:
     """Return the passes with gradient, and those without: of one round of exchanges, and of three."""
-    size = k if isinstance(k, int) else min(5, math.ceil(n / 2))
+    size = k if isinstance(k, int) else some_of(n)
     if size == n:
         return 0, 0, 0
     curve, swaps = n if k == "auto" else 0, 1 + size * (n - size) if refine else 0
@@ -123,7 +123,7 @@ def sewa(
     drawn = drawn_in(estimator, samples)
     if estimator == "reinforce" and drawn < 2:
         raise RecipeError("sewa: reinforce compares the masks of a step, and samples is 1. Set samples to 2 or more.")
-    size = k if isinstance(k, int) else min(5, math.ceil(n / 2))
+    size = k if isinstance(k, int) else some_of(n)
     if size == n:
         return mean_of(range(n), n)
     logits = _start(n, size, estimator, start, rng)

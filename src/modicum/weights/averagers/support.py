@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from modicum.errors import RecipeError
@@ -15,6 +16,16 @@ def mean_of(chosen: Collection[int], n: int) -> list[float]:
         [0.5, 0.0, 0.5]
     """
     return [1 / len(chosen) if i in chosen else 0.0 for i in range(n)]
+
+
+def some_of(n: int) -> int:
+    """Return how many of n checkpoints to take where nobody says: some, not all, and 5 of many.
+
+    Example:
+        >>> some_of(1), some_of(4), some_of(20)
+        (1, 2, 5)
+    """
+    return min(5, math.ceil(n / 2))
 
 
 def check_k(method: str, k: int, n: int, *, knob: str = "k") -> None:
