@@ -18,12 +18,14 @@ from pathlib import Path
 
 from modicum.borders import expanded
 from modicum.errors import CheckpointError
-from modicum.layout import ADAPTER_CONFIG, STATE_FILES
+from modicum.layout import ADAPTER_CONFIG, STATE_FILES, TOKENIZER_FILES
 
 BLOCK = 1 << 20  # bytes that are read at once; smaller files are not worth remembering
 SETTLED = 2.0  # seconds after a change within which a second one may leave the same time
 KEPT = 20_000  # files that are remembered at most
 MODELS = ("config.json", ADAPTER_CONFIG)  # a folder with one of them is a model
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+DEEPER = (".py", ".jinja")  # code and chat templates, which transformers reads from folders inside a model's
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -114,21 +116,31 @@ def files_in(path: Path) -> list[Path]:
     """Return the files that a file or folder consists of; what an unfinished write left there is none of them.
 
     A model is what lies in its own folder: neither what was kept in folders inside, such as older checkpoints, nor a
-    trainer's state. Code may lie deeper.
+    trainer's state. Code and chat templates may lie deeper. The weights of a model, given by themselves, bring the
+    configuration and the tokenizer along that lie beside them, as whoever reads them does.
 
     Raises:
         CheckpointError: There is nothing, or it is neither a file nor a folder.
     """
     if not path.is_dir():
         Stamp.of(path)
-        return [path]
+        return [path, *_beside_weights(path)]
     try:
         found = [item for item in path.rglob("*") if item.is_file()]
     except OSError as error:
         raise _unreadable(path, error) from None
     if any((path / name).is_file() for name in MODELS):
-        found = [f for f in found if f.suffix == ".py" or (f.parent == path and not STATE_FILES.match(f.name))]
+        found = [f for f in found if f.suffix in DEEPER or (f.parent == path and not STATE_FILES.match(f.name))]
     return sorted(item for item in found if not any(map(_is_unfinished, item.relative_to(path).parts)))
+
+
+def _beside_weights(path: Path) -> list[Path]:
+    """Return what belongs to weights that are given by themselves: the other files of their model but for weights."""
+    folder = path.parent
+    if path.suffix not in WEIGHTS or not any((folder / name).is_file() for name in ("config.json", *TOKENIZER_FILES)):
+        return []
+    found = (file for file in sorted(folder.iterdir()) if file.suffix not in WEIGHTS and file.is_file())
+    return [file for file in found if not (STATE_FILES.match(file.name) or _is_unfinished(file.name))]
 
 
 def fingerprint(path: str | Path) -> str:
@@ -146,7 +158,8 @@ def combine(path: Path, hashes: dict[Path, str]) -> str:
         return hashes[path]
     from xxhash import xxh3_128_hexdigest
 
-    lines = sorted(f"{file.relative_to(path).as_posix()}\0{value}\n" for file, value in hashes.items())
+    folder = path if path not in hashes else path.parent
+    lines = sorted(f"{file.relative_to(folder).as_posix()}\0{value}\n" for file, value in hashes.items())
     return xxh3_128_hexdigest("".join(lines).encode("utf-8", "surrogateescape"))
 
 

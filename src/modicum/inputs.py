@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modicum.borders import expanded, loads
-from modicum.content import Stamp, changed, check_in_place, combine, files_in, hash_file, hash_files
+from modicum.content import WEIGHTS, Stamp, changed, check_in_place, combine, files_in, hash_file, hash_files
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG
 from modicum.references import beside, pinned, revision_of
-
-MAPPED = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Inputs:
             CheckpointError: One was changed in place.
         """
         for path, (stamp, known) in self.files.items():
-            if path.suffix in MAPPED:
+            if path.suffix in WEIGHTS:
                 check_in_place(path, stamp, known)
 
 

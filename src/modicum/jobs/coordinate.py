@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -61,7 +62,9 @@ class CoordinateRecipe(Recipe):
         return chosen
 
     def inputs(self) -> Iterator[str]:
-        """Yield the files that are read."""
+        """Yield the files that are read, and the version of Python where its own sources are."""
+        if getattr(self.application, "packages", None) is not None:
+            yield f"python=={platform.python_version()}"
         for path in (getattr(self.application, "tracks", None), getattr(self.application, "path", None)):
             if path is not None:
                 yield path

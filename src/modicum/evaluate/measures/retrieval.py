@@ -90,7 +90,7 @@ def _by_place(items: Sequence[Result]) -> dict[str, Any]:
     details=_by_place,
     work=answer_work,
     check=_check,
-    reads=("file",),
+    reads=("file", "tokenizer"),
 )
 def retrieval(
     rows: Rows,

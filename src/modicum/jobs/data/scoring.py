@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from modicum.borders import expanded
-from modicum.errors import CheckpointError, RecipeError, first_line
+from modicum.borders import expanded, loads
+from modicum.errors import CheckpointError, ModicumError, RecipeError, first_line
 from modicum.evaluate.rows import Row, question_of
 from modicum.jobs.data.section import ScorerSection
 
@@ -55,9 +54,18 @@ def of_function(function: Function) -> Scorer:
     """Return a function ``(prompt, answer) -> scores`` as a scorer."""
 
     def score(asked: Sequence[tuple[Row, str]]) -> list[Scores]:
-        return [function(question_of(row), answer) for row, answer in asked]
+        return [_asked(function, question_of(row), answer) for row, answer in asked]
 
     return score
+
+
+def _asked(function: Function, prompt: str, answer: str) -> Scores:
+    try:
+        return function(prompt, answer)
+    except (Exception, SystemExit) as error:  # of the user's code, whatever it does
+        told = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+        name = getattr(function, "__name__", "scorer")
+        raise RecipeError(f"The scorer {name} fails on the answer {answer!r:.50} ({told}). Correct its code.") from None
 
 
 def score_pairs(
@@ -119,9 +127,17 @@ def _read(given: Scores, heads: int | Sequence[str] | None, where: str) -> tuple
     for head, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"{where}: head {head} of the scorer returned {value!r:.40}, expected a number.")
-        if not math.isfinite(value):
-            raise RecipeError(f"{where}: head {head} of the scorer returned {'NaN' if value != value else value}.")
+        if not _is_finite(value):
+            told = "NaN" if value != value else f"{value:.5g}" if isinstance(value, float) else "a number beyond all"
+            raise RecipeError(f"{where}: head {head} of the scorer returned {told}.")
+    if gate is not None and not (isinstance(gate, Sequence) and all(map(_is_finite, gate))):
+        raise RecipeError(f"{where}: the scorer returned the gates {gate!r:.40}, expected finite numbers.")
     return [float(value) for value in values], None if gate is None else [float(x) for x in gate]
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_scores(name: str) -> Scorer:
@@ -138,7 +154,7 @@ def read_scores(name: str) -> Scorer:
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
             if line.strip():
-                row = json.loads(line)
+                row = loads(line)
                 if not isinstance(row, dict) or not {"prompt", "answer", "scores"} <= row.keys():
                     raise CheckpointError(f"{path}, line {number + 1}: expected prompt, answer and scores.")
                 key = str(row["prompt"]).strip(), str(row["answer"]).strip()
@@ -183,6 +199,9 @@ def load_function(name: str) -> Function:
         else:
             module = importlib.import_module(place)
         function: Function = getattr(module, attribute)
-    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
-        raise RecipeError(f"The scorer {name} cannot be loaded: {first_line(error)}") from None
+    except ModicumError:
+        raise
+    except (Exception, SystemExit) as error:  # of the user's code, whatever it does
+        told = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+        raise RecipeError(f"The scorer {name} cannot be loaded: {told}. Correct its code.") from None
     return function

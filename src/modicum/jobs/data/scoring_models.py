@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum import lock
-from modicum.content import cache_folder, fingerprint
+from modicum.borders import MALFORMED, loads
+from modicum.content import cache_folder
 from modicum.durable import write_atomic
 from modicum.errors import CheckpointError, RecipeError, first_line
 from modicum.evaluate.rows import Row, answered, question_of
+from modicum.inputs import look
 from modicum.jobs.data.kinds.preference import SIDES
 from modicum.jobs.data.section import ScorerSection
 from modicum.jobs.data.tokens import encode
 from modicum.jobs.loading.models import load_model, load_tokenizer
 from modicum.jobs.loading.references import resolve_model
 from modicum.random import derive_seed
+from modicum.record import NUMERICS
 from modicum.types import IGNORED
 
 if TYPE_CHECKING:
@@ -230,7 +234,9 @@ def _remembered(
     """
     from xxhash import xxh3_128_hexdigest
 
-    key = [what, fingerprint(resolve_model(reference)), [[answered(row, answer) for row, answer in asked]]]
+    # An adapter's answers are also those of the model beneath.
+    models = list(look([str(resolve_model(reference))]).hashes.values())
+    key = [what, NUMERICS, models, [[answered(row, answer) for row, answer in asked]]]
     file = cache_folder() / "scores" / f"{xxh3_128_hexdigest(json.dumps(key).encode())}.json"
     if (known := _read(file, len(asked))) is not None:
         return known
@@ -244,10 +250,11 @@ def _remembered(
 
 
 def _read(file: Path, count: int) -> list[list[float]] | None:
+    """Return what a file holds; what is no table of numbers for so many answers is computed again."""
     try:
-        known: list[list[float]] = json.loads(file.read_text())
-        return known if len(known) == count else None
-    except (OSError, ValueError, TypeError):
+        known = [[float(number) for number in row] for row in loads(file.read_text())]
+        return known if len(known) == count and all(map(math.isfinite, chain(*known))) else None
+    except (OSError, *MALFORMED):
         return None
 
 

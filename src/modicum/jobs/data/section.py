@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -80,10 +83,26 @@ class ScorerSection(Section):
 
     def inputs(self) -> Iterator[str]:
         """Yield the file, the code or the model that decides the scores."""
-        function = self.function.rpartition(":")[0] if self.function is not None else None
-        if function is not None and not function.endswith(".py"):
-            function = None  # a module of an installed package
-        yield from (name for name in (self.file, function, self.model, self.heads_of) if name is not None)
+        yield from (name for name in (self.file, self.model, self.heads_of) if name is not None)
+        if self.function is not None:
+            place = self.function.rpartition(":")[0]
+            yield from [place] if place.endswith(".py") else _code_of(place)
+
+
+def _code_of(module: str) -> Iterator[str]:
+    """Yield what tells versions of a module apart: that of the package that brings it, else its files."""
+    top = module.partition(".")[0]
+    if distributions := packages_distributions().get(top):
+        yield from (f"{name}=={version(name)}" for name in distributions)
+        return
+    try:
+        spec = find_spec(top)  # a package inside another one would be imported
+    except (ImportError, ValueError):
+        return  # whoever imports it says why it cannot
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        yield from map(str, sorted(Path(folder).rglob("*.py")))
+    if spec is not None and not spec.submodule_search_locations:
+        yield spec.origin or top
 
 
 class Filter(Section):

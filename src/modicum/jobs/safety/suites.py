@@ -40,7 +40,9 @@ class GoalSection(Section):
     def inputs(self) -> Iterator[str]:
         """Yield the file, where it is one."""
         if self.path not in attack_data.GOALS:
-            yield self.path
+            from modicum.jobs.data.section import DataSection
+
+            yield from DataSection(path=self.path).inputs()
 
     def load(self, *, harmful: bool) -> list[Goal]:
         """Return the goals, in drawn order.

@@ -22,6 +22,7 @@ from modicum.evaluate.rows import Rows
 from modicum.jobs.data.made import MADE
 from modicum.jobs.data.made import MADE_SIZE as PAIRS
 from modicum.jobs.data.section import DataSection
+from modicum.jobs.data.sources.local import whole
 from modicum.random import generator
 from modicum.registry import source
 
@@ -197,7 +198,7 @@ def task_examples(
 
 def _saved(section: DataSection, name: str) -> Iterator[str]:
     if "path" in section.config:
-        yield str(section.config["path"])
+        yield from whole(str(section.config["path"]))
     elif name in TASKS and TASKS[name].path:
         yield f"dataset:{TASKS[name].path}"
 
