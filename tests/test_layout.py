@@ -17,7 +17,7 @@ ARCHITECTURES = (
     "falcon", "falcon_h1", "gemma", "gemma3", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj",
     "idefics3", "internvl", "jamba", "lfm2", "llama", "llava", "m2m_100", "mamba", "mamba2", "mixtral",
     "modernbert", "mpt", "opt", "phi", "qwen2_5_vl", "qwen3_moe", "qwen3_vl", "roberta", "rwkv", "t5", "umt5",
-    "whisper", "xglm", "xlnet", "zamba2",
+    "whisper", "xglm", "xlnet", "zamba2", "ctrl", "flaubert", "nemotron_h", "openai-gpt", "t5gemma", "xlm",
 )  # fmt: skip
 
 
@@ -114,6 +114,11 @@ def test_embeddings_come_first_and_heads_last(architecture: str) -> None:
         ("model.embed_tokens_norm.weight", None),
         ("model.embedding_norm.weight", None),
         ("not_lm_head.weight", None),
+        ("led.shared.weight", "embedding"),
+        ("model.language_model.shared.weight", "embedding"),
+        ("language_model.backbone.embeddings.weight", "embedding"),
+        ("decoder.cls.predictions.bias", "head"),
+        ("model.decoder.output_projection.weight", "head"),
         ("lm_head.weight_scale", None),
         ("model.embed_tokens.bias", None),
     ],

@@ -29,21 +29,22 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(
         (
             "embed_tokens", "embed_tokens_per_layer", "wte", "word_embeddings", "word_embedding", "embed_in",
-            "tok_embeddings", "token_embd", "token_embedding",
+            "tok_embeddings", "token_embd", "token_embedding", "tokens_embed",
         ),
         "embedding",
     ),
     **dict.fromkeys(
         (
             "wpe", "embed_positions", "position_embeddings", "position_embedding", "position_embd", "pos_embed",
-            "token_type_embeddings", "relative_attention_bias", "rel_embeddings",
+            "token_type_embeddings", "relative_attention_bias", "rel_embeddings", "positions_embed",
         ),
         "positions",
     ),
     **dict.fromkeys(
         (
             "lm_head", "embed_out", "shared_head.head", "lm_head.decoder", "predictions.decoder", "generator_lm_head",
-            "vocab_projector", "lm_loss",
+            "vocab_projector", "lm_loss", "pred_layer.proj", "lm_head.out_proj", "cls.predictions", "head.decoder",
+            "decoder.output_projection",
         ),
         "head",
     ),
@@ -52,10 +53,23 @@ _ROLES: dict[str, Role] = {
 }  # fmt: skip
 # Short names that mean something else inside a layer or a vision tower, so they count as the whole path only.
 _WHOLE: dict[str, Role] = {
-    **dict.fromkeys(("shared", "model.shared", "backbone.embeddings", "backbone.embedding"), "embedding"),
-    **dict.fromkeys(("rwkv.embeddings", "embeddings", "embedding", "embed"), "embedding"),
+    **dict.fromkeys(("shared", "model.shared", "led.shared", "model.language_model.shared"), "embedding"),
+    **dict.fromkeys(("embeddings", "embedding", "embed", "transformer.w", "cpmant.input_embedding"), "embedding"),
+    **{
+        f"{at}.{name}": "embedding"
+        for at in (
+            "backbone",
+            "rwkv",
+            "transformer",
+            "model",
+            "model.language_model",
+            "language_model.model",
+            "language_model.backbone",
+        )
+        for name in ("embeddings", "embedding")
+    },
     **dict.fromkeys(("output", "language_model.output", "head", "decoder"), "head"),
-    **dict.fromkeys(("proj_out", "output_projection", "cls.predictions", "predictions"), "head"),
+    **dict.fromkeys(("proj_out", "output_projection", "predictions"), "head"),
 }
 _LAYERS = frozenset({"layers", "layer", "h", "blocks", "block", "blk", "resblocks", "albert_layer_groups"})
 # Parts of names that stand before the layers besides the tables themselves.

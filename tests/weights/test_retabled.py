@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modicum.errors import CheckpointError
+from modicum.errors import CheckpointError, UnsupportedError
 from modicum.weights import Checkpoint
-from modicum.weights.mergekit.vocabulary import Vocabulary
-from modicum.weights.retabled import Retabled
+from modicum.weights.mergekit.vocabulary import Vocabulary, with_vocabulary
+from modicum.weights.retabled import Retabled, rows_of
 from modicum.weights.transplant import Transplanted
 
 ROWS = torch.tensor([0, -1])
@@ -47,3 +48,37 @@ def test_a_change_of_the_model_or_of_a_donor_is_noticed(kind: str, changed: str,
         opened.write((tmp_path / "other").read_bytes())
     with pytest.raises(CheckpointError, match=changed):
         made.check()
+
+
+TABLE = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({TABLE: (5, 2), "lm_head.weight": (4, 2)}, "tables of several sizes, 'lm_head.weight' of 4 rows and"),
+        ({TABLE: (5, 2), "qformer.embeddings.word_embeddings.weight": (9, 2)}, "tables of several sizes"),
+        ({TABLE: (5, 2), "final_logits_bias": (1, 5)}, "'final_logits_bias' has 5 entries as its vocabulary"),
+        ({TABLE: (5, 2), "model.values.weight": (5, 3)}, "'model.values.weight' has 5 entries as its vocabulary"),
+        ({"model.odd_table.weight": (5, 2)}, "has no embedding of tokens"),
+    ],
+)
+@pytest.mark.parametrize("source", ["union", "base"])
+def test_what_one_vocabulary_cannot_order_is_refused(
+    shapes: dict[str, tuple[int, ...]], message: str, source: str, tmp_path: Path
+) -> None:
+    models = {name: tmp_path / name for name in ("base", "a")}
+    for words, folder in zip(("abcde", "edcba"), models.values()):
+        folder.mkdir()
+        save_file({name: torch.ones(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        vocabulary = {"model": {"type": "BPE", "vocab": {word: row for row, word in enumerate(words)}, "merges": []}}
+        (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(UnsupportedError, match=message):
+        with_vocabulary({"tokenizer_source": source}, {n: Checkpoint(folder) for n, folder in models.items()}, "base")
+
+
+def test_what_is_as_wide_as_the_vocabulary_is_long_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({TABLE: torch.eye(5), "model.norm.weight": torch.ones(5)}, tmp_path / "model.safetensors")
+    assert rows_of(Checkpoint(tmp_path)) == 5

@@ -37,7 +37,7 @@ from modicum.weights.files import Spec, digest_tensor
 from modicum.weights.mergekit.tokenizers import Converter, read_tokenizer, spelt
 from modicum.weights.mergekit.vocabulary import Result, companions_with
 from modicum.weights.plan import Plan, Source, kept, parse_dtype
-from modicum.weights.retabled import Retabled
+from modicum.weights.retabled import Retabled, rows_of
 
 Way = Literal["omp", "nearest", "mean", "zero"]
 BLOCK = 512  # new tokens at a time
@@ -199,7 +199,7 @@ def plan_transplant(
         if tokenizer is None:
             raise UnsupportedError(f"{each.name} has no tokenizer. Save it beside the model with transformers first.")
     mine, theirs = (_spelt(t, each.name) for each, t in zip((model, donor), tokenizers) if t is not None)
-    size, limit = _rows_of(donor), _rows_of(model)
+    size, limit = rows_of(donor), rows_of(model)
     rows, tokens = torch.full((size,), -1), torch.zeros(size, dtype=torch.bool)
     for token, row in theirs.items():
         if row < size:
@@ -233,15 +233,3 @@ def _spelt(tokenizer: Mapping[str, Any], name: str) -> dict[bytes | str, int]:
     special = {str(each.get("content")) for each in tokenizer.get("added_tokens") or ()}
     ids = token_ids(tokenizer, name)
     return {token if token in special else spelt(token, added): row for token, row in ids.items()}
-
-
-def _rows_of(model: Checkpoint) -> int:
-    """Return how many rows the tables of a model have.
-
-    Raises:
-        UnsupportedError: It has none.
-    """
-    rows = min((model.spec(name).shape[0] for name in model if is_vocabulary(name)), default=0)
-    if not rows:
-        raise UnsupportedError(f"{model.name} has no embedding.")
-    return rows

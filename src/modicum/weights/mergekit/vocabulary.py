@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modicum.borders import check_plain_folder
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
-from modicum.layout import TOKENIZER_FILES, VOCABULARY_FILES, VOCABULARY_PARTS, is_vocabulary
+from modicum.layout import TOKENIZER_FILES, VOCABULARY_FILES, VOCABULARY_PARTS
 from modicum.references import find_model
 from modicum.vocabulary import TOKENIZER, token_ids
 from modicum.weights.adapter import read_json
@@ -32,7 +32,7 @@ from modicum.weights.mergekit.tokenizers import (
     template_of,
     without_template,
 )
-from modicum.weights.retabled import Retabled
+from modicum.weights.retabled import Retabled, rows_of
 from modicum.weights.whole import inside
 
 LARGEST_MULTIPLE = 65_536  # to which rows of a vocabulary are filled up
@@ -194,7 +194,7 @@ def _unify(
     if not isinstance(multiple, int) or not 1 <= multiple <= LARGEST_MULTIPLE:
         raise RecipeError(f"pad_to_multiple_of is {multiple!r:.40}, expected a whole number up to {LARGEST_MULTIPLE}.")
     size = -(-(max(tokens.values()) + 1) // multiple) * multiple
-    rows = {name: _rows(tokens, known[name], size, _table_rows(model)) for name, model in models.items()}
+    rows = {name: _rows(tokens, known[name], size, rows_of(model)) for name, model in models.items()}
     chosen = {tokens[token]: _choice(token, choice, models, known) for token, choice in forced.items()}
     always = [tokens[token] for token, choice in forced.items() if choice.get("force")]
     tables = {name: _vocabulary(name, models, rows, base, chosen, always) for name in models}
@@ -258,11 +258,6 @@ def _rows(tokens: Mapping[str, int], ids: Mapping[str, int], size: int, limit: i
     return rows
 
 
-def _table_rows(model: Checkpoint) -> int:
-    """Return how many rows all vocabulary tables of a model have; its tokenizer may know more tokens."""
-    return min((model.spec(name).shape[0] for name in model if is_vocabulary(name)), default=0)
-
-
 def _vocabulary(
     name: str,
     models: Mapping[str, Checkpoint],
@@ -316,7 +311,7 @@ def _choice(
         row = known.get(model, {}).get(token)
     if model not in models or not isinstance(row, int):
         raise RecipeError(f"tokenizer.tokens[{token!r}]: {source!r} names no token of a model of the file.")
-    limit = _table_rows(models[model])
+    limit = rows_of(models[model])
     if not 0 <= row < limit:
         raise RecipeError(f"tokenizer.tokens[{token!r}]: {model} has {limit} rows, so there is no row {row!s:.40}.")
     return model, row
