@@ -17,7 +17,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,6 +109,26 @@ def hold(path: Path, what: str | Path) -> Iterator[None]:
         # removed by hand end that of the next one.
         if os.getpid() == me.pid and read_owner(path) == me:
             path.unlink(missing_ok=True)
+
+
+def enter(locks: ExitStack, path: Path, what: str | Path) -> bool:
+    """Hold the lock file ``path`` until ``locks`` are closed, unless another one holds it.
+
+    Args:
+        locks: What ends with the work that is locked.
+        path: The lock file; its folder must exist.
+        what: Whatever the lock protects.
+
+    Returns:
+        Whether the work may begin: it is ours, or of an owner that cannot be looked at, who may be dead. What such a
+        one does is done twice rather than never.
+    """
+    try:
+        locks.enter_context(hold(path, what))
+    except HeldError:
+        owner = read_owner(path)
+        return owner is not None and owner.alive() is None
+    return True
 
 
 def read_owner(path: Path, *, tries: int = 50) -> Owner | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -241,7 +241,9 @@ def _remembered(
     if (known := _read(file, len(asked))) is not None:
         return known
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _turn(file.with_name(f".{file.stem}.lock")):
+    with ExitStack() as locks:
+        while not lock.enter(locks, file.with_name(f".{file.stem}.lock"), file.parent):
+            time.sleep(EVERY)
         if (known := _read(file, len(asked))) is not None:
             return known
         found = compute()
@@ -256,19 +258,3 @@ def _read(file: Path, count: int) -> list[list[float]] | None:
         return known if len(known) == count and all(map(math.isfinite, chain(*known))) else None
     except (OSError, *MALFORMED):
         return None
-
-
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Hold a lock once whoever has it is done; of an owner that cannot be looked at nothing is expected."""
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(lock.hold(path, path.parent))
-                break
-            except lock.HeldError:
-                owner = lock.read_owner(path)
-                if owner is not None and owner.alive() is None:
-                    break  # computed twice rather than never
-                time.sleep(EVERY)
-        yield

@@ -126,14 +126,7 @@ class ReferenceStore:
 
     def _locked(self, start: str, locks: ExitStack) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f".{start}.lock"
-        try:
-            locks.enter_context(lock.hold(path, self.folder))
-        except lock.HeldError:
-            owner = lock.read_owner(path)
-            # One that cannot be looked at may be dead: its pairs are computed twice rather than never.
-            return owner is not None and owner.alive() is None
-        return True
+        return lock.enter(locks, self.folder / f".{start}.lock", self.folder)
 
 
 def referenced(
