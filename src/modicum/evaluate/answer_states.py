@@ -1,13 +1,14 @@
-r"""What a model holds in mind while it reads an answer: the mean of its hidden states over the answer's tokens."""
+r"""What a model holds in mind while it reads: the states that enter a block, and their mean over an answer's tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modicum.errors import RecipeError
+from modicum.errors import RecipeError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,26 +65,39 @@ class _ReachedError(Exception):
     """The states that were wanted are there: no further block need run."""
 
 
+def states_entering(block: nn.Module, run: Callable[[], object]) -> Tensor:
+    """Return the hidden states that enter a block; neither it nor what lies behind it computes.
+
+    Args:
+        block: One of a model's blocks, given its states first or by the name ``hidden_states``.
+        run: Does a forward pass of the model.
+
+    Raises:
+        UnsupportedError: The pass ends without the block.
+    """
+    seen: list[Tensor] = []
+
+    def stop(_: object, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(given[0] if given else named["hidden_states"])
+        raise _ReachedError
+
+    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except _ReachedError:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise UnsupportedError(f"the model's pass never comes to the {type(block).__name__} whose input is asked for")
+
+
 def _states(body: PreTrainedModel, layer: int, inputs: dict[str, Any]) -> Tensor:
     """Return the hidden states after some blocks, (n, length, width)."""
     count = body.config.num_hidden_layers
     if not 0 <= layer <= count:
         raise RecipeError(f"There is no layer {layer}, expected 0 to {count}.")
-    stacks = [part for part in body.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count]
+    stacks = [part for part in body.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     if len(stacks) != 1 or layer == count:
         found: Tensor = body(**inputs, output_hidden_states=True).hidden_states[layer]
         return found
-    seen: list[Tensor] = []
-
-    def stop(_: object, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        seen.append(given[0] if given else named["hidden_states"])
-        raise _ReachedError
-
-    hook = stacks[0][layer].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        body(**inputs)
-    except _ReachedError:
-        pass
-    finally:
-        hook.remove()
-    return seen[0]
+    return states_entering(stacks[0][layer], lambda: body(**inputs))

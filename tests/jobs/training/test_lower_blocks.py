@@ -280,6 +280,6 @@ def test_a_pass_without_such_a_block_ends_in_an_error():
     model = tiny_llama(num_hidden_layers=4).eval()
     model.config.num_hidden_layers = 2  # the model's own loop reads it
     pair = Alternatives((5, 6, 7), ((8, 9),))
-    with pytest.raises(UnsupportedError, match="never comes to its block 3"):
+    with pytest.raises(UnsupportedError, match="never comes to the LlamaDecoderLayer"):
         states_below(model, PairCollator(0, shared=False)([pair]), 3)
     assert replace(pair, lower=None) == pair

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modicum.errors import UnsupportedError
+from modicum.evaluate.answer_states import states_entering
 from modicum.layout import layer_of, stacks
 
 
@@ -31,17 +32,8 @@ def begun(model: Any, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
 
 def states_below(model: Any, batch: Mapping[str, Any], below: int) -> Tensor:
     """Return the states that enter block ``below``, (rows, tokens, hidden size); no block from there on computes."""
-
-    def stop(*given: Tensor, **named: Tensor) -> Tensor:
-        raise _Reached(given[0] if given else named["hidden_states"])
-
     read = {key: batch[key].to(model.device) for key in ("input_ids", "position_ids", "attention_mask")}
-    try:
-        with _replaced(blocks_of(model, below), {below: stop}):
-            model(**read, use_cache=False)
-    except _Reached as reached:
-        return reached.states
-    raise UnsupportedError(f"{type(model).__name__} never comes to its block {below}")
+    return states_entering(blocks_of(model, below)[below], lambda: model(**read, use_cache=False))
 
 
 def blocks_of(model: Any, below: int) -> nn.ModuleList:
@@ -74,12 +66,6 @@ def is_above(name: str, below: int) -> bool:
     """
     layer = layer_of(name)
     return layer is not None and layer.number >= below
-
-
-class _Reached(Exception):  # noqa: N818 - nothing went wrong
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
 
 
 class _InPlaceOf(nn.Module):

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-class _Reached(Exception):  # noqa: N818 - no error, but the end of a pass that needs to go no further
-    pass
+from modicum.evaluate.answer_states import states_entering
 
 
 def pooled(
@@ -28,20 +26,8 @@ def pooled(
     The pass ends at the block: what lies behind it is not computed. Neither padding nor other rows count; see
     :func:`real_tokens` for which tokens are padding.
     """
-    found: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
-
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        host(**_inputs(host, input_ids, attention_mask, inputs))
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    states = found[0].to(torch.float64)
+    given = _inputs(host, input_ids, attention_mask, inputs)
+    states = states_entering(block, lambda: host(**given)).to(torch.float64)
     real = real_tokens(host, states, input_ids, attention_mask).to(states)
     if pooling == "mean":
         return ((states * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)).cpu()
