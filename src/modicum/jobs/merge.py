@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import yaml
 from pydantic import AliasChoices, Field, model_validator
 
-from modicum.borders import border, expanded, loads
+from modicum.borders import border, loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
+from modicum.jobs.loading.references import model_and_adapter
 from modicum.jobs.merging.opening import closed, without_dtype
 from modicum.recipe import Recipe, choice, dump
 from modicum.record import Run
@@ -125,16 +126,10 @@ class MergeRecipe(Recipe):
             yield from models_of(self.mergekit)
         yield from ([self.base] if self.base else [])
         for expert in self.experts:
-            yield from filter(None, _model_and_adapter(expert))
+            yield from filter(None, model_and_adapter(expert))
         yield from self.statistics
         for other in tokenizer_of({"tokenizer": self.tokenizer}):
             yield from filter(None, (other.model, other.adapter))
-
-
-def _model_and_adapter(reference: str) -> tuple[str, str | None]:
-    """Take ``model+adapter`` apart, unless the whole is the name of a folder."""
-    model, plus, adapter = reference.partition("+")
-    return (model, adapter) if plus and not expanded(reference).exists() else (reference, None)
 
 
 def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
@@ -165,7 +160,7 @@ def make_plan(recipe: MergeRecipe) -> Plan | LoraPlan:
 
     method: Any = recipe.method
     base = opened(recipe.base) if recipe.base else None
-    experts = [opened(*_model_and_adapter(expert)) for expert in recipe.experts]
+    experts = [opened(*model_and_adapter(expert)) for expert in recipe.experts]
     if recipe.output == "lora":
         if recipe.base_fingerprint is not None:
             check_fingerprint(base, recipe.base_fingerprint)
@@ -229,7 +224,7 @@ def _new_config(plan: Plan) -> bytes | None:
     "merge",
     plan=lambda recipe: make_plan(recipe).describe(),
     distributed=True,
-    makes_like=lambda r: None if r.mergekit or r.tokenizer else r.base or _model_and_adapter(r.experts[0])[0],
+    makes_like=lambda r: None if r.mergekit or r.tokenizer else r.base or model_and_adapter(r.experts[0])[0],
     makes_adapter=lambda recipe: recipe.output == "lora",
     foreseeable=lambda recipe: recipe.output == "model",
 )

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from modicum.borders import expanded
 from modicum.durable import whole_folder
 from modicum.errors import RecipeError
 from modicum.jobs.data.section import DataSection
+from modicum.jobs.loading.references import model_and_adapter
 from modicum.jobs.route_sections import ConflictSection, DistilSection, RouterSection, RuleSection
 from modicum.model_facts import check_centred
 from modicum.recipe import Recipe, choice
@@ -135,8 +135,7 @@ class RouteRecipe(Recipe):
         """Yield the models and the data."""
         yield self.base
         for expert in self.experts.values():
-            model, plus, adapter = expert.partition("+")
-            yield from (model, adapter) if plus and not expanded(expert).exists() else (expert,)
+            yield from (part for part in model_and_adapter(expert) if part is not None)
         for section in (*self.data.values(), *self.unknown.values()):
             yield from section.inputs()
 
@@ -180,11 +179,9 @@ def plan_build(recipe: RouteRecipe) -> Build:
     from modicum.weights.plan import plan_merge
 
     def opened(reference: str) -> Checkpoint:
-        model, plus, adapter = reference.partition("+")
-        apart = plus and not expanded(reference).exists()
-        return Checkpoint(
-            adapter if apart else reference, base=model if apart else None, allow_pickle=recipe.allow_pickle
-        )
+        model, adapter = model_and_adapter(reference)
+        source, base = (model, None) if adapter is None else (adapter, model)
+        return Checkpoint(source, base=base, allow_pickle=recipe.allow_pickle)
 
     base, *experts = aligned([opened(recipe.base), *map(opened, recipe.experts.values())])
     store: Any = recipe.store

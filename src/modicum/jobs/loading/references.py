@@ -61,6 +61,17 @@ def resolve_model(
     return _download(text, allow_pickle=allow_pickle, remote_code=remote_code, weights=weights)
 
 
+def model_and_adapter(reference: str) -> tuple[str, str | None]:
+    """Take ``model+adapter`` apart, unless the whole is the name of a folder.
+
+    Example:
+        >>> model_and_adapter("org/model+org/adapter"), model_and_adapter("org/model"), model_and_adapter("org/model+")
+        (('org/model', 'org/adapter'), ('org/model', None), ('org/model', ''))
+    """
+    model, plus, adapter = reference.partition("+")
+    return (model, adapter) if plus and not expanded(reference).exists() else (reference, None)
+
+
 def revision_of(reference: str) -> str:
     """Return a reference with what tells its versions apart: a builtin's revision, the commit of a Hub id.
 
