@@ -25,7 +25,7 @@ from typing import Any
 FIXED = (1, 2, 4, 8, 16)
 TOKENS = 16
 # The server would else take most of the memory that is free, and mask all of it at every step.
-CACHE = ("--cb-block-size", "32", "--cb-num-blocks", "128", "--cb-max-batch-tokens", "512")
+BATCHING = ("--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", "128", "--cb-max-batch-tokens", "512")
 SERVE = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
 GARAK = """
 import json, sys, time
@@ -46,17 +46,20 @@ print(json.dumps({"seconds": seconds, "answers": sum(bool(one and one[0] and one
 """
 
 
-@contextmanager
-def server(folder: str) -> Iterator[str]:
-    """Serve a model on this machine; yields the address, and ends the server."""
+def free_port() -> int:
+    """Return a port of this machine that nobody listens to."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
+        return int(place.getsockname()[1])
+
+
+@contextmanager
+def server(folder: str, *flags: str) -> Iterator[str]:
+    """Serve a model on this machine with ``transformers serve``; yields the address, and ends the server."""
+    port = free_port()
     words = ["serve", folder, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--device", "cpu"]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, *words, "--continuous-batching", *CACHE], stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen([sys.executable, "-c", SERVE, *words, *flags], stdout=log, stderr=subprocess.STDOUT)
         try:
             for _ in range(300):
                 try:
@@ -71,7 +74,7 @@ def server(folder: str) -> Iterator[str]:
                 raise RuntimeError("the server did not start within five minutes")
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            process.kill()
+            process.kill()  # it keeps nothing, and takes half a minute to end by itself
             process.wait()
 
 
@@ -91,7 +94,7 @@ def endpoint(rounds: int, *, count: int = 96) -> dict[str, Any]:
     sampling = {"generation_config": json.dumps({"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0})}
     fields = {"model": folder, "temperature": 1.0, "top_p": 1.0, "max_tokens": TOKENS, **sampling}
 
-    with server(folder) as url:
+    with server(folder, *BATCHING) as url:
         plain = Endpoint(url, key=None, timeout=600, retries=5)
 
         def ask(text: str) -> int:

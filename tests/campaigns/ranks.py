@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,18 +26,13 @@ from typing import NoReturn
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 
+from benchmarks.speed.endpoint import free_port  # noqa: E402
+
 from campaigns import forked, kills, tally, workshop  # noqa: E402 - after their path
 
 RESULT = ROOT / "benchmarks/results/kills-ranks.json"
 JOBS = ("merge", "train", "train-adapter", "pipeline", "average-search")
 GRACE = 30.0  # seconds that the launcher gives a rank to stop, as torchrun does
-
-
-def free_port() -> int:
-    """Return a port that nobody listens to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command_of(name: str, out: str) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 
 import pytest
 import torch
+from benchmarks.speed.endpoint import free_port
 
 CONTEXT = multiprocessing.get_context("spawn")
 NAMES = ["low", "high"]
@@ -53,9 +53,7 @@ def worker(rank, port, folder, resume, seed, queue):
 
 
 def train(folder, resume=None, seed=0):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     queue = CONTEXT.Queue()
     started = [CONTEXT.Process(target=worker, args=(rank, port, str(folder), resume, seed, queue)) for rank in range(2)]
     for one in started:

@@ -4,13 +4,12 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
+from benchmarks.speed.endpoint import free_port, server
 
 from modicum.errors import CheckpointError
 from modicum.evaluate.chat import ChatRequest, GenParams, user
@@ -21,43 +20,17 @@ from modicum.recipe import parse
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 MODEL = "builtin:smollm2-135m-instruct"
-SERVE = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
 GUIDELINE = """- {id: harm, kind: safety, perspective: others, title: Harm, text: Decline what would hurt somebody.}"""
 
 
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served():
     """Address and name of the model; the server ends with the tests."""
     if importlib.util.find_spec("fastapi") is None:
         pytest.skip("pip install 'modicum[serve]'")
-    folder, port = str(resolve_model(MODEL)), free_port()
-    place = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--device", "cpu"]
-    said = tmp_path_factory.mktemp("server") / "log"
-    with said.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, "serve", folder, *place], stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    pytest.fail(f"the server ended: {said.read_text()[-600:]}")
-                time.sleep(1)
-        else:
-            pytest.fail("the server did not start within four minutes")
-        yield f"http://127.0.0.1:{port}/v1", folder
-    finally:
-        process.kill()  # it keeps nothing, and takes half a minute to end by itself
-        process.wait()
+    folder = str(resolve_model(MODEL))
+    with server(folder) as url:
+        yield url, folder
 
 
 @pytest.fixture(autouse=True)
