@@ -5,7 +5,8 @@ is read, so that intermediate results stay in the processor's first cache. Addit
 path, in its order, each rounded by itself: the results are the same bits.
 
 Numba's cache looks at the file of a function alone: after a change here, delete what it stored of
-:mod:`~modicum.weights.kernels.compiled_selected`, which uses these functions.
+:mod:`~modicum.weights.kernels.compiled_selected` and :mod:`~modicum.weights.kernels.compiled_few`, which use these
+functions; the latter uses one of the former, too.
 
 Tensors come as addresses, since their number and dtypes vary; whoever calls keeps them alive. The bit pattern of a
 float32 without its sign is ordered like the magnitude, so that magnitudes are compared as integers.
@@ -22,6 +23,12 @@ CHUNK = 2048
 
 
 @jit
+def read(half):
+    """Return the number whose bfloat16 has these bits."""
+    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
+
+
+@jit
 def _widen(address, kind, start, out):
     """Read ``len(out)`` numbers from entry ``start`` on."""
     n = len(out)
@@ -29,7 +36,7 @@ def _widen(address, kind, start, out):
     if kind == BFLOAT16:
         halves = carray(pointer(address + 2 * start), n, np.uint16)
         for i in range(n):
-            words[i] = np.uint32(halves[i]) << np.uint32(16)
+            out[i] = read(halves[i])
     elif kind == FLOAT16:
         halves = carray(pointer(address + 2 * start), n, np.uint16)
         for i in range(n):
@@ -80,12 +87,6 @@ def _narrow(row, spare, address, kind, start):
         numbers = carray(pointer(address + 4 * start), n, np.float32)
         for i in range(n):
             numbers[i] = row[i]
-
-
-@jit
-def read(half):
-    """Return the number whose bfloat16 has these bits."""
-    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
 
 
 @jit

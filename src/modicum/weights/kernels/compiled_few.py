@@ -14,6 +14,7 @@ import numpy as np
 
 from modicum.weights.kernels.compiled import CHUNK, _keep, _tally, half_of, read
 from modicum.weights.kernels.compiled_rows import MAGNITUDE, jit
+from modicum.weights.kernels.compiled_selected import tally_variances
 
 
 @jit
@@ -162,11 +163,9 @@ def variances(base, experts, low, high, inside):
     for start in range(0, len(base), CHUNK):
         n = min(CHUNK, len(base) - start)
         _spread(base, experts, np.uint64(start), n, spread)
-        words, some = spread[:n].view(np.int32), np.int32(0)
-        for i in range(n):
-            some = np.int32(some + (words[i] > 0))
+        top, some = tally_variances(spread[:n], low, high, flags, inside, counts)
+        most = np.int32(max(most, top))
         differing += some
-        most = np.int32(max(most, _tally(words, low, high, flags, inside, counts)))
     return counts, most, differing
 
 

@@ -34,6 +34,15 @@ def _room(experts):
 
 
 @jit
+def tally_variances(spread, low, high, flags, inside, counts):
+    """Count a row of variances around a bracket; return the largest pattern, and how many are not zero."""
+    words, some = spread.view(np.int32), np.int32(0)
+    for i in range(len(words)):
+        some = np.int32(some + (words[i] > 0))
+    return _tally(words, low, high, flags, inside, counts), some
+
+
+@jit
 def variances(tensors, kinds, size, low, high, inside):
     """Count around a bracket of the variances; return also the largest pattern, and how many are not zero."""
     n_experts, flags = len(tensors) - 1, np.zeros(CHUNK, np.uint8)
@@ -45,11 +54,9 @@ def variances(tensors, kinds, size, low, high, inside):
         for t in range(n_experts):
             _delta(tensors, kinds, t, start, n, origin, deltas[t])
         _variance(deltas, n, shares, work, mean, spread)
-        words, some = spread[:n].view(np.int32), np.int32(0)
-        for i in range(n):
-            some = np.int32(some + (words[i] > 0))
+        top, some = tally_variances(spread[:n], low, high, flags, inside, counts)
+        most = np.int32(max(most, top))
         differing += some
-        most = np.int32(max(most, _tally(words, low, high, flags, inside, counts)))
     return counts, most, differing
 
 
