@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,17 @@ def strange(value: Any, rng: random.Random) -> Any:
     else:
         target[rng.choice(["", "é", "out"])] = target.pop(place[-1])
     return value
+
+
+def bind(path: Path) -> None:
+    """Make a socket at a path."""
+    here = os.getcwd()  # noqa: PTH109 - the names of sockets are short
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(here)
 
 
 def edit(**changes: Any) -> Damage:

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -156,16 +155,6 @@ def _instead(make: Callable[[Path], Any]) -> Damage:
     return damage
 
 
-def _socket(path: Path) -> None:
-    here = os.getcwd()  # noqa: PTH109 - the names of sockets are short
-    os.chdir(path.parent)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(path.name)
-    finally:
-        os.chdir(here)
-
-
 def _outside(path: Path) -> None:
     (path.parents[1] / "private.txt").write_text("mine")
     path.symlink_to(path.parents[1] / "private.txt")
@@ -204,7 +193,7 @@ ANYWHERE: dict[str, Damage] = {
     "control": _bytes(b'{"\x1b[2Jx": "\x1b]0;y\x07"}'), "surrogate": _bytes(b'{"\\ud800": "\\udfff"}'),
     "large": _bytes(b'{"a": "' + b"x" * (40 << 20) + b'"}'), "many keys": lambda p, _: p.write_text(
         "{" + ",".join(f'"k{i}": {i}' for i in range(400_000)) + "}"), "long line": _bytes(b"x" * (30 << 20)),
-    "pipe": _instead(os.mkfifo), "socket": _instead(_socket), "folder": _instead(Path.mkdir),
+    "pipe": _instead(os.mkfifo), "socket": _instead(bombs.bind), "folder": _instead(Path.mkdir),
     "device": _instead(lambda p: p.symlink_to("/dev/zero")), "random device": _instead(
         lambda p: p.symlink_to("/dev/urandom")), "itself": _instead(lambda p: p.symlink_to(p.name)),
     "link out": _instead(_outside), "nowhere": _instead(lambda p: p.symlink_to("/nowhere/at/all")),

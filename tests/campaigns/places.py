@@ -14,7 +14,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -69,16 +68,6 @@ def _adapter(base: str) -> Make:
 def _ring(place: Path, world: Path) -> None:
     for here, other in ((place, place.with_name(f"{place.name}-2")), (place.with_name(f"{place.name}-2"), place)):
         _adapter(str(other))(here, world)
-
-
-def _socket(place: Path, _: Path) -> None:
-    here = os.getcwd()  # noqa: PTH109 - the names of sockets are short
-    os.chdir(place.parent)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(place.name)
-    finally:
-        os.chdir(here)
 
 
 def _closed(source: str) -> Make:
@@ -180,7 +169,8 @@ KINDS: dict[str, Make] = {
     "quantised": _copy("base", quantization_config=QUANTISED), "other vocabulary": _copy("base", vocab_size=300),
     "gptq": _copy("base", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
     "ring of links": _linked, "link to nowhere": lambda p, _: p.symlink_to("/nowhere/at/all"),
-    "link to a model": lambda p, w: p.symlink_to(w / "one"), "pipe": lambda p, _: os.mkfifo(p), "socket": _socket,
+    "link to a model": lambda p, w: p.symlink_to(w / "one"), "pipe": lambda p, _: os.mkfifo(p),
+    "socket": lambda p, _: bombs.bind(p),
     "device": lambda p, _: p.symlink_to("/dev/zero"), "model with a pipe": _piped,
     "closed folder": _closed("base"), "closed file": _closed("rows.jsonl"),
 }  # fmt: skip
