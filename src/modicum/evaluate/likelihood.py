@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from modicum.errors import RecipeError, UnsupportedError
@@ -52,6 +53,22 @@ def windows(length: int, *, size: int, stride: int, context: int = 1) -> list[Wi
         found.append(Window(max(end - size, 0), scored, end))
         scored = end
     return found
+
+
+def right_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return rows of tokens as one batch, filled up behind, and its mask, both (n, length).
+
+    Example:
+        >>> ids, mask = right_padded([[5], [6, 7]], 0)
+        >>> ids.tolist(), mask.tolist()
+        ([[5, 0], [6, 7]], [[1, 0], [1, 1]])
+    """
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    return ids, mask
 
 
 @torch.inference_mode()
@@ -116,9 +133,7 @@ def _losses(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], chosen: Sequence[Window], pad: int
 ) -> Iterator[float]:
     """Yield the negative log-likelihood of what each window of a batch scores."""
-    length = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=model.device)
+    ids, mask = right_padded(rows, pad, model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     for row, window in enumerate(chosen):
         first, end = window.first - window.start, window.end - window.start

@@ -173,6 +173,7 @@ def _states(recipe: RepresentRecipe, target: LocalHF, prompts: Sequence[Attacked
 
     from modicum.evaluate.chat import ChatRequest
     from modicum.evaluate.generation import generate
+    from modicum.evaluate.likelihood import right_padded
     from modicum.evaluate.representation import hidden_states
 
     ids = [target.tokens(ChatRequest(prompt.messages)) for prompt in prompts]
@@ -184,9 +185,7 @@ def _states(recipe: RepresentRecipe, target: LocalHF, prompts: Sequence[Attacked
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), 8):
         part = order[start : start + 8]
-        width = max(len(ids[i]) for i in part)
-        rows = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in part], device=target.model.device)
-        mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in part], device=rows.device)
+        rows, mask = right_padded([ids[i] for i in part], 0, target.model.device)
         read = hidden_states(target.model, rows, mask, position=recipe.position, layers=[layer])[0].cpu()
         found |= dict(zip(part, read.unbind(), strict=True))
     return torch.stack([found[i] for i in range(len(ids))])

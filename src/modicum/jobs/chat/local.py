@@ -136,6 +136,7 @@ class LocalHF:
         import torch
 
         from modicum.evaluate.answer_states import answer_states
+        from modicum.evaluate.likelihood import right_padded
 
         layer = max(1, round(depth * self.model.config.num_hidden_layers))
         positions = getattr(self.model.config, "max_position_embeddings", None) or 2**40
@@ -149,14 +150,10 @@ class LocalHF:
         found: dict[int, Tensor] = {}
         for start in range(0, len(order), STATES_AT_ONCE):
             part = order[start : start + STATES_AT_ONCE]
-            width = max(sum(map(len, rows[i])) for i in part)
-            ids, mask, answer = (torch.zeros(len(part), width, dtype=torch.long) for _ in range(3))
-            for row, (asked, said) in zip(range(len(part)), (rows[i] for i in part), strict=True):
-                end = len(asked) + len(said)
-                ids[row, :end] = torch.tensor([*asked, *said])
-                mask[row, :end] = answer[row, len(asked) : end] = 1
-            place = self.model.device
-            read = answer_states(self.model, ids.to(place), mask.to(place), answer.to(place), layer=layer)
+            ids, mask = right_padded([[*asked, *said] for asked, said in (rows[i] for i in part)], 0, self.model.device)
+            begins = torch.tensor([[len(rows[i][0])] for i in part], device=ids.device)
+            answer = mask * (torch.arange(ids.shape[1], device=ids.device) >= begins)
+            read = answer_states(self.model, ids, mask, answer, layer=layer)
             found |= dict(zip(part, read.cpu().unbind(), strict=True))
             self.progress(len(part))
         return torch.stack([found[i] for i in range(len(rows))])
