@@ -11,7 +11,7 @@ from pydantic import Field
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.data.section import DataSection
-from modicum.jobs.loading.models import load_model, load_tokenizer, rehearse_loading
+from modicum.jobs.loading.models import in_one_piece, load_model, load_tokenizer, rehearse_loading
 from modicum.patterns import Pattern
 from modicum.recipe import Recipe
 from modicum.record import Run
@@ -65,7 +65,7 @@ def plan(recipe: StatisticsRecipe) -> list[str]:
     checkpoint = Checkpoint(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
     what = {"fisher": "mean squared gradients", "gram": "Gram matrices of the linear layers' inputs"}[recipe.kind]
     model: Any = rehearse_loading(recipe.model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
-    _measured(recipe, getattr(model, "merge_and_unload", lambda: model)(), checkpoint)
+    _measured(recipe, in_one_piece(model), checkpoint)
     return [
         f"{what} of {recipe.model} ({checkpoint.nbytes / 1e6:.0f} MB) on {len(rows)} rows of {recipe.data.path}",
         f"holds at most {max(1, recipe.memory // 10**6)} MB of sums at a time, or those of one tensor",
@@ -110,7 +110,7 @@ def statistics(recipe: StatisticsRecipe, run: Run) -> None:
     tokenizer = load_tokenizer(recipe.model, remote_code=recipe.remote_code)
     size = 1 if recipe.kind == "fisher" else recipe.batch_size
     model = load_model(recipe.model, dtype="float32", device=recipe.device, **options)
-    model = getattr(model, "merge_and_unload", lambda: model)().requires_grad_(False)
+    model = in_one_piece(model).requires_grad_(False)
     # Rows of one length need no padding, whose inputs would enter the products.
     one_length = recipe.kind == "gram"
     batches = load_batches(

@@ -100,9 +100,14 @@ def _load(
         check_weights(folder, allow_pickle=allow_pickle)
     model = _load_whole(whole, **shared, **options)
     for folder in reversed(adapters):
-        model = getattr(model, "merge_and_unload", lambda base=model: base)()  # PEFT would mix up two of one name
-        model = _with_adapter(model, folder, trainable=trainable)
+        # PEFT would mix up two adapters of one name.
+        model = _with_adapter(in_one_piece(model), folder, trainable=trainable)
     return model
+
+
+def in_one_piece(model: Any) -> Any:
+    """Return a model with its adapter merged into it; one without an adapter as it is."""
+    return getattr(model, "merge_and_unload", lambda: model)()
 
 
 def looped_model(model: Any, ref: str) -> Any:
@@ -117,7 +122,7 @@ def looped_model(model: Any, ref: str) -> Any:
     """
     from modicum.models.zero_token.model import ZeroTokenForCausalLM
 
-    whole = getattr(model, "merge_and_unload", lambda: model)()
+    whole = in_one_piece(model)
     if not isinstance(whole, ZeroTokenForCausalLM):
         raise UnsupportedError(f"{ref} is no looped model. Convert one first: model.convert of a train job.")
     return whole
