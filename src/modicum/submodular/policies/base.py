@@ -18,9 +18,8 @@ from modicum.submodular.draws import keys, rounds_of_uniform, seeds_of
 from modicum.submodular.functions.base import Objective, SetFunction, check_empty, refuse_falling, trusted
 from modicum.submodular.partition import Blocks, Partition
 
-AHEAD = (
-    1 << 13
-)  # numbers that are drawn for rounds to come, which depend on names alone: one call costs as much as many
+# Numbers that are drawn for rounds to come, which depend on names alone: one call costs as much as many.
+AHEAD = 1 << 13
 
 
 class Policy:
