@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -107,6 +108,21 @@ def test_an_owner_that_cannot_be_seen_is_refused_with_the_way_out(tmp_path, chan
     path.unlink()
     with lock.hold(path, "the folder"):
         pass
+
+
+def test_work_begins_where_the_lock_is_ours_or_its_owner_cannot_be_seen(tmp_path, sleeper):
+    path = tmp_path / ".lock"
+    with ExitStack() as locks:
+        assert lock.enter(locks, path, tmp_path) and path.exists()
+        assert not lock.enter(locks, path, tmp_path)
+    assert not path.exists()
+    left_by(path, pid=sleeper.pid, started=lock._start_of(sleeper.pid))
+    with ExitStack() as locks:
+        assert not lock.enter(locks, path, tmp_path)
+    left_by(path, machine="another")
+    with ExitStack() as locks:
+        assert lock.enter(locks, path, tmp_path)
+    assert path.exists()
 
 
 def test_a_file_that_is_no_lock_is_said_to_be_none(tmp_path, monkeypatch):

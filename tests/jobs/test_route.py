@@ -274,6 +274,7 @@ def test_an_evaluation_routes_every_prompt(parts, tmp_path, monkeypatch, kind):
         (lambda r: r["data"].update(low={"path": r["data"]["low"], "size": 2}), "data.low has 2 prompts"),
         (lambda r: r["data"].update(low=r["data"]["low"].replace("low", "text")), "holds text rows"),
         (lambda r: r.update(base="/nowhere"), "nowhere"),
+        (lambda r: r["experts"].update(low=r["base"] + "+"), r"\+' names no adapter, expected model\+adapter"),
         (lambda r: r.update(router=None, variants=["top1"]), "variants.*router is null"),
         (lambda r: r.update(router=None, selection="soft"), "selection.*router is null"),
         (lambda r: r.update(distil={}, store="magnitude"), "distil fits the sizes that store: sign keeps"),

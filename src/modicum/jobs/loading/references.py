@@ -64,12 +64,19 @@ def resolve_model(
 def model_and_adapter(reference: str) -> tuple[str, str | None]:
     """Take ``model+adapter`` apart, unless the whole is the name of a folder.
 
+    Raises:
+        CheckpointError: One of the two is empty.
+
     Example:
-        >>> model_and_adapter("org/model+org/adapter"), model_and_adapter("org/model"), model_and_adapter("org/model+")
-        (('org/model', 'org/adapter'), ('org/model', None), ('org/model', ''))
+        >>> model_and_adapter("org/model+org/adapter"), model_and_adapter("org/model")
+        (('org/model', 'org/adapter'), ('org/model', None))
     """
     model, plus, adapter = reference.partition("+")
-    return (model, adapter) if plus and not expanded(reference).exists() else (reference, None)
+    if not plus or expanded(reference).exists():
+        return reference, None
+    if not model or not adapter:
+        raise CheckpointError(f"{reference!r} names no {'adapter' if model else 'model'}, expected model+adapter.")
+    return model, adapter
 
 
 def revision_of(reference: str) -> str:
