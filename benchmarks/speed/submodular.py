@@ -1,6 +1,6 @@
 """Speed of coordination: a round of each policy, batches of worlds, growth with the agents, greedy beside peers.
 
-    python -m benchmarks.speed.submodular [--parts round worlds growth greedy features peers]
+    python -m benchmarks.speed.submodular [--parts round worlds growth greedy features peers accelerator]
 
 Adds the parts to ``benchmarks/results/submodular-speed.json``. One thread. Each figure is there as the median and the
 fastest of several repeats, in wall and in processor time; a busy machine inflates the fastest least. The peers are
@@ -65,21 +65,30 @@ def median(work: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def played(
-    name: str, *, agents: int = N, rows: int = M, actions: int = K, worlds: int | None = None, W: Any = None
+    name: str,
+    *,
+    agents: int = N,
+    rows: int = M,
+    actions: int = K,
+    worlds: int | None = None,
+    W: Any = None,
+    device: str = "cpu",
 ) -> Any:
     """Return a function that plays one round on a fresh objective, from the middle of a run."""
     rng = np.random.default_rng(0)
     shape = (rows, agents * actions) if worlds is None else (worlds, rows, agents * actions)
-    values = [torch.from_numpy(rng.random(shape)) for _ in range(8)]
+    values = [torch.from_numpy(rng.random(shape)).to(device) for _ in range(8 if device == "cpu" else 2)]
     seed = 0 if worlds is None else list(range(worlds))
     W = metropolis_weights(complete(agents)) if W is None else W
-    policy = make_policy(name, [actions] * agents, W=W, horizon=1000, seed=seed, knobs=KNOBS[name])
+    policy = make_policy(name, [actions] * agents, W=W.to(device), horizon=1000, seed=seed, knobs=KNOBS[name])
     turn = [0]
 
     def work() -> None:
         turn[0] += 1
         policy.act()
-        policy.update(FacilityLocation(values[turn[0] % 8]))
+        policy.update(FacilityLocation(values[turn[0] % len(values)]))
+        if device != "cpu":
+            torch.cuda.synchronize()
 
     for _ in range(20):
         work()
@@ -159,6 +168,18 @@ def part_worlds() -> dict[str, Any]:
         for name in ("ma_osma", "ma_spl"):
             timed = median(played(name, worlds=worlds), 20)
             found[f"{name}, {worlds}"] = {key: value / worlds for key, value in timed.items()}
+    return found
+
+
+def part_accelerator() -> dict[str, Any]:
+    """Worlds a second on an accelerator, beside one thread of this machine's processor with 64 worlds at once."""
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    for name in ("ma_osma", "ma_spl"):
+        thread = 64e3 / median(played(name, worlds=64), 20)["wall_ms"]
+        found[name] = {"one thread": thread}
+        for worlds in (256, 1024, 4096):
+            there = worlds * 1e3 / median(played(name, worlds=worlds, device="cuda"), 10)["wall_ms"]
+            found[name][str(worlds)] = {"worlds a second": there, "times one thread": there / thread}
     return found
 
 

@@ -137,6 +137,7 @@ def measure(
     seed: int,
     leave_out: Sequence[str] = (),
     iters: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, dict[str, Any]]:
     """Return what each rule chose, and what came of it on the reporting data.
 
@@ -149,9 +150,10 @@ def measure(
         seed: Of the draws.
         leave_out: Learnt rules that would take too long.
         iters: Of searches that go by the gradient; their own number when not given.
+        device: Where means are made.
     """
-    n = len(states)
-    judge, found = Landscape(loss, states, held_out), dict[str, dict[str, Any]]()
+    n, along = len(states), partial(Landscape, device=device)
+    judge, found = along(loss, states, held_out), dict[str, dict[str, Any]]()
     for name, grid in rules(n).items():
         began, tries = time.perf_counter(), []
         for method, knobs, given in grid:
@@ -169,7 +171,7 @@ def measure(
         if name in leave_out:
             continue
         began = time.perf_counter()
-        landscape = Landscape(loss, states, batches, held_out)
+        landscape = along(loss, states, batches, held_out)
         if iters is not None and method in ("sewa", "simplex"):
             knobs = knobs | {"iters": iters}
         free = choose(states, method=method, landscape=landscape, fallback=False, seed=seed, **knobs)
@@ -181,11 +183,11 @@ def measure(
                 found[f"{name}, tuned guard" if tuned else f"{name}, guard"] = cell
         if name == "sewa, k auto" and SAME not in leave_out:
             began, budget = time.perf_counter(), free.passes["values"] + BACKWARD * free.passes["gradients"]
-            again = Landscape(loss, states, batches, held_out)
+            again = along(loss, states, batches, held_out)
             found[SAME] = _cell(greedy_within(again, budget, seed), report, began) | {"passes": dict(again.counts)}
     if HELD_OUT not in leave_out:  # the same search on the guard's data: what choosing on training data costs
         began = time.perf_counter()
-        free = choose(states, method="sewa", landscape=Landscape(loss, states, held_out), fallback=False, seed=seed)
+        free = choose(states, method="sewa", landscape=along(loss, states, held_out), fallback=False, seed=seed)
         found[HELD_OUT] = _cell(free.coefficients, report, began, choice=free)
     return found
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarks.claims.sewa.arms import HELD_OUT, LEARNT, measure, run_study
 
 from modicum.jobs import execute
@@ -28,6 +29,7 @@ TASK = {
 N, EVERY, STEPS, ITERS = 8, 3, 48, 40
 RATES = {"calm": 5e-4, "fast": 3e-3}
 ROWS = {"train": 192, "selection": 16, "guard": 16, "report": 64}
+DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 KEPT = ("greedy", "sewa, k auto, no exchanges", "quadratic, k auto", "quadratic")
 
 
@@ -53,13 +55,14 @@ def work(rate: str, seed: int) -> dict[str, Any]:
         states = [Checkpoint(plain / f"checkpoints/checkpoint-{STEPS - EVERY * back}") for back in range(N)][::-1]
         recipe: Any = parse({
             "job": "average", "checkpoints": [str(plain / "checkpoints")], "method": "quadratic", "batch_size": 4,
+            "device": DEVICE,
             "data": TASK | {"size": ROWS["selection"], "seed": seed},
             "held_out": TASK | {"split": "test", "size": ROWS["guard"], "seed": seed + 100},
         })  # fmt: skip
         made = make_landscape(recipe, states, print)
         section = DataSection(**TASK, split="test", size=ROWS["report"], seed=seed + 200)
         rows = load_batches(section, load_tokenizer(MODEL), batch_size=16, seed=seed)
-        reporting = Landscape(made.function, states, rows)
+        reporting = Landscape(made.function, states, rows, device=DEVICE)
         arms = measure(
             states,
             made.function,
@@ -69,8 +72,11 @@ def work(rate: str, seed: int) -> dict[str, Any]:
             seed=seed,
             leave_out=[*(name for name in LEARNT if name not in KEPT), HELD_OUT],
             iters=ITERS,
+            device=DEVICE,
         )
-        arms["decay over the window"] = {"loss": round(Landscape(made.function, [decayed], rows).value([1.0]), 6)}
+        arms["decay over the window"] = {
+            "loss": round(Landscape(made.function, [decayed], rows, device=DEVICE).value([1.0]), 6)
+        }
         single = [round(reporting.value([float(i == j) for j in range(N)]), 4) for i in range(N)]
     return {"regime": rate, "seed": seed, "single": single, "arms": arms}
 

@@ -16,7 +16,8 @@ from modicum.random import generator
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors
 from modicum.weights.kernels import fused
-from modicum.weights.kernels.blocks import fold, working_dtype
+from modicum.weights.kernels.accelerator import own_stream, placed
+from modicum.weights.kernels.blocks import brought_back, fold, working_dtype
 from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.plan import Plan, Step, plan_merge
 from modicum.weights.stream import SHARD_BYTES, cores, map_tensors, names_by_size, run_all
@@ -36,7 +37,7 @@ def run_step(
         found: What a survey of the whole model found for this step.
 
     Returns:
-        The tensor, and what was measured about its experts.
+        The tensor, in memory, and what was measured about its experts.
 
     Raises:
         CheckpointError: An input or the result holds NaN or infinity, or a non-floating tensor differs between models.
@@ -44,7 +45,14 @@ def run_step(
     tensors = [source.read() for source in step.models]
     if not tensors[0].is_floating_point():
         return _same(step, tensors), {}
-    tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    with own_stream(device):
+        made, measured = _run_there(step, [placed(tensor, device) for tensor in tensors], seed, device, found)
+        return made if made.device.type == "cpu" else brought_back(made), measured
+
+
+def _run_there(
+    step: Step, tensors: Sequence[Tensor], seed: int, device: str, found: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
     origin, experts = tensors[0], tensors[1:] if step.base else tensors
     refuse_non_finite(step.name, tensors, [source.model for source in step.models])
     measured = compare(origin, experts) if step.compared else {}
@@ -63,7 +71,7 @@ def run_step(
         if "report" in asked:
             supplied["report"] = reports
         if step.statistics:
-            supplied["statistics"] = [source.read().to(device) for source in step.statistics]
+            supplied["statistics"] = [placed(source.read(), device) for source in step.statistics]
             refuse_non_finite(step.name, supplied["statistics"], [source.model for source in step.statistics])
         try:
             with np.errstate(all="ignore"):  # what overflows is refused below, by name
@@ -98,9 +106,10 @@ def survey(plan: Plan, *, workers: int | None = None) -> dict[str, Mapping[str, 
         def each(look: Look, table: Mapping[str, Step] = table) -> dict[str, Any]:
             def one(name: str) -> Any:
                 models = table[name].models
-                tensors = [source.read().to(plan.device) for source in models]
-                refuse_non_finite(name, tensors, [source.model for source in models])
-                return look(tensors[0], tensors[1:])
+                with own_stream(plan.device):
+                    tensors = [placed(source.read(), plan.device) for source in models]
+                    refuse_non_finite(name, tensors, [source.model for source in models])
+                    return look(tensors[0], tensors[1:])
 
             order = names_by_size({name: step.spec for name, step in table.items()})
             seen = dict(run_all(one, order, workers=workers or cores()))
@@ -175,7 +184,7 @@ def merge_state_dicts(
 
     def one(name: str) -> Tensor:
         tensor, _ = run_step(steps[name], seed=seed, device=device, found=found.get(name, {}))
-        return tensor.cpu() if tensor.is_floating_point() else tensor.cpu().clone()
+        return tensor if tensor.is_floating_point() else tensor.clone()
 
     merged = dict(run_all(one, names_by_size({name: step.spec for name, step in steps.items()}), workers=cores()))
     return {name: merged[name] for name in steps}

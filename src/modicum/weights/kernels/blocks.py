@@ -21,6 +21,7 @@ from modicum.errors import RecipeError
 from modicum.weights.kernels import fused
 
 BLOCK = 1 << 17  # entries; with three experts the working set is about 3 MB
+WIDE = 1 << 24  # on an accelerator, whose kernels take longer to start than to do what a cache holds
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
@@ -68,6 +69,11 @@ def block_size(base: Tensor, row: int, size: int = BLOCK) -> int:
     return min(max(1, size // row) * row, base.numel())
 
 
+def wide(base: Tensor) -> int:
+    """Return the size of block that suits the device, for what does not depend on where a block ends."""
+    return BLOCK if base.device.type == "cpu" else WIDE
+
+
 def deltas_in_turn(
     base: Tensor, experts: Sequence[Tensor], *, size: int = BLOCK
 ) -> Iterator[tuple[slice, Tensor, Iterator[Tensor]]]:
@@ -104,10 +110,20 @@ def result_in(out: Tensor | None) -> Iterator[None]:
 def result_like(base: Tensor) -> Tensor:
     """Return memory for a result of the shape and dtype of ``base``; where :func:`result_in` says, if it fits."""
     out: Tensor | None = getattr(_place, "out", None)
+    if out is None or out.device != base.device:  # what an accelerator makes goes there at the end
+        return torch.empty_like(base, memory_format=torch.contiguous_format)
     _place.out = None  # once: a method that folds twice needs two
-    if out is not None and (out.shape, out.dtype, out.device) == (base.shape, base.dtype, base.device):
-        return out
-    return torch.empty_like(base, memory_format=torch.contiguous_format)
+    fits = (out.shape, out.dtype) == (base.shape, base.dtype)
+    return out if fits else torch.empty_like(base, memory_format=torch.contiguous_format)
+
+
+def brought_back(result: Tensor) -> Tensor:
+    """Return the result of an accelerator in memory; where :func:`result_in` says, if it fits."""
+    out: Tensor | None = getattr(_place, "out", None)
+    if out is None or (out.shape, out.dtype) != (result.shape, result.dtype):
+        return result.cpu()
+    _place.out = None
+    return out.copy_(result)
 
 
 def fold(
@@ -136,8 +152,8 @@ def fold(
         sizes = [len(block) for block in torch.split(base.view(-1), block_size(base, row))]
         fused.fold(base, experts, parts, out, share=share, sizes=sizes)
         return out
-    flat = out.view(-1)
-    for where, origin, deltas in delta_blocks(base, experts, row=row):
+    flat, size = out.view(-1), BLOCK if parts is None or parts.factors is not None else wide(base)
+    for where, origin, deltas in delta_blocks(base, experts, row=row, size=size):
         merged = kernel(deltas)
         flat[where] = (origin if share == 1 else origin.mul_(share)).add_(merged)
     return out

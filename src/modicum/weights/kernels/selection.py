@@ -1,7 +1,7 @@
 """The k-th largest magnitude of a delta, or of what is made of several, exactly, without sorting it or holding it.
 
 A random sample brackets the value; one pass counts what lies above the bracket and keeps what lies in it. Comparisons
-and picks are NumPy's on the CPU, where they are ten times faster than torch's.
+and picks are NumPy's on the CPU, where they are ten times faster than torch's, and torch's on an accelerator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modicum.weights.kernels import fused
-from modicum.weights.kernels.blocks import delta_blocks
+from modicum.weights.kernels.blocks import delta_blocks, wide
 
 SMALL = 1 << 16  # entries up to which a tensor is looked at whole
 Array: TypeAlias = NDArray[Any]
@@ -82,7 +82,7 @@ def find_cuts(
             are not negative, for each of which ``keeps`` has an item.
     """
     n = base.numel()
-    if n <= SMALL or base.device.type != "cpu":
+    if n <= SMALL:
         rows = (_row(base, experts, measure, i) for i in range(len(keeps)))
         return [[_cut_of(numbers, k) for k in ks] for numbers, ks in zip(rows, keeps)]
     where = _sample(n)
@@ -95,10 +95,10 @@ def find_cuts(
     if found is not None:
         counts = [[_Counts(c.low, c.high, f[:3], f[3:]) for c, f in zip(*pair)] for pair in zip(counts, found)]
     else:
-        for _, _, deltas in delta_blocks(base, experts):
+        for _, _, deltas in delta_blocks(base, experts, size=wide(base)):
             for several, numbers in zip(counts, measure(deltas)):
                 for count in several:
-                    count.add(numbers.numpy())
+                    count.add(numbers)
     # A sample that missed the value costs a second look at the whole, which is rare.
     return [
         [count.cut(k) or _cut_of(_row(base, experts, measure, i), k) for count, k in zip(several, ks)]
@@ -158,12 +158,12 @@ def _sample(n: int) -> Tensor:
 
 
 def _look(tensor: Tensor, where: Tensor) -> Tensor:
-    return tensor.reshape(-1).index_select(0, where)  # a third of the time that indexing takes
+    return tensor.reshape(-1).index_select(0, where.to(tensor.device))  # a third of the time that indexing takes
 
 
 def _brackets(sample: Tensor, keeps: Sequence[int], n: int) -> list[tuple[float, float]]:
     """Return for each k two magnitudes between which the k-th largest of ``n`` lies, five standard deviations sure."""
-    size, ordered = len(sample), np.sort(sample.numpy())
+    size, ordered = len(sample), np.sort(sample.cpu().numpy())
     brackets = []
     for k in keeps:
         share = k / n
@@ -181,7 +181,11 @@ class _Counts:
         self.above, self.at_high, self.at_low = ends
         self.inside = list(inside)
 
-    def add(self, magnitudes: Array) -> None:
+    def add(self, row: Tensor) -> None:
+        if row.device.type != "cpu":
+            self._add_there(row)
+            return
+        magnitudes = row.numpy()
         # Numbers of the checkpoint's few bits leave many deltas equal to an end of the bracket: these are only counted.
         above, from_high = magnitudes > self.high, magnitudes >= self.high
         above_count, from_high_count = np.count_nonzero(above), np.count_nonzero(from_high)
@@ -193,6 +197,17 @@ class _Counts:
         self.at_low += int(np.count_nonzero(magnitudes >= self.low) - np.count_nonzero(above_low))
         # Few lie between: their places are found faster than a mask of all is applied.
         self.inside.append(magnitudes[np.flatnonzero(above_low ^ from_high)])
+
+    def _add_there(self, magnitudes: Tensor) -> None:
+        """Count on an accelerator, and bring over what lies inside."""
+        ends = [(magnitudes > self.high), (magnitudes == self.high), (magnitudes == self.low)]
+        above, at_high, at_low = torch.stack([torch.count_nonzero(end) for end in ends]).tolist()
+        self.above += above
+        self.at_high += at_high
+        if self.low == self.high:
+            return
+        self.at_low += at_low
+        self.inside.append(magnitudes[(magnitudes > self.low) & (magnitudes < self.high)].cpu().numpy())
 
     def cut(self, k: int) -> Cut | None:
         """Return the cut at the k-th largest, or ``None`` when it lies outside the bracket."""
