@@ -23,7 +23,7 @@ _TIED = frozenset(
     }
 )  # fmt: skip
 # Whose class counts the visits of its layers.
-_SHARED_LAYERS = frozenset({"albert", "zero_token"})
+_SHARED_LAYERS = frozenset({"albert", "hrm_text", "zero_token"})
 # Whose class stores the matrices of experts as (inputs, outputs).
 _TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 

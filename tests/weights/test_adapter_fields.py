@@ -194,6 +194,16 @@ def test_unknown_starts_and_fields_are_refused(base: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_biases_of_modules_that_are_stored_whole_stand_there_under_three_names(base: Path, tmp_path: Path) -> None:
+    save(base, tmp_path, {"bias": "all", "modules_to_save": ["k_proj"]})
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert {"k_proj.bias", "modules_to_save.bias", "original_module.bias"} <= {
+        ".".join(name.split(".")[-2:]) for name in names
+    }
+    assert check(base, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("said", [True, False])
 def test_square_matrices_of_gpt2_are_turned_whatever_the_adapter_says(tmp_path: Path, said: bool) -> None:
     config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)

@@ -66,6 +66,7 @@ RIGHT = [
     (("0", "1", "mtp.layers.0.w"), {"num_hidden_layers": 2}),
     (("0", "1", "model.vision_tower.layers.3.w"), {"num_hidden_layers": 2}),
     (("0",), {"num_hidden_layers": 12, "model_type": "albert"}),
+    (("H.layers.0.w", "L.layers.0.w"), {"num_hidden_layers": 4, "num_layers_per_stack": 1, "model_type": "hrm_text"}),
     (("0", "2"), {"num_hidden_layers": 3, "auto_map": {"AutoConfig": "x.y"}}),
     (("encoder.block.0.w", "decoder.block.0.w", "decoder.block.1.w"), {"num_layers": 1, "num_decoder_layers": 2}),
 ]

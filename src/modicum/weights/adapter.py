@@ -46,6 +46,8 @@ UNDERSTOOD = frozenset(
         "enable_lora", "merge_weights", "unsloth_version",
     }
 )  # fmt: skip
+# Under `bias: all`, PEFT also writes the biases of modules that are stored whole by the names of its own wrapper.
+WRAPPED = re.compile(r"\.(?:modules_to_save|original_module)\.(?=bias$)")
 UNSHIFTED = ("gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
 REBUILT = ("pissa", "olora")  # starts whose shift follows from the base's weight alone
 GAP = 1e-5  # of the largest singular value: between closer ones, rounding decides which directions PiSSA takes
@@ -209,7 +211,7 @@ class Adapter:
                     f"{self.owner}: tensor {key!r} is more than a low-rank delta. "
                     "Merge it into its base with PEFT first."
                 )
-            else:
+            elif (plain := WRAPPED.sub(".", key)) == key or plain not in tensors:  # else it stands there once more
                 replaced[name.replace(".base_layer.", ".")] = tensor
         for module, embedding in list(pairs):
             own = module.removesuffix(".base_layer")
