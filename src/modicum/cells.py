@@ -38,7 +38,9 @@ class Store(Protocol):
     def __setitem__(self, key: str, cell: Cell, /) -> None: ...
 
 
-def once(store: Store, key: str, measure: Measure, *, claims: Path | None = None) -> Cell | None:
+def once(
+    store: Store, key: str, measure: Measure, *, claims: Path | None = None, check: Callable[[], None] = lambda: None
+) -> Cell | None:
     """Return the stored cell of ``key``, or measure and store it now.
 
     Args:
@@ -46,6 +48,7 @@ def once(store: Store, key: str, measure: Measure, *, claims: Path | None = None
         key: Which cell.
         measure: Gives the cell; the seconds that it takes are added as ``seconds``, unless the cell has its own.
         claims: Folder of the claims, which all processes that fill the store share; ``None`` where one works alone.
+        check: Called before a cell is stored; what it raises, as of an input that changed, keeps the cell out.
 
     Returns:
         The cell, or ``None`` while another process measures it.
@@ -63,6 +66,7 @@ def once(store: Store, key: str, measure: Measure, *, claims: Path | None = None
         if key not in store:  # another process may have finished it while this one asked for the claim
             began = time.monotonic()
             found = measure()
+            check()
             store[key] = found if "seconds" in found else {"seconds": round(time.monotonic() - began, 3), **found}
         return store[key]
 
@@ -74,6 +78,7 @@ def fill(
     minutes: float = math.inf,
     claims: Path | None = None,
     tell: Callable[[str, Cell], None] = lambda *_: None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Measure the cells that are not stored yet, in their order.
 
@@ -83,6 +88,7 @@ def fill(
         minutes: No cell is begun after so many.
         claims: See :func:`once`.
         tell: Called with the key and cell that was just stored.
+        check: See :func:`once`.
 
     Returns:
         Keys of the cells that are still left: too late, or measured by others at this moment.
@@ -97,7 +103,7 @@ def fill(
     for key, measure in wanted.items():
         if key in store:
             continue
-        cell = None if time.monotonic() > until else once(store, key, measure, claims=claims)
+        cell = None if time.monotonic() > until else once(store, key, measure, claims=claims, check=check)
         if cell is None:
             left.append(key)
         else:

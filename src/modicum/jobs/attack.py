@@ -161,7 +161,9 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     attacker: Any = None
     if recipe.attacker is not None:  # asked once for each goal and suite, whatever the targets and kills
         attacker = open_target(recipe.attacker, sampled=False)
-        attacker = Cached(attacker, run.folder / "reworded.jsonl", revision=run.hash, packed=True)
+        attacker = Cached(
+            attacker, run.folder / "reworded.jsonl", revision=run.hash, packed=True, check=run.inputs.check
+        )
     params = GenParams(temperature=recipe.temperature or 1.0, top_p=recipe.top_p, max_tokens=recipe.max_new_tokens)
     how = recipe.how
     known = None if recipe.transcripts is None else read_transcripts(recipe.transcripts)
@@ -179,7 +181,10 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
                 model = Transcribed(target.called, known, lambda: open_target(target, sampled=recipe.samples > 1))
             if recipe.samples > 1:
                 require_sampling(model)
-            verdicts = Verdicts(folder / f"{name}.jsonl", save_completions=recipe.save_completions)
+            run.inputs.check()
+            verdicts = Verdicts(
+                folder / f"{name}.jsonl", save_completions=recipe.save_completions, check=run.inputs.check_mapped
+            )
             tell = teller(run, f"{name}: answers judged")
             opened[name] = Drawing(
                 model, judge, verdicts, params=params, seed=recipe.seed, system=target.system, tell=tell
@@ -217,7 +222,8 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
             f"requests refused: harmful {cell['refused']['value']:.2f}, harmless {cell['over_refusal']['value']:.2f}"
         )
 
-    fill(cells, {key: lambda pair=pair: measure(*pair) for key, pair in keys.items()}, tell=tell)  # type: ignore[misc]
+    wanted = {key: lambda pair=pair: measure(*pair) for key, pair in keys.items()}
+    fill(cells, wanted, tell=tell, check=run.inputs.check_mapped)
     found = [cells[key] for key in keys]
     sections = (recipe.goals, recipe.benign, *([recipe.trained_on] if recipe.trained_on else []))
     used = [section.path for section in sections if section.path in attack_data.GOALS]

@@ -243,10 +243,12 @@ def decide(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], run: Run) -
         found = read_json(path, str(run.folder), "Delete it and run again.") if run.main and path.exists() else {}
         found = processes.broadcast_object(found)
         if found.get("hash") != run.hash:
-            journal = Journal(answers, run.hash)
+            journal = Journal(answers, run.hash, check=run.inputs.check_mapped)
             landscape = make_landscape(recipe, checkpoints, run, journal)
+            run.inputs.check()
             choice = choose(checkpoints, landscape=landscape, fallback=recipe.fallback, **wanted)
             found = {"hash": run.hash, "choice": asdict(choice), "measured": measure(recipe, landscape, choice)}
+            run.inputs.check_mapped()
             if overlap:
                 found["measured"]["measured_on"] = "held_out and data"
             if run.main:

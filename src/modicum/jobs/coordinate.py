@@ -228,6 +228,7 @@ def coordinate(recipe: CoordinateRecipe, run: Run) -> None:
     from modicum.submodular.graphs import metropolis_weights, second_modulus
 
     found = Comparison(recipe)
+    run.inputs.check()
     store = Folder(run.folder / "cells")
     if not found.predicts and any(recipe.hints):
         run.note("The application has no prediction: hints are left out.")
@@ -246,13 +247,13 @@ def coordinate(recipe: CoordinateRecipe, run: Run) -> None:
     }
     with _bar(len(tuning) + len(playing), quiet=run.quiet) as on:
         on(sum(key in store for key in (*tuning, *playing)))
-        fill(store, tuning, tell=lambda *_: on(1))
+        fill(store, tuning, tell=lambda *_: on(1), check=run.inputs.check_mapped)
 
         def tell(key: str, cell: Cell) -> None:
             on(1)
             run.say(f"{key}: {_mean(cell):.4g}")
 
-        fill(store, playing, tell=tell)
+        fill(store, playing, tell=tell, check=run.inputs.check_mapped)
     cells = [dict(store[key]) for key in playing]
     frames = [{"graph": c["graph"], "label": c["label"], "frames": c.pop("frames")} for c in cells]
     for cell in cells:

@@ -75,7 +75,8 @@ def export(recipe: ExportRecipe, run: Run) -> None:
     plain = unroll(model, n_cycles=recipe.n_cycles)
     columns = zero_columns(model, n_cycles=recipe.n_cycles) if model.config.zero_token else None
     tokenizer = load_tokenizer(recipe.model)
-    with whole_folder(run.folder / "model") as folder:
+    run.inputs.check()
+    with whole_folder(run.folder / "model", check=run.inputs.check_mapped) as folder:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if columns is not None:
@@ -99,7 +100,7 @@ def _with_code(recipe: ExportRecipe, model: Any, run: Run) -> None:
     from modicum.models.zero_token import bundle
 
     _check_remote(recipe)
-    with whole_folder(run.folder / "model") as folder:
+    with whole_folder(run.folder / "model", check=run.inputs.check) as folder:
         model.save_pretrained(folder)
         load_tokenizer(recipe.model).save_pretrained(folder)
         (folder / bundle.FILE).write_text(bundle.source(), encoding="utf-8")

@@ -100,6 +100,7 @@ def extract(recipe: ExtractRecipe, run: Run) -> None:
     from modicum.weights.extract import left_out, run_extraction
 
     plan = make_plan(recipe)
+    run.inputs.check()
     note_code([plan.tuned, plan.origin], run)
     for note in notes(plan):
         run.note(note)

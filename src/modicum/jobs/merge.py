@@ -239,6 +239,7 @@ def merge(recipe: MergeRecipe, run: Run) -> None:
     from modicum.weights.merge import run_plan
 
     plan = make_plan(recipe)
+    run.inputs.check()  # what was opened is what the run is known by; from here on the plan looks after it
     note_code(plan.models, run)
     kind = "adapter" if isinstance(plan, LoraPlan) else "model"
     out = run.folder / kind

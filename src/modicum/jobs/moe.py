@@ -229,6 +229,7 @@ def moe(recipe: MoeRecipe, run: Run) -> None:
     make_plan(recipe)  # what does not fit is refused before a model reads anything
     rows = router_rows(recipe)
     plan = make_plan(recipe, rows)
+    run.inputs.check()
     note_code(plan.models, run)
     for note in plan.notes:
         run.note(note)

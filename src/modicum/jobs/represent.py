@@ -114,13 +114,16 @@ def represent(recipe: RepresentRecipe, run: Run) -> None:
     cells = Document(run.folder / "cells.json", {"hash": run.hash})
 
     def measure(name: str) -> Cell:
-        return {"target": name} | _compared(recipe, open_target(recipe.targets[name]), prompts)
+        target = open_target(recipe.targets[name])
+        run.inputs.check()
+        return {"target": name} | _compared(recipe, target, prompts)
 
     def tell(name: str, cell: Cell) -> None:
         for suite, found in cell["suites"].items():
             run.say(f"{name} in {suite}: gap {found['gap']:+.2f}, a probe of plain prompts {found['auroc']:.2f}")
 
-    fill(cells, {name: lambda name=name: measure(name) for name in recipe.targets}, tell=tell)  # type: ignore[misc]
+    wanted = {name: lambda name=name: measure(name) for name in recipe.targets}
+    fill(cells, wanted, tell=tell, check=run.inputs.check_mapped)
     used = [section.path for section in (recipe.goals, recipe.benign) if section.path in attack_data.GOALS]
     used += [suite.packaged for suite in recipe.suites.values() if suite.packaged is not None]
     run.record["metrics"] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -314,6 +314,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
 
     rows = prompts_of(recipe, run.note)
     build = plan_build(recipe)
+    run.inputs.check()
     check_tap(recipe, build)
     for note in build.merge.notes:
         run.note(note)
@@ -325,7 +326,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
     if not (work / "dense").is_dir():
         run_plan(build.merge, work / "dense", shard_bytes=recipe.shard_bytes, progress=not run.quiet)
     if build.stores and not (work / "experts").is_dir():
-        _write_experts(recipe, build, work, progress=not run.quiet)
+        _write_experts(recipe, build, work, progress=not run.quiet, check=run.inputs.check_mapped)
     run.inputs.check()
     with whole_folder(run.folder / "model", check=run.inputs.check) as folder:
         assemble(work, folder, build)
@@ -342,7 +343,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
     shutil.rmtree(run.folder / BUILDING)
 
 
-def _write_experts(recipe: RouteRecipe, build: Build, work: Path, *, progress: bool) -> None:
+def _write_experts(recipe: RouteRecipe, build: Build, work: Path, *, progress: bool, check: Callable[[], None]) -> None:
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.expert_plan import part_name, specs_of
     from modicum.weights.stream import map_tensors
@@ -369,4 +370,5 @@ def _write_experts(recipe: RouteRecipe, build: Build, work: Path, *, progress: b
         shard_bytes=recipe.shard_bytes,
         stem="experts",
         progress=progress,
+        check=check,
     )

@@ -124,6 +124,7 @@ def search(recipe: SearchRecipe, run: Run) -> None:
     from modicum.weights.merge import run_plan
 
     space = make_space(recipe)
+    run.inputs.check()
     note_code(space.plan.models, run)
     for note in space.plan.notes:
         run.note(note)
@@ -215,6 +216,7 @@ class _Measured:
         value = sum(scores.values()) / len(scores)
         if self.recipe.combine == "minimum":
             value = min(scores.values()) if _better(self.recipe) == "higher" else max(scores.values())
+        self.run.inputs.check_mapped()
         trial = {"trial": number, "shares": list(shares), "value": value, "scores": scores}
         self.run.log("trial", **trial)
         self.run.say(f"{number + 1}/{self.recipe.trials}: {value:.4g} at {described(self.space.values(shares))}")
@@ -266,6 +268,7 @@ class _Measured:
     def _estimate(self, label: str, name: str, task: Task) -> dict[str, Any]:
         if id(task) not in self.rows:
             self.rows[id(task)] = task.rows(self.recipe.seed, self.run.note)
+            self.run.inputs.check()
         given = {**self.others, "seed": self.recipe.seed, "level": 0.95}
         items = task.ask(task.measure.function, self.rows[id(task)], self.subject, **given)
         found: dict[str, Any] = task.ask(task.measure.facts.estimate, items, **given)._asdict()

@@ -142,19 +142,22 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     teacher: Any = open_target(recipe.teacher, progress=tell, sampled=recipe.k > 1)
     if recipe.k > 1:
         require_sampling(teacher, "k: 1")
-    own = Cached(teacher, run.folder / "refusals.jsonl", revision=run.hash, packed=True)  # of the arm rt, where asked
+    kept: dict[str, Any] = {"revision": run.hash, "packed": True, "check": run.inputs.check_mapped}
+    own = Cached(teacher, run.folder / "refusals.jsonl", **kept)  # of the arm rt, where asked
     if recipe.steer:
         # The names of tags are those that the rows get.
         tags = {_id(given, f"illegal-{i}"): True for i, given in enumerate(illegal)}
         tags |= {_id(given, f"helpful-{i}"): False for i, given in enumerate(helpful)}
         teacher = Steered(teacher, tags, reasoning_tokens=recipe.max_tokens)
     fits = _within(recipe, run)
-    cached = Cached(teacher, run.folder / "replies.jsonl", revision=run.hash, packed=True)
+    guidelines = load_guidelines(recipe.guidelines)
+    run.inputs.check()
+    cached = Cached(teacher, run.folder / "replies.jsonl", **kept)
     worse: dict[str, Candidate] = {}
     made, drops = build_srg_rows(
         illegal,
         helpful,
-        load_guidelines(recipe.guidelines),
+        guidelines,
         teacher=cached,
         judge=judge,
         k=recipe.k,
@@ -199,6 +202,7 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
             f"{max(1, recipe.minimum):g} or more. Take a stronger teacher, a larger k, steer: true or hint: label."
         )
     decontaminate(rows, tests, tell=run.note)
+    run.inputs.check_mapped()
     folder = run.folder / "rows"
     folder.mkdir(exist_ok=True)
     for arm in recipe.arms:

@@ -71,6 +71,7 @@ def transplant(recipe: TransplantRecipe, run: Run) -> None:
     from modicum.weights.merge import run_plan
 
     found = make_plan(recipe)
+    run.inputs.check()
     note_code(found.plan.models, run)
     for note in [*found.plan.notes, _told(found, recipe)]:
         run.note(note)

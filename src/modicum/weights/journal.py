@@ -19,10 +19,11 @@ class Journal:
     Args:
         path: The file.
         identity: What the answers depend on; those of another search are thrown away.
+        check: Called before an answer is kept; what it raises, as of an input that changed, keeps it out.
     """
 
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path, self._asked = path, 0
+    def __init__(self, path: Path, identity: str, *, check: Callable[[], None] = lambda: None) -> None:
+        self.path, self._asked, self._check = path, 0, check
         self._known: list[tuple[str, list[float]]] = []
         if processes.main():
             self._known = self._read(identity)
@@ -50,6 +51,7 @@ class Journal:
             return self._known[place][1]
         del self._known[place:]
         numbers = ask()
+        self._check()
         self._known.append((key, numbers))
         if processes.main():
             with self.path.open("a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Cached:
         batch: Samples between two writes, of a model that does not hand over each as it comes.
         packed: Compress the answers, so that nothing unsafe that a model wrote lies in a run folder in clear. This is
             no encryption.
+        check: Called before an answer is kept; what it raises, as of a model that changed, keeps it out.
 
     Example:
         >>> import tempfile
@@ -52,9 +53,10 @@ class Cached:
         revision: str = "",
         batch: int = 64,
         packed: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.inner, self.path, self.revision, self.batch = inner, Path(path), revision, batch
-        self.packed = packed
+        self.packed, self._check = packed, check
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.known = read_samples(self.path)
         self.lock = threading.Lock()
@@ -101,6 +103,7 @@ class Cached:
         return request.key(self.inner.name, self.revision, index)
 
     def _store(self, key: str, choice: Choice) -> None:
+        self._check()
         content: dict[str, Any] = asdict(choice)
         if self.packed:
             data = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")

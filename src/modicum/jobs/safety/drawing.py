@@ -54,13 +54,14 @@ class Verdicts:
     Args:
         path: The file; it is appended to.
         save_completions: Keep the answers' words, too.
+        check: Called before answers are kept; what it raises, as of a model that changed, keeps them out.
 
     Raises:
         CheckpointError: The file holds something else.
     """
 
-    def __init__(self, path: Path, *, save_completions: bool = False) -> None:
-        self.path, self.save = path, save_completions
+    def __init__(self, path: Path, *, save_completions: bool = False, check: Callable[[], None] = lambda: None) -> None:
+        self.path, self.save, self._check = path, save_completions, check
         end_last_line(path)
         self.known: dict[str, Drawn] = {}
         for entry in read_lines_of(path):
@@ -74,6 +75,7 @@ class Verdicts:
 
     def add(self, found: Sequence[tuple[str, AttackedPrompt, Choice, int | None, Verdict]]) -> None:
         """Keep some judged answers."""
+        self._check()
         lines = []
         for key, prompt, choice, tokens, verdict in found:
             said = (choice.reasoning or "") + choice.text
