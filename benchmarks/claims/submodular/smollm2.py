@@ -2,7 +2,7 @@
 
 Four workers of a stock Trainer choose by the callback that users have. The rows are the study's of the byte model in
 SmolLM2's tokens; the loss at equal tokens is that of test files. One run shows that it works on a language model, and
-no more. Sixty rounds, as ODM explores evenly for the first ln 8 · 8. Run it again to go on.
+no more. Run it again to go on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from modicum.jobs.training.domains import DomainCallback, DomainStream
 from modicum.submodular.data_selection import DomainScheduler, counted, similarities
 
 MODEL = "builtin:smollm2-135m-instruct"
-WORKERS, LENGTH, STEPS, EVERY, RATE, SEED = 4, 128, 120, 2, 1e-3, 0
+WORKERS, LENGTH, STEPS, EVERY, RATE, SEED = 4, 128, 40, 8, 1e-3, 0
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 ROWS = {"train": 48, "probe": 2, "test": 4}
 ARMS: dict[str, dict[str, Any]] = {
