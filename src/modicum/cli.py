@@ -19,6 +19,7 @@ import typer
 
 from modicum import processes
 from modicum.errors import ModicumError, RecipeError, did_you_mean, printable
+from modicum.shortage import shortage_told
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # whatever is wrong with the arguments themselves
 
@@ -249,7 +250,8 @@ def main() -> None:
     processes.hush_libraries()
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to say Ctrl-C: the run's record tells of it
     try:
-        status = app(standalone_mode=False)
+        with shortage_told("Free some, or lower what the recipe asks for."):
+            status = app(standalone_mode=False)
         if status == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         raise SystemExit(status)

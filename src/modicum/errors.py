@@ -26,6 +26,10 @@ class UnsupportedError(ModicumError):
     """The request is understood, but this combination cannot be done."""
 
 
+class MemoryShortageError(ModicumError):
+    """The memory of the machine or of a device ran out; the same may work with smaller batches."""
+
+
 class TrainingError(ModicumError):
     """A training diverged or did nothing: there is no result that could be used."""
 

@@ -25,6 +25,7 @@ class JobFacts(Facts):
         makes_adapter: ``recipe -> bool``: its first output is an adapter.
         needs_whole: ``recipe -> references``: the models that it reads and that may be no adapters.
         foreseeable: ``recipe -> bool``: its plan takes a whole model where it will be given an adapter.
+        lighter: What makes it take less memory, as a sentence; told to whom memory ran out.
     """
 
     plan: Callable[..., list[str]] | None = None
@@ -36,6 +37,7 @@ class JobFacts(Facts):
     makes_adapter: Callable[[Any], bool] = lambda _: False
     needs_whole: Callable[[Any], Iterable[str]] = lambda _: ()
     foreseeable: Callable[[Any], bool] | None = None
+    lighter: str = "Lower batch_size or max_length, or free some memory."
 
 
 def _nothing(*_: Any) -> tuple[str, ...]:

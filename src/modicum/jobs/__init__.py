@@ -15,6 +15,7 @@ from modicum.errors import CheckpointError, RecipeError
 from modicum.inputs import check_readable
 from modicum.recipe import Recipe, dump, inputs_of, parse
 from modicum.record import OnChange, Run
+from modicum.shortage import shortage_told
 from modicum.stored import damage, stored_recipe
 
 
@@ -58,7 +59,7 @@ def execute(
         return _replace(recipe, run)
     if on_change == "replace" and run.main:
         shutil.rmtree(_beside(run.folder), ignore_errors=True)  # of a recipe that was changed back
-    with run, full_disks_told(run.folder):
+    with run, full_disks_told(run.folder), shortage_told(facts.lighter):
         registry.job[recipe.job].function(recipe, run)
     if not run.helps:
         return run
@@ -77,7 +78,7 @@ def _replace(recipe: Recipe, other: Run) -> Run:
     beside = _beside(folder)
     run = open_run(recipe, beside, quiet=quiet, on_change="replace", home=folder)
     if not run.done or damage(beside, run.record):
-        with run, full_disks_told(run.folder):
+        with run, full_disks_told(run.folder), shortage_told(registry.job[recipe.job].facts.lighter):
             registry.job[recipe.job].function(recipe, run)
     if run.main:
         with lock.hold(folder / lock.NAME, folder):

@@ -86,6 +86,8 @@ def makes_like(recipe: TrainRecipe) -> str | None:
     makes_adapter=lambda recipe: recipe.section("adapter") is not None,
     needs_whole=lambda recipe: [recipe.model.path],
     foreseeable=lambda _: True,
+    lighter="Halve trainer.per_device_train_batch_size and double trainer.gradient_accumulation_steps, lower "
+    "data.max_length, or set trainer.gradient_checkpointing: true.",
 )
 def train(recipe: TrainRecipe, run: Run) -> None:
     """Fine-tune a model, saving checkpoints on the way and resuming from the last one.

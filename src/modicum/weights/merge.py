@@ -16,7 +16,7 @@ from modicum.random import generator
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors
 from modicum.weights.kernels import fused
-from modicum.weights.kernels.accelerator import own_stream, placed
+from modicum.weights.kernels.accelerator import own_stream, placed, workers_on
 from modicum.weights.kernels.blocks import brought_back, fold, working_dtype
 from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.plan import Plan, Step, plan_merge
@@ -274,6 +274,7 @@ def run_plan(
     """Carry out ``plan`` and write the checkpoint; see :func:`merge`, and :func:`~.stream.map_tensors` for the rest."""
     steps = {step.name: step for step in plan.steps}
     fused.prepare(max((step.spec.numel for step in plan.steps), default=0))
+    workers = workers or workers_on(plan.device, (step.on_device for step in plan.steps), cores())
     found = survey(plan, workers=workers)
     return map_tensors(
         lambda name: run_step(steps[name], seed=plan.seed, device=plan.device, found=found.get(name, {})),

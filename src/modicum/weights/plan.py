@@ -100,6 +100,12 @@ class Step:
         """Bytes of anonymous memory that making the tensor takes at most."""
         return needed(self)
 
+    @property
+    def on_device(self) -> int:
+        """Bytes that making the tensor takes on a device, where what is read and what is made lie too."""
+        read = sum(spec_of(source.tensors, source.name).nbytes for source in self.sources)
+        return self.memory + read + 2 * self.spec.nbytes
+
 
 @dataclass(frozen=True)
 class Plan:

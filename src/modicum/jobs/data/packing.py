@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import UnsupportedError, first_line
+from modicum.shortage import pass_on
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,7 @@ def trouble(model: Any, collator: Collator, *, ids: Sequence[int]) -> str | None
             return "a sample in a packed row has other logits than the same sample alone"
         return None
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+        pass_on(error)
         return f"it does not take a packed row ({type(error).__name__}: {first_line(error).rstrip('.')})"
     finally:
         model.train(training)

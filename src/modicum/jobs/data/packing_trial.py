@@ -16,6 +16,7 @@ from modicum.jobs.data.tokens import tokenize
 from modicum.jobs.loading.folders import beneath
 from modicum.jobs.loading.models import fresh_model, load_tokenizer, model_shape
 from modicum.jobs.loading.references import resolve_model
+from modicum.shortage import pass_on
 
 if TYPE_CHECKING:
     from modicum.evaluate.rows import Rows
@@ -64,7 +65,8 @@ def foresee(
         if sum(parameter.numel() for parameter in empty.parameters()) > LARGEST:
             return LATER
         model = fresh_model(config, seed=0, attention=attention, remote_code=remote_code)
-    except (ModicumError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError):
+    except (ModicumError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+        pass_on(error)
         return LATER  # not every configuration can be cut; the run tries the whole model
     isolating(model, collate(tokenizer), ids=ordinary_ids(tokenizer), max_length=max_length)
     return None

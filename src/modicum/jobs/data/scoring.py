@@ -15,6 +15,7 @@ from modicum.borders import expanded, loads
 from modicum.errors import CheckpointError, ModicumError, RecipeError, first_line
 from modicum.evaluate.rows import Row, question_of
 from modicum.jobs.data.section import ScorerSection
+from modicum.shortage import pass_on
 
 Scores: TypeAlias = Sequence[float] | Mapping[str, Any]
 Scorer: TypeAlias = Callable[[Sequence[tuple[Row, str]]], Sequence[Scores]]  # answers, each beside the row that asks
@@ -63,6 +64,7 @@ def _asked(function: Function, prompt: str, answer: str) -> Scores:
     try:
         return function(prompt, answer)
     except (Exception, SystemExit) as error:  # of the user's code, whatever it does
+        pass_on(error)
         told = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
         name = getattr(function, "__name__", "scorer")
         raise RecipeError(f"The scorer {name} fails on the answer {answer!r:.50} ({told}). Correct its code.") from None
@@ -202,6 +204,7 @@ def load_function(name: str) -> Function:
     except ModicumError:
         raise
     except (Exception, SystemExit) as error:  # of the user's code, whatever it does
+        pass_on(error)
         told = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
         raise RecipeError(f"The scorer {name} cannot be loaded: {told}. Correct its code.") from None
     return function

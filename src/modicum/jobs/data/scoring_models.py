@@ -26,6 +26,7 @@ from modicum.jobs.loading.models import load_model, load_tokenizer
 from modicum.jobs.loading.references import resolve_model
 from modicum.random import derive_seed
 from modicum.record import NUMERICS
+from modicum.shortage import pass_on
 from modicum.types import IGNORED
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Classifier:
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError) as error:
+            pass_on(error)
             raise CheckpointError(f"{reference} is no model that classifies sequences: {first_line(error)}") from None
         if missing := sorted(loading["missing_keys"]):
             raise CheckpointError(

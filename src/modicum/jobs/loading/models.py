@@ -23,6 +23,7 @@ from modicum.jobs.loading.folders import (
 )
 from modicum.jobs.loading.references import no_progress_bars, resolve_model
 from modicum.layout import ADAPTER_CONFIG, VOCABULARY_FILES
+from modicum.shortage import pass_on
 
 if TYPE_CHECKING:
     import torch
@@ -180,6 +181,7 @@ def model_shape(ref: str | Path, fields: Mapping[str, Any], *, remote_code: bool
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     except Exception as error:  # whatever transformers stumbles over in a configuration that is not one
+        pass_on(error)
         raise CheckpointError(f"{folder}: cannot read its config.json: {first_line(error)}") from None
     known = config.to_dict()
     check_sizes(known | dict(fields), "scratch", MOST_LAYERS, MOST_ENTRIES)
@@ -254,6 +256,7 @@ def usable(dtype: str, device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        pass_on(error)
         raise RecipeError(f"device is {device!r}, which cannot be used here: {first_line(error)}.") from None
 
 
@@ -276,6 +279,7 @@ def load_tokenizer(ref: str | Path, *, remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
     except Exception as error:  # the tokenizers library raises plain Exception on a file it cannot parse
+        pass_on(error)
         raise CheckpointError(f"{ref}: cannot read the tokenizer: {first_line(error)}") from None
 
 
@@ -284,7 +288,6 @@ def _load_whole(
 ) -> PreTrainedModel:
     _know_architecture(folder, remote_code=remote_code)
     check_weights(folder, allow_pickle=allow_pickle)
-    import torch
     from transformers import AutoModelForCausalLM
 
     try:
@@ -298,9 +301,8 @@ def _load_whole(
                 output_loading_info=True,
                 **options,
             )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever transformers stumbles over in a configuration that is not one
+        pass_on(error)
         raise CheckpointError(f"{folder}: cannot load the model: {first_line(error)}") from None
     if report["missing_keys"]:
         raise CheckpointError(f"{folder} lacks {_some(report['missing_keys'])}, which its config.json asks for.")
@@ -342,6 +344,7 @@ def _with_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> Pr
             )
             return made.train(trainable)
     except Exception as error:  # whatever PEFT stumbles over
+        pass_on(error)
         raise CheckpointError(f"{folder}: the adapter does not fit its base: {first_line(error)}") from None
 
 

@@ -22,6 +22,7 @@ from modicum.jobs.data.pairs import Alternatives, Lower, Pair, PairCollator
 from modicum.jobs.training.objective import LabelHead
 from modicum.jobs.training.partial_passes import base_of, blocks_of, is_above, states_below
 from modicum.jobs.training.references import fingerprint, key_of, token_log_probabilities
+from modicum.shortage import pass_on
 
 MOST = 1 << 30  # bytes of states that a process keeps
 EXACT = 1e-5  # how far a token's log-probability may move: the very same numbers go on, so they do not
@@ -139,6 +140,7 @@ class LowerBlocks:
                     for each in (replace(pair, lower=None), replace(pair, lower=Lower(self.below, self._states(pair))))
                 )
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+            pass_on(error)
             raise UnsupportedError(f"{type(error).__name__}: {first_line(error)}") from None
         finally:
             head.detach()

@@ -21,6 +21,7 @@ from modicum.jobs.data.pairs import Alternatives, Pair, PairCollator
 from modicum.jobs.training.objective import LabelHead
 from modicum.jobs.training.references import log_probabilities, token_log_probabilities
 from modicum.registry import objective
+from modicum.shortage import pass_on
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -65,6 +66,7 @@ def layout(model: Any, pairs: Sequence[Pair | Alternatives], pad: int, note: Cal
         with torch.no_grad():
             why = why or _trouble(model, pairs[0], shared, apart)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
+        pass_on(error)
         why = f"{type(error).__name__}: {first_line(error)}"
     finally:
         head.detach()

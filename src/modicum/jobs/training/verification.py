@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, ModicumError
 from modicum.jobs.loading.models import load_model
+from modicum.shortage import pass_on
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,7 @@ def check_saved(
         saved = load_model(folder, **options)
         found = logits_of(saved, rows)
     except (ModicumError, RuntimeError, IndexError) as error:
+        pass_on(error)
         raise CheckpointError(f"What was saved does not load: {error}") from None
     off = size = furthest = 0.0
     for ours, theirs in zip(trained, found):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from modicum.errors import UnsupportedError
 from modicum.models.zero_token import hosts
 from modicum.models.zero_token.body import Call
+from modicum.shortage import pass_on
 
 
 @torch.no_grad()
@@ -64,6 +65,7 @@ def _tried(looped: Any, ids: Tensor, **call: Any) -> Any:
     except UnsupportedError:
         raise
     except Exception as error:
+        pass_on(error)
         raise hosts.refused(looped.config.host, f"its layers failed with {error!r}") from error
 
 

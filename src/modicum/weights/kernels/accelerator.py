@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 _streams = threading.local()
+SHARE = 0.8  # of the free memory: the allocator rounds up, and factorisations want room to work in
 
 
 @contextmanager
@@ -33,3 +34,22 @@ def placed(tensor: Tensor, device: str) -> Tensor:
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def workers_on(device: str, needs: Iterable[int], most: int) -> int:
+    """Return how many threads may work side by side, so that what each makes fits into the device's free memory.
+
+    Args:
+        device: Where they compute; in the machine's own memory ``most`` of them work.
+        needs: Bytes that each piece of work takes.
+        most: No more than these.
+    """
+    kind = torch.device(device)
+    if kind.type != "cuda":
+        return most
+    free, _ = torch.cuda.mem_get_info(kind)
+    room, fitting = SHARE * free, 0
+    for need in sorted(needs, reverse=True)[:most]:  # the largest come first, and together
+        room -= need
+        fitting += room >= 0
+    return max(1, fitting)
