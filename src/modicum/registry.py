@@ -6,12 +6,12 @@ A method registers itself with a decorator in its own file; nothing else is edit
     def ties(base, experts, *, density: Fraction, scale: float = 1.0): ...
 
 Positional parameters are data. Keyword-only parameters are knobs: they must be annotated, their ranges stand in
-``Annotated``, and they are what a recipe may set. ``rng`` is never a knob: the caller supplies it, and so is what the
-fact ``supplied`` lists. The fact ``gather`` names a dataclass of further knobs, those of collecting the method's
-data; the further functions of a measure have knobs too. A class (an optimiser, a gradient rule) follows the convention
-of ``torch.optim``: everything after its first parameter is a knob. Knobs that several methods share are unpacked from a
-``TypedDict``, see :mod:`modicum.knobs`. The decorator's keywords are facts: the fields of the table's dataclass in
-:mod:`modicum.facts`.
+``Annotated``, and they are what a recipe may set. ``rng``, or ``generator``, is never a knob: the caller supplies it,
+and so is what the fact ``supplied`` lists. The fact ``gather`` names a dataclass of further knobs, those of collecting
+the method's data; the further functions of a measure have knobs too. A class (an optimiser, a gradient rule) follows
+the convention of ``torch.optim``: everything after its first parameter is a knob. Knobs that several methods share are
+unpacked from a ``TypedDict``, see :mod:`modicum.knobs`. The decorator's keywords are facts: the fields of the table's
+dataclass in :mod:`modicum.facts`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 T = TypeVar("T", bound=Facts, covariant=True)
 
-SUPPLIED = frozenset({"rng"})  # keyword-only parameters that the caller supplies and a recipe cannot set
+SUPPLIED = frozenset({"rng", "generator"})  # what random numbers come from: the caller supplies it, no recipe sets it
 
 
 @dataclass(frozen=True)

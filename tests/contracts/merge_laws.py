@@ -13,7 +13,7 @@ from laws import CLOSE, Draw, default_knobs, knobs, law
 from torch import Tensor
 
 from modicum.random import generator
-from modicum.registry import Entry, merge_method
+from modicum.registry import SUPPLIED, Entry, merge_method
 from support import checked
 
 SHAPES: list[tuple[int, ...]] = [(), (1,), (7,), (1, 5), (5, 1), (6, 4), (4, 6), (2, 3, 4)]
@@ -39,8 +39,7 @@ class Case:
         """Merge, the method being held to its annotations."""
         case, function = replace(self, **changes), self.entry.function
         supplied: dict[str, Any] = {} if case.statistics is None else {"statistics": case.statistics}
-        if "rng" in inspect.signature(function).parameters:
-            supplied["rng"] = generator(0, "laws")
+        supplied |= {draws: generator(0, "laws") for draws in SUPPLIED & inspect.signature(function).parameters.keys()}
         result: Tensor = checked(function)(case.base, case.experts, **case.knobs, **supplied)
         return result
 
@@ -172,8 +171,10 @@ def shift(entry: Entry[Any], draw: Draw) -> None:
 def transpose(entry: Entry[Any], draw: Draw) -> None:
     drawn = case(entry, draw, dtypes=WIDE)
     if drawn.like.ndim >= 2:
+        axis = {"axis": {"row": "column", "column": "row"}.get(drawn.knobs.get("axis", ""), "matrix")}
         turned = drawn.merged(base=drawn.base.mT if drawn.base is not None else None,
-                              experts=[expert.mT for expert in drawn.experts])  # fmt: skip
+                              experts=[expert.mT for expert in drawn.experts],
+                              knobs=drawn.knobs | (axis if "axis" in drawn.knobs else {}))  # fmt: skip
         drawn.close(turned, drawn.merged().mT)
 
 

@@ -39,6 +39,8 @@ def test_shares_sum_up_and_lie_beside_their_quota(total, ratios):
 def test_agreement():  # H7
     assert agreeing_pairs(MARGINS) == [0, 2]
     assert agreeing_pairs(MARGINS, rank="min") == [2, 0, 1, 3]
+    for arrays in (np.array(MARGINS), torch.tensor(MARGINS)):
+        assert agreeing_pairs(arrays, rank="min") == [2, 0, 1, 3]  # type: ignore[arg-type]
     assert agreeing_pairs(MARGINS, rank="mean") == [3, 1, 0, 2]
     assert agreeing_pairs(MARGINS, rank="mean", keep=0.5) == [3, 1]
     assert agreeing_pairs(MARGINS, rank="gated", gates=[[1, 0, 0]] * 4) == [1, 0, 2, 3]

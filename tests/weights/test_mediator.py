@@ -266,3 +266,9 @@ def test_bad_input_is_one_line(call, message):
     with pytest.raises(ModicumError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value) and isinstance(caught.value, ValueError)
+
+
+def test_parameters_of_a_model_are_compared_like_tensors():
+    base, one, two = ({"w": torch.nn.Parameter(torch.tensor(v))} for v in ((0.0,) * 4, T1, T2))
+    assert layer_conflict(base, [one, two], denoise="none")["w"] == pytest.approx(2 / 3)
+    assert layer_conflict(base, [one, two], keep=1.0)["w"] == pytest.approx(2 / 3)

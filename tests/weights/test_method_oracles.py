@@ -237,10 +237,10 @@ def test_a_random_method_equals_its_oracle_given_its_masks(
             masks = []
             for t, tau in enumerate(taus):
                 alone = [tau if u == t else torch.zeros_like(tau) for u in range(len(taus))]
-                plain = {"rescale": rescale, "elect": "none", "normalize": False, "rng": generator(5)}
+                plain = {"rescale": rescale, "elect": "none", "normalize": False, "generator": generator(5)}
                 masks.append((function(torch.zeros_like(base), alone, **drop, **plain) != 0).double().numpy())
             knobs = {"rescale": rescale, "scale": 0.7, "weights": weights(taus), "normalize": elect == "ties"}
-            found = function(base, experts, **drop, **knobs, elect=elect, rng=generator(5))
+            found = function(base, experts, **drop, **knobs, elect=elect, generator=generator(5))
             expected = getattr(oracle, method)(
                 base.double().numpy(), [e.double().numpy() for e in experts], masks, **drop, **knobs, how=elect
             )
@@ -276,7 +276,7 @@ def test_outlier_weights_equal_the_oracle(mode: Any, bounds: tuple[float, float]
     for shape in [(1, 1), (6, 9), (1, 30)]:
         for _, base, experts in inputs(shape, torch.float64):
             taus = [e - base for e in experts]
-            found = outlier_weights(taus, mode=mode, sigmas=1.5, bounds=bounds, normalize=normalize)
+            found = outlier_weights(taus, mode=mode, alpha=1.5, clip=bounds, normalize=normalize)
             expected = merge_matrices.outlier_weights([t.numpy() for t in taus], mode, 1.5, bounds, normalize)
             np.testing.assert_allclose(found, expected, rtol=1e-12)
 

@@ -164,10 +164,10 @@ def test_dare_that_keeps_all_is_task_arithmetic() -> None:
 
 def test_dare_is_unbiased_over_seeds_and_repeats_for_one() -> None:
     base, expert = torch.zeros(200), torch.ones(200)
-    runs = torch.stack([dare(base, [expert], density=0.3, rng=generator(seed)) for seed in range(300)])
+    runs = torch.stack([dare(base, [expert], density=0.3, generator=generator(seed)) for seed in range(300)])
     # The mean of 60 000 draws of 0 or 1/0.3 has a standard deviation of 0.0062.
     assert abs(float(runs.mean()) - 1) < 0.03
-    assert torch.equal(runs[7], dare(base, [expert], density=0.3, rng=generator(7)))
+    assert torch.equal(runs[7], dare(base, [expert], density=0.3, generator=generator(7)))
     assert not torch.equal(runs[7], runs[8])
 
 
@@ -186,7 +186,7 @@ def test_dropping_without_rescaling_keeps_entries_as_they_are(method: Any) -> No
 
 
 def test_dare_drops_at_most_all_but_one_of_65536() -> None:
-    merged = dare(torch.zeros(1 << 18), [torch.ones(1 << 18)], density=1e-7, rng=generator(0))
+    merged = dare(torch.zeros(1 << 18), [torch.ones(1 << 18)], density=1e-7, generator=generator(0))
     assert set(merged.unique().tolist()) == {0.0, 65536.0}
     assert 0 < int((merged != 0).sum()) < 14  # four are expected
 
@@ -252,7 +252,7 @@ def test_della_divides_by_the_probability_of_its_rank(n: int) -> None:
 def test_della_drops_the_same_entries_whether_or_not_it_makes_up_for_them() -> None:
     base, experts = draw(300, 700)  # more than one block of rows
     knobs = {"density": 0.4, "epsilon": 0.3, "elect": "none", "normalize": False}
-    l1, plain = (della(0 * base, experts[:1], rescale=how, rng=generator(1), **knobs) for how in ("l1", "none"))
+    l1, plain = (della(0 * base, experts[:1], rescale=how, generator=generator(1), **knobs) for how in ("l1", "none"))
     assert torch.equal(l1 != 0, plain != 0)
     torch.testing.assert_close(l1.abs().sum(), experts[0].abs().sum(), rtol=1e-6, atol=0)
 

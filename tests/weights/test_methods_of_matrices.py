@@ -200,7 +200,7 @@ def test_resm_without_its_additions_is_tsv_bit_for_bit() -> None:
 @given(st.integers(0, 50), st.sampled_from(["mass", "ratio", "count"]))
 def test_outlier_weights_are_bounded_and_average_one(seed: int, mode: str) -> None:
     _, deltas = draw(12, 12, seed=seed)
-    weights = outlier_weights(deltas, mode=mode, sigmas=2.0)
+    weights = outlier_weights(deltas, mode=mode, alpha=2.0)
     assert min(weights) > 0
     assert sum(weights) / 3 == pytest.approx(1)
 
@@ -220,8 +220,8 @@ def test_scale_moves_masses_but_not_ratios() -> None:
     _, deltas = draw(30, 30)
     louder = [5 * deltas[0], *deltas[1:]]
     for mode, same in (("mass", False), ("ratio", True), ("count", True)):
-        before = outlier_weights(deltas, mode=mode, sigmas=1.0, bounds=None)
-        after = outlier_weights(louder, mode=mode, sigmas=1.0, bounds=None)
+        before = outlier_weights(deltas, mode=mode, alpha=1.0, clip=None)
+        after = outlier_weights(louder, mode=mode, alpha=1.0, clip=None)
         assert (before == pytest.approx(after)) is same
 
 
@@ -252,7 +252,7 @@ def test_relative_to_the_mean_a_layer_may_look_denser_for_losing_a_large_entry()
 
 def test_an_expert_that_changed_nothing_contributes_nothing() -> None:
     base, (expert, *_) = draw(8, 8)
-    assert outlier_weights([expert - base, torch.zeros(8, 8)], sigmas=1.0, bounds=None) == [2.0, 0.0]
+    assert outlier_weights([expert - base, torch.zeros(8, 8)], alpha=1.0, clip=None) == [2.0, 0.0]
     assert outlier_weights([torch.zeros(8, 8)] * 2) == [1.0, 1.0]
     for method in (tsv, resm):
         merged = method(base, [expert, base.clone()])
@@ -370,4 +370,4 @@ def test_a_sum_of_magnitudes_is_not_restored_from_next_to_nothing() -> None:
     delta = torch.tensor([[1e9, 1e9, 1e-40, 1e-40]])
     for seed in range(20):
         rng = torch.Generator().manual_seed(seed)
-        assert dare(torch.zeros(1, 4), [delta], density=0.5, rescale="l1", rng=rng).isfinite().all()
+        assert dare(torch.zeros(1, 4), [delta], density=0.5, rescale="l1", generator=rng).isfinite().all()

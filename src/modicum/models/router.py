@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.errors import RecipeError, did_you_mean
-from modicum.models.router_fitting import centers, directions, fit_linear, fit_mlp, mahalanobis, residuals
+from modicum.models.router_fitting import centers, directions, fit_linear, fit_mlp, mahalanobis, rank_of, residuals
 
 Kind: TypeAlias = Literal["linear", "mlp", "subspace", "entropy"]
 Selection: TypeAlias = Literal["entropy_gated", "soft", "top1", "nucleus", "uniform", "standardised"]
@@ -104,7 +104,8 @@ def fit_router(
         kind: Kind of router.
         label_smoothing: Share of the target that is spread over all experts, from 0 up to but not including 1.
         decay: λ, 0 or above.
-        rank: Directions of each task, for ``subspace``.
+        rank: Directions of each task, for ``subspace``; d divided by the number of tasks at most, since directions that
+            span all features leave nothing of any prompt.
         epochs: For ``mlp``.
         seed: For ``mlp``.
 
@@ -145,7 +146,7 @@ def fit_router(
         return Router(kind, x.shape[1])
     tensors = centers(x, y, count)
     if kind == "subspace":
-        bases = [directions(x[y == t], min(rank, x.shape[1])) for t in range(count)]
+        bases = [directions(x[y == t], rank_of(rank, x.shape[1], count)) for t in range(count)]
         return Router(kind, count, {**tensors, "bases": torch.stack(bases)})
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 1e-6 * std.max(), std, 1.0)

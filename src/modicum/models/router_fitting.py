@@ -62,6 +62,16 @@ def fit_mlp(
     return found | {"w2": last.weight.detach(), "b2": last.bias.detach()}
 
 
+def rank_of(rank: int, width: int, tasks: int) -> int:
+    """Return how many directions each task gets: no more than leave room for those of the others.
+
+    Example:
+        >>> rank_of(8, 576, 4), rank_of(8, 8, 3)
+        (8, 2)
+    """
+    return min(rank, max(1, width // tasks))
+
+
 def directions(x: Tensor, rank: int) -> Tensor:
     """Return the leading right singular vectors ``(rank, d)``; zeros where there are fewer."""
     found = torch.linalg.svd(x, full_matrices=False).Vh[:rank]
@@ -130,7 +140,7 @@ def stored_bytes(kind: str, *, experts: int, width: int, rank: int, gate: bool) 
         return 0
     known = 4 * (n * d + d * (d + 1) // 2) if gate else 0
     if kind == "subspace":
-        return known + 8 * n * min(rank, d) * d
+        return known + 8 * n * rank_of(rank, d, n) * d
     if kind == "linear":
         return known + 8 * (2 * d + n * d + n)
     return known + 8 * 2 * d + 4 * (2 * d * d + 4 * d * d + 4 * d + n * 2 * d + n)

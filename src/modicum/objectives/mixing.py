@@ -143,6 +143,7 @@ def agreeing_pairs(
         raise RecipeError(f"keep is {keep}, expected a share in (0, 1].")
     if rank not in ("agree", "min", "mean", "gated"):
         raise RecipeError(f"rank is {rank!r}, expected agree, min, mean or gated.")
+    margins = [[float(value) for value in row] for row in margins]
     for number, row in enumerate(margins):
         if not row or len(row) != len(margins[0]):
             raise RecipeError(f"Pair {number} has {len(row)} scores, expected {len(margins[0])} as the first pair.")

@@ -15,9 +15,9 @@ from torch import Tensor
 from modicum.errors import CheckpointError, RecipeError
 from modicum.random import generator
 from modicum.registry import averager
-from modicum.weights.averageable import State, check_factors, check_one_dtype, check_tensors, check_unused, parts_of
+from modicum.weights.averageable import State, check_factors, check_one_dtype, check_unused, parts_of
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import Tensors
+from modicum.weights.compatibility import Tensors, check_tensors
 from modicum.weights.merge import open_checkpoint, run_plan, run_step
 from modicum.weights.mergekit.tokenizers import notes_on_tokenizers
 from modicum.weights.motion import latest

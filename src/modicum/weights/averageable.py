@@ -14,7 +14,7 @@ from modicum.borders import expanded
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.layout import is_running_statistic
 from modicum.weights.checkpoint import PACKED, Checkpoint
-from modicum.weights.compatibility import Tensors, check_agreement, label, spec_of
+from modicum.weights.compatibility import Tensors, check_agreement, check_tensors, label, spec_of
 from modicum.weights.kernels.compare import refuse_non_finite
 from modicum.weights.plan import excluded
 
@@ -169,25 +169,6 @@ def check_apart(checkpoints: Sequence[Tensors]) -> None:
         if place in seen:
             raise CheckpointError(f"{model.name} is among the checkpoints twice. List each once.")
         seen.add(place)
-
-
-def check_tensors(model: Tensors, owner: str) -> None:
-    """Refuse what is no mapping of names to tensors, and a dictionary in which something else stands beside them.
-
-    Raises:
-        CheckpointError: It is no mapping, or an entry is no tensor.
-    """
-    if not isinstance(model, Mapping):
-        raise CheckpointError(
-            f"{owner} is of type {type(model).__name__}, expected a dictionary of tensors by name. Give a list of them."
-        )
-    if not isinstance(model, dict):
-        return  # of files everything is a tensor
-    for name, value in model.items():
-        if not torch.is_tensor(value):
-            raise CheckpointError(
-                f"{owner}: entry {name!r} is of type {type(value).__name__}, expected a tensor. Leave it out."
-            )
 
 
 def _check_packed(newest: Tensors, others: Sequence[Tensors], labels: Sequence[str], names: Sequence[str]) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from modicum.errors import CheckpointError
+from modicum.errors import CheckpointError, UnsupportedError
 from modicum.layout import is_recomputed, is_vocabulary, layer_of, role, stacks
+from modicum.weights.checkpoint import PACKED
 from modicum.weights.configs import differences
 from modicum.weights.files import Spec
 
@@ -146,3 +148,34 @@ def _check_spec(tensor: str, one: Tensors, other: Tensors, a_name: str, b_name: 
         )
     if a.dtype.is_floating_point != b.dtype.is_floating_point:
         raise CheckpointError(f"{b_name}: tensor {own!r} is {b.dtype}, expected {a.dtype} as in {a_name}.")
+
+
+def check_tensors(model: Tensors, owner: str) -> None:
+    """Refuse what is no mapping of names to tensors, and a dictionary in which something else stands beside them.
+
+    Raises:
+        CheckpointError: It is no mapping, or an entry is no tensor.
+    """
+    if not isinstance(model, Mapping):
+        raise CheckpointError(
+            f"{owner} is of type {type(model).__name__}, expected a dictionary of tensors by name. Give a list of them."
+        )
+    if not isinstance(model, dict):
+        return  # of files everything is a tensor
+    for name, value in model.items():
+        if not torch.is_tensor(value):
+            raise CheckpointError(
+                f"{owner}: entry {name!r} is of type {type(value).__name__}, expected a tensor. Leave it out."
+            )
+
+
+def refuse_packed(model: Tensors, owner: str) -> None:
+    """Refuse a model whose tensors are packed numbers, which are no weights.
+
+    Raises:
+        UnsupportedError: A tensor has the name of one.
+    """
+    if packed := next((name for name in model if PACKED.search(name)), None):
+        raise UnsupportedError(
+            f"{owner} is quantised (tensor {packed!r}); its packed numbers cannot be averaged. Dequantise it first."
+        )

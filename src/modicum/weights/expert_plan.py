@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from modicum import philox
-from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
+from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.layout import Unit, natural, unit_of
 from modicum.model_facts import check_centred
 from modicum.random import derive_seed
 from modicum.registry import expert_store
-from modicum.weights.checkpoint import PACKED, Checkpoint
-from modicum.weights.compatibility import Tensors, check_agreement, label, spec_of
+from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.compatibility import Tensors, check_agreement, label, refuse_packed, spec_of
 from modicum.weights.files import Spec
 from modicum.weights.mergekit.tokenizers import clashes
 from modicum.weights.stores.base import Store
@@ -151,10 +151,7 @@ def check_experts(models: Sequence[Tensors], names: Sequence[str]) -> None:
         UnsupportedError: A model is quantised.
     """
     for model, name in zip(models, names):
-        if packed := next((tensor for tensor in model if PACKED.search(tensor)), None):
-            raise UnsupportedError(
-                f"{name} is quantised (tensor {packed!r}); its packed numbers cannot be averaged. Dequantise it first."
-            )
+        refuse_packed(model, name)
     check_agreement(models[0], models[1:], names=names)
     if told := clashes(dict(zip(names, models))):
         raise CheckpointError(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from modicum.errors import CheckpointError, first_line
 from modicum.random import generator
+from modicum.registry import SUPPLIED
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import Tensors
+from modicum.weights.compatibility import Tensors, check_tensors, refuse_packed
 from modicum.weights.kernels import fused
 from modicum.weights.kernels.accelerator import own_stream, placed, workers_on
 from modicum.weights.kernels.blocks import brought_back, fold, working_dtype
@@ -66,8 +67,7 @@ def _run_there(
     else:
         supplied: dict[str, Any] = dict(found)
         asked = step.entry.function.__kwdefaults__ or {}
-        if "rng" in asked:
-            supplied["rng"] = generator(seed, step.method, step.name)
+        supplied |= {draws: generator(seed, step.method, step.name) for draws in SUPPLIED & asked.keys()}
         if "report" in asked:
             supplied["report"] = reports
         if step.statistics:
@@ -168,6 +168,11 @@ def merge_state_dicts(
         >>> merge_state_dicts({"w": 0 * one}, [{"w": one}, {"w": 3 * one}], method="task_arithmetic", scale=0.5)
         {'w': tensor([2., 2.])}
     """
+    owners = [] if base is None else ["base"]
+    owners += [f"experts[{i}]" for i in range(len(experts))]
+    for model, owner in zip([*([] if base is None else [base]), *experts], owners):
+        check_tensors(model, owner)
+        refuse_packed(model, owner)
     plan = plan_merge(
         base,
         experts,

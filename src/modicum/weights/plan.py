@@ -19,7 +19,7 @@ from modicum.layout import is_linear_map
 from modicum.patterns import Pattern
 from modicum.record import NUMERICS
 from modicum.references import find_model
-from modicum.registry import Entry, merge_method
+from modicum.registry import SUPPLIED, Entry, merge_method
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files, unified
@@ -93,7 +93,7 @@ class Step:
     @property
     def draws(self) -> bool:
         """Whether the method draws random numbers."""
-        return "rng" in (self.entry.function.__kwdefaults__ or {})
+        return not SUPPLIED.isdisjoint(self.entry.function.__kwdefaults__ or {})
 
     @property
     def memory(self) -> int:

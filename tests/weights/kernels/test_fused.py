@@ -50,7 +50,7 @@ def both(monkeypatch):
         results = []
         for least in (1 << 60, 0):
             monkeypatch.setattr(fused, "LEAST", least)
-            drawn = {"rng": generator(0, "x")} if method in ("dare", "della") else {}
+            drawn = {"generator": generator(0, "x")} if method in ("dare", "della") else {}
             with np.errstate(all="ignore"):
                 results.append(getattr(methods, method)(base, experts, **given, **drawn))
         return results

@@ -36,6 +36,7 @@ def delta_blocks(
 
     A block holds about ``size`` entries, in whole rows of ``row``.
     """
+    base, *experts = (tensor.detach() for tensor in (base, *experts))  # parameters of a model are merged like tensors
     dtype = working_dtype(base)
     if not base.numel():
         return
@@ -81,6 +82,7 @@ def deltas_in_turn(
 
     For sums over many experts: blocks may be large and still stay in the cache, however many experts there are.
     """
+    base, *experts = (tensor.detach() for tensor in (base, *experts))
     dtype = working_dtype(base)
     if not base.numel():
         return
@@ -146,6 +148,7 @@ def fold(
         row: A block holds whole rows of so many entries.
         dtype: Of the result, where it is another.
     """
+    base, *experts = (tensor.detach() for tensor in (base, *experts))
     out = result_like(base) if dtype is None else torch.empty(base.shape, dtype=dtype, device=base.device)
     parts: fused.Parts | None = getattr(kernel, "parts", None)
     if parts is not None and fused.usable(base, *experts, out):
@@ -211,7 +214,9 @@ def weighted_sum(base: Tensor | None, experts: Sequence[Tensor], factors: Tensor
     return fold(first, rest, Sum(w), share=float(factors.sum()))
 
 
-def per_expert(value: float | Sequence[float] | None, n: int, default: float = 1.0) -> list[float]:
+def per_expert(
+    value: float | Sequence[float] | None, n: int, default: float = 1.0, *, name: str = "weights"
+) -> list[float]:
     """Spread one value over ``n`` experts; a sequence stands for itself.
 
     Example:
@@ -223,7 +228,9 @@ def per_expert(value: float | Sequence[float] | None, n: int, default: float = 1
     if isinstance(value, int | float):
         return [value] * n
     if len(value) != n:
-        raise RecipeError(f"Got {len(value)} values for {n} experts, expected one for each. Values: {list(value)}")
+        raise RecipeError(
+            f"{name} has {len(value)} values for {n} experts, expected one for each. Values: {list(value)}"
+        )
     return list(value)
 
 

@@ -6,6 +6,7 @@ comparisons are NumPy's, which are several times faster than torch's on a proces
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -33,6 +34,16 @@ def generators(n: int, rng: torch.Generator | None) -> list[np.random.Generator]
     """Return NumPy's generators for ``n`` experts, seeded by ``rng`` or by a fixed one."""
     seeds = torch.randint(1 << 62, (n,), generator=rng or torch.Generator().manual_seed(0))
     return [np.random.default_rng(seed) for seed in seeds.tolist()]
+
+
+def levels(shares: Sequence[float], rng: torch.Generator | None) -> list[int]:
+    """Return for each share one of the two levels around it, drawn so that the share is exact on average.
+
+    A share below the least level gets that level.
+    """
+    drawn = torch.rand(len(shares), generator=rng or torch.Generator().manual_seed(1), dtype=torch.float64).tolist()
+    found = [math.floor(share * LEVELS + u) for share, u in zip(shares, drawn)]
+    return [min(LEVELS, max(1, level)) for level in found]
 
 
 def draw(size: int, rng: np.random.Generator) -> Words:

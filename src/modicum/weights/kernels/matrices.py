@@ -21,6 +21,7 @@ def merge_matrices(base: Tensor, experts: Sequence[Tensor], merge: Callable[[lis
         experts: Tensors of its shape.
         merge: From the deltas of one matrix, in float32 or float64, to the merged delta, which is 0 where all are.
     """
+    base, experts = base.detach(), [expert.detach() for expert in experts]
     if experts and all(torch.equal(expert, base) for expert in experts):
         return base.clone()
     if base.ndim < 2 or not base.numel():

@@ -11,15 +11,27 @@ measured;
 each matrix.
 """
 
+from importlib import import_module
 from typing import Any
 
 from modicum.registry import merge_method
+from modicum.weights.kernels.held import held
+
+PIECES = {  # of methods, for those who build their own
+    "inv_sqrt_polar": "modicum.linalg",
+    "outlier_weights": "modicum.weights.methods.resm",
+    "rank_plan": "modicum.weights.methods.resm",
+    "task_interference": "modicum.weights.methods.tsv",
+    "truncated_svd": "modicum.linalg",
+}
 
 
-def __getattr__(name: str) -> Any:  # tells type checkers that the names below are made at import
+def __getattr__(name: str) -> Any:  # tells type checkers too that the names below are made at import
+    if name in PIECES:
+        return getattr(import_module(PIECES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # A method is called like its file, and importing a file binds the *module* to that name; loading all of them first and
 # then binding the functions makes `from modicum.weights.methods import ties` give the function, always.
-globals().update({name: entry.function for name, entry in merge_method.items()})
+globals().update({name: held(entry) for name, entry in merge_method.items()})

@@ -71,7 +71,9 @@ def breadcrumbs(
     """
     n, size = len(experts), base.numel()
     w = as_vector(per_expert(weights, n), base)
-    windows = [_window(size, d, g) for d, g in zip(per_expert(density, n), per_expert(gamma, n))]
+    windows = [
+        _window(size, d, g) for d, g in zip(per_expert(density, n, name="density"), per_expert(gamma, n, name="gamma"))
+    ]
     keeps = [[k for k in (top, top + kept) if 0 < k < size] for top, kept in windows]
     found = find_cuts(base, experts, keeps) if any(keeps) and size else [[] for _ in experts]
     cuts = [_pair(window, list(several), size) for window, several in zip(windows, found)]

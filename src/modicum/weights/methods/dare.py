@@ -15,7 +15,7 @@ from modicum.registry import merge_method
 from modicum.types import Fraction
 from modicum.weights.kernels.blocks import as_vector, per_expert
 from modicum.weights.kernels.combine import Elect, combiner
-from modicum.weights.kernels.draws import LEVELS, Mask, draw_mask, generators, merge_dropped
+from modicum.weights.kernels.draws import LEVELS, Mask, draw_mask, generators, levels, merge_dropped
 
 
 @merge_method("dare", paper="arXiv:2311.03099", laws={"bounded", "zero_delta", "scale", "shift"})
@@ -29,7 +29,7 @@ def dare(
     scale: float = 1.0,
     weights: list[float] | None = None,
     normalize: bool = False,
-    rng: torch.Generator | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Keep each entry of a delta with probability ``density``, rescale, and combine.
 
@@ -46,7 +46,7 @@ def dare(
         scale: Factor on the merged delta.
         weights: One for each expert; all 1 when not given.
         normalize: Divide by the weights that took part.
-        rng: Draws the masks; a fixed one when not given.
+        generator: Draws the masks; a fixed one when not given.
 
     Returns:
         The merged tensor.
@@ -56,14 +56,15 @@ def dare(
 
     Example:
         >>> import torch
-        >>> dare(torch.zeros(4), [torch.ones(4)], density=0.5, rng=torch.Generator().manual_seed(5))
+        >>> dare(torch.zeros(4), [torch.ones(4)], density=0.5, generator=torch.Generator().manual_seed(5))
         tensor([2., 2., 0., 0.])
 
     Cost:
         One pass; two with ``l1``, which keeps a bit for each entry of each expert between them.
 
     Deviates:
-        The probability is rounded to 1/65536, and the rescaling uses the rounded one, so it stays unbiased.
+        A tensor's probability is one of the two multiples of 1/65536 around the density, drawn so that it is exact on
+        average, and 1/65536 at least.
 
     Reference:
         Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", ICML
@@ -71,12 +72,12 @@ def dare(
     """
     n = len(experts)
     w = as_vector(per_expert(weights, n), base)
-    levels = [min(LEVELS, max(1, round(share * LEVELS))) for share in per_expert(density, n)]
-    sources = generators(n, rng)
+    shares, sources = per_expert(density, n, name="density"), generators(n, generator)
+    reached = levels(shares, generator)
 
     def drop(t: int, size: int, _: Tensor) -> Mask | None:
-        return draw_mask(size, levels[t], sources[t]) if levels[t] < LEVELS else None
+        return draw_mask(size, reached[t], sources[t]) if reached[t] < LEVELS else None
 
-    factors = {"expectation": [LEVELS / level for level in levels], "none": [1.0] * n, "l1": None}[rescale]
+    factors = {"expectation": [1 / max(share, 1 / LEVELS) for share in shares], "none": [1.0] * n, "l1": None}[rescale]
     combine = combiner(w, elect=elect, normalize=normalize, scale=scale)
     return merge_dropped(base, experts, drop, combine, rescale=factors, blind=True)

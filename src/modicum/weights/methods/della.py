@@ -38,7 +38,7 @@ def della(
     scale: float = 1.0,
     weights: list[float] | None = None,
     normalize: bool = True,
-    rng: torch.Generator | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Keep each entry with a probability that grows with its rank in its row, rescale, and combine.
 
@@ -60,7 +60,7 @@ def della(
         scale: Factor on the merged delta.
         weights: One for each expert; all 1 when not given.
         normalize: Divide by the weights that took part.
-        rng: Draws the masks; a fixed one when not given.
+        generator: Draws the masks; a fixed one when not given.
 
     Returns:
         The merged tensor.
@@ -71,7 +71,7 @@ def della(
     Example:
         >>> import torch
         >>> rng, expert = torch.Generator().manual_seed(1), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-        >>> della(torch.zeros(1, 4), [expert], density=0.5, epsilon=0.25, rng=rng)
+        >>> della(torch.zeros(1, 4), [expert], density=0.5, epsilon=0.25, generator=rng)
         tensor([[0.0000, 0.0000, 5.1429, 5.3333]])
 
     Cost:
@@ -88,13 +88,13 @@ def della(
         arXiv:2406.11617, Section 3.
     """
     n = len(experts)
-    shares, widths = per_expert(density, n), per_expert(epsilon, n)
+    shares, widths = per_expert(density, n, name="density"), per_expert(epsilon, n, name="epsilon")
     for share, width in zip(shares, widths):
         if share < 1 and not 0 < share - width <= share + width < 1:
             raise RecipeError(
                 f"della: density {share} ± epsilon {width} leaves (0, 1). Lower epsilon, or move density to the middle."
             )
-    sources = generators(n, rng)
+    sources = generators(n, generator)
     row = base.shape[-1] if base.ndim else 1
 
     def drop(t: int, _: int, delta: Tensor) -> NDArray[Any] | None:

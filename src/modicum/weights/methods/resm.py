@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError
+from modicum.errors import RecipeError, did_you_mean
 from modicum.linalg import SVD, Solver
 from modicum.registry import merge_method
-from modicum.types import Fraction, NonNegative, UnitInterval
+from modicum.types import Fraction, NonNegative, PositiveInt, UnitInterval
 from modicum.weights.kernels.matrices import merge_matrices
 from modicum.weights.methods.tsv import combine, decompose
 
 Each = Callable[[Callable[[Tensor, Sequence[Tensor]], Any]], Mapping[str, Any]]
 Mode = Literal["mass", "ratio", "count", "mitigate", "none"]
-Rule = Literal["sparsity", "uniform", "mean_preserving", "energy", "per_task"]
+Axis = Literal["matrix", "column", "row"]
+Normalize = Literal["mean1", "sum1", "softmax"]
+Rule = Literal["sparsity", "uniform", "mean-preserving", "mean_preserving", "energy", "per_task"]
+MEANS = ("mean-preserving", "mean_preserving")  # two ways to write one rule
 
 
-def survey(each: Each, *, ranks: Rule, c: float, eps: float | None, **_: Any) -> dict[str, dict[str, Any]]:
+def survey(each: Each, *, ranks: Rule | list[int], c: float, eps: float | None, **_: Any) -> dict[str, dict[str, Any]]:
     """Compare every matrix with the densest of the model, or with the mean over the model."""
-    if ranks not in ("sparsity", "mean_preserving"):
+    if ranks not in ("sparsity", *MEANS):
         return {}
 
     def measure(base: Tensor, experts: Sequence[Tensor]) -> float | None:
@@ -58,11 +61,13 @@ def resm(
     experts: Sequence[Tensor],
     *,
     alpha: float = 1.0,
+    weights: Mode | list[float] | None = None,
     outliers: Mode = "mass",
+    axis: Axis = "matrix",
     sigmas: NonNegative = 3.0,
     bounds: tuple[float, float] | None = (0.5, 2.0),
-    normalize: Literal["mean1", "sum1", "softmax"] = "mean1",
-    ranks: Rule = "sparsity",
+    normalize: Normalize = "mean1",
+    ranks: Rule | list[PositiveInt] = "sparsity",
     c: NonNegative = 0.1,
     eps: NonNegative | None = None,
     eta: Fraction = 0.9,
@@ -84,15 +89,19 @@ def resm(
         base: The tensor that the experts were trained from.
         experts: One tensor of each expert.
         alpha: Factor on the merged delta.
+        weights: One for each expert, in place of what its outliers say; or the name of a mode, in place of
+            ``outliers``.
         outliers: What an expert's weight comes from: the ``mass`` of its outliers, their ``ratio`` to all its
             magnitudes, their ``count``; ``mitigate`` clips them instead and weighs all alike; ``none`` does neither.
+        axis: Whether an expert has one weight for the ``matrix``, or one for each ``column`` (input) or ``row``
+            (output), which multiplies the delta before it is decomposed.
         sigmas: How many standard deviations above the mean magnitude an outlier lies.
         bounds: Least and largest weight before they are normalized again; ``null`` for none.
         normalize: ``mean1`` makes the weights average 1, ``sum1`` makes them sum to 1, ``softmax`` takes a softmax of
             the scores and makes it average 1.
-        ranks: How many singular vectors: ``sparsity`` as above, ``mean_preserving`` relative to the mean layer,
+        ranks: How many singular vectors: ``sparsity`` as above, ``mean-preserving`` relative to the mean layer,
             ``uniform`` as TSV-M, ``energy`` the fewest that hold ``eta`` of the squares, ``per_task`` shared between
-            the experts in proportion to how dense they are.
+            the experts in proportion to how dense they are. Or a number for each expert.
         c: How small an entry counts as zero, relative to the mean magnitude.
         eps: The same as an absolute magnitude, in place of ``c``.
         eta: Share of the squared singular values to keep, for ``energy``.
@@ -105,7 +114,7 @@ def resm(
         The merged tensor. Tensors that are not matrices get the mean of the deltas.
 
     Raises:
-        RecipeError: ``bounds`` are not positive and ordered.
+        RecipeError: ``bounds`` are not positive and ordered, or weights or ranks do not fit the experts.
 
     Example:
         >>> import torch
@@ -126,23 +135,37 @@ def resm(
     if bounds is not None and not 0 < bounds[0] <= 1 <= bounds[1]:
         raise RecipeError(f"resm: bounds {bounds} should hold 1 between two positive numbers, for example [0.5, 2].")
 
+    mode = weights if isinstance(weights, str) else outliers
+    given = weights if isinstance(weights, list) else None
+    _check_length("weights", given, len(experts))
+    _check_length("ranks", ranks if isinstance(ranks, list) else None, len(experts))
+
     def merge(deltas: list[Tensor]) -> Tensor:
-        weights = outlier_weights(deltas, mode=outliers, sigmas=sigmas, bounds=bounds, normalize=normalize)
-        if outliers == "mitigate":
-            limits = [outliers_of(delta, sigmas).limit for delta in deltas]
-            deltas = [delta.clamp(-limit, limit) for delta, limit in zip(deltas, limits)]
+        if given is None:
+            found = outlier_weights(deltas, mode=mode, alpha=sigmas, clip=bounds, axis=axis, normalize=normalize)
+        else:
+            found = list(given)
+        if mode == "mitigate" and given is None:
+            deltas = [_mitigated(delta, sigmas, axis) for delta in deltas]
         shares = [occupancy(delta, c=c, eps=eps) for delta in deltas]
-        plan = rank_plan(shares, min(deltas[0].shape), rule=ranks, reference=reference)
+        short = min(deltas[0].shape)
+        if isinstance(ranks, list):
+            plan = _checked_ranks(ranks, short)
+        else:
+            plan = rank_plan(shares, short, rule=ranks, reference=reference)
+        if axis != "matrix" and given is None:
+            deltas = [delta * weight for delta, weight in zip(deltas, found)]
+        factors = [weight if isinstance(weight, float) else 1.0 for weight in found]
         parts = []
-        for delta, k, weight in zip(deltas, plan, weights):
+        for delta, k, weight in zip(deltas, plan, factors):
             part = decompose(delta, k, solver, whiten_rtol=whiten_rtol)
             if ranks == "energy":
                 part = shortest(part, total=float(delta.double().square().sum()), eta=eta)
             parts.append(part if weight == 1 else SVD(part.U, part.S * weight, part.V))
-        found: list[dict[str, Any]] = []
-        merged = (alpha * combine(parts, whiten_rtol=whiten_rtol, report=found)).to(deltas[0].dtype)
+        told: list[dict[str, Any]] = []
+        merged = (alpha * combine(parts, whiten_rtol=whiten_rtol, report=told)).to(deltas[0].dtype)
         if report is not None:
-            report.extend({**one, "weights": weights} for one in found)
+            report.extend({**one, "weights": [float(torch.as_tensor(w).mean()) for w in found]} for one in told)
         return merged
 
     return merge_matrices(base, experts, merge)
@@ -176,32 +199,95 @@ def outlier_weights(
     deltas: Sequence[Tensor],
     *,
     mode: Mode = "mass",
-    sigmas: float = 3.0,
-    bounds: tuple[float, float] | None = (0.5, 2.0),
-    normalize: str = "mean1",
-) -> list[float]:
-    """Return a weight for each delta, larger the more of it lies in outliers."""
-    n = len(deltas)
-    if mode in ("none", "mitigate"):
-        return [1.0] * n
+    alpha: float = 3.0,
+    clip: tuple[float, float] | None = (0.5, 2.0),
+    axis: Axis = "matrix",
+    normalize: Normalize = "mean1",
+) -> list[Any]:
+    """Return a weight for each delta, larger the more of it lies in outliers.
+
+    Args:
+        deltas: Matrices of one shape.
+        mode: See :func:`resm`.
+        alpha: How many standard deviations above the mean magnitude an outlier lies.
+        clip: Least and largest weight before they are normalized again; ``None`` for none.
+        axis: ``matrix``, or one weight for each ``column`` or ``row``.
+        normalize: See :func:`resm`.
+
+    Returns:
+        Numbers; along an axis, tensors of the shape ``(1, n)`` for columns and ``(m, 1)`` for rows.
+
+    Example:
+        >>> heavy = torch.eye(20)
+        >>> outlier_weights([heavy, 3 * heavy])
+        [0.5, 1.5]
+    """
+    for name, value, known in (("mode", mode, Mode), ("axis", axis, Axis), ("normalize", normalize, Normalize)):
+        if value not in get_args(known):
+            raise RecipeError(f"{name} {value!r} is not known. {did_you_mean(str(value), get_args(known))}")
+    if axis != "matrix":
+        return _weights_along(deltas, mode, alpha, clip, axis, normalize)
     scores = []
-    for found in (outliers_of(delta, sigmas) for delta in deltas):
+    for found in (outliers_of(delta, alpha) for delta in deltas):
         ratio = found.mass / found.total if found.total else 0.0
-        scores.append({"mass": found.mass, "ratio": ratio, "count": found.share}[mode])
+        scores.append({"mass": found.mass, "ratio": ratio, "count": found.share}.get(mode, 0.0))
+    return _normalized(scores, clip, normalize) if mode not in ("none", "mitigate") else [1.0] * len(deltas)
+
+
+def _normalized(scores: list[float], clip: tuple[float, float] | None, normalize: Normalize) -> list[float]:
+    n = len(scores)
     if normalize == "softmax":
         powers = [math.exp(score - max(scores)) for score in scores]
         weights = [n * power / sum(powers) for power in powers]
     else:
         total = sum(scores)
         weights = [n * score / total for score in scores] if total else [1.0] * n
-    if bounds is not None:
-        weights = [min(bounds[1], max(bounds[0], weight)) for weight in weights]
+    if clip is not None:
+        weights = [min(clip[1], max(clip[0], weight)) for weight in weights]
     total = sum(weights)
     if len(set(weights)) == 1:
         weights = [1.0] * n
     else:
         weights = [n * weight / total for weight in weights]
     return [weight / n for weight in weights] if normalize == "sum1" else weights
+
+
+def _weights_along(
+    deltas: Sequence[Tensor],
+    mode: Mode,
+    alpha: float,
+    clip: tuple[float, float] | None,
+    axis: Axis,
+    normalize: Normalize,
+) -> list[Tensor]:
+    """Return weights of lines: each line is weighed as a matrix of its own would be."""
+    lines = [delta.T if axis == "column" else delta for delta in deltas]
+    found = [outlier_weights(same, mode=mode, alpha=alpha, clip=clip, normalize=normalize) for same in zip(*lines)]
+    along = torch.tensor(found, dtype=deltas[0].dtype, device=deltas[0].device).T
+    return [weights[None, :] if axis == "column" else weights[:, None] for weights in along]
+
+
+def _mitigated(delta: Tensor, alpha: float, axis: Axis) -> Tensor:
+    if axis == "matrix":
+        limit = outliers_of(delta, alpha).limit
+        return delta.clamp(-limit, limit)
+    lines = delta.T if axis == "column" else delta
+    clamped = torch.stack([_mitigated(line, alpha, "matrix") for line in lines])
+    return clamped.T if axis == "column" else clamped
+
+
+def _check_length(name: str, given: Sequence[float] | None, experts: int) -> None:
+    if given is not None and len(given) != experts:
+        raise RecipeError(f"resm: {name} has {len(given)} numbers, expected {experts}, one for each expert.")
+
+
+def _checked_ranks(ranks: list[int], short: int) -> list[int]:
+    if sum(ranks) > short:
+        raise RecipeError(
+            f"resm: ranks are {ranks}, {sum(ranks)} together, but a matrix of this model has only {short} singular "
+            "vectors, which the experts share. Lower them, or name a rule."
+        )
+    return ranks
 
 
 def occupancy(delta: Tensor, *, c: float = 0.1, eps: float | None = None) -> float:
@@ -239,7 +325,7 @@ def rank_plan(
             plan[plan.index(max(plan))] -= 1
         return plan
     density = sum(shares) / n
-    if rule in ("sparsity", "mean_preserving") and reference:
+    if rule in ("sparsity", *MEANS) and reference:
         return [min(room, max(1, int(room * density / reference + 1e-9)))] * n
     return [room] * n
 

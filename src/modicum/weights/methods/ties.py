@@ -32,7 +32,7 @@ def survey(each: Each, *, density: float | list[float], trim_scope: str, **_: An
         return {}
     upper = _histograms(each, None)
     totals = upper.sum(1)
-    shares = per_expert(density, len(totals))
+    shares = per_expert(density, len(totals), name="density")
     ranks = [max(1, int(share * int(total))) for share, total in zip(shares, totals)]
     prefixes, left = _locate(upper, ranks)
     patterns, _left = _locate(_histograms(each, prefixes), left)
@@ -132,7 +132,7 @@ def ties(
     w = as_vector(per_expert(weights, len(experts)), base)
     cuts: Sequence[Cut | None]
     if threshold is None:
-        cuts = trim_cuts(base, experts, per_expert(density, len(experts)))
+        cuts = trim_cuts(base, experts, per_expert(density, len(experts), name="density"))
     else:
         cuts = [Cut(value, 0, exhaustive=True) for value in threshold]
 
