@@ -179,6 +179,23 @@ def test_unknown_keys_are_ignored_with_a_note_and_slips_are_not(root: Path) -> N
         del place[slip]
 
 
+@pytest.mark.parametrize(
+    ("method", "base", "said"),
+    [
+        ("ties", {}, ["'lambda' on a model: no effect, as it is the whole merge's"]),
+        ("ties", {"weight": 1.0}, ["'weight' on BASE: no effect, as it is the base"]),
+        ("linear", {"weight": 1.0}, []),
+    ],
+)
+def test_the_plan_says_where_nobody_reads_a_parameter(method: str, base: Any, said: list[str], root: Path) -> None:
+    document = json.loads(json.dumps(ties(merge_method=method)).replace("$R", str(root)))
+    document["models"].append({"model": document["base_model"], "parameters": base | {"lambda": 2.0}})
+    lines = [line for line in plan(parse(document)) if ": no effect" in line]
+    wanted = [words.replace("BASE", document["base_model"]) for words in said]
+    assert all(words in lines for words in wanted)
+    assert any("as it is the base" in line for line in lines) == any("BASE" in words for words in said)
+
+
 @pytest.mark.parametrize("method", ["linear", "karcher", "ties"])
 @pytest.mark.parametrize("listed", [True, False])
 def test_the_plan_says_that_a_base_is_not_merged(method: str, listed: bool, root: Path) -> None:

@@ -212,21 +212,22 @@ def method_of(name: str) -> Reader:
     return read
 
 
-def parameters_of(name: str) -> set[str]:
-    """Return the parameters that a method reads.
+def parameters_of(name: str) -> dict[str, bool]:
+    """Return the parameters that a method reads, and whether each model may have its own value.
 
     Example:
-        >>> sorted(parameters_of("sce"))
-        ['select_topk']
+        >>> parameters_of("task_arithmetic")
+        {'weight': True, 'normalize': False, 'lambda': False}
     """
-    asked: set[str] = set()
+    asked: dict[str, bool] = {}
 
     def shared(key: str, default: Any) -> Any:
-        asked.add(key)
+        asked.setdefault(key, False)
         return default
 
     def each(key: str, default: Any = 1.0, **_: Any) -> list[Any]:
-        return [shared(key, default)]
+        asked[key] = True
+        return [default]
 
     with suppress(RecipeError):  # raised where a required parameter is missing, as here all are
         method_of(name)(Getter(shared, each))

@@ -290,7 +290,8 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
     scopes = [scope for piece in slices for scope in (*piece.scopes, *(part.parameters for part in piece.parts))]
     if any(has_gradient(scope) for scope in scopes):
         notes.append("gradients: the final norm and lm_head get the last value, where mergekit gives them the first")
-    unread = {key for scope in scopes for key in scope} - parameters_of(name)
+    known = parameters_of(name)
+    unread = {key for scope in scopes for key in scope} - known.keys()
     outside = any(piece.base and piece.base not in [part.reference for part in piece.parts] for piece in slices)
     if outside and not any(step.base for step in steps):
         notes.append(f"{name} has no base: base_model only gives config and tokenizer; mergekit merges it too")
@@ -300,6 +301,18 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
         notes.append("int8_mask only saves memory in mergekit and has no effect here")
     if others := sorted(unread - {"int8_mask"}):
         notes.append(f"{name} does not read {', '.join(map(repr, others))} under parameters: no effect")
+    return [*notes, *_misplaced(slices, known, based=any(step.base for step in steps))]
+
+
+def _misplaced(slices: Sequence[Slice], known: Mapping[str, bool], *, based: bool) -> list[str]:
+    """Say which parameters stand on a model where nobody reads them: those of the whole merge, and a base's own."""
+    parts = [(piece, part) for piece in slices for part in piece.parts]
+    whole = sorted({key for _, part in parts for key in part.parameters if known.get(key) is False})
+    notes = [f"{', '.join(map(repr, whole))} on a model: no effect, as it is the whole merge's"] if whole else []
+    own = [part for piece, part in parts if part == piece.base_part and part.parameters.keys() & known.keys()]
+    if based and own:
+        said = sorted({key for part in own for key in part.parameters if known.get(key)})
+        notes += [f"{', '.join(map(repr, said))} on {own[0].reference}: no effect, as it is the base"] if said else []
     return notes
 
 
