@@ -16,16 +16,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import quote
 
-from modicum.borders import loads
+from modicum.borders import border, check_plain, loads
 from modicum.durable import write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError
 from modicum.lock import HeldError, hold
 
+LONGEST = 200  # letters of a file's name that a key gives, of 255 that there may be
+REMEDY = "Delete it and run again: what it held is measured anew."
 Cell: TypeAlias = dict[str, Any]
 Measure: TypeAlias = Callable[[], Cell]
 
@@ -139,7 +142,10 @@ class Folder:
         return self._file(str(key)).is_file()
 
     def __getitem__(self, key: str) -> Cell:
-        cell: Cell = loads(self._file(key).read_text(encoding="utf-8"))
+        file = self._file(key)
+        check_plain(file)
+        with border(file, REMEDY):
+            cell = _mapping(loads(file.read_bytes()))
         return cell
 
     def __setitem__(self, key: str, cell: Cell) -> None:
@@ -169,8 +175,12 @@ class Document:
         about = json.loads(json.dumps(dict(self.about)))  # as the file will have it: tuples become lists
         self._content: dict[str, Any] = {"study": self.path.stem, "about": about, "cells": {}}
         if self.path.exists():
-            self._content = loads(self.path.read_text(encoding="utf-8"))
-        before = self._content.get("about", {})
+            check_plain(self.path)
+            with border(self.path, REMEDY):
+                found = _mapping(loads(self.path.read_bytes()))
+                cells = {key: _mapping(cell) for key, cell in _mapping(found["cells"]).items()}
+                self._content = {**found, "about": _mapping(found.get("about", {})), "cells": cells}
+        before = self._content["about"]
         if before != about:
             changed = sorted(key for key in {*before, *about} if before.get(key) != about.get(key))
             raise CheckpointError(f"{self.path} was measured with other {', '.join(changed)}. Move it away first.")
@@ -189,7 +199,15 @@ class Document:
         write_atomic(self.path, json.dumps(self._content, indent=1) + "\n")
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{type(value).__name__} in the place of a mapping")
+    return value
+
+
 def _file_name(key: str) -> str:
     # Keys hold model names and numbers; a slash or a leading dot would make another path of them.
     name = quote(key, safe=" =,+|()")
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}+{sha256(key.encode()).hexdigest()[:16]}"
     return f"%2E{name[1:]}" if name.startswith(".") else name

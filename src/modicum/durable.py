@@ -83,6 +83,14 @@ def restore(target: Path) -> None:
         shutil.rmtree(replaced)
 
 
+def remove(path: Path) -> None:
+    """Remove whatever lies there: a folder with all that is in it, a file, a link, or a pipe, which is not opened."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _replaced(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
@@ -140,8 +148,8 @@ def whole_folder(path: Path, *, keep_partial: bool = False, check: Callable[[], 
     """
     partial = path.with_name(f".{path.name}.partial")
     restore(path)
-    if partial.exists() and not keep_partial:
-        shutil.rmtree(partial)
+    if not keep_partial:
+        remove(partial)
     partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial

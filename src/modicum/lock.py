@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from modicum.borders import loads
+from modicum.borders import check_plain, loads
 from modicum.errors import CheckpointError
 
 try:
@@ -33,6 +33,7 @@ NAME = ".lock"
 LEFT = re.compile(r"\.(?:.+\.)?lock\.[0-9a-f]{32}")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_PID = 2**31 - 1
+LARGEST = 1 << 16  # bytes of a lock file
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -152,6 +153,9 @@ def read_owner(path: Path, *, tries: int = 50) -> Owner | None:
 
 
 def _owner(path: Path) -> Owner:
+    check_plain(path)
+    if path.stat().st_size > LARGEST:
+        raise ValueError("no lock is so large")
     owner = Owner(**loads(path.read_text(encoding="utf-8")))
     words = [value for name, value in asdict(owner).items() if name != "pid"]
     # A signal to process 0, or to a number below it, would go to a whole group.

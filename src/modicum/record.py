@@ -32,7 +32,7 @@ from typing import Any, Literal, Self, TypeAlias
 import yaml
 
 from modicum import lock, processes
-from modicum.borders import MALFORMED, check_name, expanded
+from modicum.borders import MALFORMED, check_name, check_plain, expanded
 from modicum.content import fingerprint as fingerprint
 from modicum.content import hash_files, is_old, old_fingerprint
 from modicum.credentials import redact
@@ -256,10 +256,18 @@ class Run:
                 self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        """Remove files that a killed process was writing; stages and checkpoints are looked after by their own."""
+        """Remove files that a killed process was writing; stages and checkpoints are looked after by their own.
+
+        Raises:
+            CheckpointError: A pipe, a socket or a device lies in the place of a file.
+        """
         for place, folders, files in os.walk(self.folder):
-            folders[:] = [name for name in folders if name not in ("stages", "checkpoints")]
+            folders[:] = [name for name in folders if name != "stages"]
+            own = "checkpoints" not in Path(place).relative_to(self.folder).parts
             for name in files:
+                check_plain(Path(place, name))  # opening it to read or write would wait without an end
+                if not own:
+                    continue
                 if re.fullmatch(r"\..+\.\d+", name) or lock.is_left(Path(place, name)):
                     Path(place, name).unlink(missing_ok=True)
 

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 
 from modicum import lock, registry
+from modicum.borders import expanded
+from modicum.content import MODELS
 from modicum.durable import commit, full_disks_told
 from modicum.errors import CheckpointError, RecipeError
 from modicum.inputs import check_readable
@@ -94,6 +96,7 @@ def open_run(recipe: Recipe, folder: str | Path, *, quiet: bool, on_change: OnCh
     """
     facts = registry.job[recipe.job].facts
     goes_on = facts.incremental
+    _keep_apart(recipe, home or Path(folder))
     run = Run(
         folder,
         job=recipe.job,
@@ -116,6 +119,32 @@ def open_run(recipe: Recipe, folder: str | Path, *, quiet: bool, on_change: OnCh
     return run
 
 
+def _keep_apart(recipe: Recipe, folder: Path) -> None:
+    """Refuse a run in a folder of its own data, which it would change and read; and an input that the run holds.
+
+    Raises:
+        CheckpointError: They are not apart.
+    """
+    try:
+        place = folder.resolve()
+        paths = {name: expanded(name) for name in recipe.inputs()}
+        found = {name: path.resolve() for name, path in paths.items() if path.exists()}
+    except (OSError, ValueError, RuntimeError):
+        return  # a name that no file can have; whoever reads it says so
+    holds = registry.job[recipe.job].facts.incremental is None
+    for name, path in found.items():
+        if holds and path.is_relative_to(place) and path != place:
+            raise CheckpointError(
+                f"The input {name} lies in {folder}, which this run would write. Choose another --out, or move it."
+            )
+        inside = place != path and place.is_relative_to(path) and path.is_dir()
+        if inside and not any((path / config).is_file() for config in MODELS):
+            raise CheckpointError(
+                f"{folder} lies in {name}, whose files are all read: what the run writes there would change its own "
+                "input. Choose another --out."
+            )
+
+
 def plan(recipe: Recipe, folder: Path | None = None) -> list[str]:
     """Return what running ``recipe`` would read, compute and write, a line each; runs nothing.
 
@@ -127,6 +156,8 @@ def plan(recipe: Recipe, folder: Path | None = None) -> list[str]:
         ModicumError: It would be refused.
     """
     check_readable(recipe.inputs())  # a run begins by reading them
+    if folder is not None:
+        _keep_apart(recipe, folder)
     facts = registry.job[recipe.job].facts
     if facts.plan is None:
         return []

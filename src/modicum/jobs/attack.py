@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le, Lt
 from pydantic import Field, field_validator, model_validator
 
-from modicum.cells import Document, fill, once
+from modicum.borders import border
+from modicum.cells import REMEDY, Document, fill, once
 from modicum.errors import CheckpointError
 from modicum.jobs import attack_data
 from modicum.jobs.chat.cache import Cached
@@ -157,7 +158,8 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     if recipe.judge.calibrate:
         store = Document(run.folder / "judge.json", {"hash": run.hash})
         own = once(store, "harm", lambda: calibrated(recipe.judge, judge)) or {}
-        errors |= {**own, "labelled": [*own["labelled"], *errors["labelled"]]}
+        with border(store.path, REMEDY):
+            errors |= {**own, "labelled": [*own["labelled"], *errors["labelled"]]}
     attacker: Any = None
     if recipe.attacker is not None:  # asked once for each goal and suite, whatever the targets and kills
         attacker = open_target(recipe.attacker, sampled=False)
@@ -225,6 +227,8 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     wanted = {key: lambda pair=pair: measure(*pair) for key, pair in keys.items()}
     fill(cells, wanted, tell=tell, check=run.inputs.check_mapped)
     found = [cells[key] for key in keys]
+    with border(cells.path, REMEDY):
+        targets = {name: summary([c for c in found if c["target"] == name]) for name in recipe.targets}
     sections = (recipe.goals, recipe.benign, *([recipe.trained_on] if recipe.trained_on else []))
     used = [section.path for section in sections if section.path in attack_data.GOALS]
     used += [suite.packaged for suite in recipe.suites.values() if suite.packaged is not None]
@@ -232,7 +236,7 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     run.record["metrics"] = {
         "safety": {
             "cells": found,
-            "targets": {name: summary([c for c in found if c["target"] == name]) for name in recipe.targets},
+            "targets": targets,
             "judge": errors,
             "data": attack_data.provenance(*dict.fromkeys(used)),
             "sampling": {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from modicum.borders import border
 from modicum.errors import RecipeError
 from modicum.jobs.applications import ObjectiveFile, Selection, Tracking, read_application
 from modicum.recipe import Choice, Recipe, choice
@@ -224,8 +225,8 @@ def coordinate(recipe: CoordinateRecipe, run: Run) -> None:
         run: Gets ``results.json`` with utilities by world and round, ``frames.json`` and ``animation.gif``; cells that
             are finished are not played again.
     """
-    from modicum.cells import Folder, fill
-    from modicum.submodular.graphs import metropolis_weights, second_modulus
+    from modicum.cells import REMEDY, Folder, fill
+    from modicum.submodular.comparison import best_step
 
     found = Comparison(recipe)
     run.inputs.check()
@@ -239,7 +240,12 @@ def coordinate(recipe: CoordinateRecipe, run: Run) -> None:
     }
 
     def tuned(graph: str, variant: Variant) -> Cell | None:
-        return None if variant.step is None else store[f"tune {graph} {variant.label}"]
+        if variant.step is None:
+            return None
+        cell = store[f"tune {graph} {variant.label}"]
+        with border(run.folder / "cells", REMEDY):
+            best_step(cell["utility"])
+        return cell
 
     playing = {
         f"play {graph} {variant.label}": partial(_late, found.play, graph, variant, tuned)
@@ -254,29 +260,42 @@ def coordinate(recipe: CoordinateRecipe, run: Run) -> None:
             run.say(f"{key}: {_mean(cell):.4g}")
 
         fill(store, playing, tell=tell, check=run.inputs.check_mapped)
-    cells = [dict(store[key]) for key in playing]
-    frames = [{"graph": c["graph"], "label": c["label"], "frames": c.pop("frames")} for c in cells]
-    for cell in cells:
-        cell.pop("seconds", None)
-        tuning_cell = tuning.get(f"tune {cell['graph']} {cell['label']}")
-        if tuning_cell is not None:
-            cell["tuning"] = store[f"tune {cell['graph']} {cell['label']}"]["utility"]
-    graphs = {
-        name: {"links": links.nonzero().tolist(), "beta": second_modulus(metropolis_weights(links))}
-        for name, links in found.adjacency.items()
-    }
-    results = {"cells": cells, "graphs": graphs, "differences": differences(cells), "blocks": found.blocks}
-    results |= {"domains": found.domains} if found.domains else {}
+    with border(run.folder / "cells", REMEDY):
+        results, frames = _results(found, {key: store[key] for key in playing}, {key: store[key] for key in tuning})
     write_atomic(run.folder / RESULTS, json.dumps(results, indent=1) + "\n")
     kept = {"application": recipe.application.name, "rounds": recipe.rounds, "worlds": recipe.seeds}
-    lean = [{key: value for key, value in cell.items() if key not in ("course", "choices")} for cell in cells]
+    lean = [
+        {key: value for key, value in cell.items() if key not in ("course", "choices")} for cell in results["cells"]
+    ]
     run.record["metrics"] = {"coordination": {**kept, "cells": lean, "differences": results["differences"]}}
     run.output("results", run.folder / RESULTS)
     if any(one["frames"] for one in frames):
         scene = {"radius": recipe.application.radius, "films": frames}  # type: ignore[union-attr]
         write_atomic(run.folder / FRAMES, json.dumps(scene, separators=(",", ":")) + "\n")
         run.output("frames", run.folder / FRAMES)
-        _gif(run, scene, graphs)
+        _gif(run, scene, results["graphs"])
+
+
+def _results(
+    found: Comparison, playing: Mapping[str, Cell], tuning: Mapping[str, Cell]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what came of all cells, and the pictures of each."""
+    from modicum.submodular.graphs import metropolis_weights, second_modulus
+
+    cells = [dict(cell) for cell in playing.values()]
+    frames = [{"graph": c["graph"], "label": c["label"], "frames": c.pop("frames")} for c in cells]
+    for frame in (frame for one in frames for frame in one["frames"]):
+        _ = [float(part) for place in (*frame["agents"], *frame["targets"]) for part in place]  # as they will be drawn
+    for cell in cells:
+        cell.pop("seconds", None)
+        if (tuned := tuning.get(f"tune {cell['graph']} {cell['label']}")) is not None:
+            cell["tuning"] = tuned["utility"]
+    graphs = {
+        name: {"links": links.nonzero().tolist(), "beta": second_modulus(metropolis_weights(links))}
+        for name, links in found.adjacency.items()
+    }
+    results = {"cells": cells, "graphs": graphs, "differences": differences(cells), "blocks": found.blocks}
+    return results | ({"domains": found.domains} if found.domains else {}), frames
 
 
 def _late(play: Callable[..., Cell], graph: str, variant: Variant, tuned: Callable[..., Cell | None]) -> Cell:

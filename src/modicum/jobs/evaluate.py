@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from annotated_types import Gt, Lt
 from pydantic import Field, field_validator, model_validator
 
-from modicum.borders import loads
+from modicum.borders import border, loads
 from modicum.cells import Cell, fill
 from modicum.durable import write_atomic
 from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
@@ -304,8 +304,12 @@ def _write_items(run: Run, key: str, items: Sequence[Result]) -> None:
 
 
 def _read_items(run: Run, key: str) -> list[Result]:
-    text = _items_file(run, key).read_text(encoding="utf-8")
-    return [loads(line) for line in text.split("\n") if line]
+    file = _items_file(run, key)
+    with border(file, "Delete it and run again: its cell is measured anew."):
+        items = [loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        if not all(isinstance(item, dict) for item in items):
+            raise TypeError("a line is no mapping")
+    return items
 
 
 def _plain(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum.borders import border, loads
 from modicum.durable import whole_file, write_atomic
 from modicum.jobs.data.tokens import prompt_ids
 from modicum.jobs.loading.models import load_model, load_tokenizer
@@ -72,7 +74,13 @@ def distil(
                 seed=recipe.seed,
             )
             write_atomic(kept, json.dumps(fitted._asdict()) + "\n")
-        found[name] = json.loads(kept.read_text())
+        with border(kept, "Delete it and run again: it is computed anew."):
+            known = loads(kept.read_bytes())
+            numbers = {key: float(known[key]) for key in ("before", "after")}
+            factors = {str(key): float(value) for key, value in known["factors"].items()}
+            if not all(map(math.isfinite, (*numbers.values(), *factors.values()))):
+                raise ValueError("a number is not finite")
+        found[name] = {**numbers, "factors": factors}
         if found[name]["after"] > found[name]["before"]:
             note(
                 f"distil: the logits of {name} on held-out prompts are farther from its fine-tune's than before, "

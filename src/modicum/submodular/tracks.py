@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modicum.borders import check_plain, expanded
 from modicum.errors import CheckpointError, MissingExtraError, RecipeError, did_you_mean
 from modicum.random import derive_seed
 
@@ -26,6 +27,9 @@ NAMES = {
     "lon": ("lon", "lng", "longitude", "longitude_degrees"),
 }
 EARTH = 6_371_008.8  # metres, mean radius
+MOST = 50_000_000  # positions, 800 MB
+FARTHEST = 1e15  # seconds and units of length, whose differences are still exact to a unit
+RANGES = {"lat": (-90.0, 90.0), "lon": (-180.0, 360.0)}  # AIS writes 91 and 181 where nothing is known
 
 
 def read_tracks(
@@ -69,7 +73,7 @@ def read_tracks(
     """
     if not step > 0:
         raise RecipeError(f"step is {step}, expected a number of seconds above 0.")
-    reports = _reports(Path(path))
+    reports = _reports(expanded(path))
     first = min(times[0] for times, _ in reports.values())
     begin = max(times[0] for times, _ in reports.values()) if start is None else first + start
     end = min(times[-1] for times, _ in reports.values()) if duration is None else begin + duration
@@ -79,7 +83,13 @@ def read_tracks(
         raise RecipeError(
             f"{path}: track {early} ends before track {late} begins. Give start and duration, or leave one of them out."
         )
-    moments = begin + step * np.arange(math.floor((end - begin) / step + 1e-9) + 1)
+    count = (end - begin) / step
+    if count * len(reports) > MOST:
+        raise RecipeError(
+            f"{path}: {end - begin:.4g} s in rounds of {step:g} s are {count:.3g} positions of each of {len(reports)} "
+            f"tracks, expected at most {MOST:,} in all. Narrow start and duration, or raise step."
+        )
+    moments = begin + step * np.arange(math.floor(count + 1e-9) + 1)
     positions = []
     for name, (times, places) in reports.items():
         fault = _fault(times - first, begin - first, end - first, max_gap)
@@ -114,11 +124,12 @@ def _fault(times: Any, begin: float, end: float, max_gap: float) -> str | None:
 
 def _reports(path: Path) -> dict[str, tuple[Any, Any]]:
     """Return times and places of each track, in order of time."""
+    check_plain(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"Cannot read {path}: {error}.") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointError(f"Cannot read {path}: {str(error).rstrip('.')}. Expected CSV with a header.") from None
     if len(rows) < 2:
         raise RecipeError(f"{path} has {len(rows)} lines, expected a header and reports.")
     header = [name.strip().lower() for name in rows[0]]
@@ -167,7 +178,7 @@ def _degrees(turns: Any) -> Any:
 def _seconds(text: str, where: str) -> float:
     try:
         found = float(text)
-        if math.isfinite(found):
+        if abs(found) < FARTHEST:
             return found
     except ValueError:
         pass
@@ -175,7 +186,7 @@ def _seconds(text: str, where: str) -> float:
         moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except ValueError:
-        raise RecipeError(f"{where}: time is {text!r}, expected seconds or an ISO 8601 moment.") from None
+        raise RecipeError(f"{where}: time is {text!r:.40}, expected seconds or an ISO 8601 moment.") from None
 
 
 def _number(text: str, axis: str, where: str) -> float:
@@ -183,8 +194,11 @@ def _number(text: str, axis: str, where: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise RecipeError(f"{where}: {axis} is {text!r}, expected a number.")
+    if not abs(value) < FARTHEST:
+        raise RecipeError(f"{where}: {axis} is {text!r:.40}, expected a number.")
+    low, high = RANGES.get(axis, (-FARTHEST, FARTHEST))
+    if not low <= value <= high:
+        raise RecipeError(f"{where}: {axis} is {text!r:.40}, expected degrees from {low:g} to {high:g}.")
     return value
 
 

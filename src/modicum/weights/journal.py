@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modicum import processes
-from modicum.borders import loads
+from modicum.borders import MALFORMED, check_plain, loads
 from modicum.durable import write_atomic
 
 
@@ -33,14 +33,15 @@ class Journal:
 
     def _read(self, identity: str) -> list[tuple[str, list[float]]]:
         known: list[tuple[str, list[float]]] = []
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        check_plain(self.path)
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         if not lines or lines[0] != json.dumps(identity):
             return known
         for line in lines[1:]:
             try:
                 key, numbers = loads(line)
                 known.append((str(key), [float(number) for number in numbers]))
-            except (ValueError, TypeError):
+            except MALFORMED:
                 break
         return known
 

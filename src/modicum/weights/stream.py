@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from modicum import processes
-from modicum.durable import commit, restore
+from modicum.durable import commit, remove, restore
 from modicum.errors import CheckpointError, InputGoneError, ModicumError
 from modicum.record import digest
 from modicum.weights import company
@@ -219,8 +219,7 @@ def check_vacant(out: Path) -> None:
 def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -> None:
     if _read_key(beside) == key:
         return
-    if beside.exists():
-        shutil.rmtree(beside)
+    remove(beside)
     beside.mkdir(parents=True)
     need = sum(spec.nbytes for group in files.values() for spec in group.values())
     free = shutil.disk_usage(beside).free
@@ -243,7 +242,7 @@ def _prepare(beside: Path, files: Mapping[Path, Mapping[str, Spec]], key: str) -
 def _read_key(beside: Path) -> str | None:
     try:
         return (beside / "key").read_text(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

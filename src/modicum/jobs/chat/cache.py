@@ -20,6 +20,8 @@ from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving, fingerprint
 
+LONGEST = 64 << 20  # bytes of an answer
+
 
 class Cached:
     """Ask a model for what is not stored yet, and store it as soon as it comes.
@@ -176,7 +178,10 @@ def read_samples(path: Path) -> dict[str, Choice]:
             for told in ("model", "revision"):
                 entry.pop(told, None)
             if "packed" in entry:
-                data = zlib.decompress(base64.b64decode(entry["packed"]))
+                inflate = zlib.decompressobj()
+                data = inflate.decompress(base64.b64decode(entry["packed"]), LONGEST)
+                if not inflate.eof:
+                    raise ValueError("it is cut, or longer than any answer")
                 entry = loads(data.decode("utf-8", "surrogatepass"))
             found[key] = Choice(**entry)
         except (KeyError, TypeError, ValueError, zlib.error):

@@ -14,6 +14,8 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from modicum.borders import loads
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -61,7 +63,7 @@ class Endpoint:
             else:
                 if status < 400:
                     try:
-                        return json.loads(text)
+                        return loads(text)
                     except ValueError:
                         raise FailedError(f"the answer is no JSON: {_unquoted(text)}") from None
                 said = f"status {status}: {self._reason(text, body)}"
@@ -113,7 +115,7 @@ class Endpoint:
         no error of the protocol, or holds words of the request, is told by its length and hash.
         """
         try:
-            found = json.loads(text)
+            found = loads(text)
             error = found.get("error", found) if isinstance(found, dict) else found
             said = error.get("message") or error.get("detail") if isinstance(error, dict) else error
         except ValueError:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from modicum.borders import MALFORMED
 from modicum.errors import RecipeError
 from modicum.evaluate.chat import (
     THINK,
@@ -191,7 +192,7 @@ class OpenAICompatible:
                 return {name: float(answer["noul"]) for name, answer in found["answers"].items()}
             except FailedError as failed:
                 return str(failed)
-            except (KeyError, TypeError, ValueError, AttributeError):
+            except MALFORMED:
                 return "the answer is no set of probabilities"
 
         return together(one, states, most=self.concurrency, endpoint=self.endpoint, progress=self.progress)
@@ -215,7 +216,7 @@ class OpenAICompatible:
                 )
         except FailedError as failed:
             return ChatResult(tuple(choices), usage, str(failed))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        except MALFORMED:
             return ChatResult(tuple(choices), usage, "the answer is no chat completion")
         return ChatResult(tuple(choices), usage)
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from modicum.borders import expanded
 from modicum.errors import CheckpointError, RecipeError, first_line
 from modicum.evaluate.chat import THINK, Message, split_reasoning, user
 from modicum.jobs.data import chat_template
@@ -69,7 +70,7 @@ def load_guidelines(path: str | os.PathLike[str] | None = None) -> tuple[Guideli
     """
     from modicum.recipe import parse_yaml
 
-    file = Path(str(files("modicum.jobs.safety") / "guidelines.yaml")) if path is None else Path(path)
+    file = Path(str(files("modicum.jobs.safety") / "guidelines.yaml")) if path is None else expanded(path)
     try:
         found = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:

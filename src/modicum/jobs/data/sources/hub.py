@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from modicum.borders import expanded
-from modicum.errors import CheckpointError, first_line
+from modicum.errors import CheckpointError, ModicumError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.data.sources.local import SUFFIXES, rows_of, whole
@@ -55,14 +56,21 @@ def hub(section: DataSection, name: str) -> list[Row]:
         >>> rows = hub(DataSection(path="me/data", split="test"), "me/data")  # doctest: +SKIP
 
     Cost:
-        A download, kept in the cache of ``datasets``.
+        A download, kept in the cache of ``datasets``; files of this machine are read anew.
     """
     if name.startswith((".", "/", "~")) or Path(name).suffix in SUFFIXES:
         raise CheckpointError(f"There is no data file or folder {name}. Check the path.")
     import datasets
 
     try:
+        if "/" not in name and not {"cache_dir", "streaming"} & section.config.keys():
+            # A loader of local files would take rows from its cache that were made of other bytes of the same time.
+            with tempfile.TemporaryDirectory(prefix="modicum-") as cache:
+                own = {"cache_dir": cache, "keep_in_memory": True}
+                return rows_of(datasets.load_dataset(name, split=section.split, **section.config | own), section)
         data = datasets.load_dataset(name, split=section.split, **section.config)
+    except ModicumError:
+        raise
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"There is no file {name}, and the Hub gave no such data: {first_line(error)}") from None
     return rows_of(data, section)
