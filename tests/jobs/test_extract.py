@@ -62,6 +62,45 @@ def test_an_adapter_of_full_rank_is_the_model(models: Path, tmp_path: Path, fami
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("changed", ["", "bias", "ln_1.weight", "c_fc.bias"])
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_what_has_no_low_rank_form_is_loaded_by_peft_too(
+    models: Path, tmp_path: Path, changed: str, prefix: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base, tuned = (load_file(models / "gpt2" / name / "model.safetensors") for name in ("base", "a"))
+    some = {name: tensor for name, tensor in tuned.items() if name.endswith(("h.0.attn.c_attn.weight", changed))}
+    for name, tensors in {"base": base, "a": base | some}.items():
+        file = tmp_path / name / "model.safetensors"
+        file.parent.mkdir()
+        renamed = {prefix + key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+        save_file(renamed, file, {"format": "pt"})
+        (file.parent / "config.json").write_bytes((models / "gpt2" / name / "config.json").read_bytes())
+    execute(parse(recipe(tmp_path, save_rest=True)), tmp_path / "run", quiet=True)
+    ids = torch.arange(20)[None]
+    loaded = load(tmp_path / "base", tmp_path / "run/adapter")
+    for model in (loaded, loaded.merge_and_unload()):
+        torch.testing.assert_close(
+            model.eval()(ids).logits, load(tmp_path / "a").eval()(ids).logits, rtol=1e-3, atol=1e-4
+        )
+    opened, whole = Checkpoint(tmp_path / "run/adapter"), Checkpoint(tmp_path / "a")
+    for name in opened:  # and our own reading of it is PEFT's
+        torch.testing.assert_close(opened[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_difference_without_a_matrix_is_no_adapter(models: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "a").mkdir()
+    tensors = load_file(models / "llama/base/model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.ones(16)}, tmp_path / "a/model.safetensors", {"format": "pt"})
+    (tmp_path / "a/config.json").write_bytes((models / "llama/base/config.json").read_bytes())
+    with pytest.raises(ModicumError, match="in no matrix that has a low-rank form, but in 'model.norm.weight'"):
+        execute(parse(recipe(models / "llama", model=str(tmp_path / "a"), save_rest=True)), tmp_path / "r", quiet=True)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_names_without_a_prefix_find_their_modules(models: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -80,7 +119,7 @@ def test_names_without_a_prefix_find_their_modules(models: Path, tmp_path: Path)
 def test_the_plan_tells_what_is_left_out(models: Path) -> None:
     lines = plan(parse(recipe(models / "mixtral", max_rank=2)))
     assert lines[0].startswith("16 matrices of")
-    assert any("48 matrices, such as" in line and "no module of their own" in line for line in lines)
+    assert any("48 tensors, such as" in line and "no module of their own" in line for line in lines)
     assert len(plan(parse(recipe(models / "llama")))) == 2
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from modicum.jobs.card import CARD, model_card
 from modicum.jobs.loading.folders import note_code
-from modicum.jobs.loading.models import linear_modules
+from modicum.jobs.loading.models import linear_modules, skeleton
 from modicum.recipe import Recipe, dump
 from modicum.record import Run
 from modicum.registry import job
@@ -52,27 +52,36 @@ class ExtractRecipe(Recipe):
 
 def make_plan(recipe: ExtractRecipe) -> Extraction:
     """Open the models and decide what is compared; reads headers only."""
+    from modicum.weights.adapter import name_in
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.extract import plan_extraction
 
     options: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "remote_code": recipe.remote_code}
     tuned, origin = (Checkpoint(reference, **options) for reference in (recipe.model, recipe.base))
-    known = linear_modules(origin.base.folder)
+    model = skeleton(origin.base.folder)
+    if model is None:
+        return plan_extraction(tuned, origin, exclude=recipe.exclude)
+    known, tensors = linear_modules(model), set(model.state_dict())
 
     def called(module: str) -> str | None:
-        if known is None or module in known:
+        if module in known:
             return module
         return next((name for name in known if name.endswith(f".{module}")), None)
 
-    return plan_extraction(tuned, origin, exclude=recipe.exclude, modules=called)
+    find = name_in(tensors)
+
+    def placed(name: str) -> str | None:
+        return found if (found := find(name)) in tensors else None
+
+    return plan_extraction(tuned, origin, exclude=recipe.exclude, modules=called, tensors=placed)
 
 
 def notes(plan: Extraction) -> list[str]:
-    """Say which matrices no adapter of transformers' class can change."""
+    """Say which tensors no adapter of transformers' class can change."""
     if not plan.homeless:
         return []
     return [
-        f"{len(plan.homeless)} matrices, such as {plan.homeless[0]!r}, are no module of their own in the class of "
+        f"{len(plan.homeless)} tensors, such as {plan.homeless[0]!r}, are no module of their own in the class of "
         "transformers and stay as they are in the base"
     ]
 

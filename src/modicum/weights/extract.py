@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.layout import ADAPTER_PREFIX, is_linear_map, is_turned, role
+from modicum.layout import ADAPTER_PREFIX, is_linear_map, is_recomputed, is_turned, role
 from modicum.linalg import SVD, truncated_svd
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
@@ -22,7 +22,8 @@ from modicum.weights.merge import open_checkpoint
 from modicum.weights.plan import excluded
 from modicum.weights.stream import cores, names_by_size, run_all
 
-Modules = Callable[[str], str | None]
+BENEATH = ".base_layer"  # where PEFT keeps what a layer with factors was
+Called = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Extraction:
     tuned: Checkpoint
     origin: Checkpoint
     matrices: Mapping[str, str]  # the module of each, as the adapter calls it
-    rest: tuple[str, ...]  # tensors that have no low-rank form
-    homeless: tuple[str, ...]  # matrices that are no module's of their own
+    rest: Mapping[str, str]  # tensors that have no low-rank form, and what the adapter calls them
+    homeless: tuple[str, ...]  # tensors that the model's class has no place for, or no module of their own
 
     def turned(self, name: str) -> bool:
         """Whether a matrix is stored as (inputs, outputs)."""
@@ -54,7 +55,8 @@ def plan_extraction(
     base: str | Path | Checkpoint,
     *,
     exclude: str | None = None,
-    modules: Modules | None = None,
+    modules: Called | None = None,
+    tensors: Called | None = None,
 ) -> Extraction:
     """Check that two models fit together, and choose what is compared; reads headers only.
 
@@ -63,6 +65,7 @@ def plan_extraction(
         base: What it was trained from.
         exclude: Regular expression of tensor names to leave as they are in the base.
         modules: From a matrix' module to what the class of the model calls it, ``None`` where it has no such module.
+        tensors: The same of tensors that have no low-rank form.
 
     Raises:
         ModicumError: The models differ, or nothing is left to compare.
@@ -71,15 +74,17 @@ def plan_extraction(
     shared = check_agreement(origin, [tuned], names=[origin.name, tuned.name])
     names = [name for name in shared if origin.spec(name).dtype.is_floating_point]
     untouched = excluded(names, exclude)
-    names = [name for name in names if name not in untouched]
+    names = [name for name in names if name not in untouched and not is_recomputed(name, origin.spec(name).shape)]
     found = [name for name in names if len(origin.spec(name).shape) == 2 and is_linear_map(name)]
     called = {name: name.removesuffix(".weight") for name in found if name.endswith(".weight")}
     placed = {name: module if modules is None else modules(module) for name, module in called.items()}
     matrices = {name: module for name, module in placed.items() if module is not None}
     if not matrices:
         raise CheckpointError(f"{origin.name} has no matrix of which an adapter could be made. Exclude less.")
-    homeless = tuple(name for name in found if name not in matrices)
-    return Extraction(tuned, origin, matrices, tuple(name for name in names if name not in found), homeless)
+    others = {name: name if tensors is None else tensors(name) for name in names if name not in found}
+    rest = {name: other for name, other in others.items() if other is not None}
+    homeless = tuple(name for name in names if name not in matrices and name not in rest)
+    return Extraction(tuned, origin, matrices, rest, homeless)
 
 
 def extract_lora(
@@ -157,17 +162,24 @@ def run_extraction(
     order = names_by_size({name: origin.spec(name) for name in plan.matrices})
     parts = dict(run_all(decompose, order, workers=cores()))
     found = {name: part for name in plan.matrices if (part := parts[name])}
-    others = plan.rest if save_rest else ()
-    rest = {name: tuned[name] for name in others if _differ(tuned[name], origin[name])}
-    if not found and not rest:
+    others = plan.rest if save_rest else {}
+    changed = [name for name in others if _differ(tuned[name], origin[name])]
+    if not found and not changed:
         raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
+    if not found:  # PEFT opens no adapter that is of no layer
+        raise CheckpointError(
+            f"{tuned.name} differs from {origin.name} in no matrix that has a low-rank form, but in {changed[0]!r} and "
+            "such: that is no adapter. Use the model as it is."
+        )
     tensors = _peft_tensors({plan.matrices[name]: svd for name, (svd, _) in found.items()}, dtype)
-    for name, tensor in rest.items():
-        refuse_non_finite(name, [tensor, origin[name]], [tuned.name, origin.name])
-    table = next((name for name in rest if role(name) == "embedding"), None)
+    for name in changed:
+        refuse_non_finite(name, [tuned[name], origin[name]], [tuned.name, origin.name])
+    targets = {plan.matrices[name] for name in found}
+    rest = _stored(plan, changed, targets)
+    table = next((name for name in changed if role(name) == "embedding"), None)
     if origin.tied and table and origin.tied not in rest:  # PEFT would leave the output layer as it was
-        rest[origin.tied] = rest[table]
-    tensors |= {f"{ADAPTER_PREFIX}{name}": tensor.clone() for name, tensor in rest.items()}
+        rest[origin.tied] = table
+    tensors |= {f"{ADAPTER_PREFIX}{key}": tuned[name].clone() for key, name in rest.items()}
     ranks = {plan.matrices[name]: len(svd.S) for name, (svd, _) in found.items()}
     for name, tensor in tensors.items():
         refuse_overflow(name, tensor, method="extract_lora")
@@ -176,14 +188,39 @@ def run_extraction(
         tensors,
         ranks,
         origin,
-        list(rest),
+        sorted({module for key in rest if (module := _module(key)) and module.removesuffix(BENEATH) not in targets}),
         progress,
+        biases=any(BENEATH in key for key in rest),
         read=[tuned, origin],
         replace=replace,
         companions=companions,
         turned=any(map(plan.turned, found)),
     )
     return [Extracted(plan.matrices[name], len(svd.S), held) for name, (svd, held) in sorted(found.items())]
+
+
+def _stored(plan: Extraction, changed: Sequence[str], targets: Container[str]) -> dict[str, str]:
+    """Return which tensors are stored whole, by their names in the adapter's file.
+
+    PEFT stores modules whole, not tensors: where one of a module's two has changed, the other stands there too. The
+    bias of a layer with factors lies beneath them.
+    """
+    modules = {module for name in changed if (module := _module(plan.rest[name]))}
+    rest: dict[str, str] = {}
+    for name, called in plan.rest.items():
+        module = _module(called)
+        if module in targets and name in changed:
+            rest[f"{module}{BENEATH}.bias"] = name
+        elif module not in targets and (name in changed or module in modules):
+            rest[called] = name
+    weights = {module: name for name, module in plan.matrices.items() if module in modules and module not in targets}
+    return rest | {f"{module}.weight": name for module, name in weights.items()}
+
+
+def _module(name: str) -> str | None:
+    """Return the module that a weight or bias belongs to; ``None`` of a parameter of another name."""
+    module, _, leaf = name.rpartition(".")
+    return module if leaf in ("weight", "bias") else None
 
 
 def left_out(plan: Extraction) -> list[str]:

@@ -37,6 +37,7 @@ def write_adapter(
     replace: bool = False,
     companions: Mapping[str, bytes] = MappingProxyType({}),
     turned: bool = False,
+    biases: bool = False,
 ) -> None:
     """Write a PEFT adapter.
 
@@ -45,12 +46,13 @@ def write_adapter(
         tensors: By their names in the file.
         ranks: Of each module.
         base: What the adapter is of.
-        whole: Names of the tensors that are stored whole.
+        whole: Modules that are stored whole.
         progress: Show a bar when standard error is a terminal.
         read: The checkpoints that were read, which must not have changed meanwhile.
         replace: See :func:`~.stream.map_tensors`.
         companions: Other files of the folder.
         turned: The modules' weights are stored as (inputs, outputs).
+        biases: Layers with factors have other biases too.
     """
 
     def check() -> None:
@@ -68,10 +70,10 @@ def write_adapter(
         "rank_pattern": different,
         "alpha_pattern": different,
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted({name.removesuffix(".weight") for name in whole}) or None,
-        "ensure_weight_tying": base.tied in whole,
+        "modules_to_save": list(whole) or None,
+        "ensure_weight_tying": bool(base.tied) and f"{base.tied}".removesuffix(".weight") in whole,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "all" if biases else "none",
         "fan_in_fan_out": turned,
         "inference_mode": True,
     }

@@ -129,13 +129,11 @@ def looped_model(model: Any, ref: str) -> Any:
     return whole
 
 
-def linear_modules(folder: Path) -> list[str] | None:
-    """Return the layers of transformers' own class for a model that LoRA can change; ``None`` where it has none."""
+def linear_modules(model: PreTrainedModel) -> list[str]:
+    """Return the layers of a model that LoRA can change."""
     import torch
     from transformers import pytorch_utils
 
-    if (model := skeleton(folder)) is None:
-        return None
     kinds = (torch.nn.Linear, pytorch_utils.Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
