@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from modicum.borders import border
 from modicum.cells import REMEDY, Document, fill, once
 from modicum.errors import CheckpointError
+from modicum.inputs import look
 from modicum.jobs import attack_data
 from modicum.jobs.chat.cache import Cached
 from modicum.jobs.chat.targets import JudgeSection, Target
@@ -263,7 +264,7 @@ def _same_models(recipe: AttackRecipe, hashes: Mapping[str, str]) -> None:
         return
     before = read_record(recipe.transcripts).get("inputs") or {}
     for name, target in recipe.targets.items():
-        for reference in target.inputs():
+        for reference in look(target.inputs()).hashes:  # an adapter's base among them
             if reference in before and before[reference] != hashes.get(reference):
                 raise CheckpointError(
                     f"{reference} of target {name!r} is not what it was when {recipe.transcripts} was drawn, so the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeAlias
 
@@ -49,12 +49,31 @@ class CalibrateRecipe(Recipe):
 
 def plan(recipe: CalibrateRecipe) -> list[str]:
     """Say what would be tried."""
-    rows, tried = len(load_rows(recipe.data, seed=recipe.seed)), recipe.candidates + 1
+    tried, ids = recipe.candidates + 1, _of_one_length(recipe, lambda _: None)
+    rows = len(load_rows(recipe.data, seed=recipe.seed))
     lines = [f"try {tried} thresholds of {', '.join(recipe.criteria)} on {rows} documents of {recipe.data.path}"]
-    _leaving(rehearse_loading(recipe.model), recipe)
+    _fits(recipe, _leaving(rehearse_loading(recipe.model), recipe), len(ids))
     if recipe.prune or recipe.importance:
         lines.insert(0, f"skip each visit of a layer once{f', then {recipe.prune} for good' if recipe.prune else ''}")
     return lines
+
+
+def _of_one_length(recipe: CalibrateRecipe, note: Callable[[str], None]) -> list[list[int]]:
+    """Return the ids of the longest rows, which make batches without padding; the few that are shorter are left out."""
+    tokenizer = load_tokenizer(recipe.model)
+    rows = tokenize(load_rows(recipe.data, seed=recipe.seed, note=note), tokenizer, recipe.data, note=note)
+    longest = max(map(len, rows["input_ids"]))
+    return [list(ids) for ids in rows["input_ids"] if len(ids) == longest]
+
+
+def _fits(recipe: CalibrateRecipe, model: Any, rows: int) -> None:
+    """Refuse criteria that the model or the data leave nothing of."""
+    if "gate" in recipe.criteria and rows < 2:
+        raise RecipeError(
+            "The gate is fitted on other rows than it is compared on, and there is one row. Give more data."
+        )
+    if set(recipe.criteria) == {"zero_attention"} and not model._rows:
+        raise RecipeError("No criterion of the recipe fits the model. Name others.")
 
 
 def _leaving(model: Any, recipe: CalibrateRecipe) -> Any:
@@ -80,22 +99,17 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     from modicum.models.zero_token.calibrate import cheapest, exit_curve, fit_exit_gate, loss_by_cycles
 
     tokenizer = load_tokenizer(recipe.model)
-    rows = tokenize(load_rows(recipe.data, seed=recipe.seed, note=run.note), tokenizer, recipe.data, note=run.note)
-    # Rows of one length make batches without padding; the few that are shorter are left out.
-    longest = max(map(len, rows["input_ids"]))
+    ids = _of_one_length(recipe, run.note)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    whole = torch.tensor([ids for ids in rows["input_ids"] if len(ids) == longest], device=device)
+    whole = torch.tensor(ids, device=device)
     model = _leaving(
         load_model(recipe.model, dtype="auto" if native_bfloat16(device) else "float32", device=device), recipe
     )
+    _fits(recipe, model, len(whole))
     metrics = run.record["metrics"] = {"tokens": whole.numel(), "criteria": {}}
     if recipe.importance or recipe.prune:
         model = _prune(recipe, run, model, torch.split(whole, recipe.batch_size))
     if "gate" in recipe.criteria:
-        if len(whole) < 2:
-            raise RecipeError(
-                "The gate is fitted on other rows than it is compared on, and there is one row. Give more data."
-            )
         stays = fit_exit_gate(model, torch.split(whole[1::2], recipe.batch_size))
         run.say(f"gate: after cycle 1, {stays[1]:.0%} of the predictions are those of all cycles")
         whole = whole[::2]
@@ -118,8 +132,6 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
             f"at threshold {chosen.threshold:.4g}"
         )
     choices = metrics["criteria"]
-    if not choices:
-        raise RecipeError("No criterion of the recipe fits the model. Name others.")
     # By visits, not by cycles: what reads the prediction runs tail and head for it.
     best = min(choices, key=lambda name: (choices[name]["visits"], choices[name]["loss"]))
     metrics["best"] = best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -156,14 +156,33 @@ def describe(recipe: MoeRecipe) -> list[str]:
         from modicum.jobs.loading.models import rehearse_loading
 
         rehearse_loading(recipe.base_model, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
+        encoded = _encoder(recipe)
+        for each in (*recipe.experts, *recipe.shared_experts):
+            for prompt in (*each.positive_prompts, *each.negative_prompts):
+                encoded(prompt)
     return [f"routers by gate_mode {recipe.gate_mode}", *make_plan(recipe).describe()]
+
+
+def _encoder(recipe: MoeRecipe) -> Callable[[str], list[int]]:
+    """Return what gives the ids of a prompt, as it would begin a text; it refuses one without any."""
+    from modicum.jobs.loading.models import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.base_model, remote_code=recipe.remote_code)
+
+    def encoded(prompt: str) -> list[int]:
+        found: list[int] = tokenizer((tokenizer.bos_token or "") + prompt, add_special_tokens=False)["input_ids"]
+        if not found:
+            raise RecipeError(f"The prompt {prompt!r} has no tokens. Change it.")
+        return found
+
+    return encoded
 
 
 def router_rows(recipe: MoeRecipe) -> dict[int, torch.Tensor]:
     """Return for each layer the router's rows, of length one; those of a shared expert last."""
     import torch
 
-    from modicum.jobs.loading.models import load_model, load_tokenizer
+    from modicum.jobs.loading.models import load_model
     from modicum.random import generator
     from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.mixture import depth_of, width_of
@@ -178,21 +197,14 @@ def router_rows(recipe: MoeRecipe) -> dict[int, torch.Tensor]:
             uniform = recipe.gate_mode == "uniform_random"
             found[layer] = draws.uniform_(-1, 1, generator=rng) if uniform else draws.normal_(generator=rng)
         return found
-    tokenizer = load_tokenizer(recipe.base_model, remote_code=recipe.remote_code)
+    encoded = _encoder(recipe)
     options: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "remote_code": recipe.remote_code}
     model = load_model(recipe.base_model, device=recipe.device, **options)
-
-    def encoded(prompt: str) -> list[int]:
-        """Return the ids of a prompt, as it would begin a text."""
-        found: list[int] = tokenizer((tokenizer.bos_token or "") + prompt, add_special_tokens=False)["input_ids"]
-        return found
 
     @torch.no_grad()
     def states(prompt: str) -> torch.Tensor:
         """Return what each layer reads of a prompt, ``(layers, width)``."""
         ids = torch.tensor([encoded(prompt)], device=recipe.device)
-        if not ids.numel():
-            raise RecipeError(f"The prompt {prompt!r} has no tokens. Change it.")
         if recipe.gate_mode == "cheap_embed":
             return model.get_input_embeddings()(ids)[0].double().sum(0).expand(depth, -1)
         layers = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[:-1]
