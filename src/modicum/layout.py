@@ -55,19 +55,9 @@ _ROLES: dict[str, Role] = {
 _WHOLE: dict[str, Role] = {
     **dict.fromkeys(("shared", "model.shared", "led.shared", "model.language_model.shared"), "embedding"),
     **dict.fromkeys(("embeddings", "embedding", "embed", "transformer.w", "cpmant.input_embedding"), "embedding"),
-    **{
-        f"{at}.{name}": "embedding"
-        for at in (
-            "backbone",
-            "rwkv",
-            "transformer",
-            "model",
-            "model.language_model",
-            "language_model.model",
-            "language_model.backbone",
-        )
-        for name in ("embeddings", "embedding")
-    },
+    **dict.fromkeys(("backbone.embeddings", "backbone.embedding", "rwkv.embeddings"), "embedding"),
+    **dict.fromkeys(("transformer.embeddings", "model.embeddings", "model.language_model.embeddings"), "embedding"),
+    **dict.fromkeys(("language_model.model.embeddings", "language_model.backbone.embeddings"), "embedding"),
     **dict.fromkeys(("output", "language_model.output", "head", "decoder"), "head"),
     **dict.fromkeys(("proj_out", "output_projection", "predictions"), "head"),
 }
@@ -361,9 +351,14 @@ def copies(names: Container[str]) -> list[tuple[str, str]]:
         >>> copies({"shared.weight", "encoder.embed_tokens.weight"})
         [('encoder.embed_tokens.weight', 'shared.weight')]
     """
-    pairs = [(f"{at}{side}.embed_tokens.weight", f"{at}shared.weight")
-             for at in ("", "model.") for side in ("encoder", "decoder")]  # fmt: skip
-    return [(copy, kept) for copy, kept in pairs if copy in names and kept in names]
+    kept = ("shared.weight", "model.shared.weight")
+    return [(copy, table) for table in kept if table in names for copy in copies_of(table) if copy in names]
+
+
+def copies_of(table: str) -> list[str]:
+    """Return the names under which encoder and decoder have the table of the model that is called ``table``."""
+    at = table.removesuffix("shared.weight")
+    return [f"{at}{side}.embed_tokens.weight" for side in ("encoder", "decoder")] if at in ("", "model.") else []
 
 
 def inner(name: str) -> str:

@@ -89,6 +89,22 @@ def test_what_has_no_low_rank_form_is_loaded_by_peft_too(
         torch.testing.assert_close(opened[name], whole[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["t5", "gemma3vl"])
+def test_models_of_several_parts_are_given_back_whole(tmp_path: Path, family: str) -> None:
+    make_family(tmp_path / family, family)
+    folder = tmp_path / family
+    execute(parse(recipe(folder, save_rest=True)), tmp_path / "run", quiet=True)
+    auto = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForImageTextToText
+    merged = peft.PeftModel.from_pretrained(auto.from_pretrained(folder / "base"), tmp_path / "run/adapter")
+    made, wanted = merged.merge_and_unload().state_dict(), auto.from_pretrained(folder / "a").state_dict()
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4, msg=name)
+    opened, whole = Checkpoint(tmp_path / "run/adapter"), Checkpoint(folder / "a")
+    for name in opened:
+        torch.testing.assert_close(opened[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_a_difference_without_a_matrix_is_no_adapter(models: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -119,7 +135,7 @@ def test_names_without_a_prefix_find_their_modules(models: Path, tmp_path: Path)
 def test_the_plan_tells_what_is_left_out(models: Path) -> None:
     lines = plan(parse(recipe(models / "mixtral", max_rank=2)))
     assert lines[0].startswith("16 matrices of")
-    assert any("48 tensors, such as" in line and "no module of their own" in line for line in lines)
+    assert any("48 tensors, such as" in line and "no place of their own" in line for line in lines)
     assert len(plan(parse(recipe(models / "llama")))) == 2
 
 

@@ -61,14 +61,12 @@ def make_plan(recipe: ExtractRecipe) -> Extraction:
     model = skeleton(origin.base.folder)
     if model is None:
         return plan_extraction(tuned, origin, exclude=recipe.exclude)
-    known, tensors = linear_modules(model), set(model.state_dict())
+    known, tensors = set(linear_modules(model)), set(model.state_dict())
+    find = name_in(tensors)
 
     def called(module: str) -> str | None:
-        if module in known:
-            return module
-        return next((name for name in known if name.endswith(f".{module}")), None)
-
-    find = name_in(tensors)
+        found = find(f"{module}.weight").removesuffix(".weight")
+        return found if found in known else None
 
     def placed(name: str) -> str | None:
         return found if (found := find(name)) in tensors else None
@@ -81,7 +79,7 @@ def notes(plan: Extraction) -> list[str]:
     if not plan.homeless:
         return []
     return [
-        f"{len(plan.homeless)} tensors, such as {plan.homeless[0]!r}, are no module of their own in the class of "
+        f"{len(plan.homeless)} tensors, such as {plan.homeless[0]!r}, have no place of their own in the class of "
         "transformers and stay as they are in the base"
     ]
 

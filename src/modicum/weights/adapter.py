@@ -16,7 +16,16 @@ from torch import Tensor
 from modicum.borders import border
 from modicum.borders import read_json as read_json
 from modicum.errors import CheckpointError, ModicumError, UnsupportedError, first_line
-from modicum.layout import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_PREFIX, ADAPTER_WEIGHTS, inner, is_turned, role
+from modicum.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    ADAPTER_PREFIX,
+    ADAPTER_WEIGHTS,
+    copies,
+    inner,
+    is_turned,
+    role,
+)
 from modicum.patterns import Pattern
 from modicum.references import pinned
 from modicum.weights.adapter_targets import is_named
@@ -155,6 +164,9 @@ class Adapter:
         Raises:
             UnsupportedError: The embedding is stored anew and the output layer stays: a tied model cannot hold both.
         """
+        for copy, table in copies(self.replaced):
+            if torch.equal(self.replaced[copy], self.replaced[table]):
+                del self.replaced[copy]
         for table in [name for name in {**self.replaced, **self.factors} if role(name) == "embedding"]:
             if (
                 head in self.replaced

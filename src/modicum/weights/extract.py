@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.layout import ADAPTER_PREFIX, is_linear_map, is_recomputed, is_turned, role
+from modicum.layout import ADAPTER_PREFIX, copies_of, is_linear_map, is_recomputed, is_turned, role
 from modicum.linalg import SVD, truncated_svd
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
@@ -81,8 +81,8 @@ def plan_extraction(
     matrices = {name: module for name, module in placed.items() if module is not None}
     if not matrices:
         raise CheckpointError(f"{origin.name} has no matrix of which an adapter could be made. Exclude less.")
-    others = {name: name if tensors is None else tensors(name) for name in names if name not in found}
-    rest = {name: other for name, other in others.items() if other is not None}
+    others = {name: tensors(name) if tensors else None if name in found else name for name in names}
+    rest = {name: other for name, other in others.items() if other is not None and name not in matrices}
     homeless = tuple(name for name in names if name not in matrices and name not in rest)
     return Extraction(tuned, origin, matrices, rest, homeless)
 
@@ -179,6 +179,7 @@ def run_extraction(
     table = next((name for name in changed if role(name) == "embedding"), None)
     if origin.tied and table and origin.tied not in rest:  # PEFT would leave the output layer as it was
         rest[origin.tied] = table
+        rest |= dict.fromkeys(copies_of(plan.rest[table]), table)
     tensors |= {f"{ADAPTER_PREFIX}{key}": tuned[name].clone() for key, name in rest.items()}
     ranks = {plan.matrices[name]: len(svd.S) for name, (svd, _) in found.items()}
     for name, tensor in tensors.items():
