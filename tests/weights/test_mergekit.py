@@ -167,9 +167,7 @@ def test_the_plan_says_when_a_gradient_ends_otherwise(weight: object, expected: 
 def test_unknown_keys_are_ignored_with_a_note_and_slips_are_not(root: Path) -> None:
     document = json.loads(json.dumps(ties(description="mine", license="mit")).replace("$R", str(root)))
     document["models"][1]["architecture"] = "llama"
-    assert "description, license, models[1].architecture: unknown and ignored, as mergekit does" in plan(
-        parse(document)
-    )
+    assert "description, models[1].architecture: unknown and ignored, as mergekit does" in plan(parse(document))
     known = {"models": document["models"][0], "parameters": document}
     for key, place in known.items():
         slip = f"{key[:-1]}" if key == "parameters" else "modle"

@@ -165,7 +165,7 @@ def _bodies(document: Data) -> list[tuple[str | None, Data]]:
 
 def unknown_keys(document: Data) -> list[str]:
     """Return the keys of a document, its slices and its sources that nobody reads, each with its place."""
-    places: list[tuple[str, Data, set[str]]] = [("", document, KEYS)]
+    places: list[tuple[str, Data, set[str]]] = [("", document, KEYS | CARD_KEYS)]  # the model card has those
     for module, body in _bodies(document):
         at = f"modules.{module}." if module else ""
         places += [(at, body, MODULE_KEYS)] if module else []

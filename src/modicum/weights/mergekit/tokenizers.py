@@ -18,6 +18,7 @@ from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 
 TEMPLATES = resources.files("modicum.weights.mergekit") / "templates"
+LISTS_OF_IDS = ("suppress_tokens", "bad_words_ids", "force_words_ids")  # settings of generation
 CLASH = "has other tokens than FIRST"
 Converter = Callable[[Path], bytes]
 
@@ -153,13 +154,15 @@ def renumbered_ids(config: Any, old: Mapping[int, str], new: Mapping[str, int]) 
     Example:
         >>> renumbered_ids({"eos_token_id": [2, 3], "pad_token_id": 9}, {2: "x", 3: "y"}, {"x": 5, "y": 2})
         ({'eos_token_id': [5, 2], 'pad_token_id': 9}, ['pad_token_id'])
+        >>> renumbered_ids({"bad_words_ids": [[2], [3, 2]]}, {2: "x", 3: "y"}, {"x": 5, "y": 2})
+        ({'bad_words_ids': [[5], [2, 5]]}, [])
     """
     lost: list[str] = []
 
     def change(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {name: change(name, inner) for name, inner in value.items()}
-        if not key.endswith(("_token_id", "_token_index")):
+        if not key.endswith(("_token_id", "_token_index", *LISTS_OF_IDS)):
             return value
         if isinstance(value, list):
             return [change(key, item) for item in value]
