@@ -176,6 +176,21 @@ def is_left(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > 10  # it may be just being written
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove files that a killed process was writing; stages and checkpoints are looked after by their own.
+
+    Raises:
+        CheckpointError: A pipe, a socket or a device lies in the place of a file.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != "stages"]
+        own = "checkpoints" not in Path(place).relative_to(folder).parts
+        for path in (Path(place, name) for name in files):
+            check_plain(path)  # opening it to read or write would wait without an end
+            if own and (re.fullmatch(r"\..+\.\d+", path.name) or is_left(path)):
+                path.unlink(missing_ok=True)
+
+
 def patience() -> float:
     """Return for how many seconds processes of one launch wait for each other: ``MODICUM_STAGE_TIMEOUT``, or a day."""
     return float(os.environ.get("MODICUM_STAGE_TIMEOUT", 24 * 3600))

@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -32,7 +31,7 @@ from typing import Any, Literal, Self, TypeAlias
 import yaml
 
 from modicum import lock, processes
-from modicum.borders import MALFORMED, check_name, check_plain, expanded
+from modicum.borders import MALFORMED, check_name, expanded
 from modicum.content import fingerprint as fingerprint
 from modicum.content import hash_files, is_old, old_fingerprint
 from modicum.credentials import redact
@@ -239,7 +238,7 @@ class Run:
                 return
             # Another process may have worked here since the record was read.
             self.record = self._read()
-            self._remove_leftovers()
+            lock.remove_leftovers(self.folder)
             if self.record["status"] == "new" and self._on_change == "replace":
                 self._empty()
             if self.done and (damaged := damage(self.folder, {**self.record, "lacks": {}})):
@@ -253,23 +252,7 @@ class Run:
         """Remove what a process left that was killed when all but its lock was done."""
         if self.main and (self.folder / lock.NAME).exists():
             with suppress(CheckpointError, OSError), lock.hold(self.folder / lock.NAME, self.folder):
-                self._remove_leftovers()
-
-    def _remove_leftovers(self) -> None:
-        """Remove files that a killed process was writing; stages and checkpoints are looked after by their own.
-
-        Raises:
-            CheckpointError: A pipe, a socket or a device lies in the place of a file.
-        """
-        for place, folders, files in os.walk(self.folder):
-            folders[:] = [name for name in folders if name != "stages"]
-            own = "checkpoints" not in Path(place).relative_to(self.folder).parts
-            for name in files:
-                check_plain(Path(place, name))  # opening it to read or write would wait without an end
-                if not own:
-                    continue
-                if re.fullmatch(r"\..+\.\d+", name) or lock.is_left(Path(place, name)):
-                    Path(place, name).unlink(missing_ok=True)
+                lock.remove_leftovers(self.folder)
 
     def _begin(self) -> None:
         self._started = time.monotonic()
