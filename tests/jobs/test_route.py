@@ -223,14 +223,16 @@ def test_the_harness_scores_a_routed_folder(parts, tmp_path):
     pytest.importorskip("lm_eval")
     execute(parse(recipe(parts)), tmp_path / "run", quiet=True)
     rows = [{"prompt": word, "choices": [" 5", " 77"], "answer": 0} for word in ("abcdef", "uvwxyz", "fedcba")]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "t.yaml").write_text(
+    own = tmp_path / "tasks"  # all files beside a task are read, and runs lie apart from what they read
+    own.mkdir()
+    (own / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (own / "t.yaml").write_text(
         "task: own\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 't.jsonl'}}}}}\n"
+        f"dataset_kwargs: {{data_files: {{test: {own / 't.jsonl'}}}}}\n"
         'doc_to_text: "{{prompt}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
         "metric_list: [{metric: acc}]\n"
     )
-    task = {"kind": "lm_eval", "task": "own", "data": str(tmp_path), "chat": False}
+    task = {"kind": "lm_eval", "task": "own", "data": str(own), "chat": False}
     given = {"job": "evaluate", "model": str(tmp_path / "run" / "model"), "tasks": {"own": task}}
     [cell] = execute(parse(given), tmp_path / "scores", quiet=True).record["metrics"]["cells"]
     assert cell["n"] == 3
