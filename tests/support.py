@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 CHAT_TEMPLATE = (
@@ -22,6 +23,14 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     # A whole number may stand for a float, as it may for every user.
     checker: Callable[..., Any] = jaxtyped(function, typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))
     return checker
+
+
+def tiny_family(root: Path) -> Path:
+    """Write random models ``base``, ``one`` and ``two`` of one shape, each with its tokenizer, and return ``root``."""
+    for seed, name in enumerate(("base", "one", "two")):
+        tiny_llama(seed=seed).save_pretrained(root / name)
+        byte_tokenizer().save_pretrained(root / name)
+    return root
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> Any:

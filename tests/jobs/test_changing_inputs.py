@@ -18,17 +18,14 @@ from modicum.jobs import execute
 from modicum.jobs import train as training
 from modicum.recipe import parse
 from modicum.weights import extract_lora, merge
-from support import byte_tokenizer, tiny_llama
+from support import tiny_family
 
 merging = sys.modules["modicum.weights.merge"]  # the package has a function of the module's name
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("base", "one", "two")):
-        tiny_llama(seed=seed).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
+    root = tiny_family(tmp_path_factory.mktemp("models"))
     rows = ({"prompt": f"say {i}", "completion": "a"} for i in range(8))
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root

@@ -17,15 +17,12 @@ from modicum.jobs import execute
 from modicum.recipe import parse
 from modicum.record import ASIDE, read_record
 from modicum.stored import damage, verify
-from support import byte_tokenizer, tiny_llama
+from support import tiny_family
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("base", "one", "two")):
-        tiny_llama(seed=seed).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
+    root = tiny_family(tmp_path_factory.mktemp("models"))
     rows = ({"prompt": f"say {i}", "completion": "a"} for i in range(4))
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root

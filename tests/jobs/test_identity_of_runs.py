@@ -16,7 +16,7 @@ from modicum.jobs import execute, open_run
 from modicum.jobs.loading import references
 from modicum.recipe import parse
 from modicum.record import read_record
-from support import byte_tokenizer, tiny_llama
+from support import tiny_family
 
 DATA = {"path": "rows.jsonl", "max_length": 32}
 JOBS = {
@@ -65,10 +65,8 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    for seed, name in enumerate(("base", "one", "two")):
-        tiny_llama(seed=seed).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
+    root = tiny_family(tmp_path_factory.mktemp("world"))
+    for name in ("base", "one", "two"):
         (root / name / "large.safetensors.note.txt").write_bytes(bytes(3 * BLOCK))  # beyond what was read whole once
     (root / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}", "completion": "a"}) for i in range(8)))
     (root / "settings.json").write_text("{}")

@@ -16,7 +16,7 @@ from modicum.jobs.chat.cache import Cached
 from modicum.jobs.chat.scripted import Scripted
 from modicum.recipe import parse
 from modicum.weights.journal import Journal
-from support import byte_tokenizer, tiny_llama
+from support import tiny_family
 
 DATA = {"path": "rows.jsonl", "max_length": 32}
 TASKS = {"say": {"kind": "perplexity", "data": DATA}}
@@ -50,10 +50,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    for seed, name in enumerate(("base", "one", "two")):
-        tiny_llama(seed=seed).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
+    root = tiny_family(tmp_path_factory.mktemp("world"))
     for name in ("rows", "bad"):
         rows = ({"prompt": f"{name} say {i}", "completion": "a"} for i in range(4))
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
