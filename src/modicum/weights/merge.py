@@ -17,11 +17,11 @@ from modicum.registry import SUPPLIED
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_tensors, refuse_packed
 from modicum.weights.kernels import fused
-from modicum.weights.kernels.accelerator import own_stream, placed, workers_on
+from modicum.weights.kernels.accelerator import own_stream, placed
 from modicum.weights.kernels.blocks import brought_back, fold, working_dtype
 from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.plan import Plan, Step, plan_merge
-from modicum.weights.stream import SHARD_BYTES, cores, map_tensors, names_by_size, run_all
+from modicum.weights.stream import SHARD_BYTES, map_tensors, names_by_size, run_all
 
 Look = Callable[[Tensor, Sequence[Tensor]], Any]
 
@@ -112,7 +112,7 @@ def survey(plan: Plan, *, workers: int | None = None) -> dict[str, Mapping[str, 
                     return look(tensors[0], tensors[1:])
 
             order = names_by_size({name: step.spec for name, step in table.items()})
-            seen = dict(run_all(one, order, workers=workers or cores()))
+            seen = dict(run_all(one, order, workers=workers or plan.workers))
             return {name: seen[name] for name in table}
 
         survey = steps[0].entry.facts.survey
@@ -191,7 +191,7 @@ def merge_state_dicts(
         tensor, _ = run_step(steps[name], seed=seed, device=device, found=found.get(name, {}))
         return tensor if tensor.is_floating_point() else tensor.clone()
 
-    merged = dict(run_all(one, names_by_size({name: step.spec for name, step in steps.items()}), workers=cores()))
+    merged = dict(run_all(one, names_by_size({name: step.spec for name, step in steps.items()}), workers=plan.workers))
     return {name: merged[name] for name in steps}
 
 
@@ -279,7 +279,7 @@ def run_plan(
     """Carry out ``plan`` and write the checkpoint; see :func:`merge`, and :func:`~.stream.map_tensors` for the rest."""
     steps = {step.name: step for step in plan.steps}
     fused.prepare(max((step.spec.numel for step in plan.steps), default=0))
-    workers = workers or workers_on(plan.device, (step.on_device for step in plan.steps), cores())
+    workers = workers or plan.workers
     found = survey(plan, workers=workers)
     return map_tensors(
         lambda name: run_step(steps[name], seed=plan.seed, device=plan.device, found=found.get(name, {})),

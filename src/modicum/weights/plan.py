@@ -25,6 +25,7 @@ from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files, unified
 from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
 from modicum.weights.files import Spec, digest_tensor
+from modicum.weights.kernels.accelerator import workers_on
 from modicum.weights.memory import needed
 from modicum.weights.mergekit.tokenizers import Converter, notes_on_tokenizers
 from modicum.weights.mergekit.vocabulary import Result, companions_with
@@ -166,6 +167,11 @@ class Plan:
         if not any(step.diagnosed for step in steps):
             raise RecipeError("diagnostics measures differences from a base model, and none is given. Set base.")
         return replace(self, steps=steps)
+
+    @property
+    def workers(self) -> int:
+        """How many tensors are made at a time: one for each core, on a device no more than fit into its memory."""
+        return workers_on(self.device, (step.on_device for step in self.steps), cores())
 
     def memory_bound(self, workers: int | None = None) -> int:
         """Return how many bytes of anonymous memory the merge takes at most, besides the libraries."""

@@ -11,7 +11,7 @@ from modicum.layout import is_recomputed, unfused
 from modicum.weights.adapter import name_in
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.merge import run_step, survey
-from modicum.weights.stream import cores, names_by_size, run_all
+from modicum.weights.stream import names_by_size, run_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ class InPlace:
             self._at(name).copy_(tensor)
             return tensor.new_empty(0)
 
-        for name, _ in run_all(one, names_by_size({n: step.spec for n, step in todo.items()}), workers=cores()):
+        for name, _ in run_all(one, names_by_size({n: step.spec for n, step in todo.items()}), workers=plan.workers):
             self._made.add(name)
 
     def _at(self, name: str) -> Tensor:

@@ -111,21 +111,23 @@ def result_in(out: Tensor | None) -> Iterator[None]:
 
 def result_like(base: Tensor) -> Tensor:
     """Return memory for a result of the shape and dtype of ``base``; where :func:`result_in` says, if it fits."""
-    out: Tensor | None = getattr(_place, "out", None)
-    if out is None or out.device != base.device:  # what an accelerator makes goes there at the end
-        return torch.empty_like(base, memory_format=torch.contiguous_format)
-    _place.out = None  # once: a method that folds twice needs two
-    fits = (out.shape, out.dtype) == (base.shape, base.dtype)
-    return out if fits else torch.empty_like(base, memory_format=torch.contiguous_format)
+    out = _claimed(base, base.device)
+    return torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
 
 
 def brought_back(result: Tensor) -> Tensor:
     """Return the result of an accelerator in memory; where :func:`result_in` says, if it fits."""
+    out = _claimed(result, torch.device("cpu"))
+    return result.cpu() if out is None else out.copy_(result)
+
+
+def _claimed(like: Tensor, device: torch.device) -> Tensor | None:
+    """Return the place that :func:`result_in` gave, if it lies there and fits a result like this one."""
     out: Tensor | None = getattr(_place, "out", None)
-    if out is None or (out.shape, out.dtype) != (result.shape, result.dtype):
-        return result.cpu()
-    _place.out = None
-    return out.copy_(result)
+    if out is None or out.device != device:  # what an accelerator makes goes there at the end
+        return None
+    _place.out = None  # once: a method that folds twice needs two
+    return out if (out.shape, out.dtype) == (like.shape, like.dtype) else None
 
 
 def fold(
