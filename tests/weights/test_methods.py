@@ -192,7 +192,7 @@ def test_dare_drops_at_most_all_but_one_of_65536() -> None:
 
 
 def test_dare_in_a_merge_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("modicum.weights.merge")
+    module = import_module("modicum.weights.plan")
     base = {str(i): torch.zeros(40, 3) for i in range(5)}
     expert = {name: torch.ones(40, 3) for name in base}
     results = []
