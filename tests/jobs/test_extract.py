@@ -16,7 +16,7 @@ from modicum.recipe import parse
 from modicum.weights import Checkpoint
 from weights.families import make_family
 
-FAMILIES = ("llama", "gpt2", "qwen2", "mixtral", "neox")
+FAMILIES = ("llama", "gpt2", "qwen2", "mixtral", "neox", "mamba")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_an_adapter_of_full_rank_is_the_model(models: Path, tmp_path: Path, fami
     changed = 0
     for name, tensor in made.items():
         extracted = name.removesuffix(".weight") in modules and "lm_head" not in name and "embed_out" not in name
-        extracted &= not name.endswith(".gate.weight")
+        extracted &= not name.endswith((".gate.weight", ".out_proj.weight"))  # PEFT has no factors of Mamba's outputs
         torch.testing.assert_close(tensor, (wanted if extracted else base)[name], rtol=1e-4, atol=1e-5)
         changed += extracted
     assert changed >= 8

@@ -1,6 +1,7 @@
 """The jobs attack and synthesize, on a tiny model and goals of our own; one test takes the installed prompts."""
 
 import json
+import shutil
 import string
 import tempfile
 from pathlib import Path
@@ -168,6 +169,21 @@ def test_one_answer_that_never_comes_does_not_cost_the_report(parts, tmp_path, m
     monkeypatch.setattr(LocalHF, "generate", lambda self, requests: [ChatResult(error="down") for _ in requests])
     with pytest.raises(RecipeError, match="answers none of"):
         execute(attack_recipe(parts), tmp_path / "other", quiet=True)
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_cells_without_their_verdicts_are_measured_again(parts, tmp_path, file):
+    run = execute(attack_recipe(parts, samples=1), tmp_path / "run", quiet=True)
+    shutil.rmtree(run.folder / "verdicts")
+    if file:
+        (run.folder / "verdicts").write_text("")
+        with pytest.raises(OSError, match="verdicts"):
+            execute(attack_recipe(parts, samples=1), run.folder, quiet=True)
+        (run.folder / "verdicts").unlink()
+    again = execute(attack_recipe(parts, samples=1), run.folder, quiet=True)
+    assert (run.folder / "verdicts/base.jsonl").read_text() and not damage(run.folder)
+    cells = [[{**cell, "seconds": 0} for cell in one.record["metrics"]["safety"]["cells"]] for one in (run, again)]
+    assert cells[0] == cells[1]
 
 
 def test_a_stage_that_lacks_answers_is_asked_again_by_its_pipeline(parts, tmp_path, monkeypatch):

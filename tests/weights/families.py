@@ -53,6 +53,14 @@ def _t5(name: str, settings: dict[str, Any]) -> Any:
     )
 
 
+def _mamba(name: str, settings: dict[str, Any]) -> Any:
+    import transformers
+
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=24, hidden_size=16, state_size=4, num_hidden_layers=4, time_step_rank=2)
+    )
+
+
 def _causal(kind: str, **more: Any) -> Callable[[str, dict[str, Any]], Any]:
     def make(name: str, settings: dict[str, Any]) -> Any:
         import transformers
@@ -77,6 +85,7 @@ FAMILIES: dict[str, Callable[[str, dict[str, Any]], Any]] = {
     "gpt2": _gpt2,
     "gemma3vl": _gemma3_of_two,
     "t5": _t5,
+    "mamba": _mamba,
 }
 # Tokens of each model: the first ones stand in the vocabulary, those in angle brackets are added to it.
 WORDS = {

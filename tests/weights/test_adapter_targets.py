@@ -54,6 +54,14 @@ def adapter(folder: Path, module: str = Q, rank: int = 2, **config: Any) -> Path
     return folder
 
 
+def test_factors_under_names_that_peft_does_not_read_are_refused(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter")
+    factors = {f"{Q}.{side}.weight": torch.ones(2, 2) for side in ("lora_A", "lora_B")}
+    save_file(factors, folder / "adapter_model.safetensors")
+    with pytest.raises(ModicumError, match=r"does not begin with 'base_model\.model\.', so that PEFT leaves it out"):
+        Checkpoint(folder, base=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -256,6 +256,27 @@ def test_excluded_tensors_stay_as_in_the_base(family: Family, tmp_path: Path) ->
     assert all(torch.equal(memory[name], after[name]) for name in after)
 
 
+@pytest.mark.parametrize("holder", ["base", "expert", "both"])
+def test_what_is_excluded_need_not_be_in_every_model(family: Family, tmp_path: Path, holder: str) -> None:
+    """Heads that foresee several tokens get lost in fine-tuning; the rest merges as if they had never been."""
+    folders = [family[0], *family[1]]
+    plain = [load_file(folder / "model.safetensors") for folder in folders]
+    holders = {"base": [0], "expert": [1], "both": [0, 1]}[holder]
+    models = [m | ({"mtp.fc.weight": torch.full((2 + i, 4), float(i))} if i in holders else {})
+              for i, m in enumerate(plain)]  # fmt: skip
+    with pytest.raises(CheckpointError, match="tensor 'mtp.fc.weight'"):
+        merge_state_dicts(models[0], models[1:], method="ties", density=0.5)
+    for folder, model in zip(folders, models):
+        write_model(folder, model)
+    merge(folders[0], folders[1:], tmp_path / "out", method="ties", density=0.5, exclude="^mtp")
+    found = load_file(tmp_path / "out/model.safetensors")
+    expected = merge_state_dicts(plain[0], plain[1:], method="ties", density=0.5)
+    assert found.keys() == models[0].keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "mtp.fc.weight" not in found or not found["mtp.fc.weight"].any()  # the base's are zeros
+    notes = " ".join(plan_merge(models[0], models[1:], method="ties", knobs={"density": 0.5}, exclude="^mtp").notes)
+    assert ("are left out" in notes) == (holder == "expert")
+
+
 @pytest.mark.parametrize(
     ("exclude", "message"),
     [("(", "is no regular expression"), ("rotary", "matches no tensor")],

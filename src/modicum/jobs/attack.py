@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le, Lt
@@ -30,6 +31,7 @@ from modicum.registry import job
 from modicum.stored import read_record
 from modicum.types import NonNegative, PositiveInt
 
+VERDICTS = "verdicts"  # folder of a file for each target
 CUT = 0.1  # share of answers cut inside their reasoning from which a run says so
 
 
@@ -130,10 +132,12 @@ def plan(recipe: AttackRecipe) -> list[str]:
 
 
 class Cells(Document):
-    """The cells of a run; one that lacks answers is not done, so that the next run measures it again."""
+    """The cells of a run; one that lacks answers, or whose verdicts are gone, is not done: it is measured again."""
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) and not self[str(key)].get("lost")
+        if not super().__contains__(key) or (cell := self[str(key)]).get("lost"):
+            return False
+        return _verdicts(self.path.parent, str(cell.get("target"))).is_file()
 
 
 @job("attack", plan=plan, foreseeable=lambda _: True)
@@ -154,7 +158,6 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
     _look(recipe, goals, benign)
     cells = Cells(run.folder / "cells.json", {"hash": run.hash})
     keys = {f"{target}.{suite}": (target, suite) for target in recipe.targets for suite in recipe.suites}
-    folder = run.folder / "verdicts"
     judge, errors = open_judge(recipe.judge)
     if recipe.judge.calibrate:
         store = Document(run.folder / "judge.json", {"hash": run.hash})
@@ -186,7 +189,7 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
                 require_sampling(model)
             run.inputs.check()
             verdicts = Verdicts(
-                folder / f"{name}.jsonl", save_completions=recipe.save_completions, check=run.inputs.check_mapped
+                _verdicts(run.folder, name), save_completions=recipe.save_completions, check=run.inputs.check_mapped
             )
             tell = teller(run, f"{name}: answers judged")
             opened[name] = Drawing(
@@ -251,7 +254,11 @@ def attack(recipe: AttackRecipe, run: Run) -> None:
             "level": recipe.level,
         }
     }
-    run.output("verdicts", folder)
+    run.output("verdicts", run.folder / VERDICTS)
+
+
+def _verdicts(folder: Path, target: str) -> Path:
+    return folder / VERDICTS / f"{target}.jsonl"
 
 
 def _same_models(recipe: AttackRecipe, hashes: Mapping[str, str]) -> None:

@@ -214,6 +214,11 @@ class Adapter:
         pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
+            if not key.startswith(ADAPTER_PREFIX):
+                raise CheckpointError(
+                    f"{self.owner}: tensor {key!r} of the adapter does not begin with {ADAPTER_PREFIX!r}, so that PEFT "
+                    "leaves it out. Rename it, or save the adapter again with PEFT."
+                )
             name = key.removeprefix(ADAPTER_PREFIX)
             match = FACTOR.match(name)
             if match:

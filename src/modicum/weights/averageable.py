@@ -14,9 +14,8 @@ from modicum.borders import expanded
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.layout import is_running_statistic
 from modicum.weights.checkpoint import PACKED, Checkpoint
-from modicum.weights.compatibility import Tensors, check_agreement, check_tensors, label, spec_of
+from modicum.weights.compatibility import Tensors, check_agreement, check_tensors, excluded, label, spec_of
 from modicum.weights.kernels.compare import refuse_non_finite
-from modicum.weights.plan import excluded
 
 _FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
 # A counter is a number alone or of 64 bits; other integers that differ between checkpoints are packed weights.
@@ -75,7 +74,7 @@ def parts_of(checkpoints: Sequence[Tensors], exclude: str | None = None) -> Part
     names = check_agreement(newest, others, names=labels[::-1])
     _check_packed(newest, others, labels[::-1], names)
     ties = aliases(checkpoints)
-    found = excluded(newest, exclude)
+    found = excluded([newest], exclude)
     roots = {ties.get(name, name) for name in found}
     known = {name for model in checkpoints for name in getattr(model, "buffers", ())}
     return Parts(

@@ -6,14 +6,15 @@ of each slice, renumbered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modicum.errors import CheckpointError, UnsupportedError
+from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.layout import is_recomputed, is_vocabulary, layer_of, role, stacks
+from modicum.patterns import Pattern
 from modicum.weights.checkpoint import PACKED
 from modicum.weights.configs import differences
 from modicum.weights.files import Spec
@@ -36,13 +37,17 @@ def label(tensors: Tensors, fallback: str) -> str:
     return str(getattr(tensors, "name", fallback))
 
 
-def check_agreement(reference: Tensors, others: Sequence[Tensors], *, names: Sequence[str]) -> list[str]:
+def check_agreement(
+    reference: Tensors, others: Sequence[Tensors], *, names: Sequence[str], apart: Container[str] | None = None
+) -> list[str]:
     """Refuse models that do not fit together.
 
     Args:
         reference: What the others must look like.
         others: The other models.
         names: What to call them all in messages, the reference first.
+        apart: Tensors that stay as the reference has them, which the others may lack, have more of, or have in other
+            shapes; ``None`` where nobody can ask for that.
 
     Returns:
         The names of the tensors to merge: all but buffers that some of the models lack, which transformers recomputes.
@@ -53,10 +58,34 @@ def check_agreement(reference: Tensors, others: Sequence[Tensors], *, names: Seq
     kept = [name for name in reference if not _is_buffer(reference, name) or all(name in other for other in others)]
     for other, name in zip(others, names[1:]):
         _check_architecture(reference, other, names[0], name)
-        _check_names(reference, other, names[0], name)
+        _check_names(reference, other, names[0], name, apart)
         for tensor in kept:
-            _check_spec(tensor, reference, other, names[0], name)
+            if apart is None or tensor not in apart:
+                _check_spec(tensor, reference, other, names[0], name)
     return kept
+
+
+def excluded(models: Iterable[Iterable[str]], pattern: str | None) -> set[str]:
+    """Return the names of tensors, of any of the models, that a regular expression finds.
+
+    Raises:
+        RecipeError: It is malformed, or finds none.
+    """
+    if pattern is None:
+        return set()
+    expression = Pattern(pattern, "exclude")
+    found = {name for model in models for name in model if expression.finds(name)}
+    if not found:
+        raise RecipeError(f"exclude {pattern!r} matches no tensor. Correct it, or leave it out.")
+    return found
+
+
+def notes_on_left_out(models: Sequence[Tensors], names: Sequence[str], untouched: Collection[str]) -> Iterator[str]:
+    """Say which excluded tensors the result lacks, as the model has none after which the others go."""
+    for model, name in zip(models[1:], names[1:]):
+        left = [tensor for tensor in model if tensor in untouched and tensor not in models[0]]
+        if left:
+            yield f"{len(left)} excluded tensors of {name}, such as {left[0]!r}, are left out: {names[0]} has none"
 
 
 def notes_on_configs(models: Sequence[Tensors], names: Sequence[str]) -> list[str]:
@@ -107,9 +136,11 @@ def _own(tensors: Tensors, name: str) -> str:
     return str(own(name)) if own else name
 
 
-def _check_names(a: Tensors, b: Tensors, a_name: str, b_name: str) -> None:
+def _check_names(a: Tensors, b: Tensors, a_name: str, b_name: str, apart: Container[str] | None) -> None:
     ours, theirs = ({name for name in model if not _is_buffer(model, name)} for model in (a, b))
-    missing, extra = sorted(ours - theirs), sorted(theirs - ours)
+    missing, extra = (
+        [name for name in sorted(lot) if name not in (apart or ())] for lot in (ours - theirs, theirs - ours)
+    )
     if not missing and not extra:
         return
     name, more = (missing or extra)[0], len(missing or extra) - 1
@@ -119,11 +150,11 @@ def _check_names(a: Tensors, b: Tensors, a_name: str, b_name: str) -> None:
     shape = list(spec_of(holds, name).shape)
     raise CheckpointError(
         f"{lacker} has no tensor {absent!r}{others} ({holder} has {'it' if absent == present else repr(present)}, "
-        f"{shape}). {_advice(name, holder, holds, lacker, lacks)}"
+        f"{shape}). {_advice(name, holder, holds, lacker, lacks, apart is not None)}"
     )
 
 
-def _advice(name: str, holder: str, holds: Tensors, lacker: str, lacks: Tensors) -> str:
+def _advice(name: str, holder: str, holds: Tensors, lacker: str, lacks: Tensors, excludes: bool) -> str:
     layer = layer_of(name)
     if role(name) == "head":
         return "One of them ties its embeddings: untie or tie both."
@@ -132,7 +163,8 @@ def _advice(name: str, holder: str, holds: Tensors, lacker: str, lacks: Tensors)
             f"{holder} has {depth} layers, {lacker} {stacks(lacks)[layer.stack]}: merge models of one depth, or choose "
             "layers with slices in a mergekit file."
         )
-    return "Merge models of one architecture."
+    ways = ", or leave out what one of them lacks with exclude, a regular expression of names" if excludes else ""
+    return f"Merge models of one architecture{ways}."
 
 
 def _check_spec(tensor: str, one: Tensors, other: Tensors, a_name: str, b_name: str) -> None:

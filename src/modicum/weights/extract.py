@@ -15,11 +15,10 @@ from modicum.layout import ADAPTER_PREFIX, copies_of, is_linear_map, is_recomput
 from modicum.linalg import SVD, truncated_svd
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import check_agreement
+from modicum.weights.compatibility import check_agreement, excluded
 from modicum.weights.kernels.compare import refuse_non_finite, refuse_overflow
 from modicum.weights.lora import write_adapter
 from modicum.weights.merge import open_checkpoint
-from modicum.weights.plan import excluded
 from modicum.weights.stream import cores, names_by_size, run_all
 
 BENEATH = ".base_layer"  # where PEFT keeps what a layer with factors was
@@ -71,9 +70,9 @@ def plan_extraction(
         ModicumError: The models differ, or nothing is left to compare.
     """
     origin, tuned = aligned([open_checkpoint(base), open_checkpoint(model)])
-    shared = check_agreement(origin, [tuned], names=[origin.name, tuned.name])
+    untouched = excluded([origin, tuned], exclude)
+    shared = check_agreement(origin, [tuned], names=[origin.name, tuned.name], apart=untouched)
     names = [name for name in shared if origin.spec(name).dtype.is_floating_point]
-    untouched = excluded(names, exclude)
     names = [name for name in names if name not in untouched and not is_recomputed(name, origin.spec(name).shape)]
     found = [name for name in names if len(origin.spec(name).shape) == 2 and is_linear_map(name)]
     called = {name: name.removesuffix(".weight") for name in found if name.endswith(".weight")}

@@ -18,10 +18,11 @@ from modicum.linalg import truncated_svd
 from modicum.registry import merge_method
 from modicum.weights.adapter import LowRank
 from modicum.weights.checkpoint import Checkpoint
+from modicum.weights.compatibility import excluded
 from modicum.weights.files import Spec
 from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.merge import open_checkpoint
-from modicum.weights.plan import check_count, excluded, identity_of, parse_dtype
+from modicum.weights.plan import check_count, identity_of, parse_dtype
 from modicum.weights.stream import cores, map_tensors, run_all
 
 
@@ -206,7 +207,7 @@ def plan_loras(
         check_lora(checkpoint, base)
     loras = [checkpoint.adapter.factors for checkpoint in opened if checkpoint.adapter]
     names = sorted({name for factors in loras for name in factors})
-    untouched = excluded(names, exclude)
+    untouched = excluded([names], exclude)
     names = [name for name in names if name not in untouched]
     if not names:
         raise RecipeError(

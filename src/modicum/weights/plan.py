@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,14 +16,21 @@ from modicum.content import fingerprint, is_old, old_fingerprint
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.facts import MergeFacts
 from modicum.layout import is_linear_map
-from modicum.patterns import Pattern
 from modicum.record import NUMERICS
 from modicum.references import find_model
 from modicum.registry import SUPPLIED, Entry, merge_method
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files, unified
-from modicum.weights.compatibility import Tensors, check_agreement, label, notes_on_configs, spec_of
+from modicum.weights.compatibility import (
+    Tensors,
+    check_agreement,
+    excluded,
+    label,
+    notes_on_configs,
+    notes_on_left_out,
+    spec_of,
+)
 from modicum.weights.files import Spec, digest_tensor
 from modicum.weights.kernels.accelerator import workers_on
 from modicum.weights.memory import needed
@@ -253,8 +260,8 @@ def plan_merge(
         check_fingerprint(base, base_fingerprint)
     vocabulary = Result() if tokenizer is None else unified(tokenizer, models, names, find, convert)
     plain, models = models, [vocabulary.tables.get(name, model) for name, model in zip(names, models)]
-    shared = check_agreement(models[0], models[1:], names=names)
-    untouched = excluded(models[0], exclude)
+    untouched = excluded(models, exclude)
+    shared = check_agreement(models[0], models[1:], names=names, apart=untouched)
     if untouched and base is None:
         raise RecipeError("exclude leaves tensors as they are in the base model, and none is given. Set base.")
     steps = []
@@ -274,7 +281,7 @@ def plan_merge(
     companions = companion_files(first, wanted, **vocabulary.config) if isinstance(first, Checkpoint) else {}
     companions = companions_with(vocabulary, companions)
     notes = [*vocabulary.notes, *_foreign_adapters(base, experts), *notes_on_statistics(method, steps)]
-    notes += notes_on_configs(plain, names)
+    notes += [*notes_on_configs(plain, names), *notes_on_left_out(models, names, untouched)]
     if not vocabulary.tables:
         notes += notes_on_tokenizers(dict(zip(names, plain)))
     return Plan(steps, plain, companions, notes, seed, device)
@@ -346,21 +353,6 @@ def identity_of(tensors: Tensors) -> object:
 def kept(out: Spec, source: Source) -> Step:
     """Return the step of a tensor that stays as it is."""
     return Step(source.name, out, "passthrough", None, (source,), {"scale": 1.0})
-
-
-def excluded(names: Iterable[str], pattern: str | None) -> set[str]:
-    """Return the names that a regular expression finds.
-
-    Raises:
-        RecipeError: It is malformed, or finds none.
-    """
-    if pattern is None:
-        return set()
-    expression = Pattern(pattern, "exclude")
-    found = {name for name in names if expression.finds(name)}
-    if not found:
-        raise RecipeError(f"exclude {pattern!r} matches no tensor. Correct it, or leave it out.")
-    return found
 
 
 def check_fingerprint(base: Tensors | None, expected: str) -> None:

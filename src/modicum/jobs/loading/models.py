@@ -7,8 +7,9 @@ an error instead of random numbers.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,12 +131,30 @@ def looped_model(model: Any, ref: str) -> Any:
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Return the layers of a model that LoRA can change."""
+    """Return the layers of a model that LoRA can change: PEFT is asked, which refuses some of Mamba's and its kin's."""
     import torch
+    from peft import LoraConfig, inject_adapter_in_model
     from transformers import pytorch_utils
 
     kinds = (torch.nn.Linear, pytorch_utils.Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    found = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+    def taken(names: Sequence[str]) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                inject_adapter_in_model(LoraConfig(r=1, target_modules=list(names)), copy.deepcopy(model))
+            except ValueError:
+                return False
+        return True
+
+    if not found or taken(found):
+        return found
+    by_end: dict[str, list[str]] = {}
+    for name in found:
+        by_end.setdefault(name.rpartition(".")[2], []).append(name)
+    refused = {end for end, names in by_end.items() if not taken(names[:1])}
+    return [name for name in found if name.rpartition(".")[2] not in refused]
 
 
 def skeleton(folder: Path) -> PreTrainedModel | None:
