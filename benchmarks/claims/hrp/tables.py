@@ -121,5 +121,9 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-if __name__ == "__main__":
+def main() -> None:
     write("adapters-tables.inc", "benchmarks/claims/hrp/tables.py", parts())
+
+
+if __name__ == "__main__":
+    main()
