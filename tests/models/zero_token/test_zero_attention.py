@@ -121,9 +121,11 @@ def test_bias_switches_the_zero_token_off_and_the_layer_out(route):
     torch.testing.assert_close(off, plain, atol=1e-13, rtol=0)
     for a, b in zip(*(torch.autograd.grad((x * weight).sum(), [q, k, v]) for x in (off, plain))):
         torch.testing.assert_close(a, b, atol=1e-13, rtol=0)
-    if route == "lse":
-        closed = zero_attention(q, k, v, z, zero_bias=torch.full((4,), torch.inf).double(), is_causal=True, route=route)
-        assert torch.equal(closed, torch.zeros_like(closed))
+    bias = torch.full((4,), torch.inf).double().requires_grad_()
+    knobs = {"zero_bias": bias, "is_causal": True, "route": route}
+    closed, p0 = zero_attention(q, k, v, z, return_zero_attention=True, **knobs)
+    assert torch.equal(closed, torch.zeros_like(closed)) and torch.equal(p0, torch.ones_like(p0))
+    assert all(g.isfinite().all() for g in torch.autograd.grad((closed * weight).sum(), [q, k, v, z, bias]))
 
 
 @pytest.mark.parametrize("route", ["eager", "concat", "lse"])
@@ -137,12 +139,14 @@ def test_a_query_that_sees_nothing_gets_exactly_zero(route, dtype):
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.float().sum(), [q, k, v, z]))
 
 
-def test_a_masked_row_with_the_zero_token_off_is_zero_and_not_nan():
-    q, k, v, z = parts()
+@pytest.mark.parametrize("route", ["eager", "concat", "lse"])
+def test_a_masked_row_with_the_zero_token_off_is_zero_and_not_nan(route):
+    q, k, v, z = (x.requires_grad_() for x in parts())
     off = torch.full((4,), -torch.inf).double()
-    out = zero_attention(q, k, v, z, zero_bias=off, attn_mask=padded_causal(2, 5, 2), route="lse")
+    out = zero_attention(q, k, v, z, zero_bias=off, attn_mask=padded_causal(2, 5, 2), route=route)
     assert torch.equal(out[0, :, :2], torch.zeros_like(out[0, :, :2]))
     assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.square().sum(), [q, k, v, z]))
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -184,7 +184,12 @@ def zero_logit(
                 logit = (grouped @ wide_key[:, None, :, None]).reshape(b, h, t) * scale
             else:
                 logit = (grouped * wide_key[..., None, :, :]).sum(-1).reshape(b, h, t) * scale
-    return logit if zero_bias is None else logit + zero_bias.to(wide)[:, None]
+    return logit if zero_bias is None else _no_infinity(logit + zero_bias.to(wide)[:, None])
+
+
+def _no_infinity(logit: Tensor) -> Tensor:
+    """Replace a logit of plus infinity by the largest number: the same weights, and no NaN on the way to them."""
+    return logit.clamp(max=torch.finfo(logit.dtype).max)
 
 
 def float_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -299,7 +304,9 @@ def eager_attention(
             attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None:
             logits = logits + float_mask(attn_mask, s0.dtype)
-        weights = torch.cat([s0[..., None], logits], -1).softmax(-1)
+        logits = torch.cat([s0[..., None], logits], -1)
+        nothing = logits.amax(-1, keepdim=True) == -torch.inf  # no key to see, and the zero token is switched off
+        weights = logits.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
         p0, weights = weights[..., 0], F.dropout(weights[..., 1:], dropout, training=dropout > 0)
         return (weights @ values.to(s0.dtype)).to(query.dtype), p0, weights
 
@@ -327,7 +334,7 @@ def _concat(
     elif attn_mask is not None:
         mask = F.pad(attn_mask, (1, 0), value=attn_mask.dtype == torch.bool)
     if zero_bias is not None:
-        column = F.pad(zero_bias.to(query.dtype)[:, None, None], (0, s))
+        column = F.pad(_no_infinity(zero_bias.to(query.dtype))[:, None, None], (0, s))
         mask = column.expand(-1, t, -1)[None] + (0 if mask is None else float_mask(mask, query.dtype))
     if return_zero_attention:
         query, keys, values = _with_p0_column(query, keys, values, dropout)
