@@ -8,7 +8,7 @@ it begins like an embedding. For transformers' own classes the truth is ``get_in
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 Role = Literal["embedding", "positions", "head", "router"]
@@ -142,8 +142,14 @@ def modules(names: Iterable[str]) -> dict[str, str]:
         ['text_decoder', 'multi_modal_projector']
     """
     listed = list(names)
-    both = {"encoder", "decoder"} <= {part for stack in stacks(listed) for part in stack.split(".")[:2]}
-    return {name: _module_of(name, both) for name in listed}
+    find = module_in(listed)
+    return {name: find(name) for name in listed}
+
+
+def module_in(names: Iterable[str]) -> Callable[[str], str]:
+    """Return what finds the module of a tensor in a model of these tensors, whether it is one of them or not."""
+    both = {"encoder", "decoder"} <= {part for stack in stacks(names) for part in stack.split(".")[:2]}
+    return lambda name: _module_of(name, both)
 
 
 def _module_of(name: str, both: bool) -> str:

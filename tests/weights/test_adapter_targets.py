@@ -89,3 +89,15 @@ def test_factors_that_the_configuration_does_not_say_are_refused(
     else:
         with pytest.raises(ModicumError, match=message):
             Checkpoint(folder, base=tmp_path / "base")
+
+
+def test_a_tower_s_layer_is_not_taken_for_the_text_s(tmp_path: Path) -> None:
+    """Step 3.7's class calls its tower's layers as its file calls the text's, but for a prefix."""
+    (tmp_path / "base").mkdir()
+    tower = "vision_model.transformer.resblocks.0.attn.in_proj_weight"
+    save_file({f"{Q}.weight": torch.eye(4), tower: torch.eye(12, 4)}, tmp_path / "base/model.safetensors")
+    own = adapter(tmp_path / "a", Q.replace("model.", "model.language_model.", 1))
+    assert torch.equal(Checkpoint(own, base=tmp_path / "base")[f"{Q}.weight"], torch.eye(4) + 4)
+    other = adapter(tmp_path / "b", Q.replace("model.", "model.vision_model.", 1))
+    with pytest.raises(ModicumError, match=r"'model\.vision_model.*' *, which its base .* merge .* with PEFT first"):
+        Checkpoint(other, base=tmp_path / "base")

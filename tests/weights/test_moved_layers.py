@@ -121,6 +121,23 @@ def test_a_class_that_cannot_be_built_is_refused(tmp_path: Path) -> None:
         execute(parse(document(tmp_path / "m", [(1, 4)])), tmp_path / "run", quiet=True)
 
 
+@pytest.mark.parametrize(("kind", "spans"), [("bart", [(0, 2)]), ("whisper", [(0, 3), (2, 3)])], ids=str)
+def test_a_decoder_alone_counts_its_own_layers(kind: str, spans: list[tuple[int, int]], tmp_path: Path) -> None:
+    """Its configuration is that of the whole model, whose ``num_hidden_layers`` is the encoder's."""
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=16, d_model=16, encoder_layers=4, decoder_layers=3, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16,
+        max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    auto = transformers.AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(tmp_path / "m")
+    execute(parse(document(tmp_path / "m", spans)), tmp_path / "run", quiet=True)
+    model, found = auto.from_pretrained(tmp_path / "run/model", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert len(model.model.decoder.layers) == sum(end - start for start, end in spans)
+    assert model.config.encoder_layers == 4
+
+
 def test_layers_of_a_tower_are_not_the_text_s() -> None:
     text = SIZES | {"num_hidden_layers": 2}
     tower = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2,

@@ -48,6 +48,7 @@ WRONG = [
     (("0", "99999999"), {"n_layer": 2}, r"there is no model.layers.1"),
     (("0", "2"), {"text_config": {"num_hidden_layers": 2}}, r"there is no model.layers.1"),
     (("encoder.block.0.w", "encoder.block.1.w", "decoder.block.1.w"), {"num_layers": 2}, "no decoder.block.0"),
+    (("model.decoder.layers.0.w",), {"num_hidden_layers": 1, "decoder_layers": 2}, r"counts 2 layers, .* no model.dec"),
 ]
 
 
@@ -69,6 +70,7 @@ RIGHT = [
     (("H.layers.0.w", "L.layers.0.w"), {"num_hidden_layers": 4, "num_layers_per_stack": 1, "model_type": "hrm_text"}),
     (("0", "2"), {"num_hidden_layers": 3, "auto_map": {"AutoConfig": "x.y"}}),
     (("encoder.block.0.w", "decoder.block.0.w", "decoder.block.1.w"), {"num_layers": 1, "num_decoder_layers": 2}),
+    (("model.decoder.layers.0.w",), {"num_hidden_layers": 2, "encoder_layers": 2, "decoder_layers": 1}),
 ]
 
 

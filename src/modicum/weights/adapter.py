@@ -24,6 +24,7 @@ from modicum.layout import (
     copies,
     inner,
     is_turned,
+    module_in,
     role,
 )
 from modicum.patterns import Pattern
@@ -315,16 +316,21 @@ class Adapter:
 def name_in(names: Iterable[str]) -> Callable[[str], str]:
     """Return what finds a tensor of a model's class among ``names``, where files call it otherwise.
 
-    GPT-2 is published without its prefix, and models of text and more with other ones than their classes have now.
+    GPT-2 is published without its prefix, and models of text and more with other ones than their classes have now. A
+    tower's layer is never taken for the text's, though both have the same name but for its prefix.
     """
     known = set(names)
+    module = module_in(known)
     by_inner: dict[str, list[str]] = {}
     for name in known:
         by_inner.setdefault(inner(name), []).append(name)
+    several = len({module(name) for name in known}) > 1
 
     def find(name: str) -> str:
         alike = by_inner.get(inner(name), [])
-        return alike[0] if name not in known and len(alike) == 1 else name
+        if name in known or len(alike) != 1 or (several and module(name) != module(alike[0])):
+            return name
+        return alike[0]
 
     return find
 

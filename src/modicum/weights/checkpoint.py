@@ -220,7 +220,8 @@ class Checkpoint(Mapping[str, Tensor]):
             tied = f"; {name!r} is tied to another tensor there" if name == beneath.tied else ""
             raise CheckpointError(
                 f"{self.name}: the adapter changes {name!r}, which its base {beneath.name} does not have{tied}. "
-                "Use the base that it was trained on."
+                "Use the base that it was trained on; if its file calls the tensor otherwise, merge the adapter into "
+                "it with PEFT first."
             )
         expected = beneath.spec(name).shape
         if self.rows is not None and is_vocabulary(name):

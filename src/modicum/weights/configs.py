@@ -101,6 +101,31 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((config[key] for key in _TEXT if isinstance(config.get(key), Mapping)), config)
 
 
+def depth_keys(config: Mapping[str, Any], stack: str) -> list[str]:
+    """Return the settings that count the layers of a stack.
+
+    A decoder that is published alone keeps the configuration of the whole model, whose ``num_hidden_layers`` is that of
+    the encoder.
+
+    Args:
+        config: What describes the text.
+        stack: Name of the stack of layers.
+
+    Example:
+        >>> bart = {"encoder_layers": 12, "decoder_layers": 6, "num_hidden_layers": 12}
+        >>> depth_keys(bart, "model.decoder.layers"), depth_keys(bart, "model.encoder.layers")
+        (['decoder_layers'], ['encoder_layers', 'num_hidden_layers'])
+        >>> depth_keys({"num_hidden_layers": 12}, "model.decoder.layers")
+        ['num_hidden_layers']
+    """
+    sides = [part for part in stack.split(".") if part in ("encoder", "decoder")]
+    own = [key for side in sides[:1] for key in (f"{side}_layers", f"num_{side}_layers") if key in config]
+    usual = [key for key in DEPTH_KEYS if key in config]
+    if not own:
+        return usual
+    return own + [key for key in usual if sides[0] == "encoder" and config[key] == config[own[0]]]
+
+
 def drafts(config: Mapping[str, Any], length: int) -> int:
     """Return how many of a stack's layers come after those of the model: they draft further tokens.
 

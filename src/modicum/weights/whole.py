@@ -9,8 +9,8 @@ from typing import Any
 
 from modicum.architectures import shares_layers
 from modicum.errors import CheckpointError, is_text
-from modicum.layout import DEPTH_KEYS, layer_of, modules
-from modicum.weights.configs import drafts, text_of
+from modicum.layout import layer_of, modules
+from modicum.weights.configs import depth_keys, drafts, text_of
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<total>[0-9]{1,6})\.\w+")
 
@@ -61,7 +61,7 @@ def check_layers(names: Iterable[str], config: Mapping[str, Any], owner: str) ->
         if (gap := _first_gap(numbers)) is not None:
             raise CheckpointError(f"{owner}: there is no {stack}.{gap}, and there are later ones. Download it again.")
     text, own = text_of(config), found.get("text_decoder", {})
-    counted = {text[key] for key in DEPTH_KEYS if isinstance(text.get(key), int)}
+    counted = {text[key] for stack in own for key in depth_keys(text, stack) if isinstance(text.get(key), int)}
     if len(counted) != 1 or not own:
         return
     depth = counted.pop()

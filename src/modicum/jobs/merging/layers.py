@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, first_line
-from modicum.layout import DEPTH_KEYS, FIRST_LAYERS, LAYER_NUMBERS, layer_of, modules
+from modicum.layout import FIRST_LAYERS, LAYER_NUMBERS, layer_of, modules
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.configs import text_of
+from modicum.weights.configs import depth_keys, text_of
 
 if TYPE_CHECKING:
     import torch
@@ -56,17 +56,18 @@ def settled(plan: Plan) -> Plan:
 def _order(plan: Plan) -> list[int] | None:
     """Return the number that each layer of the text had, ``None`` where all stay where they were."""
     found: dict[int, int] = {}
+    stack = ""
     for step in plan.steps:
         own, layer = layer_of(step.models[0].name), layer_of(step.name)
         if own and layer and modules([step.name])[step.name] in ("text_decoder", "decoder"):
-            found[layer.number] = own.number
+            found[layer.number], stack = own.number, layer.stack
     order = [found[number] for number in sorted(found)]
     config = text_of(json.loads(plan.companions.get("config.json", b"{}")))
     whole = order == list(range(len(order)))
     first = plan.models[0]
     before = text_of(first.config) if isinstance(first, Checkpoint) else {}
-    depth = [(config.get(key), before.get(key)) for key in DEPTH_KEYS if key in config or key in before]
-    return None if whole and all(a == b for a, b in depth) else order
+    keys = {*depth_keys(config, stack), *depth_keys(before, stack)}
+    return None if whole and all(config.get(key) == before.get(key) for key in keys) else order
 
 
 def opened(config: Mapping[str, Any]) -> PreTrainedConfig | None:

@@ -20,7 +20,7 @@ from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files
 from modicum.weights.compatibility import Tensors, check_agreement, notes_on_configs
-from modicum.weights.configs import drafts, text_of
+from modicum.weights.configs import depth_keys, drafts, text_of
 from modicum.weights.files import Spec
 from modicum.weights.mergekit.document import (
     Data,
@@ -87,7 +87,8 @@ def plan_mergekit(
         made, depth = _steps(document, group, tables, module)
         steps += made
         if sliced and module in TEXT:
-            changes |= _layers_in_config(group, tables, depth)
+            stack = next(iter(stacks(Window(tables[first], None, module))), "")
+            changes |= _layers_in_config(group, tables, stack, depth)
         elif sliced and depth != (have := max(stacks(Window(tables[first], None, module)).values(), default=0)):
             raise UnsupportedError(
                 f"modules.{module}: its slices have {depth} layers, {first} has {have}. Only the number of the text's "
@@ -123,7 +124,8 @@ def _check_slices(slices: Sequence[Slice], tables: Mapping[Reference, Table], mo
                 + " whole models: list them under models."
             )
         depths[reference] = depth = next(iter(found.values()), 0)
-        said = {text_of(table.config)[key] for key in DEPTH_KEYS if key in text_of(table.config)}
+        text = text_of(table.config)
+        said = {text[key] for stack in found for key in depth_keys(text, stack)}
         if said - {depth} and module in TEXT:
             raise UnsupportedError(
                 f"{reference} has {depth} layers, of which its config.json counts {', '.join(map(str, said))}: some "
@@ -257,10 +259,12 @@ def _step(
     return Step(out, spec, method, origin.source(name) if origin else None, sources, merge_method[method].knobs(knobs))
 
 
-def _layers_in_config(slices: Sequence[Slice], tables: Mapping[Reference, Table], depth: int) -> dict[str, Any]:
+def _layers_in_config(
+    slices: Sequence[Slice], tables: Mapping[Reference, Table], stack: str, depth: int
+) -> dict[str, Any]:
     """Return what ``config.json`` must say of the result's layers: their number, and lists with an entry for each."""
     config = text_of(tables[slices[0].references[0]].config)
-    found: dict[str, Any] = {key: depth for key in DEPTH_KEYS if key in config} or {DEPTH_KEYS[0]: depth}
+    found: dict[str, Any] = dict.fromkeys(depth_keys(config, stack) or [DEPTH_KEYS[0]], depth)
     for name in (name for name in LAYER_LISTS if config.get(name)):
         found[name] = []
         for piece in slices:
