@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from modicum import durable
-from modicum.durable import commit, restore, whole_file, whole_folder, write_atomic
+from modicum.durable import commit, remove, restore, whole_file, whole_folder, write_atomic
 from modicum.errors import CheckpointError
+from modicum.lock import remove_leftovers
 
 
 @pytest.fixture
@@ -154,3 +156,57 @@ def test_other_errors_are_none_of_a_full_disk(tmp_path, monkeypatch):
     for error in (ValueError("x"), RuntimeError("PytorchStreamWriter failed"), OSError(13, "Permission denied")):
         with pytest.raises(type(error)), durable.full_disks_told(tmp_path):
             raise error
+
+
+@pytest.fixture
+def dies(monkeypatch):
+    """Let the removal of a folder end when one of its files is gone, as a kill does."""
+    real = shutil.rmtree
+
+    def half(path, *args, **options):
+        files = [file for file in Path(path).rglob("*") if file.is_file()]
+        if not files:
+            return real(path, *args, **options)
+        files[0].unlink()
+        raise KeyboardInterrupt
+
+    return lambda: monkeypatch.setattr(shutil, "rmtree", half)
+
+
+def test_a_folder_that_is_removed_has_its_name_whole_or_not_at_all(tmp_path, dies, monkeypatch):
+    folder = tmp_path / "run" / "work"
+    fill(folder)
+    dies()
+    with pytest.raises(KeyboardInterrupt):
+        remove(folder)
+    assert not folder.exists()
+    monkeypatch.undo()
+    remove_leftovers(tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
+    fill(folder)
+    dies()
+    with pytest.raises(KeyboardInterrupt):
+        remove(folder)
+    monkeypatch.undo()
+    fill(folder)
+    remove(folder)  # another of the same name takes along what the killed call left
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_what_lay_there_is_put_back_where_the_new_folder_cannot_have_its_name(tmp_path, monkeypatch):
+    target, partial = tmp_path / "model", tmp_path / ".model.partial"
+    fill(target)
+    fill(partial)
+    (target / "a").write_text("old")
+    real = Path.rename
+
+    def full(path, name):
+        if path == partial:
+            raise OSError(28, "no space left")
+        return real(path, name)
+
+    monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space left"):
+        commit(partial, target)
+    assert (target / "a").read_text() == "old"

@@ -301,3 +301,15 @@ def test_a_file_system_that_makes_a_file_twice_is_refused(tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match="makes a file twice"):
         lock.check_exclusive(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_a_kill_left_while_the_file_system_was_tried_is_removed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_args, **_given: None)
+        lock.check_exclusive(tmp_path)
+    [left] = tmp_path.iterdir()
+    lock.remove_leftovers(tmp_path)
+    assert left.exists()  # another process may be just trying
+    os.utime(left, (0, 0))
+    lock.remove_leftovers(tmp_path)
+    assert not left.exists()

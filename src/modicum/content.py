@@ -239,7 +239,7 @@ def check_in_place(path: Path, before: Stamp, known: str | None) -> None:
 
 
 def _is_unfinished(name: str) -> bool:
-    return name.startswith(".") and name.endswith((".partial", ".lock", ".replaced", ".failed"))
+    return name.startswith(".") and name.endswith((".partial", ".lock", ".replaced", ".removed", ".failed"))
 
 
 def _unreadable(path: Path, error: BaseException) -> CheckpointError:

@@ -15,13 +15,14 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 
 from modicum.errors import CheckpointError, ModicumError
 
 UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems that have no such call
+REMOVED = ".removed"  # how the name of a folder ends while it is removed
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -69,7 +70,11 @@ def commit(partial: Path, target: Path) -> None:
             partial.rename(replaced)
         else:
             target.rename(replaced)
-            partial.rename(target)
+            try:
+                partial.rename(target)
+            except OSError:
+                restore(target)
+                raise
     sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -80,12 +85,19 @@ def restore(target: Path) -> None:
     if replaced.is_dir() and not target.exists():
         replaced.rename(target)
     elif replaced.is_dir():
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """Remove whatever lies there: a folder with all that is in it, a file, a link, or a pipe, which is not opened."""
+    """Remove whatever lies there: a folder with all that is in it, a file, a link, or a pipe, which is not opened.
+
+    A folder loses its name first: whoever finds it later, after a kill in between, must not take a part for the whole.
+    """
+    gone = path.with_name(f".{path.name}{REMOVED}")
+    shutil.rmtree(gone, ignore_errors=True)  # what a killed call left
     if path.is_dir() and not path.is_symlink():
+        with suppress(OSError):  # no name of that length, or a place where something is mounted
+            path = path.rename(gone)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

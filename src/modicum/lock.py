@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from modicum.borders import check_plain, loads
+from modicum.durable import REMOVED
 from modicum.errors import CheckpointError
 
 try:
@@ -177,13 +179,18 @@ def is_left(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove files that a killed process was writing; stages and checkpoints are looked after by their own.
+    """Remove files that a killed process was writing, and what it had not removed yet of a folder.
+
+    Stages and checkpoints are looked after by their own.
 
     Raises:
         CheckpointError: A pipe, a socket or a device lies in the place of a file.
     """
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name != "stages"]
+        for name in folders:
+            if name.startswith(".") and name.endswith(REMOVED):
+                shutil.rmtree(Path(place, name), ignore_errors=True)
+        folders[:] = [name for name in folders if name != "stages" and Path(place, name).is_dir()]
         own = "checkpoints" not in Path(place).relative_to(folder).parts
         for path in (Path(place, name) for name in files):
             check_plain(path)  # opening it to read or write would wait without an end
@@ -236,7 +243,7 @@ def check_exclusive(folder: Path) -> None:
     Raises:
         CheckpointError: A second process would not be told that a file exists already.
     """
-    probe = folder / f".exclusive.{uuid.uuid4().hex}"
+    probe = folder / f".exclusive.lock.{uuid.uuid4().hex}"  # :func:`is_left` knows this name
     try:
         probe.open("x").close()
         try:

@@ -37,7 +37,7 @@ from modicum.content import hash_files, is_old, old_fingerprint
 from modicum.credentials import redact
 from modicum.documents import stored_yaml
 from modicum.durable import follow_umask as follow_umask
-from modicum.durable import keep_aside
+from modicum.durable import keep_aside, remove
 from modicum.durable import whole_folder as whole_folder
 from modicum.durable import write_atomic as write_atomic
 from modicum.environment import environment
@@ -298,10 +298,7 @@ class Run:
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "record.json"):
             if path.name == lock.NAME:
                 continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            remove(path)
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
         with self._held:
@@ -318,6 +315,7 @@ class Run:
                 self.save()  # a full disk is what the error tells of already
             # A run that the user's input stopped before it made anything leaves no folder to trip over.
             if self.main and isinstance(error, ModicumError) and not self._made_something():
+                self._empty()
                 shutil.rmtree(self.folder)
 
     def _made_something(self) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
+from modicum import durable
 from modicum.errors import CheckpointError, ModicumError
 from modicum.jobs import execute
 from modicum.recipe import parse
@@ -201,3 +204,34 @@ def test_a_killed_merge_that_replaces_another_leaves_it(models, tmp_path):
     assert contents(run / "model") == {k.removeprefix("model/"): v for k, v in before.items() if k.startswith("model/")}
     execute(parse(recipe), run, quiet=True)
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("step", ["aside", "in place", "removed"])
+def test_a_stage_that_a_kill_left_between_two_runs_of_its_place_is_put_right(models, tmp_path, monkeypatch, step):
+    """The old run and the new one change places in two steps here, as where the system cannot do it in one."""
+    old, new = (parse(merge(models, seed=seed)) for seed in (0, 1))
+    execute(old, tmp_path / "stage", quiet=True)
+    real = {"rename": Path.rename, "rmtree": shutil.rmtree}
+
+    def renamed(path, target):
+        if step == "aside" and Path(target) == tmp_path / "stage":
+            raise KeyboardInterrupt
+        return real["rename"](path, target)
+
+    def rmtree(path, *args, **options):
+        if Path(path).name == ".stage.replaced" and Path(path).exists():
+            if step == "removed":
+                (Path(path) / "record.json").unlink()
+            raise KeyboardInterrupt
+        return real["rmtree"](path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_exchange", lambda *_: False)
+        patch.setattr(Path, "rename", renamed)
+        patch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            execute(new, tmp_path / "stage", quiet=True, on_change="replace")
+    (tmp_path / ".stage.replaced" / ".lock").unlink(missing_ok=True)  # of the process that was killed
+    monkeypatch.setattr(sys.modules["modicum.weights.merge"], "map_tensors", None)  # the new run was done already
+    assert execute(new, tmp_path / "stage", quiet=True, on_change="replace").done
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"] and not verify(tmp_path / "stage").damaged

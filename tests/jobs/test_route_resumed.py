@@ -1,10 +1,12 @@
 """The job route stopped and started again: the same bytes, and nothing done twice."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +111,24 @@ def test_a_process_killed_anywhere_ends_with_the_same_bytes(parts, tmp_path):
             other = killed / path.relative_to(tmp_path / "whole")
             assert path.read_bytes() == other.read_bytes(), path.name
     assert not list(killed.glob(".building")) and not list(killed.glob(".model*"))
+
+
+def test_a_stop_while_what_was_built_is_removed_leaves_no_part_of_it_to_go_on_from(parts, tmp_path, monkeypatch):
+    given = parse(recipe(parts, router=None))
+    execute(given, tmp_path / "one", quiet=True)
+    real = shutil.rmtree
+
+    def half(path, *args, **options):
+        if not list(Path(path).glob("**/dense/*.safetensors")):
+            return real(path, *args, **options)
+        next(Path(path).glob("**/dense/*.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            execute(given, tmp_path / "two", quiet=True)
+    execute(given, tmp_path / "two", quiet=True)
+    assert not list((tmp_path / "two").glob(".*"))
+    for path in sorted((tmp_path / "one" / "model").iterdir()):
+        assert path.read_bytes() == (tmp_path / "two" / "model" / path.name).read_bytes(), path.name

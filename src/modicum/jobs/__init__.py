@@ -6,13 +6,12 @@ import their engine when they run, so that listing and checking stay instant.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from modicum import lock, registry
+from modicum import lock, processes, registry
 from modicum.borders import expanded
 from modicum.content import MODELS
-from modicum.durable import commit, full_disks_told
+from modicum.durable import commit, full_disks_told, remove, restore
 from modicum.errors import CheckpointError, RecipeError
 from modicum.inputs import check_readable
 from modicum.recipe import Recipe, dump, inputs_of, parse
@@ -51,16 +50,18 @@ def execute(
     facts = registry.job[recipe.job].facts
     if not facts.spreads and (on is not None or workers is not None):
         raise RecipeError(f"--on and --workers spread the stages of a pipeline or grid; a {recipe.job} has none.")
+    if on_change == "replace" and processes.main():
+        restore(Path(folder))  # a kill while another run took the place of this one
     run = open_run(recipe, folder, quiet=quiet, on_change="keep" if on_change == "replace" else on_change)
     run.on, run.workers = on, workers
+    if on_change == "replace" and not run.foreign:
+        settle(run.folder)
     if run.done and not damage(run.folder, run.record):
         run.tidy()
         run.say(f"{run.folder} is finished already: nothing to do.")
         return run
     if run.foreign and on_change == "replace":
         return _replace(recipe, run)
-    if on_change == "replace" and run.main:
-        shutil.rmtree(_beside(run.folder), ignore_errors=True)  # of a recipe that was changed back
     with run, full_disks_told(run.folder), shortage_told(facts.lighter):
         registry.job[recipe.job].function(recipe, run)
     if not run.helps:
@@ -72,6 +73,13 @@ def execute(
 
 def _beside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.next")
+
+
+def settle(folder: Path) -> None:
+    """Remove what lies beside the run that belongs in ``folder``: of a recipe that was changed back, or replaced."""
+    if processes.main():
+        restore(folder)
+        remove(_beside(folder))
 
 
 def _replace(recipe: Recipe, other: Run) -> Run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from modicum.durable import whole_folder
+from modicum.durable import remove, whole_folder
 from modicum.errors import RecipeError
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.loading.references import model_and_adapter
@@ -340,7 +339,7 @@ def route(recipe: RouteRecipe, run: Run) -> None:
         with whole_folder(run.folder / "variants" / selection) as folder:
             variant(run.folder / "model", folder, selection)
         run.output(selection, run.folder / "variants" / selection)
-    shutil.rmtree(run.folder / BUILDING)
+    remove(run.folder / BUILDING)
 
 
 def _write_experts(recipe: RouteRecipe, build: Build, work: Path, *, progress: bool, check: Callable[[], None]) -> None:

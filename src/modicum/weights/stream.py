@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -328,7 +328,8 @@ def _nothing_left(beside: Path) -> Iterator[None]:
     except InputGoneError:
         raise
     except (OSError, ModicumError):
-        shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            remove(beside)
         raise
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.evaluate.chat import ChatRequest, Choice, GenParams, user
-from modicum.jobs.chat.cache import Cached, Recorded
+from modicum.jobs.chat.cache import Cached, Recorded, end_last_line
 from modicum.jobs.chat.local import LocalHF
 from modicum.jobs.chat.scripted import Scripted
 from support import byte_tokenizer, tiny_llama
@@ -81,7 +81,19 @@ def test_a_kill_at_any_byte_loses_no_whole_sample(cut, tmp_path_factory):
     ends = min(cut, len(data)) in {i for i, byte in enumerate(data) if byte == 10}
     assert Cached(inner, path).generate([request(n=4)]) == full and inner.calls == 4 - whole - ends
     assert Recorded(path, name="scripted").generate([request(n=4)]) == full
-    assert sorted(path.read_bytes().split(b"\n"), key=len)[-4:] == sorted(data.split(b"\n"), key=len)[-4:]
+    assert path.read_bytes() == data
+
+
+def test_a_line_that_was_cut_behind_an_inner_bracket_is_taken_back(tmp_path):
+    path, lines = (
+        tmp_path / "verdicts.jsonl",
+        [b'{"key": "a", "verdict": {"unsafe": true}}\n', b'{"key": "b", "verdict": {}}\n'],
+    )
+    whole = b"".join(lines)
+    for cut in range(1, len(lines[1])):
+        path.write_bytes(whole[:-cut])
+        end_last_line(path)
+        assert path.read_bytes() == (whole if cut == 1 else lines[0])
 
 
 def test_what_an_answer_depends_on_is_in_its_address(tmp_path):

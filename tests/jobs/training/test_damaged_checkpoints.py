@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs import execute, plan
+from modicum.jobs.training import checkpoints
 from modicum.jobs.training.checkpoints import MANIFEST, WRITER, read_manifest, set_aside, write_manifest
 from modicum.recipe import parse
 from modicum.record import read_record
@@ -162,6 +163,23 @@ def test_arguments_that_a_run_cannot_go_on_with_exactly_are_refused_before_it_be
     with pytest.raises(RecipeError, match=f"trainer.{key}"):
         execute(wanted, tmp_path / "r", quiet=True)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_checkpoint_that_was_still_being_written_is_deleted_however_far_it_was(tiny_model, rows, whole, tmp_path):
+    """What takes long after the Trainer's own files is to wait for the disk: most kills come then."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "sync_tree", stop)
+        execute(recipe(tiny_model, rows), tmp_path / "r", quiet=True)
+    saved = tmp_path / "r" / "checkpoints"
+    assert (saved / "checkpoint-2" / "trainer_state.json").exists()
+    run = execute(recipe(tiny_model, rows), tmp_path / "r", quiet=True)
+    assert_same(run.folder, whole)
+    assert [path.name for path in sorted(saved.iterdir())] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert any("was not finished" in note for note in run.record["notes"])
 
 
 def test_a_checkpoint_whose_manifest_was_being_written_is_deleted(tmp_path):

@@ -60,9 +60,9 @@ class Cached:
         self.inner, self.path, self.revision, self.batch = inner, Path(path), revision, batch
         self.packed, self._check = packed, check
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        end_last_line(self.path)
         self.known = read_samples(self.path)
         self.lock = threading.Lock()
-        end_last_line(self.path)
 
     @property
     def name(self) -> str:
@@ -212,9 +212,27 @@ def read_lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def end_last_line(path: Path) -> None:
-    """Close a line that a kill has cut, so that the next sample begins a line of its own."""
-    if path.exists() and (size := path.stat().st_size):
-        with path.open("rb+") as file:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+    """Take back a line that a kill or a full disk has cut, so that the file ends with the bytes of an undisturbed run.
+
+    A last line that lacks nothing but its end, as some editors leave it, is closed.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        content = file.read()
+        cut = content.rpartition(b"\n")[2]
+        if _is_mapping(cut):
+            file.write(b"\n")
+        elif os.fstat(file.fileno()).st_size == len(content):  # else another process is just writing
+            file.truncate(len(content) - len(cut))
+
+
+def _is_mapping(line: bytes) -> bool:
+    try:
+        return isinstance(loads(line.decode("utf-8", "surrogatepass")), dict)
+    except ValueError:
+        return False

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modicum.errors import ModicumError
-from modicum.jobs import open_run
+from modicum.jobs import open_run, settle
 from modicum.jobs.executors import DONE, Executor, LostError, Task
 from modicum.jobs.stages.references import names_in, resolve
 from modicum.recipe import parse
@@ -156,6 +156,7 @@ class _Course:
         known = open_run(parse(self._recipe(stage), stage.title), folder, quiet=True, on_change="keep")
         if not known.finished():
             return False
+        settle(folder)
         del self.waiting[stage.name]
         self._finish(stage, again=stage.name in self.held)
         return True

@@ -8,16 +8,17 @@ their ends.
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from modicum.borders import loads
 from modicum.content import hash_files
-from modicum.durable import sync, sync_tree, write_atomic
+from modicum.durable import remove, sync, sync_tree, write_atomic
 from modicum.errors import CheckpointError
 from modicum.record import digest
 
@@ -95,7 +96,7 @@ def set_aside(path: Path, why: str) -> str:
     """
     begun = not (path / STATE).exists() or any(path.glob(f".{MANIFEST}.*"))  # the manifest is what is written last
     if begun and not (path / MANIFEST).exists() and not path.is_symlink():
-        shutil.rmtree(path)
+        remove(path)
         return f"{path.name} was not finished when the run was killed, and is deleted."
     target, number = path.with_name(f"{path.name}.aside"), 1
     while target.exists() or target.is_symlink():
@@ -103,6 +104,12 @@ def set_aside(path: Path, why: str) -> str:
         target = path.with_name(f"{path.name}.aside-{number}")
     path.rename(target)
     return f"{path.name} is not whole ({why}): it is not used, and kept as {target.name}."
+
+
+def begin_manifest(path: Path) -> None:
+    """Leave a sign that a checkpoint is still being written, which the manifest takes the place of."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / f".{MANIFEST}.{os.getpid()}").touch()  # where write_atomic writes
 
 
 def write_manifest(path: Path, *, processes: int) -> None:
@@ -115,7 +122,9 @@ def write_manifest(path: Path, *, processes: int) -> None:
     (path / MANIFEST).unlink(missing_ok=True)
     sync_tree(path)
     sync(path.parent)
-    hashes = hash_files(sorted(file for file in path.rglob("*") if file.is_file()), cached=False)
+    begun = f".{MANIFEST}."
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(begun))
+    hashes = hash_files([*files], cached=False)
     kept = {
         file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "xxh3": value}
         for file, value in hashes.items()
@@ -141,7 +150,8 @@ def rotate(folder: str | Path, limit: int, *, best: str | None = None) -> None:
     kept = {found[-1], Path(best)} if found and best else set(found[-1:])
     spare = [path for path in found if path not in kept]
     for path in spare[: max(0, len(found) - max(limit, len(kept)))]:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            remove(path)
 
 
 def _state(path: Path) -> dict[str, Any] | None:

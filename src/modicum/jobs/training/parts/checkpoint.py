@@ -62,7 +62,7 @@ class Checkpoint(Part):
         from transformers import TrainerCallback
         from transformers.trainer_callback import ExportableState
 
-        from modicum.jobs.training.checkpoints import MEMORY, WRITER, rotate, write_manifest
+        from modicum.jobs.training.checkpoints import MEMORY, WRITER, begin_manifest, rotate, write_manifest
 
         part, parts, rank = self, build.parts, processes.rank()
 
@@ -110,6 +110,8 @@ class Checkpoint(Part):
             def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 folder.mkdir(parents=True, exist_ok=True)
+                if args.should_save:
+                    begin_manifest(folder)
                 _write(folder / MEMORY.format(rank=rank), {other.name: other.remember() for other in parts})
                 processes.wait()  # until all have written their files
                 if not args.should_save:
