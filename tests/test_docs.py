@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modicum.recipe import parse, parse_yaml
+from modicum.registry import REGISTRIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -45,6 +49,93 @@ def test_the_tables_of_the_guide_are_those_of_the_results(study: str, tmp_path: 
     for file in written:
         committed = (DOCS / "guide" / file.name).read_text(encoding="utf-8")
         assert file.read_text(encoding="utf-8") == committed, f"run python -m benchmarks.claims.{study}.tables"
+
+
+def result(name: str, *keys: str) -> Any:
+    """Return a value of a result file."""
+    value = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def campaign(name: str, *ways: str) -> int:
+    """Count the ends of a campaign whose names hold one of the words."""
+    return sum(n for end, n in result(name, "ends").items() if not ways or any(way in end for way in ways))
+
+
+KILLS = ("SIG", "killed")
+TIMES = [case["pairs_per_second_ratio"] for case in result("preferences-speed", "cases").values()]
+MERGES = [method["ratio"]["seconds"] for method in result("merge", "methods").values()]
+# What a page says, and the figures in it.
+STATED: list[tuple[str, str, Sequence[Any]]] = [
+    ("README.md", "run unchanged, {:.1f} to {:.1f} times faster", [min(MERGES), max(MERGES)]),
+    ("README.md", "DPO, {:.1f} to {:.1f} times as fast as TRL's", [min(TIMES), max(TIMES)]),
+    (
+        "docs/guide/route.md",
+        "{:.2f} times as fast as the plain model, {:.2f} times as fast as PEFT",
+        [result("routed-speed", "parts", "decode", f"routed speed / {peer}") for peer in ("plain", "peft")],
+    ),
+    (
+        "docs/guide/route.md",
+        "Memory in bfloat16 is {:.1f} times that of one plain model",
+        [result("routed-speed", "parts", "memory", "bfloat16", "routed / plain")],
+    ),
+    ("docs/guide/trust.md", "{} kills of {} runs so far", [campaign("kills", *KILLS), campaign("kills", "again")]),
+    (
+        "docs/guide/trust.md",
+        "{} kills of {} runs so far",
+        [campaign("kills-ranks", *KILLS), campaign("kills-ranks", "again")],
+    ),
+    ("docs/guide/trust.md", "{} so far: all were answered", [campaign("hostile")]),
+    ("docs/guide/trust.md", "{:,} so far: none raised", [campaign("fuzz")]),
+    (
+        "docs/guide/trust.md",
+        "{} moments of a merge, {} moments of a training",
+        [result("power-loss", "campaign", job, "moments") for job in ("merge", "train")],
+    ),
+    (
+        "docs/guide/trust.md",
+        "{:.2f} times (task arithmetic",
+        [result("trust-speed", "merge", "task_arithmetic", "ratio")],
+    ),
+    ("docs/guide/trust.md", "{:.2f} times as long (TIES", [result("trust-speed", "merge", "ties", "ratio")]),
+    ("docs/guide/train.md", "a step takes {:.2f} of a plain", [result("training-speed", "median_of_ratios")]),
+    (
+        "docs/guide/zero-token.md",
+        "kept to {:.0%} and text is {:.2f} times as fast",
+        [
+            result("zero-token-serving", "rows", "draft", "ways", "greedy, draft of 1", key)
+            for key in ("of the drafted tokens kept", "times no draft")
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "words", "figures"), STATED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_the_figures_that_a_page_states_are_those_of_the_results(page: str, words: str, figures: Sequence[Any]) -> None:
+    told = " ".join((ROOT / page).read_text(encoding="utf-8").split()).replace(" %", "%")
+    assert words.format(*figures) in told
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "itself"),
+    [
+        (r"AdaGC and (\d+) other gradient rules", "gradient_rules", 1),
+        (r"(\d+) averaging rules", "averagers", 0),
+        (r"HRP and (\d+) other ways to start an adapter", "adapter_inits", 1),
+        (r"(\d+) merge methods", "merge_methods", 0),
+        (r"(\d+) policies", "policies", 0),
+        (r"(\d+) stores", "expert_stores", 0),
+        (r"(\d+) judges", "judges", 0),
+        (r"TeZO and (\d+) other zeroth-order optimizers", "zeroth_order", 1),
+    ],
+)
+def test_the_readme_counts_no_more_methods_than_there_are(words: str, kind: str, itself: int) -> None:
+    (told,) = re.findall(words, (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert int(told) + itself <= len(REGISTRIES[kind])  # a method of one's own needs no line here
 
 
 def test_there_are_pages_to_check() -> None:
