@@ -2,8 +2,9 @@
 
     python -m benchmarks.speed.zero_token_serving [--part draft|depths|memory] [--steps 600] [--again]
 
-``draft`` trains a byte-level model of four cycles on Python's own sources, with as many cycles as are drawn at each
-step, and generates with and without drafts, greedy and sampled, in turn; greedy text must be the same. ``depths`` gives
+``draft`` trains byte-level models of four cycles on Python's own sources, with as many cycles as are drawn at each
+step, and generates with and without drafts, greedy and sampled, in turn; greedy text must be the same. Of their layers
+the first and the last run once: the more there are between, the less a cycle costs beside all. ``depths`` gives
 the sequences, or the tokens, of a batch of eight 1 to N cycles and compares the time saved with the visits saved,
 reading and writing. ``memory`` compares the cache with its keys and values. Rows that are there are skipped.
 """
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from modicum.record import write_atomic
 RESULT = Path(__file__).parents[1] / "results" / "zero-token-serving.json"
 CYCLES, BATCH, LENGTH, NEW = 4, 8, 128, 96
 LENGTHS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
+LAYERS = (4, 8)  # of the models that draft
 HOST = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512, "bos_token_id": None,
@@ -48,10 +51,11 @@ def text() -> torch.Tensor:
     return torch.frombuffer(bytearray(whole), dtype=torch.uint8).long()
 
 
-def trained(data: torch.Tensor, steps: int) -> ZeroTokenForCausalLM:
+def trained(data: torch.Tensor, steps: int, layers: int) -> ZeroTokenForCausalLM:
+    host = HOST | {"num_hidden_layers": layers}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = ZeroTokenForCausalLM(ZeroTokenConfig(host=HOST, n_cycles=CYCLES, train_cycles="random")).train()
+        model = ZeroTokenForCausalLM(ZeroTokenConfig(host=host, n_cycles=CYCLES, train_cycles="random")).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=3e-3, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
@@ -67,9 +71,9 @@ def trained(data: torch.Tensor, steps: int) -> ZeroTokenForCausalLM:
     return model.eval()
 
 
-def draft(steps: int) -> Row:
+def draft(steps: int, layers: int) -> Row:
     data = text()
-    model = trained(data[: -20 * LENGTH], steps)
+    model = trained(data[: -20 * LENGTH], steps, layers)
     held = data[-20 * LENGTH :].view(20, LENGTH)
     with torch.no_grad():
         losses = [round(float(model(held, labels=held, n_cycles=c).loss), 4) for c in range(1, CYCLES + 1)]
@@ -98,6 +102,7 @@ def draft(steps: int) -> Row:
     plain = {name.split(",")[0]: name for name in ways if "no draft" in name}
     return {
         "steps": steps,
+        "visits, with one cycle": [len(model.schedule), layers],
         "loss by cycles": losses,
         "same greedy text": True,
         "ways": {
@@ -190,12 +195,13 @@ def main() -> None:
         "depths, N=3": lambda: depths(3),
         "depths, N=4": lambda: depths(4),
     }
-    rows["draft"] = lambda: draft(options.steps)
+    for layers in LAYERS:
+        rows[f"draft, {layers} layers"] = partial(draft, options.steps, layers)
     for name, measure in rows.items():
         if (options.part and not name.startswith(options.part)) or (name in record["rows"] and not options.again):
             continue
         before = os.getloadavg()[0]
-        found = torch.no_grad()(measure)() if name != "draft" else measure()
+        found = torch.no_grad()(measure)() if not name.startswith("draft") else measure()
         when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "load": [before, os.getloadavg()[0]]}
         record["rows"][name] = found | when | origin()
         write_atomic(RESULT, json.dumps(record, indent=1) + "\n")

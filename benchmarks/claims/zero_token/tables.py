@@ -212,12 +212,14 @@ def serving() -> str:
 
 
 def drafts() -> str:
-    ways = load("zero-token-serving.json").get("rows", {}).get("draft", {}).get("ways", {})
+    found, keys = load("zero-token-serving.json").get("rows", {}), ("tokens/s of processor time", "times no draft")
     rows = [
-        [name, *(str(row[key]) for key in ("tokens/s of processor time", "times no draft"))]
-        for name, row in ways.items()
+        [name.removeprefix("draft, "), way, *(str(row[key]) for key in keys)]
+        for name, part in found.items()
+        if name.startswith("draft")
+        for way, row in part["ways"].items()
     ]
-    return markdown(["generation", "tokens/s of processor time", "times no draft"], rows)
+    return markdown(["model", "generation", *keys], rows)
 
 
 def speed(part: str) -> dict[str, Any]:
