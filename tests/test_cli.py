@@ -49,6 +49,37 @@ def test_show_prints_the_knobs_of_a_method(monkeypatch, capsys):
     assert code == 0 and "density" in out and "float > 0 <= 1" in out and "required" in out
 
 
+def test_every_recipe_says_in_one_line_what_it_does(monkeypatch, capsys):
+    _, out, _ = call(monkeypatch, capsys, "list", "recipes")
+    lines = out.splitlines()[1:]
+    assert lines and not [line for line in lines if not line.endswith((".", "?"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ties", ["density", "float > 0 <= 1 or list[float > 0 <= 1]"]),  # brackets were taken for marks of colour
+        ("grid", ["stages", "list[dict[str, Any]]"]),
+        ("train", ["completion_only", "learn from the assistant's words only"]),  # of a section, which nothing listed
+        ("train", ["data, eval_data: Where rows come from"]),
+        ("train", ["gradient", "gradient rule or nothing"]),
+        ("route", ["router", "its defaults"]),
+        ("route", ["router: How the router is fitted"]),
+        ("hub", ["no knobs"]),
+    ],
+)
+def test_show_tells_every_key_that_a_recipe_may_have(monkeypatch, capsys, name, told):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = call(monkeypatch, capsys, "show", name)
+    assert any(all(word in line for word in told) for line in out.splitlines()), out
+
+
+@pytest.mark.parametrize("words", [("list",), ("show", "adagc"), ("show", "lozo"), ("show", "route"), ("show", "hub")])
+def test_marks_of_the_documentation_stay_out_of_the_terminal(monkeypatch, capsys, words):
+    _, out, _ = call(monkeypatch, capsys, *words)
+    assert not any(mark in out for mark in (":math:", ":func:", ".. math::", "``", "doctest:"))
+
+
 @pytest.mark.parametrize(
     "words", [("show", "tise"), ("list", "merge_method"), ("run", "quickstrat"), ("check", "a.yaml")]
 )

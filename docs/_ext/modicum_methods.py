@@ -16,9 +16,9 @@ from pydantic import BaseModel
 from sphinx.application import Sphinx
 
 from modicum import recipe
-from modicum.knobs import documentation, unpacked
+from modicum.knobs import documentation, plain, unpacked
 from modicum.registry import REGISTRIES, Entry, Registry
-from modicum.schema import describe_type
+from modicum.schema import fields
 
 TITLES = {
     "merge_methods": "Merge methods",
@@ -92,15 +92,25 @@ def _method(entry: Entry) -> str:
 
 
 def _fields(schema: type[BaseModel]) -> str:
-    """Return a table of the fields of ``schema``; its own sections follow as tables of their own."""
+    """Return a table of the fields of ``schema``."""
     if not schema.model_fields:
         return "None."
     rows = ["| key | type | default | |", "|---|---|---|---|"]
-    for name, field in schema.model_fields.items():
-        default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
-        default = default.replace("|", "\\|")
-        rows.append(f"| `{name}` | {_cell(describe_type(field))} | {default} | {_cell(field.description or '')} |")
+    for name, kind, default, said in fields(schema):
+        default = default if default in ("required", "its defaults") else f"`{default}`".replace("|", "\\|")
+        rows.append(f"| `{name}` | {_cell(kind)} | {default} | {_cell(said)} |")
     return "\n".join(rows)
+
+
+def _job(name: str) -> str:
+    """Return a table of the keys of a job's recipe, and one for each of its sections."""
+    schema = recipe.job_schema(name)
+    parts = [_fields(schema)]
+    for section, keys in recipe.sections(schema).items():
+        said = plain(section.__doc__ or "").partition("\n")[0]
+        parts.append(f"{', '.join(f'`{key}`' for key in keys)}: {_cell(said)}")
+        parts.append(_fields(section))
+    return "\n\n".join(parts)
 
 
 def _paper(entry: Entry) -> str:
@@ -119,7 +129,7 @@ def explain_shared_knobs(_app: Sphinx, _kind: str, _name: str, target: Any, _opt
 
 
 class JobFields(Directive):
-    """``{job} NAME`` shows the fields of the recipe of a job."""
+    """``{job} NAME`` shows the keys of the recipe of a job, those of its sections included."""
 
     required_arguments = 1
 
@@ -127,7 +137,7 @@ class JobFields(Directive):
         """Parse the table as Markdown in place."""
         name = self.arguments[0]
         container = nodes.container()
-        lines = _fields(recipe.job_schema(name)).splitlines()
+        lines = _job(name).splitlines()
         self.state.nested_parse(StringList(lines, f"job {name}"), self.content_offset, container)
         return container.children
 

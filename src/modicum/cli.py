@@ -127,8 +127,10 @@ def show(name: Annotated[str, typer.Argument(help="A method, job or recipe, as `
 
     kinds = [kind for kind, members in _tables().items() if name in members]
     if not kinds:
-        everything = {member for members in _tables().values() for member in members}
-        raise RecipeError(f"There is nothing called {name!r}. {did_you_mean(name, everything)}")
+        hint = did_you_mean(name, {member for members in _tables().values() for member in members})
+        raise RecipeError(
+            f"There is nothing called {name!r}. {hint if hint.startswith('Did') else 'See: modicum list'}"
+        )
     for kind in kinds:
         if kind == "recipes":
             print(recipe.text_of(name))
@@ -182,37 +184,52 @@ def report(
 
 
 def _tables() -> dict[str, dict[str, str]]:
+    from modicum.knobs import plain
     from modicum.recipe import shipped, text_of
     from modicum.registry import REGISTRIES
 
     recipes = {name: text_of(name).partition("\n")[0].lstrip("# ") for name in shipped()}
-    return {kind: table.summaries() for kind, table in REGISTRIES.items()} | {"recipes": recipes}
+    found = {kind: table.summaries() for kind, table in REGISTRIES.items()} | {"recipes": recipes}
+    return {kind: {name: plain(said) for name, said in members.items()} for kind, members in found.items()}
 
 
 def _show_entry(entry: Any) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from modicum import recipe, registry
-    from modicum.knobs import documentation
-    from modicum.schema import describe_type
+    from modicum.knobs import documentation, plain
+    from modicum.schema import fields
 
     console = Console(highlight=False)
+
+    def tell(schema: Any, first: str) -> None:
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for column in (first, "type", "default", ""):
+            table.add_column(column, overflow="fold")
+        for row in fields(schema):
+            table.add_row(*map(escape, row))
+        console.print(table if table.rows else f"no {first}s")
+
     paper = f" · {entry.paper}" if entry.paper else ""
     console.print(f"[bold]{entry.name}[/bold] · {entry.noun}{paper}")
+    summary, _, rest = plain(documentation(entry.function)).partition("\n\n")
+    console.print(f"{summary}\n", markup=False)
+    if entry.noun == registry.job.noun:
+        schema = recipe.job_schema(entry.name)
+        tell(schema, "key")
+        console.print("\nA method is written as its name, or as {name: …, knob: value}: modicum list", markup=False)
+        for section, keys in recipe.sections(schema).items():
+            console.print(f"\n{', '.join(keys)}: {plain(section.__doc__ or '').partition(chr(10))[0]}", markup=False)
+            tell(section, "key")
+        return
+    tell(entry.schema, "knob")
+    console.print(f"\n{rest}", markup=False)
     if entry.laws:
-        console.print("laws, each checked by a generated test:")
+        console.print("\nLaws, each checked by a generated test:")
         for law in sorted(entry.laws):
-            console.print(f"  {law}: {entry.facts.known_laws[law]}", markup=False)
-    schema = recipe.job_schema(entry.name) if entry.noun == registry.job.noun else entry.schema
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("knob", "type", "default", ""):
-        table.add_column(column)
-    for knob, field in schema.model_fields.items():
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        table.add_row(knob, describe_type(field), default, field.description or "")
-    console.print(table)
-    console.print(documentation(entry.function), markup=False)
+            console.print(f"    {law}: {entry.facts.known_laws[law]}", markup=False)
 
 
 def _interrupt(_number: int, _frame: Any) -> None:

@@ -70,8 +70,8 @@ class MergeFacts(Facts):
 
     known_laws = MappingProxyType(
         {
-            "bounded": "but for knobs that extrapolate, the merged delta is no longer than `bound` times all experts' "
-            "together, in the sum of squares or of magnitudes; without a base, the result is",
+            "bounded": "the merged delta, or the result where there is no base, is no longer than `bound` times all "
+            "experts' together, in the sum of squares or of magnitudes; knobs that extrapolate are excepted",
             "copies": "with default knobs, and nothing dropped, experts that are all equal are returned as they are",
             "permutation": "the order of the experts, and of their weights, does not matter",
             "scale": "multiplying every delta, or `scale` where it applies, multiplies the merged delta",

@@ -102,6 +102,18 @@ def documentation(function: Callable[..., Any]) -> str:
     return re.sub(r"^    \*\*\w+:.*(?:\n {8}.*)*", lambda _: lines, text, count=1, flags=re.MULTILINE)
 
 
+def plain(text: str) -> str:
+    """Return a docstring without the marks that only Sphinx reads.
+
+    Example:
+        >>> plain("Draw :math:`V` anew every ``refresh_every`` steps.")
+        'Draw V anew every `refresh_every` steps.'
+    """
+    text = re.sub(r"^ *\.\. math::\n\n?", "", text, flags=re.MULTILINE)
+    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text)
+    return re.sub(r" *# doctest: \+\w+", "", text.replace("``", "`"))
+
+
 def _arguments(docstring: str) -> dict[str, str]:
     """Return what a docstring in Google's style says of each argument or attribute, as it stands there."""
     section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n|\n)+)", docstring + "\n", re.MULTILINE)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeAlias, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, TypeAlias, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -23,13 +23,14 @@ from modicum.documents import parse_yaml as parse_yaml
 from modicum.errors import ModicumError, RecipeError, did_you_mean, first_line, is_text
 from modicum.inputs import Inputs, look
 from modicum.registry import Registry
-from modicum.schema import explain, not_finite
+from modicum.schema import Noun, classes_in, explain, not_finite
 from modicum.types import NonNegativeInt
 
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
+    noun: ClassVar[str] = "section"
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -45,6 +46,7 @@ class Section(BaseModel):
 class Recipe(Section):
     """What every job has."""
 
+    noun: ClassVar[str] = "recipe"
     job: str
     seed: NonNegativeInt = 0
     out: str | None = Field(default=None, description="run folder; runs/<name of the recipe> when not given")
@@ -57,6 +59,7 @@ class Recipe(Section):
 class Choice(Section):
     """A method by name, with its knobs; see :func:`choice`."""
 
+    noun: ClassVar[str] = "method"
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
 
@@ -93,7 +96,28 @@ def choice(table: Registry[..., Any], *, complete: bool = True) -> Any:
         given = {key: item for key, item in value.items() if key != "name"}
         return {"name": entry.name, **(entry.knobs(given) if complete else given)}
 
-    return Annotated[Choice, BeforeValidator(check)]
+    return Annotated[Choice, BeforeValidator(check), Noun(table.noun)]
+
+
+def sections(schema: type[Section]) -> dict[type[Section], list[str]]:
+    """Return the sections of a recipe, and of its sections, with the keys that they stand under.
+
+    Example:
+        >>> {kind.__name__: keys for kind, keys in sections(job_schema("calibrate")).items()}["DataSection"]
+        ['data']
+    """
+    found: dict[type[Section], list[str]] = {}
+    left: list[tuple[str, type[Section]]] = [("", schema)]
+    for place, section in left:  # which grows
+        for name, field in section.model_fields.items():
+            key = f"{place}{name}"
+            for part in classes_in(field.annotation):
+                if not issubclass(part, Section) or issubclass(part, Choice | Recipe):
+                    continue
+                if part not in found:
+                    left.append((f"{key}.", part))
+                found.setdefault(part, []).append(key)
+    return found
 
 
 Data: TypeAlias = dict[str, Any]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Literal, Union, get_args, get_origin
 
 from modicum.errors import did_you_mean
 from modicum.types import Unbounded
@@ -80,6 +82,34 @@ _BRANCHES = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Noun:
+    """Marks a type with the word that a person would use for its values."""
+
+    word: str
+
+
+def classes_in(annotation: Any) -> Iterator[type]:
+    """Yield the classes that an annotation is made of."""
+    if inspect.isclass(annotation) and not get_args(annotation):
+        yield annotation
+    for part in get_args(annotation):
+        yield from classes_in(part)
+
+
+def fields(schema: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, type, default and meaning of every field, as a person would write them."""
+    for name, field in schema.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if field.is_required():
+            said = "required"
+        elif getattr(type(default), "noun", None):
+            said = "its defaults"
+        else:
+            said = repr(default["name"]) if isinstance(default, dict) and [*default] == ["name"] else repr(default)
+        yield name, describe_type(field), said, field.description or ""
+
+
 def describe_type(field: FieldInfo) -> str:
     """Return a field's type and range as a person would write it.
 
@@ -97,6 +127,10 @@ def _describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _describe(arguments[0], arguments[1:])
+    if word := next((mark.word for mark in metadata if isinstance(mark, Noun)), getattr(annotation, "noun", None)):
+        return str(word)
+    if isinstance(annotation, ForwardRef):  # of a section that holds itself
+        return re.sub(r"\w+Section", "section", annotation.__forward_arg__)
     if origin in (Union, UnionType):
         return " or ".join("nothing" if part is type(None) else _describe(part) for part in arguments)
     if origin is Literal:
