@@ -10,7 +10,7 @@ checker for every one of them, so what ``modicum show`` prints has been checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -329,6 +329,7 @@ class MeasureFacts(Facts):
         work: ``(count, …) -> text``: what is done with so many rows, for the plan.
         check: ``(…)``: refuses knobs that do not fit together.
         reads: Knobs that name files or models, whose content identifies a run.
+        brings: ``(…) -> references``: what the data names in turn, whose content identifies a run too.
     """
 
     known_laws = MappingProxyType(
@@ -348,6 +349,7 @@ class MeasureFacts(Facts):
     work: Callable[..., str] | None = None
     check: Callable[..., None] | None = None
     reads: tuple[str, ...] = ()
+    brings: Callable[..., Iterable[str]] | None = None
     supplied: Collection[str] = MEASURES_GET
 
     @property

@@ -20,6 +20,17 @@ PAIRS = {"path": "pairs.jsonl"}
 SCORED = {"mix": {"parts": {"a": PAIRS, "b": PAIRS}, "filter": {"scorer": {"function": "my_reward:score"}}}}
 NEEDLE = {"kind": "retrieval", "suite": "needle", "tokenizer": "base", "data": {"path": "rows.jsonl"}}
 MERGE = {"job": "merge", "base": "base", "experts": ["base/model.safetensors"], "method": "linear"}
+HARNESS = {"job": "evaluate", "models": {"a": "base"},
+           "tasks": {"h": {"kind": "lm_eval", "task": "sums", "data": "harness/tasks"}}}  # fmt: skip
+DEFINITIONS = {
+    "tasks/sums.yaml": "task: sums\ninclude: ../shared/base.yaml\nmetric_list: [{metric: acc}]\n",
+    "tasks/other.yaml": "task: other\ndataset_path: json\ndataset_kwargs: {data_files: rows.jsonl}\n",
+    "tasks/broken.yaml": "task: [\n",
+    "shared/base.yaml": "dataset_path: json\ndataset_kwargs: {data_files: {test: harness/questions.jsonl}}\n"
+    "process_results: !function marks.right\n",
+    "shared/marks.py": "def right(doc, results):\n    return {'acc': 1.0}\n",
+    "questions.jsonl": '{"prompt": "1 + 1 ="}\n',
+}
 CASES = {
     "a configuration beside weights": (MERGE, "base/config.json"),
     "a tokenizer beside weights": (MERGE | {"base": "base/model.safetensors"}, "base/tokenizer_config.json"),
@@ -41,6 +52,10 @@ CASES = {
     "a module on the path": (TRAIN | {"data": SCORED, "objective": "dpo"}, "my_reward.py"),
     "a tokenizer that counts": ({"job": "evaluate", "models": {"a": "base"}, "tasks": {"r": NEEDLE}},
                                 "base/tokenizer_config.json"),
+} | {
+    f"{kind} of a task of the harness": (HARNESS, file)
+    for kind, file in {"the definition": "harness/tasks/sums.yaml", "the data": "harness/questions.jsonl",
+                       "an included file": "harness/shared/base.yaml", "code": "harness/shared/marks.py"}.items()
 }  # fmt: skip
 
 
@@ -57,6 +72,9 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "data/config.json").write_text("{}")
     pairs = [{"prompt": f"say {i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    for name, text in DEFINITIONS.items():
+        (tmp_path / "harness" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "harness" / name).write_text(text)
     (tmp_path / "my_reward.py").write_text("def score(prompt, answer):\n    return [1.0]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

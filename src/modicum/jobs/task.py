@@ -85,9 +85,10 @@ class Task(Section):
         return function(*data, **wanted(function, {**offered, "metric": self.metric, **self.knobs, **supplied}))
 
     def inputs(self) -> Iterator[str]:
-        """Yield the files that the data and the knobs name."""
+        """Yield the files that the data and the knobs name, and those that these name in turn."""
         yield from self.data.inputs()
         yield from (str(self.knobs[name]) for name in self.measure.facts.reads if self.knobs[name] is not None)
+        yield from self.ask(self.measure.facts.brings) or ()
         if "judge" in self.knobs:
             from modicum.jobs.chat.targets import any_judge
 

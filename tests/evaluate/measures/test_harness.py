@@ -112,8 +112,9 @@ def test_a_task_of_one_s_own_runs_through_the_harness(tiny_model, tmp_path):
     folder = tmp_path / "tasks"
     folder.mkdir()
     file = tmp_path / "sums.jsonl"
-    rows = [{"prompt": f"{i} + 1 =", "choices": [" 5", " 7"], "answer": i % 2} for i in range(6)]
+    rows = [{"prompt": f"{i} + 1 =", "choices": [" 5", " 7"], "answer": int(i > 4)} for i in range(6)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(file, (1, 1))
     (folder / "sums.yaml").write_text(YAML.format(file=file))
     task = {"kind": "lm_eval", "task": "sums", "data": str(folder), "chat": False}
     recipe = parse({"job": "evaluate", "model": str(tiny_model), "tasks": {"sums": task}})
@@ -121,3 +122,9 @@ def test_a_task_of_one_s_own_runs_through_the_harness(tiny_model, tmp_path):
     execute(recipe, tmp_path / "run", quiet=True)
     [cell] = read_record(tmp_path / "run")["metrics"]["cells"]
     assert cell["n"] == 6 and cell["harness_metric"] == "acc" and cell["metric"] == "harness_score"
+
+    file.write_text("".join(json.dumps(row | {"answer": 1 - row["answer"]}) + "\n" for row in rows))
+    os.utime(file, (1, 1))  # a cache by names and times would take them for those of before
+    execute(recipe, tmp_path / "again", quiet=True)
+    [other] = read_record(tmp_path / "again")["metrics"]["cells"]
+    assert other["value"] == pytest.approx(1 - cell["value"])

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from modicum.borders import expanded
+import yaml
+
+from modicum.borders import LARGEST, expanded
+from modicum.data_files import of_loader, whole
 from modicum.errors import CheckpointError, MissingExtraError, RecipeError, did_you_mean, first_line
 from modicum.evaluate.intervals import Estimate, mean, mean_score, paired_proportions
 from modicum.evaluate.rows import Rows
@@ -19,12 +24,84 @@ from modicum.types import NonNegativeInt, PositiveInt
 
 USUAL = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "f1", "pass@1")  # the first that a task has
 
+HUB = "dataset:"  # how a reference to a data set of the Hub begins
+
 
 def _asked(_load: Callable[[], Rows], *, task: str, data_path: str) -> Rows:
     """Return the name of the task and its folder: the harness reads the data by itself."""
     if not expanded(data_path).is_dir():
         raise CheckpointError(f"{data_path} is not a folder, expected one that holds the YAML file of task {task!r}.")
     return Rows("text", [{"text": task, "folder": data_path}])
+
+
+class _Code(str):
+    """A function of a Python file, by its name in a definition."""
+
+    __slots__ = ()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of the harness, whose functions are not loaded."""
+
+
+_Loader.add_constructor("!function", lambda _, node: _Code(str(getattr(node, "value", ""))))
+
+
+def _brings(*, task: str, data_path: str) -> Iterator[str]:
+    """Yield what the definition of a task names outside of its folder: data, other definitions, code beside those."""
+    folder = expanded(data_path)
+    for definition, files in _definitions(task, folder):
+        yield from (str(file) for file in files if not file.resolve().is_relative_to(folder.resolve()))
+        yield from _data_of(definition)
+
+
+def _definitions(task: str, folder: Path) -> Iterator[tuple[dict[str, Any], list[Path]]]:
+    """Yield every definition of a task in a folder, and the files that it is made of."""
+    for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else ():
+        files: list[Path] = []
+        definition = _read(path, files)
+        if definition.get("task") == task:
+            yield definition, files
+
+
+def _read(path: Path, files: list[Path]) -> dict[str, Any]:
+    """Return a definition with what it includes, and put all of its files into ``files``.
+
+    What is wrong with it is for the harness to say.
+    """
+    if path in files or not path.is_file() or path.stat().st_size > LARGEST:
+        return {}
+    files.append(path)
+    try:
+        own = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a safe one
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    found: dict[str, Any] = {}
+    left = [own]
+    own = own if isinstance(own, dict) else {}
+    included = own.pop("include", [])
+    for name in included if isinstance(included, list) else [included]:
+        found |= _read(path.parent / str(name), files)
+    while left:
+        value = left.pop()
+        if isinstance(value, _Code):
+            code = path.parent / f"{value.rpartition('.')[0].replace('.', '/')}.py"
+            files += [code] if code.is_file() else []
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return found | own
+
+
+def _data_of(definition: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the data of a definition, which ``datasets`` loads."""
+    name, arguments = definition.get("dataset_path"), definition.get("dataset_kwargs")
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    if isinstance(name, str) and "\0" not in name:
+        revision = arguments.get("revision")
+        if expanded(name).exists():
+            yield from whole(name)
+        elif "/" in name:
+            yield f"{HUB}{name}@{revision}" if isinstance(revision, str) else f"{HUB}{name}"
+    yield from of_loader(arguments)
 
 
 def _estimate(items: Sequence[Result], *, level: float) -> Estimate:
@@ -52,6 +129,7 @@ def _work(_count: int, *, task: str) -> str:
     better="higher",
     unit="share",
     prepare=_asked,
+    brings=_brings,
     estimate=_estimate,
     difference=_difference,
     details=_details,
@@ -117,7 +195,8 @@ def lm_eval(
     tasks = TaskManager(include_path=folder, include_defaults=False)
     if name not in tasks.all_subtasks:
         raise RecipeError(f"{folder} defines no task {name!r} of the harness. {did_you_mean(name, tasks.all_subtasks)}")
-    with _offline(unsafe_code=unsafe_code):
+    named = [name for definition, _ in _definitions(name, expanded(folder)) for name in _data_of(definition)]
+    with _offline(unsafe_code=unsafe_code, anew=not any(name.startswith(HUB) for name in named)):
         try:
             found = simple_evaluate(
                 model=_by_context(HFLM, subject.model)(
@@ -181,23 +260,31 @@ def _items(name: str, samples: Sequence[dict[str, Any]], score: str | None) -> l
 
 
 @contextmanager
-def _offline(*, unsafe_code: bool) -> Iterator[None]:
-    """Keep the harness from downloading, and let its metrics run code only where that was asked for."""
+def _offline(*, unsafe_code: bool, anew: bool) -> Iterator[None]:
+    """Keep the harness from downloading, and let its metrics run code only where that was asked for.
+
+    Args:
+        unsafe_code: It was.
+        anew: Read files anew: the cache of ``datasets`` knows them by their names and times alone.
+    """
     # The harness has imported both; measures know neither.
-    places = [sys.modules.get(name) for name in ("datasets.config", "huggingface_hub.constants")]
-    settings = [(place, "HF_HUB_OFFLINE") for place in places]
-    before = [(place, key, getattr(place, key)) for place, key in settings if hasattr(place, key)]
+    data, hub = (sys.modules.get(name) for name in ("datasets.config", "huggingface_hub.constants"))
     allowed = os.environ.get("HF_ALLOW_CODE_EVAL")
-    for place, key, _ in before:
-        setattr(place, key, True)
-    if unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    try:
-        yield
-    finally:
-        for place, key, value in before:
-            setattr(place, key, value)
+    with tempfile.TemporaryDirectory(prefix="modicum-") as cache:
+        settings: list[tuple[Any, str, object]] = [(data, "HF_HUB_OFFLINE", True), (hub, "HF_HUB_OFFLINE", True)]
+        settings += [(data, "HF_DATASETS_CACHE", Path(cache))] if anew else []
+        before = [(place, key, getattr(place, key)) for place, key, _ in settings if hasattr(place, key)]
+        for place, key, value in settings:
+            if hasattr(place, key):
+                setattr(place, key, value)
         if unsafe_code:
-            os.environ.pop("HF_ALLOW_CODE_EVAL")
-            if allowed is not None:
-                os.environ["HF_ALLOW_CODE_EVAL"] = allowed
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+        try:
+            yield
+        finally:
+            for place, key, value in before:
+                setattr(place, key, value)
+            if unsafe_code:
+                os.environ.pop("HF_ALLOW_CODE_EVAL")
+                if allowed is not None:
+                    os.environ["HF_ALLOW_CODE_EVAL"] = allowed

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from modicum.borders import expanded
+from modicum.data_files import of_loader
 from modicum.errors import CheckpointError, ModicumError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.section import DataSection
-from modicum.jobs.data.sources.local import SUFFIXES, rows_of, whole
+from modicum.jobs.data.sources.local import SUFFIXES, rows_of
 from modicum.registry import source
 
 
@@ -20,24 +19,7 @@ def _revision(section: DataSection, name: str) -> Iterator[str]:
     revision = section.config.get("revision")
     yield f"dataset:{name}@{revision}" if isinstance(revision, str) else f"dataset:{name}"
     if "/" not in name:
-        yield from _local(section)
-
-
-def _local(section: DataSection) -> Iterator[str]:
-    """Yield what the arguments of ``load_dataset`` name of this machine."""
-    folder, left = section.config.get("data_dir"), [section.config.get("data_files")]
-    base = expanded(folder) if isinstance(folder, str) else Path()
-    if left == [None]:
-        yield from whole(str(folder)) if isinstance(folder, str) and base.is_dir() else ()
-    while left:
-        given = left.pop(0)
-        if isinstance(given, Mapping):
-            left += given.values()
-        elif isinstance(given, list | tuple):
-            left += given
-        elif isinstance(given, str) and "://" not in given:
-            found = glob.glob(str(base / expanded(given)), recursive=True)  # noqa: PTH207 - it may be absolute
-            yield from sorted(path for path in found if Path(path).is_file())
+        yield from of_loader(section.config)
 
 
 @source("hub", open_config=True, inputs=_revision)

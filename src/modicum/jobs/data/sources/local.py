@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from modicum.borders import LARGEST, border, check_plain, expanded, loads
-from modicum.content import files_in
+from modicum.data_files import data_files, whole
 from modicum.errors import CheckpointError, first_line
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.bad_rows import BadRow
@@ -25,19 +25,6 @@ SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid":
 def _itself(section: DataSection, name: str) -> Iterator[str]:  # noqa: ARG001
     """Yield the file or folder, whose content is part of a run's identity."""
     yield from whole(name)
-
-
-def whole(name: str) -> Iterator[str]:
-    """Yield a file or folder of data, and what counts as nothing of it where it looks like a model: rows are all."""
-    yield name
-    path = expanded(name)
-    if path.is_dir():
-        known = {*files_in(path)}
-        yield from (str(file) for file in _files(path) if file not in known)
-
-
-def _files(path: Path) -> list[Path]:
-    return [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
 
 
 @source("file", inputs=_itself)
@@ -67,7 +54,7 @@ def local(section: DataSection, name: str) -> list[Row]:
         return _read(path, section.fields.text)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved(section, path)
-    found = _files(path)
+    found = data_files(path)
     # A README beside tables describes them; it is data only where there is nothing else.
     files = [file for file in found if file.suffix in TABLES] or [file for file in found if file.suffix in TEXTS]
     if not files:

@@ -16,13 +16,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from modicum.data_files import whole
 from modicum.errors import CheckpointError, RecipeError, did_you_mean
 from modicum.evaluate.measures.exact_match import exact_match, f1
 from modicum.evaluate.rows import Rows
 from modicum.jobs.data.made import MADE
 from modicum.jobs.data.made import MADE_SIZE as PAIRS
 from modicum.jobs.data.section import DataSection
-from modicum.jobs.data.sources.local import whole
 from modicum.random import generator
 from modicum.registry import source
 
