@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.zero_token.support_zero import base_model, looped, tokens
+from models.zero_token.support_zero import HOSTS, base_model, looped, tokens
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.models import calibrate_threshold, choose_cycle_range, convert_to_zero_token, fit_exit_gate, resize_pool
 from modicum.models.zero_token.calibrate import cheapest, exit_curve
@@ -28,6 +28,15 @@ def test_one_cycle_without_zero_token_is_the_base_bit_for_bit(host):
         for parameter in model.parameters():
             parameter.add_(1)
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
+
+
+@pytest.mark.parametrize("host", ["llama", "helium"])
+def test_a_base_of_eager_attention_stays_so_bit_for_bit(host):
+    config = AutoConfig.for_model(**HOSTS["llama"] | {"model_type": host, "head_dim": 4})
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = convert_to_zero_token(base, n_cycles=1, zero_token=False)
+    assert torch.equal(logits(model), logits(base))
+    assert resize_pool(model, 2).config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("host", ["llama", "gpt2"])
@@ -145,7 +154,7 @@ def test_the_registry_checks_the_knobs():
     entry = model_registry["zero_token"]
     assert entry.function is convert_to_zero_token
     assert entry.knobs({"n_cycles": 3, "n_head": "auto"})["n_tail"] == 1
-    for wrong in ({"n_cycles": 0}, {"cycles": 2}, {"order": "back"}, {"n_head": -1}, {"zero_key_init_std": 0.0}):
+    for wrong in ({"n_cycles": 0}, {"cycles": 2}, {"order": "back"}, {"n_head": -1}, {"zero_key_init_std": -0.1}):
         with pytest.raises(RecipeError):
             entry.knobs(wrong)
 
@@ -158,6 +167,8 @@ def test_the_registry_checks_the_knobs():
         {"mode": "tie", "n_cycles": 5},
         {"mode": "tie", "order": "sequence"},
         {"mode": "tie", "tie_init": "first"},
+        {"tie_init": "first"},
+        {"n_head": "automatic"},
     ],
 )
 def test_conversions_that_make_no_sense_are_refused(knobs):

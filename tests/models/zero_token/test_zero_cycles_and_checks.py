@@ -47,11 +47,32 @@ def test_impossible_numbers_of_cycles_are_refused(cycles):
         {"ffn_gate": "zero_attention", "zero_token": False},
         {"order": "sequence", "exit_threshold": 0.1},
         {"lora_rank": -1},
+        {"lora_rank": 1.5},
+        {"n_head": "auto"},
+        {"n_tail": 1.0},
+        {"min_cycles": 1.5},
+        {"exit_threshold": "0.1"},
+        {"zero_key_init_std": float("nan")},
+        {"zero_key_init_std": -1.0},
+        {"zero_token": "yes"},
+        {"skip": [1]},
+        {"cycle_loss_weights": ["a", 1.0, 1.0]},
     ],
 )
 def test_contradictory_configurations_are_refused(knobs):
     with pytest.raises(ModicumError):
         looped(**knobs)
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_cycles", 4), ("zero_token", False), ("skip", [(1, 1)])])
+def test_a_configuration_that_is_changed_too_late_is_refused_and_not_saved(name, value, tmp_path):
+    model = looped()
+    setattr(model.config, name, value)
+    with pytest.raises(ModicumError, match=f"config.{name} was set"):
+        model(tokens(), use_cache=False)
+    with pytest.raises(ModicumError, match=f"config.{name} was set"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_hosts_and_backends_are_refused():

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from models.zero_token.support_zero import HOSTS, base_model, decode, left_padded, looped, tokens
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM
+from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM, ZeroTokenModel
 from oracles import zero_token as oracle
 
 CONFIGURATIONS = {
@@ -354,6 +354,18 @@ def test_a_base_checkpoint_loads_with_only_the_pool_missing(host, tmp_path):
     assert set(report["missing_keys"]) == {"zero_token.zero_key"}
     assert not report["unexpected_keys"]
     assert torch.equal(model.zero_token.zero_key, looped(host, n_cycles=2, zero_key_init_std=0.02).zero_token.zero_key)
+
+
+@pytest.mark.parametrize("host", ["gpt_neox", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", [ZeroTokenForCausalLM, ZeroTokenModel])
+def test_a_base_checkpoint_with_names_of_its_own_is_refused(host, kind, tmp_path):
+    base = base_model(host)
+    base.save_pretrained(tmp_path)
+    if host == "gpt_neox" and kind is ZeroTokenModel:  # only the head has another name
+        assert kind.from_pretrained(tmp_path, config=ZeroTokenConfig(host=base.config)) is not None
+        return
+    with pytest.raises(CheckpointError, match="convert_to_zero_token"):
+        kind.from_pretrained(tmp_path, config=ZeroTokenConfig(host=base.config))
 
 
 def test_a_checkpoint_with_other_cycles_names_the_way_out(tmp_path):

@@ -24,8 +24,8 @@ from transformers.utils import logging
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.models.zero_token import loop
 from modicum.models.zero_token.cache import prepare_cache
-from modicum.models.zero_token.config import CAUSAL_SCOPES, PlainConfig
-from modicum.models.zero_token.visit import within
+from modicum.models.zero_token.config import CAUSAL_SCOPES
+from modicum.models.zero_token.visit import PlainConfig, within
 
 logger = logging.get_logger(__name__)
 
@@ -133,6 +133,7 @@ def by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def run_body(body: Any, host: type, kwargs: dict[str, Any]) -> Any:
     """Run the host's body over the visits; return what it returns, with the states and attentions of the visits."""
     owner, config = body.looped_by[0], body.config
+    owner.check_made()
     call: Call = kwargs.pop("looping", None) or Call()
     asked = {
         what: kwargs.pop(f"output_{what}", None)

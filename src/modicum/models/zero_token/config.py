@@ -6,9 +6,9 @@ import copy
 import math
 from collections.abc import Callable
 from functools import cache
+from numbers import Real
 from types import NoneType, UnionType
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
@@ -30,7 +30,7 @@ from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token.attention import Route
 from modicum.models.zero_token.hosts import check_config
 from modicum.models.zero_token.schedule import Order, Stages, VisitId, cycle_schedule, stages
-from modicum.types import NonNegativeInt, Positive, PositiveInt
+from modicum.types import NonNegative, NonNegativeInt, PositiveInt
 
 logger = logging.get_logger(__name__)
 
@@ -148,6 +148,7 @@ class ZeroTokenConfig(PreTrainedConfig):
             kind = str(fields.pop("model_type", None))
             self.host = AutoConfig.for_model(kind, **fields)
         check_config(self.host)
+        check_kinds(self)
         self.host = copy.deepcopy(self.host)  # what is set here must not reach the model it was taken from
         super().__post_init__(**kwargs)
         plain = PreTrainedConfig()
@@ -205,8 +206,7 @@ class ZeroTokenConfig(PreTrainedConfig):
         Raises:
             RecipeError: A value is unknown or out of range.
         """
-        for name in _choices():
-            check_choice(name, getattr(self, name))
+        check_kinds(self)
         schedule = self.schedule
         unknown = {tuple(visit) for visit in self.skip or ()} - set(self.whole_schedule)
         if unknown or {cycle for _, cycle in schedule} != set(range(self.depth)):
@@ -216,8 +216,8 @@ class ZeroTokenConfig(PreTrainedConfig):
             raise UnsupportedError(
                 "cache_policy: share_first reads the keys of cycle 0: none of its visits can be skipped."
             )
-        if self.exit_threshold is not None and math.isnan(self.exit_threshold):
-            raise RecipeError("exit_threshold is NaN, expected a number, or null to never exit.")
+        if self.exit_threshold is not None and not is_number(self.exit_threshold):
+            raise RecipeError(f"exit_threshold is {self.exit_threshold!r}, expected a number, or null to never exit.")
         if not 1 <= self.min_cycles <= max(1, self.depth):
             raise RecipeError(f"min_cycles is {self.min_cycles}, expected 1 to {self.depth}.")
         if not 0 <= self.cycle_onset < 1:
@@ -225,15 +225,16 @@ class ZeroTokenConfig(PreTrainedConfig):
         if self.cycle_loss_weights is not None and len(self.cycle_loss_weights) != self.depth:
             raise RecipeError(f"cycle_loss_weights has {len(self.cycle_loss_weights)} entries for {self.depth} cycles.")
         weights = self.cycle_loss_weights
-        if weights is not None and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
+        if weights is not None and not (all(is_number(w) and 0 <= w < math.inf for w in weights) and sum(weights) > 0):
             raise RecipeError(f"cycle_loss_weights are {weights}, expected numbers from 0 up that are not all 0.")
         if weights is not None and weights[0] == 0 and (self.train_cycles != "fixed" or self.cycle_onset):
             raise RecipeError(
                 f"cycle_loss_weights are {weights}: a training step of one cycle would have no loss. Raise the first "
                 "weight, or set train_cycles to fixed and cycle_onset to 0."
             )
-        if self.lora_rank < 0:
-            raise RecipeError(f"lora_rank is {self.lora_rank}, expected 0 or more.")
+        for name in ("lora_rank", "zero_key_init_std"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}, expected 0 or more.")
         if self.ffn_gate and not self.zero_token:
             raise RecipeError("ffn_gate needs zero_token: true.")
         if len(self.stages.cycles) < self.depth and self.stages.cycles:
@@ -262,7 +263,7 @@ class ZeroTokenConfig(PreTrainedConfig):
     @property
     def schedule(self) -> list[VisitId]:
         """The visits, as (physical layer, cycle)."""
-        skipped = {tuple(visit) for visit in self.skip or ()}
+        skipped = set(map(tuple, self.skip or ()))
         return [visit for visit in self.whole_schedule if visit not in skipped]
 
     @property
@@ -323,7 +324,7 @@ class ZeroTokenKnobs(TypedDict, total=False):
     pool: Pool
     zero_key_rope: Literal["none", "relative"]
     zero_key_norm: bool
-    zero_key_init_std: Positive
+    zero_key_init_std: NonNegative
     zero_bias: bool
     ffn_gate: Literal["zero_attention"] | None
     cycle_embedding: Literal["add", "multiply"] | None
@@ -354,26 +355,31 @@ def _choices() -> dict[str, tuple[str | None, ...]]:
     return found
 
 
-class PlainConfig:
-    """A live view of a configuration's own fields, whose reads bypass ``ZeroTokenConfig.__getattr__``.
+def check_kinds(config: ZeroTokenConfig) -> None:
+    """Refuse unknown values of the knobs, and those of another kind: text or a fraction for a count, NaN for a number.
 
-    A pass reads about ten fields at every visit of every token; the Python calls would cost a small model a tenth of
-    its time.
+    Raises:
+        RecipeError: There is one.
     """
+    for name in _choices():
+        check_choice(name, getattr(config, name))
+    for name in (*ZeroTokenKnobs.__annotations__, "n_head", "n_tail"):
+        value, kind = getattr(config, name), type(ZeroTokenConfig.__dataclass_fields__[name].default)
+        if kind not in (bool, int, float):
+            continue
+        if kind is float:
+            fits, expected = is_number(value), "a number"
+        else:
+            fits, expected = type(value) is kind, "true or false" if kind is bool else "an integer"
+        if not fits:
+            raise RecipeError(f"{name} is {value!r}, expected {expected}.")
+    if any(isinstance(visit, (str, int)) for visit in config.skip or ()):
+        raise RecipeError(f"skip is {config.skip}, expected visits as (layer, cycle).")
 
-    def __init__(self, config: ZeroTokenConfig) -> None:
-        self.__dict__ = config.__dict__
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-
-def zero_key_shape(host: PreTrainedConfig) -> tuple[int, int]:
-    """Return the number of key-value heads and their width."""
-    heads = host.num_attention_heads
-    groups = getattr(host, "num_key_value_heads", None) or heads
-    return groups, getattr(host, "head_dim", None) or host.hidden_size // heads
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, of Python's or NumPy's kinds, and not NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _own_names() -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, Unpack
+from typing import Any, Literal, TypeAlias, Unpack, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -95,6 +95,8 @@ def convert_to_zero_token(
     knobs = known(convert_to_zero_token, knobs)
     if isinstance(model, Looped):
         return _run_otherwise(model, dict(knobs), ends=(n_head, n_tail), mode=mode)
+    if tie_init not in get_args(TieInit):
+        raise RecipeError(f"There is no tie_init {tie_init!r}. {did_you_mean(tie_init, get_args(TieInit))}")
     hosts.check_config(model.config)
     depth = model.config.num_hidden_layers
     config = ZeroTokenConfig(host=model.config, n_head=ends(depth, n_head), n_tail=ends(depth, n_tail), **knobs)
@@ -131,6 +133,8 @@ def _run_otherwise(model: Any, knobs: dict[str, Any], **others: Any) -> Any:
 
 def ends(n_layers: int, asked: int | Literal["auto"]) -> int:
     """Return how many layers stay free at one end; ``"auto"`` is a third, at least one."""
+    if isinstance(asked, str) and asked != "auto":
+        raise RecipeError(f"n_head or n_tail is {asked!r}, expected a number of layers or 'auto'.")
     return max(1, round(n_layers / 3)) if asked == "auto" else asked
 
 
@@ -144,6 +148,8 @@ _KINDS: dict[str, type[Looped]] = {
 
 def _fresh(config: ZeroTokenConfig, model: PreTrainedModel, kind: str) -> Any:
     config.dtype = model.dtype
+    if model.config._attn_implementation == "eager":  # other kernels sum in another order
+        config._attn_implementation_internal = "eager"
     with no_init_weights():
         looped = _KINDS[kind](config)
     looped.to(device=model.device, dtype=model.dtype)
@@ -228,11 +234,9 @@ def tied_layer(
         index = last - width + 1 + k
     elif tie_init == "stepwise":
         index = int(torch.linspace(first, last, width).round()[k])
-    elif tie_init == "random":
+    else:
         order = torch.randperm(last - first + 1, generator=generator(seed, "tie_init"))
         index = first + int(order[:width].sort().values[k])
-    else:
-        raise RecipeError(f"There is no tie_init {tie_init!r}. {did_you_mean(tie_init, TieInit.__args__)}")
     return dict(layers[index].state_dict())
 
 

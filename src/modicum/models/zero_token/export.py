@@ -20,7 +20,6 @@ from modicum.errors import UnsupportedError
 from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token import hosts
 from modicum.models.zero_token.body import Call
-from modicum.models.zero_token.config import zero_key_shape
 from modicum.models.zero_token.looped import Looped
 from modicum.models.zero_token.schedule import VisitId
 from modicum.models.zero_token.trial import result_of
@@ -197,7 +196,7 @@ def zero_columns(looped: Looped, *, n_cycles: PositiveInt | None = None) -> dict
     found = {}
     for slot, visit in enumerate(visits):
         if config.zero_kind == "off_by_one":
-            key = next(looped.parameters()).new_zeros(zero_key_shape(config.host))
+            key = next(looped.parameters()).new_zeros(hosts.zero_key_shape(config.host))
         else:
             key = looped.zero_token()["zero_key"][config.rows[visit]]
             if config.zero_key_norm:

@@ -139,6 +139,13 @@ def _has(name: str, words: tuple[str, ...]) -> bool:
     return any(word in name for word in words)
 
 
+def zero_key_shape(host: PreTrainedConfig) -> tuple[int, int]:
+    """Return the number of key-value heads and their width."""
+    heads = host.num_attention_heads
+    groups = getattr(host, "num_key_value_heads", None) or heads
+    return groups, getattr(host, "head_dim", None) or host.hidden_size // heads
+
+
 def normed_key(attention: nn.Module, key: Tensor) -> Tensor:
     """Return the zero keys (g, k) as the host norms its keys; unchanged where it does not."""
     norm = next((c for name, c in attention.named_children() if name.startswith(("k_norm", "k_layernorm"))), None)

@@ -18,12 +18,12 @@ from transformers import Cache
 
 from modicum.errors import UnsupportedError
 from modicum.models.zero_token.cache import without_trace
-from modicum.models.zero_token.config import ExitCriterion, ExitScope, ExitScore, PlainConfig
+from modicum.models.zero_token.config import ExitCriterion, ExitScope, ExitScore
 from modicum.models.zero_token.criterion import Criterion, pad_history
 from modicum.models.zero_token.hosts import attention_of
 from modicum.models.zero_token.schedule import Stages
 from modicum.models.zero_token.some import Some, those_running
-from modicum.models.zero_token.visit import Visit
+from modicum.models.zero_token.visit import PlainConfig, Visit
 
 Placed = tuple[int, int, int]  # layer, cycle, slot
 

@@ -26,6 +26,10 @@ from modicum.random import generator
 logger = logging.get_logger(__name__)
 
 # What forward takes beyond what the host takes; generate and GenerationConfig take all but the last.
+_MADE = (  # fields that decide which parameters and visits there are, which is settled once
+    "n_cycles", "n_head", "n_tail", "order", "skip", "zero_token", "zero_kind", "zero_layers", "pool", "zero_bias",
+    "ffn_gate", "cycle_embedding", "cycle_gate", "lora_rank",
+)  # fmt: skip
 OWN_KNOBS = ("n_cycles", *EXITS, "output_zero_attention")
 
 
@@ -33,8 +37,7 @@ class Looped(PreTrainedModel):
     """What looping adds to a class of the host, whatever its head.
 
     ``ZeroTokenForCausalLM(config)`` makes an object of a class that derives from both ``ZeroTokenForCausalLM`` and the
-    host's class. Physical weights have the names that the host's checkpoints give them; what looping adds is in
-    ``zero_token``.
+    host's class. Physical weights have the names that they have in the host; what looping adds is in ``zero_token``.
     """
 
     config_class = ZeroTokenConfig
@@ -94,6 +97,22 @@ class Looped(PreTrainedModel):
         """Read the schedule, which is part of the architecture: once, not at every step of decoding."""
         config: ZeroTokenConfig = self._body[0].config
         self.schedule, self._stages, self._rows, self.depth = config.schedule, config.stages, config.rows, config.depth
+        self._made = [copy.copy(config.__dict__[name]) for name in _MADE]
+
+    def check_made(self) -> None:
+        """Refuse a configuration that was changed where the model follows it no more.
+
+        Raises:
+            RecipeError: It says something else than the model is.
+        """
+        fields = self._body[0].config.__dict__
+        for name, made in zip(_MADE, self._made):
+            if fields[name] != made:
+                raise RecipeError(
+                    f"config.{name} was set to {fields[name]!r}, but the model was made with {made!r}, and its "
+                    "configuration cannot change that. Give n_cycles to a call, or make another model: "
+                    "resize_pool(model, n_cycles), skip_visits(model, visits) or convert_to_zero_token(base, …)."
+                )
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -117,12 +136,14 @@ class Looped(PreTrainedModel):
         """Load a model; see ``transformers.PreTrainedModel.from_pretrained``.
 
         Raises:
-            CheckpointError: The checkpoint was made for another number of cycles.
+            CheckpointError: The checkpoint was made for another number of cycles, or its tensors have other names.
         """
         try:
-            found = super().from_pretrained(*args, **kwargs)
-            (found[0] if isinstance(found, tuple) else found).take_exits()
-            return found
+            report = bool(kwargs.pop("output_loading_info", False))
+            model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
+            model.check_loaded(info)
+            model.take_exits()
+            return (model, info) if report else model
         except RuntimeError as error:
             # The report of the tensors that do not fit has been logged; the error itself names none.
             if "ignore_mismatched_sizes" in str(error):
@@ -130,6 +151,19 @@ class Looped(PreTrainedModel):
                     f"The checkpoint's tensors do not fit the configuration. {OTHER_CYCLES}"
                 ) from error
             raise
+
+    def check_loaded(self, info: Any) -> None:
+        """Refuse a checkpoint whose tensors have names that transformers translates for the host's own class alone."""
+        path = next(f"{name}." for name, module in self.named_modules() if module is self.layers)
+        wanted = "" if self.kind == "causal" else path  # a new head starts at random, as it must
+        lost = [n for n in info["missing_keys"] if n.startswith(wanted) and not n.startswith("zero_token.")]
+        other = [name for name in info["unexpected_keys"] if not name.startswith(("score.", "classifier."))]
+        if lost and other:
+            raise CheckpointError(
+                f"The checkpoint has {min(other)} and lacks {min(lost)}, which would start at random: its tensors are "
+                "named as in files of the host's own class. Load it by the host's own class, or its auto class, and "
+                "loop it by modicum.models.convert_to_zero_token."
+            )
 
     def take_exits(self) -> None:
         """Let the exits that a loaded ``generation_config`` holds act in every pass, unless they were given."""
@@ -143,6 +177,7 @@ class Looped(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the model; exits go into ``generation_config.json``."""
+        self.check_made()
         generation = getattr(self, "generation_config", None)
         exits = self.config.exits()
         if generation is not None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from modicum.errors import CheckpointError
-from modicum.models.zero_token.config import ZeroTokenConfig, zero_key_shape
+from modicum.models.zero_token.config import ZeroTokenConfig
+from modicum.models.zero_token.hosts import zero_key_shape
 from modicum.random import generator
 
 OTHER_CYCLES = (
