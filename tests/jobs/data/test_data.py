@@ -195,6 +195,7 @@ def test_bad_rows_are_one_clear_line(tmp_path, content, message):
         ("nowhere.jsonl", "There is no data file or folder nowhere.jsonl"),
         ("./nowhere", "There is no data file or folder"),
         ("nobody/nothing-here", "the Hub gave no such data"),
+        ("nobody/nothing-here", "Check the path, or the Hub's name, the split and the network."),
         ("reasoning-gym:chain_sun", "no reasoning-gym task 'chain_sun'. Did you mean 'chain_sum'?"),
         ("builtin:python-stdlb", "Did you mean 'python-stdlib'?"),
     ],

@@ -82,6 +82,7 @@ def test_resolving_a_folder_imports_no_framework(tiny_model):
         ("stage:expert", "names a stage"),
         (__file__, "is a file, expected the folder"),
         ("nobody/nothing-here", "no folder nobody/nothing-here, and the Hub gave no model"),
+        ("nobody/nothing-here", "Check the path, or the Hub's name and the network."),
         ("not a hub id!", "not a Hub id"),
     ],
 )

@@ -147,7 +147,8 @@ def _download(ref: str, *, allow_pickle: bool, remote_code: bool, weights: bool)
         raise CheckpointError(f"There is no model folder {ref}, and it is not a Hub id (org/name).") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"There is no folder {ref}, and the Hub gave no model of that name: {first_line(error)}"
+            f"There is no folder {ref}, and the Hub gave no model of that name: {first_line(error)} "
+            "Check the path, or the Hub's name and the network."
         ) from None
 
 

@@ -54,5 +54,8 @@ def hub(section: DataSection, name: str) -> list[Row]:
     except ModicumError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"There is no file {name}, and the Hub gave no such data: {first_line(error)}") from None
+        raise CheckpointError(
+            f"There is no file {name}, and the Hub gave no such data: {first_line(error)} "
+            "Check the path, or the Hub's name, the split and the network."
+        ) from None
     return rows_of(data, section)
