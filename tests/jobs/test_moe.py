@@ -97,6 +97,35 @@ def test_equal_experts_are_the_dense_model(family: str, zoo: Path, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_what_a_config_leaves_to_the_dense_class_is_said(family: str, zoo: Path, tmp_path: Path) -> None:
+    """Llama 2 was published without its rotary base, for which Mixtral's class takes another."""
+    shutil.copytree(zoo / family / "a", tmp_path / "a")
+    file = tmp_path / "a/config.json"
+    silent = ("rope_parameters", "rms_norm_eps", "sliding_window")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in silent}))
+    execute(parse(document(tmp_path, "", "random", "aa", base_model=str(tmp_path / "a"))), tmp_path / "run", quiet=True)
+    before, after = (transformers.AutoConfig.from_pretrained(tmp_path / f) for f in ("a", "run/model"))
+    for key in silent:
+        assert getattr(after, key) == getattr(before, key, None)
+    ids, auto = torch.arange(12)[None], transformers.AutoModelForCausalLM
+    with torch.no_grad():
+        dense, mixture = (auto.from_pretrained(tmp_path / f)(ids).logits for f in ("a", "run/model"))
+    torch.testing.assert_close(mixture, dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_windows_that_the_mixture_s_class_puts_elsewhere_are_refused(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "qwen3/a", tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text()) | {"use_sliding_window": True, "sliding_window": 4}
+    config |= {"max_window_layers": 2, "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    recipe = document(tmp_path, "", "random", "aa", base_model=str(tmp_path / "a"))
+    with pytest.raises(ModicumError, match=r"layers\.0\.self_attn\.sliding_window is 4 in Qwen3Moe.*expected None"):
+        plan(parse(recipe))
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", THEIRS)
 def test_routers_point_where_mergekit_s_do(name: str, zoo: Path, tmp_path: Path) -> None:
     family, _, mode = name.partition("_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +14,7 @@ from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
+from modicum.layout import is_recomputed, layer_of, role
 from modicum.recipe import Recipe, Section, dump
 from modicum.record import Run
 from modicum.registry import job
@@ -21,10 +23,12 @@ from modicum.types import PositiveInt
 if TYPE_CHECKING:
     import torch
 
+    from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.mixture import Expert
     from modicum.weights.plan import Plan
 
 GateMode = Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"]
+_OWN = frozenset({"model_type", "architectures", "_name_or_path", "dtype"})  # settings of a class or a place
 BY_PROMPTS = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 
 
@@ -118,19 +122,38 @@ def make_plan(recipe: MoeRecipe, rows: Mapping[int, torch.Tensor] | None = None)
         experts_per_token=recipe.experts_per_token,
         dtype=recipe.dtype,
     )
-    _refuse_homeless(plan, base.name)
+    plan = _said_out(plan, base)
+    _refuse_homeless(plan, base)
     notes = [f"{n} experts: many kernels want a power of two"] if n & (n - 1) else []
     if "random" in recipe.gate_mode:
         notes.append("routers are random: the mixture must be trained before it is of use")
     return replace(plan, seed=recipe.seed, notes=[*notes, *plan.notes])
 
 
-def _refuse_homeless(plan: Plan, name: str) -> None:
-    """Refuse tensors outside the experts, such as biases, that the mixture's class has no place for, or lacks."""
-    from modicum.jobs.merging.layers import built, opened
-    from modicum.layout import is_recomputed, role
+def _said_out(plan: Plan, base: Checkpoint) -> Plan:
+    """Return the plan with a ``config.json`` that says what the dense class takes for granted.
 
-    config = opened(loads(plan.companions["config.json"]))
+    The mixture's class takes other things for granted: Mixtral's rotary base is a hundred times that of Llama.
+    """
+    from modicum.jobs.merging.layers import opened
+
+    config = loads(plan.companions["config.json"])
+    dense, mixture = opened(base.config), opened(config)
+    if dense is None or mixture is None:
+        return plan
+    before, after = dense.to_dict(), mixture.to_dict()
+    silent = {key: value for key, value in before.items() if key not in _OWN and value != after.get(key)}
+    if "rope_parameters" in silent:  # which older files say in these
+        config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    text = json.dumps(config | silent, indent=2) + "\n"
+    return replace(plan, companions={**plan.companions, "config.json": text.encode()}) if silent else plan
+
+
+def _refuse_homeless(plan: Plan, base: Checkpoint) -> None:
+    """Refuse what the mixture's class has no place for outside the experts, such as biases, or would do otherwise."""
+    from modicum.jobs.merging.layers import built, opened
+
+    config, dense, name = opened(loads(plan.companions["config.json"])), opened(base.config), base.name
     model = None if config is None else built(config)
     if model is None:
         raise RecipeError(f"transformers does not build the mixture that {name} would become. Update transformers.")
@@ -148,6 +171,24 @@ def _refuse_homeless(plan: Plan, name: str) -> None:
         )
     if lost := sorted(theirs - ours):
         raise CheckpointError(f"{name} has no {lost[0]!r}, which {kind} needs. Choose models that have it.")
+    before = {} if dense is None or (old := built(dense)) is None else _settings(old)
+    for key, found in _settings(model).items():
+        if (expected := before.get(key, found)) != found:
+            raise CheckpointError(
+                f"{name}: {key} is {found} in {kind}, expected {expected} as in the dense class. Choose models without "
+                "it, or correct config.json."
+            )
+
+
+def _settings(model: torch.nn.Module) -> dict[str, object]:
+    """Return what the layers of a model do besides their feed-forwards, such as the window that attention sees."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if layer_of(f"{name}.") and "mlp" not in name.split(".")
+        for key, value in vars(module).items()
+        if not key.startswith("_") and isinstance(value, bool | int | float | str | None)
+    }
 
 
 def describe(recipe: MoeRecipe) -> list[str]:
