@@ -81,6 +81,26 @@ def test_tying_takes_the_named_layers(tie_init, expected):
     assert torch.equal(model.layers[3].mlp.up_proj.weight, base.model.layers[7].mlp.up_proj.weight)
 
 
+@pytest.mark.parametrize("host", ["smollm3", "gemma3_text"])
+@pytest.mark.parametrize("tie_init", ["stepwise", "average", "lower", "upper", "random"])
+def test_tied_layers_keep_the_kind_of_attention_that_their_weights_had(host, tie_init):
+    name = "no_rope_layers" if host == "smollm3" else "layer_types"
+    kinds = [1, 1, 0, 1, 0, 0]
+    if host != "smollm3":
+        kinds = [f"{('full', 'sliding')[kind]}_attention" for kind in kinds]
+    base = base_model(host, num_hidden_layers=6, **{name: kinds})
+    model = convert_to_zero_token(base, n_cycles=2, mode="tie", tie_init=tie_init, zero_token=False)
+    found = getattr(model.config.host, name)
+    assert (found[0], found[-1]) == (kinds[0], kinds[-1])
+    if tie_init != "average":
+        for layer, kind in zip(model.layers, found):
+            weights = layer.self_attn.q_proj.weight
+            (source,) = [
+                i for i, old in enumerate(base.model.layers) if torch.equal(old.self_attn.q_proj.weight, weights)
+            ]
+            assert kind == kinds[source]
+
+
 @pytest.mark.parametrize("host", ["llama", "gpt2"])
 def test_low_rank_terms_of_full_rank_undo_the_tying(host):
     base = base_model(host, **({"n_layer": 6} if host == "gpt2" else {"num_hidden_layers": 6}))

@@ -181,26 +181,27 @@ def _tie(model: PreTrainedModel, config: ZeroTokenConfig, tie_init: TieInit) -> 
     width = (depth - head - tail) // n_cycles  # physical layers in the middle
     if width < 1:
         raise RecipeError(f"{depth} layers less {head} and {tail} are too few to tie {n_cycles} times.")
+    # The visit (k, c) stands for this layer; where the cycles do not divide the layers, some are passed over.
+    stands = torch.linspace(head, depth - tail - 1, width * n_cycles).round().long().view(n_cycles, width)
+    middle = tied_layers(head, depth - tail - 1, stands, tie_init, config.seed)
+    kept = [*range(head), *middle, *range(depth - tail, depth)]
     host = config.host
-    host.num_hidden_layers = head + width + tail
+    host.num_hidden_layers = len(kept)
     for name in LAYER_LISTS:
         if getattr(host, name, None) is not None:
-            setattr(host, name, getattr(host, name)[: host.num_hidden_layers])
+            setattr(host, name, [getattr(host, name)[layer] for layer in kept])
     looped = _fresh(config, model, hosts.kind_of(model))
     path = hosts.layers_path(model)
     layers: Any = model.get_submodule(path)
-    # The visit (k, c) stands for this layer; where the cycles do not divide the layers, some are passed over.
-    stands = torch.linspace(head, depth - tail - 1, width * n_cycles).round().long().view(n_cycles, width)
     state = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{path}.")}
-    for new, old in [(i, i) for i in range(head)] + [(head + width + i, depth - tail + i) for i in range(tail)]:
-        state |= _named(layers[old].state_dict(), path, new)
-    for k in range(width):
-        chosen = tied_layer(
-            [layers[i].state_dict() for i in stands[:, k]], k, width, tie_init, layers, head, tail, config.seed
-        )
-        state |= _named(chosen, path, head + k)
-        if config.lora_rank:
-            _fit_lora(looped, head + k, chosen, [layers[i] for i in stands[:, k]])
+    for new, old in enumerate(kept):
+        chosen, is_middle = layers[old].state_dict(), head <= new < head + width
+        replaced = [layers[i] for i in stands[:, new - head]] if is_middle else []
+        if replaced and tie_init == "average":
+            chosen = _mean([layer.state_dict() for layer in replaced])
+        state |= _named(chosen, path, new)
+        if replaced and config.lora_rank:
+            _fit_lora(looped, new, chosen, replaced)
     _complete(looped.load_state_dict(state, strict=False))
     looped.tie_weights()
     return looped
@@ -210,34 +211,29 @@ def _named(state: dict[str, Tensor], path: str, layer: int) -> dict[str, Tensor]
     return {f"{path}.{layer}.{name}": tensor for name, tensor in state.items()}
 
 
-def tied_layer(
-    tied: Sequence[dict[str, Tensor]],
-    k: int,
-    width: int,
-    tie_init: TieInit,
-    layers: Sequence[nn.Module],
-    head: int,
-    tail: int,
-    seed: int,
-) -> dict[str, Tensor]:
-    """Return the weights of the ``k``-th of ``width`` physical layers.
+def tied_layers(first: int, last: int, stands: Tensor, tie_init: TieInit, seed: int) -> list[int]:
+    """Return which of the layers ``first`` to ``last`` gives each physical layer its weights and its kind of attention.
 
-    ``average`` is the mean of the layers that it replaces. The others take a whole layer of the old middle: ``lower``
-    and ``upper`` its first and last ones, ``stepwise`` evenly spaced ones from end to end, ``random`` a sorted sample.
+    ``lower`` and ``upper`` take the first and last ones, ``stepwise`` evenly spaced ones from end to end, ``random`` a
+    sorted sample. ``average`` means the weights of those that it stands for, and takes the first one's kind.
     """
+    width = stands.shape[1]
     if tie_init == "average":
-        return {name: torch.stack([s[name].double() for s in tied]).mean(0).to(t.dtype) for name, t in tied[0].items()}
-    first, last = head, len(layers) - tail - 1
-    if tie_init == "lower":
-        index = first + k
+        found = stands[0]
+    elif tie_init == "lower":
+        found = torch.arange(first, first + width)
     elif tie_init == "upper":
-        index = last - width + 1 + k
+        found = torch.arange(last - width + 1, last + 1)
     elif tie_init == "stepwise":
-        index = int(torch.linspace(first, last, width).round()[k])
+        found = torch.linspace(first, last, width).round().long()
     else:
         order = torch.randperm(last - first + 1, generator=generator(seed, "tie_init"))
-        index = first + int(order[:width].sort().values[k])
-    return dict(layers[index].state_dict())
+        found = first + order[:width].sort().values
+    return [int(layer) for layer in found]
+
+
+def _mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {n: torch.stack([s[n].double() for s in states]).mean(0).to(t.dtype) for n, t in states[0].items()}
 
 
 @torch.no_grad()
