@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -136,6 +137,12 @@ def test_the_figures_that_a_page_states_are_those_of_the_results(page: str, word
 def test_the_readme_counts_no_more_methods_than_there_are(words: str, kind: str, itself: int) -> None:
     (told,) = re.findall(words, (ROOT / "README.md").read_text(encoding="utf-8"))
     assert int(told) + itself <= len(REGISTRIES[kind])  # a method of one's own needs no line here
+
+
+def test_every_extra_is_in_the_page_on_installing() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    told = re.findall(r"^\| `([\w-]+)` \|", (DOCS / "guide" / "install.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(told) == sorted(extras)
 
 
 def test_there_are_pages_to_check() -> None:
