@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,31 @@ def test_the_other_ways(method: str, zoo: Path, tmp_path: Path) -> None:
     own = Checkpoint(zoo / "mine/base")["model.embed_tokens.weight"]
     expected = {"nearest": own[4], "mean": own.mean(0), "zero": torch.zeros(16)}[method]
     torch.testing.assert_close(table[4], expected.bfloat16(), rtol=1e-2, atol=1e-3)  # the row of "q", closest to "a"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ids_in_settings_are_of_the_donor_s_vocabulary(zoo: Path, tmp_path: Path) -> None:
+    """A donor may say nothing of padding, as Llama does; the model's own id may then be beyond the new tables."""
+    make_family(tmp_path, "llama", vocab_size=44)
+    folder, donor = tmp_path / "base", tmp_path / "donor"
+    write_tokenizer(folder, [*SHARED, *map(chr, range(0x430, 0x430 + 24))])
+    shutil.copytree(zoo / "theirs/base", donor)
+    for place, ends in ((folder, {"pad_token_id": 40, "sep_token_id": 3}), (donor, {"pad_token_id": "unsaid"})):
+        config = json.loads((place / "config.json").read_text()) | ends
+        said = {key: value for key, value in config.items() if value != "unsaid"}
+        (place / "config.json").write_text(json.dumps(said | {"image_token_id": 4}))
+    lists = {"suppress_tokens": [4, 40], "bad_words_ids": [[5], [5, 40]], "eos_token_id": 40}
+    (folder / "generation_config.json").write_text(json.dumps(lists))
+    execute(parse(recipe(zoo, model=str(folder), donor=str(donor))), tmp_path / "run", quiet=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model").convert_tokens_to_ids
+    assert (model.config.pad_token_id, model.config.image_token_id) == (None, ids("a"))
+    assert model.config.eos_token_id == 2
+    made = json.loads((tmp_path / "run/model/generation_config.json").read_text())
+    assert (made["suppress_tokens"], made["bad_words_ids"]) == ([ids("a")], [[ids("b")]])
+    assert any(
+        "pad_token_id name tokens that the vocabulary lacks" in note for note in read_record(tmp_path / "run")["notes"]
+    )
 
 
 def test_models_that_share_nothing_or_have_no_tokenizer_are_refused(zoo: Path, tmp_path: Path) -> None:

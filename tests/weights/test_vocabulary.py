@@ -182,7 +182,9 @@ def test_settings_go_by_the_vocabulary_of_the_result(tmp_path: Path) -> None:
     config, generation = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "generation_config"))
     assert (config["vocab_size"], config["eos_token_id"], config["pad_token_id"]) == (5, 1, 2)
     assert generation == {"eos_token_id": [1, 0], "max_length": 7}
-    assert any("bos_token_id keep the ids" in line for line in plan(parse(document)))  # c has no <s>
+    assert any(
+        "bos_token_id name tokens that the vocabulary lacks" in line for line in plan(parse(document))
+    )  # c has no <s>
     assert Checkpoint(folder)["lm_head.weight"].shape[0] == 5
 
 

@@ -32,16 +32,15 @@ from modicum.vocabulary import token_ids
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files
-from modicum.weights.configs import text_of
+from modicum.weights.configs import rewritten, text_of
 from modicum.weights.files import Spec, digest_tensor
-from modicum.weights.mergekit.tokenizers import Converter, read_tokenizer, spelt
+from modicum.weights.mergekit.tokenizers import ENDS, Converter, read_tokenizer, spelt
 from modicum.weights.mergekit.vocabulary import Result, companions_with
 from modicum.weights.plan import Plan, Source, kept, parse_dtype
 from modicum.weights.retabled import Retabled, rows_of
 
 Way = Literal["omp", "nearest", "mean", "zero"]
 BLOCK = 512  # new tokens at a time
-ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 GENERATION = "generation_config.json"
 SHARED = 16  # tokens that both vocabularies must have at least
 
@@ -217,14 +216,18 @@ def plan_transplant(
     files = {path.name: path.read_bytes() for path in donor.companions() if path.name in TOKENIZER_FILES}
     removed = [name for name in TOKENIZER_FILES if name not in files]
     ends = {key: value for key, value in text_of(donor.config).items() if key in ENDS}
-    companions = companions_with(Result({}, files, removed), companion_files(model, wanted, vocab_size=size, **ends))
+    told = Result({}, files, removed, ids=({row: token for token, row in mine.items()}, theirs))
+    companions = companions_with(told, companion_files(model, wanted, vocab_size=size))
+    if "config.json" in companions:
+        config = rewritten(json.loads(companions["config.json"]), **ends)
+        companions["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     if GENERATION in companions:
         settings = {key: value for key, value in json.loads(companions[GENERATION]).items() if key not in ENDS}
         file = next((path for path in donor.companions() if path.name == GENERATION), None)
         given = {} if file is None else read_json(file, donor.name)
         settings |= ends | {key: value for key, value in given.items() if key in ENDS}
         companions[GENERATION] = (json.dumps(settings, indent=2) + "\n").encode()
-    return Found(Plan(steps, [model, donor], companions), shared, len(table.new))
+    return Found(Plan(steps, [model, donor], companions, told.notes), shared, len(table.new))
 
 
 def _spelt(tokenizer: Mapping[str, Any], name: str) -> dict[bytes | str, int]:

@@ -18,6 +18,7 @@ from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 
 TEMPLATES = resources.files("modicum.weights.mergekit") / "templates"
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")  # what a model may be without
 LISTS_OF_IDS = ("suppress_tokens", "bad_words_ids", "force_words_ids")  # settings of generation
 CLASH = "has other tokens than FIRST"
 Converter = Callable[[Path], bytes]
@@ -143,8 +144,11 @@ def _file(model: Checkpoint, name: str) -> Path | None:
     return next((path for path in model.companions() if path.name == name), None)
 
 
-def renumbered_ids(config: Any, old: Mapping[int, str], new: Mapping[str, int]) -> tuple[Any, list[str]]:
+def renumbered_ids(config: Any, old: Mapping[int, Any], new: Mapping[Any, int]) -> tuple[Any, list[str]]:
     """Return settings in which ids of tokens are those of another vocabulary, and the settings whose token it lacks.
+
+    An end of texts or a padding that it lacks is none: its id would be that of another token, or of no row at all. Of
+    lists such a token is left out.
 
     Args:
         config: Of a ``config.json`` or ``generation_config.json``.
@@ -153,25 +157,29 @@ def renumbered_ids(config: Any, old: Mapping[int, str], new: Mapping[str, int]) 
 
     Example:
         >>> renumbered_ids({"eos_token_id": [2, 3], "pad_token_id": 9}, {2: "x", 3: "y"}, {"x": 5, "y": 2})
-        ({'eos_token_id': [5, 2], 'pad_token_id': 9}, ['pad_token_id'])
+        ({'eos_token_id': [5, 2], 'pad_token_id': None}, ['pad_token_id'])
         >>> renumbered_ids({"bad_words_ids": [[2], [3, 2]]}, {2: "x", 3: "y"}, {"x": 5, "y": 2})
         ({'bad_words_ids': [[5], [2, 5]]}, [])
+        >>> renumbered_ids({"bad_words_ids": [[2], [3, 9]]}, {2: "x", 3: "y"}, {"x": 5, "y": 2})
+        ({'bad_words_ids': [[5]]}, ['bad_words_ids'])
     """
     lost: list[str] = []
 
-    def change(key: str, value: Any) -> Any:
+    def change(key: str, value: Any, *, inside: bool = False) -> Any:
         if isinstance(value, dict):
             return {name: change(name, inner) for name, inner in value.items()}
         if not key.endswith(("_token_id", "_token_index", *LISTS_OF_IDS)):
             return value
         if isinstance(value, list):
-            return [change(key, item) for item in value]
+            changed = [change(key, item, inside=True) for item in value]
+            known = [item for item in changed if item is not None]
+            return None if inside and len(known) < len(value) else known or None  # part of a sequence is another one
         if not isinstance(value, int) or isinstance(value, bool):
             return value
         if value in old and old[value] in new:
             return new[old[value]]
         lost.append(key)
-        return value
+        return None if inside or key in ENDS else value
 
     return change("", config), lost
 

@@ -49,7 +49,8 @@ class Result:
     removed: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    ids: tuple[Mapping[int, str], Mapping[str, int]] | None = None  # where another model's settings are renumbered
+    # Where another model's settings are renumbered: its tokens by their rows, and the rows of the result's tokens.
+    ids: tuple[Mapping[int, Any], Mapping[Any, int]] | None = None
 
 
 class Vocabulary(Retabled):
@@ -243,7 +244,10 @@ def companions_with(result: Result, companions: Mapping[str, bytes]) -> dict[str
             changed, lost = renumbered_ids(json.loads(made[name]), *result.ids)
             made[name] = (json.dumps(changed, indent=2) + "\n").encode()
             if lost:
-                result.notes.append(f"{name}: {', '.join(lost)} keep the ids of tokens that the vocabulary lacks")
+                result.notes.append(
+                    f"{name}: {', '.join(lost)} name tokens that the vocabulary lacks; ends and padding are left out "
+                    "there, other settings keep their ids"
+                )
     return made
 
 
