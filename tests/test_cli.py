@@ -131,3 +131,27 @@ def test_the_command_line_is_frozen():
         "report": ["--out", "--traceback"],
         "verify": ["--traceback"],
     }
+
+
+KEYS = {
+    "an assignment": ["run", "quickstart", "--set", "hf_abcdefghijklmnop1234"],
+    "an address": ["check", "https://me:pass-word@host/recipe.yaml"],
+    "a name": ["show", "sk-abcdefghijklmnop1234"],
+}
+
+
+@pytest.mark.parametrize("words", KEYS.values(), ids=KEYS)
+def test_a_key_in_an_argument_is_not_repeated_in_the_error(monkeypatch, capsys, words):
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2 and "(hidden)" in err and "abcdefghijkl" not in err and "pass-word" not in err
+
+
+def test_a_key_in_an_unforeseen_error_is_hidden(monkeypatch, capsys):
+    from modicum import cli
+
+    def fails(*_):
+        raise RuntimeError("cannot reach https://me:pass-word@proxy:80")
+
+    monkeypatch.setattr(cli, "_load", fails)
+    code, _, err = call(monkeypatch, capsys, "check", "quickstart")
+    assert code == 1 and "https://(hidden)@proxy" in err

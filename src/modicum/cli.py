@@ -246,8 +246,13 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _say(text: str) -> None:
-    """Print one line about what went wrong: several are put after each other, and none may steer the terminal."""
-    text = printable(" ".join(text.split("\n")))
+    """Print one line about what went wrong: several are put after each other, and none may steer the terminal.
+
+    Logs of schedulers keep it: what looks like a key is hidden, as in records.
+    """
+    from modicum.credentials import redact
+
+    text = printable(redact(" ".join(text.split("\n"))))
     print(f"modicum: {text if len(text) <= 4000 else text[:3997] + '...'}", file=sys.stderr)
 
 
