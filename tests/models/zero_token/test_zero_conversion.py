@@ -6,7 +6,8 @@ from models.zero_token.support_zero import HOSTS, base_model, looped, tokens
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.models import calibrate_threshold, choose_cycle_range, convert_to_zero_token, fit_exit_gate, resize_pool
 from modicum.models.zero_token.calibrate import cheapest, exit_curve
-from modicum.models.zero_token.conversion import ends, low_rank
+from modicum.models.zero_token.conversion import ends, keep_layers, low_rank
+from modicum.models.zero_token.export import unroll
 from modicum.registry import model as model_registry
 
 ALL = ["llama", "llama-tied-bias", "qwen2", "qwen3", "mistral", "gpt2"]
@@ -99,6 +100,32 @@ def test_tied_layers_keep_the_kind_of_attention_that_their_weights_had(host, tie
                 i for i, old in enumerate(base.model.layers) if torch.equal(old.self_attn.q_proj.weight, weights)
             ]
             assert kind == kinds[source]
+
+
+@pytest.mark.parametrize("dense", [[0, 2], [1, 5], [4]])
+def test_layers_that_are_named_by_number_keep_their_kind(dense):
+    base = base_model("qwen3_moe", num_hidden_layers=6, mlp_only_layers=dense)
+    model = convert_to_zero_token(base, zero_token=False)
+    torch.testing.assert_close(logits(unroll(model)), logits(model), atol=1e-5, rtol=0)
+    tied = convert_to_zero_token(base, n_cycles=2, mode="tie", tie_init="upper", zero_token=False)
+    kept = [0, 3, 4, 5]
+    assert tied.config.host.mlp_only_layers == [new for new, old in enumerate(kept) if old in dense]
+    assert [type(layer.mlp) for layer in tied.layers] == [type(base.model.layers[old].mlp) for old in kept]
+
+
+@pytest.mark.parametrize("knobs", [{"tie_init": "average"}, {"lora_rank": 2}])
+def test_layers_of_several_kinds_have_no_average_and_no_difference(knobs):
+    base = base_model("qwen3_moe", num_hidden_layers=6, mlp_only_layers=[1])
+    with pytest.raises(UnsupportedError, match="several kinds"):
+        convert_to_zero_token(base, n_cycles=2, mode="tie", zero_token=False, **knobs)
+
+
+def test_first_layers_of_another_kind_stay_the_first():
+    host = AutoConfig.for_model("glm4_moe", num_hidden_layers=6, first_k_dense_replace=2)
+    keep_layers(host, [0, 1, 2, 3, 2, 3, 4])
+    assert (host.first_k_dense_replace, host.num_hidden_layers) == (2, 7)
+    with pytest.raises(UnsupportedError, match="n_head"):
+        keep_layers(host, [0, 1, 2, 1, 2, 3])
 
 
 @pytest.mark.parametrize("host", ["llama", "gpt2"])

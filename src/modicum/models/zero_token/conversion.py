@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.knobs import known
-from modicum.layout import LAYER_LISTS
+from modicum.layout import FIRST_LAYERS, LAYER_LISTS, LAYER_NUMBERS
 from modicum.models.zero_token import hosts
 from modicum.models.zero_token.config import EXITS, TRAINING, ZeroTokenConfig, ZeroTokenKnobs
 from modicum.models.zero_token.looped import Looped
@@ -185,11 +185,7 @@ def _tie(model: PreTrainedModel, config: ZeroTokenConfig, tie_init: TieInit) -> 
     stands = torch.linspace(head, depth - tail - 1, width * n_cycles).round().long().view(n_cycles, width)
     middle = tied_layers(head, depth - tail - 1, stands, tie_init, config.seed)
     kept = [*range(head), *middle, *range(depth - tail, depth)]
-    host = config.host
-    host.num_hidden_layers = len(kept)
-    for name in LAYER_LISTS:
-        if getattr(host, name, None) is not None:
-            setattr(host, name, [getattr(host, name)[layer] for layer in kept])
+    keep_layers(config.host, kept)
     looped = _fresh(config, model, hosts.kind_of(model))
     path = hosts.layers_path(model)
     layers: Any = model.get_submodule(path)
@@ -197,6 +193,8 @@ def _tie(model: PreTrainedModel, config: ZeroTokenConfig, tie_init: TieInit) -> 
     for new, old in enumerate(kept):
         chosen, is_middle = layers[old].state_dict(), head <= new < head + width
         replaced = [layers[i] for i in stands[:, new - head]] if is_middle else []
+        if replaced and (tie_init == "average" or config.lora_rank):
+            _check_alike([layers[old], *replaced])
         if replaced and tie_init == "average":
             chosen = _mean([layer.state_dict() for layer in replaced])
         state |= _named(chosen, path, new)
@@ -205,6 +203,30 @@ def _tie(model: PreTrainedModel, config: ZeroTokenConfig, tie_init: TieInit) -> 
     _complete(looped.load_state_dict(state, strict=False))
     looped.tie_weights()
     return looped
+
+
+def keep_layers(host: Any, kept: Sequence[int]) -> None:
+    """Give a host's configuration these of its layers, in this order, with what it says of each by its number.
+
+    Raises:
+        UnsupportedError: It says that the first layers are of another kind, and they would no longer be the first.
+    """
+    for name in LAYER_LISTS:
+        if getattr(host, name, None) is not None:
+            setattr(host, name, [getattr(host, name)[layer] for layer in kept])
+    for name in LAYER_NUMBERS:
+        if getattr(host, name, None):
+            setattr(host, name, [new for new, old in enumerate(kept) if old in getattr(host, name)])
+    for name in FIRST_LAYERS:
+        if getattr(host, name, None):
+            first = [old < getattr(host, name) for old in kept]
+            if first != sorted(first, reverse=True):
+                raise UnsupportedError(
+                    f"{name} says that the first {getattr(host, name)} layers are of another kind, and the loop "
+                    "repeats some of them. Raise n_head to that number."
+                )
+            setattr(host, name, sum(first))
+    host.num_hidden_layers = len(kept)
 
 
 def _named(state: dict[str, Tensor], path: str, layer: int) -> dict[str, Tensor]:
@@ -230,6 +252,15 @@ def tied_layers(first: int, last: int, stands: Tensor, tie_init: TieInit, seed: 
         order = torch.randperm(last - first + 1, generator=generator(seed, "tie_init"))
         found = first + order[:width].sort().values
     return [int(layer) for layer in found]
+
+
+def _check_alike(layers: Sequence[nn.Module]) -> None:
+    shapes = [{name: tensor.shape for name, tensor in layer.state_dict().items()} for layer in layers]
+    if any(found != shapes[0] for found in shapes):
+        raise UnsupportedError(
+            "The layers that are tied are of several kinds, which have neither an average nor a low-rank difference. "
+            "Use another tie_init than average, and no lora_rank."
+        )
 
 
 def _mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

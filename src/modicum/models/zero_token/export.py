@@ -17,9 +17,9 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from modicum.errors import UnsupportedError
-from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token import hosts
 from modicum.models.zero_token.body import Call
+from modicum.models.zero_token.conversion import keep_layers
 from modicum.models.zero_token.looped import Looped
 from modicum.models.zero_token.schedule import VisitId
 from modicum.models.zero_token.trial import result_of
@@ -91,10 +91,7 @@ def unroll(looped: Looped, *, n_cycles: PositiveInt | None = None) -> PreTrained
     schedule = unrolled_schedule(config, n_cycles)
     host = copy.deepcopy(config.host)
     host._attn_implementation_internal = config._attn_implementation
-    for name in LAYER_LISTS:
-        if getattr(host, name, None) is not None:
-            setattr(host, name, [getattr(host, name)[layer] for layer, _ in schedule])
-    host.num_hidden_layers = len(schedule)
+    keep_layers(host, [layer for layer, _ in schedule])
     host.dtype = looped.dtype
     with no_init_weights():
         plain: Any = hosts.host_class(host, looped.kind)(host)
@@ -108,7 +105,9 @@ def unroll(looped: Looped, *, n_cycles: PositiveInt | None = None) -> PreTrained
     report = plain.load_state_dict(state, strict=False)
     if report.missing_keys or report.unexpected_keys:
         raise UnsupportedError(
-            f"The unrolled tensors do not fit: {(report.missing_keys + report.unexpected_keys)[:3]}."
+            f"The unrolled tensors do not fit a plain {host.model_type!r} model, whose layers depend on their number: "
+            f"{', '.join((report.missing_keys + report.unexpected_keys)[:3])}. Keep the looped model, or export it "
+            "with format: remote-code."
         )
     plain.tie_weights()
     result: PreTrainedModel = plain.eval()
