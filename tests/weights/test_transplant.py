@@ -94,7 +94,8 @@ def test_ids_in_settings_are_of_the_donor_s_vocabulary(zoo: Path, tmp_path: Path
         config = json.loads((place / "config.json").read_text()) | ends
         said = {key: value for key, value in config.items() if value != "unsaid"}
         (place / "config.json").write_text(json.dumps(said | {"image_token_id": 4}))
-    lists = {"suppress_tokens": [4, 40], "bad_words_ids": [[5], [5, 40]], "eos_token_id": 40}
+    lists = {"suppress_tokens": [4, 40], "bad_words_ids": [[5], [5, 40]], "eos_token_id": 40,
+             "forced_eos_token_id": 40}  # fmt: skip
     (folder / "generation_config.json").write_text(json.dumps(lists))
     execute(parse(recipe(zoo, model=str(folder), donor=str(donor))), tmp_path / "run", quiet=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
@@ -103,6 +104,7 @@ def test_ids_in_settings_are_of_the_donor_s_vocabulary(zoo: Path, tmp_path: Path
     assert model.config.eos_token_id == 2
     made = json.loads((tmp_path / "run/model/generation_config.json").read_text())
     assert (made["suppress_tokens"], made["bad_words_ids"]) == ([ids("a")], [[ids("b")]])
+    assert made["forced_eos_token_id"] is None
     assert any(
         "pad_token_id name tokens that the vocabulary lacks" in note for note in read_record(tmp_path / "run")["notes"]
     )

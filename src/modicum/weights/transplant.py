@@ -217,12 +217,16 @@ def plan_transplant(
     removed = [name for name in TOKENIZER_FILES if name not in files]
     ends = {key: value for key, value in text_of(donor.config).items() if key in ENDS}
     told = Result({}, files, removed, ids=({row: token for token, row in mine.items()}, theirs))
-    companions = companions_with(told, companion_files(model, wanted, vocab_size=size))
+    before = companion_files(model, wanted, vocab_size=size, **dict.fromkeys(ends))  # these are the donor's
+    if GENERATION in before:
+        settings = {key: value for key, value in json.loads(before[GENERATION]).items() if key not in ENDS}
+        before[GENERATION] = json.dumps(settings).encode()
+    companions = companions_with(told, before)
     if "config.json" in companions:
         config = rewritten(json.loads(companions["config.json"]), **ends)
         companions["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     if GENERATION in companions:
-        settings = {key: value for key, value in json.loads(companions[GENERATION]).items() if key not in ENDS}
+        settings = json.loads(companions[GENERATION])
         file = next((path for path in donor.companions() if path.name == GENERATION), None)
         given = {} if file is None else read_json(file, donor.name)
         settings |= ends | {key: value for key, value in given.items() if key in ENDS}

@@ -18,7 +18,8 @@ from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
 
 TEMPLATES = resources.files("modicum.weights.mergekit") / "templates"
-ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")  # what a model may be without
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+OPTIONAL = (*ENDS, "sep_token_id", "cls_token_id", "forced_bos_token_id", "forced_eos_token_id")
 LISTS_OF_IDS = ("suppress_tokens", "bad_words_ids", "force_words_ids")  # settings of generation
 CLASH = "has other tokens than FIRST"
 Converter = Callable[[Path], bytes]
@@ -179,7 +180,7 @@ def renumbered_ids(config: Any, old: Mapping[int, Any], new: Mapping[Any, int]) 
         if value in old and old[value] in new:
             return new[old[value]]
         lost.append(key)
-        return None if inside or key in ENDS else value
+        return None if inside or key in OPTIONAL else value
 
     return change("", config), lost
 
