@@ -86,9 +86,10 @@ def test_files_without_tensors_and_factors_without_rank_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no tensors"):
         Checkpoint(tmp_path)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
+    prefix = "base_model.model.q"
     for folder, tensors in (
         (base, {"q.weight": torch.ones(4, 4)}),
-        (adapter, {"q.lora_A.weight": torch.ones(0, 4), "q.lora_B.weight": torch.ones(4, 0)}),
+        (adapter, {f"{prefix}.lora_A.weight": torch.ones(0, 4), f"{prefix}.lora_B.weight": torch.ones(4, 0)}),
     ):
         folder.mkdir()
         save_file(tensors, folder / ("model.safetensors" if folder == base else "adapter_model.safetensors"))

@@ -150,3 +150,8 @@ def test_a_record_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the first"), run(tmp_path / "r"):
         monkeypatch.setattr("modicum.record.write_atomic", full)
         raise RuntimeError("the first")
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no text in UTF-8"):
+        run(tmp_path / "caf\udce9")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modicum.errors import CheckpointError, ModicumError, first_line
+from modicum.errors import CheckpointError, ModicumError, first_line, is_text
 from modicum.layout import SINGLE
 
 MALFORMED = (
@@ -96,12 +96,14 @@ def is_file(name: str | Path) -> bool:
 
 
 def check_name(path: str | Path) -> None:
-    """Refuse the name of a place to write to that no file system has.
+    """Refuse the name of a place to write to that no file system has, or that libraries cannot write to.
 
     Raises:
-        CheckpointError: It is empty, too long, or holds a NUL.
+        CheckpointError: It is empty, too long, holds a NUL, or is no text in UTF-8.
     """
     name = str(path)
+    if not is_text(name):
+        raise CheckpointError(f"{name!r:.80} is no text in UTF-8: no tokenizer can be written there. Choose another.")
     if not name or "\0" in name or len(os.fsencode(name)) >= LONGEST or len(Path(name).parts) > DEEPEST:
         told = name if len(name) < 80 else f"{name[:77]}..."
         raise CheckpointError(f"{told!r} is no name that a file or folder can have. Choose another.")

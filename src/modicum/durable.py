@@ -118,9 +118,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def keep_aside(path: Path, place: Path, name: str) -> None:
-    """Move a file to ``name`` in a folder, over nothing: into a numbered folder there where that is taken."""
+    """Move what lies there to ``name`` in a folder, over nothing: into a numbered folder where that is taken."""
     places = chain([place], (place / str(number) for number in count(2)))
-    target = next(each / name for each in places if not (each / name).exists())
+    target = next(each / name for each in places if not os.path.lexists(each / name))
     target.parent.mkdir(parents=True, exist_ok=True)
     path.replace(target)
 

@@ -267,7 +267,7 @@ class Run:
         """Move what is not as the record says out of the way, and say so: it may be somebody's work."""
         for name, problem in damaged.items():
             own = name in self.record.get("files", ()) or (problem == ADDED and not name.startswith("stages/"))
-            if own and (path := self.folder / name).is_file():  # a stage sees to its own
+            if own and os.path.lexists(path := self.folder / name):  # a stage sees to its own
                 keep_aside(path, self.folder / ASIDE, name)
         told = ", ".join(f"{name} {problem}" for name, problem in list(damaged.items())[:3])
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""

@@ -52,7 +52,16 @@ DAMAGE = {
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "one byte": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "mine").write_text("mine")),
+    "a link to nowhere": lambda path: (path.unlink(), path.symlink_to("nowhere")),
 }
+
+
+def what(path):
+    """Return what lies there, of whatever kind."""
+    if path.is_symlink() or not path.exists():
+        return path.readlink() if path.is_symlink() else None
+    return [file.name for file in path.iterdir()] if path.is_dir() else path.read_bytes()
 
 
 def contents(folder):
@@ -73,13 +82,13 @@ def test_a_damaged_output_is_made_again(models, tmp_path, job, how):
     path = run / (damaged or "stages/merged/model/model.safetensors")
     DAMAGE[how](path)
     assert set(damage(run)) == {str(path.relative_to(run))} == set(verify(run).damaged)
-    kept = path.read_bytes() if path.exists() else None
+    kept = what(path)
     execute(recipe, run, quiet=True)
     assert contents(run) == before and not damage(run)
     # What was there may be somebody's work.
     owner = run if damaged else run / "stages/merged"
     aside = owner / ASIDE / path.relative_to(owner)
-    assert (aside.read_bytes() if aside.exists() else None) == kept
+    assert what(aside) == kept
     assert any("made again" in note for note in read_record(owner)["notes"])
 
 
