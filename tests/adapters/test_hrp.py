@@ -185,7 +185,7 @@ def test_completion_depends_on_its_generator_only():
     A, B = preheated(6, 12, 10)
     B[:, 2:] = 0
     state = torch.get_rng_state()
-    draws = [hrp_factors(A, B, rank=4, rng=generator(seed, "x"))[0] for seed in (0, 0, 1)]
+    draws = [hrp_factors(A, B, rank=4, generator=generator(seed, "x"))[0] for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert torch.equal(hrp_factors(A, B, rank=4)[0], hrp_factors(A, B, rank=4)[0])
     assert torch.equal(state, torch.get_rng_state())
@@ -308,6 +308,8 @@ def test_residuals_match_the_committed_table_of_the_matrix_model():
         ({"B": torch.ones(6, 3)}, r"A is \(4, 6\) and B \(6, 3\), expected A \(R, in\) and B \(out, R\)"),
         ({"scale": "big"}, "scale is 'big', expected 'match', 'unit' or a positive number"),
         ({"scale": -1.0}, "scale is -1.0"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"scale": float("inf")}, "scale is inf"),
         ({"init_factor": "C"}, "init_factor is 'C', expected one of A, B, auto, balanced"),
         ({"on_deficient": "ignore"}, "on_deficient is 'ignore', expected one of complete, error"),
         ({"train_factors": "none"}, "train_factors is 'none', expected one of both, A, B"),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modicum.errors import ModicumError
 from modicum.linalg import SVD, product_svd
-from modicum.random import generator
+from modicum.random import generator as named
 from modicum.registry import adapter_init
 from modicum.types import Positive, PositiveInt
 
@@ -167,7 +167,7 @@ def hrp_factors(
     rtol: Annotated[float, Ge(0), Lt(1)] = 1e-6,
     on_deficient: Deficient = "complete",
     train_factors: Trained = "both",
-    rng: torch.Generator | None = None,
+    generator: torch.Generator | None = None,
 ) -> Factors:
     r"""Start a LoRA from the leading singular vectors of a preheated one of higher rank.
 
@@ -188,7 +188,7 @@ def hrp_factors(
         rtol: Singular values up to this share of the largest count as a missing direction.
         on_deficient: ``complete`` missing directions with random ones orthogonal to those found, or ``error``.
         train_factors: Which factors the preheating trained; decides ``auto``.
-        rng: For the random directions; a fixed one when not given.
+        generator: For the random directions; a fixed one when not given.
 
     Returns:
         ``lora_A`` (rank, in) and ``lora_B`` (out, rank), in the dtypes of A and B.
@@ -223,7 +223,7 @@ def hrp_factors(
         scale=scale,
         rtol=rtol,
         on_deficient=on_deficient,
-        rng=rng,
+        rng=generator,
         dtypes=(A.dtype, B.dtype),
     )
 
@@ -269,7 +269,7 @@ def factors_from_svd(
                 f"The preheated product has {found} directions above rtol={rtol:g}, expected rank={rank}. "
                 "Preheat longer, lower the rank, or set on_deficient to 'complete'."
             )
-        rng = rng or generator(0, "hrp", "complete")
+        rng = rng or named(0, "hrp", "complete")
         U = _complete(U[:, :found], rank, rng) if init_factor == "B" else U
         V = V if init_factor == "B" else _complete(V[:, :found], rank, rng)
     if init_factor == "A":
@@ -311,7 +311,7 @@ def _length(scale: Scale) -> float:
         return ROW_NORM
     if scale == "unit":
         return 1.0
-    if isinstance(scale, str) or scale <= 0:
+    if isinstance(scale, str) or not 0 < scale < math.inf:
         raise ModicumError(f"scale is {scale!r}, expected 'match', 'unit' or a positive number.")
     return float(scale)
 

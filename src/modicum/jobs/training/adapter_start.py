@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modicum.errors import ModicumError
 from modicum.facts import AdapterFacts
-from modicum.registry import Entry
+from modicum.registry import SUPPLIED, Entry
 
 if TYPE_CHECKING:
     import torch
@@ -145,8 +145,7 @@ def from_data(
         supplied: dict[str, Any] = {"rank": ranks[name]}
         if "scaling" in takes:
             supplied["scaling"] = layer.scaling[adapter]
-        if "rng" in takes:
-            supplied["rng"] = generator(seed, entry.name, name)
+        supplied |= {source: generator(seed, entry.name, name) for source in SUPPLIED & takes.keys()}
         try:
             factors[name] = entry.function(*(data[key] for key in wanted), **supplied, **knobs)
         except ModicumError as error:
