@@ -62,6 +62,11 @@ def test_folders_stand_for_their_checkpoints_and_have_an_order(tmp_path: Path) -
         (tmp_path / f"exp-{number}/model").mkdir(parents=True)
     found = find_checkpoints([f"{tmp_path}/exp-*/model"])
     assert [Path(path).parent.name for path in found] == ["exp-2", "exp-10"]
+    odd = tmp_path / "exp-[v2] ?"
+    for number in (3, 20):
+        (odd / f"checkpoint-{number}").mkdir(parents=True)
+    both = [str(odd / f"checkpoint-{number}") for number in (3, 20)]
+    assert find_checkpoints([str(odd)]) == find_checkpoints([f"{odd}/checkpoint-*"]) == find_checkpoints(both) == both
     (tmp_path / "run/checkpoint-final").mkdir()
     with pytest.raises(CheckpointError, match="checkpoint-final, which has no number among numbered ones"):
         find_checkpoints([f"{run}/checkpoint-*"])

@@ -84,6 +84,7 @@ def plan_lora_mean(
             raise CheckpointError(
                 f"{checkpoint.name} is a full model, and output: lora averages adapters. Set output: model."
             )
+    for checkpoint in checkpoints:
         check_lora(checkpoint, checkpoints[-1].base)
     used = [(c, w) for c, w in zip(checkpoints, coefficients, strict=True) if w]
     factors = [c.adapter.factors for c, _ in used if c.adapter is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from itertools import zip_longest
 from pathlib import Path
@@ -17,23 +18,37 @@ def find_checkpoints(patterns: list[str]) -> list[str]:
     """Return the folders that ``patterns`` stand for; those of one pattern in the order of the numbers in their paths.
 
     A folder that holds ``checkpoint-<step>`` stands for all of them, unless it is a model itself and listed beside
-    others.
+    others. A folder that is there under its very name is meant, brackets and all.
 
     Raises:
         CheckpointError: A pattern matches nothing, or its matches have no order.
     """
     found: list[str] = []
     for pattern in patterns:
-        if not glob.has_magic(pattern):
-            folder = expanded(pattern)
+        folder = expanded(pattern)
+        if not glob.has_magic(pattern) or _is_there(folder):
             meant = len(patterns) > 1 and _is_model(folder)
             found += [str(path) for path in ([] if meant else saved_in(folder))] or [pattern]
             continue
-        matches = [path for path in glob.glob(str(expanded(pattern))) if Path(path).is_dir()]  # noqa: PTH207
+        matches = [path for path in glob.glob(_escaped(folder)) if Path(path).is_dir()]  # noqa: PTH207
         if not matches:
             raise CheckpointError(f"No folder matches {pattern}. Check the path, and that the run saved checkpoints.")
         found += in_order(matches, pattern)
     return found
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - of a name that no file can have it says no
+
+
+def _escaped(path: Path) -> str:
+    """Return a pattern in which the folders that are there under its very names stand for themselves."""
+    known = Path()
+    for place, part in enumerate(path.parts):
+        if not _is_there(known / part):
+            return str(Path(glob.escape(str(known)), *path.parts[place:]))
+        known /= part
+    return glob.escape(str(known))
 
 
 def note_on_folders(patterns: list[str]) -> list[str]:
