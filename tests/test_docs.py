@@ -139,6 +139,11 @@ def test_the_readme_counts_no_more_methods_than_there_are(words: str, kind: str,
     assert int(told) + itself <= len(REGISTRIES[kind])  # a method of one's own needs no line here
 
 
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_everything_that_is_registered_has_a_page(kind: str) -> None:
+    assert f'"{kind}": "' in (DOCS / "_ext" / "modicum_methods.py").read_text(encoding="utf-8")
+
+
 def test_every_extra_is_in_the_page_on_installing() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     told = re.findall(r"^\| `([\w-]+)` \|", (DOCS / "guide" / "install.md").read_text(encoding="utf-8"), re.M)

@@ -17,7 +17,7 @@ from sphinx.application import Sphinx
 
 from modicum import recipe
 from modicum.knobs import documentation, plain, unpacked
-from modicum.registry import REGISTRIES, Entry, Registry
+from modicum.registry import REGISTRIES, Entry, Registry, job
 from modicum.schema import fields
 
 TITLES = {
@@ -35,6 +35,7 @@ TITLES = {
     "measures": "Measures of models",
     "sources": "Data sources",
     "row_kinds": "Kinds of rows",
+    "jobs": "Jobs",
 }
 
 
@@ -86,7 +87,8 @@ def _method(entry: Entry) -> str:
     facts = [f"{entry.noun.capitalize()}{f' · {_paper(entry)}' if entry.paper else ''}"]
     if entry.laws:
         facts.append(f"Laws held by tests: {', '.join(sorted(entry.laws)).replace('_', ' ')}.")
-    parts = [f"# {entry.name}", *facts, "## Knobs", _fields(entry.schema), "## Reference"]
+    keys = ["## Keys", _job(entry.name)] if entry.noun == job.noun else ["## Knobs", _fields(entry.schema)]
+    parts = [f"# {entry.name}", *facts, *keys, "## Reference"]
     parts.append(f"```{{eval-rst}}\n.. {directive}:: {target.__module__}.{target.__qualname__}\n```")
     return "\n\n".join(parts) + "\n"
 
