@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar, Unpack, get_args, get_origin, get_type_hints
 
-from modicum.errors import did_you_mean
+from modicum.errors import RecipeError, did_you_mean
 
 T = TypeVar("T")
 
@@ -87,6 +87,20 @@ def known(function: Callable[..., Any], given: T) -> T:
                 hint = did_you_mean(name, knobs)
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}. {hint}")
     return given
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value that is none of a ``Literal``'s.
+
+    Example:
+        >>> from typing import Literal
+        >>> check_choice("scale", "unit", Literal["unit", "none"])
+
+    Raises:
+        RecipeError: It is none of them.
+    """
+    if value not in get_args(choices):
+        raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), map(str, get_args(choices)))}")
 
 
 def documentation(function: Callable[..., Any]) -> str:

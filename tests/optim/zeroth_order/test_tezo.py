@@ -233,7 +233,7 @@ def test_ranks_can_be_read_off_the_weights():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"rank": 0}, "rank is 0, expected at least 1"),
+        ({"rank": 0}, "rank is 0, expected a whole number of at least 1"),
         ({"eps": 0.0}, "eps is 0.0, expected above 0"),
         ({"lr": -1.0}, "lr is -1.0, expected at least 0"),
         ({"betas": (1.0, 0.9)}, "betas is .*expected in"),
@@ -241,6 +241,14 @@ def test_ranks_can_be_read_off_the_weights():
         ({"rank": "auto", "rank_threshold": 1.5}, "rank_threshold is 1.5"),
         ({"refresh_every": 0}, "refresh_every is 0"),
         ({"queries": 0}, "queries is 0"),
+        ({"rank": 1.5}, "rank is 1.5"),
+        ({"rank": "full"}, "rank is 'full'"),
+        ({"scale": "unbised"}, "scale is 'unbised'. Did you mean 'unbiased'"),
+        ({"engine": "adaptor"}, "engine is 'adaptor'. Did you mean 'adapter'"),
+        ({"vectors": "frozen"}, "vectors is 'frozen'"),
+        ({"parallel": "queries"}, "parallel is 'queries'. Did you mean 'query'"),
+        ({"rank": "auto", "rank_criterion": "engery"}, "rank_criterion is 'engery'. Did you mean 'energy'"),
+        ({"rank": "auto", "rank_scope": "blocks"}, "rank_scope is 'blocks'. Did you mean 'block'"),
     ],
 )
 def test_knobs_out_of_range_are_named(knobs, message):

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.knobs import check_choice
 
 Criterion: TypeAlias = Literal["ratio", "energy", "nuclear", "stable"]
 Scope: TypeAlias = Literal["layer", "block", "suffix"]
@@ -44,6 +45,7 @@ def numerical_rank(values: Float[Tensor, " k"], *, criterion: Criterion = "ratio
         >>> numerical_rank(torch.tensor([1.0, 0.5, 0.3, 0.2, 0.1]), criterion="ratio", threshold=0.25)
         3
     """
+    check_choice("rank_criterion", criterion, Criterion)
     if not 0 < threshold < 1:
         raise RecipeError(f"rank_threshold is {threshold}, expected between 0 and 1.")
     values = values.to(torch.float64)
@@ -84,6 +86,7 @@ def select_ranks(
         >>> select_ranks({"h.0.a": torch.tensor([1.0, 0.9]), "h.0.b": torch.tensor([1.0, 0.1])})
         {'h.0.a': 1, 'h.0.b': 1}
     """
+    check_choice("rank_scope", scope, Scope)
     if target_mean_rank is not None:
         threshold = _threshold_for(spectra, target_mean_rank, criterion, scope, smallest, largest)
     own = {name: numerical_rank(v, criterion=criterion, threshold=threshold) for name, v in spectra.items()}

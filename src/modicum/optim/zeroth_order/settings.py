@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, TypedDict
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.knobs import fields_of
+from modicum.knobs import check_choice, fields_of
 from modicum.optim.zeroth_order.leaves import Distribution, Leaf, Ranks
 from modicum.optim.zeroth_order.lifts import Lift, Scale
 from modicum.optim.zeroth_order.moments import Betas
@@ -17,6 +17,9 @@ from modicum.types import NonNegative, PositiveInt
 Engine: TypeAlias = Literal["mutate", "adapter", "paired", "jvp"]
 Parallel: TypeAlias = Literal["data", "query"]
 Vectors: TypeAlias = Literal["dense", "freeze"]
+_CHOICES = {
+    "vectors": Vectors, "engine": Engine, "parallel": Parallel, "scale": Scale, "distribution": Distribution
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Settings:
             ("lr", self.lr >= 0, "at least 0"),
             ("eps", self.eps > 0, "above 0"),
             ("queries", self.queries >= 1, "at least 1"),
+            ("sides", self.sides in (1, 2), "1 or 2"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
             ("passes", self.passes in (2, 3), "2 or 3"),
@@ -94,6 +98,8 @@ class Settings:
         ):
             if not ok:
                 raise RecipeError(f"{name} is {getattr(self, name)}, expected {expected}.")
+        for name, kind in _CHOICES.items():
+            check_choice(name, getattr(self, name), kind)
         if self.weight_decay and self.engine != "mutate":
             raise UnsupportedError(
                 f"weight_decay={self.weight_decay} needs engine='mutate': the {self.engine} engine does not write the "

@@ -149,6 +149,6 @@ class TeZO(ZerothOrder):
 
 def fixed_rank(rank: int) -> Ranks:
     """Return the choice that gives every matrix the same rank."""
-    if rank < 1:
-        raise RecipeError(f"rank is {rank}, expected at least 1.")
+    if not isinstance(rank, int) or rank < 1:
+        raise RecipeError(f"rank is {rank!r}, expected a whole number of at least 1.")
     return lambda matrices: dict.fromkeys(matrices, rank)
