@@ -121,6 +121,18 @@ def test_knobs_may_differ_by_layer(models: Path) -> None:
     assert found["model.layers.1.mlp.up_proj.weight"]["scale"] == 0.8
 
 
+def test_what_stays_as_in_the_base_is_not_searched(models: Path) -> None:
+    document = recipe(models)["merge"] | {"job": "merge", "exclude": "embed|lm_head|layers.0"}
+    space = Space(make_plan(parse(document)), {"scale": Span(low=0, high=2)})  # type: ignore[arg-type]
+    assert space.start == [0.75]
+    found = {step.name: step.knobs["scale"] for step in space.plan_at([0.25]).steps}
+    assert found.pop("model.layers.1.mlp.up_proj.weight") == 0.5
+    assert found["model.embed_tokens.weight"] == found["model.layers.0.mlp.up_proj.weight"] == 1
+    passed = {"merge_method": "passthrough", "models": [{"model": str(models / "a"), "parameters": {"scale": 1.0}}]}
+    alone = Space(make_plan(parse(passed)), {"scale": Span(low=0, high=2)})  # type: ignore[arg-type]
+    assert {step.knobs["scale"] for step in alone.plan_at([0.25]).steps} == {0.5}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

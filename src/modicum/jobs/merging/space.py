@@ -75,6 +75,8 @@ class Space:
     def __init__(self, plan: Plan, spans: Mapping[str, Span]) -> None:
         self.plan, self.spans = plan, dict(spans)
         floats = [step for step in plan.steps if step.spec.dtype.is_floating_point]
+        # What stays as it is in the base passes through, whose factor is none of the merge's knobs.
+        floats = [step for step in floats if step.method != "passthrough"] or floats
         self.searched = {step.name for step in floats if any(name in step.knobs for name in spans)}
         if not self.searched:
             method = floats[0].method
