@@ -171,6 +171,9 @@ def test_gathered_label_positions_point_before_the_labels():
         ({"mask_token_id": 2}, "is the tokenizer's eos_token_id"),
         ({"mask_token_id": 264, "vocab_size": 264}, "has no embedding"),
         ({"ratio": 2.0}, "ratio is 2.0"),
+        ({"scope": "rows"}, "scope is 'rows'. Did you mean 'row'"),
+        ({"sampling": "count"}, "sampling is 'count'"),
+        ({"schedule": "Constant"}, "schedule is 'Constant'. Did you mean 'constant'"),
     ],
 )
 def test_wrong_mask_ids_and_ratios_are_refused_when_the_collator_is_made(knobs, says):

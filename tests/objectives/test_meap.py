@@ -270,8 +270,8 @@ def test_the_ratio_grows_over_the_warmup_and_stays():
         ({"eligible_mask": torch.ones(4, dtype=torch.bool)}, "eligible_mask"),
         ({"eligible_mask": torch.ones(8)}, "eligible_mask"),
         ({"keys": torch.zeros(3, dtype=torch.long)}, "keys has shape"),
-        ({"scope": "batch"}, "scope 'batch' is not known"),
-        ({"sampling": "fixed"}, "sampling 'fixed' is not known"),
+        ({"scope": "batch"}, "scope is 'batch'"),
+        ({"sampling": "fixed"}, "sampling is 'fixed'. Did you mean 'fixed_count'"),
     ],
 )
 def test_wrong_knobs_are_named(knobs, says):

@@ -73,6 +73,12 @@ def test_prompts_that_leave_no_room_are_dropped_and_counted():
     assert (len(found.rows), found.duplicated, found.dropped, found.truncated) == (5, 2, 1, 1)
 
 
+@pytest.mark.parametrize("knob", ["layout", "concat_attend", "mask_region", "copy_labels"])
+def test_an_unknown_option_of_the_rows_is_refused(knob):
+    with pytest.raises(ModicumError, match=f"{knob} is 'other'"):
+        expand(**{knob: "other"})
+
+
 def test_an_empty_answer_is_refused():
     with pytest.raises(ModicumError, match="answer is empty"):
         expand(answer=0)

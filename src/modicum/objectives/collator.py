@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from modicum.errors import RecipeError, UnsupportedError
+from modicum.knobs import check_choice
 from modicum.objectives.batch import Batch, documents
 from modicum.objectives.meap import Schedule, Scope, meap
 from modicum.objectives.selection import Sampling, check_ratio
@@ -183,6 +184,9 @@ class MEAPCollator(ObjectiveCollator):
         accumulation_steps: int = 1,
     ) -> None:
         check_ratio(ratio)
+        check_choice("scope", scope, Scope)
+        check_choice("sampling", sampling, Sampling)
+        check_choice("schedule", schedule, Schedule)
         check_mask_id(mask_token_id, collator, vocab_size=vocab_size)
         if protect_ids is None:
             protect_ids = [] if scope == "reference" else sorted(special_ids(collator) - {mask_token_id})

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
-from modicum.errors import ModicumError, RecipeError, did_you_mean
+from modicum.errors import ModicumError, RecipeError
+from modicum.knobs import check_choice
 from modicum.objectives.batch import Batch, by_document, require_mask_token, with_ids
 from modicum.objectives.selection import Sampling, check_ratio, select_positions
 from modicum.philox import row_keys
@@ -99,9 +100,8 @@ def mask_inputs(
         arXiv:2502.07490, section 3.1.
     """
     check_ratio(ratio)
-    for name, value, known in (("scope", scope, Scope), ("sampling", sampling, Sampling)):
-        if value not in get_args(known):
-            raise RecipeError(f"{name} {value!r} is not known. {did_you_mean(str(value), get_args(known))}")
+    check_choice("scope", scope, Scope)
+    check_choice("sampling", sampling, Sampling)
     _check_ids(input_ids, mask_token_id, protect_ids)
     if ratio == 0 or input_ids.numel() == 0:
         return input_ids
@@ -165,6 +165,7 @@ def mask_ratio_at(
         [0.0, 0.2, 0.4, 0.4]
     """
     check_ratio(ratio)
+    check_choice("schedule", schedule, Schedule)
     if schedule == "constant" or warmup_share == 0:
         return ratio
     if total_steps < 1:

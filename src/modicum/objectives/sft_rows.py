@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from modicum.errors import ModicumError, RecipeError
+from modicum.knobs import check_choice
 from modicum.objectives.batch import keys_of
 from modicum.objectives.meap import mask_inputs
 from modicum.types import IGNORED, NonNegativeInt, PositiveInt, UnitInterval
@@ -78,6 +79,10 @@ def expand_sft_example(
         >>> len(rows), rows[1]["input_ids"].count(99), sum(label != -100 for label in rows[1]["labels"])
         (2, 5, 5)
     """
+    check_choice("layout", layout, Layout)
+    check_choice("concat_attend", concat_attend, Attend)
+    check_choice("mask_region", mask_region, Region)
+    check_choice("copy_labels", copy_labels, CopyLabels)
     if not len(answer_ids):
         raise ModicumError("The answer is empty, expected at least one token. Drop the example.")
     if share_prefix and not (layout == "concat" and concat_attend == "isolated" and mask_region == "answer"):
