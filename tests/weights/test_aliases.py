@@ -110,3 +110,16 @@ def test_what_differs_in_more_than_names_stays_refused(pair: tuple[Path, Path], 
     (tmp_path / "b/config.json").write_bytes((other / "b/config.json").read_bytes())
     with pytest.raises(CheckpointError, match="has no tensor"):
         merge(None, [plain / "a", tmp_path / "b"], tmp_path / "out", method="linear")
+
+
+def test_what_is_excluded_may_be_missing_under_other_names_too(tmp_path: Path) -> None:
+    make_family(tmp_path, "gpt2")
+    file = tmp_path / "a/model.safetensors"
+    whole = load_file(file)
+    save_file(bare({name: tensor for name, tensor in whole.items() if "wpe" not in name}), file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="has no tensor 'transformer.wpe.weight'"):
+        merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "none", method="task_arithmetic")
+    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", method="task_arithmetic", exclude="wpe")
+    made, base = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "base")
+    for name in made:
+        torch.testing.assert_close(made[name], base[name] if "wpe" in name else whole[name])

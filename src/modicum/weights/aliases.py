@@ -77,7 +77,7 @@ class Renamed(Checkpoint):
 def aligned(models: Sequence[AnyTensors]) -> list[AnyTensors]:
     """Return the models by the names of the first one, as far as only names tell them apart.
 
-    A model that is the same under no other names stays as it is: that it does not fit is said elsewhere.
+    A model that is no more alike under other names stays as it is: that it does not fit is said elsewhere.
     """
     named = [_names(model) for model in models]
     if all(names == named[0] for names in named[1:]):
@@ -122,8 +122,9 @@ def _prefixed(model: AnyTensors, first: Tensors) -> AnyTensors:
     if not (ours.endswith(theirs) or theirs.endswith(ours)):
         return model
     pieces = {renamed(name): Piece(name) for name in model}
-    fits = wanted == {n for n, piece in pieces.items() if not is_recomputed(n, model.spec(piece.name).shape)}
-    return Renamed(model, pieces) if fits else model  # type: ignore[return-value]
+    # What still differs is said elsewhere, or left out by whoever asked for that.
+    better = len(pieces) == len(model) and len(wanted & pieces.keys()) > len(wanted & {*model})
+    return Renamed(model, pieces) if better else model  # type: ignore[return-value]
 
 
 def _stacks(names: Sequence[str] | set[str] | Tensors) -> set[str]:
