@@ -84,18 +84,22 @@ def _figure(found: Mapping[str, float], name: str, form: str) -> str:
 
 
 def large() -> str:
-    found = load("merge-large.json")
+    layers = load("merge-large.json").get("layers", {})
     rows = [
         [
+            f"{number} layers",
             method,
             f"{one['inside']['seconds']:.1f}",
             f"{one['inside']['read_and_write']:.1f}",
             f"{one['inside']['over_floor']:.1f}",
             f"{one['goal']:.1f}" if "goal" in one else "–",
+            _figure(one, "ratio", ".1f"),
         ]
-        for method, one in found.get("methods", {}).items()
+        for number, found in layers.items()
+        for method, one in found["methods"].items()
     ]
-    return markdown(["method", "merge, s", "reading and writing the bytes, s", "ratio", "goal"], rows)
+    head = ["method", "merge, s", "reading and writing the bytes, s", "ratio", "goal", "times faster than mergekit"]
+    return markdown(["shape", *head], rows)
 
 
 def memory() -> str:
@@ -138,7 +142,7 @@ def main() -> None:
             cast(),
             "### Whole processes beside mergekit 0.1.5: a base and three experts of 135 M, two cores\n",
             speed(),
-            "### Compiled passes on one core, without imports: a base and three experts of 420 M (1.5 B's shape)\n",
+            "### Compiled passes on two cores, without imports: a base and three experts of 1.5 B's shape\n",
             large(),
             "### Peak memory above the imports, by the number of layers\n",
             memory(),
