@@ -73,6 +73,7 @@ class MergeFacts(Facts):
             "bounded": "the merged delta, or the result where there is no base, is no longer than `bound` times all "
             "experts' together, in the sum of squares or of magnitudes; knobs that extrapolate are excepted",
             "copies": "with default knobs, and nothing dropped, experts that are all equal are returned as they are",
+            "propagates": "a NaN or an infinity in a model is one in the result, unless its weight, or `scale`, is 0",
             "permutation": "the order of the experts, and of their weights, does not matter",
             "scale": "multiplying every delta, or `scale` where it applies, multiplies the merged delta",
             "shift": "adding one tensor to base and experts adds it to the result",

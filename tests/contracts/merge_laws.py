@@ -143,6 +143,24 @@ def permutation(entry: Entry[Any], draw: Draw) -> None:
     drawn.close(found, drawn.merged())
 
 
+def largest(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([expert.nan_to_num() for expert in experts]).amax(0)
+
+
+@law(merge_method, "propagates", broken=largest)
+def propagates(entry: Entry[Any], draw: Draw) -> None:
+    drawn = case(entry, draw)
+    for name in {"weights", "scale"} & drawn.knobs.keys():
+        value = drawn.knobs[name]
+        drawn.knobs[name] = [w or 1.0 for w in value] if isinstance(value, list) else 1.0 if value == 0 else value
+    models = [tensor.clone() for tensor in ([] if drawn.base is None else [drawn.base]) + drawn.experts]
+    first = int(drawn.base is not None and not entry.facts.base)  # such a base gives its dtype alone
+    spoiled = models[draw(st.integers(first, len(models) - 1))].view(-1)
+    spoiled[draw(st.integers(0, len(spoiled) - 1))] = draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    base, experts = (None, models) if drawn.base is None else (models[0], models[1:])
+    assert not drawn.merged(base=base, experts=experts).isfinite().all()
+
+
 @law(merge_method, "scale", broken=squares)
 def scale(entry: Entry[Any], draw: Draw) -> None:
     drawn = case(entry, draw, dtypes=WIDE)

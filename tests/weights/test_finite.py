@@ -50,6 +50,23 @@ def test_an_input_that_is_not_finite_is_refused(method: str, knobs: dict[str, ob
         merge_state_dicts(base, experts, method=method, statistics=statistics, **knobs)
 
 
+@pytest.mark.parametrize("knobs", [{}, {"weights": [0.0, 1.0]}, {"scale": 0.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", [name for name in merge_method if "propagates" in merge_method[name].facts.laws])
+def test_large_tensors_are_looked_at_in_the_result_or_one_by_one(
+    method: str, dtype: torch.dtype, knobs: dict[str, list[float]]
+) -> None:
+    """The compiled passes see no model but through its result; a weight of 0 would hide it there."""
+    count = number_of_experts(method, 2)
+    known = merge_method[method].function.__kwdefaults__ or {}
+    chosen = {name: value for name, value in knobs.items() if name in known}
+    for which in range(1 + count):
+        base, *experts = [{NAME: torch.ones(300, 256, dtype=dtype)} for _ in range(1 + count)]
+        [base, *experts][which][NAME][299, 255] = -math.inf
+        with pytest.raises(CheckpointError, match=f"tensor '{NAME}' has 1 values that are NaN or infinite"):
+            merge_state_dicts(base, experts, method=method, **chosen)
+
+
 @pytest.mark.parametrize("method", [name for name in merge_method if merge_method[name].facts.statistics])
 def test_statistics_that_are_not_finite_are_refused(method: str) -> None:
     base, *experts = models(method)

@@ -51,11 +51,21 @@ def run_step(
         return made if made.device.type == "cpu" else brought_back(made), measured
 
 
+def _propagates(step: Step) -> bool:
+    """Whether a NaN or an infinity in any of the models is one in the result, so that looking there is enough."""
+    if step.base is not None and not step.entry.facts.base:
+        return False  # such a base gives its dtype alone
+    factors = [*(step.knobs.get("weights") or []), step.knobs.get("scale", 1)]
+    return step.averaged or ("propagates" in step.entry.facts.laws and all(factors))
+
+
 def _run_there(
     step: Step, tensors: Sequence[Tensor], seed: int, device: str, found: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     origin, experts = tensors[0], tensors[1:] if step.base else tensors
-    refuse_non_finite(step.name, tensors, [source.model for source in step.models])
+    models = [source.model for source in step.models]
+    if not _propagates(step):  # else the result tells, which is one pass in place of one for each model
+        refuse_non_finite(step.name, tensors, models)
     measured = compare(origin, experts) if step.compared else {}
     if origin.dtype != step.spec.dtype or step.diagnosed:
         # The method answers in the dtype of its base: in float32 first, then one cast.
@@ -82,7 +92,11 @@ def _run_there(
                 "large: use an earlier checkpoint, or exclude the tensor."
             ) from None
     stored = merged.to(step.spec.dtype)
-    refuse_overflow(step.name, stored, method=step.method, made=merged if merged is not stored else None)
+    try:
+        refuse_overflow(step.name, stored, method=step.method, made=merged if merged is not stored else None)
+    except CheckpointError:
+        refuse_non_finite(step.name, tensors, models)  # whose fault it is, where it is an input's
+        raise
     if reports:  # of a stack of matrices, the one whose result is least certain speaks
         measured |= min(reports, key=lambda report: report["weakest"])
     if step.diagnosed:

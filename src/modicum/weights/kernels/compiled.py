@@ -286,13 +286,16 @@ def merge(tensors, kinds, begin, end, cuts, spares, factors, ratios, weights, el
     experts = len(tensors) - 2
     origin, total = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     divisor, merged = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    deltas = np.empty((experts, CHUNK), np.float32)
+    summed = np.empty(CHUNK, np.float32)
+    # Only an election looks at all deltas; a sum takes one after another, which stays in the nearest cache.
+    deltas = np.empty((experts if elected else 1, CHUNK), np.float32)
     halves = np.full(experts, 0.5, np.float32)
     for start in range(begin, end, CHUNK):
         n = min(CHUNK, end - start)
         _widen(tensors[0], kinds[0], start, origin[:n])
+        summed[:n] = np.float32(0)
         for t in range(experts):
-            row = deltas[t, :n]
+            row = deltas[t if elected else 0, :n]
             if cuts[t, 0] == 0 and spares[t, 0] < 0 and cuts[t, 1] > INFINITY:
                 _delta(tensors, kinds, t, start, n, origin, row)
             else:
@@ -311,11 +314,13 @@ def merge(tensors, kinds, begin, end, cuts, spares, factors, ratios, weights, el
             elif ratio != 1:
                 for i in range(n):
                     row[i] *= ratio
+            if not elected:
+                weight = weights[t]
+                for i in range(n):
+                    summed[i] += row[i] * weight
         if elected:
-            _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total, divisor, merged)
-        else:
-            _mix(deltas, n, weights, merged)
-        store(origin, n, share, merged, total, tensors[-1], kinds[-1], start)
+            _elect(deltas, n, weights, halves, weighted, normalize, least, scale, total, divisor, summed)
+        store(origin, n, share, summed, total, tensors[-1], kinds[-1], start)
 
 
 @jit(fastmath={"reassoc", "contract", "nsz"})

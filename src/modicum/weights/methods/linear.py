@@ -14,7 +14,7 @@ from modicum.registry import merge_method
 from modicum.weights.kernels.blocks import Sum, as_vector, cancels, fold, per_expert
 
 
-@merge_method("linear", paper="arXiv:2203.05482", laws={"bounded", "permutation", "copies"}, base=False)
+@merge_method("linear", paper="arXiv:2203.05482", laws={"bounded", "propagates", "permutation", "copies"}, base=False)
 def linear(
     base: Tensor | None,
     experts: Sequence[Tensor],

@@ -12,7 +12,7 @@ from torch import Tensor
 from modicum.registry import merge_method
 
 
-@merge_method("passthrough", laws={"bounded"}, base=False, most=1)
+@merge_method("passthrough", laws={"bounded", "propagates"}, base=False, most=1)
 def passthrough(base: Tensor | None, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
     r"""Return the only expert's tensor, times ``scale``.
 

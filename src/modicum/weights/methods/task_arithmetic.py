@@ -17,7 +17,7 @@ from modicum.weights.kernels.blocks import Sum, as_vector, fold, per_expert
 @merge_method(
     "task_arithmetic",
     paper="arXiv:2212.04089",
-    laws={"bounded", "permutation", "zero_delta", "scale", "shift"},
+    laws={"bounded", "propagates", "permutation", "zero_delta", "scale", "shift"},
     factors="both",
 )
 def task_arithmetic(
