@@ -15,7 +15,7 @@ FACES = (
 )  # fmt: skip
 # Modules of ours that a run with `gradient: adagc` may import, apart from training parts: those are all imported, to
 # know what a recipe may say, and import their engines only when they are used; so are kinds of rows.
-MOST = 68  # of its own modules; some hash, commit, guard borders, watch losses, fit rows and check what was saved
+MOST = 69  # of its own modules; some hash, commit, guard borders, watch losses, fit rows and check what was saved
 PARTS = ("modicum.jobs.training.parts.", "modicum.jobs.data.kinds.")
 
 TRAIN = """
