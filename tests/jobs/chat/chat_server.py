@@ -12,12 +12,16 @@ def completion(*texts, **fields):
 
 
 @contextmanager
-def serving(answer):
-    """Serve ``answer(body, number) -> dict | (status, dict or bytes, headers)``; yields the address and all bodies."""
+def serving(answer, idle=None):
+    """Serve ``answer(body, number) -> dict | (status, dict or bytes, headers)``; yields the address and all bodies.
+
+    A connection is closed after ``idle`` seconds without a request.
+    """
     seen, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        timeout = idle
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -105,6 +105,29 @@ def test_answers_in_parts_are_errors_and_cost_no_other_answer(message):
     assert bad.error == "the answer is no chat completion" and good.choices[0].text == "ok"
 
 
+def test_connections_that_the_server_closed_while_they_were_idle_cost_no_attempt():
+    together = threading.Barrier(8)
+
+    def answer(body, number):
+        if number <= 8:
+            together.wait(10)  # so that eight connections are open at a time
+        return completion("ok")
+
+    with serving(answer, idle=0.2) as (url, seen):
+        endpoint = Endpoint(url, key=None, timeout=10, retries=0)
+        threads = [threading.Thread(target=endpoint.post, args=("/chat/completions", {})) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(endpoint.idle) == 8
+        threading.Event().wait(0.6)
+        for _ in range(3):
+            assert endpoint.post("/chat/completions", {})["choices"]
+        assert len(seen) == 11 and len(endpoint.idle) == 1
+        endpoint.close()
+
+
 def test_a_server_that_is_not_there_is_one_line():
     (result,) = OpenAICompatible("http://127.0.0.1:9/v1", "m", retries=1).generate([request()])
     assert "ConnectionRefusedError at 127.0.0.1:9" in result.error and "\n" not in result.error

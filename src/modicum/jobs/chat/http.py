@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -57,9 +58,7 @@ class Endpoint:
             try:
                 status, text, after = self._send(path, body)
             except (OSError, http.client.HTTPException) as error:
-                said = f"{type(error).__name__} at {self.parts.netloc}"
-                # A connection that the server has closed while it was idle says nothing about the server.
-                wait = 0.0 if attempt == 0 and isinstance(error, http.client.RemoteDisconnected) else None
+                said, wait = f"{type(error).__name__} at {self.parts.netloc}", None
             else:
                 if status < 400:
                     try:
@@ -78,15 +77,29 @@ class Endpoint:
         raise FailedError(f"{said}, after {self.retries + 1} attempts")
 
     def _send(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes, float | None]:
+        data = json.dumps(body, ensure_ascii=True).encode()
         try:
             connection = self.idle.pop()
         except IndexError:
-            kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
-            connection = kind(self.parts.hostname or "", self.parts.port, timeout=self.timeout)
+            return self._exchange(self._connect(), path, data)
+        try:
+            return self._exchange(connection, path, data)
+        except ConnectionError:
+            # A connection that the server has closed while it was idle says nothing about the server: this was no
+            # attempt. The others have been idle for longer.
+            self.close()
+            return self._exchange(self._connect(), path, data)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
+        return kind(self.parts.hostname or "", self.parts.port, timeout=self.timeout)
+
+    def _exchange(
+        self, connection: http.client.HTTPConnection, path: str, data: bytes
+    ) -> tuple[int, bytes, float | None]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
-        data = json.dumps(body, ensure_ascii=True).encode()
         try:
             connection.request("POST", f"{self.parts.path}{path}", data, headers)
             response = connection.getresponse()
@@ -105,8 +118,9 @@ class Endpoint:
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
-        while self.idle:
-            self.idle.pop().close()
+        with suppress(IndexError):  # another thread may have taken the last one
+            while True:
+                self.idle.pop().close()
 
     def _reason(self, text: bytes, body: Mapping[str, Any]) -> str:
         """Return what the server says of the error, in one line and without the key, which some servers repeat.
