@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, Unpack, get_args, get_origin, get_type_hints
 
@@ -99,8 +99,18 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     Raises:
         RecipeError: It is none of them.
     """
-    if value not in get_args(choices):
-        raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), map(str, get_args(choices)))}")
+    check_among(name, value, get_args(choices))
+
+
+def check_among(name: str, value: object, known: Sequence[object]) -> None:
+    """Refuse a value that is none of those known.
+
+    Raises:
+        RecipeError: It is none of them.
+    """
+    if value not in known:
+        told = (str(choice) for choice in known if choice is not None)
+        raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), told)}")
 
 
 def documentation(function: Callable[..., Any]) -> str:

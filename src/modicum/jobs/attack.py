@@ -22,7 +22,7 @@ from modicum.inputs import look
 from modicum.jobs import attack_data
 from modicum.jobs.chat.cache import Cached
 from modicum.jobs.chat.targets import JudgeSection, Target
-from modicum.jobs.chat.transcripts import Transcribed, read_transcripts, transcript_files
+from modicum.jobs.chat.transcripts import VERDICTS, Transcribed, read_transcripts, transcript_files
 from modicum.jobs.safety.measuring import Cell, Measuring
 from modicum.jobs.safety.suites import GoalSection, Suite, refuse_both, refuse_shared
 from modicum.recipe import Recipe, inputs_of
@@ -31,7 +31,6 @@ from modicum.registry import job
 from modicum.stored import read_record
 from modicum.types import NonNegative, PositiveInt
 
-VERDICTS = "verdicts"  # folder of a file for each target
 CUT = 0.1  # share of answers cut inside their reasoning from which a run says so
 
 

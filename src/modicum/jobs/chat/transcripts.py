@@ -11,6 +11,8 @@ from modicum.errors import CheckpointError
 from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving
 from modicum.jobs.chat.cache import read_lines_of
 
+VERDICTS = "verdicts"  # folder of a run of job: attack, with a file for each target
+
 
 class Transcribed:
     """Answer from transcripts, and ask the model only for what they lack.
@@ -54,9 +56,9 @@ def transcript_files(folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         CheckpointError: There are none.
     """
-    found = sorted((expanded(folder) / "verdicts").glob("*.jsonl"))
+    found = sorted((expanded(folder) / VERDICTS).glob("*.jsonl"))
     if not found:
-        raise CheckpointError(f"{folder} has no verdicts/*.jsonl, expected the folder of a run of job: attack.")
+        raise CheckpointError(f"{folder} has no {VERDICTS}/*.jsonl, expected the folder of a run of job: attack.")
     return found
 
 

@@ -24,8 +24,8 @@ from annotated_types import Ge, Lt
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from modicum.errors import RecipeError, UnsupportedError, did_you_mean
-from modicum.knobs import fields_of
+from modicum.errors import RecipeError, UnsupportedError
+from modicum.knobs import check_among, fields_of
 from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token.attention import Route
 from modicum.models.zero_token.hosts import check_config
@@ -392,6 +392,4 @@ def check_choice(name: str, value: object) -> None:
     Raises:
         RecipeError: The value is unknown.
     """
-    choices = _choices()[name]
-    if value not in choices:
-        raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), filter(None, choices))}")
+    check_among(name, value, _choices()[name])

@@ -25,11 +25,11 @@ from modicum.random import generator
 
 logger = logging.get_logger(__name__)
 
-# What forward takes beyond what the host takes; generate and GenerationConfig take all but the last.
 _MADE = (  # fields that decide which parameters and visits there are, which is settled once
     "n_cycles", "n_head", "n_tail", "order", "skip", "zero_token", "zero_kind", "zero_layers", "pool", "zero_bias",
     "ffn_gate", "cycle_embedding", "cycle_gate", "lora_rank",
 )  # fmt: skip
+# What forward takes beyond what the host takes; generate and GenerationConfig take all but the last.
 OWN_KNOBS = ("n_cycles", *EXITS, "output_zero_attention")
 
 
