@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from modicum.evaluate.calibration import calibrate, rogan_gladen, rogan_gladen_deviation
@@ -21,6 +21,7 @@ def test_a_rate_is_corrected_as_the_formula_says_or_refused(asr, fpr, fnr):
         with pytest.raises(ValueError, match="no better than a coin"):
             rogan_gladen(asr, fpr=fpr, fnr=fnr)
         return
+    assume(fpr + fnr < 0.999)  # nearer to a coin, both lose the digits of their difference
     assert rogan_gladen(asr, fpr=fpr, fnr=fnr) == pytest.approx(oracle.rogan_gladen(asr, fpr, fnr))
     counts = {"queries": 50, "positives": 20, "negatives": 30}
     found = rogan_gladen_deviation(asr, fpr=fpr, fnr=fnr, **counts)

@@ -10,11 +10,10 @@ import ast
 import hashlib
 import importlib
 import inspect
+import symtable
+import sys
 from types import ModuleType
-from typing import Any
 
-from modicum import errors, random
-from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.layout import LAYER_LISTS
 
 FILE = "modeling_zero_token.py"
@@ -53,6 +52,7 @@ def fields_of(_: type) -> Any:
     return lambda keys: keys
 
 '''
+_STOOD_IN = [one.get_name() for one in symtable.symtable(_STAND_INS, "", "exec").get_symbols() if one.is_assigned()]
 _AUTO = {
     "AutoConfig": "ZeroTokenConfig",
     "AutoModel": "ZeroTokenModel",
@@ -74,17 +74,17 @@ def source() -> str:
         ValueError: Two modules give the same name to different things.
     """
     modules = [importlib.import_module(f"modicum.models.zero_token.{name}") for name in _PARTS]
-    imports: set[str] = {"from hashlib import blake2b", "from difflib import get_close_matches"}
-    imports |= {"from collections.abc import Iterable", "from typing import Any", "from torch import Tensor"}
+    imports = {"from typing import Any", "from torch import Tensor"}  # for the stand-ins
     owners: dict[str, str] = {}
+    shared = dict.fromkeys(_STOOD_IN, "") | {"LAYER_LISTS": f"LAYER_LISTS = frozenset({sorted(LAYER_LISTS)})\n"}
     bodies = []
     for module in modules:
         bodies.append(_body(module, imports, owners))
-    shared: list[Any] = [ModicumError, RecipeError, UnsupportedError, errors.CheckpointError, errors.did_you_mean]
-    shared += [random.derive_seed, random.generator]
+        for name, statement in _imported(module).items():
+            if _is_shared(statement):
+                _bring(name, module, shared, imports)
     parts = [_HEAD, "from __future__ import annotations\n", "\n".join(sorted(imports)), _STAND_INS]
-    parts += [f"LAYER_LISTS = frozenset({sorted(LAYER_LISTS)})\n"]
-    parts += [inspect.getsource(each) + "\n" for each in shared] + bodies
+    parts += [*filter(None, shared.values()), *bodies]
     parts.append(
         "def __getattr__(name: str) -> Any:\n"
         '    """Return a class of this file by its name, which is how pickle finds it."""\n'
@@ -94,6 +94,51 @@ def source() -> str:
     # Two such files, and modicum itself, may be loaded at once: each has an attention function of its own.
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return text.replace('"modicum_zero_token"', f'"zero_token_{digest}"')
+
+
+def _bring(name: str, module: ModuleType, shared: dict[str, str], imports: set[str]) -> None:
+    """Put into ``shared`` the source of what a module calls ``name``, after all that this in turn is made of."""
+    if name in shared:
+        return
+    value = getattr(module, name)
+    home, text = sys.modules[value.__module__], inspect.getsource(value)
+    shared[name] = ""  # it may name itself
+    taken = _imported(home)
+    for used in sorted(_globals(symtable.symtable(text, "", "exec"))):
+        if used in taken and not _is_shared(taken[used]):
+            imports.add(taken[used])
+        elif used in taken or getattr(vars(home).get(used), "__module__", None) == home.__name__:
+            _bring(used, home, shared, imports)
+    del shared[name]
+    shared[name] = text + "\n"
+
+
+def _globals(table: symtable.SymbolTable) -> set[str]:
+    """Return the names of its module that a piece of source reads."""
+    here = {
+        symbol.get_name()
+        for symbol in table.get_symbols()
+        if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module")
+    }
+    return here.union(*map(_globals, table.get_children()))
+
+
+def _imported(module: ModuleType) -> dict[str, str]:
+    """Return the statement behind each name that a module imports."""
+    found = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                one = (
+                    ast.ImportFrom(node.module, [alias], 0) if isinstance(node, ast.ImportFrom) else ast.Import([alias])
+                )
+                found[alias.asname or alias.name.partition(".")[0]] = ast.unparse(one)
+    return found
+
+
+def _is_shared(statement: str) -> bool:
+    """Whether an import is of modicum, and not of this package."""
+    return statement.startswith("from modicum") and not statement.startswith("from modicum.models.zero_token")
 
 
 def _body(module: ModuleType, imports: set[str], owners: dict[str, str]) -> str:
