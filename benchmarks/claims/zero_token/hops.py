@@ -23,8 +23,8 @@ from modicum.models import ZeroTokenConfig, ZeroTokenForCausalLM, fit_exit_gate,
 from modicum.random import generator
 
 RESULT = "zero-token-hops"
-SYMBOLS, HOPS, LENGTH, BATCH, HELD_OUT = 4, 4, 20, 24, 512
-STEPS, FIXED, RATE = 700, 500, 4e-3  # all cycles at first, then as many as are drawn
+SYMBOLS, HOPS, LENGTH, BATCH, HELD_OUT = 4, 4, 20, 24, 256
+STEPS, FIXED, RATE = 1400, 900, 4e-3  # all cycles at first, then as many as are drawn
 CYCLES = 4
 HOST = {
     "model_type": "llama",
@@ -184,6 +184,7 @@ def main() -> None:
         "hops": HOPS,
         "length": LENGTH,
         "batch": BATCH,
+        "held_out": HELD_OUT,
         "steps": STEPS,
         "fixed": FIXED,
         "rate": RATE,

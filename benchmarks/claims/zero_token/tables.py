@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from benchmarks.claims.zero_token import hops as known
 from benchmarks.claims.zero_token import p_hop, smollm2
-from benchmarks.tables import interval, load, markdown, write
+from benchmarks.plots import Curve, curves
+from benchmarks.tables import GUIDE, interval, load, markdown, write
 
 Cell = dict[str, Any]
 EXITS = {"zero_attention": "zero attention", "latent": "change of the state", "random": "at random"}
+ALL_EXITS = EXITS | {"confidence": "confidence", "gate": "trained gate", "entropy": "entropy", "kl": "prediction"}
+DRAWN = ("HTC", "ZTT")
 
 
 def by_variant(name: str) -> dict[tuple[str, bool], list[Cell]]:
@@ -123,14 +127,13 @@ def on_hops_curve(cell: Cell, criterion: str, cycles: float) -> float:
 def known_exits(variant: str) -> str:
     """AUROC and curve of each criterion."""
     cells = [c for c in hops() if c["variant"] == variant]
-    names = EXITS | {"confidence": "confidence", "gate": "trained gate", "entropy": "entropy", "kl": "prediction"}
     rows = [
         [
             name,
             mean((c["exits"][criterion]["auroc"] for c in cells), 2),
             *(mean(on_hops_curve(c, criterion, n) for c in cells) for n in (1.5, 2.0, 2.5, 3.0)),
         ]
-        for criterion, name in names.items()
+        for criterion, name in ALL_EXITS.items()
         if cells and criterion in cells[0]["exits"]
     ]
     oracle = [c["exits"]["oracle"]["curve"][0] for c in cells]
@@ -138,6 +141,27 @@ def known_exits(variant: str) -> str:
         print(f"{variant}: oracle {mean(x for x, _ in oracle)} cycles, accuracy {mean(y for _, y in oracle)}")
     head = ["exit by", "AUROC after cycle 1", "1.5 cycles", "2 cycles", "2.5 cycles", "3 cycles"]
     return markdown(head, rows)
+
+
+def draw() -> None:
+    """Draw accuracy by cycles for each need of depth, and accuracy against mean cycles for each criterion."""
+    needs: dict[str, dict[str, list[Curve]]] = {}
+    leaves: dict[str, dict[str, list[Curve]]] = {}
+    for variant in DRAWN:
+        cells = [c for c in hops() if c["variant"] == variant]
+        if not cells:
+            return
+        for need in range(known.HOPS):
+            lines = [[row[need] for row in c["accuracy by cycles and hops"]] for c in cells]
+            panel = needs.setdefault(variant, {})
+            panel[f"needs {need + 1}"] = [(list(range(1, len(line) + 1)), line) for line in lines]
+        places = [1 + 0.25 * i for i in range(4 * known.CYCLES - 3)]
+        for criterion, name in ALL_EXITS.items():
+            if criterion in cells[0]["exits"]:
+                values = [fmean(on_hops_curve(c, criterion, x) for c in cells) for x in places]
+                leaves.setdefault(f"{variant}, mean of {len(cells)} seeds", {})[name] = [(places, values)]
+    curves(GUIDE / "zero-token-hops.svg", needs, x="cycles", y="accuracy")
+    curves(GUIDE / "zero-token-exits.svg", leaves, x="mean cycles", y="accuracy")
 
 
 def routes() -> str:
@@ -228,6 +252,7 @@ def speed(part: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    draw()
     write(
         "zero-token-tables.inc",
         "benchmarks/claims/zero_token/tables.py",
