@@ -19,10 +19,20 @@ SCORE = ("arm", "task", "metric", "value", "low", "high", "n")
 
 
 def kept(folder: Path) -> dict[str, Any]:
-    """Return the scores of a grid that ended."""
+    """Return the scores of a grid that ended, but for those that only chose, with the seed of each."""
     record, grid = read_record(folder), json.loads((folder / "grid.json").read_text())
-    scores = [{key: score[key] for key in SCORE} | {"role": score["of"]["role"]} for score in grid["scores"]]
+    judges = {choice["by"] for choice in grid["chosen"]}
+    scores = [
+        {key: score[key] for key in SCORE} | {"role": score["of"]["role"], "seed": score["axes"].get("seed")}
+        for score in grid["scores"]
+        if score["stage"] not in judges
+    ]
     about = {key: grid[key] for key in ("axes", "seeds")} | {"seconds": record["seconds"], "cells": len(grid["cells"])}
+    chosen = [{key: choice[key] for key in ("axis", "at", "value")} for choice in grid["chosen"]]
+    by_job: dict[str, float] = {}
+    for cell in grid["cells"]:
+        by_job[cell["job"]] = round(by_job.get(cell["job"], 0.0) + read_record(folder / cell["folder"])["seconds"], 1)
+    about |= {"seconds_of_cells": by_job, "chosen": chosen}
     return about | {"scores": scores, "environment": record["environment"]}
 
 
