@@ -113,7 +113,7 @@ LAYER_NUMBERS = frozenset(
 FIRST_LAYERS = frozenset({"first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"})
 
 # Published with experts `block_sparse_moe.experts.0.w1`, which transformers fuses into `mlp.experts.gate_up_proj`.
-_NUMBERED_EXPERTS = frozenset({"mixtral"})
+_NUMBERED_EXPERTS = frozenset({"mixtral", "minimax", "minimax_m2"})
 # transformers' models with layers that store their weight as (inputs, outputs), by the names of these layers.
 _TURNED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _PREFIXES = frozenset({"model", "language_model", "transformer", "vision_model", "text_model"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from modicum.errors import ModicumError
 from modicum.jobs import execute, plan
@@ -67,8 +69,6 @@ def test_an_adapter_of_full_rank_is_the_model(models: Path, tmp_path: Path, fami
 def test_what_has_no_low_rank_form_is_loaded_by_peft_too(
     models: Path, tmp_path: Path, changed: str, prefix: str
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     base, tuned = (load_file(models / "gpt2" / name / "model.safetensors") for name in ("base", "a"))
     some = {name: tensor for name, tensor in tuned.items() if name.endswith(("h.0.attn.c_attn.weight", changed))}
     for name, tensors in {"base": base, "a": base | some}.items():
@@ -106,8 +106,6 @@ def test_models_of_several_parts_are_given_back_whole(tmp_path: Path, family: st
 
 
 def test_a_difference_without_a_matrix_is_no_adapter(models: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     (tmp_path / "a").mkdir()
     tensors = load_file(models / "llama/base/model.safetensors")
     save_file(tensors | {"model.norm.weight": torch.ones(16)}, tmp_path / "a/model.safetensors", {"format": "pt"})
@@ -118,8 +116,6 @@ def test_a_difference_without_a_matrix_is_no_adapter(models: Path, tmp_path: Pat
 
 @pytest.mark.filterwarnings("ignore")
 def test_names_without_a_prefix_find_their_modules(models: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     for name in ("base", "a"):
         file = tmp_path / name / "model.safetensors"
         file.parent.mkdir()
@@ -152,6 +148,21 @@ def test_the_plan_tells_what_is_left_out(models: Path) -> None:
 def test_bad_recipes_are_refused_by_the_plan(models: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModicumError, match=message):
         plan(parse(recipe(models / "llama", **change)))
+
+
+@pytest.mark.parametrize("case", ["itself", "copy", "norm"])
+def test_models_without_a_difference_are_refused_by_check_as_by_run(models: Path, tmp_path: Path, case: str) -> None:
+    base = models / "llama/base"
+    given = base if case == "itself" else shutil.copytree(base, tmp_path / "copy")
+    if case == "norm":
+        tensors = load_file(base / "model.safetensors")
+        tensors["model.norm.weight"] += 1
+        save_file(tensors, given / "model.safetensors", {"format": "pt"})
+    document = parse(recipe(models / "llama", model=str(given)))
+    message = r"in no matrix .* but in 'model\.norm\.weight'" if case == "norm" else "there is nothing to extract"
+    for attempt in (lambda: plan(document), lambda: execute(document, tmp_path / "run", quiet=True)):
+        with pytest.raises(ModicumError, match=message):
+            attempt()
 
 
 def test_ranks_and_shares_are_recorded(models: Path, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_model_and_its_adapter_are_one_expert(models: list[str], adapters: lis
         ({"output": "adapter"}, "output"),
         ({"experts": ["$M"]}, "is a full model, expected a LoRA adapter"),
         ({"base": "$M"}, "is an adapter of .*m0, expected .*m1"),
-        ({"exclude": "proj"}, "matches every module"),
+        ({"exclude": "proj"}, "leaves no weight"),
         ({"base_fingerprint": "0"}, "none is given"),
     ],
 )

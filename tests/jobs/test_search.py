@@ -87,6 +87,52 @@ def test_the_best_merge_is_written_and_is_what_was_measured(models: Path, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["fewer layers", "more tokens", "bfloat16", "sharded float16 of adapters"])
+def test_a_result_of_another_shape_than_the_models_is_what_is_measured(models: Path, tmp_path: Path, case: str) -> None:
+    base, a, b, lora = (str(models / name) for name in ("base", "a", "b", "lora"))
+    knobs: dict[str, Any] = {"weights": {"low": 0.1, "high": 1, "each": True}}
+    merged: dict[str, Any] = {"base": base, "experts": [a, b], "method": "task_arithmetic"}
+    if case == "fewer layers":
+        sources = [{"model": one, "layer_range": [1, 2], "parameters": {"weight": 0.5}} for one in (a, b)]
+        merged = {"merge_method": "linear", "slices": [{"sources": sources}]}
+    elif case == "more tokens":
+        tokenizer, model = byte_tokenizer(), transformers.AutoModelForCausalLM.from_pretrained(b)
+        tokenizer.add_tokens(["more"])
+        model.resize_token_embeddings(272)
+        for part in (tokenizer, model):
+            part.save_pretrained(tmp_path / "other")
+        merged = {"experts": [a, str(tmp_path / "other")], "method": "linear", "tokenizer": "union"}
+    elif case == "bfloat16":
+        merged["dtype"] = "bfloat16"
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
+        model.save_pretrained(tmp_path / "half", max_shard_size="40KB")
+        byte_tokenizer().save_pretrained(tmp_path / "half")
+        half = str(tmp_path / "half")
+        merged = {"base": half, "experts": [f"{half}+{lora}"] * 2, "method": "task_arithmetic"}
+    document = recipe(models, merge=merged, knobs=knobs, trials=3)
+    assert plan(parse(document))
+    execute(parse(document), tmp_path / "run", quiet=True)
+    evaluation = {"job": "evaluate", "model": str(tmp_path / "run/model"), "tasks": document["tasks"]}
+    execute(parse(evaluation), tmp_path / "evaluated", quiet=True)
+    (cell,) = read_record(tmp_path / "evaluated")["metrics"]["cells"]
+    assert cell["value"] == read_record(tmp_path / "run")["metrics"]["best"]["value"]
+    assert not (tmp_path / "run/trial").exists()
+
+
+def test_check_refuses_a_class_without_places_for_the_merge_s_tensors(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}  # fmt: skip
+    config = transformers.GraniteMoeConfig(**sizes)
+    for name in ("base", "a", "b"):
+        transformers.GraniteMoeForCausalLM(config).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "some"}))
+    with pytest.raises(ModicumError, match="GraniteMoeForCausalLM has no place for 'model.layers.0.block_sparse_moe"):
+        plan(parse(recipe(tmp_path)))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_killed_search_goes_on_where_it_was(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = recipe(models)
     execute(parse(document), tmp_path / "whole", quiet=True)
@@ -161,7 +207,7 @@ def test_only_what_adapters_change_is_made_again(models: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["mixtral", "qwen3moe", "gpt2", "tied"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3moe", "gpt2", "tied", "phi3"])
 def test_what_lies_in_memory_is_what_is_written(family: str, tmp_path: Path) -> None:
     make_family(tmp_path, family)
     document = {"job": "merge", "base": str(tmp_path / "base"), "experts": [str(tmp_path / "a"), str(tmp_path / "b")],

@@ -143,6 +143,25 @@ def test_numbers_count_in_every_part_of_a_path_that_differs() -> None:
     assert in_order(paths, "*") == [paths[1], paths[0], paths[2]]
 
 
+@pytest.mark.parametrize(
+    "ordered",
+    [
+        ["epoch-0.5", "epoch-1.25", "epoch-1.5", "epoch-2", "epoch-10"],
+        ["epoch-0.50", "epoch-1.25", "epoch-1.50"],
+        ["epoch-0.5", "epoch-1.0", "epoch-1.25"],
+        ["v1.2.9", "v1.2.10", "v1.3.0"],
+        ["e-1.5/step-9", "e-1.5/step-10.old", "e-1.75/step-2"],
+    ],
+)
+def test_numbers_with_a_point_are_decimals_and_with_two_versions(ordered: list[str]) -> None:
+    assert in_order(sorted(ordered, reverse=True), "*") == ordered
+
+
+def test_what_may_be_a_decimal_or_a_version_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"\.10 beside .* List the folders"):
+        in_order(["v1.9", "v1.10"], "v*")
+
+
 @pytest.mark.parametrize("n", [1, 4])
 def test_the_study_s_greedy_control_spends_what_it_is_given(n: int) -> None:
     known = toys()[:n]

@@ -186,7 +186,7 @@ def test_what_excludes_one_name_of_a_tie_excludes_the_tensor() -> None:
         state["head"] = state["w"]
     made, _ = average_state_dicts(states, method="uniform", exclude="^head$")
     assert made["w"] == made["head"] == 1
-    with pytest.raises(ModicumError, match="exclude leaves no weight"):
+    with pytest.raises(ModicumError, match="exclude .* leaves no weight"):
         Landscape(bowl, [{k: s[k] for k in ("w", "head")} for s in states], [0.0], exclude="head").gradient([0.5, 0.5])
 
 

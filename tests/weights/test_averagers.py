@@ -138,7 +138,7 @@ def test_what_is_excluded_stays_as_in_the_newest_and_has_no_slope() -> None:
     others = [{"b": model["b"]} for model in known]
     only_b = Landscape(quadratic, others, [{"b": batch["b"]} for batch in batches])
     torch.testing.assert_close(landscape.gradient(WEIGHTS)[1], only_b.gradient(WEIGHTS)[1])
-    with pytest.raises(RecipeError, match="exclude leaves no weight"):
+    with pytest.raises(RecipeError, match="exclude .* leaves no weight"):
         Landscape(quadratic, known, batches, exclude=".").gradient(WEIGHTS)
 
 

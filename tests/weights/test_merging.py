@@ -279,7 +279,7 @@ def test_what_is_excluded_need_not_be_in_every_model(family: Family, tmp_path: P
 
 @pytest.mark.parametrize(
     ("exclude", "message"),
-    [("(", "is no regular expression"), ("rotary", "matches no tensor")],
+    [("(", "is no regular expression"), ("rotary", "matches no tensor"), (".", "leaves no weight")],
 )
 def test_an_exclusion_that_cannot_be_meant_is_refused(
     family: Family, tmp_path: Path, exclude: str, message: str

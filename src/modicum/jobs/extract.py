@@ -86,7 +86,10 @@ def notes(plan: Extraction) -> list[str]:
 
 def describe(recipe: ExtractRecipe) -> list[str]:
     """Return the plan in words, a line each."""
+    from modicum.weights.extract import check_different
+
     plan = make_plan(recipe)
+    check_different(plan)
     sizes = [plan.origin.spec(name).shape for name in plan.matrices]
     size = sum(sum(shape) * min(recipe.max_rank, *shape) for shape in sizes) * getattr(torch, recipe.dtype).itemsize
     return [

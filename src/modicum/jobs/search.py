@@ -1,24 +1,28 @@
-"""Search the knobs of a merge by what its result scores on validation data; no trial is written to the disk.
+"""Search the knobs of a merge by what its result scores on validation data; one trial at most is written to the disk.
 
-CMA-ES proposes generations of points, each is merged into a loaded model and measured, and the best point is written at
-the end. Trials are kept in the run's log: a killed search asks for the same points again and answers from there.
+The first one is written and loaded, as a result may have other layers, tokens and numbers than the models. CMA-ES
+proposes generations of points, each is merged into that model and measured, and the best is written at the end. Trials
+are kept in the run's log: a killed search asks for the same points again and answers from there.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 from pydantic import Field, model_validator
 
+from modicum.durable import remove
 from modicum.errors import RecipeError
 from modicum.evaluate.rows import Rows
 from modicum.jobs.evaluate import native_dtype, refuse_not_finite, usable_device
 from modicum.jobs.loading.folders import note_code
-from modicum.jobs.loading.models import load_model, load_tokenizer, rehearse_loading
+from modicum.jobs.loading.models import load_model, load_tokenizer, rehearse_loading, skeleton
 from modicum.jobs.merge import MergeRecipe, make_plan
 from modicum.jobs.merge import described as card_of
 from modicum.jobs.merging.in_place import InPlace, moves
@@ -101,6 +105,7 @@ def plan(recipe: SearchRecipe) -> list[str]:
     space = make_space(recipe)
     first: Any = space.plan.models[0]
     rehearse_loading(first.base.folder, allow_pickle=recipe.merge.allow_pickle, remote_code=recipe.merge.remote_code)
+    _rehearse(space.plan)
     changing = sum(moves(step) for step in space.plan.steps)
     lines = [
         f"{len(space.names)} numbers: {', '.join(space.names)}",
@@ -111,6 +116,15 @@ def plan(recipe: SearchRecipe) -> list[str]:
         for name, task in tasks.items():
             lines.append(f"{kind} {name}: {task.metric} of {len(task.rows(recipe.seed))} rows ({task.data.path})")
     return [*lines, *space.plan.describe()]
+
+
+def _rehearse(plan: Plan) -> None:
+    """Refuse a merge whose class has no place for its tensors, as far as transformers knows the class."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in plan.companions.items():
+            (Path(folder) / name).write_bytes(text)
+        if (model := skeleton(Path(folder))) is not None:
+            InPlace(model, plan)
 
 
 @job("search", plan=plan)
@@ -240,23 +254,20 @@ class _Measured:
 
     def _merge(self, plan: Plan) -> None:
         if self.subject is None:
-            self._load()
+            self._load(plan)
         self.place.merge(plan)
         self.run.inputs.check_mapped()
 
-    def _load(self) -> None:
-        merge, device = self.recipe.merge, usable_device(self.recipe.device)
-        first = self.space.plan.models[0]
-        folder, options = str(first.base.folder), {"remote_code": merge.remote_code}  # type: ignore[attr-defined]
-        model = load_model(
-            folder,
-            dtype=native_dtype(self.recipe.dtype, device),
-            device=device,
-            allow_pickle=merge.allow_pickle,
-            remote_code=merge.remote_code,
-        ).requires_grad_(False)
-        self.subject = LocalSubject("merge", model, load_tokenizer(folder, **options))
+    def _load(self, plan: Plan) -> None:
+        from modicum.weights.merge import run_plan
+
+        merge, device, folder = self.recipe.merge, usable_device(self.recipe.device), self.run.folder / "trial"
+        run_plan(plan, folder, shard_bytes=merge.shard_bytes, progress=False, replace=True)
+        dtype = native_dtype(self.recipe.dtype, device)
+        model = load_model(folder, dtype=dtype, device=device, remote_code=merge.remote_code).requires_grad_(False)
+        self.subject = LocalSubject("merge", model, load_tokenizer(folder, remote_code=merge.remote_code))
         self.place = InPlace(model, self.space.plan)
+        remove(folder)
 
     def _other(self, reference: str) -> LocalSubject:
         device, code = usable_device(self.recipe.device), self.recipe.merge.remote_code

@@ -14,7 +14,16 @@ from modicum.borders import expanded
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.layout import is_running_statistic
 from modicum.weights.checkpoint import PACKED, Checkpoint
-from modicum.weights.compatibility import Tensors, check_agreement, check_tensors, excluded, label, spec_of
+from modicum.weights.compatibility import (
+    Tensors,
+    check_agreement,
+    check_remaining,
+    check_tensors,
+    excluded,
+    is_weight,
+    label,
+    spec_of,
+)
 from modicum.weights.kernels.compare import refuse_non_finite
 
 _FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
@@ -77,13 +86,10 @@ def parts_of(checkpoints: Sequence[Tensors], exclude: str | None = None) -> Part
     found = excluded([newest], exclude)
     roots = {ties.get(name, name) for name in found}
     known = {name for model in checkpoints for name in getattr(model, "buffers", ())}
-    return Parts(
-        labels,
-        names,
-        ties,
-        frozenset(name for name in names if ties.get(name, name) in roots),
-        frozenset(name for name in names if name in known or is_running_statistic(name)),
-    )
+    stay = frozenset(name for name in names if ties.get(name, name) in roots)
+    statistics = frozenset(name for name in names if name in known or is_running_statistic(name))
+    check_remaining([name for name in names if name not in stay | statistics and is_weight(newest, name)], exclude)
+    return Parts(labels, names, ties, stay, statistics)
 
 
 def aliases(models: Sequence[Tensors]) -> dict[str, str]:

@@ -80,6 +80,16 @@ def excluded(models: Iterable[Iterable[str]], pattern: str | None) -> set[str]:
     return found
 
 
+def check_remaining(left: Collection[str], pattern: str | None) -> None:
+    """Refuse to exclude every weight: the result would be a copy of one model.
+
+    Raises:
+        RecipeError: No weight is left.
+    """
+    if pattern is not None and not left:
+        raise RecipeError(f"exclude {pattern!r} leaves no weight. Correct it, or leave it out.")
+
+
 def notes_on_left_out(models: Sequence[Tensors], names: Sequence[str], untouched: Collection[str]) -> Iterator[str]:
     """Say which excluded tensors the result lacks, as the model has none after which the others go."""
     for model, name in zip(models[1:], names[1:]):
@@ -124,6 +134,11 @@ def _check_architecture(a: Tensors, b: Tensors, a_name: str, b_name: str) -> Non
 def _config(tensors: Tensors) -> Mapping[str, Any]:
     config: Mapping[str, Any] = getattr(tensors, "config", {})
     return config
+
+
+def is_weight(tensors: Tensors, name: str) -> bool:
+    """Whether a tensor is one that methods change: a floating-point one that transformers does not recompute."""
+    return spec_of(tensors, name).dtype.is_floating_point and not _is_buffer(tensors, name)
 
 
 def _is_buffer(tensors: Tensors, name: str) -> bool:

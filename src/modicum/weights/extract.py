@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError
-from modicum.layout import ADAPTER_PREFIX, copies_of, is_linear_map, is_recomputed, is_turned, role
+from modicum.layout import ADAPTER_PREFIX, copies_of, is_linear_map, is_turned, role
 from modicum.linalg import SVD, truncated_svd
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import check_agreement, excluded
+from modicum.weights.compatibility import check_agreement, excluded, is_weight
 from modicum.weights.kernels.compare import refuse_non_finite, refuse_overflow
 from modicum.weights.lora import write_adapter
 from modicum.weights.merge import open_checkpoint
@@ -72,8 +72,7 @@ def plan_extraction(
     origin, tuned = aligned([open_checkpoint(base), open_checkpoint(model)])
     untouched = excluded([origin, tuned], exclude)
     shared = check_agreement(origin, [tuned], names=[origin.name, tuned.name], apart=untouched)
-    names = [name for name in shared if origin.spec(name).dtype.is_floating_point]
-    names = [name for name in names if name not in untouched and not is_recomputed(name, origin.spec(name).shape)]
+    names = [name for name in shared if name not in untouched and is_weight(origin, name)]
     found = [name for name in names if len(origin.spec(name).shape) == 2 and is_linear_map(name)]
     called = {name: name.removesuffix(".weight") for name in found if name.endswith(".weight")}
     placed = {name: module if modules is None else modules(module) for name, module in called.items()}
@@ -124,6 +123,23 @@ def extract_lora(
     )
 
 
+def check_different(plan: Extraction) -> None:
+    """Refuse models of which no adapter can be made; reads matrices until two differ, which the first ones mostly do.
+
+    Raises:
+        CheckpointError: No matrix differs.
+    """
+    tuned, origin = plan.tuned, plan.origin
+    if any(_differ(tuned[name], origin[name]) for name in plan.matrices):
+        return
+    if changed := left_out(plan):  # PEFT opens no adapter that is of no layer
+        raise CheckpointError(
+            f"{tuned.name} differs from {origin.name} in no matrix that has a low-rank form, but in {changed[0]!r} and "
+            "such: that is no adapter. Use the model as it is."
+        )
+    raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
+
+
 def check_rank(max_rank: int, energy: float | None) -> None:
     """Refuse ranks and shares that mean nothing."""
     if max_rank < 1 or (energy is not None and not 0 < energy <= 1):
@@ -143,6 +159,7 @@ def run_extraction(
     companions: Mapping[str, bytes] = MappingProxyType({}),
 ) -> list[Extracted]:
     """Carry out ``plan``; see :func:`extract_lora`, and for the rest :func:`~.stream.map_tensors`."""
+    check_different(plan)
     tuned, origin = plan.tuned, plan.origin
 
     def decompose(name: str) -> tuple[SVD, float] | None:
@@ -163,13 +180,6 @@ def run_extraction(
     found = {name: part for name in plan.matrices if (part := parts[name])}
     others = plan.rest if save_rest else {}
     changed = [name for name in others if _differ(tuned[name], origin[name])]
-    if not found and not changed:
-        raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
-    if not found:  # PEFT opens no adapter that is of no layer
-        raise CheckpointError(
-            f"{tuned.name} differs from {origin.name} in no matrix that has a low-rank form, but in {changed[0]!r} and "
-            "such: that is no adapter. Use the model as it is."
-        )
     tensors = _peft_tensors({plan.matrices[name]: svd for name, (svd, _) in found.items()}, dtype)
     for name in changed:
         refuse_non_finite(name, [tuned[name], origin[name]], [tuned.name, origin.name])

@@ -18,7 +18,7 @@ from modicum.linalg import truncated_svd
 from modicum.registry import merge_method
 from modicum.weights.adapter import LowRank
 from modicum.weights.checkpoint import Checkpoint
-from modicum.weights.compatibility import excluded
+from modicum.weights.compatibility import check_remaining, excluded
 from modicum.weights.files import Spec
 from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.merge import open_checkpoint
@@ -209,10 +209,7 @@ def plan_loras(
     names = sorted({name for factors in loras for name in factors})
     untouched = excluded([names], exclude)
     names = [name for name in names if name not in untouched]
-    if not names:
-        raise RecipeError(
-            f"exclude {exclude!r} matches every module of the adapters, so that nothing is left to merge."
-        )
+    check_remaining(names, exclude)
     modules = {name: [factors.get(name) for factors in loras] for name in names}
     return LoraPlan(base, opened, modules, method, entry.knobs(knobs))
 

@@ -25,7 +25,9 @@ from modicum.weights.companions import companion_files, unified
 from modicum.weights.compatibility import (
     Tensors,
     check_agreement,
+    check_remaining,
     excluded,
+    is_weight,
     label,
     notes_on_configs,
     notes_on_left_out,
@@ -264,6 +266,7 @@ def plan_merge(
     shared = check_agreement(models[0], models[1:], names=names, apart=untouched)
     if untouched and base is None:
         raise RecipeError("exclude leaves tensors as they are in the base model, and none is given. Set base.")
+    check_remaining([name for name in shared if name not in untouched and is_weight(models[0], name)], exclude)
     steps = []
     for name in shared:
         spec = spec_of(models[0], name)

@@ -284,7 +284,7 @@ class Landscape:
             tensor.requires_grad_()
         total, leaves = 0.0, list(moving.values())
         if not leaves:
-            raise RecipeError("exclude leaves no weight that could be averaged. Correct it, or leave it out.")
+            raise RecipeError("The checkpoints hold no weight that could be averaged. Choose others.")
         with torch.enable_grad():
             for batch in batches:
                 value = self._ask(mean, batch, fresh=len(batches) > 1)

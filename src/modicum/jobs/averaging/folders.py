@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from decimal import Decimal
 from itertools import zip_longest
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from modicum.borders import expanded
 from modicum.errors import CheckpointError
 from modicum.jobs.training.checkpoints import checkpoints as saved_in
 from modicum.layout import natural
+
+_DECIMAL = r"(?<![\d.])\d+\.(\d+)(?!\.?\d)"  # what follows the point
 
 
 def find_checkpoints(patterns: list[str]) -> list[str]:
@@ -62,24 +65,38 @@ def note_on_folders(patterns: list[str]) -> list[str]:
 def in_order(paths: list[str], pattern: str) -> list[str]:
     """Return folders by the numbers in those parts of their paths in which they differ.
 
+    Numbers with a point are decimals, as of epochs, but for those with two points and more, as of versions.
+
     Example:
         >>> in_order(["runs/b-10/model", "runs/a-2/model"], "runs/*/model")
         ['runs/a-2/model', 'runs/b-10/model']
+        >>> in_order(["epoch-0.5", "epoch-1.5", "epoch-1.25"], "epoch-*")
+        ['epoch-0.5', 'epoch-1.25', 'epoch-1.5']
 
     Raises:
-        CheckpointError: Some have a number there and some have none.
+        CheckpointError: Some have a number there and some have none, or 1.10 may be above or below 1.9.
     """
     parts = list(zip_longest(*(Path(path).parts for path in paths), fillvalue=""))
     varying = [texts for texts in parts if len(set(texts)) > 1]
-    numbers = {
-        path: [int(n) for texts in varying for n in re.findall(r"\d+", texts[i])] for i, path in enumerate(paths)
-    }
+    numbers = {path: [n for texts in varying for n in _numbers_in(texts[i])] for i, path in enumerate(paths)}
+    fractions = {part for texts in varying for text in texts for part in re.findall(_DECIMAL, text)}
+    odd = [part for part in fractions if part.endswith("0") and part != "0"]
+    if odd and len(set(map(len, fractions))) > 1:
+        raise CheckpointError(
+            f"{pattern} matches numbers with .{min(odd)} beside others of fewer or more digits, so that they may be "
+            "decimals or versions. List the folders, oldest first."
+        )
     bare = [path for path in paths if not numbers[path]]
     if 0 < len(bare) < len(paths):
         raise CheckpointError(
             f"{pattern} matches {bare[0]}, which has no number among numbered ones. List the folders, oldest first."
         )
     return sorted(paths, key=lambda path: (numbers[path], natural(path)))
+
+
+def _numbers_in(text: str) -> list[Decimal]:
+    found = re.findall(r"\d+(?:\.\d+)*", text)
+    return [Decimal(n) for each in found for n in ([each] if each.count(".") < 2 else each.split("."))]
 
 
 def _is_model(folder: Path) -> bool:
