@@ -47,6 +47,15 @@ def test_a_lock_is_there_while_it_is_held_and_gone_afterwards(tmp_path):
     assert list(tmp_path.iterdir()) == [] and lock.read_owner(path) is None
 
 
+def test_nobody_is_waited_for_after_the_last_try(tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(lock.time, "sleep", slept.append)
+    (tmp_path / ".lock").write_text("{")
+    with pytest.raises(CheckpointError, match="no lock file"):
+        lock.read_owner(tmp_path / ".lock", tries=3)
+    assert len(slept) == 2
+
+
 def test_a_living_owner_is_named(tmp_path, sleeper):
     left_by(tmp_path / ".lock", pid=sleeper.pid, started=lock._start_of(sleeper.pid))
     with (

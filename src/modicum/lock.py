@@ -144,13 +144,14 @@ def read_owner(path: Path, *, tries: int = 50) -> Owner | None:
     Raises:
         CheckpointError: The file is not a lock.
     """
-    for _ in range(tries):
+    for left in reversed(range(tries)):
         try:
             return _owner(path)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            time.sleep(0.02)  # where there are no links, the file exists before its content does
+            if left:
+                time.sleep(0.02)  # where there are no links, the file exists before its content does
     raise CheckpointError(f"{path} is no lock file that can be read. If nothing writes there, delete it and run again.")
 
 

@@ -242,7 +242,7 @@ def special() -> Iterator[tuple[str, str, Damage, list[str]]]:
     for key, value in (("k", 10**9), ("k", 0), ("iters", 10**12)):
         yield f"sewa {key}", "average-search.yaml", edit(**{f"method__{key}": value}), []
     yield "wide parquet", "rows.parquet", _wide_parquet, ["train-parquet"]
-    for name, path, recipe in (("base", "base/model-00001-of-00005.safetensors", "merge"),
+    for name, path, recipe in (("base", "base/model-00001-of-00002.safetensors", "merge"),
                                ("adapter", "adapter/adapter_model.safetensors", "merge-adapter"),
                                ("objective", "objective.safetensors", "coordinate-objective")):  # fmt: skip
         yield f"twice {name}", path, _twice, [recipe]

@@ -102,7 +102,8 @@ class Attempt:
                 break
             if deadline is not None and time.monotonic() >= deadline:
                 return None
-            time.sleep(pause)
+            # Not beyond the deadline: moments of kills are not to fall on the steps of this loop.
+            time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
             pause = min(0.02, pause * 1.5)
         if reap:
             self.kill(signal.SIGKILL, group=True)
@@ -181,6 +182,8 @@ def _become(
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if (machine := os.environ.get("CAMPAIGN_MACHINE")) is not None:
             _other_machine(machine)
+        if "CAMPAIGN_NO_SYNC" in os.environ:
+            os.fsync = os.fdatasync = lambda _: None
         _like_any_user()
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))

@@ -1,4 +1,4 @@
-"""Fuzzing of every parser: bytes changed at random, values put together by Hypothesis; errors of ours, or none.
+"""Fuzzing of every parser: bytes changed at random, strange values in every place; errors of ours, or none.
 
 ``python tests/campaigns/fuzz.py [--seconds 600] [--seed 0]`` calls the parsers in this process, many thousand times a
 minute. Whatever they are given, they may only raise a :class:`~modicum.errors.ModicumError` of one line, and take no
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -25,7 +26,9 @@ from campaigns import bombs, tally, workshop  # noqa: E402 - after the settings 
 
 RESULT = ROOT / "benchmarks/results/fuzz.json"
 Target = Callable[[bytes], object]
-SLOW = {"recipe": 0.03, "values of recipes": 0.1, "mergekit files": 0.1}  # shares of what takes milliseconds each
+# Shares of what takes milliseconds each.
+SLOW = {"recipe": 0.1, "values of recipes": 0.2, "mergekit files": 0.2, "index of weights": 0.3,
+        "configuration of a model": 0.3, "configuration of an adapter": 0.3}  # fmt: skip
 
 
 def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
@@ -46,6 +49,7 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     from modicum.patterns import Pattern
     from modicum.recipe import override, parse
     from modicum.vocabulary import token_ids
+    from modicum.weights.checkpoint import Checkpoint
     from modicum.weights.files import read_header
     from modicum.weights.finished import read_journals
     from support import byte_tokenizer
@@ -83,6 +87,12 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     def record(path: Path) -> object:
         return stored.damage(path.parent), stored.stored_recipe(path.parent), stored.verify(path.parent)
 
+    def honest(name: str) -> list[bytes]:
+        return [(folder / name).read_bytes()]
+
+    def model(path: Path) -> object:
+        return len(Checkpoint(path.parent))
+
     def rows(path: Path) -> object:
         return load_rows(DataSection(path=str(path)))
 
@@ -104,6 +114,11 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     journal = [b'\n["model.a", {"norm": 1.0}]\n["model.b", {}]\n']
     (folder / "zoo").mkdir()
     write_models(folder / "zoo")
+    workshop.build(folder / "world")
+    for copy in ("indexed", "configured"):
+        shutil.copytree(folder / "world/base", folder / "world" / copy)
+    index, config, adapter = ("world/indexed/model.safetensors.index.json", "world/configured/config.json",
+                              "world/adapter/adapter_config.json")  # fmt: skip
     documents = [json.dumps(one).replace("$R", str(folder / "zoo")).encode() for one in FILES.values()]
     return {
         "recipe": (texts, recipe),
@@ -112,6 +127,9 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
         "assignments": ([b"method.density=0.4\nseed=3", b"experts.0=x\nmethod={name: ties}"], assigned),
         "safetensors header": ([save_tensors(tensors)], file("x.safetensors", lambda p: read_header(p, owner="m"))),
         "configuration": ([json.dumps(known["merge"]).encode()], file("config.json", lambda p: read_json(p, "m"))),
+        "index of weights": (honest(index), file(index, model)),
+        "configuration of a model": (honest(config), file(config, model)),
+        "configuration of an adapter": (honest(adapter), file(adapter, model)),
         "tokenizer": ([tokenizer], file("tokenizer.json", settings)),
         "record": ([json.dumps(run).encode()], file("run/record.json", record)),
         "log": (log, file("logged/log.jsonl", lambda p: stored.read_log(p.parent))),

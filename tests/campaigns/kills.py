@@ -160,6 +160,8 @@ def attempt(name: str, world: Path, lasts: float, peace: Made, rng: random.Rando
         if outcome is not None and outcome.status is not None and outcome.status > 0 and "Traceback" in outcome.said:
             problems.append(f"a traceback: {outcome.said.splitlines()[-1][:200]}")
         yield how, wrong or "; ".join(problems) or None
+        if how == "over before":
+            break
     last = forked.attempt(command, world, seconds=300)
     if last.status != 0:
         yield "run again", f"exit status {last.status}: {last.said.strip()[-300:]}"

@@ -31,9 +31,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}  # fmt: skip
+
+from campaigns import forked  # noqa: E402 - after the settings of its libraries
+
 RESULT = ROOT / "benchmarks/results/power-loss.json"
 SIZE = 256 << 20
-CONTROL = "import os; os.fsync = os.fdatasync = lambda _: None; from modicum.cli import main; main()"
+END = 600.0  # seconds; every run has ended by then
 
 
 def prepare(root: Path) -> dict[str, dict[str, Any]]:
@@ -73,12 +78,25 @@ def mounted(image: Path, place: Path, *, fresh: bool) -> Iterator[Path]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def start(recipe: Path, out: Path, *, control: bool = False) -> subprocess.Popen[bytes]:
+def start(recipe: Path, out: Path, *, control: bool = False) -> forked.Attempt:
     """Start a run, whose processes form a group."""
-    program = ["-c", CONTROL] if control else ["-m", "modicum"]
-    command = [sys.executable, *program, "run", str(recipe), "--out", str(out), "--quiet"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    variables = {"CAMPAIGN_NO_SYNC": "1"} if control else {}
+    return forked.Attempt(command_of(recipe, out), recipe.parent, variables=variables)
+
+
+def command_of(recipe: Path, out: Path) -> list[str]:
+    """Return the arguments of a run."""
+    return ["run", str(recipe), "--out", str(out), "--quiet"]
+
+
+def fails(run: forked.Attempt) -> str | None:
+    """Wait for the end of a run; return what it said if that is a failure."""
+    ended = run.wait(END)
+    if ended is None:
+        run.kill(signal.SIGKILL, group=True)
+        run.wait()
+        return "it does not end"
+    return f"status {ended.status}: {ended.said.strip()[-300:]}" if ended.status != 0 else None
 
 
 def results(run: Path) -> dict[str, bytes]:
@@ -91,10 +109,8 @@ def lose_power(recipe: Path, work: Path, moment: float, *, control: bool, names_
     image, copy = work / "disk.img", work / "copy.img"
     with mounted(image, work / "disk", fresh=True) as disk:
         process = start(recipe, disk / "run", control=control)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGSTOP)
+        if (ended := process.wait(moment)) is None:
+            process.kill(signal.SIGSTOP, group=True)
         if names_first:
             # The journal of the file system is written for somebody else's sake: names and sizes are there, bytes not.
             with (disk / "other").open("w") as file:
@@ -103,8 +119,8 @@ def lose_power(recipe: Path, work: Path, moment: float, *, control: bool, names_
                 os.fsync(file.fileno())
         # Not through the file system: only what it has written.
         subprocess.run(["cp", "--sparse=always", str(image), str(copy)], check=True)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        if ended is None:
+            process.kill(signal.SIGKILL, group=True)
             process.wait()
         time.sleep(0.2)  # the workers end by themselves
     return copy
@@ -130,8 +146,8 @@ def look(copy: Path, recipe: Path, work: Path, expected: dict[str, bytes]) -> tu
                 wrong.append("done, but of other bytes")
         elif (run / "model").exists() and results(run) != expected:
             wrong.append("a model that is not whole has its name")
-        if start(recipe, run).wait() != 0:
-            wrong.append("the same command fails")
+        if failed := fails(start(recipe, run)):
+            wrong.append(f"the same command fails: {failed}")
         elif results(run) != expected:
             wrong.append("the same command ends with other bytes")
     return state, wrong
@@ -143,20 +159,24 @@ def campaign(jobs: list[str], moments: int, seed: int, *, control: bool = False)
     rng, found = random.Random(seed), {}
     try:
         recipes = prepare(work)
-        for job in jobs:
-            recipe = work / f"{job}.yaml"
+        files = {job: work / f"{job}.yaml" for job in jobs}
+        for job, recipe in files.items():
             recipe.write_text(json.dumps(recipes[job]))
+        forked.warm([command_of(recipe, work / f"{job}-warm") for job, recipe in files.items()], work, work / "modules")
+        for job, recipe in files.items():
             began = time.monotonic()
-            if start(recipe, work / f"{job}-peace").wait() != 0:
-                raise RuntimeError(f"{job} fails in peace")
+            if failed := fails(start(recipe, work / f"{job}-peace")):
+                raise RuntimeError(f"{job} fails in peace: {failed}")
             lasts, expected = time.monotonic() - began, results(work / f"{job}-peace")
             states: dict[str, int] = {}
             wrong: list[str] = []
             for i in range(moments):
                 # A loss right after the end is the likeliest to find what was not waited for.
-                moment = 600.0 if control or i % 4 == 0 else rng.uniform(0.4, 1.1) * lasts
+                moment = END if control or i % 4 == 0 else rng.uniform(0.0, 1.1) * lasts
                 copy = lose_power(recipe, work, moment, control=control, names_first=control or i % 3 != 2)
                 state, problems = look(copy, recipe, work, expected)
+                if moment == END and state != "done" and not control:
+                    problems.append(f"{state} after its end")
                 states[state] = states.get(state, 0) + 1
                 wrong += [f"after {moment:.2f} s ({state}): {problem}" for problem in problems]
                 print(job, f"{i + 1}/{moments}", state, problems or "sound", flush=True)
@@ -183,28 +203,33 @@ def main() -> int:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--jobs", nargs="+", default=["merge", "train"])
     arguments.add_argument("--control", action="store_true")
+    arguments.add_argument("--trial", action="store_true", help="count nothing")
     chosen = arguments.parse_args()
     if not possible():
         print("needs Linux, root and loop devices", file=sys.stderr)
         return 2
     began = time.monotonic()
     found = campaign(chosen.jobs, chosen.moments, chosen.seed, control=chosen.control)
+    if not chosen.trial:
+        keep(found, chosen.seed, time.monotonic() - began, "control" if chosen.control else "campaign")
+    wrong = [problem for job in found.values() for problem in job["wrong"]]
+    if chosen.control:
+        print(f"without waiting for the disk, {len(wrong)} things were wrong")
+        return 0 if wrong else 1
+    return 1 if wrong else 0
+
+
+def keep(found: dict[str, Any], seed: int, seconds: float, part: str) -> None:
+    """Write what was found beside what is known of other jobs."""
     from benchmarks.provenance import origin
 
     from modicum.durable import write_atomic
     from modicum.environment import environment
 
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    about = {"seed": chosen.seed, "seconds": round(time.monotonic() - began), "environment": environment(), **origin()}
-    known.setdefault("control" if chosen.control else "campaign", {}).update(
-        {job: result | about for job, result in found.items()}
-    )
+    about = {"seed": seed, "seconds": round(seconds), "environment": environment(), **origin()}
+    known.setdefault(part, {}).update({job: result | about for job, result in found.items()})
     write_atomic(RESULT, json.dumps(known, indent=1) + "\n")
-    wrong = [problem for job in found.values() for problem in job["wrong"]]
-    if chosen.control:
-        print(f"without waiting for the disk, {len(wrong)} things were wrong")
-        return 0 if wrong else 1
-    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

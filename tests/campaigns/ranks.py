@@ -211,6 +211,8 @@ def main() -> int:
                 count.add(f"{kind}: {how}", 0.0, number, wrong and f"{name}, case {number}, {how}: {wrong}")
                 if wrong:
                     print(number, name, kind, how, wrong, flush=True)
+                if how == "over before":
+                    break
             last = Launch(name, world, "out/run", machines=machines, torchrun=chosen.torchrun)
             status, wrong = last.wait(120.0), None
             if status != 0:

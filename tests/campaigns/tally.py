@@ -1,9 +1,16 @@
-"""Counts of a campaign in one committed JSON file: a run of the same seed goes on, another seed adds to it."""
+"""Counts of a campaign in one committed JSON file: a run of the same seed goes on, another seed adds to it.
+
+Runs of several seeds may go on at one time.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +30,8 @@ class Tally:
     def __init__(self, path: Path, seed: int, *, resume: bool = True, every: int = 50) -> None:
         self.path, self.key, self._keep, self._every = path, str(seed), resume, every
         self._began = time.monotonic()
-        known = json.loads(path.read_text()) if resume and path.exists() else {}
-        self._seeds: dict[str, Any] = known.get("seeds", {})
-        mine = self._seeds.get(self.key, {"next": 0, "ends": {}, "seconds": 0.0, "slowest": 0.0, "wrong": []})
+        known = self._read() if resume else {}
+        mine = known.get(self.key, {"next": 0, "ends": {}, "seconds": 0.0, "slowest": 0.0, "wrong": []})
         self.done: int = mine["next"]
         self.wrong: list[str] = []
         self._mine = mine
@@ -55,15 +61,30 @@ class Tally:
         self._mine["seconds"] = round(self._mine["seconds"] + now - self._began, 1)
         self._began = now
         self._mine |= {"environment": environment(), **origin()}
-        self._seeds[self.key] = self._mine
-        total: dict[str, int] = {}
-        for one in self._seeds.values():
-            for end, count in one["ends"].items():
-                total[end] = total.get(end, 0) + count
-        content = {"total": sum(total.values()), "ends": total, "seeds": self._seeds}
-        write_atomic(self.path, json.dumps(content, indent=1) + "\n")
+        with _alone(self.path.parent):
+            seeds = self._read() | {self.key: self._mine}
+            total: dict[str, int] = {}
+            for one in seeds.values():
+                for end, count in one["ends"].items():
+                    total[end] = total.get(end, 0) + count
+            content = {"total": sum(total.values()), "ends": total, "seeds": seeds}
+            write_atomic(self.path, json.dumps(content, indent=1) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.path.read_text())["seeds"] if self.path.exists() else {}
+        return found
 
     def told(self) -> str:
         """Return the counts in words."""
         ends = self._mine["ends"]
         return f"{sum(ends.values())} tried: " + ", ".join(f"{count} {end}" for end, count in sorted(ends.items()))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
