@@ -279,22 +279,28 @@ def test_a_recipe_with_a_key_is_refused_without_repeating_it(secret: str) -> Non
     for recipe in (
         {"job": "merge", "experts": [secret], "method": "linear"},
         {"job": "train", "model": "m", "data": {"path": "d"}, "trainer": {"run_name": f"x {secret} y"}},
+        {"job": "train", "model": "m", "data": {"path": f"data/run_{secret}"}},
+        {"job": "train", "model": "m", "data": {"path": "d"}, "trainer": {"report_to": [[["none", secret]]]}},
+        {"job": "evaluate", "models": {f"as {secret}": "one"}, "tasks": {}},
     ):
         with pytest.raises(RecipeError, match="holds a key or a password") as refused:
             parse(recipe)
         assert SECRETS[secret] in str(refused.value)
         assert secret.rpartition("=")[2].rpartition(" ")[2].strip("'") not in str(refused.value)
     assert "(hidden)" in redact(f"x {secret} y") and secret not in redact(secret)
+    assert secret not in str(redact({secret: {f"of {secret}": 1}}))
 
 
 @pytest.mark.parametrize("key", ["hub_token", "HF_TOKEN", "api_key", "password", "wandb_api_key", "x-api-key", "pwd",
                                  "bearer", "cookie", "openai_key"])  # fmt: skip
-def test_what_stands_under_a_secrets_name_is_one(key: str) -> None:
+@pytest.mark.parametrize("value", ["abc", ["abc"], [["abc"], 1], 12345678])
+def test_what_stands_under_a_secrets_name_is_one(key: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=f"trainer.{key} holds a key"):
-        parse({"job": "train", "model": "m", "data": {"path": "d"}, "trainer": {key: "abc"}})
+        parse({"job": "train", "model": "m", "data": {"path": "d"}, "trainer": {key: value}})
 
 
 @pytest.mark.parametrize("text", ["org/name", "sk-small", "a@b", "https://host/x@main", "task:hf_x", "mask_token"])
 def test_ordinary_words_are_no_secrets(text: str) -> None:
     assert not list(secrets_in({"path": text, "eos_token": text, "max_new_tokens": 4, "api_key_env": "OPENAI_API_KEY"}))
+    assert not list(secrets_in({"password": {"kind": text}, "secret": 0.5, "token": True}))
     assert redact(text) == text

@@ -322,3 +322,34 @@ def test_a_file_that_a_kill_left_while_the_file_system_was_tried_is_removed(tmp_
     os.utime(left, (0, 0))
     lock.remove_leftovers(tmp_path)
     assert not left.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", [lock.NAME, ".cell.claim"])
+def test_what_a_kill_cuts_off_before_it_says_whose_it_is_goes_at_once(tmp_path, monkeypatch, name):
+    def cut_off():
+        monkeypatch.setattr(lock.json, "dump", lambda *_: os.kill(os.getpid(), 9))
+        with lock.hold(tmp_path / name, "x"):
+            pass
+
+    if (pid := os.fork()) == 0:
+        try:
+            cut_off()
+        finally:
+            os._exit(1)
+    os.waitpid(pid, 0)
+    [left] = tmp_path.iterdir()
+    assert left.read_text() == ""
+    (tmp_path / (left.name[:-32] + "f" * 32)).touch()  # of a machine that is not known
+    lock.remove_leftovers(tmp_path)
+    assert [path.name[-32:] for path in tmp_path.iterdir()] == ["f" * 32]
+
+
+def test_claims_of_the_dead_go_and_those_of_the_living_stay(tmp_path, sleeper):
+    for name, process in (("dead", dead_process()), ("living", sleeper.pid)):
+        started = lock._start_of(process) or "1"
+        left_by(tmp_path / f".{name}{lock.CLAIM}", pid=process, started=started)
+        left_by(tmp_path / f".{name}{lock.CLAIM}.{'a' * 32}", pid=process, started=started)
+    (tmp_path / "cell").mkdir()
+    lock.remove_claims(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"cell", ".living.claim", f".living.claim.{'a' * 32}"}

@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from modicum.errors import RecipeError
 from modicum.recipe import dump, override, parse, parse_yaml, read, shipped
@@ -91,6 +92,27 @@ def test_a_recipe_must_be_a_mapping(tmp_path):
     path.write_text("- a\n- b\n")
     with pytest.raises(RecipeError, match="is list, expected a mapping"):
         read(str(path))
+
+
+TRAIN = {"job": "train", "model": "m", "data": {"path": "d"}}
+ROUTE = {"job": "route", "base": "b", "experts": {"a": "one", "b": "two"}, "store": "sign"}
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        ({"job": "merge", "base": "b", "experts": ["a"], "method": {"name": "resm", "bounds": None}}, "method.bounds"),
+        (TRAIN | {"average": {"moving": {"decay": None}}}, "average.moving.decay"),
+        (ROUTE | {"router": None}, "router"),
+    ],
+)
+def test_nothing_in_the_place_of_a_default_survives_a_round_trip(data, place):
+    parsed = parse(data)
+    told = dump(parsed)
+    assert parse(yaml.safe_load(yaml.safe_dump(told))) == parsed
+    for part in place.split("."):
+        told = told[part]
+    assert told is None
 
 
 @pytest.mark.parametrize("name", shipped())

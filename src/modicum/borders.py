@@ -28,6 +28,7 @@ MALFORMED = (
     MemoryError,
 )
 LARGEST = 256 << 20  # bytes of a text that is read whole, tokenizers being the largest
+OURS = "Delete it and run again."  # what to do about a file of a run's own that is none
 LONGEST, DEEPEST = 4096, 200  # bytes of a path, and its folders
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -63,8 +64,12 @@ def border(what: str | Path, remedy: str = "Download it again.") -> Iterator[Non
         raise CheckpointError(f"{what} is malformed ({said[:200]}). {remedy}") from None
 
 
-def check_plain(path: Path) -> None:
+def check_plain(path: Path, remedy: str = "Give the file itself.") -> None:
     """Refuse what is there but is no plain file or folder, whose reading would never end, and texts beyond all measure.
+
+    Args:
+        path: What is going to be opened.
+        remedy: What to do about it; of what a run keeps for itself, :data:`OURS`.
 
     Raises:
         CheckpointError: It is a pipe, a socket or a device.
@@ -74,7 +79,7 @@ def check_plain(path: Path) -> None:
     except (OSError, ValueError):
         return  # whoever opens it says why it cannot
     if (kind := KINDS.get(stat.S_IFMT(found.st_mode))) is not None:
-        raise CheckpointError(f"{path} is {kind}, expected a file. Give the file itself.")
+        raise CheckpointError(f"{path} is {kind}, expected a file. {remedy}")
 
 
 def expanded(name: str | os.PathLike[str]) -> Path:
@@ -142,7 +147,7 @@ def read_json(path: Path, owner: str, remedy: str = "Download it again.") -> dic
     Raises:
         CheckpointError: It cannot be read, is no JSON, or holds something else than a mapping.
     """
-    check_plain(path)
+    check_plain(path, remedy)
     try:
         size = path.stat().st_size
         if size > LARGEST:

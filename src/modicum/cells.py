@@ -25,7 +25,7 @@ from modicum.borders import border, check_plain, loads
 from modicum.durable import write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError
-from modicum.lock import HeldError, hold
+from modicum.lock import CLAIM, HeldError, hold
 
 LONGEST = 200  # letters of a file's name that a key gives, of 255 that there may be
 REMEDY = "Delete it and run again: what it held is measured anew."
@@ -121,7 +121,7 @@ def claim(claims: Path | None, key: str) -> Iterator[bool]:
         if claims is not None:
             claims.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(hold(claims / f".{_file_name(key)}.claim", f"cell {key!r}"))
+                stack.enter_context(hold(claims / f".{_file_name(key)}{CLAIM}", f"cell {key!r}"))
             except HeldError:
                 yield False
                 return
@@ -143,7 +143,7 @@ class Folder:
 
     def __getitem__(self, key: str) -> Cell:
         file = self._file(key)
-        check_plain(file)
+        check_plain(file, REMEDY)
         with border(file, REMEDY):
             cell = _mapping(loads(file.read_bytes()))
         return cell
@@ -175,7 +175,7 @@ class Document:
         about = json.loads(json.dumps(dict(self.about)))  # as the file will have it: tuples become lists
         self._content: dict[str, Any] = {"study": self.path.stem, "about": about, "cells": {}}
         if self.path.exists():
-            check_plain(self.path)
+            check_plain(self.path, REMEDY)
             with border(self.path, REMEDY):
                 found = _mapping(loads(self.path.read_bytes()))
                 cells = {key: _mapping(cell) for key, cell in _mapping(found["cells"]).items()}

@@ -53,8 +53,10 @@ SHAPES: Mapping[str, str] = MappingProxyType(
         r"\s*['\"]?[^\s,;'\"]{6,}": "a variable of its own",
     }
 )
-_ANY = re.compile("|".join(f"(?:{shape.removeprefix('(?i)')})" for shape in SHAPES if not shape.startswith("(?i)")))
-_ANY_CASE = re.compile("|".join(f"(?:{shape[4:]})" for shape in SHAPES if shape.startswith("(?i)")), re.IGNORECASE)
+# A file's name may join a key to other words by an underscore, which is a letter to \b.
+_FOUND = {re.sub(r"^((?:\(\?i\))?)\\b", r"\1(?<![^\\W_])", shape): variable for shape, variable in SHAPES.items()}
+_ANY = re.compile("|".join(f"(?:{shape})" for shape in _FOUND if not shape.startswith("(?i)")))
+_ANY_CASE = re.compile("|".join(f"(?:{shape[4:]})" for shape in _FOUND if shape.startswith("(?i)")), re.IGNORECASE)
 _KEY = re.compile(
     r"(?i)(password|passwd|passphrase|secret|authorization|credentials?|(api|access|private|secret|encryption)[-_]?key)$"
     r"|^(?i:pwd|bearer|(?:set-)?cookie)$|(?i:^|_)(?i:wandb|openai|anthropic|hf|aws|azure|google)_?(?i:key)$"
@@ -90,10 +92,8 @@ def redact(value: Any, *, names: bool = True) -> Any:
         {'hub_token': '(hidden)', 'mask_token': '<m>', 'error': 'at https://(hidden)@host'}
     """
     if isinstance(value, Mapping):
-        return {
-            key: HIDDEN if names and item not in (None, "") and _hides(value, key) else redact(item, names=names)
-            for key, item in value.items()
-        }
+        hidden = {key for key, item in value.items() if names and item not in (None, "") and _hides(value, key)}
+        return {redact(key): HIDDEN if key in hidden else redact(item, names=names) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact(item, names=names) for item in value]
     return _ANY_CASE.sub(HIDDEN, _ANY.sub(HIDDEN, value)) if isinstance(value, str) else value
@@ -108,9 +108,12 @@ def secrets_in(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
-            place = f"{where}.{key}".lstrip(".")
-            if isinstance(item, str) and item and _hides(value, key):
-                yield place, _variable(item) or ("HF_TOKEN" if "hub" in str(key) else "a variable of the environment")
+            place = redact(f"{where}.{key}".lstrip("."))
+            if (variable := _variable(str(key))) is not None:
+                yield place, variable
+            elif _is_said(item) and _hides(value, key):
+                ordinary = "HF_TOKEN" if "hub" in str(key) else "a variable of the environment"
+                yield place, _variable(str(item)) or ordinary
             else:
                 yield from secrets_in(item, place)
     elif isinstance(value, (list, tuple)):
@@ -120,5 +123,12 @@ def secrets_in(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
         yield where, variable
 
 
+def _is_said(value: object) -> bool:
+    """Whether a value could be a password: a text, a long number, or a list with one of them."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_said, value))
+    return (isinstance(value, str) and value != "") or (type(value) is int and value >= 100_000)
+
+
 def _variable(text: str) -> str | None:
-    return next((name for shape, name in SHAPES.items() if re.search(shape, text)), None)
+    return next((name for shape, name in _FOUND.items() if re.search(shape, text)), None)

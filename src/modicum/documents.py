@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from modicum.borders import LARGEST, MALFORMED, check_plain
+from modicum.borders import LARGEST, MALFORMED, OURS, check_plain
 from modicum.errors import CheckpointError, RecipeError, first_line
 
 MOST_NODES = 50_000  # values of a document; reading so many takes two seconds
@@ -133,7 +133,7 @@ def stored_yaml(path: Path) -> Any:
     Raises:
         CheckpointError: It cannot be read, or is no YAML.
     """
-    check_plain(path)
+    check_plain(path, OURS)
     try:
         if path.stat().st_size > LARGEST:
             raise CheckpointError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, which is no recipe. Delete it.")

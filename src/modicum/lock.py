@@ -9,6 +9,7 @@ and the others follow it (:func:`wait`).
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -18,11 +19,11 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from modicum.borders import check_plain, loads
+from modicum.borders import OURS, check_plain, loads
 from modicum.durable import REMOVED
 from modicum.errors import CheckpointError
 
@@ -32,7 +33,8 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
-LEFT = re.compile(r"\.(?:.+\.)?lock\.[0-9a-f]{32}")
+CLAIM = ".claim"  # how the lock of a cell ends, in a folder that several processes fill
+LEFT = re.compile(r"\.(?:.+\.)?(?:lock|claim)\.([0-9a-f]{12})([0-9a-f]{8})[0-9a-f]{12}")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_PID = 2**31 - 1
 LARGEST = 1 << 16  # bytes of a lock file
@@ -92,7 +94,7 @@ def hold(path: Path, what: str | Path) -> Iterator[None]:
         HeldError: Another process, or another part of this one, writes there.
     """
     me = _me()
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    beside = path.with_name(f"{path.name}.{_mark(me)}")
     try:
         _write(beside, me)
         while not _create(beside, path, me):
@@ -156,7 +158,7 @@ def read_owner(path: Path, *, tries: int = 50) -> Owner | None:
 
 
 def _owner(path: Path) -> Owner:
-    check_plain(path)
+    check_plain(path, OURS)
     if path.stat().st_size > LARGEST:
         raise ValueError("no lock is so large")
     owner = Owner(**loads(path.read_text(encoding="utf-8")))
@@ -169,14 +171,17 @@ def _owner(path: Path) -> Owner:
 
 def is_left(path: Path) -> bool:
     """Whether a file is what a process that was killed had written to take a lock with."""
-    if not LEFT.fullmatch(path.name):
+    mark = LEFT.fullmatch(path.name)
+    if mark is None:
         return False
     try:
         return _owner(path).alive() is False
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, TypeError):
-        return time.time() - path.stat().st_mtime > 10  # it may be just being written
+    except (OSError, ValueError, TypeError):  # it may be just being written
+        if mark[1] == _place(_me()) and not _exists(int(mark[2], 16)):
+            return True
+        return time.time() - path.stat().st_mtime > 10
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -194,9 +199,19 @@ def remove_leftovers(folder: Path) -> None:
         folders[:] = [name for name in folders if name != "stages" and Path(place, name).is_dir()]
         own = "checkpoints" not in Path(place).relative_to(folder).parts
         for path in (Path(place, name) for name in files):
-            check_plain(path)  # opening it to read or write would wait without an end
+            check_plain(path, OURS)  # opening it to read or write would wait without an end
             if own and (re.fullmatch(r"\..+\.\d+", path.name) or is_left(path)):
                 path.unlink(missing_ok=True)
+
+
+def remove_claims(folder: Path) -> None:
+    """Remove what killed processes left of claims in a folder, which others may be filling at this moment."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_left(path):
+            path.unlink(missing_ok=True)
+        elif path.name.startswith(".") and path.name.endswith(CLAIM):
+            with suppress(CheckpointError, OSError), hold(path, folder):  # a dead process's is taken over, and so ends
+                pass
 
 
 def patience() -> float:
@@ -244,7 +259,7 @@ def check_exclusive(folder: Path) -> None:
     Raises:
         CheckpointError: A second process would not be told that a file exists already.
     """
-    probe = folder / f".exclusive.lock.{uuid.uuid4().hex}"  # :func:`is_left` knows this name
+    probe = folder / f".exclusive.lock.{_mark(_me())}"  # :func:`is_left` knows this name
     try:
         probe.open("x").close()
         try:
@@ -320,6 +335,17 @@ def _take_over(beside: Path, path: Path, dead: Owner) -> bool:
             return True
     except FileNotFoundError:
         return False
+
+
+def _place(owner: Owner) -> str:
+    """Return what tells the world of process numbers from others that share the disk, in 12 digits."""
+    told = "\0".join((owner.host, owner.machine, owner.boot, owner.namespace))
+    return hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def _mark(owner: Owner) -> str:
+    """Return how the name of a file ends that a process writes: it tells whose it is before it holds a word."""
+    return f"{_place(owner)}{owner.pid:08x}{uuid.uuid4().hex[:12]}"
 
 
 def _me() -> Owner:

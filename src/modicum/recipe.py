@@ -13,7 +13,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeAlias, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapSerializer,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from modicum import registry
 from modicum.borders import MALFORMED
@@ -25,6 +35,8 @@ from modicum.inputs import Inputs, look
 from modicum.registry import Registry
 from modicum.schema import Noun, classes_in, explain, not_finite
 from modicum.types import NonNegativeInt
+
+Data: TypeAlias = dict[str, Any]
 
 
 class Section(BaseModel):
@@ -41,6 +53,15 @@ class Section(BaseModel):
             for where, found in () if isinstance(value, BaseModel) else not_finite(value, name):
                 raise ValueError(f"{where} is {found}, expected a finite number")
         return self
+
+    @model_serializer(mode="wrap")
+    def _nulls_are_written(self, handler: Any) -> Data:
+        """Keep the nulls that say something else than a default: without them a dump would be another recipe."""
+        told: Data = handler(self)
+        for name, field in type(self).model_fields.items():
+            if name not in told and getattr(self, name) is None and _default_of(field) is not None:
+                told[name] = None
+        return told
 
 
 class Recipe(Section):
@@ -96,7 +117,18 @@ def choice(table: Registry[..., Any], *, complete: bool = True) -> Any:
         given = {key: item for key, item in value.items() if key != "name"}
         return {"name": entry.name, **(entry.knobs(given) if complete else given)}
 
-    return Annotated[Choice, BeforeValidator(check), Noun(table.noun)]
+    def tell(value: Choice, handler: Any) -> Data:
+        told: Data = handler(value)
+        known = table[value.name].schema.model_fields if None in value.knobs.values() else {}
+        nulls = (name for name, item in value.knobs.items() if item is None and name in known)
+        return told | {name: None for name in nulls if _default_of(known[name]) is not None}
+
+    return Annotated[Choice, BeforeValidator(check), WrapSerializer(tell), Noun(table.noun)]
+
+
+def _default_of(field: FieldInfo) -> Any:
+    """Return what a field is when nothing is said; something, for one that must be said."""
+    return ... if field.is_required() else field.get_default(call_default_factory=True)
 
 
 def sections(schema: type[Section]) -> dict[type[Section], list[str]]:
@@ -120,7 +152,6 @@ def sections(schema: type[Section]) -> dict[type[Section], list[str]]:
     return found
 
 
-Data: TypeAlias = dict[str, Any]
 LARGEST = 16 << 20  # bytes of a recipe
 DEEPEST = 50  # levels of a value that is set from outside
 

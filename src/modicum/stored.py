@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modicum.borders import border, check_plain, loads, read_json
+from modicum.borders import OURS, border, check_plain, loads, read_json
 from modicum.content import hash_files
 from modicum.documents import stored_yaml
 from modicum.errors import CheckpointError
@@ -96,7 +96,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file of JSON lines, if there is one; a line cut off by a crash is left out."""
     if not path.exists():
         return []
-    check_plain(path)
+    check_plain(path, OURS)
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

@@ -49,9 +49,9 @@ def test_a_damaged_document_is_named(tmp_path, content):
 
 def test_a_pipe_in_the_place_of_state_is_refused(tmp_path):
     os.mkfifo(tmp_path / "cells.json")
-    with pytest.raises(CheckpointError, match="is a pipe"):
+    with pytest.raises(CheckpointError, match="is a pipe, expected a file. Delete it and run again"):
         Document(tmp_path / "cells.json")
-    with pytest.raises(CheckpointError, match="is a pipe"):
+    with pytest.raises(CheckpointError, match="is a pipe, expected a file. Delete it and run again"):
         Journal(tmp_path / "cells.json", "x")
 
 
@@ -133,7 +133,10 @@ def test_a_pipe_in_a_run_folder_is_refused_before_it_is_opened(tmp_path, name, k
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
     os.mkfifo(place) if kind == "pipe" else place.symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match=f"is a {kind}, expected a file"), Run(tmp_path / "run", **run):
+    with (
+        pytest.raises(CheckpointError, match=f"is a {kind}, expected a file. Delete it and run again"),
+        Run(tmp_path / "run", **run),
+    ):
         pass
 
 

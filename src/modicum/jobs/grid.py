@@ -202,6 +202,7 @@ def grid(recipe: GridRecipe, run: Run) -> None:
         finally:
             if run.main:
                 collect()
+                lock.remove_claims(run.folder / "stages")
     if run.main:
         run.output("grid", run.folder / "grid.json")
         run.output("cells", run.folder / "cells")

@@ -42,7 +42,7 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
     try:
         if path.is_dir() or not path.suffix:
             path = path / "report.html"
-        check_plain(path)
+        check_plain(path, "Choose another --out.")
         if path.exists() and not _is_report(path):
             raise CheckpointError(f"{path} is no report of modicum's, so it is not overwritten. Choose another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)

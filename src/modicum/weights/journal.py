@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modicum import processes
-from modicum.borders import MALFORMED, check_plain, loads
+from modicum.borders import MALFORMED, OURS, check_plain, loads
 from modicum.durable import write_atomic
 
 
@@ -33,7 +33,7 @@ class Journal:
 
     def _read(self, identity: str) -> list[tuple[str, list[float]]]:
         known: list[tuple[str, list[float]]] = []
-        check_plain(self.path)
+        check_plain(self.path, OURS)
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         if not lines or lines[0] != json.dumps(identity):
             return known

@@ -145,11 +145,34 @@ def test_keys_come_from_the_environment_and_appear_nowhere(monkeypatch):
         OpenAICompatible(model="m", api_key_env="TEACHER_KEY")
 
 
+def test_the_line_end_of_a_file_is_no_part_of_a_key(monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "s3cret-value\r\n")
+    with serving(lambda body, number: completion("fine")) as (url, seen):
+        (result,) = OpenAICompatible(url, "m", api_key_env="TEACHER_KEY").generate([request()])
+        assert result.error is None and seen[0]["key"] == "Bearer s3cret-value"
+
+
+@pytest.mark.parametrize("key", ["s3cret value", "s3cret\nX-Other: 1", "s3crèt", "s3cret☃"])
+def test_what_no_header_can_carry_is_no_key(monkeypatch, key):
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with pytest.raises(RecipeError, match="TEACHER_KEY holds what no key does") as refused:
+        OpenAICompatible(model="m", api_key_env="TEACHER_KEY")
+    assert "s3cr" not in str(refused.value)
+
+
+@pytest.mark.parametrize("variable", ["s3cret-value", "s3cret", "S3CRET.VALUE"])
+def test_a_key_in_the_place_of_its_variable_is_not_repeated(variable):
+    with pytest.raises(RecipeError, match="that api_key_env names is not set") as refused:
+        OpenAICompatible(model="m", api_key_env=variable)
+    assert variable not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "knobs",
     [
         {"base_url": "ftp://127.0.0.1/v1"}, {"base_url": "127.0.0.1:8000"}, {"base_url": "http://u:p@127.0.0.1/v1"},
-        {"base_url": "http://example.org/v1"}, {"concurrency": 0}, {"timeout": 0.0}, {"retries": -1},
+        {"base_url": "http://example.org/v1"}, {"base_url": "http://127.0.0.1/v1?version=u:p"},
+        {"concurrency": 0}, {"timeout": 0.0}, {"retries": -1},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_meant_are_refused(knobs):

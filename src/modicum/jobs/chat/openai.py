@@ -79,9 +79,10 @@ class OpenAICompatible:
             raise RecipeError(f"base_url is no address: {error}.") from None
         if not model:
             raise RecipeError("model is empty, expected the name that the server knows the model by.")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        alone = not (parts.username or parts.password or parts.query or parts.fragment)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not alone:
             raise RecipeError(
-                "base_url is no address such as http://127.0.0.1:8000/v1, without a name or password in it."
+                "base_url is no address such as http://127.0.0.1:8000/v1, without a name, a password or a query in it."
             )
         if parts.hostname not in LOOPBACK and not allow_remote:
             raise RecipeError(
@@ -98,11 +99,7 @@ class OpenAICompatible:
                 raise ValueError
         except (TypeError, ValueError):
             raise RecipeError(f"extra_body has a {SAMPLING} that is no JSON object in a text, expected one.") from None
-        key = None
-        if api_key_env is not None and not (key := os.environ.get(api_key_env)):
-            raise RecipeError(
-                f"The environment variable {api_key_env} is not set. Put the key of {parts.netloc} into it."
-            )
+        key = None if api_key_env is None else _key_in(api_key_env, parts.netloc)
         self.model, self.name, self.tags, self.progress = model, f"{model}@{parts.netloc}", tags, progress
         self.extra_body, self.concurrency = dict(extra_body or {}), concurrency
         self.endpoint = Endpoint(base_url.rstrip("/"), key=key, timeout=timeout, retries=retries)
@@ -267,6 +264,18 @@ class OpenAICompatible:
         if reasoning is None:
             reasoning, text, _ = split_reasoning(text, tags=self.tags)
         return Choice(text, reasoning, finish, _likely(entry.get("logprobs")))
+
+
+def _key_in(variable: str, server: str) -> str:
+    """Return the key that a variable of the environment holds; a line end, as files of keys have one, is none of it."""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        # Who takes the variable's name for the key itself must not find it in a log.
+        told = variable if variable.isidentifier() and variable.isupper() else "that api_key_env names"
+        raise RecipeError(f"The environment variable {told} is not set. Put the key of {server} into it.")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise RecipeError(f"The environment variable {variable} holds what no key does. Put the key alone into it.")
+    return key
 
 
 def _likely(given: Any) -> list[dict[str, float]] | None:
