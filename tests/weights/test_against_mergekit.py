@@ -138,7 +138,7 @@ def test_results_agree(file: Path, zoo: Path, theirs: Path, tmp_path: Path) -> N
         if differing(file, name):
             seen |= {name} if not same(tensor, expected[name]) else set()
             continue
-        assert same(tensor, expected[name]), name
+        assert same(tensor, expected[name]) or iterated(file, tensor, expected[name]), name
     named = [files for files, _ in DIFFERENCES.values() if file.stem in files]
     assert bool(seen) == bool(named), "A difference that is listed is there, or leaves the list."
 
@@ -146,6 +146,11 @@ def test_results_agree(file: Path, zoo: Path, theirs: Path, tmp_path: Path) -> N
 def same(a: Tensor, b: Tensor) -> bool:
     tolerance = 2e-5 if a.dtype == torch.float32 else 1e-2
     return a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance / 10)
+
+
+def iterated(file: Path, a: Tensor, b: Tensor) -> bool:
+    """Whether two means that are found step by step agree to the length at which both stop, 1e-5 of the tensor's."""
+    return "karcher" in file.stem and a.dtype == b.dtype and float((a - b).norm()) <= 1e-5 * float(b.norm())
 
 
 def test_there_are_enough_files_of_enough_kinds() -> None:
