@@ -308,10 +308,10 @@ def is_linear_map(name: str) -> bool:
     """Whether a matrix maps inputs to outputs: its singular directions mean nothing where rows are looked up or scored.
 
     Example:
-        >>> is_linear_map("model.layers.0.mlp.gate_proj.weight"), is_linear_map("model.layers.0.mlp.gate.weight")
-        (True, False)
+        >>> [is_linear_map(f"h.0.mlp.{name}") for name in ("up_proj.weight", "gate.weight", "experts.up_proj_bias")]
+        [True, False, False]
     """
-    return role(name) is None
+    return role(name) is None and not name.endswith("bias")  # those of fused experts stand in a matrix
 
 
 def is_turned(name: str, model_type: str) -> bool:

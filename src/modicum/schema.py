@@ -43,7 +43,9 @@ def explain(error: ValidationError, where: str, schema: type[BaseModel]) -> str:
             # A method's own knobs were explained before: each of their lines says where it belongs.
             line = "\n".join(": ".join(filter(None, (where, path, part))) for part in ended.splitlines())
         lines.setdefault(path, line)
-    return "\n".join(lines.values())
+    # Of a list where a number may stand too, the entries tell more than that the list is none.
+    inner = {path for path in lines if any(other.startswith(f"{path}.") for other in lines)}
+    return "\n".join(line for path, line in lines.items() if path not in inner)
 
 
 def numbers_in(annotation: Any) -> Any:

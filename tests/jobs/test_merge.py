@@ -203,3 +203,28 @@ def test_keys_of_version_0_1_still_work(models: list[str]) -> None:
     assert (old.shard_bytes, old.allow_pickle) == (7, True)
     kit = {"merge_method": "linear", "models": [{"model": models[0], "parameters": {"weight": 1.0}}], "shard_size": 7}
     assert parse(kit).shard_bytes == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"experts": ["$0", "$1"]}, "m0 is the base itself: it adds no difference"),
+        ({"method": {"name": "task_arithmetic", "scale": 0}}, "the result is the base"),
+        ({"method": {"name": "ties", "density": 0.5, "weights": [0, 0]}}, "the result is the base"),
+        ({"experts": ["$0", "$1"], "method": "linear"}, None),  # the base takes no part
+        ({}, None),
+    ],
+)
+def test_what_adds_nothing_is_said(models: list[str], changes: dict[str, object], told: str | None) -> None:
+    text = json.dumps(recipe(models) | changes)
+    for i, model in enumerate(models):
+        text = text.replace(f"${i}", model)
+    found = [line for line in plan(parse(json.loads(text))) if "the base" in line]
+    assert [told in line for line in found] == [True] if told else not found
+
+
+def test_an_entry_of_a_list_is_what_an_error_tells_of(models: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse(recipe(models) | {"method": {"name": "ties", "density": [0, 1]}})
+    assert "density.0: Input should be greater than 0, got 0." in str(error.value)
+    assert "\n" not in str(error.value)

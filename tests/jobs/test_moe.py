@@ -159,6 +159,31 @@ def test_what_cannot_be_put_together_is_refused(change: dict[str, Any], message:
         plan(parse(recipe))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_experts_may_be_sharded_adapters_and_of_other_tokens(zoo: Path, tmp_path: Path) -> None:
+    import peft
+
+    place = tmp_path / "a place"
+    for name in NAMES[:3]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(zoo / "llama" / name)
+        model.save_pretrained(place / "llama" / name, max_shard_size="8KB")
+        words = WORDS["base"] if name != "b" else [*WORDS["base"][:4], *reversed(WORDS["base"][4:])]
+        write_tokenizer(place / "llama" / name, words)
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "llama/base")
+    peft.get_peft_model(base, config).save_pretrained(place / "lora")
+    recipe = document(place, "llama", "random", experts="ab")
+    recipe["experts"][0]["source_model"] = f"{place / 'llama/a'}+{place / 'lora'}"
+    assert any("other tokens than" in line and "the base's tokens" in line for line in plan(parse(recipe)))
+    made = run(recipe, tmp_path / "run")
+    experts = [Checkpoint(place / "lora", base=place / "llama/a"), Checkpoint(place / "llama/b")]
+    assert not torch.equal(experts[0][(up := "model.layers.1.mlp.up_proj.weight")], Checkpoint(place / "llama/a")[up])
+    for number, expert in enumerate(experts):
+        for part, own in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            found = made[f"model.layers.1.block_sparse_moe.experts.{number}.{part}.weight"]
+            assert torch.equal(found, expert[f"model.layers.1.mlp.{own}.weight"])
+
+
 def test_prompts_are_needed_and_must_differ(zoo: Path) -> None:
     for prompts, message in (([], "has no positive_prompts"), (["a"], "All experts have the same prompts")):
         recipe = document(zoo, "llama", "hidden")

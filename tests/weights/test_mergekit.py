@@ -152,6 +152,10 @@ def test_the_plan_says_what_differs_and_what_is_overlooked(root: Path) -> None:
     for words in ("float32 with one cast", "density is 1", "the last value", "int8_mask", "does not read 'densty'"):
         assert words in lines
     assert "random masks" not in lines
+    text = json.dumps(json.loads(text) | {"dtype": "torch.float32"}).replace('"densty"', '"density"')
+    assert "density is 1" not in "\n".join(plan(parse(json.loads(text))))
+    text = text.replace('"density": 0.3', '"density": 0')
+    assert "density is 1" not in "\n".join(plan(parse(json.loads(text))))
 
 
 @pytest.mark.parametrize(

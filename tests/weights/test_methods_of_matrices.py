@@ -371,3 +371,12 @@ def test_a_sum_of_magnitudes_is_not_restored_from_next_to_nothing() -> None:
     for seed in range(20):
         rng = torch.Generator().manual_seed(seed)
         assert dare(torch.zeros(1, 4), [delta], density=0.5, rescale="l1", generator=rng).isfinite().all()
+
+
+@pytest.mark.parametrize("method", [n for n, entry in merge_method.items() if entry.facts.matrix and entry.facts.base])
+@pytest.mark.parametrize("name", ["final_logits_bias", "model.layers.0.mlp.experts.gate_up_proj_bias"])
+def test_biases_that_stand_in_a_matrix_are_averaged(method: str, name: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    base, *experts = ({name: torch.randn(3, 8, generator=rng)} for _ in range(3))
+    found = merge_state_dicts(base, experts, method=method)[name]
+    torch.testing.assert_close(found, (experts[0][name] + experts[1][name]) / 2)

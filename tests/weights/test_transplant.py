@@ -21,7 +21,7 @@ from modicum.recipe import parse
 from modicum.record import read_record
 from modicum.weights import Checkpoint
 from modicum.weights.mergekit.tokenizers import spelt
-from modicum.weights.transplant import neighbours, pursue
+from modicum.weights.transplant import neighbours, plan_transplant, pursue
 from weights.families import WORDS, make_family, write_tokenizer
 
 SHARED = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnop"]
@@ -151,6 +151,31 @@ def test_atoms_that_repeat_or_vanish_do_no_harm() -> None:
         made = found.of(atoms)
         assert bool(made.isfinite().all())
         assert float(made.abs().max()) < 10
+
+
+@pytest.mark.parametrize("first", ["piece", "byte"])
+def test_a_piece_and_its_byte_are_two_tokens(first: str, tmp_path: Path) -> None:
+    """SentencePiece has a line feed twice where it falls back to bytes; Gemma's bytes come after its pieces."""
+    pieces = [f"p{i}" for i in range(18)]
+    two = ["\n", "<0x0A>"] if first == "piece" else ["<0x0A>", "\n"]
+    words = {"sentencepiece": [*pieces, *two], "level": [*reversed(pieces), "\u010a", "q"]}
+    decoders = {"sentencepiece": {"type": "ByteFallback"}, "level": {"type": "ByteLevel"}}
+    for name, tokens in words.items():
+        make_family(tmp_path / name, "llama", vocab_size=20)
+        vocabulary = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": []}
+        data = {"model": vocabulary, "decoder": decoders[name], "added_tokens": []}
+        (tmp_path / name / "base/tokenizer.json").write_text(json.dumps(data))
+    models = {name: Checkpoint(tmp_path / name / "base") for name in words}
+
+    def row(model: str, donor: str, token: str) -> int:
+        table: Any = plan_transplant(models[model], models[donor]).plan.steps[0].experts[0].tensors
+        assert bool(table.tokens.all())
+        return int(table.rows[words[donor].index(token)])
+
+    level, piece = words["level"].index("\u010a"), words["sentencepiece"].index("\n")
+    assert row("level", "sentencepiece", "\n") == row("level", "sentencepiece", "<0x0A>") == level
+    assert row("sentencepiece", "level", "\u010a") == piece
+    assert row("sentencepiece", "sentencepiece", "<0x0A>") == words["sentencepiece"].index("<0x0A>")
 
 
 def test_tokens_are_compared_by_what_they_stand_for() -> None:

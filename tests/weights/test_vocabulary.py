@@ -93,6 +93,20 @@ def test_a_row_of_two_donors_is_their_mean_and_the_base_s_row_goes_before(tmp_pa
     torch.testing.assert_close(made[1], models["base"][table][1])
 
 
+def test_a_model_listed_twice_is_two_models_of_a_union(tmp_path: Path) -> None:
+    words = {"base": ["?", "a", "b"], "other": ["?", "b", "c", "a"]}
+    ids = {name: {word: i for i, word in enumerate(each)} for name, each in words.items()}
+    models = {name: write(tmp_path / name, ids[name], seed=i) for i, name in enumerate(words)}
+    paths = {name: str(tmp_path / name) for name in words}
+    document = {"job": "merge", "base": paths["base"], "experts": [paths["base"], paths["other"], paths["other"]],
+                "method": "linear", "tokenizer": "union"}  # fmt: skip
+    execute(parse(document), tmp_path / "run", quiet=True)
+    base, other = (models[name]["embed_out.weight"] for name in words)
+    made = Checkpoint(tmp_path / "run/model")["embed_out.weight"]
+    torch.testing.assert_close(made[1], (base[1] + 2 * other[3]) / 3)
+    torch.testing.assert_close(made[3], other[2])  # a token that the base lacks
+
+
 def test_a_tokenizer_may_know_more_tokens_than_the_tables_have_rows(tmp_path: Path) -> None:
     models = {
         "base": write(tmp_path / "base", {"?": 0, "x": 1, "beyond": 2}, rows=2),

@@ -14,6 +14,7 @@ from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.jobs.card import CARD, beside, model_card
 from modicum.jobs.loading.folders import note_code
+from modicum.jobs.loading.references import model_and_adapter
 from modicum.layout import is_recomputed, layer_of, role
 from modicum.recipe import Recipe, Section, dump
 from modicum.record import Run
@@ -35,7 +36,7 @@ BY_PROMPTS = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 class MoeExpert(Section):
     """A dense model that becomes an expert."""
 
-    source_model: str
+    source_model: str = Field(description="a folder, Hub id or builtin, or model+adapter")
     positive_prompts: list[str] = Field(default=[], description="what the expert is for")
     negative_prompts: list[str] = Field(default=[], description="what it is not for")
     noise_scale: Annotated[float, Ge(0)] = 0.0
@@ -78,10 +79,10 @@ class MoeRecipe(Recipe):
         return self
 
     def inputs(self) -> Iterator[str]:
-        """Yield the models."""
-        yield from dict.fromkeys(
-            [self.base_model, *(each.source_model for each in (*self.experts, *self.shared_experts))]
-        )
+        """Yield the models, and the adapters that some are given with."""
+        experts = [each.source_model for each in (*self.experts, *self.shared_experts)]
+        parts = [self.base_model, *(part for expert in experts for part in model_and_adapter(expert) if part)]
+        yield from dict.fromkeys(parts)
 
 
 def make_plan(recipe: MoeRecipe, rows: Mapping[int, torch.Tensor] | None = None) -> Plan:
@@ -97,8 +98,12 @@ def make_plan(recipe: MoeRecipe, rows: Mapping[int, torch.Tensor] | None = None)
     from modicum.weights.mixture import Expert, depth_of, kind_of, plan_mixture, width_of
 
     options: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "remote_code": recipe.remote_code}
-    opened: dict[str, Checkpoint] = {name: Checkpoint(name, **options) for name in recipe.inputs()}
-    base = opened[recipe.base_model]
+    base = Checkpoint(recipe.base_model, **options)
+    opened = {recipe.base_model: base}
+    for each in (*recipe.experts, *recipe.shared_experts):
+        if each.source_model not in opened:
+            model, adapter = model_and_adapter(each.source_model)
+            opened[each.source_model] = Checkpoint(adapter or model, base=model if adapter else None, **options)
     wanted = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen3": "qwen3_moe"}.get(recipe.architecture)
     if wanted is not None and wanted != kind_of(base).model_type:
         raise RecipeError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
 from modicum.layout import is_recomputed, is_vocabulary, layer_of, role, stacks
 from modicum.patterns import Pattern
-from modicum.weights.checkpoint import PACKED
+from modicum.weights.checkpoint import PACKED, Checkpoint
 from modicum.weights.configs import differences
 from modicum.weights.files import Spec
 
@@ -35,6 +35,24 @@ def spec_of(tensors: Tensors, name: str) -> Spec:
 def label(tensors: Tensors, fallback: str) -> str:
     """Return what to call a model in a message."""
     return str(getattr(tensors, "name", fallback))
+
+
+def labels(models: Sequence[Tensors], fallbacks: Sequence[str]) -> list[str]:
+    """Return what to call each of several models: one that is listed again, or an adapter on another base, by a number.
+
+    Example:
+        >>> labels([{}, {}, {}], ["base", "a", "a"])
+        ['base', 'a', 'a (2)']
+    """
+    found: list[str] = []
+    for model, fallback in zip(models, fallbacks):
+        own = name = label(model, fallback)
+        number = 1
+        while own in found:
+            number += 1
+            own = f"{name} ({number})"
+        found.append(own)
+    return found
 
 
 def check_agreement(
@@ -115,6 +133,18 @@ def notes_on_configs(models: Sequence[Tensors], names: Sequence[str]) -> list[st
         if found:
             notes.append(f"{name} differs from {names[0]} in {told}{more}: the result keeps {names[0]}'s")
     return notes
+
+
+def notes_on_idle(base: Tensors | None, experts: Sequence[Tensors], knobs: Mapping[str, Any]) -> Iterator[str]:
+    """Say which experts are the base itself, and that the result is the base, where a merge's knobs leave no other."""
+    if isinstance(base, Checkpoint) and not base.adapter:
+        for expert in experts:
+            same = isinstance(expert, Checkpoint) and expert.folder.resolve() == base.folder.resolve()
+            if same and not expert.adapter:  # type: ignore[attr-defined]
+                yield f"{label(expert, 'an expert')} is the base itself: it adds no difference"
+    weights = knobs.get("weights")
+    if knobs.get("scale") == 0 or (weights and not any(weights)):
+        yield "the scale, or all weights, are 0: the result is the base"
 
 
 def _check_architecture(a: Tensors, b: Tensors, a_name: str, b_name: str) -> None:

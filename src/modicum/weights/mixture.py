@@ -18,9 +18,10 @@ from modicum.layout import layer_of, stacks
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files
-from modicum.weights.compatibility import check_agreement, notes_on_configs
+from modicum.weights.compatibility import check_agreement, labels, notes_on_configs
 from modicum.weights.configs import text_of
 from modicum.weights.files import Spec
+from modicum.weights.mergekit.tokenizers import notes_on_tokenizers
 from modicum.weights.plan import Plan, Source, Step, kept, parse_dtype
 
 ROUTERS = "routers"  # what the rows of the routers are called in messages
@@ -106,7 +107,7 @@ def plan_mixture(
         raise RecipeError(f"{kind.architecture} {said}. Set shared_experts to {'one' if kind.shared else 'none'}.")
     everyone = [*experts, *([shared] if shared else [])]
     opened = aligned([base, *(each.model for each in everyone)])
-    names = [model.name for model in opened]
+    names = labels(opened, [model.name for model in opened])
     check_agreement(opened[0], opened[1:], names=names)
     made, wanted = _Made(kind, opened[0], routers, shared_gates or {}), parse_dtype(dtype)
     tables = [(Expert(model, each.scale), model) for each, model in zip(everyone, opened[1:])]
@@ -116,7 +117,9 @@ def plan_mixture(
              for s in steps]  # fmt: skip
     config = _config(base.config, kind, len(experts), experts_per_token)
     companions = companion_files(opened[0], wanted, **config)
-    return Plan(steps, opened, companions, notes_on_configs(opened, names))
+    notes = notes_on_configs(opened, names)
+    notes += notes_on_tokenizers(dict(zip(names, opened)), "and all read the base's tokens")
+    return Plan(steps, opened, companions, notes)
 
 
 def kind_of(base: Checkpoint) -> Kind:

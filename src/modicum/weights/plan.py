@@ -29,7 +29,9 @@ from modicum.weights.compatibility import (
     excluded,
     is_weight,
     label,
+    labels,
     notes_on_configs,
+    notes_on_idle,
     notes_on_left_out,
     spec_of,
 )
@@ -199,7 +201,8 @@ class Plan:
             f"takes at most {_size(self.memory_bound())} of memory besides the libraries, on {cores()} cores",
         ]
         if averaged:
-            lines.append(f"{', '.join(averaged)}: mean of the deltas, since rows of tokens have no singular directions")
+            told = "mean of the deltas, since rows of tokens, routers and biases have no singular directions"
+            lines.append(f"{', '.join(averaged)}: {told}")
         return [*lines, *self.notes]
 
 
@@ -220,9 +223,10 @@ def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """Return the dtype called ``name``."""
     if name is None or isinstance(name, torch.dtype):
         return name
-    if not isinstance(name, str) or name not in DTYPES:
-        raise RecipeError(f"dtype {name!r} is not known. {did_you_mean(str(name), DTYPES)}")
-    return DTYPES[name]
+    known = str(name).removeprefix("torch.")  # as mergekit's files may say it
+    if not isinstance(name, str) or known not in DTYPES:
+        raise RecipeError(f"dtype {name!r} is not known. {did_you_mean(known, DTYPES)}")
+    return DTYPES[known]
 
 
 def plan_merge(
@@ -257,7 +261,7 @@ def plan_merge(
     checked, wanted = entry.knobs(knobs), parse_dtype(dtype)
     models = aligned([*([base] if base is not None else []), *experts])
     names = [*(["base"] if base is not None else []), *(f"experts[{i}]" for i in range(len(experts)))]
-    names = [label(model, name) for model, name in zip(models, names)]
+    names = labels(models, names)
     if base_fingerprint is not None:
         check_fingerprint(base, base_fingerprint)
     vocabulary = Result() if tokenizer is None else unified(tokenizer, models, names, find, convert)
@@ -284,6 +288,7 @@ def plan_merge(
     companions = companion_files(first, wanted, **vocabulary.config) if isinstance(first, Checkpoint) else {}
     companions = companions_with(vocabulary, companions)
     notes = [*vocabulary.notes, *_foreign_adapters(base, experts), *notes_on_statistics(method, steps)]
+    notes += notes_on_idle(base, experts, checked) if entry.facts.base else []
     notes += [*notes_on_configs(plain, names), *notes_on_left_out(models, names, untouched)]
     if not vocabulary.tables:
         notes += notes_on_tokenizers(dict(zip(names, plain)))

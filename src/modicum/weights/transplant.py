@@ -18,6 +18,7 @@ Reference:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,8 @@ from modicum.weights.mergekit.vocabulary import Result, companions_with
 from modicum.weights.plan import Plan, Source, kept, parse_dtype
 from modicum.weights.retabled import Retabled, rows_of
 
+# What a token stands for, and whether it is a byte for texts without a token: ``<0x41>`` is seldom read, ``A`` often.
+Spelling = tuple[bytes | str, bool]
 Way = Literal["omp", "nearest", "mean", "zero"]
 BLOCK = 512  # new tokens at a time
 GENERATION = "generation_config.json"
@@ -198,12 +201,12 @@ def plan_transplant(
         if tokenizer is None:
             raise UnsupportedError(f"{each.name} has no tokenizer. Save it beside the model with transformers first.")
     mine, theirs = (_spelt(t, each.name) for each, t in zip((model, donor), tokenizers) if t is not None)
-    size, limit = rows_of(donor), rows_of(model)
+    size, limit, known = rows_of(donor), rows_of(model), _rows_by_spelling(mine)
     rows, tokens = torch.full((size,), -1), torch.zeros(size, dtype=torch.bool)
-    for token, row in theirs.items():
+    for row, token in theirs.items():
         if row < size:
             tokens[row] = True
-            rows[row] = own if (own := mine.get(token, limit)) < limit else -1
+            rows[row] = own if (own := known.get(token, limit)) < limit else -1
     shared = int((rows >= 0).sum())
     if shared < min(SHARED, len(theirs)):
         raise RecipeError(
@@ -216,7 +219,7 @@ def plan_transplant(
     files = {path.name: path.read_bytes() for path in donor.companions() if path.name in TOKENIZER_FILES}
     removed = [name for name in TOKENIZER_FILES if name not in files]
     ends = {key: value for key, value in text_of(donor.config).items() if key in ENDS}
-    told = Result({}, files, removed, ids=({row: token for token, row in mine.items()}, theirs))
+    told = Result({}, files, removed, ids=(mine, _rows_by_spelling(theirs)))
     before = companion_files(model, wanted, vocab_size=size, **dict.fromkeys(ends))  # these are the donor's
     if GENERATION in before:
         settings = {key: value for key, value in json.loads(before[GENERATION]).items() if key not in ENDS}
@@ -234,9 +237,18 @@ def plan_transplant(
     return Found(Plan(steps, [model, donor], companions, told.notes), shared, len(table.new))
 
 
-def _spelt(tokenizer: Mapping[str, Any], name: str) -> dict[bytes | str, int]:
-    """Return the rows of a vocabulary's tokens by what they stand for."""
+def _spelt(tokenizer: Mapping[str, Any], name: str) -> dict[int, Spelling]:
+    """Return what a vocabulary's tokens stand for, by their rows."""
     added = {**tokenizer, "added_tokens": []}
     special = {str(each.get("content")) for each in tokenizer.get("added_tokens") or ()}
     ids = token_ids(tokenizer, name)
-    return {token if token in special else spelt(token, added): row for token, row in ids.items()}
+    return {
+        row: (token, False) if token in special else (spelt(token, added), bool(re.fullmatch("<0x[0-9A-F]{2}>", token)))
+        for token, row in ids.items()
+    }
+
+
+def _rows_by_spelling(spellings: Mapping[int, Spelling]) -> dict[Spelling, int]:
+    """Return the row of each token; of a byte that is spelt in one way only, that row for both."""
+    found = {spelling: row for row, spelling in spellings.items()}
+    return {(text, not byte): row for (text, byte), row in found.items()} | found

@@ -283,7 +283,8 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
     if document.get("dtype") in ("bfloat16", "float16") or not document.get("dtype"):
         notes.append("arithmetic is in float32 with one cast at the end, where mergekit computes in the given dtype")
     sparse = [step for step in steps if "density" in step.knobs]
-    if sparse and all(_all_kept(step.knobs["density"]) for step in sparse):
+    scopes = [scope for piece in slices for scope in (*piece.scopes, *(part.parameters for part in piece.parts))]
+    if sparse and not any("density" in scope for scope in scopes):
         notes.append(f"density is 1 (mergekit's default), so {name} drops nothing")
     if any(step.draws and not _all_kept(step.knobs["density"]) for step in sparse):
         notes.append("random masks come from the seed and the tensors' names: other entries than mergekit drops")
@@ -291,7 +292,6 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
         notes.append("adapters are folded in while reading, in float32, where mergekit first writes a rounded model")
     if any("gamma" in step.knobs for step in sparse):
         notes.append("breadcrumbs keeps its share of small tensors too, which older mergekit set to zero")
-    scopes = [scope for piece in slices for scope in (*piece.scopes, *(part.parameters for part in piece.parts))]
     if any(has_gradient(scope) for scope in scopes):
         notes.append("gradients: the final norm and lm_head get the last value, where mergekit gives them the first")
     known = parameters_of(name)

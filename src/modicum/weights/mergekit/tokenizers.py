@@ -49,14 +49,17 @@ def read_tokenizer(model: Checkpoint, convert: Converter | None = None) -> Mappi
     return found
 
 
-def notes_on_tokenizers(models: Mapping[str, object]) -> list[str]:
+def notes_on_tokenizers(
+    models: Mapping[str, object],
+    more: str = "and they are merged all the same; tokenizer: union brings equal tokens together",
+) -> list[str]:
     """Say where models are merged whose tokenizers differ, in tokens or in how they cut texts, or may differ.
 
     Args:
         models: By what to call them; the first one gives the result its tokenizer.
+        more: What follows from it.
     """
-    more = ", and they are merged all the same; tokenizer: union brings equal tokens together"
-    return [told + more for _, told in _differences(models)]
+    return [f"{told}, {more}" for _, told in _differences(models)]
 
 
 def clashes(models: Mapping[str, object]) -> list[str]:
