@@ -59,6 +59,21 @@ def test_damaged_lines_of_a_log_are_left_out(tmp_path):
     assert [line["trial"] for line in stored.read_log(tmp_path, "trial", trial=int, value=float)] == [0]
 
 
+@pytest.mark.parametrize("last", ['{"event": "b", "n": 1', "{", '{"event": "b", "n": 1}'])
+def test_what_is_logged_after_a_cut_line_is_a_line_of_its_own(tmp_path, last):
+    whole = {"job": "merge", "recipe": {"job": "merge"}, "quiet": True}
+    with pytest.raises(KeyError), Run(tmp_path / "run", **whole) as run:
+        run.log("b", n=0)
+        raise KeyError  # as a full disk would
+    with (run.folder / "log.jsonl").open("a") as file:
+        file.write(last)
+    with Run(tmp_path / "run", **whole) as run:
+        run.log("b", n=2)
+    lines = [line["n"] for line in stored.read_log(run.folder, "b")]
+    assert lines == ([0, 1, 2] if last.endswith("}") else [0, 2])
+    assert all(map(json.loads, (run.folder / "log.jsonl").read_text().splitlines()))
+
+
 @pytest.mark.parametrize("recipe", [{"job": "merge", "experts": ["a\udce9"]}, {"job": "merge", "\ud800": 1}])
 def test_half_characters_are_no_recipe(recipe):
     with pytest.raises(RecipeError, match="is no text in UTF-8"):

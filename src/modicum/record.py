@@ -43,7 +43,7 @@ from modicum.durable import write_atomic as write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError, ModicumError, printable
 from modicum.inputs import Inputs
-from modicum.stored import ADDED, damage, outputs_in
+from modicum.stored import ADDED, damage, end_last_line, outputs_in
 from modicum.stored import read_lines as read_lines
 from modicum.stored import read_log as read_log
 from modicum.stored import read_record as read_record
@@ -241,6 +241,7 @@ class Run:
             lock.remove_leftovers(self.folder)
             if self.record["status"] == "new" and self._on_change == "replace":
                 self._empty()
+            end_last_line(self.folder / "log.jsonl")  # what is logged next would be one line with it, and none
             if self.done and (damaged := damage(self.folder, {**self.record, "lacks": {}})):
                 self._set_aside(damaged)
             self._begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
+
+
+def end_last_line(path: Path) -> None:
+    """Take back a line that a kill or a full disk has cut, so that the file ends with the bytes of an undisturbed run.
+
+    A last line that lacks nothing but its end, as some editors leave it, is closed.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        content = file.read()
+        cut = content.rpartition(b"\n")[2]
+        if _is_mapping(cut):
+            file.write(b"\n")
+        elif os.fstat(file.fileno()).st_size == len(content):  # else another process is just writing
+            file.truncate(len(content) - len(cut))
+
+
+def _is_mapping(line: bytes) -> bool:
+    try:
+        return isinstance(loads(line.decode("utf-8", "surrogatepass")), dict)
+    except ValueError:
+        return False
 
 
 ADDED, UNSAID = "was added", "does not say what was made"

@@ -19,6 +19,7 @@ from typing import Any
 from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving, fingerprint
+from modicum.stored import end_last_line
 
 LONGEST = 64 << 20  # bytes of an answer
 
@@ -209,30 +210,3 @@ def read_lines_of(path: Path) -> list[dict[str, Any]]:
         elif line.rstrip().endswith(b"}"):
             raise CheckpointError(f"{path}, line {number} is no mapping. Move the file away.")
     return found
-
-
-def end_last_line(path: Path) -> None:
-    """Take back a line that a kill or a full disk has cut, so that the file ends with the bytes of an undisturbed run.
-
-    A last line that lacks nothing but its end, as some editors leave it, is closed.
-    """
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) == b"\n":
-            return
-        file.seek(0)
-        content = file.read()
-        cut = content.rpartition(b"\n")[2]
-        if _is_mapping(cut):
-            file.write(b"\n")
-        elif os.fstat(file.fileno()).st_size == len(content):  # else another process is just writing
-            file.truncate(len(content) - len(cut))
-
-
-def _is_mapping(line: bytes) -> bool:
-    try:
-        return isinstance(loads(line.decode("utf-8", "surrogatepass")), dict)
-    except ValueError:
-        return False

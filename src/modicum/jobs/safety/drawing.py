@@ -31,10 +31,11 @@ from modicum.evaluate.chat import (
     fingerprint,
     item,
 )
-from modicum.jobs.chat.cache import end_last_line, read_lines_of
+from modicum.jobs.chat.cache import read_lines_of
 from modicum.jobs.safety.identity import judge_identity
 from modicum.random import derive_seed
 from modicum.record import Run
+from modicum.stored import end_last_line
 
 Count: TypeAlias = Literal["not_unsafe", "refusal"]
 
