@@ -172,6 +172,8 @@ def test_a_model_and_its_adapter_are_one_expert(models: list[str], adapters: lis
         ({"base": "$M"}, "is an adapter of .*m0, expected .*m1"),
         ({"exclude": "proj"}, "leaves no weight"),
         ({"base_fingerprint": "0"}, "none is given"),
+        ({"method": {"name": "task_arithmetic", "weights": [1, 2, 3]}}, "weights has 3 values for"),
+        ({"method": {"name": "knots", "density": 0.5, "weights": [1]}}, "weights has 1 values for"),
     ],
 )
 def test_an_adapter_that_cannot_be_made_is_refused(
@@ -179,6 +181,8 @@ def test_an_adapter_that_cannot_be_made_is_refused(
 ) -> None:
     data = {"job": "merge", "experts": adapters, "method": "tsv", "output": "lora"} | changes
     data = json.loads(json.dumps(data).replace("$M", models[1]))
+    with pytest.raises(ModicumError, match=message):
+        plan(parse(data))
     with pytest.raises(ModicumError, match=message) as error:
         execute(parse(data), tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)

@@ -23,6 +23,7 @@ from modicum.weights.files import Spec
 from modicum.weights.kernels.compare import compare, refuse_non_finite, refuse_overflow
 from modicum.weights.merge import open_checkpoint
 from modicum.weights.plan import check_count, identity_of, parse_dtype
+from modicum.weights.rehearsal import rehearse_method
 from modicum.weights.stream import cores, map_tensors, run_all
 
 
@@ -211,7 +212,9 @@ def plan_loras(
     names = [name for name in names if name not in untouched]
     check_remaining(names, exclude)
     modules = {name: [factors.get(name) for factors in loras] for name in names}
-    return LoraPlan(base, opened, modules, method, entry.knobs(knobs))
+    checked = entry.knobs(knobs)
+    rehearse_method(method, len(opened), checked)
+    return LoraPlan(base, opened, modules, method, checked)
 
 
 def check_lora(checkpoint: Checkpoint, base: Checkpoint) -> None:
