@@ -240,6 +240,13 @@ def test_a_template_without_a_place_for_the_prompt_is_refused():
         DataSection(path="x", template="Q:")
 
 
+@pytest.mark.parametrize("key", ["template", "system"])
+def test_what_stands_in_every_row_is_no_book(key):
+    # A template of a million prompts was gigabytes of text, and minutes.
+    with pytest.raises(ValueError, match="at most 100000 characters"):
+        DataSection(path="x", **{key: "{prompt}" * 10**6})
+
+
 # Labels
 
 CHAT = [

@@ -39,3 +39,18 @@ def test_a_sample_that_misses_costs_time_but_not_exactness(monkeypatch: object) 
     delta = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
     expected = torch.from_numpy(trim(delta.double().numpy(), 777)).float()
     assert torch.equal(trimmed(delta, 777), expected)
+
+
+def test_the_cuts_of_many_experts_are_not_looked_for_in_all_the_others(monkeypatch: object) -> None:
+    seen: list[int] = []
+
+    def counted(base: torch.Tensor, experts: list[torch.Tensor], **options: int) -> object:
+        seen.append(len(experts))
+        return delta_blocks(base, experts, **options)
+
+    base = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    experts = list(torch.randn(30, 20, generator=torch.Generator().manual_seed(1)))
+    whole = find_cuts(base, experts, [[5]] * 30)
+    monkeypatch.setattr(selection, "delta_blocks", counted)  # type: ignore[attr-defined]
+    assert find_cuts(base, experts, [[5]] * 30) == whole == [find_cuts(base, [one], [[5]])[0] for one in experts]
+    assert set(seen) == {1}

@@ -19,6 +19,7 @@ from modicum.recipe import Section
 from modicum.registry import Entry, row_kind, source
 from modicum.types import NonNegative, NonNegativeInt, PositiveInt
 
+LONGEST = 100_000  # characters of what stands in every row; a million of {prompt} would make gigabytes of text
 MIXED = "mix:"  # how the path of a mixture begins, which holds the names of its parts
 
 
@@ -205,8 +206,10 @@ class DataSection(Section):
     )
     format: str = Field(default="auto", description="kind of the rows; auto: as their fields tell")
     fields: Fields = Fields()
-    system: str | None = Field(default=None, description="system message put before every prompt or chat")
-    template: str = Field(default="{prompt}", description="text around every prompt")
+    system: str | None = Field(
+        default=None, max_length=LONGEST, description="system message put before every prompt or chat"
+    )
+    template: str = Field(default="{prompt}", max_length=LONGEST, description="text around every prompt")
     max_length: PositiveInt = Field(default=1024, description="tokens of a row; longer ones are cut, or dropped")
     long_rows: Literal["cut", "drop"] = Field(
         default="cut",

@@ -138,6 +138,8 @@ def find_variance_cut(
 
 def _row(base: Tensor, experts: Sequence[Tensor], measure: Callable[[Tensor], Tensor], i: int) -> Tensor:
     """Return a whole row of the numbers that are cut; only one at a time, as each may be large."""
+    if measure is torch.abs_:  # of one expert alone; with many, the others would cost its square
+        experts, i = experts[i : i + 1], 0
     return torch.cat([measure(deltas)[i].clone() for _, _, deltas in delta_blocks(base, experts)])
 
 
