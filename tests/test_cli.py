@@ -4,7 +4,10 @@ import sys
 
 import pytest
 
+from modicum import recipe
 from modicum.cli import main
+from modicum.registry import job
+from modicum.schema import fields
 
 
 def call(monkeypatch, capsys, *words):
@@ -155,3 +158,15 @@ def test_a_key_in_an_unforeseen_error_is_hidden(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_load", fails)
     code, _, err = call(monkeypatch, capsys, "check", "quickstart")
     assert code == 1 and "https://(hidden)@proxy" in err
+
+
+@pytest.mark.parametrize("name", job)
+def test_every_key_of_a_recipe_and_its_sections_says_what_it_is(name):
+    schema = recipe.job_schema(name)
+    silent = [
+        f"{kind.__name__}.{key}"
+        for kind in (schema, *recipe.sections(schema))
+        for key, *_, said in fields(kind)
+        if not said
+    ]
+    assert not silent, f"{name}: say what these are, in Field(description=…): {', '.join(silent)}"

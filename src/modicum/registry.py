@@ -6,12 +6,12 @@ A method registers itself with a decorator in its own file; nothing else is edit
     def ties(base, experts, *, density: Fraction, scale: float = 1.0): ...
 
 Positional parameters are data. Keyword-only parameters are knobs: they must be annotated, their ranges stand in
-``Annotated``, and they are what a recipe may set. ``rng``, or ``generator``, is never a knob: the caller supplies it,
-and so is what the fact ``supplied`` lists. The fact ``gather`` names a dataclass of further knobs, those of collecting
-the method's data; the further functions of a measure have knobs too. A class (an optimiser, a gradient rule) follows
-the convention of ``torch.optim``: everything after its first parameter is a knob. Knobs that several methods share are
-unpacked from a ``TypedDict``, see :mod:`modicum.knobs`. The decorator's keywords are facts: the fields of the table's
-dataclass in :mod:`modicum.facts`.
+``Annotated``, and they are what a recipe may set; a caller by hand is held to them too. ``rng``, or ``generator``, is
+never a knob: the caller supplies it, and so is what the fact ``supplied`` lists. The fact ``gather`` names a dataclass
+of further knobs, those of collecting the method's data; the further functions of a measure have knobs too. A class (an
+optimiser, a gradient rule) follows the convention of ``torch.optim``: everything after its first parameter is a knob.
+Knobs that several methods share are unpacked from a ``TypedDict``, see :mod:`modicum.knobs`. The decorator's keywords
+are facts: the fields of the table's dataclass in :mod:`modicum.facts`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from modicum.facts import (
     ZerothOrderFacts,
 )
 from modicum.job_facts import JobFacts, RowKindFacts, SourceFacts
-from modicum.knobs import parameters
+from modicum.knobs import guarded, parameters
 from modicum.model_facts import ModelFacts, StoreFacts
 from modicum.schema import explain, numbers_in
 
@@ -151,8 +151,9 @@ class Registry(Mapping[str, Entry[T]], Generic[P, T]):
                 function.__qualname__,
             ):
                 raise TypeError(f"{self.noun} {name!r} is registered twice")
-            self._entries[name] = Entry(self.noun, name, function, stated)
-            return function
+            checked = guarded(function)
+            self._entries[name] = Entry(self.noun, name, checked, stated)
+            return checked
 
         return register
 

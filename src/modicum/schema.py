@@ -99,6 +99,16 @@ def classes_in(annotation: Any) -> Iterator[type]:
         yield from classes_in(part)
 
 
+# Keys that mean the same in every recipe, where they say nothing of their own.
+EVERYWHERE = {
+    "job": "what to do",
+    "seed": "names every random draw: the same seed gives the same run",
+    "allow_pickle": "allow pytorch_model.bin, read with weights_only=True",
+    "remote_code": "fetch the code that comes with a model",
+    "shard_bytes": "largest weight file",
+}
+
+
 def fields(schema: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, type, default and meaning of every field, as a person would write them."""
     for name, field in schema.model_fields.items():
@@ -109,7 +119,7 @@ def fields(schema: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
             said = "its defaults"
         else:
             said = repr(default["name"]) if isinstance(default, dict) and [*default] == ["name"] else repr(default)
-        yield name, describe_type(field), said, field.description or ""
+        yield name, describe_type(field), said, field.description or EVERYWHERE.get(name, "")
 
 
 def describe_type(field: FieldInfo) -> str:

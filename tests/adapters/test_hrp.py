@@ -300,20 +300,20 @@ def test_residuals_match_the_committed_table_of_the_matrix_model():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, "rank is 0, expected at least 1"),
+        ({"rank": 0}, "rank is 0, expected a whole number above 0"),
         ({"rank": 5}, "rank is 5, expected at most the preheated rank 4"),
         ({"A": torch.zeros(4, 6)}, "product is zero"),
         ({"A": torch.full((4, 6), torch.nan)}, "A holds NaN"),
         ({"B": torch.full((6, 4), torch.inf)}, "B holds NaN or infinite"),
         ({"B": torch.ones(6, 3)}, r"A is \(4, 6\) and B \(6, 3\), expected A \(R, in\) and B \(out, R\)"),
-        ({"scale": "big"}, "scale is 'big', expected 'match', 'unit' or a positive number"),
+        ({"scale": "big"}, "scale is 'big', expected 'match' or 'unit' or a number above 0"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"scale": float("inf")}, "scale is inf"),
-        ({"init_factor": "C"}, "init_factor is 'C', expected one of A, B, auto, balanced"),
-        ({"on_deficient": "ignore"}, "on_deficient is 'ignore', expected one of complete, error"),
-        ({"train_factors": "none"}, "train_factors is 'none', expected one of both, A, B"),
-        ({"rtol": 1.0}, "rtol is 1.0, expected at least 0 and below 1"),
+        ({"init_factor": "C"}, "init_factor is 'C'. Known: A, B, auto, balanced"),
+        ({"on_deficient": "ignore"}, "on_deficient is 'ignore'. Known: complete, error"),
+        ({"train_factors": "none"}, "train_factors is 'none'. Known: A, B, both"),
+        ({"rtol": 1.0}, "rtol is 1.0, expected a number in \\[0, 1\\)"),
     ],
 )
 def test_what_is_wrong_is_said(change, message):
@@ -326,8 +326,8 @@ def test_what_is_wrong_is_said(change, message):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"preheat_lr": 0.0}, "preheat_lr is 0.0, expected a positive number"),
-        ({"preheat_optimizer": "lion"}, "preheat_optimizer is 'lion', expected one of same, adamw, sgd"),
+        ({"preheat_lr": 0.0}, "preheat_lr is 0.0, expected a number above 0"),
+        ({"preheat_optimizer": "lion"}, "preheat_optimizer is 'lion'. Known: adamw, same, sgd"),
         ({"train_factors": "C"}, "train_factors is 'C'"),
         ({"reuse_data": "never"}, "reuse_data is 'never'"),
         ({"rank_redistribution": "all"}, "rank_redistribution is 'all'"),

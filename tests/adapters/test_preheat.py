@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from modicum.adapters import Preheat, get_hrp_state_dict, initialize_lora_hrp_weights, preheating
 from modicum.adapters.layers import factors_of, lora_layers, whole
 from modicum.adapters.preheat import hrp_state
-from modicum.errors import ModicumError, UnsupportedError
+from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.random import generator
 from support import tiny_llama
 
@@ -315,7 +315,9 @@ def fails(message, *, config=SHORT, data=None, error=ModicumError, **lora):
 
 def test_what_cannot_be_preheated_is_said():
     fails("preheat_rank is 2, expected at least the adapter's rank 4", config=Preheat(preheat_rank=2))
-    fails("preheat_steps is 0", config=Preheat(preheat_steps=0))
+    for knob in ({"preheat_steps": 0}, {"preheat_rank": 0}, {"preheat_rank": -1}):
+        with pytest.raises(RecipeError, match=f"{next(iter(knob))} is .*, expected a whole number above 0 or None"):
+            Preheat(**knob)
     fails("data end after 0 of 4 preheating steps", data=[])
     fails("data end after 2 of 4 preheating steps", data=batches(2))
     fails("no loss: the batch holds no labels", data=[{"input_ids": b["input_ids"]} for b in batches()])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -13,11 +14,13 @@ from pydantic import BaseModel
 
 from modicum import registry
 from modicum.errors import CheckpointError, RecipeError
+from modicum.knobs import readable
 from modicum.recipe import job_schema, override, parse
 from modicum.registry import REGISTRIES, Entry
 from modicum.schema import not_finite
 from modicum.types import Unbounded
 
+OFFERING = ("adapters", "evaluate", "models", "objectives", "optim", "safety", "submodular", "weights")
 BAD: tuple[Any, ...] = (math.nan, math.inf, -math.inf, "nan", "inf", "-Infinity")
 ENTRIES = [
     pytest.param(entry, id=f"{entry.noun}-{entry.name}") for table in REGISTRIES.values() for entry in table.values()
@@ -182,3 +185,50 @@ def test_an_adapter_whose_scale_is_no_number_is_refused(tmp_path: Any, alpha: st
     save_file({f"{prefix}{s}.weight": torch.ones(1, 1) for s in "AB"}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="lora_alpha"):
         Adapter(tmp_path, owner="mine")
+
+
+def public() -> Iterator[Any]:
+    """Yield an id and the callable for all that a package offers by name, and every method of every table."""
+    seen = set()
+    for package in OFFERING:
+        face = import_module(f"modicum.{package}")
+        for name in face.__all__:
+            if callable(found := getattr(face, name)) and id(found) not in seen:
+                seen.add(id(found))
+                yield pytest.param(found, id=f"{package}.{name}")
+    for table in REGISTRIES.values():
+        for name, entry in table.items():
+            if id(entry.function) not in seen:
+                seen.add(id(entry.function))
+                yield pytest.param(entry.function, id=f"{table.kind}-{name}")
+
+
+def outside(annotation: Any) -> Iterator[Any]:
+    """Yield numbers just outside the range that an annotation states, or of no kind that it takes."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated and arguments[0] in (int, float):
+        step = 1 if arguments[0] is int else 0.25
+        for mark in arguments[1:]:
+            for sign, away in (("gt", 0), ("ge", -step), ("lt", 0), ("le", step)):
+                if hasattr(mark, sign):
+                    yield getattr(mark, sign) + away
+        yield math.nan
+        if arguments[0] is int:
+            yield 1.5
+    elif origin is Annotated:
+        yield from outside(arguments[0])
+    elif origin in (Union, UnionType) and not {int, float, str} & {*arguments}:
+        # A number is outside where it is outside of every part; the parts here are lists, names or nothing.
+        yield from (value for part in arguments for value in outside(part))
+    elif isinstance(origin, type) and issubclass(origin, Sequence) and arguments[0] not in (int, float):
+        size = len(arguments) if origin is tuple and ... not in arguments else 1
+        yield from ([value] * size for value in outside(arguments[0]))
+
+
+@pytest.mark.parametrize("function", public())
+def test_a_number_out_of_its_range_is_refused_from_a_caller_by_hand(function: Any) -> None:
+    for name, parameter in readable(function).items():
+        for bad in outside(parameter.annotation):
+            if not isinstance(bad, list) or parameter.kind is parameter.KEYWORD_ONLY or isinstance(function, type):
+                with pytest.raises(RecipeError, match=rf"^{name} is .*, expected "):
+                    function(**{name: bad})

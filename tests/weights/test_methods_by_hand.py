@@ -65,8 +65,8 @@ def test_a_density_outside_its_range_is_refused(name: str, density: Any) -> None
         (lambda w: ties(w, [w, w], density=[0.5]), "density has 1 values for 2 experts"),
         (lambda w: methods.slerp(w, [w], t=1.5), "t: .*got 1.5"),
         (lambda w: resm(w, [w, 2 * w], ranks=[2, 2]), r"ranks are \[2, 2\], 4 together.*only 3 singular vectors"),
-        (lambda w: resm(w, [w, 2 * w], ranks=[1]), "ranks has 1 numbers, expected 2"),
-        (lambda w: resm(w, [w, 2 * w], weights=[1.0]), "weights has 1 numbers, expected 2"),
+        (lambda w: resm(w, [w, 2 * w], ranks=[1]), "ranks has 1 values for 2 experts, expected one for each"),
+        (lambda w: resm(w, [w, 2 * w], weights=[1.0]), "weights has 1 values for 2 experts, expected one for each"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(call: Any, message: str) -> None:

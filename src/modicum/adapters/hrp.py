@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from annotated_types import Ge, Lt
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from modicum.errors import ModicumError
+from modicum.knobs import guarded
 from modicum.linalg import SVD, product_svd
 from modicum.random import generator as named
 from modicum.registry import adapter_init
@@ -32,6 +33,7 @@ Factors: TypeAlias = tuple[Tensor, Tensor]  # lora_A (rank, in) and lora_B (out,
 Trained: TypeAlias = Literal["both", "A", "B"]
 InitFactor: TypeAlias = Literal["A", "B", "auto", "balanced"]
 Scale: TypeAlias = Literal["match", "unit"] | Positive
+Tolerance: TypeAlias = Annotated[float, Ge(0), Lt(1)]
 Deficient: TypeAlias = Literal["complete", "error"]
 PreheatOptimizer: TypeAlias = Literal["same", "adamw", "sgd"]
 Reuse: TypeAlias = Literal["restart", "continue"]
@@ -42,6 +44,7 @@ ROW_NORM = 1 / math.sqrt(3)
 EXACT = 1e-8  # error of orthonormality above which the fast decomposition is not good enough
 
 
+@guarded
 @dataclass(frozen=True)
 class Preheat:
     """Knobs of the preheating stage, which precede the tensor work.
@@ -67,15 +70,6 @@ class Preheat:
     reuse_data: Reuse = "restart"
     rank_redistribution: Redistribution = "none"
 
-    def __post_init__(self) -> None:
-        """Refuse choices that do not exist."""
-        _check_choice("preheat_optimizer", self.preheat_optimizer, PreheatOptimizer)
-        _check_choice("train_factors", self.train_factors, Trained)
-        _check_choice("reuse_data", self.reuse_data, Reuse)
-        _check_choice("rank_redistribution", self.rank_redistribution, Redistribution)
-        if self.preheat_lr is not None and not self.preheat_lr > 0:
-            raise ModicumError(f"preheat_lr is {self.preheat_lr}, expected a positive number. Leave it out for lr.")
-
     def rank_for(self, rank: int) -> int:
         """Return the preheating rank for an adapter of rank ``rank``.
 
@@ -96,8 +90,6 @@ class Preheat:
             (20, 50)
         """
         if self.preheat_steps is not None:
-            if self.preheat_steps < 1:
-                raise ModicumError(f"preheat_steps is {self.preheat_steps}, expected at least 1: nothing to decompose.")
             return self.preheat_steps
         return 50 if total is None else min(max(10, total // 50), 50)
 
@@ -164,7 +156,7 @@ def hrp_factors(
     rank: PositiveInt,
     init_factor: InitFactor = "A",
     scale: Scale = "match",
-    rtol: Annotated[float, Ge(0), Lt(1)] = 1e-6,
+    rtol: Tolerance = 1e-6,
     on_deficient: Deficient = "complete",
     train_factors: Trained = "both",
     generator: torch.Generator | None = None,
@@ -230,34 +222,30 @@ def hrp_factors(
 
 def resolve_factor(init_factor: InitFactor, train_factors: Trained) -> Literal["A", "B", "balanced"]:
     """Return the factor that ``auto`` stands for, and warn where right vectors carry next to nothing."""
-    _check_choice("init_factor", init_factor, InitFactor)
-    _check_choice("train_factors", train_factors, Trained)
     if init_factor == "auto":
         return "B" if train_factors == "B" else "A"
     if init_factor == "A" and train_factors == "B":
         warnings.warn(
             "init_factor='A' after training only B: the right singular vectors stay within the random rows of the "
             "frozen A and say little about the task. Use init_factor='auto'.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return init_factor
 
 
+@guarded
 def factors_from_svd(
     svd: SVD,
     *,
-    rank: int,
+    rank: PositiveInt,
     init_factor: Literal["A", "B", "balanced"],
     scale: Scale = "match",
-    rtol: float = 1e-6,
+    rtol: Tolerance = 1e-6,
     on_deficient: Deficient = "complete",
     rng: torch.Generator | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
 ) -> Factors:
     """Make the factors from a decomposition that is known already; see :func:`hrp_factors`."""
-    _check_choice("on_deficient", on_deficient, Deficient)
-    if not 0 <= rtol < 1:
-        raise ModicumError(f"rtol is {rtol}, expected at least 0 and below 1: a share of the largest singular value.")
     U, S, V = svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank]
     length = _length(scale)
     found = int((rtol * S[0] < S).sum())
@@ -288,8 +276,6 @@ def factors_from_svd(
 def _check_factors(A: Tensor, B: Tensor, rank: int) -> None:
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise ModicumError(f"A is {tuple(A.shape)} and B {tuple(B.shape)}, expected A (R, in) and B (out, R).")
-    if rank < 1:
-        raise ModicumError(f"rank is {rank}, expected at least 1.")
     if rank > min(A.shape[0], A.shape[1], B.shape[0]):
         raise ModicumError(
             f"rank is {rank}, expected at most the preheated rank {A.shape[0]} and the module's short side "
@@ -300,19 +286,11 @@ def _check_factors(A: Tensor, B: Tensor, rank: int) -> None:
             raise ModicumError(f"{name} holds NaN or infinite values: preheating diverged. Lower its learning rate.")
 
 
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    known = get_args(choices)
-    if value not in known:
-        raise ModicumError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
-
-
 def _length(scale: Scale) -> float:
     if scale == "match":
         return ROW_NORM
     if scale == "unit":
         return 1.0
-    if isinstance(scale, str) or not 0 < scale < math.inf:
-        raise ModicumError(f"scale is {scale!r}, expected 'match', 'unit' or a positive number.")
     return float(scale)
 
 

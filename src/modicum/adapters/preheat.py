@@ -33,6 +33,7 @@ from modicum.adapters.hrp import (
     Preheat,
     Redistribution,
     Scale,
+    Tolerance,
     Trained,
     factor_svd,
     factors_from_svd,
@@ -41,8 +42,10 @@ from modicum.adapters.hrp import (
 from modicum.adapters.layers import factors_of, lora_layers, other_layers, store, store_factors, whole
 from modicum.adapters.ranks import change_ranks, redistribute
 from modicum.errors import ModicumError
+from modicum.knobs import guarded
 from modicum.linalg import SVD
 from modicum.random import generator
+from modicum.types import Positive, PositiveInt
 
 TEMPORARY = "_hrp"
 STACK = 16  # modules that a device decomposes at once, which bounds the memory of the stage
@@ -75,11 +78,12 @@ class Stage:
         return hrp_state(learned, keep=keep)
 
 
+@guarded
 @contextmanager
 def preheating(
     peft_model: Any,
     *,
-    rank: int | None = None,
+    rank: PositiveInt | None = None,
     config: Preheat = Preheat(),  # noqa: B008 - frozen
     seed: int = 0,
     adapter: str = "default",
@@ -123,18 +127,19 @@ def preheating(
         yield Stage(peft_model, TEMPORARY, layers)
 
 
+@guarded
 def get_hrp_state_dict(
     peft_model: Any,
     batches: Iterable[Batch],
     *,
-    lr: float,
-    rank: int | None = None,
+    lr: Positive,
+    rank: PositiveInt | None = None,
     config: Preheat = Preheat(),  # noqa: B008 - frozen
-    total_steps: int | None = None,
-    accumulation: int = 1,
+    total_steps: PositiveInt | None = None,
+    accumulation: PositiveInt = 1,
     loss: Loss | None = None,
     optimizer: MakeOptimizer | None = None,
-    keep: int | None = None,
+    keep: PositiveInt | None = None,
     seed: int = 0,
     adapter: str = "default",
 ) -> State:
@@ -249,6 +254,7 @@ def _side_by_side(work: Callable[[list[str]], State], stacks: list[list[str]]) -
         torch.set_num_threads(threads)
 
 
+@guarded
 @torch.no_grad()
 def initialize_lora_hrp_weights(
     peft_model: Any,
@@ -256,7 +262,7 @@ def initialize_lora_hrp_weights(
     *,
     init_factor: InitFactor = "A",
     scale: Scale = "match",
-    rtol: float = 1e-6,
+    rtol: Tolerance = 1e-6,
     on_deficient: Deficient = "complete",
     train_factors: Trained = "both",
     rank_redistribution: Redistribution = "none",
@@ -320,7 +326,7 @@ def initialize_lora_hrp_weights(
     peft_model.peft_config[adapter].init_lora_weights = True
     left = sorted({*layers, *other_layers(peft_model, adapter)} - known.keys())
     if left:
-        warnings.warn(f"HRP left {len(left)} modules at their default start: {', '.join(left)}", stacklevel=2)
+        warnings.warn(f"HRP left {len(left)} modules at their default start: {', '.join(left)}", stacklevel=4)
     return left
 
 

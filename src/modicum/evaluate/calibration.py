@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from modicum.errors import RecipeError
 from modicum.evaluate.intervals import Estimate, wilson
+from modicum.knobs import guarded
+from modicum.types import PositiveInt, UnitInterval
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def calibrate(verdicts: Sequence[bool | None], labels: Sequence[bool], *, level:
     )
 
 
-def rogan_gladen(asr: float, *, fpr: float, fnr: float) -> float:
+@guarded
+def rogan_gladen(asr: UnitInterval, *, fpr: UnitInterval, fnr: UnitInterval) -> float:
     r"""Return the rate that a judge without errors would have found.
 
     .. math:: \hat\pi = \min\!\Big(1, \max\!\Big(0, \frac{a - \mathrm{FPR}}{1 - \mathrm{FPR} - \mathrm{FNR}}\Big)\Big)
@@ -96,9 +99,6 @@ def rogan_gladen(asr: float, *, fpr: float, fnr: float) -> float:
         W. J. Rogan, B. Gladen, "Estimating prevalence from the results of a screening test", American Journal of
         Epidemiology 1978.
     """
-    for value, name in ((asr, "asr"), (fpr, "fpr"), (fnr, "fnr")):
-        if not 0 <= value <= 1:
-            raise RecipeError(f"{name} is {value}, expected a share from 0 to 1.")
     if fpr + fnr >= 1:
         raise RecipeError(
             f"fpr {fpr:g} and fnr {fnr:g} add up to 1 or more: the judge is no better than a coin, so nothing can be "
@@ -107,8 +107,15 @@ def rogan_gladen(asr: float, *, fpr: float, fnr: float) -> float:
     return min(1.0, max(0.0, (asr - fpr) / (1 - fpr - fnr)))
 
 
+@guarded
 def rogan_gladen_deviation(
-    asr: float, *, fpr: float, fnr: float, queries: int, positives: int, negatives: int
+    asr: UnitInterval,
+    *,
+    fpr: UnitInterval,
+    fnr: UnitInterval,
+    queries: PositiveInt,
+    positives: PositiveInt,
+    negatives: PositiveInt,
 ) -> float:
     r"""Return the standard deviation of :func:`rogan_gladen`, the calibration's own uncertainty included.
 
@@ -133,10 +140,6 @@ def rogan_gladen_deviation(
         J. Reiczigel, J. Földi, L. Ózsvári, "Exact confidence limits for prevalence of a disease with an imperfect
         diagnostic test", Epidemiology and Infection 2010, section 2, for the variance by linearisation.
     """
-    if min(queries, positives, negatives) < 1:
-        raise RecipeError(
-            f"{queries} queries, {positives} and {negatives} labelled answers, expected 1 or more of each."
-        )
     share = rogan_gladen(asr, fpr=fpr, fnr=fnr)
     variance = (
         asr * (1 - asr) / queries

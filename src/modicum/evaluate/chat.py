@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal, Protocol, TypedDict
 
-from modicum.errors import RecipeError
+from modicum.knobs import guarded
+from modicum.types import Fraction, NonNegative, NonNegativeInt, PositiveInt
 
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length", "content_filter", "refusal", "error"]
@@ -29,6 +30,7 @@ class Message(TypedDict):
     content: str
 
 
+@guarded
 @dataclass(frozen=True)
 class GenParams:
     """How to sample.
@@ -43,21 +45,13 @@ class GenParams:
         logprobs: How many log-probabilities for each token to ask for; 0 asks for none.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 1024
-    n: int = 1
+    temperature: NonNegative = 1.0
+    top_p: Fraction = 1.0
+    max_tokens: PositiveInt = 1024
+    n: PositiveInt = 1
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    logprobs: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise RecipeError(f"temperature is {self.temperature}, expected 0 (greedy) or a positive number.")
-        if not 0 < self.top_p <= 1:
-            raise RecipeError(f"top_p is {self.top_p}, expected a share above 0 and at most 1.")
-        if self.max_tokens < 1 or self.n < 1:
-            raise RecipeError(f"max_tokens is {self.max_tokens} and n is {self.n}, expected 1 or more of each.")
+    logprobs: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ sample has random numbers of its own, named by its seed, so it does not depend o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
@@ -18,7 +17,9 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
+from modicum.knobs import guarded
 from modicum.random import generator
+from modicum.types import Fraction, NonNegative, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,14 +43,15 @@ class Sample(NamedTuple):
     logprobs: list[dict[int, float]] | None = None
 
 
+@guarded
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: PositiveInt,
     stop: Iterable[int],
-    pad: int,
-    batch_size: int = 32,
+    pad: NonNegativeInt,
+    batch_size: PositiveInt = 32,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
     """Continue each prompt greedily until a stop token or the limit.
@@ -83,19 +85,20 @@ def generate(
     return [only.tokens for (only,) in found]
 
 
+@guarded
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[Sequence[int]],
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int,
+    temperature: NonNegative = 1.0,
+    top_p: Fraction = 1.0,
+    max_new_tokens: PositiveInt,
     stop: Iterable[int],
-    pad: int,
-    batch_size: int = 32,
-    logprobs: int = 0,
+    pad: NonNegativeInt,
+    batch_size: PositiveInt = 32,
+    logprobs: NonNegativeInt = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[list[Sample]]:
     """Continue each prompt several times; each prompt is read once, whatever the number of its samples.
@@ -128,8 +131,6 @@ def sample(
         raise RecipeError(
             f"{len(prompts)} prompts and {len(seeds)} lists of seeds, expected one seed or more for each."
         )
-    if not (temperature >= 0 and math.isfinite(temperature)) or not 0 < top_p <= 1:
-        raise RecipeError(f"temperature is {temperature} and top_p {top_p}, expected 0 or more, and above 0 up to 1.")
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:

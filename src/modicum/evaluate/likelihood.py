@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.evaluate.generation import requests
+from modicum.knobs import guarded
+from modicum.types import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,15 +73,16 @@ def right_padded(
     return ids, mask
 
 
+@guarded
 @torch.inference_mode()
 def log_likelihoods(
     model: PreTrainedModel,
     documents: Sequence[Sequence[int]],
     *,
-    size: int,
-    stride: int,
-    pad: int = 0,
-    batch_size: int = 4,
+    size: PositiveInt,
+    stride: PositiveInt,
+    pad: NonNegativeInt = 0,
+    batch_size: PositiveInt = 4,
     contexts: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[float]:

@@ -16,14 +16,17 @@ from modicum.types import NonNegative, Positive, PositiveInt, UnitInterval
 class Tracking(Section):
     """Agents that follow moving targets in a disk."""
 
-    name: Literal["tracking"] = "tracking"
-    agents: PositiveInt = 20
+    name: Literal["tracking"] = Field(default="tracking", description="the application")
+    agents: PositiveInt = Field(default=20, description="number of agents")
     targets: PositiveInt = Field(default=30, description="number of simulated targets; a file of tracks brings its own")
     mixture: tuple[NonNegative, NonNegative, NonNegative] = Field(
         default=(8, 1, 1), description="shares of targets that turn at random, flee, and keep a course"
     )
-    preset: Literal["disk", "osg"] = "disk"
-    radius: Positive = 20.0
+    preset: Literal["disk", "osg"] = Field(
+        default="disk",
+        description="moves of an agent: disk has 8 directions and 3 speeds; osg has 4, is slower, and may rest",
+    )
+    radius: Positive = Field(default=20.0, description="of the disk")
     epsilon: Positive | None = Field(default=None, description="added to distances; the preset's when not given")
     tracks: str | None = Field(default=None, description="CSV of time, id, and x, y or lat, lon")
     step: Positive = Field(default=10.0, description="seconds between two rounds of the tracks")
@@ -54,8 +57,8 @@ class Tracking(Section):
 class Selection(Section):
     """Workers that choose domains to train on, with needs that follow a simple rule in place of a training."""
 
-    name: Literal["selection"] = "selection"
-    workers: PositiveInt = 4
+    name: Literal["selection"] = Field(default="selection", description="the application")
+    workers: PositiveInt = Field(default=4, description="how many workers choose a domain in each round")
     similarity: list[list[UnitInterval]] | None = Field(
         default=None, description="how well each domain serves each probe, a row a probe"
     )
@@ -66,8 +69,10 @@ class Selection(Section):
         default="coverage",
         description="a second worker on a domain still helps, does not, or domains count by their own needs alone",
     )
-    learn: UnitInterval = 0.3
-    drift: UnitInterval = 0.05
+    learn: UnitInterval = Field(
+        default=0.3, description="share of a probe's need that one round of full service takes away"
+    )
+    drift: UnitInterval = Field(default=0.05, description="how fast needs return to 1 of themselves")
 
     @model_validator(mode="after")
     def _one_source(self) -> Selection:
@@ -104,7 +109,7 @@ def _package(name: str) -> tuple[str, str]:
 class ObjectiveFile(Section):
     """Facility location whose values stand in a file."""
 
-    name: Literal["objective"] = "objective"
+    name: Literal["objective"] = Field(default="objective", description="the application")
     path: str = Field(description="safetensors with V (rows, elements), or (rounds, rows, elements)")
     blocks: list[PositiveInt] = Field(description="number of actions of each agent, in the order of the elements")
 

@@ -39,7 +39,11 @@ class AttackRecipe(Recipe):
 
     job: Literal["attack"] = "attack"
     targets: dict[str, Target] = Field(min_length=1, description="name: folder, Hub id, builtin or endpoint")
-    suites: dict[str, Suite] = Field(default={"plain": Suite(attack="plain")}, min_length=1)
+    suites: dict[str, Suite] = Field(
+        default={"plain": Suite(attack="plain")},
+        min_length=1,
+        description="name: the wrappers that prompts are put into, an attack with its knobs",
+    )
     goals: GoalSection = Field(default=GoalSection(path="strongreject", size=16), description="harmful requests")
     benign: GoalSection = Field(
         default=GoalSection(path="benign_edgy", size=16), description="harmless requests, put into the same wrappers"
@@ -47,14 +51,16 @@ class AttackRecipe(Recipe):
     trained_on: GoalSection | None = Field(
         default=None, description="harmful requests of the training; a run that would measure one of them is refused"
     )
-    judge: JudgeSection = JudgeSection()
+    judge: JudgeSection = Field(default=JudgeSection(), description="who says whether an answer is unsafe")
     attacker: Target | None = Field(
         default=None, description="model of your own that words goals anew, for some suites"
     )
     samples: PositiveInt = Field(default=16, description="answers to each harmful prompt, at most; 1 is greedy alone")
-    temperature: NonNegative = 0.95
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
-    max_new_tokens: PositiveInt = 128
+    temperature: NonNegative = Field(default=0.95, description="of the answers; 0 is greedy")
+    top_p: Annotated[float, Gt(0), Le(1)] = Field(
+        default=1.0, description="answers are drawn from the likeliest tokens with this share of the probability"
+    )
+    max_new_tokens: PositiveInt = Field(default=128, description="limit on an answer's tokens, reasoning included")
     early_stop: bool = Field(
         default=True,
         description="stop at the first safe answer: the defender's curve needs no more; the attacker's does",

@@ -42,14 +42,14 @@ class AverageRecipe(Recipe):
         min_length=1,
         description="folders, oldest first; * stands for anything, a run's folder alone for all checkpoints in it",
     )
-    method: choice(averager) = Field(default="uniform", validate_default=True)  # type: ignore[valid-type]
+    method: choice(averager) = Field(default="uniform", validate_default=True, description="the rule of averaging")  # type: ignore[valid-type]
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of the result")
     exclude: str | None = Field(
         default=None, description="regular expression of tensor names that stay as they are in the last checkpoint"
     )
     data: DataSection | None = Field(default=None, description="whose loss is searched and measured")
     held_out: DataSection | None = Field(default=None, description="what choices are judged by; else data is")
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = Field(default=8, description="rows at a time where losses are measured")
     fallback: bool | Literal["tuned"] = Field(
         default=True,
         description="take the plain mean of as many of the latest where a learnt choice is worse; tuned: of any number",

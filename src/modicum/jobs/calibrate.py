@@ -25,16 +25,20 @@ class CalibrateRecipe(Recipe):
 
     job: Literal["calibrate"] = "calibrate"
     model: str = Field(description="folder, Hub id or adapter of a looped model")
-    data: DataSection
+    data: DataSection = Field(description="text to measure losses on")
     max_loss_increase: NonNegative = Field(default=0.01, description="nats for each token")
     criteria: list[Criterion] = Field(
         default=["zero_attention", "confidence", "gate", "latent", "entropy", "kl", "random"],
         min_length=1,
         description="the one with the fewest layer visits for the allowed loss goes into the model",
     )
-    scope: Literal["token", "prefix", "sequence", "last_token", "batch"] = "token"
+    scope: Literal["token", "prefix", "sequence", "last_token", "batch"] = Field(
+        default="token",
+        description="which tokens decide together to leave: each alone, all up to it, a sequence, by its last "
+        "token, or a batch",
+    )
     candidates: PositiveInt = Field(default=8, description="thresholds tried for each criterion")
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = Field(default=8, description="rows at a time")
     importance: bool = Field(default=False, description="measure the loss when each visit of a layer is skipped")
     prune: NonNegativeInt = Field(default=0, description="visits to leave out for good, the least important ones")
     prune_by: Literal["loss", "zero_attention"] = Field(

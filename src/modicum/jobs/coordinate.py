@@ -33,15 +33,19 @@ class CoordinateRecipe(Recipe):
     """What is coordinated, by which policies, over which graphs."""
 
     job: Literal["coordinate"] = "coordinate"
-    application: Annotated[Tracking | Selection | ObjectiveFile, BeforeValidator(read_application)] = Tracking()
+    application: Annotated[Tracking | Selection | ObjectiveFile, BeforeValidator(read_application)] = Field(
+        default=Tracking(), description="what is coordinated: tracking, selection or objective, with its keys"
+    )
     policies: list[choice(policy, complete=False)] = Field(  # type: ignore[valid-type]
         min_length=1, description="the policies; one whose step is not set here is tuned"
     )
-    graphs: list[Literal["complete", "ring", "random", "path", "star"]] = Field(default=["complete"], min_length=1)
+    graphs: list[Literal["complete", "ring", "random", "path", "star"]] = Field(
+        default=["complete"], min_length=1, description="who talks to whom; all policies are played on each"
+    )
     degree: Positive = Field(default=4.0, description="neighbours of an agent of the random graph, on average")
     drop: UnitInterval = Field(default=0.0, description="probability that a message is lost")
     delay: NonNegativeInt = Field(default=0, description="rounds by which messages come late")
-    rounds: Annotated[int, Field(ge=2)] = 300
+    rounds: Annotated[int, Field(ge=2)] = Field(default=300, description="rounds to play")
     seeds: PositiveInt = Field(default=3, description="number of worlds that results are reported on")
     tune_seeds: PositiveInt = Field(default=1, description="number of further worlds that steps are chosen on")
     steps: list[Positive] = Field(default=[1, 10, 100, 1000], min_length=1, description="grid of every policy's step")

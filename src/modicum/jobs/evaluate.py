@@ -46,7 +46,7 @@ class EvaluateRecipe(Recipe):
 
     job: Literal["evaluate"] = "evaluate"
     models: dict[str, str] = Field(min_length=1, description="name: folder, Hub id or builtin; or model: one of these")
-    tasks: dict[str, Task] = Field(min_length=1)
+    tasks: dict[str, Task] = Field(min_length=1, description="name: a measure as `kind`, its data, and its knobs")
     baseline: str | None = Field(default=None, description="model that the others are compared with; the first one")
     trained_on: list[DataSection] | None = Field(
         default=None, description="data of the models' training; a task that asks what it teaches is refused"
@@ -55,7 +55,10 @@ class EvaluateRecipe(Recipe):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: the checkpoint's own where the device computes in it, else float32"
     )
-    device: str = "auto"
+    device: str = Field(
+        default="auto",
+        description="where the models compute, for example cuda; auto: an accelerator where there is one",
+    )
     cached_blocks: PositiveInt | None = Field(
         default=None,
         description="lowest blocks whose states of pairs and choices a process keeps for models that are equal there",

@@ -29,7 +29,9 @@ class ExportRecipe(Recipe):
         "looped model with its code in one file, for trust_remote_code=True",
     )
     n_cycles: PositiveInt | None = Field(default=None, description="cycles to unroll; all when not given")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the result; auto: as the model is stored"
+    )
 
     def inputs(self) -> Iterator[str]:
         """Yield the model."""

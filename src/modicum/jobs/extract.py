@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from modicum.jobs.card import CARD, model_card
 from modicum.jobs.loading.folders import note_code
@@ -37,13 +37,6 @@ class ExtractRecipe(Recipe):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of the factors")
     allow_pickle: bool = Field(default=False, description="allow pytorch_model.bin, read with weights_only=True")
     remote_code: bool = Field(default=False, description="fetch the code that comes with a model")
-
-    @model_validator(mode="after")
-    def _check(self) -> ExtractRecipe:
-        from modicum.weights.extract import check_rank
-
-        check_rank(self.max_rank, self.energy)
-        return self
 
     def inputs(self) -> Iterator[str]:
         """Yield the two models."""

@@ -86,7 +86,9 @@ class GridRecipe(Recipe):
     """A template of stages, axes of overrides, and seeds."""
 
     job: Literal["grid"] = "grid"
-    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
+    seeds: list[NonNegativeInt] = Field(
+        default=[0], min_length=1, description="the seeds; every stage runs once for each"
+    )
     axes: dict[str, Any] = Field(default={}, description="for each axis its values: {NAME: {path: value}}")
     choose: dict[str, Chosen] = Field(
         default={}, description="axes whose knobs or values are chosen, and by which stage"

@@ -41,7 +41,9 @@ class MergeRecipe(Recipe):
     experts: list[str] = Field(
         default=[], description="folders, Hub ids or builtins, or model+adapter; adapters are folded in"
     )
-    method: choice(merge_method) | None = None  # type: ignore[valid-type]
+    method: choice(merge_method) | None = Field(  # type: ignore[valid-type]
+        default=None, description="the merge method; a mergekit document names its own"
+    )
     output: Literal["model", "lora"] = Field(
         default="model", description="lora: merge adapters of one base into an adapter, for methods that can"
     )

@@ -39,7 +39,9 @@ class MoeExpert(Section):
     source_model: str = Field(description="a folder, Hub id or builtin, or model+adapter")
     positive_prompts: list[str] = Field(default=[], description="what the expert is for")
     negative_prompts: list[str] = Field(default=[], description="what it is not for")
-    noise_scale: Annotated[float, Ge(0)] = 0.0
+    noise_scale: Annotated[float, Ge(0)] = Field(
+        default=0.0, description="of mergekit files; anything but 0 is refused"
+    )
     residual_scale: float = Field(default=1.0, description="factor on what the expert adds")
 
 
@@ -48,16 +50,20 @@ class MoeRecipe(Recipe):
 
     job: Literal["moe"] = "moe"
     base_model: str = Field(description="gives everything but the experts' feed-forwards")
-    experts: list[MoeExpert] = Field(min_length=1)
+    experts: list[MoeExpert] = Field(min_length=1, description="the models whose feed-forwards become experts")
     shared_experts: list[MoeExpert] = Field(default=[], max_length=1, description="one that sees every token, of Qwen2")
     gate_mode: GateMode = Field(
         default="hidden",
         description="hidden: the base's states at the last token of the prompts, layer by layer; hidden_avg: their "
         "mean; cheap_embed: the mean embedding; random",
     )
-    experts_per_token: PositiveInt = 2
-    architecture: Literal["auto", "mixtral", "qwen", "qwen3"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    experts_per_token: PositiveInt = Field(default=2, description="how many experts each token goes through")
+    architecture: Literal["auto", "mixtral", "qwen", "qwen3"] = Field(
+        default="auto", description="of the result; auto: as the base and the experts tell"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the result; the base's when not given"
+    )
     device: str = Field(default="cpu", description="where the base reads the prompts")
     shard_bytes: PositiveInt = 5_000_000_000
     allow_pickle: bool = False

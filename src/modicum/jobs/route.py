@@ -40,8 +40,10 @@ class RouteRecipe(Recipe):
     experts: dict[str, str] = Field(description="name: folder, Hub id or adapter; at least two")
     data: dict[str, DataSection] = Field(default={}, description="prompts of each expert's task, by the expert's name")
     unknown: dict[str, DataSection] = Field(default={}, description="prompts that no expert knows, to look at only")
-    conflict: ConflictSection = ConflictSection()
-    rule: RuleSection = RuleSection()
+    conflict: ConflictSection = Field(
+        default=ConflictSection(), description="how the conflict of experts in a layer is measured"
+    )
+    rule: RuleSection = Field(default=RuleSection(), description="which layers are routed: a rule's name, or a section")
     budget_bytes: PositiveInt | None = Field(
         default=None, description="bytes of all stored experts; layers of most conflict come first"
     )
@@ -49,17 +51,27 @@ class RouteRecipe(Recipe):
         default=None, description="the same, as the whole folder's share of all experts as whole models"
     )
     store: choice(expert_store) = Field(  # type: ignore[valid-type]
-        default_factory=lambda: {"name": "random_rescaled"}, validate_default=True
+        default_factory=lambda: {"name": "random_rescaled"},
+        validate_default=True,
+        description="how the experts of routed layers are stored",
     )
-    dense: Literal["average", "base"] = "average"
+    dense: Literal["average", "base"] = Field(
+        default="average",
+        description="weights of the routed layers beneath the experts' differences: the experts' average, or the base",
+    )
     average: choice(merge_method) = Field(  # type: ignore[valid-type]
         default_factory=lambda: {"name": "linear"}, validate_default=True, description="how all other layers are merged"
     )
     distil: DistilSection | None = Field(
         default=None, description="fit the sizes of one-bit experts to each fine-tune's logits; needs store: sign"
     )
-    router: RouterSection | None = RouterSection()
-    selection: Selection = "entropy_gated"
+    router: RouterSection | None = Field(
+        default=RouterSection(),
+        description="what weighs the experts by a prompt; null for none, so that they weigh alike",
+    )
+    selection: Selection = Field(
+        default="entropy_gated", description="how weights follow from the router's probabilities"
+    )
     variants: list[Selection] = Field(
         default=[], description="further folders, each with a selection that decides alone, without the gate: controls"
     )

@@ -59,7 +59,10 @@ class SearchRecipe(Recipe):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the measured model; auto: as in evaluate"
     )
-    device: str = "auto"
+    device: str = Field(
+        default="auto",
+        description="where merges are measured, for example cuda; auto: an accelerator where there is one",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SearchRecipe:

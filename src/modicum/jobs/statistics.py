@@ -36,7 +36,7 @@ class StatisticsRecipe(Recipe):
     kind: Literal["fisher", "gram"] = Field(
         description="fisher: mean squared gradients, for fisher; gram: products of layers' inputs, for regmean"
     )
-    data: DataSection
+    data: DataSection = Field(description="rows to measure on")
     labels: Literal["data", "model"] = Field(
         default="data", description="fisher: the data's own labels, or labels drawn from the model"
     )

@@ -53,15 +53,24 @@ class SynthesizeRecipe(Recipe):
         default=False,
         description="give the teacher the form of the reply and the verdict of the data, for small models",
     )
-    judge: JudgeSection = JudgeSection()
+    judge: JudgeSection = Field(default=JudgeSection(), description="who says whether a reply is safe")
     guidelines: str | None = Field(default=None, description="YAML file; the shipped guidelines when not given")
-    guideline_set: GuidelineSet = "full"
+    guideline_set: GuidelineSet = Field(default="full", description="which guidelines the teacher sees")
     hint: Literal["none", "label"] = Field(default="none", description="label: tell the teacher what is harmful")
     k: PositiveInt = Field(default=8, description="replies for each request")
-    select: Literal["first_pass", "best_score", "all_pass"] = "best_score"
+    select: Literal["first_pass", "best_score", "all_pass"] = Field(
+        default="best_score",
+        description="which replies that pass become rows: the first, the one of best score, or all",
+    )
     most: PositiveInt = Field(default=1, description="rows of a request with all_pass")
-    helpful_mode: Literal["reason_and_answer", "reason_then_reference", "answer_only"] = "reason_and_answer"
-    judge_part: Literal["answer", "reasoning", "both"] = "both"
+    helpful_mode: Literal["reason_and_answer", "reason_then_reference", "answer_only"] = Field(
+        default="reason_and_answer",
+        description="on harmless requests: reason and answer, reason towards the answer of the data, or take "
+        "that without reasoning",
+    )
+    judge_part: Literal["answer", "reasoning", "both"] = Field(
+        default="both", description="what the judge reads of a reply to a harmful request"
+    )
     final_answer: Literal["shared", "own"] = Field(
         default="shared", description="own: the arm rt declines in words of its own, and not in those of srg"
     )
@@ -69,7 +78,7 @@ class SynthesizeRecipe(Recipe):
         default="teacher", description="who words these: the teacher in one sentence, or a few fixed ones"
     )
     min_words: PositiveInt = Field(default=3, description="fewest words of reasoning")
-    temperature: Annotated[float, Gt(0), Le(2)] = 0.8
+    temperature: Annotated[float, Gt(0), Le(2)] = Field(default=0.8, description="of the teacher's replies")
     max_tokens: PositiveInt = Field(default=1024, description="limit on a reply")
     max_length: PositiveInt = Field(
         default=4096, description="most tokens of a row, prompt included; a longer one is left out of every arm"
@@ -77,7 +86,11 @@ class SynthesizeRecipe(Recipe):
     student: str | None = Field(
         default=None, description="model whose tokenizer counts these; the teacher on this machine when not given"
     )
-    arms: list[Arm] = Field(default=["srg", "rt", "filler_neutral"], min_length=1)
+    arms: list[Arm] = Field(
+        default=["srg", "rt", "filler_neutral"],
+        min_length=1,
+        description="kinds of training data to write, of the same requests",
+    )
     format: Literal["text", "conversational"] = Field(
         default="text", description="prompt and completion as texts, or as lists of messages, which TRL reads"
     )

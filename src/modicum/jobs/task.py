@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from modicum.borders import expanded, loads
 from modicum.errors import CheckpointError, RecipeError
@@ -29,8 +29,8 @@ class Task(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    kind: str
-    data: DataSection
+    kind: str = Field(description="the measure, by its name")
+    data: DataSection = Field(description="rows of the task, as a section or a path")
 
     @model_validator(mode="before")
     @classmethod

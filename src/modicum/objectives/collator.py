@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.knobs import check_choice
+from modicum.knobs import guarded
 from modicum.objectives.batch import Batch, documents
 from modicum.objectives.meap import Schedule, Scope, meap
-from modicum.objectives.selection import Sampling, check_ratio
+from modicum.objectives.selection import Sampling
 from modicum.philox import row_keys
-from modicum.types import IGNORED
+from modicum.types import IGNORED, NonNegativeInt, PositiveInt, UnitInterval
 
 SAMPLE_ID = "sample_id"
 
@@ -34,6 +34,7 @@ class Transform(Protocol):
     def __call__(self, batch: Batch, step: int, total_steps: int, *, rng: Tensor) -> Batch: ...
 
 
+@guarded
 class ObjectiveCollator:
     """Collate with ``collator``, then apply an objective; only in training.
 
@@ -60,8 +61,8 @@ class ObjectiveCollator:
         *,
         method: str,
         seed: int = 0,
-        total_steps: int = 1,
-        accumulation_steps: int = 1,
+        total_steps: PositiveInt = 1,
+        accumulation_steps: PositiveInt = 1,
         redraw: bool = True,
         gather_labels: bool = False,
     ) -> None:
@@ -134,6 +135,7 @@ class ObjectiveCollator:
         return batch
 
 
+@guarded
 class MEAPCollator(ObjectiveCollator):
     """Mask-enhanced next-token prediction for any Trainer or TRL loop: wraps the collator that is there.
 
@@ -169,24 +171,20 @@ class MEAPCollator(ObjectiveCollator):
         self,
         collator: Callable[..., Batch],
         *,
-        mask_token_id: int,
-        ratio: float = 0.15,
+        mask_token_id: NonNegativeInt,
+        ratio: UnitInterval = 0.15,
         scope: Scope = "row",
         sampling: Sampling = "fixed_count",
-        min_masks: int = 1,
+        min_masks: NonNegativeInt = 1,
         exclude_last: bool = True,
         protect_ids: Sequence[int] | None = None,
-        spans: int = 1,
+        spans: PositiveInt = 1,
         schedule: Schedule = "constant",
-        vocab_size: int | None = None,
+        vocab_size: PositiveInt | None = None,
         seed: int = 0,
-        total_steps: int = 1,
-        accumulation_steps: int = 1,
+        total_steps: PositiveInt = 1,
+        accumulation_steps: PositiveInt = 1,
     ) -> None:
-        check_ratio(ratio)
-        check_choice("scope", scope, Scope)
-        check_choice("sampling", sampling, Sampling)
-        check_choice("schedule", schedule, Schedule)
         check_mask_id(mask_token_id, collator, vocab_size=vocab_size)
         if protect_ids is None:
             protect_ids = [] if scope == "reference" else sorted(special_ids(collator) - {mask_token_id})

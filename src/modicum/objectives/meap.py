@@ -21,9 +21,9 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from modicum.errors import ModicumError, RecipeError
-from modicum.knobs import check_choice
+from modicum.knobs import guarded
 from modicum.objectives.batch import Batch, by_document, require_mask_token, with_ids
-from modicum.objectives.selection import Sampling, check_ratio, select_positions
+from modicum.objectives.selection import Sampling, select_positions
 from modicum.philox import row_keys
 from modicum.registry import objective
 from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
@@ -33,6 +33,7 @@ Schedule: TypeAlias = Literal["constant", "linear_warmup"]
 REFERENCE_CYCLE = 51
 
 
+@guarded
 def mask_inputs(
     input_ids: Int[Tensor, "*rows t"],
     *,
@@ -99,9 +100,6 @@ def mask_inputs(
         Zhuang et al., "Mask-Enhanced Autoregressive Prediction: Pay Less Attention to Learn More", ICML 2025,
         arXiv:2502.07490, section 3.1.
     """
-    check_ratio(ratio)
-    check_choice("scope", scope, Scope)
-    check_choice("sampling", sampling, Sampling)
     _check_ids(input_ids, mask_token_id, protect_ids)
     if ratio == 0 or input_ids.numel() == 0:
         return input_ids
@@ -135,14 +133,14 @@ def mask_inputs(
     return torch.where(selected, mask_token_id, rows).reshape(input_ids.shape)
 
 
-def reference_mask_positions(length: int, *, ratio: float, step: int = 0) -> list[int]:
+@guarded
+def reference_mask_positions(length: NonNegativeInt, *, ratio: UnitInterval, step: NonNegativeInt = 0) -> list[int]:
     """Return the columns that the released pre-training code masks at ``step`` in rows of ``length`` inputs.
 
     Example:
         >>> reference_mask_positions(4096, ratio=0.15)[:6]
         [2037, 3504, 1090, 1491, 2610, 3648]
     """
-    check_ratio(ratio)
     if ratio == 0 or length < 2:
         return []
     count = min(max(1, int(length * ratio)), length - 1)
@@ -150,8 +148,9 @@ def reference_mask_positions(length: int, *, ratio: float, step: int = 0) -> lis
     return random.Random(50 + step % REFERENCE_CYCLE).sample(range(length - 1), count)  # noqa: S311
 
 
+@guarded
 def mask_ratio_at(
-    step: int,
+    step: NonNegativeInt,
     total_steps: int,
     *,
     ratio: UnitInterval,
@@ -164,8 +163,6 @@ def mask_ratio_at(
         >>> [mask_ratio_at(s, 300, ratio=0.4, schedule="linear_warmup") for s in (0, 100, 200, 299)]
         [0.0, 0.2, 0.4, 0.4]
     """
-    check_ratio(ratio)
-    check_choice("schedule", schedule, Schedule)
     if schedule == "constant" or warmup_share == 0:
         return ratio
     if total_steps < 1:
@@ -262,8 +259,6 @@ def meap(
 def _check_ids(input_ids: Tensor, mask_token_id: int, protect_ids: Sequence[int]) -> None:
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise ModicumError(f"input_ids are {input_ids.dtype}, expected integers: pass token ids, not embeddings.")
-    if mask_token_id < 0:
-        raise RecipeError(f"mask_token_id is {mask_token_id}, expected an id of the vocabulary.")
     if mask_token_id in protect_ids:
         raise RecipeError(
             f"mask_token_id {mask_token_id} is among the protected ids {sorted(protect_ids)}, which hold pad, bos and "

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from modicum.errors import UnsupportedError
+from modicum.knobs import guarded
 from modicum.objectives.batch import Batch, attended, keys_of, require_labels, require_mask_token
-from modicum.objectives.selection import check_ratio
 from modicum.objectives.sft_rows import (
     CLEAN,
     MASKED,
@@ -39,6 +39,7 @@ from modicum.registry import objective
 from modicum.types import IGNORED, NonNegative, NonNegativeInt, UnitInterval
 
 
+@guarded
 def meap_sft_loss(
     logits: Float[Tensor, "b t v"],
     labels: Int[Tensor, "b t"],
@@ -146,7 +147,6 @@ def meap_sft(
         arXiv:2502.07490, section 3.2.
     """
     require_labels(batch)
-    check_ratio(ratio)
     token = require_mask_token(mask_token_id)
     ids, labels, real = batch["input_ids"], batch["labels"], attended(batch)
     if batch.get("position_ids") is not None and _packs(batch["position_ids"], real):

@@ -9,18 +9,14 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.knobs import guarded
 from modicum.philox import words
 from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
 
 Sampling: TypeAlias = Literal["fixed_count", "bernoulli"]
 
 
-def check_ratio(ratio: float) -> None:
-    """Refuse a share outside [0, 1], NaN included."""
-    if not 0 <= ratio <= 1:
-        raise RecipeError(f"ratio is {ratio}, expected a share in [0, 1].")
-
-
+@guarded
 def select_positions(
     eligible: Bool[Tensor, "b t"],
     keys: Int64[Tensor, " b"],
@@ -53,7 +49,6 @@ def select_positions(
         >>> select_positions(torch.ones(2, 10, dtype=torch.bool), keys, ratio=0.3).sum(-1)
         tensor([3, 3])
     """
-    check_ratio(ratio)
     rows, length = eligible.shape
     if not 1 <= spans <= max(length, 1):
         raise RecipeError(f"spans is {spans}, expected 1 to {length}, the length of the row.")

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from modicum.errors import ModicumError, RecipeError
-from modicum.knobs import check_choice
+from modicum.knobs import guarded
 from modicum.objectives.batch import keys_of
 from modicum.objectives.meap import mask_inputs
 from modicum.types import IGNORED, NonNegativeInt, PositiveInt, UnitInterval
@@ -33,6 +33,7 @@ class Row:
     copy_index: list[int]
 
 
+@guarded
 def expand_sft_example(
     prompt_ids: Sequence[int],
     answer_ids: Sequence[int],
@@ -79,10 +80,6 @@ def expand_sft_example(
         >>> len(rows), rows[1]["input_ids"].count(99), sum(label != -100 for label in rows[1]["labels"])
         (2, 5, 5)
     """
-    check_choice("layout", layout, Layout)
-    check_choice("concat_attend", concat_attend, Attend)
-    check_choice("mask_region", mask_region, Region)
-    check_choice("copy_labels", copy_labels, CopyLabels)
     if not len(answer_ids):
         raise ModicumError("The answer is empty, expected at least one token. Drop the example.")
     if share_prefix and not (layout == "concat" and concat_attend == "isolated" and mask_region == "answer"):
@@ -138,7 +135,10 @@ def masked_copy(
     return masked, torch.where(masked == mask_token_id, input_ids, IGNORED)
 
 
-def chat_row(turns: Iterable[tuple[Sequence[int], Sequence[int]]], *, eos_token_id: int) -> tuple[list[int], list[int]]:
+@guarded
+def chat_row(
+    turns: Iterable[tuple[Sequence[int], Sequence[int]]], *, eos_token_id: NonNegativeInt
+) -> tuple[list[int], list[int]]:
     """Join (prompt, answer) turns into one row that keeps the history, with labels on every answer and its end token.
 
     Example:
@@ -165,6 +165,7 @@ class Expansion:
     truncated: int
 
 
+@guarded
 def expand_sft(
     examples: Iterable[tuple[Sequence[int], Sequence[int]]],
     *,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
+from modicum.knobs import guarded
 from modicum.submodular.draws import keys, seeds_of, uniform
 from modicum.submodular.graphs import check_weights
 from modicum.submodular.partition import Partition
@@ -107,6 +108,7 @@ class Network(Communication):
         return self.W - gone + torch.diag(gone.sum(1))
 
 
+@guarded
 class Simulated(Network):
     """All agents on one machine: the average is a product with ``W``.
 
@@ -204,6 +206,7 @@ class Simulated(Network):
         self._sent = [*state["sent"]] if "sent" in state else []
 
 
+@guarded
 class PointToPoint(Network):
     """One agent in each process; messages go to neighbours alone, over ``torch.distributed``.
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from modicum import registry
 from modicum.errors import RecipeError
+from modicum.knobs import guarded
 from modicum.submodular.draws import keys, seeds_of, uniform
 from modicum.submodular.functions.base import SetFunction
 from modicum.submodular.functions.coverage import ProbabilisticCoverage
@@ -35,6 +36,7 @@ from modicum.submodular.functions.facility import FacilityLocation
 from modicum.submodular.geometry import array
 from modicum.submodular.graphs import metropolis_weights, ring
 from modicum.submodular.policies.make import make_policy
+from modicum.types import Decay, PositiveInt, UnitInterval
 
 ETA = 1.0  # a step for objectives of at most 1
 Utility = Literal["coverage", "facility", "loss"]
@@ -131,6 +133,7 @@ def checked_table(similarity: Any, utility: str) -> Tensor:
     return table
 
 
+@guarded
 class Needs:
     """How much each probe still needs, from its losses.
 
@@ -154,12 +157,13 @@ class Needs:
     """
 
     def __init__(
-        self, probes: int, *, reference: Sequence[float] | None = None, memory: float = 0.5, floor: float = 0.1
+        self,
+        probes: PositiveInt,
+        *,
+        reference: Sequence[float] | None = None,
+        memory: Decay = 0.5,
+        floor: UnitInterval = 0.1,
     ) -> None:
-        if probes < 1 or not 0 <= memory < 1 or not 0 <= floor <= 1:
-            raise RecipeError(
-                f"probes {probes}, memory {memory}, floor {floor}: expected 1 or more, [0, 1) and [0, 1]."
-            )
         self.reference = array([0.0] * probes if reference is None else reference, "reference").double()
         if self.reference.shape != (probes,):
             raise RecipeError(f"reference has {len(self.reference)} losses, expected {probes}, one for each probe.")
@@ -195,6 +199,7 @@ class Needs:
         return self.weights
 
 
+@guarded
 class DomainScheduler:
     """Which domain each worker trains on, round by round.
 
@@ -230,15 +235,15 @@ class DomainScheduler:
         self,
         similarity: Any,
         *,
-        workers: int,
+        workers: PositiveInt,
         domains: Sequence[str] | None = None,
         policy: str = "ma_spl",
         worker: int = 0,
         utility: Utility = "coverage",
         W: Any = None,
-        horizon: int = 1000,
+        horizon: PositiveInt = 1000,
         needs: Needs | None = None,
-        floor: float = 0.05,
+        floor: UnitInterval = 0.05,
         seed: int = 0,
         knobs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -247,8 +252,6 @@ class DomainScheduler:
         self.domains = list(domains) if domains is not None else [str(d) for d in range(count)]
         if len(self.domains) != count:
             raise RecipeError(f"{len(self.domains)} domains are named, but similarity has {count} columns.")
-        if workers < 1 or not 0 <= floor <= 1:
-            raise RecipeError(f"workers {workers}, floor {floor}: expected at least 1 worker and a share in [0, 1].")
         if not 0 <= worker < workers:
             raise RecipeError(f"worker is {worker}, expected 0 to {workers - 1}.")
         self.worker, self.workers, self.utility, self.floor = worker, workers, utility, floor
@@ -320,6 +323,7 @@ class DomainScheduler:
         self.policy.load_state_dict(inner)
 
 
+@guarded
 class SelectionWorld:
     """Needs that fall where workers train and rise elsewhere: data selection without the training.
 
@@ -346,15 +350,13 @@ class SelectionWorld:
         self,
         similarity: Any,
         *,
-        workers: int,
+        workers: PositiveInt,
         utility: Utility = "coverage",
-        learn: float = 0.3,
-        drift: float = 0.05,
+        learn: UnitInterval = 0.3,
+        drift: UnitInterval = 0.05,
         seed: int | Sequence[int] = 0,
     ) -> None:
         self.similarity = checked_table(similarity, utility)
-        if workers < 1 or not 0 <= learn <= 1 or not 0 <= drift <= 1:
-            raise RecipeError(f"workers {workers}, learn {learn}, drift {drift}: expected 1 or more, and two shares.")
         self.workers, self.utility, self.learn, self.drift = workers, utility, learn, drift
         seeds, self.worlds = seeds_of(seed)
         probes, count = self.similarity.shape

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.types import Positive, UnitInterval
+from modicum.knobs import guarded
+from modicum.types import NonNegative, Positive, UnitInterval
 
 
+@guarded
 def project_capped_simplex(v: Any, *, total: Positive = 1.0) -> Tensor:
     r"""Return the nearest point of :math:`\{b \ge 0, \sum b \le \text{total}\}`.
 
@@ -89,8 +91,9 @@ def kl_capped_simplex_step(y: Any, grad: Any, *, eta: Any) -> Tensor:
     return (logs - mass).exp_()
 
 
+@guarded
 def bregman_step(
-    y: Any, grad: Any, *, eta: float, mirror: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]
+    y: Any, grad: Any, *, eta: NonNegative, mirror: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]
 ) -> Tensor:
     r"""Return a mirror step by any separable geometry, given its mirror map.
 
@@ -136,6 +139,7 @@ def bregman_step(
     return torch.where(free, at(torch.zeros_like(high)), at(high))
 
 
+@guarded
 def mix_uniform(x: Any, uniform: Any, *, gamma: UnitInterval) -> Tensor:
     r"""Return :math:`(1 - \gamma) x + \gamma u`, which keeps every entry away from 0.
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.knobs import guarded
 from modicum.random import generator
 from modicum.submodular.geometry import array
-from modicum.types import NonNegative, Positive, PositiveInt
+from modicum.types import NonNegative, Positive, PositiveInt, UnitInterval
 
 SUMS = 1e-8  # how far a row or column of weights may be from 1
 
 
+@guarded
 def ring(n: PositiveInt) -> Tensor:
     """Return the adjacency of a cycle of ``n`` agents.
 
@@ -27,6 +29,7 @@ def ring(n: PositiveInt) -> Tensor:
     return _adjacency(n, ((i, (i + 1) % n) for i in range(n)))
 
 
+@guarded
 def path(n: PositiveInt) -> Tensor:
     """Return the adjacency of a line of ``n`` agents.
 
@@ -37,6 +40,7 @@ def path(n: PositiveInt) -> Tensor:
     return _adjacency(n, ((i, i + 1) for i in range(n - 1)))
 
 
+@guarded
 def star(n: PositiveInt) -> Tensor:
     """Return the adjacency of ``n`` agents of whom the first knows all.
 
@@ -47,6 +51,7 @@ def star(n: PositiveInt) -> Tensor:
     return _adjacency(n, ((0, i) for i in range(1, n)))
 
 
+@guarded
 def complete(n: PositiveInt) -> Tensor:
     """Return the adjacency of ``n`` agents who all know each other.
 
@@ -57,6 +62,7 @@ def complete(n: PositiveInt) -> Tensor:
     return _adjacency(n, ((i, j) for i in range(n) for j in range(i)))
 
 
+@guarded
 def grid(rows: PositiveInt, columns: PositiveInt | None = None) -> Tensor:
     """Return the adjacency of agents on a grid, a square one where only one side is given.
 
@@ -70,6 +76,7 @@ def grid(rows: PositiveInt, columns: PositiveInt | None = None) -> Tensor:
     return _adjacency(rows * columns, [*right, *down])
 
 
+@guarded
 def erdos_renyi(n: PositiveInt, *, degree: Positive = 4.0, seed: int = 0) -> Tensor:
     """Return a connected random graph; each pair is linked alike, so that agents know ``degree`` others on average.
 
@@ -183,8 +190,9 @@ def consensus(weights: Tensor, x: Tensor) -> Tensor:
     return weights @ x
 
 
+@guarded
 def theory_step(
-    T: PositiveInt, path: NonNegative = 1.0, beta: float = 0.0, G: Positive = 1.0, N: PositiveInt = 1
+    T: PositiveInt, path: NonNegative = 1.0, beta: UnitInterval = 0.0, G: Positive = 1.0, N: PositiveInt = 1
 ) -> float:
     r"""Return the constant step of the theory, :math:`\frac{1}{G} \sqrt{(1 - \beta)(1 + C_T) / T}`.
 
@@ -209,11 +217,6 @@ def theory_step(
     Reference:
         Zhang et al., ICLR 2025, arXiv:2502.05028, from the bound of Theorem 3.
     """
-    if T < 1 or not G > 0 or not 0 <= beta <= 1 or not path >= 0:
-        raise RecipeError(
-            f"theory_step: T is {T}, path {path}, beta {beta} and G {G}; expected T of at least 1, path of at least 0, "
-            "beta in [0, 1] and G above 0."
-        )
     del N
     return math.sqrt((1 - beta) * (1 + path) / T) / G
 

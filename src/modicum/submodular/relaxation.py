@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError
+from modicum.knobs import guarded
 from modicum.submodular.functions.base import Objective, SetFunction, cached, no_closed_form, pieces
 from modicum.submodular.geometry import numbers
 from modicum.submodular.partition import Blocks, Partition
@@ -28,17 +28,7 @@ from modicum.types import PositiveInt, UnitInterval
 SMALL = 1e-8  # a curvature below which its limit is as exact
 
 
-def check_curvature(c: float) -> float:
-    """Return a curvature as a number.
-
-    Raises:
-        RecipeError: It is outside [0, 1] or no number.
-    """
-    if not 0 <= c <= 1:
-        raise RecipeError(f"c is {c}, expected a curvature in [0, 1]; 1 is always valid.")
-    return float(c)
-
-
+@guarded
 def surrogate_ratio(c: UnitInterval) -> float:
     r"""Return :math:`\kappa(c) = (1 - e^{-c}) / c`, the share of the optimum that the surrogate guarantees.
 
@@ -49,10 +39,11 @@ def surrogate_ratio(c: UnitInterval) -> float:
         >>> surrogate_ratio(0), round(surrogate_ratio(1), 6)
         (1.0, 0.632121)
     """
-    c = check_curvature(c)
+    c = float(c)
     return 1 - c / 2 if c < SMALL else -math.expm1(-c) / c
 
 
+@guarded
 def sample_scale(u: Any, *, c: UnitInterval) -> Tensor:
     r"""Turn uniform numbers into scales ``z`` of density :math:`\propto e^{c(z-1)}` on [0, 1].
 
@@ -70,7 +61,7 @@ def sample_scale(u: Any, *, c: UnitInterval) -> Tensor:
         >>> round(float(sample_scale(0.5, c=1)), 6)
         0.620115
     """
-    c = check_curvature(c)
+    c = float(c)
     u = numbers(u)
     return u if c < SMALL else (u * math.expm1(c)).log1p_().div_(c)
 
@@ -93,6 +84,7 @@ def quadrature(nodes: int, *, c: float) -> tuple[Tensor, Tensor]:
     return z, weights * torch.exp(c * (z - 1))
 
 
+@guarded
 def surrogate_grad_exact(f: SetFunction, x: Any, *, c: UnitInterval = 1.0, nodes: PositiveInt | None = None) -> Tensor:
     r"""Return :math:`\nabla F^s(x)` by quadrature of the exact gradient.
 
@@ -127,7 +119,7 @@ def surrogate_grad_exact(f: SetFunction, x: Any, *, c: UnitInterval = 1.0, nodes
     if not f.exact:
         raise no_closed_form(f, "multilinear extension")
     point = f._point(x)
-    z, weights = quadrature(nodes or default_nodes(point), c=check_curvature(c))
+    z, weights = quadrature(nodes or default_nodes(point), c=float(c))
     # Nodes go behind the worlds, where functions of several worlds expect them.
     lead = len(f.worlds)
     scaled = torch.stack([point * scale for scale in z.tolist()], lead)
@@ -135,6 +127,7 @@ def surrogate_grad_exact(f: SetFunction, x: Any, *, c: UnitInterval = 1.0, nodes
     return torch.tensordot(weights.to(slopes.device), slopes.movedim(lead, 0), 1)
 
 
+@guarded
 def surrogate_grad(
     f: Objective,
     x: Any,
@@ -188,6 +181,7 @@ def surrogate_grad(
     return total * (ratio / n_samples)
 
 
+@guarded
 def policy_surrogate_grad_exact(
     f: SetFunction, x: Any, blocks: Blocks | Partition, *, nodes: PositiveInt | None = None, linear: bool = True
 ) -> Tensor:
@@ -242,6 +236,7 @@ def policy_surrogate_grad_exact(
     return out
 
 
+@guarded
 def policy_surrogate_grad(
     f: Objective, x: Any, blocks: Blocks, *, n_samples: PositiveInt = 1, rng: torch.Generator | None = None
 ) -> Tensor:

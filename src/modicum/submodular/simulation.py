@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.knobs import guarded
 from modicum.submodular.functions.base import Objective, SetFunction, values_of
 from modicum.submodular.functions.greedy import best_joint, count_joint, greedy_actions
 from modicum.submodular.partition import Partition
 from modicum.submodular.policies.base import Policy
+from modicum.types import NonNegativeInt, PositiveInt
 
 SMALL = 20_000  # joint actions up to which the optimum is found by trying all
 Optimum: TypeAlias = Literal["exact", "greedy", "auto"]
@@ -93,13 +95,14 @@ class Trace:
         return self.optimum
 
 
+@guarded
 def simulate(
     policy: Policy,
     objectives: Objectives,
     *,
-    rounds: int | None = None,
+    rounds: NonNegativeInt | None = None,
     hints: Hints = None,
-    hint_rounds: int = 1,
+    hint_rounds: PositiveInt = 1,
     optimum: Optimum | None = None,
     watch: Callable[[int, Tensor, Objective], None] | None = None,
 ) -> Trace:

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
+from modicum.knobs import guarded
 from modicum.submodular.draws import keys, seeds_of, uniform
 from modicum.submodular.functions.facility import FacilityLocation
+from modicum.types import NonNegative, Positive, PositiveInt
 
 KINDS = ("random", "evading", "polyline")
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -32,6 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+@guarded
 class TrackingWorld:
     """Agents and targets in a disk, for several worlds at once.
 
@@ -74,23 +77,23 @@ class TrackingWorld:
 
     def __init__(
         self,
-        agents: int = 20,
-        targets: int = 30,
+        agents: PositiveInt = 20,
+        targets: PositiveInt = 30,
         *,
-        mixture: Sequence[float] = (8, 1, 1),
+        mixture: Sequence[NonNegative] = (8, 1, 1),
         seed: int | Sequence[int] = 0,
         preset: Literal["disk", "osg"] = "disk",
-        directions: int | None = None,
-        speeds: Sequence[float] | None = None,
+        directions: PositiveInt | None = None,
+        speeds: Sequence[Positive] | None = None,
         rest: bool | None = None,
-        epsilon: float | None = None,
-        radius: float = 20.0,
-        dt: float = 0.04,
-        target_speed: tuple[float, float] = (5.0, 10.0),
-        course: tuple[int, int] = (50, 200),
-        flee_within: float = 1.5,
-        flee_speed: float = 15.0,
-        flee_seconds: float = 1.0,
+        epsilon: Positive | None = None,
+        radius: Positive = 20.0,
+        dt: Positive = 0.04,
+        target_speed: tuple[NonNegative, NonNegative] = (5.0, 10.0),
+        course: tuple[PositiveInt, PositiveInt] = (50, 200),
+        flee_within: NonNegative = 1.5,
+        flee_speed: NonNegative = 15.0,
+        flee_seconds: NonNegative = 1.0,
         scaled: bool = True,
         tracks: Any = None,
     ) -> None:
@@ -103,20 +106,15 @@ class TrackingWorld:
         self.epsilon, self.radius, self.dt = float(known["epsilon"]), radius, dt
         shares = np.asarray(mixture, float)
         for name, ok, expected in (
-            ("agents", agents >= 1, "at least 1"),
             ("targets", self.targets >= 1, "at least 1"),
             (
                 "mixture",
                 shares.shape == (3,) and (shares >= 0).all() and shares.sum() > 0,
                 "three shares of at least 0",
             ),
-            ("epsilon", self.epsilon > 0, "above 0"),
-            ("radius", radius > 0, "above 0"),
-            ("dt", dt > 0, "above 0"),
-            ("directions", known["directions"] >= 1, "at least 1"),
-            ("speeds", bool(known["speeds"]) and min(known["speeds"]) > 0, "speeds above 0"),
-            ("target_speed", 0 <= target_speed[0] <= target_speed[1], "two speeds in order"),
-            ("course", 1 <= course[0] <= course[1], "two numbers of rounds in order"),
+            ("speeds", bool(known["speeds"]), "one speed or more"),
+            ("target_speed", target_speed[0] <= target_speed[1], "two speeds in order"),
+            ("course", course[0] <= course[1], "two numbers of rounds in order"),
         ):
             if not ok:
                 given = {"agents": agents, "targets": targets, "mixture": mixture, "radius": radius, "dt": dt,

@@ -10,9 +10,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from modicum.errors import CheckpointError, RecipeError
+from modicum.errors import CheckpointError
+from modicum.knobs import guarded
 from modicum.layout import ADAPTER_PREFIX, copies_of, is_linear_map, is_turned, role
 from modicum.linalg import SVD, truncated_svd
+from modicum.types import Fraction, PositiveInt
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import check_agreement, excluded, is_weight
@@ -85,13 +87,14 @@ def plan_extraction(
     return Extraction(tuned, origin, matrices, rest, homeless)
 
 
+@guarded
 def extract_lora(
     model: str | Path | Checkpoint,
     base: str | Path | Checkpoint,
     out: str | Path,
     *,
-    max_rank: int = 32,
-    energy: float | None = None,
+    max_rank: PositiveInt = 32,
+    energy: Fraction | None = None,
     exclude: str | None = None,
     save_rest: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -116,7 +119,6 @@ def extract_lora(
     Raises:
         ModicumError: The models differ, nothing changed, or the result cannot be written.
     """
-    check_rank(max_rank, energy)
     plan = plan_extraction(model, base, exclude=exclude)
     return run_extraction(
         plan, Path(out), max_rank=max_rank, energy=energy, save_rest=save_rest, dtype=dtype, progress=progress
@@ -138,12 +140,6 @@ def check_different(plan: Extraction) -> None:
             "such: that is no adapter. Use the model as it is."
         )
     raise CheckpointError(f"{tuned.name} has the weights of {origin.name}: there is nothing to extract.")
-
-
-def check_rank(max_rank: int, energy: float | None) -> None:
-    """Refuse ranks and shares that mean nothing."""
-    if max_rank < 1 or (energy is not None and not 0 < energy <= 1):
-        raise RecipeError(f"max_rank {max_rank} should be at least 1, and energy {energy} in (0, 1].")
 
 
 def run_extraction(

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, first_line
+from modicum.knobs import guarded
 from modicum.random import generator
 from modicum.registry import SUPPLIED
+from modicum.types import PositiveInt
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, check_tensors, refuse_packed
 from modicum.weights.kernels import fused
@@ -209,6 +211,7 @@ def merge_state_dicts(
     return {name: merged[name] for name in steps}
 
 
+@guarded
 def merge(
     base: str | Path | Checkpoint | None,
     experts: Sequence[str | Path | Checkpoint],
@@ -218,8 +221,8 @@ def merge(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     device: str = "cpu",
-    shard_bytes: int = SHARD_BYTES,
-    workers: int | None = None,
+    shard_bytes: PositiveInt = SHARD_BYTES,
+    workers: PositiveInt | None = None,
     progress: bool = True,
     statistics: Sequence[str | Path | Checkpoint] = (),
     exclude: str | None = None,

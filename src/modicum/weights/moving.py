@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from modicum.errors import CheckpointError
+from modicum.knobs import guarded
 from modicum.layout import unwrapped
 from modicum.linalg import truncated_svd
+from modicum.types import Decay
 from modicum.weights.snapshots import local
 
 
@@ -95,6 +97,7 @@ def nearest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return A.to(delta.device), B.to(delta.device), float(S.double().square().sum()) / total if total else 1.0
 
 
+@guarded
 class MovingAverage:
     """The moving average of all trained weights; frozen ones are left out.
 
@@ -121,7 +124,7 @@ class MovingAverage:
     """
 
     def __init__(
-        self, model: nn.Module, *, decay: float | None = 0.999, factors: Mapping[str, Factors] | None = None
+        self, model: nn.Module, *, decay: Decay | None = 0.999, factors: Mapping[str, Factors] | None = None
     ) -> None:
         self.decay, self.updates = decay, 0
         self.places = Places(model, factors)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from modicum.errors import RecipeError
+from modicum.knobs import guarded
 from modicum.layout import unwrapped
+from modicum.types import PositiveInt
 from modicum.weights.averageable import State
 
 
+@guarded
 class Snapshots:
     """The latest snapshots of a model: owned copies, never views of weights that training goes on to change.
 
@@ -40,10 +43,8 @@ class Snapshots:
     """
 
     def __init__(
-        self, model: nn.Module, *, keep: int = 20, device: str | torch.device = "cpu", trained: bool = False
+        self, model: nn.Module, *, keep: PositiveInt = 20, device: str | torch.device = "cpu", trained: bool = False
     ) -> None:
-        if keep < 1:
-            raise RecipeError(f"keep is {keep}, expected at least 1 snapshot.")
         self.model, self.keep, self.device, self.trained = model, keep, torch.device(device), trained
         self._taken: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=keep)
 

@@ -167,6 +167,12 @@ def test_what_generation_cannot_do_is_refused_by_name():
         model.generate_batch([[3, 4]])
 
 
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_a_cache_that_leaves_a_device_is_refused_where_there_is_none(kind):
+    with pytest.raises(UnsupportedError, match="An offloaded cache waits for a CUDA device, and the model is on cpu"):
+        looped().generate(tokens(), max_new_tokens=2, pad_token_id=0, cache_implementation=kind)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "dynamic_full"])
 def test_growing_caches_of_other_kinds_are_right(kind):
     model = looped("mistral")

@@ -65,7 +65,7 @@ def test_fzoo_stands_still_on_a_flat_loss():
     optimizer.step(lambda: torch.tensor(1.0))
     assert optimizer.skipped == 0
     torch.testing.assert_close(weight.detach(), before, rtol=0, atol=1e-14)
-    with pytest.raises(RecipeError, match="queries is 1, expected at least 2"):
+    with pytest.raises(RecipeError, match="queries is 1, expected a whole number of at least 2"):
         FZOO([("w", weight)], lr=1e-3, queries=1)
 
 

@@ -19,11 +19,14 @@ from typing import Any
 from modicum.borders import loads
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.chat import ChatModel, ChatRequest, ChatResult, Choice, arriving, fingerprint
+from modicum.knobs import guarded
 from modicum.stored import end_last_line
+from modicum.types import PositiveInt
 
 LONGEST = 64 << 20  # bytes of an answer
 
 
+@guarded
 class Cached:
     """Ask a model for what is not stored yet, and store it as soon as it comes.
 
@@ -54,7 +57,7 @@ class Cached:
         path: str | os.PathLike[str],
         *,
         revision: str = "",
-        batch: int = 64,
+        batch: PositiveInt = 64,
         packed: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> None:

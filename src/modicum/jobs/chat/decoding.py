@@ -11,6 +11,8 @@ from typing import Literal
 
 from modicum.errors import RecipeError
 from modicum.evaluate.chat import THINK, ChatModel, ChatRequest, ChatResult, Choice, Judge, JudgeItem, Usage, arriving
+from modicum.knobs import guarded
+from modicum.types import PositiveInt
 
 SHORT = "This can be answered without much thought."
 AGAIN = "Wait. Think about it once more."
@@ -90,6 +92,7 @@ class LessThink(ZeroThink):
     thought = SHORT
 
 
+@guarded
 class MoreThink(_Around):
     """Let a reasoning model think again whenever it has closed its reasoning, a few times.
 
@@ -113,11 +116,9 @@ class MoreThink(_Around):
 
     what = "more_think"
 
-    def __init__(self, inner: ChatModel, *, times: int = 1, tags: tuple[str, str] = THINK) -> None:
+    def __init__(self, inner: ChatModel, *, times: PositiveInt = 1, tags: tuple[str, str] = THINK) -> None:
         super().__init__(inner)
         self._needs_prefill()
-        if times < 1:
-            raise RecipeError(f"times is {times}, expected 1 or more. ZeroThink thinks less.")
         self.times, self.tags = times, tags
 
     def generate(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:

@@ -27,6 +27,8 @@ from modicum.evaluate.chat import (
     user,
 )
 from modicum.jobs.chat.http import Endpoint, FailedError, coming, together
+from modicum.knobs import guarded
+from modicum.types import NonNegativeInt, Positive, PositiveInt
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FINISH: Mapping[str, Finish] = {"length": "length", "content_filter": "content_filter"}  # others are ordinary stops
@@ -34,6 +36,7 @@ SAMPLING = "generation_config"  # the field by which ``transformers serve`` is t
 OPEN_QUESTION = "Write one sentence about anything you like."
 
 
+@guarded
 class OpenAICompatible:
     """Ask a server.
 
@@ -64,9 +67,9 @@ class OpenAICompatible:
         model: str = "",
         *,
         api_key_env: str | None = None,
-        concurrency: int = 16,
-        timeout: float = 120.0,
-        retries: int = 5,
+        concurrency: PositiveInt = 16,
+        timeout: Positive = 120.0,
+        retries: NonNegativeInt = 5,
         extra_body: Mapping[str, Any] | None = None,
         allow_remote: bool = False,
         tags: tuple[str, str] = THINK,
@@ -88,11 +91,6 @@ class OpenAICompatible:
             raise RecipeError(
                 f"base_url names another machine, {parts.hostname}. Prompts of an evaluation would leave this one: set "
                 "allow_remote: true if that is wanted."
-            )
-        if concurrency < 1 or retries < 0 or not timeout > 0:
-            raise RecipeError(
-                f"concurrency is {concurrency}, retries {retries} and timeout {timeout}, expected 1 or more, 0 or more "
-                "and a positive number."
             )
         try:
             if not isinstance(json.loads((extra_body or {}).get(SAMPLING, "{}")), dict):

@@ -37,7 +37,9 @@ class Target(Section):
     allow_remote: bool = Field(default=False, description="allow an endpoint on another machine")
     concurrency: PositiveInt = Field(default=16, description="most requests to the endpoint at a time")
     timeout: Positive = Field(default=120.0, description="seconds to wait for one answer of the endpoint")
-    retries: NonNegativeInt = 5
+    retries: NonNegativeInt = Field(
+        default=5, description="how often a request to the endpoint is sent again after a failure"
+    )
     thinking: Literal["own", "zero", "less", "more"] = Field(
         default="own", description="zero, less or more reasoning than the model's own, of models that reason in tags"
     )
@@ -47,8 +49,8 @@ class Target(Section):
         default=False, description="true, or a file: the guidelines stand before every conversation as system message"
     )
     batch_size: PositiveInt = Field(default=32, description="samples at a time of a model on this machine")
-    dtype: str = "float32"
-    device: str = "cpu"
+    dtype: str = Field(default="float32", description="of the weights of a model on this machine")
+    device: str = Field(default="cpu", description="where a model on this machine computes, for example cuda")
     remote_code: bool = False
 
     @model_validator(mode="before")

@@ -28,10 +28,10 @@ class Fields(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    text: str = "text"
-    messages: str = "messages"
-    prompt: str = "prompt"
-    completion: str = "completion"
+    text: str = Field(default="text", description="field of a plain text")
+    messages: str = Field(default="messages", description="field of a chat's list of messages")
+    prompt: str = Field(default="prompt", description="field of what is asked")
+    completion: str = Field(default="completion", description="field of what is to be answered")
 
     @model_validator(mode="after")
     def _are_known(self) -> Fields:
@@ -63,7 +63,7 @@ class ScorerSection(Section):
         default=1 / 3, description="prompts on which heads are trained; their pairs are left out of the mixture"
     )
     l2: Annotated[float, Gt(0)] = Field(default=1.0, description="penalty of trained heads")
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = Field(default=8, description="rows at a time of a model that scores")
     max_length: PositiveInt = Field(default=1024, description="tokens of prompt and answer; a longer one is refused")
 
     @model_validator(mode="before")
@@ -109,7 +109,7 @@ def _code_of(module: str) -> Iterator[str]:
 class Filter(Section):
     """Which pairs of a mixture are kept, by what a scorer gives the chosen answer more."""
 
-    scorer: ScorerSection
+    scorer: ScorerSection = Field(description="who scores the answers; a name alone is a file or a function")
     rank: Literal["agree", "min", "mean", "gated"] = Field(
         default="agree", description="all heads prefer the chosen answer; or the order in which pairs are kept"
     )
@@ -123,20 +123,20 @@ class Filter(Section):
 class Rounds(Section):
     """Rounds of training, after each of which the weights of the parts follow validation."""
 
-    count: Annotated[int, Ge(2)] = 4
+    count: Annotated[int, Ge(2)] = Field(default=4, description="how many rounds")
     eta: NonNegative = Field(default=1.0, description="how fast weights follow")
 
 
 class Mix(Section):
     """Parts of a mixture of data, one for each dimension."""
 
-    parts: dict[str, DataSection] = Field(min_length=1)
+    parts: dict[str, DataSection] = Field(min_length=1, description="name: the data of a part, as a section or a path")
     ratios: list[float] | dict[str, float] | None = Field(
         default=None, description="shares of the parts, in their order or by name; equal when not given"
     )
     repeat: bool = Field(default=False, description="a part with too few rows is drawn from again")
-    filter: Filter | None = None
-    rounds: Rounds | None = None
+    filter: Filter | None = Field(default=None, description="keep only pairs whose chosen answer scores higher")
+    rounds: Rounds | None = Field(default=None, description="train in rounds, and let the shares follow validation")
 
     @model_validator(mode="before")
     @classmethod
@@ -197,7 +197,7 @@ class DataSection(Section):
     mix: Mix | None = Field(
         default=None, description="several sections in place of a path: {NAME: section, …}, ratios, filter, rounds"
     )
-    split: str = "train"
+    split: str = Field(default="train", description="which split of a data set is read, where it has some")
     size: PositiveInt | None = Field(default=None, description="rows to generate, or at most to read")
     shuffle: bool = Field(default=False, description="shuffle before the first `size` rows are taken")
     seed: NonNegativeInt | None = Field(default=None, description="the recipe's seed when not given")
@@ -205,7 +205,7 @@ class DataSection(Section):
         default_factory=dict, description="knobs of a reasoning-gym task or a task, or arguments of load_dataset"
     )
     format: str = Field(default="auto", description="kind of the rows; auto: as their fields tell")
-    fields: Fields = Fields()
+    fields: Fields = Field(default=Fields(), description="names of fields in your files, where they differ from these")
     system: str | None = Field(
         default=None, max_length=LONGEST, description="system message put before every prompt or chat"
     )

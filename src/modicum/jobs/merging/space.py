@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Span(Section):
     """The values that a knob may take."""
 
-    low: float
-    high: float
+    low: float = Field(description="smallest value")
+    high: float = Field(description="largest value")
     log: bool = Field(default=False, description="search it by its logarithm")
     each: bool = Field(default=False, description="a value of its own for each expert")
     layers: PositiveInt = Field(

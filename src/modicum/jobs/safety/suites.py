@@ -30,7 +30,7 @@ class GoalSection(Section):
     skip: NonNegativeInt = Field(
         default=0, description="how many of the drawn order belong to somebody else, as training"
     )
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(default=0, description="of the drawn order")
 
     @model_validator(mode="before")
     @classmethod
@@ -101,12 +101,12 @@ class GoalSection(Section):
 class Suite(Section):
     """An attack, with the wrappers that it uses."""
 
-    attack: choice(registry.attack, complete=False)  # type: ignore[valid-type]
+    attack: choice(registry.attack, complete=False) = Field(description="the attack: its name, or with its knobs")  # type: ignore[valid-type]
     family: str | None = Field(
         default=None, description="wrappers of an installed package; the attack's own by default"
     )
     count: PositiveInt = Field(default=4, description="how many wrappers of the family, drawn by the seed")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(default=0, description="of the draw of wrappers")
 
     @model_validator(mode="before")
     @classmethod

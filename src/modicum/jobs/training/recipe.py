@@ -27,7 +27,9 @@ class ModelSection(Section):
     """The model to start from."""
 
     path: str = Field(description="local folder, Hub id, or builtin:smollm2-135m-instruct")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the weights in training; auto: as they are stored"
+    )
     attention: str | None = Field(default=None, description="such as sdpa or eager")
     scratch: dict[str, Any] | None = Field(
         default=None, description="start from random weights; fields of config.json that are to differ, or {}"
@@ -53,9 +55,9 @@ class TrainRecipe(Recipe):
     """
 
     job: Literal["train"] = "train"
-    model: ModelSection
-    data: DataSection
-    eval_data: DataSection | None = None
+    model: ModelSection = Field(description="the model to start from, as a section or a path")
+    data: DataSection = Field(description="what is trained on, as a section or a path")
+    eval_data: DataSection | None = Field(default=None, description="what is evaluated on, as a section or a path")
     if TYPE_CHECKING:  # added below, after the keys of the parts
         trainer: dict[str, Any]
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from modicum.errors import RecipeError, UnsupportedError
+from modicum.knobs import guarded
 from modicum.layout import stacks
 from modicum.models.routed import folder as files
 from modicum.models.routed.beside import SidePath
@@ -24,12 +25,14 @@ from modicum.models.routed.requests import FIXED, Groups, Requests, groups_of, r
 from modicum.models.routed.working import WorkingWeights, settled
 from modicum.models.router import Router
 from modicum.references import find_model, pinned
+from modicum.types import NonNegativeInt
 from modicum.weights.experts import ExpertSet
 
 ASKED = ("output_hidden_states", "output_attentions")
 CACHES = ("cache", "past_key_values")  # what transformers calls it: the second name is the older one
 
 
+@guarded
 class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
     """A host model with several experts in little more memory than one.
 
@@ -67,7 +70,7 @@ class RoutedForCausalLM(Requests, PreTrainedModel, GenerationMixin):
         host: PreTrainedModel | None = None,
         experts: ExpertSet | None = None,
         router: Router | None = None,
-        memory_bytes: int = 0,
+        memory_bytes: NonNegativeInt = 0,
     ) -> None:
         super().__init__(config)
         self.host = AutoModelForCausalLM.from_config(config.host) if host is None else host

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modicum.errors import RecipeError
 from modicum.evaluate.logistic import fit
+from modicum.knobs import guarded
 from modicum.models.zero_token.body import Call
 from modicum.models.zero_token.exit import unit
 from modicum.models.zero_token.model import ZeroTokenForCausalLM
@@ -47,6 +48,7 @@ class ExitPoint:
         return iter((self.threshold, self.mean_cycles, self.loss))
 
 
+@guarded
 def calibrate_threshold(
     model: ZeroTokenForCausalLM,
     batches: Iterable[Int[Tensor, "b t"]],
@@ -140,6 +142,7 @@ def _measure(
     return loss / targets, cycles / tokens, torch.cat(scores), visits / tokens
 
 
+@guarded
 @torch.no_grad()
 def fit_exit_gate(
     model: ZeroTokenForCausalLM, batches: Iterable[Int[Tensor, "b t"]], *, l2: Positive = 1.0

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
-from modicum.knobs import known
+from modicum.knobs import guarded, known
 from modicum.layout import FIRST_LAYERS, LAYER_LISTS, LAYER_NUMBERS
 from modicum.models.zero_token import hosts
 from modicum.models.zero_token.config import EXITS, TRAINING, ZeroTokenConfig, ZeroTokenKnobs
@@ -287,6 +287,7 @@ def low_rank(residual: Float[Tensor, "m n"], *, rank: PositiveInt) -> tuple[Floa
     return v[:rank], u[:, :rank] * s[:rank]
 
 
+@guarded
 @torch.no_grad()
 def resize_pool(model: ZeroTokenForCausalLM, n_cycles: PositiveInt) -> ZeroTokenForCausalLM:
     """Return the model with another number of cycles; new cycles copy the parameters of the last one.
@@ -341,6 +342,7 @@ class CycleRange:
     distances: tuple[float, ...]
 
 
+@guarded
 @torch.no_grad()
 def choose_cycle_range(
     model: PreTrainedModel, batches: Iterable[Int[Tensor, "b t"]], *, width: PositiveInt | None = None

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from modicum.knobs import guarded
 from modicum.models.zero_token.pool import ZeroTokenPool
+from modicum.types import NonNegative
 
 
 class TrainingStep(TrainerCallback):
@@ -24,7 +26,8 @@ class TrainingStep(TrainerCallback):
             name(state.global_step, state.max_steps)
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+@guarded
+def parameter_groups(model: nn.Module, *, weight_decay: NonNegative) -> list[dict[str, Any]]:
     """Return the trained parameters in two groups for an optimiser: with weight decay, and without.
 
     Matrices decay; vectors (norms, biases) and what looping added do not.

@@ -159,6 +159,11 @@ class Visit:
             # The first cycle has stored these tokens; a slot with a window may have forgotten some since.
             return *self.seen, False
         if not isinstance(layer, SlotLayer):
+            if getattr(self.cache, "offloading", False) and not key.is_cuda:
+                raise UnsupportedError(
+                    f"An offloaded cache waits for a CUDA device, and the model is on {key.device}, where its keys lie "
+                    "already. Leave out cache_implementation, or move the model."
+                )
             self.seen = self.cache.update(key, value, self.slot)
             return *self.seen, False
         # Only a key that is the same for all queries can wait in a column, and only in a slot of its own.

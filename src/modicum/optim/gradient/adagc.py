@@ -224,7 +224,7 @@ class AdaGC(NormClipper):
         if knobs["relative"] < 1:
             warnings.warn(
                 f"relative={relative} is below 1: thresholds can only fall, and training will stall. Use 1.04 or more.",
-                stacklevel=2,
+                stacklevel=3,
             )
         driver = {name: knobs.pop(name) for name in ("nonfinite", "granularity", "groups")}
         super().__init__(params, adagc_factors, state_type=AdaGCState, knobs=knobs, **driver)

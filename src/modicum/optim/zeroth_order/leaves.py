@@ -220,7 +220,7 @@ def assign_ranks(leaves: Iterable[Leaf], lift: Lift, *, ranks: Ranks, dense: Seq
     if clamped:
         more = f" and {len(clamped) - 1} more" if len(clamped) > 1 else ""
         warnings.warn(
-            f"The rank is larger than {clamped[0]}{more}; the smaller side is used there.", UserWarning, stacklevel=4
+            f"The rank is larger than {clamped[0]}{more}; the smaller side is used there.", UserWarning, stacklevel=5
         )
     return offset
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.knobs import check_choice, fields_of
+from modicum.knobs import fields_of, guarded
 from modicum.optim.zeroth_order.leaves import Distribution, Leaf, Ranks
 from modicum.optim.zeroth_order.lifts import Lift, Scale
 from modicum.optim.zeroth_order.moments import Betas
-from modicum.types import NonNegative, PositiveInt
+from modicum.types import NonNegative, Positive, PositiveInt
 
 Engine: TypeAlias = Literal["mutate", "adapter", "paired", "jvp"]
 Parallel: TypeAlias = Literal["data", "query"]
 Vectors: TypeAlias = Literal["dense", "freeze"]
-_CHOICES = {
-    "vectors": Vectors, "engine": Engine, "parallel": Parallel, "scale": Scale, "distribution": Distribution
-}  # fmt: skip
 
 
+@guarded
 @dataclass(frozen=True)
 class Settings:
     """Settings of the shared step: the knobs of a method, and what its class fixes.
@@ -55,51 +52,32 @@ class Settings:
         bias_correction: Whether the moving averages' start at zero is corrected.
     """
 
-    lr: float
-    eps: float
+    lr: NonNegative
+    eps: Positive
     variant: str = "sgd"
     seed: int = 0
-    queries: int = 1
-    sides: int = 2
-    weight_decay: float = 0.0
+    queries: PositiveInt = 1
+    sides: Literal[1, 2] = 2
+    weight_decay: NonNegative = 0.0
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     dense: Sequence[str] = ()
     vectors: Vectors = "dense"
     engine: Engine = "mutate"
-    passes: int = 3
+    passes: Literal[2, 3] = 3
     parallel: Parallel = "data"
     lift: Lift | None = None
     ranks: Ranks | None = None
     scale: Scale = "unit"
-    refresh_every: int | None = None
+    refresh_every: PositiveInt | None = None
     distribution: Distribution = "normal"
     update: str = "sgd"
     entrywise: bool = False
     betas: Betas = (0.9, 0.99)
-    adam_eps: float = 1e-8
+    adam_eps: Positive = 1e-8
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise RecipeError(f"{field.name} is {value}, expected a finite number.")
-        for name, ok, expected in (
-            ("lr", self.lr >= 0, "at least 0"),
-            ("eps", self.eps > 0, "above 0"),
-            ("queries", self.queries >= 1, "at least 1"),
-            ("sides", self.sides in (1, 2), "1 or 2"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
-            ("betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
-            ("passes", self.passes in (2, 3), "2 or 3"),
-            ("refresh_every", self.refresh_every is None or self.refresh_every >= 1, "at least 1, or none"),
-        ):
-            if not ok:
-                raise RecipeError(f"{name} is {getattr(self, name)}, expected {expected}.")
-        for name, kind in _CHOICES.items():
-            check_choice(name, getattr(self, name), kind)
         if self.weight_decay and self.engine != "mutate":
             raise UnsupportedError(
                 f"weight_decay={self.weight_decay} needs engine='mutate': the {self.engine} engine does not write the "

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 
 from modicum.errors import RecipeError
+from modicum.knobs import guarded
 from modicum.submodular.functions.base import Objective, members_of
+from modicum.types import PositiveInt
 
 SLACK = 1e-9  # of a difference, relative to the values
 
@@ -41,7 +43,8 @@ class Axioms:
             raise RecipeError(f"The objective is not what the policies need: {self.violations[0]}")
 
 
-def check_axioms(f: Objective, *, samples: int = 200, rng: torch.Generator | int = 0) -> Axioms:
+@guarded
+def check_axioms(f: Objective, *, samples: PositiveInt = 200, rng: torch.Generator | int = 0) -> Axioms:
     r"""Try the axioms on random pairs of sets :math:`A \subseteq B` and elements outside ``B``.
 
     Args:

@@ -74,8 +74,6 @@ class Fixed(Policy):
         given = array([1.0] * widest if weights is None else weights, "weights").double()
         if given.shape != (widest,) or not bool(((given >= 0) & given.isfinite()).all()):
             raise RecipeError(f"weights are {given.tolist()}, expected {widest} finite numbers of at least 0.")
-        if not 0 <= share <= 1:
-            raise RecipeError(f"share is {share}, expected a number in [0, 1].")
         found = several(favourite)
         chosen = torch.tensor(found if isinstance(found, tuple) else [found]).double()
         if isinstance(found, tuple) and (not self.worlds or len(found) != len(self._seeds)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError
-from modicum.knobs import fields_of
+from modicum.knobs import fields_of, guarded
 from modicum.submodular.communication import HINTS, Weights, network
 from modicum.submodular.draws import seeds_of, several
 from modicum.submodular.functions.base import Objective
@@ -24,6 +24,7 @@ from modicum.submodular.policies.base import Policy
 from modicum.types import PositiveInt, UnitInterval
 
 
+@guarded
 @dataclass(frozen=True)
 class Settings:
     """Settings of a gossiping policy.
@@ -56,19 +57,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eta", several(self.eta))
-        steps = self.eta if isinstance(self.eta, tuple) else (self.eta,)
-        for name, ok, expected in (
-            ("eta", bool(steps) and all(0 < eta < float("inf") for eta in steps), "a finite step above 0"),
-            ("c", 0 <= self.c <= 1, "a curvature in [0, 1]; 1 is always valid"),
-            ("gradient", self.gradient in ("sample", "exact"), "sample or exact"),
-            ("n_samples", self.n_samples >= 1, "at least 1"),
-            ("init", self.init in ("own", "all"), "own or all"),
-            ("consensus", self.consensus in ("paper", "owner"), "paper or owner"),
-            ("grad_at", self.grad_at in ("x", "y"), "x or y"),
-            ("residual", self.residual in ("renormalise", "idle"), "renormalise or idle"),
-        ):
-            if not ok:
-                raise RecipeError(f"{name} is {getattr(self, name)}, expected {expected}.")
         if isinstance(self.eta, tuple) and seeds_of(self.seed)[1] != (len(self.eta),):
             raise RecipeError(f"eta has {len(self.eta)} steps, which needs as many seeds, one for each world.")
 

@@ -67,12 +67,8 @@ class Hedge(Policy):
         super().__init__(blocks, seed=seed)
         eta = several(eta)
         steps = eta if isinstance(eta, tuple) else (eta,)
-        if not all(0 < step < float("inf") for step in steps):
-            raise RecipeError(f"eta is {eta}, expected a finite step above 0.")
         if isinstance(eta, tuple) and (not self.worlds or len(eta) != len(self._seeds)):
             raise RecipeError(f"eta has {len(eta)} steps, which needs as many seeds, one for each world.")
-        if not 0 <= gamma <= 1:
-            raise RecipeError(f"gamma is {gamma}, expected a share in [0, 1].")
         self.gamma = gamma
         self._eta = torch.tensor(steps, dtype=torch.float64).view(-1, *[1] * 2 if self.worlds else ())
         self.logs = torch.zeros_like(self._even())  # a weight itself would be 0 for good once it is too small

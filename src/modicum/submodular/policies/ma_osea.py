@@ -72,15 +72,11 @@ class MAOSEA(MAOSMA):
         allow_zero_mixing: bool = False,
         **shared: Unpack[Shared],
     ) -> None:
-        if not 0 <= gamma < 1:
-            raise RecipeError(f"gamma is {gamma}, expected a share in [0, 1).")
         if gamma == 0 and not allow_zero_mixing:
             raise RecipeError(
                 "gamma is 0: an action that reaches probability 0 would never come back. Take a small share such as "
                 "0.01, or say allow_zero_mixing=True."
             )
-        if mix not in ("per_block", "global"):
-            raise RecipeError(f"mix is {mix!r}, expected per_block or global.")
         self.gamma, self.mix = gamma, mix
         super().__init__(blocks, W, eta=eta, **known(MAOSEA, shared))
 

@@ -64,8 +64,6 @@ class ODM(Policy):
 
     def __init__(self, blocks: Blocks, *, memory: Decay = 0.9, seed: int | Sequence[int] = 0) -> None:
         super().__init__(blocks, seed=seed)
-        if not 0 <= memory < 1:
-            raise RecipeError(f"memory is {memory}, expected a share in [0, 1).")
         self.memory = memory
         self.rewards = torch.zeros(*self.worlds, self.partition.widest, dtype=torch.float64)
         self._played: Tensor | None = None

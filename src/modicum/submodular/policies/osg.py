@@ -52,8 +52,6 @@ class Experts(Policy):
         super().__init__(blocks, seed=seed)
         scale = several(scale)
         scales = scale if isinstance(scale, tuple) else (scale,)
-        if not all(0 < part < float("inf") for part in scales):
-            raise RecipeError(f"scale is {scale}, expected a finite number above 0.")
         if isinstance(scale, tuple) and len(scale) != len(self._seeds):
             raise RecipeError(f"scale has {len(scale)} numbers, which needs as many seeds, one for each world.")
         self.horizon, self.count = horizon, count

@@ -229,11 +229,20 @@ def per_expert(
         return [default] * n
     if isinstance(value, int | float):
         return [value] * n
-    if len(value) != n:
-        raise RecipeError(
-            f"{name} has {len(value)} values for {n} experts, expected one for each. Values: {list(value)}"
-        )
+    check_length(name, value, n)
     return list(value)
+
+
+def check_length(name: str, values: Sequence[float], experts: int) -> None:
+    """Refuse a list that does not hold one value for each expert.
+
+    Raises:
+        RecipeError: It does not.
+    """
+    if len(values) != experts:
+        raise RecipeError(
+            f"{name} has {len(values)} values for {experts} experts, expected one for each. Values: {list(values)}"
+        )
 
 
 def cancels(weights: Iterable[float]) -> bool:

@@ -17,6 +17,7 @@ from modicum.errors import RecipeError, did_you_mean
 from modicum.linalg import SVD, Solver
 from modicum.registry import merge_method
 from modicum.types import Fraction, NonNegative, PositiveInt, UnitInterval
+from modicum.weights.kernels.blocks import check_length
 from modicum.weights.kernels.matrices import merge_matrices
 from modicum.weights.methods.tsv import combine, decompose
 
@@ -137,8 +138,9 @@ def resm(
 
     mode = weights if isinstance(weights, str) else outliers
     given = weights if isinstance(weights, list) else None
-    _check_length("weights", given, len(experts))
-    _check_length("ranks", ranks if isinstance(ranks, list) else None, len(experts))
+    for name, values in (("weights", weights), ("ranks", ranks)):
+        if isinstance(values, list):
+            check_length(name, values, len(experts))
 
     def merge(deltas: list[Tensor]) -> Tensor:
         if given is None:
@@ -274,11 +276,6 @@ def _mitigated(delta: Tensor, alpha: float, axis: Axis) -> Tensor:
     lines = delta.T if axis == "column" else delta
     clamped = torch.stack([_mitigated(line, alpha, "matrix") for line in lines])
     return clamped.T if axis == "column" else clamped
-
-
-def _check_length(name: str, given: Sequence[float] | None, experts: int) -> None:
-    if given is not None and len(given) != experts:
-        raise RecipeError(f"resm: {name} has {len(given)} numbers, expected {experts}, one for each expert.")
 
 
 def _checked_ranks(ranks: list[int], short: int) -> list[int]:

@@ -86,7 +86,7 @@ def arc_weights(a: Tensor, b: Tensor, *, t: float) -> tuple[float, float]:
                 "slerp: two tensors point in opposite directions, between which no arc is defined. They are "
                 "interpolated on the straight line, which shrinks them.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return 1 - t, t
     angle = math.acos(cosine)

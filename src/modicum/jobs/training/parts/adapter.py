@@ -40,8 +40,10 @@ START = "start"  # their hash, among what a checkpoint remembers
 class AdapterSection(Section):
     """A LoRA adapter; the fields under ``config`` go to ``peft.LoraConfig`` verbatim."""
 
-    rank: PositiveInt = 8
-    init: choice(registry.adapter_init) | None = None  # type: ignore[valid-type]
+    rank: PositiveInt = Field(default=8, description="of the adapter")
+    init: choice(registry.adapter_init) | None = Field(  # type: ignore[valid-type]
+        default=None, description="how it starts; PEFT's default when not given"
+    )
     config: dict[str, Any] = Field(default_factory=dict, description="further fields of peft.LoraConfig")
     compare: str | None = Field(
         default=None, description="a full fine-tune of the same base, to whose change the report measures the angles"

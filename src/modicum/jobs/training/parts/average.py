@@ -37,7 +37,7 @@ class RingSection(Section):
 
     keep: PositiveInt = Field(default=10, description="how many")
     every: PositiveInt = Field(description="optimiser steps between snapshots")
-    method: choice(averager) = Field(default="uniform", validate_default=True)  # type: ignore[valid-type]
+    method: choice(averager) = Field(default="uniform", validate_default=True, description="the rule of averaging")  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> RingSection:

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
 
-@training_part("gradient", section=choice(registry.gradient_rule), order=30)
+@training_part(
+    "gradient",
+    section=choice(registry.gradient_rule),
+    description="what is done to gradients before each step, such as clipping",
+    order=30,
+)
 class Gradient(Part):
     """Apply a method of ``modicum list gradient_rules`` at every optimiser step."""
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from modicum.jobs.training.trainer import PartsTrainer
 
 
-@training_part("objective", section=choice(registry.objective), order=20)
+@training_part(
+    "objective",
+    section=choice(registry.objective),
+    description="what is learned in place of plain next tokens, such as meap or dpo",
+    order=20,
+)
 class Objective(Part):
     """Apply a method of ``modicum list objectives`` to training batches; one that judges answers has its own part."""
 
