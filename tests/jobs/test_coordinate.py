@@ -133,6 +133,15 @@ def test_the_plan_tells_rounds_bytes_and_memory():
         assert text in lines
 
 
+def test_of_a_file_of_many_tensors_only_the_values_are_read_and_few_are_named(tmp_path):
+    from modicum.submodular.file_world import FileWorld
+
+    save_file({f"t{i}": torch.zeros(0) for i in range(3000)}, tmp_path / "v.safetensors")
+    with pytest.raises(ModicumError, match=r"holds t0, t1, t10, t100, t1000, …, expected V") as caught:
+        FileWorld(str(tmp_path / "v.safetensors"), [2, 2])
+    assert "\n" not in str(caught.value)
+
+
 def test_values_of_a_file(tmp_path):
     V = torch.rand(6, 3, 4, generator=torch.Generator().manual_seed(0))
     save_file({"V": V}, tmp_path / "v.safetensors")

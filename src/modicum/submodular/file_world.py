@@ -24,15 +24,17 @@ class FileWorld:
     """
 
     def __init__(self, path: str, blocks: Sequence[int]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            tensors = load_file(expanded(path))
+            with safe_open(expanded(path), framework="pt") as file:
+                names = sorted(file.keys())
+                tensors = {name: file.get_tensor(name) for name in ("V", "weights") if name in names}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"Cannot read {path}: {error}.") from None
         if "V" not in tensors:
-            raise RecipeError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, expected V (rows, elements).")
+            held = ", ".join([*names[:5], *(["…"] if names[5:] else [])]) or "nothing"
+            raise RecipeError(f"{path} holds {held}, expected V (rows, elements).")
         self.V, self.weights = tensors["V"], tensors.get("weights")
         self.blocks = list(blocks)
         self.rounds = len(self.V) if self.V.ndim == 3 else None  # how many there can be
