@@ -11,6 +11,7 @@ from modicum.errors import CheckpointError, ModicumError, RecipeError
 from modicum.jobs import execute, plan
 from modicum.recipe import parse
 from modicum.record import read_record
+from modicum.report import write
 from support import tiny_llama
 
 
@@ -43,6 +44,14 @@ def test_a_merge_runs_records_layers_and_loads(models: list[str], tmp_path: Path
     assert len(layers["names"]) == len(layers["conflict"]) == len(layers["norms"]["m1"])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape[1] in (3, 4)
+
+
+def test_pairs_of_many_experts_are_not_recorded(models: list[str], tmp_path: Path) -> None:
+    # Their number grows as the square: a record of 2000 experts had gigabytes, which nothing reads again.
+    execute(parse(recipe(models, experts=models[1:] * 20)), tmp_path / "run", quiet=True)
+    layers = read_record(tmp_path / "run")["metrics"]["layers"]
+    assert layers["cosines"] == {} and len(layers["norms"]) == 40 and len(layers["conflict"]) == len(layers["names"])
+    assert "cosine" not in write([tmp_path / "run"]).read_text()
 
 
 def test_a_finished_merge_whose_record_was_lost_is_made_again(models: list[str], tmp_path: Path) -> None:

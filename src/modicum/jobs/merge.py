@@ -330,11 +330,11 @@ def comparable(plan: Plan, measured: Measured) -> tuple[Measured, list[str]]:
 
 
 def layers(measured: Measured, models: list[str]) -> dict[str, Any]:
-    """Arrange how the experts compare: a list over tensors for each expert and each pair of experts."""
+    """Arrange how the experts compare: a list over tensors for each expert and each pair of few experts."""
     if not measured:
         return {}
     rows = list(measured.values())
-    pairs = [f"{a}|{b}" for i, a in enumerate(models) for b in models[i + 1 :]]
+    pairs = [f"{a}|{b}" for i, a in enumerate(models) for b in models[i + 1 :]] if "cosines" in rows[0] else []
     conflict = {"conflict": [_round(row["conflict"]) for row in rows]} if "conflict" in rows[0] else {}
     return {
         "names": list(measured),

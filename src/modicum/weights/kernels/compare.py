@@ -16,6 +16,7 @@ from modicum.weights.kernels import fused
 from modicum.weights.kernels.blocks import delta_blocks
 
 PIECE, PIECES = 1 << 13, 16  # a large tensor is compared by so many pieces of it, evenly spread
+MOST = 32  # experts of which each pair is compared: records of more would grow as their square
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 BLOCK = 1 << 18  # entries whose bit patterns fit into a cache
 
@@ -24,8 +25,8 @@ def compare(base: Tensor, experts: Sequence[Tensor]) -> dict[str, Any]:
     """Measure the experts' deltas from ``base``; of more than 131,072 entries, a sample of so many speaks for all.
 
     Returns:
-        ``norms`` (n), the deltas' Frobenius norms; ``cosines``, for each pair in order; ``conflict``, the share of
-        entries, among those that at least two experts change, in which their signs differ.
+        ``norms`` (n), the deltas' Frobenius norms; ``cosines``, for each pair in order, of at most 32 experts;
+        ``conflict``, the share of entries, among those that at least two experts change, in which their signs differ.
     """
     n, size = len(experts), base.numel()
     base, *experts = (_sample(tensor) for tensor in (base, *experts))
@@ -40,12 +41,15 @@ def compare(base: Tensor, experts: Sequence[Tensor]) -> dict[str, Any]:
             shared += int(np.count_nonzero((rising | falling).sum(0, dtype=np.uint16) > 1))
     squares = (gram.diagonal() * (size / max(1, base.numel()))).tolist()
     norms = [math.sqrt(max(square, 0.0)) if math.isfinite(square) else square for square in squares]
+    found: dict[str, Any] = {"norms": norms, "conflict": conflicting / shared if shared else 0.0}
+    if n > MOST:
+        return found
     scale = gram.diagonal().clamp_min(0).sqrt().tolist()
     cosines = [
         gram[i, j].item() / (scale[i] * scale[j]) if scale[i] and scale[j] else 0.0
         for i, j in combinations(range(n), 2)
     ]
-    return {"norms": norms, "cosines": cosines, "conflict": conflicting / shared if shared else 0.0}
+    return found | {"cosines": cosines}
 
 
 def _sample(tensor: Tensor) -> Tensor:
