@@ -94,6 +94,12 @@ class Entry(Generic[T]):
                     knobs[name] = p
         return data, knobs
 
+    @cached_property
+    def asks(self) -> frozenset[str]:
+        """Keyword-only parameters, what the caller supplies among them."""
+        items = inspect.signature(self.function).parameters.values()
+        return frozenset(p.name for p in items if p.kind is p.KEYWORD_ONLY)
+
     @property
     def summary(self) -> str:
         """First line of the docstring."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -253,7 +252,7 @@ def choose(
         raise RecipeError(f"fallback is {fallback!r}, expected true, false or 'tuned'.")
     entry = averager[method]
     checked: dict[str, Any] = entry.knobs(knobs)
-    asked, reports = inspect.signature(entry.function).parameters, list[dict[str, Any]]()
+    asked, reports = entry.asks, list[dict[str, Any]]()
     if "rng" in asked:
         checked["rng"] = generator(seed, method)
     if "report" in asked:

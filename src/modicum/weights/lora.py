@@ -133,7 +133,7 @@ def merge_factors(
     measured = compare(zero, small)
     del measured["conflict"]  # signs of the entries mean nothing in another basis
     reports: list[dict[str, Any]] = []
-    supplied = {"report": reports} if "report" in (entry.function.__kwdefaults__ or {}) else {}
+    supplied = {"report": reports} if "report" in entry.asks else {}
     merged = entry.function(zero, small, **entry.knobs(knobs), **supplied)
     U, S, V = truncated_svd(merged, min(merged.shape))
     k = max(1, int(S.gt(1e-6 * S.max()).sum()))

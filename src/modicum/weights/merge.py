@@ -78,8 +78,8 @@ def _run_there(
         merged = fold(origin, experts, lambda deltas: deltas.mean(0))
     else:
         supplied: dict[str, Any] = dict(found)
-        asked = step.entry.function.__kwdefaults__ or {}
-        supplied |= {draws: generator(seed, step.method, step.name) for draws in SUPPLIED & asked.keys()}
+        asked = step.entry.asks
+        supplied |= {draws: generator(seed, step.method, step.name) for draws in SUPPLIED & asked}
         if "report" in asked:
             supplied["report"] = reports
         if step.statistics:

@@ -105,7 +105,7 @@ class Step:
     @property
     def draws(self) -> bool:
         """Whether the method draws random numbers."""
-        return not SUPPLIED.isdisjoint(self.entry.function.__kwdefaults__ or {})
+        return not SUPPLIED.isdisjoint(self.entry.asks)
 
     @property
     def memory(self) -> int:

@@ -7,13 +7,14 @@ more. Choose ``scale`` on validation data.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from modicum.registry import merge_method
-from modicum.types import Fraction
+from modicum.types import Fraction, Unbounded
 from modicum.weights.kernels.blocks import as_vector, delta_blocks, fold, per_expert
 from modicum.weights.kernels.combine import Trimmed, combiner, trim_cuts
 from modicum.weights.kernels.selection import Cut
@@ -83,7 +84,7 @@ def ties(
     weights: list[float] | None = None,
     normalize: bool = True,
     trim_scope: Literal["tensor", "model"] = "tensor",  # noqa: ARG001 - read by the survey
-    threshold: Sequence[float] | None = None,
+    threshold: Sequence[Annotated[float, Ge(0), Unbounded()]] | None = None,
 ) -> Tensor:
     r"""Trim each expert's delta, elect a sign per entry, average the deltas that agree with it.
 
