@@ -13,6 +13,7 @@ import pytest
 
 from modicum import cli, lock, stored
 from modicum.borders import loads
+from modicum.documents import stored_yaml
 from modicum.errors import CheckpointError, ModicumError, RecipeError, printable
 from modicum.jobs import plan
 from modicum.jobs.data.rows import load_rows
@@ -137,6 +138,16 @@ def test_smoothing_a_long_series_is_linear():
 def test_yaml_of_too_many_values_is_refused_before_they_are_made(text):
     with pytest.raises(RecipeError, match="more than 50000 values"):
         parse_yaml(text)
+
+
+def test_yaml_that_takes_long_to_read_is_refused_unread(tmp_path):
+    # Eight million characters took seven seconds.
+    text = "a: " + "x" * (5 << 20)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="more than 4 MiB"):
+        parse_yaml(text)
+    with pytest.raises(CheckpointError, match="no recipe. Delete it"):
+        stored_yaml(tmp_path / "recipe.yaml")
 
 
 def test_assignments_are_no_deeper_than_recipes():

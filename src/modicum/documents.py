@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from modicum.borders import LARGEST, MALFORMED, OURS, check_plain
+from modicum.borders import MALFORMED, OURS, check_plain
 from modicum.errors import CheckpointError, RecipeError, first_line
 
+LONGEST = 4 << 20  # bytes of a document; reading so many takes four seconds
 MOST_NODES = 50_000  # values of a document; reading so many takes two seconds
 
 
@@ -100,6 +101,8 @@ def parse_documents(text: str, source: str) -> list[Any]:
     Of a key that stands twice the last one counts in a mergekit file, which then says so under ``twice``; in all others
     it is refused.
     """
+    if len(text) > LONGEST:
+        raise RecipeError(f"{source} has more than {LONGEST >> 20} MiB, which is no recipe. Check the path.")
     found = []
     try:
         loader = _Loader(text)
@@ -135,7 +138,7 @@ def stored_yaml(path: Path) -> Any:
     """
     check_plain(path, OURS)
     try:
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > LONGEST:
             raise CheckpointError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, which is no recipe. Delete it.")
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ValueError) as error:

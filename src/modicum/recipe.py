@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from modicum import registry
 from modicum.borders import MALFORMED
 from modicum.credentials import secrets_in
-from modicum.documents import is_mergekit, parse_documents
+from modicum.documents import LONGEST, is_mergekit, parse_documents
 from modicum.documents import parse_yaml as parse_yaml
 from modicum.errors import ModicumError, RecipeError, did_you_mean, first_line, is_text
 from modicum.inputs import Inputs, look
@@ -152,7 +152,6 @@ def sections(schema: type[Section]) -> dict[type[Section], list[str]]:
     return found
 
 
-LARGEST = 16 << 20  # bytes of a recipe
 DEEPEST = 50  # levels of a value that is set from outside
 
 
@@ -166,8 +165,8 @@ def text_of(source: str) -> str:
     path = Path(source)
     if os.path.isfile(source):  # noqa: PTH113 - pathlib raises for a name that is too long
         try:
-            if path.stat().st_size > LARGEST:
-                raise RecipeError(f"{source} has more than {LARGEST >> 20} MiB, which is no recipe. Check the path.")
+            if path.stat().st_size > LONGEST:
+                raise RecipeError(f"{source} has more than {LONGEST >> 20} MiB, which is no recipe. Check the path.")
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"Cannot read {source}: {error}.") from None
