@@ -2,8 +2,7 @@
 
 The file names host, process and the time at which the process started, so that a number given to another process since
 is not taken for the owner. A lock whose owner is dead is taken over; one of a living owner, or of a machine that cannot
-be looked at from here, is refused with one line. Of several processes that share a run, the first one holds the lock
-and the others follow it (:func:`wait`).
+be looked at from here, is refused. Of processes that share a run, one holds it and others follow (:func:`wait`).
 """
 
 from __future__ import annotations
