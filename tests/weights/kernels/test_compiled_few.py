@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modicum.registry import merge_method
 from modicum.weights.kernels import fused, selection
 from modicum.weights.kernels.blocks import fold
 from modicum.weights.kernels.combine import Trimmed, combiner
@@ -145,3 +146,14 @@ def test_all_entries_may_lie_within_a_bracket(size):
     for t, ((above, high, low, inside),) in enumerate(found):
         assert (above, high, low) == (0, 0, 0)
         np.testing.assert_array_equal(inside, np.full(size, 2.0 + t, F32))
+
+
+ALONE = [n for n, e in merge_method.items() if not e.facts.base and not e.facts.two and e.facts.experts == 1]
+
+
+@pytest.mark.parametrize("method", [n for n in ALONE if merge_method[n].facts.statistics is None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_alone_is_its_own_merge(method, dtype):
+    only = torch.tensor([[1.0, -2.0, 0.5, 1.0078125, 0.0]] * 3).to(dtype)
+    entry = merge_method[method]
+    assert torch.equal(entry.function(None, [only], **entry.knobs({})), only)

@@ -155,7 +155,7 @@ def fold(
 
 def _few(base: Tensor, experts: Sequence[Tensor], *others: Tensor) -> bool:
     """Whether the passes for few experts in bfloat16 take these tensors."""
-    return len(experts) <= FEW and all(tensor.dtype == torch.bfloat16 for tensor in (base, *experts, *others))
+    return 1 <= len(experts) <= FEW and all(tensor.dtype == torch.bfloat16 for tensor in (base, *experts, *others))
 
 
 def _halves(tensor: Tensor) -> Halves:
