@@ -215,6 +215,8 @@ def outside(annotation: Any) -> Iterator[Any]:
         yield math.nan
         if arguments[0] is int:
             yield 1.5
+        elif not any(isinstance(mark, Unbounded) for mark in arguments[1:]):
+            yield from (math.inf, -math.inf)
     elif origin is Annotated:
         yield from outside(arguments[0])
     elif origin in (Union, UnionType) and not {int, float, str} & {*arguments}:
@@ -223,6 +225,15 @@ def outside(annotation: Any) -> Iterator[Any]:
     elif isinstance(origin, type) and issubclass(origin, Sequence) and arguments[0] not in (int, float):
         size = len(arguments) if origin is tuple and ... not in arguments else 1
         yield from ([value] * size for value in outside(arguments[0]))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_number_without_a_range_is_finite_from_a_caller_by_hand(entry: Entry[Any]) -> None:
+    for name, parameter in entry.parameters[1].items():
+        if parameter.annotation is float:
+            for bad in (math.nan, math.inf, -math.inf):
+                with pytest.raises(RecipeError, match=rf"^{name} is .*, expected a finite number"):
+                    entry.function(**{name: bad})
 
 
 @pytest.mark.parametrize("function", public())
