@@ -235,7 +235,7 @@ def special() -> Iterator[tuple[str, str, Damage, list[str]]]:
         yield f"{key} {str(value)[:40]}", "attack.yaml", edit(**{key: value}), []
     for key, value in (("max_rank", 10**12), ("max_rank", 0), ("model", "base"), ("base", "adapter")):
         yield f"extract {key} {value}", "extract.yaml", edit(**{key: value}), ["extract"]
-    for key, value in (("shard_bytes", 1), ("shard_bytes", 10**30), ("experts", ["one"] * 2000), ("experts", []),
+    for key, value in (("shard_bytes", 1), ("shard_bytes", 10**30), ("experts", ["one"] * 500), ("experts", []),
                        ("experts", ["../../../../dev/zero"]), ("base", "/proc/self/root"), ("out", "/dev/null/x"),
                        ("out", "base"), ("out", "/"), ("dtype", "int8")):  # fmt: skip
         yield f"merge {key} {str(value)[:30]}", "merge.yaml", edit(**{key: value}), ["merge"]
@@ -267,6 +267,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("run", "merge.yaml", "--out", "\x1b[2J/x"),
     ("run", "merge.yaml", "--out", "done-train"), ("run", "train.yaml", "--out", "done-merge"),
     ("run", "pipeline.yaml", "--out", "done-merge"), ("run", "coordinate.yaml", "--out", "done-attack"),
+    ("check", "merge.yaml", "--set", f"experts=[{','.join(['one'] * 2000)}]"),
     *(("check", "merge.yaml", "--set", value) for value in (
         "", "=", "a", "a=[", "job.x=1", "experts.9=1", "experts.-1=1", ".=1", "a..b=1", "method.density=.nan",
         "seed=-1",

@@ -83,9 +83,9 @@ def main() -> int:
             if (name.startswith(kills.RARE) and rng.random() < 0.9) or (found := peace(name)) is None:
                 number += 1
                 continue
-            most = 40_000 + sum(size for size, _ in found[1][0].values())
+            most = 40_000 + sum(size for size, _ in found.made[0].values())
             size = 4096 * (2 + int(rng.uniform(0.0, 1.5) * most) // 4096)
-            how, wrong = attempt(name, peace.world, size, found[1])
+            how, wrong = attempt(name, peace.world, size, found.made)
             count.add(how, 0.0, number, wrong and f"{name}, case {number}, {size} bytes: {wrong}")
             if wrong:
                 print(number, name, size, wrong, flush=True)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 GIB = 1 << 30
 
@@ -184,6 +184,8 @@ def _become(
             _other_machine(machine)
         if "CAMPAIGN_NO_SYNC" in os.environ:
             os.fsync = os.fdatasync = lambda _: None
+        if (moment := os.environ.get("CAMPAIGN_CHANGES")) is not None:
+            _count_changes(*moment.split(":", 1))
         _like_any_user()
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
@@ -209,6 +211,25 @@ def _become(
         with suppress(BaseException):
             sys.stderr.flush()
         os._exit(status)
+
+
+def _count_changes(last: str, path: str) -> None:
+    """Kill whichever process of this command is about to change the disk for the ``last``-th time, as Python tells.
+
+    A file is opened for writing, a name is made, moved or removed. The bytes written so far are the size of the file at
+    ``path``, which all processes of the command share.
+    """
+    counted = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    moves = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+    def look(event: str, values: tuple[Any, ...]) -> None:
+        if event in moves or (event == "open" and isinstance(values[2], int) and values[2] & writing):
+            os.write(counted, b".")
+            if os.fstat(counted).st_size == int(last):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
 
 
 def _like_any_user() -> None:

@@ -2,9 +2,11 @@
 
 ``python tests/campaigns/kills.py [--seconds 600] [--seed 0] [--only WORDS]`` runs every job, and every method of the
 tables of merging, averaging, training and coordination, on tiny models. A run is ended one to three times: by SIGKILL,
-SIGTERM or SIGINT, of the process, of one of its workers, or of all together. After each time no process of it may
+SIGTERM or SIGINT, of the process, of one of its workers, or of all together, at any time; or by SIGKILL right before it
+opens a file for writing, or makes, moves or removes a name. After each time no process of it may
 be left, a record that says ``done`` must be true, and a result that has its name must be whole. At the end the outputs
-must be those of the run in peace, and nothing else may lie around. Counts go into ``benchmarks/results/kills.json``.
+must be those of the run in peace, and nothing else may lie around. ``--changes`` tries every change of every job, once.
+Counts go into ``benchmarks/results/kills.json``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -138,25 +141,30 @@ def leftovers(run: Path) -> list[str]:
     return [*inside, *(path.name for path in run.parent.iterdir() if path.name.startswith("."))]
 
 
-def attempt(name: str, world: Path, lasts: float, peace: Made, rng: random.Random) -> Iterator[tuple[str, str | None]]:
-    """End one run several times; yield for each how, and what was wrong after it."""
+def attempt(
+    name: str, world: Path, peace: Peaceful, rng: random.Random, change: int | None = None
+) -> Iterator[tuple[str, str | None]]:
+    """End one run several times, or once right before a change of the disk; yield each time how, and what was wrong."""
     place = world / "out"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     run, command = place / "run", ["run", f"{file_of(name)}.yaml", "--out", "out/run", "--quiet"]
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        started = forked.Attempt(command, world)
-        outcome = started.wait(rng.uniform(0.0, 1.1) * lasts)
-        how = "over before" if outcome else end(started, rng)
+    for _ in range(1 if change else rng.choice((1, 1, 2, 3))):
+        number = change or rng.choice((0, rng.randint(1, peace.changes)))
+        started, how = forked.Attempt(command, world, variables=_counted(place / "changes", number)), "over before"
+        outcome = started.wait(300.0 if number else rng.uniform(0.0, 1.1) * peace.seconds, reap=False)
         if outcome is None:
+            how = end(started, rng)
             outcome = started.wait(time.monotonic() - started.began + 300.0, reap=False)
+        elif outcome.status == -signal.SIGKILL:
+            how = "SIGKILL before a change"
         wrong = None
         if outcome is None:
             started.kill(signal.SIGKILL, group=True)
             outcome, wrong = started.wait(), "did not end"
         elif how != "over before":
             wrong = _outlived(started.pid)
-        problems = unlawful(run, peace)
+        problems = unlawful(run, peace.made)
         if outcome is not None and outcome.status is not None and outcome.status > 0 and "Traceback" in outcome.said:
             problems.append(f"a traceback: {outcome.said.splitlines()[-1][:200]}")
         yield how, wrong or "; ".join(problems) or None
@@ -165,12 +173,18 @@ def attempt(name: str, world: Path, lasts: float, peace: Made, rng: random.Rando
     last = forked.attempt(command, world, seconds=300)
     if last.status != 0:
         yield "run again", f"exit status {last.status}: {last.said.strip()[-300:]}"
-    elif made(run) != peace:
-        yield "run again", difference(made(run), peace)
+    elif made(run) != peace.made:
+        yield "run again", difference(made(run), peace.made)
     elif left := leftovers(run):
         yield "run again", f"leftovers: {left[:3]}"
     else:
         yield "run again", None
+
+
+def _counted(path: Path, last: int) -> dict[str, str]:
+    """Return the variables that count changes of the disk, and end the command right before the last one, if not 0."""
+    path.unlink(missing_ok=True)
+    return {"CAMPAIGN_CHANGES": f"{last}:{path}"}
 
 
 def _outlived(pid: int, seconds: float = 10.0) -> str | None:
@@ -189,8 +203,17 @@ def file_of(name: str) -> str:
     return name.replace(": ", "--")
 
 
+@dataclass(frozen=True)
+class Peaceful:
+    """A run that nobody disturbed: how long it took, how often it changed the disk, and what it ended with."""
+
+    seconds: float
+    changes: int
+    made: Made
+
+
 class Peace:
-    """Runs that nobody disturbs, made when they are first asked for: how long they take, and what they end with.
+    """Runs that nobody disturbs, made when they are first asked for.
 
     Args:
         world: Where; made when it is not there.
@@ -205,23 +228,42 @@ class Peace:
             (world / f"{file_of(name)}.yaml").write_text(json.dumps(recipe))
         first = [["run", f"{name}.yaml", "--out", f"warm/{name}", "--quiet"] for name in known if ": " not in name]
         forked.warm(first, world, world.parent / "modules")
-        self._found: dict[str, tuple[float, Made]] = {}
+        self._found: dict[str, Peaceful] = {}
 
     def names(self) -> list[str]:
         """Return the recipes that have not failed."""
         return sorted(self.known)
 
-    def __call__(self, name: str) -> tuple[float, Made] | None:
-        """Return seconds and results of a recipe; ``None`` where it needs what is not there."""
+    def __call__(self, name: str) -> Peaceful | None:
+        """Return the run of a recipe; ``None`` where it needs what is not there."""
         if name not in self._found and name in self.known:
             command = ["run", f"{file_of(name)}.yaml", "--out", f"peace/{file_of(name)}", "--quiet"]
-            ended = forked.attempt(command, self.world, seconds=300)
+            counted = self.world / f"{file_of(name)}.changes"
+            ended = forked.attempt(command, self.world, seconds=300, variables=_counted(counted, 0))
             if ended.status != 0:
                 print("left out:", name, ended.said.strip()[-160:], flush=True)
                 del self.known[name]
             else:
-                self._found[name] = ended.seconds, made(self.world / "peace" / file_of(name))
+                found = made(self.world / "peace" / file_of(name))
+                self._found[name] = Peaceful(ended.seconds, counted.stat().st_size, found)
         return self._found.get(name)
+
+
+def any_moment(peace: Peace, seed: int) -> Iterator[tuple[str, None]]:
+    """Yield names of recipes without end, long ones seldom."""
+    rng = random.Random(seed)
+    known = list(peace.known)
+    while True:
+        name = rng.choice(known)
+        if not name.startswith(RARE) or rng.random() < 0.1:
+            yield name, None
+
+
+def every_change(peace: Peace) -> Iterator[tuple[str, int]]:
+    """Yield the name of each job's recipes, with the number of each change of the disk."""
+    for name in [name for name in peace.known if ": " not in name]:
+        for change in range(1, (found.changes if (found := peace(name)) else 0) + 1):
+            yield name, change
 
 
 def main() -> int:
@@ -230,6 +272,7 @@ def main() -> int:
     arguments.add_argument("--seconds", type=float, default=600)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--only", default="")
+    arguments.add_argument("--changes", action="store_true", help="every change of the disk of every job")
     arguments.add_argument("--trial", action="store_true", help="count nothing")
     arguments.add_argument("--work", type=Path, help="folder to keep models in for the next time")
     chosen = arguments.parse_args()
@@ -240,18 +283,20 @@ def main() -> int:
     try:
         known = {name: recipe for name, recipe in recipes().items() if chosen.only in name}
         peace = Peace(work / "world", known)
-        count = tally.Tally(RESULT, chosen.seed, resume=not (chosen.only or chosen.trial))
-        deadline, number = time.monotonic() + chosen.seconds, count.done
-        while time.monotonic() < deadline:
-            rng = random.Random(chosen.seed * 1_000_003 + number)
-            number += 1
-            name = rng.choice(list(known))
-            if (name.startswith(RARE) and rng.random() < 0.9) or (found := peace(name)) is None:
+        key = f"{chosen.seed}: changes" if chosen.changes else chosen.seed
+        count = tally.Tally(RESULT, key, resume=not (chosen.only or chosen.trial))
+        deadline = time.monotonic() + chosen.seconds
+        cases = every_change(peace) if chosen.changes else any_moment(peace, chosen.seed)
+        for number, (name, change) in enumerate(cases):
+            if time.monotonic() > deadline:
+                break
+            if number < count.done or (found := peace(name)) is None:
                 continue
-            for how, wrong in attempt(name, peace.world, *found, rng):
-                count.add(how, 0.0, number - 1, wrong and f"{name}, case {number - 1}, {how}: {wrong}")
+            rng = random.Random(chosen.seed * 1_000_003 + number)
+            for how, wrong in attempt(name, peace.world, found, rng, change):
+                count.add(how, 0.0, number, wrong and f"{name}, case {number}, change {change}, {how}: {wrong}")
                 if wrong:
-                    print(number - 1, name, how, wrong, flush=True)
+                    print(number, name, change, how, wrong, flush=True)
         count.write()
     finally:
         if chosen.work is None:

@@ -27,7 +27,7 @@ class Tally:
         resume: Go on where the last run of this seed ended; else count what is tried now alone, and write nothing.
     """
 
-    def __init__(self, path: Path, seed: int, *, resume: bool = True, every: int = 50) -> None:
+    def __init__(self, path: Path, seed: int | str, *, resume: bool = True, every: int = 50) -> None:
         self.path, self.key, self._keep, self._every = path, str(seed), resume, every
         self._began = time.monotonic()
         known = self._read() if resume else {}

@@ -44,15 +44,15 @@ def labels(models: Sequence[Tensors], fallbacks: Sequence[str]) -> list[str]:
         >>> labels([{}, {}, {}], ["base", "a", "a"])
         ['base', 'a', 'a (2)']
     """
-    found: list[str] = []
+    found: dict[str, None] = {}  # in order; a list would be searched once for each number of each model
+    numbers: dict[str, int] = {}
     for model, fallback in zip(models, fallbacks):
         own = name = label(model, fallback)
-        number = 1
         while own in found:
-            number += 1
-            own = f"{name} ({number})"
-        found.append(own)
-    return found
+            numbers[name] = numbers.get(name, 1) + 1
+            own = f"{name} ({numbers[name]})"
+        found[own] = None
+    return list(found)
 
 
 def check_agreement(
