@@ -98,9 +98,13 @@ STATED: list[tuple[str, str, Sequence[Any]]] = [
     (
         "docs/guide/trust.md",
         "{:.2f} times (task arithmetic",
-        [result("trust-speed", "merge", "task_arithmetic", "ratio")],
+        [result("trust-speed", "shapes", "135m", "merge", "task_arithmetic", "ratio")],
     ),
-    ("docs/guide/trust.md", "{:.2f} times as long (TIES", [result("trust-speed", "merge", "ties", "ratio")]),
+    (
+        "docs/guide/trust.md",
+        "{:.2f} times as long (TIES",
+        [result("trust-speed", "shapes", "135m", "merge", "ties", "ratio")],
+    ),
     ("docs/guide/train.md", "a step takes {:.2f} of a plain", [result("training-speed", "median_of_ratios")]),
     (
         "docs/guide/zero-token.md",

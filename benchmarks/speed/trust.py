@@ -1,6 +1,6 @@
 """What trust costs: merges that wait for the disk and merges that do not, by turns, and the speed of hashing.
 
-    python -m benchmarks.speed.trust [--pairs 40] [--most 1.03] [--work DIR]
+    python -m benchmarks.speed.trust [--pairs 40] [--most 1.03] [--shape 135m|1.5b] [--work DIR]
 
 Merges are made in one process for each method, in pairs: one of a pair waits for the disk, in the other ``fsync`` and
 ``fdatasync`` do nothing, and which comes first changes from pair to pair, so that a slow spell of the machine falls on
@@ -28,13 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.provenance import origin
-from benchmarks.speed.shapes import SMOLLM2_135M, write_family
+from benchmarks.speed.shapes import QWEN_1_5B, SMOLLM2_135M, write_family
 
 from modicum.content import hash_file
 from modicum.durable import write_atomic
 from modicum.environment import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "trust-speed.json"
+SHAPES = {"135m": SMOLLM2_135M, "1.5b": QWEN_1_5B}
 METHODS = {"task_arithmetic": {"scale": 0.4}, "ties": {"density": 0.2}}
 MERGES = """
 import json, os, shutil, sys, time
@@ -109,12 +110,13 @@ def main() -> int:
     arguments.add_argument("--pairs", type=int, default=40)
     arguments.add_argument("--most", type=float, default=1.03, help="the largest ratio that will do")
     arguments.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    arguments.add_argument("--shape", choices=SHAPES, default="135m", help="of the models; the larger takes 12 GB")
     arguments.add_argument("--work", type=Path, help="a folder on the disk in question; the temporary one")
     arguments.add_argument("--trial", action="store_true", help="write nothing")
     chosen = arguments.parse_args()
     work = Path(tempfile.mkdtemp(prefix="trust-", dir=chosen.work))
     try:
-        base, experts = write_family(work, SMOLLM2_135M, experts=2)
+        base, experts = write_family(work, SHAPES[chosen.shape], experts=2)
         files = [folder / "model.safetensors" for folder in (base, *experts)]
         rows = {}
         for method in chosen.methods:
@@ -131,11 +133,14 @@ def main() -> int:
                 "pairs": [[round(a, 4), round(b, 4)] for a, b in pairs],
             }  # fmt: skip
             print(method, {key: value for key, value in rows[method].items() if key != "pairs"}, flush=True)
-        speed = {f"{n} threads": round(hashing(files, n, 7), 2) for n in (1, 2)}
-        print(speed)
-        result = {"what": "a merge of two experts of SmolLM2-135M's shape, and hashing of the three files",
-                  "bytes": sum(file.stat().st_size for file in files), "most": chosen.most, "merge": rows,
-                  "hash_gb_per_s": speed, "environment": environment(), **origin()}  # fmt: skip
+        result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        result.setdefault("shapes", {})[chosen.shape] = {
+            "what": "merges of two experts", "most": chosen.most, "merge": rows,
+            "bytes": sum(file.stat().st_size for file in files), "environment": environment(), **origin(),
+        }  # fmt: skip
+        if chosen.shape == "135m":
+            result["hash_gb_per_s"] = {f"{n} threads": round(hashing(files, n, 7), 2) for n in (1, 2)}
+            print(result["hash_gb_per_s"])
         if not chosen.trial:
             write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
         found = {row["verdict"] for row in rows.values()}
