@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.zero_token.support_zero import HOSTS, base_model, looped, tokens
+from models.zero_token.support_zero import HOSTS, base_model, decode, looped, tokens
 from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.models import calibrate_threshold, choose_cycle_range, convert_to_zero_token, fit_exit_gate, resize_pool
 from modicum.models.zero_token.calibrate import cheapest, exit_curve
@@ -247,10 +247,32 @@ def test_hosts_that_cannot_be_looped_are_refused_by_name():
         "opt": {"layerdrop": 0.1, "ffn_dim": 8, "word_embed_proj_dim": 8},
         "mamba": {},
         "bert": {"is_decoder": True, "intermediate_size": 8},
+        "rwkv": {},
+        "gemma4_text": {"head_dim": 8, "vocab_size_per_layer_input": 16, "intermediate_size": 8},
     }.items():
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | knobs))
         with pytest.raises(UnsupportedError, match="cannot be looped"):
             convert_to_zero_token(base)
+
+
+def test_fields_with_an_entry_for_each_layer_go_by_visit():
+    sizes = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    thetas = [10.0, 100.0, 1000.0, 10000.0]
+    config = AutoConfig.for_model(
+        "granite_swa", **sizes, initializer_range=0.3, sliding_window=4, layer_rope_theta=thetas
+    )
+    model = convert_to_zero_token(AutoModelForCausalLM.from_config(config), n_cycles=2, zero_token=False)
+    assert model.config.layer_rope_theta == [10.0, 100.0, 1000.0, 100.0, 1000.0, 10000.0]
+    with torch.no_grad():
+        want = model(tokens(), use_cache=False).logits
+        torch.testing.assert_close(decode(model, tokens(), prefill=3)[0], want, atol=2e-4, rtol=0)
+    sizes |= {"moe_topk": [1, 2, 1, 2], "num_experts": 4, "head_dim": 8}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("hunyuan_v1_moe", **sizes))
+    tied = convert_to_zero_token(base, n_cycles=2, mode="tie", tie_init="upper")
+    assert tied.config.host.moe_topk == [1, 1, 2] and tied.config.host.num_experts == 4
 
 
 @pytest.mark.parametrize("criterion", ["zero_attention", "latent", "random"])

@@ -26,9 +26,8 @@ from transformers.utils import logging
 
 from modicum.errors import RecipeError, UnsupportedError
 from modicum.knobs import check_among, fields_of
-from modicum.layout import LAYER_LISTS
 from modicum.models.zero_token.attention import Route
-from modicum.models.zero_token.hosts import check_config
+from modicum.models.zero_token.hosts import check_config, of_layers
 from modicum.models.zero_token.schedule import Order, Stages, VisitId, cycle_schedule, stages
 from modicum.types import NonNegative, NonNegativeInt, PositiveInt
 
@@ -163,9 +162,8 @@ class ZeroTokenConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         if name == "auto_map":  # tools read it of any class that transformers does not know, and write into it
             return self.__dict__.setdefault(name, {})
-        value = getattr(host, name)
         # Lists of the physical layers become lists of the visits, as the number of layers did.
-        return [value[layer] for layer, _ in self.schedule] if name in LAYER_LISTS and value is not None else value
+        return of_layers(host, name, (layer for layer, _ in self.schedule))
 
     def __setattr__(self, name: str, value: Any) -> None:
         host = self.__dict__.get("host")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modicum.errors import RecipeError, UnsupportedError, did_you_mean
 from modicum.knobs import guarded, known
-from modicum.layout import FIRST_LAYERS, LAYER_LISTS, LAYER_NUMBERS
+from modicum.layout import FIRST_LAYERS, LAYER_NUMBERS
 from modicum.models.zero_token import hosts
 from modicum.models.zero_token.config import EXITS, TRAINING, ZeroTokenConfig, ZeroTokenKnobs
 from modicum.models.zero_token.looped import Looped
@@ -211,9 +211,7 @@ def keep_layers(host: Any, kept: Sequence[int]) -> None:
     Raises:
         UnsupportedError: It says that the first layers are of another kind, and they would no longer be the first.
     """
-    for name in LAYER_LISTS:
-        if getattr(host, name, None) is not None:
-            setattr(host, name, [getattr(host, name)[layer] for layer in kept])
+    hosts.keep_lists(host, kept)
     for name in LAYER_NUMBERS:
         if getattr(host, name, None):
             setattr(host, name, [new for new, old in enumerate(kept) if old in getattr(host, name)])

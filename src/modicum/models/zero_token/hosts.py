@@ -6,6 +6,7 @@ Everything else (embeddings, masks, positions, norms, scalings, heads) stays the
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.pytorch_utils import Conv1D
 
 from modicum.errors import UnsupportedError
+from modicum.layout import LAYER_LISTS
 
 _MAPPINGS = {
     "base": auto.MODEL_MAPPING,
@@ -22,6 +24,24 @@ _MAPPINGS = {
     "sequence": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "token": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
+
+
+# Fields with an entry for each layer; some are a number where all layers agree.
+_BY_LAYER = LAYER_LISTS | {"layer_rope_theta", "moe_topk", "num_experts", "num_attention_heads_per_layer"}
+
+
+def of_layers(config: PreTrainedConfig, name: str, layers: Iterable[int]) -> Any:
+    """Return what a field of ``config`` says of these layers, in this order; unchanged where it says it of no layer."""
+    value = getattr(config, name)
+    listed = name in _BY_LAYER and isinstance(value, (list, tuple)) and len(value) >= config.num_hidden_layers
+    return [value[layer] for layer in layers] if listed else value
+
+
+def keep_lists(config: PreTrainedConfig, layers: Sequence[int]) -> None:
+    """Give ``config`` the entries of these layers alone, in this order."""
+    for name in _BY_LAYER:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, of_layers(config, name, layers))
 
 
 def host_class(config: PreTrainedConfig, kind: str) -> type[PreTrainedModel]:
@@ -49,6 +69,8 @@ def check_config(config: PreTrainedConfig) -> None:
     Raises:
         UnsupportedError: The layers do more than attend and pass a state on.
     """
+    if config.is_heterogeneous:  # it says nothing of all layers then, and asking it is an error
+        raise refused(config, "its layers are of several sizes (per_layer_config)")
     reasons = {
         "layers of its own for an encoder": getattr(config, "is_encoder_decoder", False),
         "attention in both directions": type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING,
@@ -60,7 +82,8 @@ def check_config(config: PreTrainedConfig) -> None:
         "layers that are dropped at random (set layerdrop to 0)": getattr(config, "layerdrop", 0),
     }
     plain = {"full_attention", "sliding_attention", "chunked_attention"}
-    reasons["layers without attention"] = set(getattr(config, "layer_types", None) or ()) - plain
+    kinds = set(getattr(config, "layer_types", None) or ())
+    reasons["layers without attention"] = kinds - plain or not hasattr(config, "num_attention_heads")
     found = [reason for reason, holds in reasons.items() if holds]
     if found or type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise refused(config, f"it has {found[0]}" if found else "it is no decoder")
