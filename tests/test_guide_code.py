@@ -13,6 +13,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from modicum.optim import AdaGC
+from modicum.report import sections, write
 from support import byte_tokenizer, tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +71,31 @@ def looped() -> dict[str, Any]:
     return {"path": "base", "input_ids": IDS, "inputs": {"input_ids": IDS, "max_new_tokens": 3}}
 
 
+def faulty() -> dict[str, Any]:
+    given = trainer()
+    learner = Trainer(model=tiny_llama(seed=0), args=given["arguments"], train_dataset=given["rows"])
+    return {"trainer": learner, "tokenizer": byte_tokenizer()}
+
+
+def domains() -> dict[str, Any]:
+    given = trainer()
+    given["arguments"].per_device_train_batch_size = 32  # one process stands for four workers
+    return given | {
+        "model": tiny_llama(seed=0),
+        "texts": {"news": "rain in the north", "code": "def rain(): return north"},
+        "rows_by_domain": {name: list(given["rows"]) for name in ("news", "code")},
+        "probes": [BATCH, BATCH],
+    }
+
+
+def reported() -> dict[str, Any]:
+    run = Path("runs/quickstart")
+    run.mkdir(parents=True)
+    (run / "record.json").write_text('{"job": "merge", "status": "done"}')
+    (run / "recipe.yaml").write_text("job: merge\nexperts: [expert-a, expert-b]\nmethod: linear\n")
+    return {}
+
+
 # Page, its blocks that follow one another, and what they take from the reader.
 RUN: list[tuple[str, list[int], Callable[[], dict[str, Any]]]] = [
     ("README.md", [0], folders),
@@ -88,7 +115,11 @@ RUN: list[tuple[str, list[int], Callable[[], dict[str, Any]]]] = [
     ),
     ("docs/guide/gradients.md", [0], stepping),
     ("docs/guide/gradients.md", [1], stepping),
+    ("docs/guide/gradients.md", [2], lambda: stepping() | {"AdaGC": AdaGC}),
     ("docs/guide/gradients.md", [3], lambda: {"losses": [1 + step % 3 for step in range(60)]}),
+    ("docs/guide/gradients.md", [4], faulty),
+    ("docs/guide/coordinate.md", [0], domains),
+    ("docs/guide/report.md", [0], reported),
     ("docs/guide/safety.md", [0], dict),
     ("docs/guide/zero-token.md", [0, 1], looped),
     ("docs/guide/zeroth-order.md", [0], lambda: {"model": tiny_llama(seed=0).eval(), "batches": [BATCH]}),
@@ -104,3 +135,12 @@ def test_code_of_the_guide_runs(page: str, numbers: list[int], given: Callable, 
     names = {"torch": torch} | given()
     for number in numbers:
         exec(compile(blocks(page)[number], page, "exec"), names)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_section_of_the_page_on_reports_shows_what_a_run_holds(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sections, "_sections", dict(sections._sections))
+    exec(compile(blocks("docs/guide/report.md")[1], "report.md", "exec"), {})
+    (tmp_path / "record.json").write_text('{"job": "merge", "status": "done", "metrics": {"memory_bound": 25234048}}')
+    (tmp_path / "recipe.yaml").write_text("job: merge\nexperts: [expert-a, expert-b]\nmethod: linear\n")
+    assert "25,234,048" in write([tmp_path]).read_text(encoding="utf-8")

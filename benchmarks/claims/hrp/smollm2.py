@@ -1,6 +1,6 @@
 """HRP and its controls on SmolLM2-135M-Instruct, on two procedural tasks with checked answers.
 
-    python -m benchmarks.claims.hrp.smollm2 [--budget SECONDS] [--tasks chain_sum]
+    python -m benchmarks.claims.hrp.smollm2 [--minutes MINUTES] [--tasks chain_sum]
 
 Loss of the answers on 24 unseen examples after 16 optimiser steps of 2 rows. A step of preheating and a batch that a
 start looks at are charged as one step, so random LoRA gets all 16 as main steps. One seed selects each method's

@@ -1,6 +1,6 @@
 """All initialisations on a tiny transformer: learn a teacher whose weights differ by a known change, by distillation.
 
-    python -m benchmarks.claims.hrp.transformer [--budget SECONDS]
+    python -m benchmarks.claims.hrp.transformer [--minutes MINUTES]
 
 A two-layer Llama of width 48 is trained on an order-2 Markov source. The teacher is that model plus a change of rank 16
 in every linear, whose singular values fall as 1/i and whose norm is 35 % of the weight's. Students learn the teacher's
