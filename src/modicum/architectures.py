@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Whose output layer is the embedding where config.json does not say: the default of transformers' class. Not of falcon,
 # whose published files hold their output layer, nor of models of several parts, whose text has a class of its own.
 _TIED = frozenset(
@@ -26,6 +28,11 @@ _TIED = frozenset(
 _SHARED_LAYERS = frozenset({"albert", "hrm_text", "zero_token"})
 # Whose class stores the matrices of experts as (inputs, outputs).
 _TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+# Published with experts `block_sparse_moe.experts.0.w1`, which transformers fuses into `mlp.experts.gate_up_proj`.
+_NUMBERED_EXPERTS = frozenset({"mixtral", "minimax", "minimax_m2"})
+# transformers' models with layers that store their weight as (inputs, outputs), by the names of these layers.
+_TURNED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_TURNED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 def is_tied_unsaid(model_type: str) -> bool:
@@ -56,3 +63,39 @@ def are_experts_turned(model_type: str) -> bool:
         (True, False)
     """
     return model_type in _TURNED_EXPERTS
+
+
+def is_turned(name: str, model_type: str) -> bool:
+    """Whether a matrix is stored as (inputs, outputs), as in GPT-2, where all others have (outputs, inputs).
+
+    Example:
+        >>> is_turned("h.0.attn.c_proj.weight", "gpt2"), is_turned("h.0.attn.c_proj.weight", "gpt_bigcode")
+        (True, False)
+    """
+    return model_type in _TURNED_MODELS and name.split(".")[-2] in _TURNED
+
+
+def unfused(name: str, shape: Sequence[int], model_type: str) -> dict[str, tuple[int | tuple[int, int], ...]]:
+    """Return the names that a tensor has where each expert is stored by itself, and which part of it each is.
+
+    Example:
+        >>> unfused("model.layers.0.mlp.experts.down_proj", (2, 4, 3), "qwen3_moe")
+        {'model.layers.0.mlp.experts.0.down_proj.weight': (0,), 'model.layers.0.mlp.experts.1.down_proj.weight': (1,)}
+        >>> unfused("model.layers.0.mlp.gate.weight", (2, 4), "mixtral")
+        {'model.layers.0.block_sparse_moe.gate.weight': ()}
+    """
+    old = model_type in _NUMBERED_EXPERTS
+    module, _, kind = name.rpartition(".")
+    own = module.replace(".mlp.", ".block_sparse_moe.") if old else module
+    if not (module.endswith(".experts") and len(shape) == 3 and kind in ("gate_up_proj", "down_proj")):
+        return {f"{own}.{kind}" if old and module.endswith(".mlp.gate") else name: ()}
+    gate, up, down = ("w1", "w3", "w2") if old else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, tuple[int | tuple[int, int], ...]] = {}
+    for expert in range(shape[0]):
+        at = f"{own}.{expert}"
+        if kind == "down_proj":
+            found[f"{at}.{down}.weight"] = (expert,)
+        else:
+            half = shape[1] // 2
+            found |= {f"{at}.{gate}.weight": (expert, (0, half)), f"{at}.{up}.weight": (expert, (half, shape[1]))}
+    return found

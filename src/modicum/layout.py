@@ -83,6 +83,9 @@ _MODULES = {
 _TEXT_MODULES = ("text_decoder", "language_model", "text_model", "text", "default")
 _RECOMPUTED = frozenset({"inv_freq", "position_ids", "masked_bias"})
 _STATISTICS = frozenset({"running_mean", "running_var"})  # buffers of torch's normalisation layers
+# Stacks of matrices: of experts, or of heads, whose parameter is a weight without being called so alone.
+_STACKS = re.compile(r"experts\.|(?:^|\.)(?:input|output)_linear\.weight$|(?:proj|gate)_weight$")
+_ENTRIES = frozenset({"A_log"})  # each of whose entries is a number of its own, though they stand in a matrix
 _MASKS = ("attn.bias", "attention.bias")  # causal masks of GPT-2 and GPT-NeoX, of shape (1, 1, n, n)
 
 # Any one of the first group holds a vocabulary; those of the second add to it.
@@ -97,6 +100,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What architectures call the number of their layers in config.json.
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# What they call the number of tokens there, besides vocab_size: in encoder-decoders, and of tables for each layer.
+VOCABULARY_SIZES = ("decoder_vocab_size", "vocab_size_per_layer_input")
 # Lists in config.json with an entry for each layer.
 LAYER_LISTS = frozenset({"layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers"})
 # Lists in config.json of the numbers of some layers, and numbers of the first layers that are of another kind.
@@ -112,12 +117,7 @@ LAYER_NUMBERS = frozenset(
 )
 FIRST_LAYERS = frozenset({"first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"})
 
-# Published with experts `block_sparse_moe.experts.0.w1`, which transformers fuses into `mlp.experts.gate_up_proj`.
-_NUMBERED_EXPERTS = frozenset({"mixtral", "minimax", "minimax_m2"})
-# transformers' models with layers that store their weight as (inputs, outputs), by the names of these layers.
-_TURNED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _PREFIXES = frozenset({"model", "language_model", "transformer", "vision_model", "text_model"})
-_TURNED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 class Layer(NamedTuple):
@@ -273,14 +273,39 @@ def role(name: str) -> Role | None:
     return found if kind == "weight" or found == "head" else None
 
 
+def token_axis(name: str) -> int | None:
+    """Return the axis along which a tensor has an entry for each token, ``None`` for all others.
+
+    That of embeddings, of output layers and their biases is the first one; BART's bias is a row of a matrix.
+
+    Example:
+        >>> [token_axis(name) for name in ("lm_head.bias", "final_logits_bias", "transformer.wpe.weight")]
+        [0, 1, None]
+    """
+    if role(name) in ("embedding", "head"):
+        return 0
+    return 1 if unwrapped(name).rpartition(".")[2] == "final_logits_bias" else None
+
+
+def with_tokens(name: str, shape: Sequence[int], size: int) -> tuple[int, ...]:
+    """Return the shape that a tensor has in a vocabulary of ``size`` tokens, its own where it has none.
+
+    Example:
+        >>> with_tokens("final_logits_bias", (1, 9), 7), with_tokens("model.norm.weight", (9,), 7)
+        ((1, 7), (9,))
+    """
+    axis = token_axis(name)
+    return tuple(size if place == axis else length for place, length in enumerate(shape))
+
+
 def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has a row for each token: an embedding, or an output layer and its bias.
+    """Whether a tensor has an entry for each token: an embedding, or an output layer and its bias.
 
     Example:
         >>> [is_vocabulary(name) for name in ("lm_head.bias", "transformer.wte.weight", "transformer.wpe.weight")]
         [True, True, False]
     """
-    return role(name) in ("embedding", "head")
+    return token_axis(name) is not None
 
 
 def is_recomputed(name: str, shape: Sequence[int]) -> bool:
@@ -304,50 +329,20 @@ def is_running_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in _STATISTICS
 
 
-def is_linear_map(name: str) -> bool:
-    """Whether a matrix maps inputs to outputs: its singular directions mean nothing where rows are looked up or scored.
+def is_linear_map(name: str, axes: int = 2) -> bool:
+    """Whether a tensor is a matrix that maps inputs to outputs, or a stack of such matrices, one for each expert.
+
+    Singular directions mean nothing where rows are looked up or scored, nor those of a convolution's slices.
 
     Example:
         >>> [is_linear_map(f"h.0.mlp.{name}") for name in ("up_proj.weight", "gate.weight", "experts.up_proj_bias")]
         [True, False, False]
-    """
-    return role(name) is None and not name.endswith("bias")  # those of fused experts stand in a matrix
-
-
-def is_turned(name: str, model_type: str) -> bool:
-    """Whether a matrix is stored as (inputs, outputs), as in GPT-2, where all others have (outputs, inputs).
-
-    Example:
-        >>> is_turned("h.0.attn.c_proj.weight", "gpt2"), is_turned("h.0.attn.c_proj.weight", "gpt_bigcode")
+        >>> is_linear_map("h.0.mlp.experts.up_proj", 3), is_linear_map("h.0.mixer.conv1d.weight", 3)
         (True, False)
     """
-    return model_type in _TURNED_MODELS and name.split(".")[-2] in _TURNED
-
-
-def unfused(name: str, shape: Sequence[int], model_type: str) -> dict[str, tuple[int | tuple[int, int], ...]]:
-    """Return the names that a tensor has where each expert is stored by itself, and which part of it each is.
-
-    Example:
-        >>> unfused("model.layers.0.mlp.experts.down_proj", (2, 4, 3), "qwen3_moe")
-        {'model.layers.0.mlp.experts.0.down_proj.weight': (0,), 'model.layers.0.mlp.experts.1.down_proj.weight': (1,)}
-        >>> unfused("model.layers.0.mlp.gate.weight", (2, 4), "mixtral")
-        {'model.layers.0.block_sparse_moe.gate.weight': ()}
-    """
-    old = model_type in _NUMBERED_EXPERTS
-    module, _, kind = name.rpartition(".")
-    own = module.replace(".mlp.", ".block_sparse_moe.") if old else module
-    if not (module.endswith(".experts") and len(shape) == 3 and kind in ("gate_up_proj", "down_proj")):
-        return {f"{own}.{kind}" if old and module.endswith(".mlp.gate") else name: ()}
-    gate, up, down = ("w1", "w3", "w2") if old else ("gate_proj", "up_proj", "down_proj")
-    found: dict[str, tuple[int | tuple[int, int], ...]] = {}
-    for expert in range(shape[0]):
-        at = f"{own}.{expert}"
-        if kind == "down_proj":
-            found[f"{at}.{down}.weight"] = (expert,)
-        else:
-            half = shape[1] // 2
-            found |= {f"{at}.{gate}.weight": (expert, (0, half)), f"{at}.{up}.weight": (expert, (half, shape[1]))}
-    return found
+    if role(name) is not None or name.endswith("bias") or name.rpartition(".")[2] in _ENTRIES:
+        return False  # biases of experts stand in a matrix too
+    return axes == 2 or (axes == 3 and bool(_STACKS.search(name)))
 
 
 def copies(names: Container[str]) -> list[tuple[str, str]]:

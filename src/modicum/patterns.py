@@ -99,6 +99,30 @@ class Pattern:
             raise _slow(self.pattern, self.what, text, TOTAL)
 
 
+def alternatives(pattern: str) -> list[str]:
+    """Return the alternatives of an expression that stand outside all groups, one of which a text must match.
+
+    Example:
+        >>> alternatives(r"embed_tokens|h\\.(0|1)\\.|[|]|a\\|b")
+        ['embed_tokens', 'h\\\\.(0|1)\\\\.', '[|]', 'a\\\\|b']
+    """
+    found, depth, listed, place = [""], 0, False, 0
+    while place < len(pattern):
+        letter = pattern[place : place + 2] if pattern[place] == "\\" else pattern[place]
+        place += len(letter)
+        if listed:
+            listed = letter != "]"
+        elif letter == "[":
+            listed = True
+        elif letter in ("(", ")"):
+            depth += 1 if letter == "(" else -1
+        if letter == "|" and not depth and not listed:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
+
+
 def try_pattern(pattern: str, names: Iterable[str], what: str, *, around: str = "{}") -> None:
     """Match names with Python's own engine once, as another library is going to do, but in bounded time.
 

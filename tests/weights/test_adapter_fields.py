@@ -13,9 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from modicum.architectures import is_turned
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.jobs.loading.serving import export_adapter
-from modicum.layout import is_turned
 from modicum.weights import Checkpoint, extract_lora, merge_loras
 from modicum.weights.adapter import UNDERSTOOD, residual
 from modicum.weights.plan import plan_merge

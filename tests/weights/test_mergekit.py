@@ -113,6 +113,7 @@ def ties(**changes: Any) -> dict[str, Any]:
         (ties(slices=[]) | {"models": []}, "exactly one of models, slices and modules"),
         (ties(slise=[]), "Did you mean 'slices'"),
         (ties(models=[{"model": "$R/a"}]), "parameter 'weight' is missing"),
+        (ties(models=[{"model": "$R/a", "layer_range": [0, 2]}]), "layer_range stands among models"),
         (ties(parameters={"density": []}), "the list is empty"),
         (ties(models=[{"model": "$R/a", "parameters": {"density": 1.5, "weight": 1}}]), "density"),
         (ties(base_model=None), "Set base_model"),
@@ -348,3 +349,26 @@ def test_a_token_s_row_can_be_chosen(tmp_path: Path) -> None:
     assert torch.equal(remapped[name][:3], model[name][[0, 2, 2]])
     assert not remapped[name][3].any()
     assert torch.equal(remapped["model.norm.weight"], model["model.norm.weight"])
+
+
+ZERO = {"weight": [{"filter": "no_such_module", "value": 1}, {"value": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "expected"),
+    [
+        ("task_arithmetic", {"weight": 0.0}, "the result is the base"),
+        ("task_arithmetic", {"weight": 1, "lambda": 0}, "the result is the base"),
+        ("ties", ZERO | {"density": 0.5}, "the result is the base"),
+        ("dare_ties", {"weight": 0.5, "density": 0.0}, "the result is the base"),
+        ("linear", ZERO | {"normalize": False}, "and so are these tensors"),
+        ("passthrough", {"scale": [{"filter": "mlp.down_proj", "value": 0}, {"value": 1}]}, "of 4 of 39 tensors are 0"),
+        ("task_arithmetic", {"weight": [{"filter": "mlp", "value": 1}, {"value": 0}]}, None),
+    ],
+)
+def test_weights_of_zero_are_said(method: str, parameters: dict[str, Any], expected: str | None, root: Path) -> None:
+    models = [{"model": str(root / "a"), "parameters": parameters}]
+    document = {"merge_method": method, "models": models, "dtype": "float32"}
+    based = {"base_model": str(root / "base")} if method not in ("linear", "passthrough") else {}
+    lines = "\n".join(plan(parse(document | based | ({"parameters": parameters} if method != "passthrough" else {}))))
+    assert expected in lines if expected else " are 0" not in lines

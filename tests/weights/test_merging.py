@@ -291,6 +291,40 @@ def test_an_exclusion_that_cannot_be_meant_is_refused(
         merge(None, experts, tmp_path / "out", method="linear", exclude="norm")
 
 
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [
+        ("norm|embed_tokens", []),
+        (
+            "embed_tokens|input_layrnorm",
+            ["exclude: 'input_layrnorm' matches no tensor. Did you mean 'input_layernorm'?"],
+        ),
+        ("norm|visual", ["exclude: 'visual' matches no tensor"]),
+        (r"layers\.(0|7)\.", []),
+    ],
+)
+def test_alternatives_of_an_exclusion_that_match_nothing_are_said(
+    exclude: str, expected: list[str], family: Family
+) -> None:
+    models = [load_file(folder / "model.safetensors") for folder in (family[0], *family[1])]
+    assert plan_merge(models[0], models[1:], method="linear", knobs={}, exclude=exclude).notes == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs", "expected"),
+    [
+        ("task_arithmetic", {"scale": 0}, "the result is the base"),
+        ("ties", {"density": 0.5, "weights": [0, 0]}, "the result is the base"),
+        ("linear", {"weights": [0, 0], "normalize": False}, "of 4 of 5 tensors are 0, and so are these tensors"),
+        ("linear", {"weights": [0, 1]}, None),
+    ],
+)
+def test_weights_of_zero_are_said(method: str, knobs: dict[str, object], expected: str | None, family: Family) -> None:
+    models = [load_file(folder / "model.safetensors") for folder in (family[0], *family[1])]
+    notes = plan_merge(models[0], models[1:], method=method, knobs=knobs, exclude="embed_tokens").notes
+    assert (expected in " ".join(notes)) if expected else not notes
+
+
 def test_another_base_than_the_experts_is_refused(family: Family, tmp_path: Path) -> None:
     base, experts = family
     known = fingerprint(base)

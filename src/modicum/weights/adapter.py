@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from modicum.architectures import is_turned
 from modicum.borders import border
 from modicum.borders import read_json as read_json
 from modicum.errors import CheckpointError, ModicumError, UnsupportedError, first_line
@@ -23,7 +24,6 @@ from modicum.layout import (
     ADAPTER_WEIGHTS,
     copies,
     inner,
-    is_turned,
     module_in,
     role,
 )

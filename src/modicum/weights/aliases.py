@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from modicum.layout import is_recomputed, layer_of, unfused
+from modicum.architectures import unfused
+from modicum.layout import is_recomputed, layer_of
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.compatibility import Tensors, spec_of
 from modicum.weights.files import Spec

@@ -19,7 +19,17 @@ from modicum.architectures import is_tied_unsaid
 from modicum.borders import border, check_once, check_plain, check_plain_folder
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import ADAPTER_CONFIG, INDEX, SINGLE, TOKENIZER_FILES, copies, is_vocabulary, role
+from modicum.layout import (
+    ADAPTER_CONFIG,
+    INDEX,
+    SINGLE,
+    TOKENIZER_FILES,
+    copies,
+    is_vocabulary,
+    role,
+    token_axis,
+    with_tokens,
+)
 from modicum.references import beside, find_model, on_itself
 from modicum.weights.adapter import Adapter, fold_delta, load_pickle, read_json
 from modicum.weights.configs import rewritten
@@ -208,10 +218,13 @@ class Checkpoint(Mapping[str, Tensor]):
             return None
         rows = next(iter(other.values()))
         tables = [name for name in beneath if is_vocabulary(name)]
-        if left := next((name for name in tables if stored.get(name, (0,))[0] != rows), None):
+        sizes = {name: stored.get(name, beneath.spec(name).shape)[token_axis(name) or 0] for name in tables}
+        if left := next((name for name in tables if sizes[name] != rows), None):
+            # PEFT saves no buffers, such as BART's biases.
+            way = "Save it with all its embeddings: save_embedding_layers=True in PEFT."
             raise CheckpointError(
                 f"{self.name}: the adapter stores {next(iter(other))!r} with {rows} rows, and {left!r} has "
-                f"{beneath.spec(left).shape[0]}. Save it with all its embeddings: save_embedding_layers=True in PEFT."
+                f"{sizes[left]}. " + ("Merge it into its resized base with PEFT first." if token_axis(left) else way)
             )
         return rows
 
@@ -224,8 +237,8 @@ class Checkpoint(Mapping[str, Tensor]):
                 "it with PEFT first."
             )
         expected = beneath.spec(name).shape
-        if self.rows is not None and is_vocabulary(name):
-            expected = (self.rows, *expected[1:])
+        if self.rows is not None:
+            expected = with_tokens(name, expected, self.rows)
         if shape != expected:
             raise CheckpointError(
                 f"{self.name}: the adapter changes {name!r} of shape {list(shape)}, "
@@ -298,8 +311,8 @@ class Checkpoint(Mapping[str, Tensor]):
         """Return shape and dtype of a tensor, without reading it."""
         if self._beneath:
             spec = self._beneath.spec(name)
-            if self.rows is not None and is_vocabulary(name):
-                spec = Spec((self.rows, *spec.shape[1:]), spec.dtype)
+            if self.rows is not None:
+                spec = Spec(with_tokens(name, spec.shape, self.rows), spec.dtype)
             return Spec(spec.shape, torch.float32) if name in self._changed else spec
         if name in self._slots:
             return self._slots[name].spec

@@ -7,17 +7,21 @@ of each slice, renumbered.
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError
-from modicum.layout import is_recomputed, is_vocabulary, layer_of, role, stacks
-from modicum.patterns import Pattern
+from modicum.layout import is_recomputed, is_vocabulary, layer_of, role, stacks, with_tokens
+from modicum.patterns import Pattern, alternatives
 from modicum.weights.checkpoint import PACKED, Checkpoint
 from modicum.weights.configs import differences
 from modicum.weights.files import Spec
+
+if TYPE_CHECKING:
+    from modicum.weights.plan import Step
 
 Tensors = Mapping[str, Tensor]
 
@@ -135,16 +139,47 @@ def notes_on_configs(models: Sequence[Tensors], names: Sequence[str]) -> list[st
     return notes
 
 
-def notes_on_idle(base: Tensors | None, experts: Sequence[Tensors], knobs: Mapping[str, Any]) -> Iterator[str]:
-    """Say which experts are the base itself, and that the result is the base, where a merge's knobs leave no other."""
+def notes_on_exclusion(models: Iterable[Iterable[str]], pattern: str | None) -> Iterator[str]:
+    """Say which of several alternatives in ``exclude`` no tensor has: a slip of the pen, or the name of a tied one."""
+    ways = alternatives(pattern or "")
+    if len(ways) < 2:
+        return
+    names = {name for model in models for name in model}
+    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+    for way in ways:
+        expression = Pattern(way, "exclude")
+        if not any(expression.finds(name) for name in names):
+            close = get_close_matches(way.replace("\\", ""), parts, n=1)
+            yield f"exclude: {way!r} matches no tensor" + (f". Did you mean {close[0]!r}?" if close else "")
+
+
+def notes_on_idle(base: Tensors | None, experts: Sequence[Tensors]) -> Iterator[str]:
+    """Say which experts are the base itself."""
     if isinstance(base, Checkpoint) and not base.adapter:
         for expert in experts:
             same = isinstance(expert, Checkpoint) and expert.folder.resolve() == base.folder.resolve()
             if same and not expert.adapter:  # type: ignore[attr-defined]
                 yield f"{label(expert, 'an expert')} is the base itself: it adds no difference"
-    weights = knobs.get("weights")
-    if knobs.get("scale") == 0 or (weights and not any(weights)):
+
+
+def notes_on_zeros(steps: Iterable[Step]) -> Iterator[str]:
+    """Say where scales and weights of 0 leave the base alone, or nothing at all."""
+    listed = [
+        (step.knobs, step.base is not None and step.entry.facts.base)
+        for step in steps
+        if step.spec.dtype.is_floating_point
+    ]
+    zero = [based for each, based in listed if _is_zero(each)]
+    stays = sum(not based and each == {"scale": 1.0} for each, based in listed)  # of the base, such as what is excluded
+    if zero and all(zero) and len(zero) + stays == len(listed):
         yield "the scale, or all weights, are 0: the result is the base"
+    elif lost := len(zero) - sum(zero):
+        yield f"the scale, or all weights, of {lost} of {len(listed)} tensors are 0, and so are these tensors"
+
+
+def _is_zero(knobs: Mapping[str, Any]) -> bool:
+    weights = knobs.get("weights")
+    return knobs.get("scale") == 0 or bool(weights and not any(weights))
 
 
 def _check_architecture(a: Tensors, b: Tensors, a_name: str, b_name: str) -> None:
@@ -217,7 +252,7 @@ def _check_spec(tensor: str, one: Tensors, other: Tensors, a_name: str, b_name: 
     if a.shape != b.shape:
         hint = (
             "Vocabularies of different sizes? Set tokenizer: union to bring their tokens together."
-            if a.shape[1:] == b.shape[1:] and is_vocabulary(tensor)
+            if is_vocabulary(tensor) and with_tokens(tensor, a.shape, 1) == with_tokens(tensor, b.shape, 1)
             else "Merge models of one size."
         )
         raise CheckpointError(

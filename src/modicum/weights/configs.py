@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from modicum.layout import DEPTH_KEYS, LAYER_LISTS
+from modicum.layout import DEPTH_KEYS, LAYER_LISTS, VOCABULARY_SIZES
 
 # The same matrices are other heads under another number of these.
 HEADS = frozenset({"num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim"})
@@ -141,12 +141,17 @@ def drafts(config: Mapping[str, Any], length: int) -> int:
 def rewritten(config: Mapping[str, Any], *, dtype: str | None = None, **settings: Any) -> dict[str, Any]:
     """Return a configuration with other settings of its text, wherever it has them, and one dtype in all its parts.
 
+    Another ``vocab_size`` is that of all tables that had as many rows.
+
     Example:
         >>> rewritten({"text_config": {"vocab_size": 2, "dtype": "float32"}, "dtype": "float32"}, vocab_size=3)
         {'text_config': {'vocab_size': 3, 'dtype': 'float32'}, 'dtype': 'float32'}
     """
     out: dict[str, Any] = copy.deepcopy(dict(config))
     text: Any = text_of(out)
+    if "vocab_size" in settings and (size := text.get("vocab_size", out.get("vocab_size"))) is not None:
+        alike = [key for key in VOCABULARY_SIZES if text.get(key) == size]
+        settings = dict.fromkeys(alike, settings["vocab_size"]) | settings
     for key, value in settings.items():
         if key in out or text is out:
             out[key] = value

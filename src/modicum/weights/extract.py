@@ -10,9 +10,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from modicum.architectures import is_turned
 from modicum.errors import CheckpointError
 from modicum.knobs import guarded
-from modicum.layout import ADAPTER_PREFIX, copies_of, is_linear_map, is_turned, role
+from modicum.layout import ADAPTER_PREFIX, copies_of, is_linear_map, role
 from modicum.linalg import SVD, truncated_svd
 from modicum.types import Fraction, PositiveInt
 from modicum.weights.aliases import aligned

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from modicum.architectures import are_experts_turned
+from modicum.architectures import are_experts_turned, unfused
 from modicum.errors import CheckpointError, UnsupportedError
-from modicum.layout import unfused
 from modicum.weights.adapter import LowRank
 
 if TYPE_CHECKING:

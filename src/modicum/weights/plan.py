@@ -31,8 +31,10 @@ from modicum.weights.compatibility import (
     label,
     labels,
     notes_on_configs,
+    notes_on_exclusion,
     notes_on_idle,
     notes_on_left_out,
+    notes_on_zeros,
     spec_of,
 )
 from modicum.weights.files import Spec, digest_tensor
@@ -95,12 +97,12 @@ class Step:
     @property
     def averaged(self) -> bool:
         """Whether a method for matrices gives way to the mean of the deltas here."""
-        return bool(self.entry.facts.matrix) and (len(self.spec.shape) < 2 or not self.is_linear_map)
+        return bool(self.entry.facts.matrix) and not self.is_linear_map
 
     @property
     def is_linear_map(self) -> bool:
-        """False for embeddings, heads and routers, whose rows belong to tokens or experts."""
-        return is_linear_map(self.name)
+        """Whether it is a matrix, or a stack of them: no vector, convolution, embedding, head or router."""
+        return is_linear_map(self.name, len(self.spec.shape))
 
     @property
     def draws(self) -> bool:
@@ -201,7 +203,7 @@ class Plan:
             f"takes at most {_size(self.memory_bound())} of memory besides the libraries, on {cores()} cores",
         ]
         if averaged:
-            told = "mean of the deltas, since rows of tokens, routers and biases have no singular directions"
+            told = "mean of the deltas, since these are no matrices that map inputs to outputs"
             lines.append(f"{', '.join(averaged)}: {told}")
         return [*lines, *self.notes]
 
@@ -288,7 +290,8 @@ def plan_merge(
     companions = companion_files(first, wanted, **vocabulary.config) if isinstance(first, Checkpoint) else {}
     companions = companions_with(vocabulary, companions)
     notes = [*vocabulary.notes, *_foreign_adapters(base, experts), *notes_on_statistics(method, steps)]
-    notes += notes_on_idle(base, experts, checked) if entry.facts.base else []
+    notes += [*notes_on_exclusion(models, exclude), *(notes_on_idle(base, experts) if entry.facts.base else [])]
+    notes += notes_on_zeros(steps)
     notes += [*notes_on_configs(plain, names), *notes_on_left_out(models, names, untouched)]
     if not vocabulary.tables:
         notes += notes_on_tokenizers(dict(zip(names, plain)))

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from modicum.errors import UnsupportedError
-from modicum.layout import is_vocabulary, layer_of
+from modicum.layout import is_vocabulary, layer_of, token_axis, with_tokens
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.files import Spec
+
+_ADVICE = "Keep the vocabulary that it has; a merge does without tokenizer."
 
 
 class Retabled(Mapping[str, Tensor]):
@@ -35,7 +37,7 @@ class Retabled(Mapping[str, Tensor]):
     def spec(self, name: str) -> Spec:
         """Return shape and dtype of a tensor."""
         spec = self.model.spec(name)
-        return Spec((self.size, *spec.shape[1:]), spec.dtype) if is_vocabulary(name) else spec
+        return Spec(with_tokens(name, spec.shape, self.size), spec.dtype)
 
     @property
     @abstractmethod
@@ -48,12 +50,19 @@ class Retabled(Mapping[str, Tensor]):
             model.check()
 
     def __getitem__(self, name: str) -> Tensor:
-        own = self.model[name]
-        return self.table(name, own) if is_vocabulary(name) else own
+        if not is_vocabulary(name):
+            return self.model[name]
+        return self.table(name, by_token(self.model, name)).view(self.spec(name).shape)
 
     @abstractmethod
     def table(self, name: str, own: Tensor) -> Tensor:
-        """Return the new table of a name, from the model's own."""
+        """Return the new table of a name, from the model's own; tokens stand along the first axis of both."""
+
+
+def by_token(model: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a tensor of the vocabulary with tokens along its first axis: a row of biases as a vector."""
+    tensor = model[name]
+    return tensor.flatten() if token_axis(name) else tensor
 
 
 def rows_of(model: Checkpoint) -> int:
@@ -63,23 +72,24 @@ def rows_of(model: Checkpoint) -> int:
         UnsupportedError: It has no table, tables of several sizes, or something else with an entry for each token.
     """
     tables = {name: model.spec(name).shape for name in model if is_vocabulary(name)}
-    if not tables:
+    sizes = {name: shape[axis] for name, shape in tables.items() if (axis := token_axis(name)) is not None}
+    if not any(len(shape) > 1 and not token_axis(name) for name, shape in tables.items()):
         raise UnsupportedError(f"{model.name} has no embedding of tokens, whose rows another vocabulary could order.")
-    (first, shape), *others = tables.items()
+    (first, size), *others = sizes.items()
     for name, another in others:
-        if another[0] != shape[0]:
+        if another != size:
             raise UnsupportedError(
-                f"{model.name} has tables of several sizes, {first!r} of {shape[0]} rows and {name!r} of {another[0]}, "
-                "which one vocabulary cannot order. Leave its vocabulary as it is: set no tokenizer."
+                f"{model.name} has tables of several sizes, {first!r} of {size} tokens and {name!r} of {another}, "
+                f"which one vocabulary cannot order. {_ADVICE}"
             )
     for name in model:
-        of_tokens = name not in tables and layer_of(name) is None and _entries(model.spec(name).shape) == shape[0]
-        if of_tokens and shape[0] not in shape[1:]:  # else it may be of the tables' width
+        of_tokens = name not in tables and layer_of(name) is None and _entries(model.spec(name).shape) == size
+        if of_tokens and size not in tables[first][1:]:  # else it may be of the tables' width
             raise UnsupportedError(
-                f"{model.name}: {name!r} has {shape[0]} entries as its vocabulary, and which of its tokens they are of "
-                "is not known. Leave its vocabulary as it is: set no tokenizer."
+                f"{model.name}: {name!r} has {size} entries as its vocabulary, and which of its tokens they are of is "
+                f"not known. {_ADVICE}"
             )
-    return int(shape[0])
+    return size
 
 
 def _entries(shape: Sequence[int]) -> int:

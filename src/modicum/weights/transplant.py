@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.layout import TOKENIZER_FILES, is_vocabulary, role
+from modicum.layout import TOKENIZER_FILES, role, token_axis
 from modicum.vocabulary import token_ids
 from modicum.weights.adapter import read_json
 from modicum.weights.checkpoint import Checkpoint
@@ -159,7 +159,7 @@ class Transplanted(Retabled):
 
     def _like(self, name: str) -> Tensor:
         """Return the donor's table of the same role; its embedding where it has no such one."""
-        tables = [other for other in self.donor if is_vocabulary(other) and self.donor.spec(other).shape[1:]]
+        tables = [other for other in self.donor if token_axis(other) == 0 and self.donor.spec(other).shape[1:]]
         same = [other for other in tables if role(other) == role(name)]
         return self.donor[(same or tables)[0]]
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from modicum.architectures import unfused
 from modicum.errors import UnsupportedError
-from modicum.layout import is_recomputed, unfused
+from modicum.layout import is_recomputed
 from modicum.weights.adapter import name_in
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.merge import run_step, survey

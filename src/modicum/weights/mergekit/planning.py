@@ -19,7 +19,7 @@ from modicum.registry import merge_method
 from modicum.weights.aliases import aligned
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.companions import companion_files
-from modicum.weights.compatibility import Tensors, check_agreement, notes_on_configs
+from modicum.weights.compatibility import Tensors, check_agreement, notes_on_configs, notes_on_zeros
 from modicum.weights.configs import depth_keys, drafts, text_of
 from modicum.weights.files import Spec
 from modicum.weights.mergekit.document import (
@@ -305,6 +305,7 @@ def _notes(document: Data, slices: Sequence[Slice], steps: Sequence[Step]) -> li
         notes.append("int8_mask only saves memory in mergekit and has no effect here")
     if others := sorted(unread - {"int8_mask"}):
         notes.append(f"{name} does not read {', '.join(map(repr, others))} under parameters: no effect")
+    notes += notes_on_zeros(steps)
     return [*notes, *_misplaced(slices, known, based=any(step.base for step in steps))]
 
 

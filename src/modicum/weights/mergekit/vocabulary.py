@@ -32,7 +32,7 @@ from modicum.weights.mergekit.tokenizers import (
     template_of,
     without_template,
 )
-from modicum.weights.retabled import Retabled, rows_of
+from modicum.weights.retabled import Retabled, by_token, rows_of
 from modicum.weights.whole import inside
 
 LARGEST_MULTIPLE = 65_536  # to which rows of a vocabulary are filled up
@@ -88,17 +88,18 @@ class Vocabulary(Retabled):
 
     def _donated(self, name: str, missing: Tensor) -> Tensor:
         """Return the rows of ``missing``: of each the mean over the donors that have it."""
-        shape = (len(missing), *self.model.spec(name).shape[1:])
+        own = by_token(self.model, name)
+        shape = (len(missing), *own.shape[1:])
         total, count = torch.zeros(shape), torch.zeros(len(missing))
         for donor, rows in self.donors:
             if name in donor:
                 wanted = rows[missing]
                 have = wanted >= 0
-                total[have] += donor[name].index_select(0, wanted[have]).float()
+                total[have] += by_token(donor, name).index_select(0, wanted[have]).float()
                 count[have] += 1
         count = count.view(-1, *(1 for _ in shape[1:]))
         # A row that nobody has gets the mean of the model's own.
-        mean = self.model[name].mean(0, dtype=torch.float32)
+        mean = own.mean(0, dtype=torch.float32)
         return torch.where(count > 0, total / count.clamp_min(1), mean)
 
 
