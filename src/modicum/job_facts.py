@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ class JobFacts(Facts):
         spreads: It runs stages, which an executor may spread over processes and machines.
         makes_like: ``recipe -> reference or None``: a model of the shape of its first output, or a reference to the
             stage that makes one; a later stage is checked on it.
-        makes_adapter: ``recipe -> bool``: its first output is an adapter.
+        outputs: ``recipe -> names``: what later stages may ask of it, first what they get without asking for a name;
+            ``None`` where only its run tells. A model is called ``model``, an adapter ``adapter``.
         needs_whole: ``recipe -> references``: the models that it reads and that may be no adapters.
         foreseeable: ``recipe -> bool``: its plan takes a whole model where it will be given an adapter.
         lighter: What makes it take less memory, as a sentence; told to whom memory ran out.
@@ -34,7 +35,7 @@ class JobFacts(Facts):
     shared: bool = False
     spreads: bool = False
     makes_like: Callable[[Any], str | None] | None = None
-    makes_adapter: Callable[[Any], bool] = lambda _: False
+    outputs: Callable[[Any], Sequence[str] | None] = lambda _: None
     needs_whole: Callable[[Any], Iterable[str]] = lambda _: ()
     foreseeable: Callable[[Any], bool] | None = None
     lighter: str = "Lower batch_size or max_length, or free some memory."
@@ -66,8 +67,10 @@ class RowKindFacts(Facts):
         fields: Fields that a row has; one that has them all is of this kind.
         order: Where a row could be of two kinds, it is of that with the smaller number.
         tokenize: ``(rows, tokenizer, section, note) -> data set`` of token ids and labels.
+        surrounds: Keys of a data section whose text it puts around a prompt; the others are refused.
     """
 
     fields: tuple[str, ...]
     order: int
     tokenize: Callable[..., Any]
+    surrounds: Collection[str] = ("template", "system")

@@ -10,7 +10,7 @@ import pytest
 from modicum.errors import CheckpointError, RecipeError
 from modicum.inputs import look
 from modicum.jobs import attack as attacking
-from modicum.jobs import plan
+from modicum.jobs import execute, plan
 from modicum.jobs.loading import models
 from modicum.models import convert_to_zero_token
 from modicum.recipe import parse
@@ -72,3 +72,15 @@ def test_transcripts_of_an_adapter_are_of_its_base_too(world):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match=r"base of target 'a' is not what it was when before was drawn"):
         attacking._same_models(recipe, look(["adapter"]).hashes)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_devices_that_cannot_be_used_are_refused_before_anything_begins(world, inside):
+    merge = {"job": "merge", "experts": ["base", "base"], "method": "linear", "device": "cudaa"}
+    tasks = {"read": {"kind": "perplexity", "data": "many.jsonl"}}
+    search = {"job": "search", "merge": merge, "knobs": {"scale": {"low": 0, "high": 1}}, "tasks": tasks}
+    recipe = parse(search if inside else merge)
+    for act in (plan, lambda recipe: execute(recipe, "out", quiet=True)):
+        with pytest.raises(RecipeError, match="device is 'cudaa', which cannot be used here: Expected one of cpu"):
+            act(recipe)
+    assert not (world / "out").exists()

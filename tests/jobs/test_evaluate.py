@@ -287,7 +287,7 @@ def test_data_that_does_not_fit_the_task_is_refused(data, tmp_path, task, change
 
 
 def test_a_device_that_is_not_there_is_refused(data, tmp_path):
-    with pytest.raises(RecipeError, match="device 'gpu' cannot be used here"):
+    with pytest.raises(RecipeError, match="device is 'gpu', which cannot be used here"):
         execute(parse(data | {"device": "gpu"}), tmp_path / "run", quiet=True)
 
 

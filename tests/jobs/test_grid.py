@@ -161,6 +161,10 @@ def test_dimensions_may_come_one_after_another(tiny_model, rows, tmp_path):
         (lambda d: d["axes"]["method"]["sum"].update(tune={"method.scale": [1, 2]}), "has knobs to tune"),
         (lambda d: d.update(seeds=[1, 1]), "a seed stands twice"),
         (lambda d: d.update(choose={"method": "merged"}), "evaluates nothing"),
+        (
+            lambda d: d["stages"][1].update(experts=["stage:expert/model"]),
+            "cell 'merged average seed 0': 'stage:expert a seed 0/model': stage 'expert a seed 0' has no output",
+        ),
         (lambda d: d["stages"].append(dict(d["stages"][0])), "Two stages are called 'expert'"),
         (lambda d: d["stages"][0].update(resources={"cpu": 1}), "Did you mean 'cpus'?"),
     ],

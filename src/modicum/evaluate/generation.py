@@ -85,6 +85,21 @@ def generate(
     return [only.tokens for (only,) in found]
 
 
+def check_room(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse prompts that leave no room for an answer within a model's positions.
+
+    Raises:
+        UnsupportedError: One does not.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UnsupportedError(
+            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions. "
+            "Lower max_new_tokens or shorten the prompts."
+        )
+
+
 @guarded
 @torch.inference_mode()
 def sample(
@@ -131,13 +146,7 @@ def sample(
         raise RecipeError(
             f"{len(prompts)} prompts and {len(seeds)} lists of seeds, expected one seed or more for each."
         )
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise UnsupportedError(
-            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions. "
-            "Lower max_new_tokens or shorten the prompts."
-        )
+    check_room(model, prompts, max_new_tokens)
     stops = torch.tensor(sorted(stop), device=model.device, dtype=torch.long)
     answers: list[list[Sample]] = [[] for _ in prompts]
     for numbers, within in requests(model, prompts):

@@ -73,6 +73,17 @@ def right_padded(
     return ids, mask
 
 
+def check_window(model: PreTrainedModel, size: int) -> None:
+    """Refuse windows of so many tokens that a model cannot read.
+
+    Raises:
+        UnsupportedError: They exceed its positions.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and size > limit:
+        raise UnsupportedError(f"A window of {size} tokens exceeds the model's {limit} positions. Lower max_length.")
+
+
 @guarded
 @torch.inference_mode()
 def log_likelihoods(
@@ -103,9 +114,7 @@ def log_likelihoods(
     Raises:
         UnsupportedError: The window exceeds the model's positions.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and size > limit:
-        raise UnsupportedError(f"A window of {size} tokens exceeds the model's {limit} positions. Lower max_length.")
+    check_window(model, size)
     contexts = contexts or [1] * len(documents)
     found = [
         (index, window)

@@ -18,12 +18,26 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError
+from modicum.errors import RecipeError, UnsupportedError
 from modicum.evaluate.held_out import held_out
 from modicum.evaluate.logistic import auroc, fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def check_prompt(model: PreTrainedModel, length: int) -> None:
+    """Refuse a prompt of so many tokens that a model cannot read.
+
+    Raises:
+        UnsupportedError: It exceeds the model's positions.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UnsupportedError(
+            f"A prompt of {length} tokens exceeds the model's {limit} positions. Shorten it, or leave out the wrapper "
+            "that lengthens it."
+        )
 
 
 @torch.inference_mode()
@@ -53,6 +67,7 @@ def hidden_states(
 
     Raises:
         RecipeError: A row has no token, a layer does not exist or the position is unknown.
+        UnsupportedError: The rows exceed the model's positions.
 
     Cost:
         One forward pass without logits.
@@ -67,6 +82,7 @@ def hidden_states(
             f"input_ids has the shape {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)}, "
             "expected one mask for each of some rows of ids."
         )
+    check_prompt(model, input_ids.shape[1])
     attention_mask = attention_mask.to(torch.int64)
     counts = attention_mask.sum(-1)
     if not bool((counts > 0).all()):

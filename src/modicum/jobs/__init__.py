@@ -6,6 +6,7 @@ import their engine when they run, so that listing and checking stay instant.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from modicum import lock, processes, registry
@@ -14,7 +15,7 @@ from modicum.content import MODELS
 from modicum.durable import commit, full_disks_told, remove, restore
 from modicum.errors import CheckpointError, RecipeError
 from modicum.inputs import check_readable
-from modicum.recipe import Recipe, dump, inputs_of, parse
+from modicum.recipe import Recipe, Section, dump, inputs_of, parse
 from modicum.record import OnChange, Run
 from modicum.shortage import shortage_told
 from modicum.stored import damage, stored_recipe
@@ -60,6 +61,7 @@ def execute(
         run.tidy()
         run.say(f"{run.folder} is finished already: nothing to do.")
         return run
+    check_devices(recipe)
     if run.foreign and on_change == "replace":
         return _replace(recipe, run)
     with run, full_disks_told(run.folder), shortage_told(facts.lighter):
@@ -153,6 +155,24 @@ def _keep_apart(recipe: Recipe, folder: Path) -> None:
             )
 
 
+def check_devices(recipe: Section) -> None:
+    """Refuse a recipe that computes on a device which cannot be used here; look into its sections, too.
+
+    Raises:
+        RecipeError: There is no such device on this machine.
+    """
+    for name in type(recipe).model_fields:
+        value = getattr(recipe, name)
+        if name == "device" and value not in ("cpu", "auto"):
+            from modicum.jobs.loading.models import usable
+
+            usable("auto", value)
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else (value,)
+        for section in items:
+            if isinstance(section, Section):
+                check_devices(section)
+
+
 def plan(recipe: Recipe, folder: Path | None = None) -> list[str]:
     """Return what running ``recipe`` would read, compute and write, a line each; runs nothing.
 
@@ -163,6 +183,7 @@ def plan(recipe: Recipe, folder: Path | None = None) -> list[str]:
     Raises:
         ModicumError: It would be refused.
     """
+    check_devices(recipe)
     check_readable(recipe.inputs())  # a run begins by reading them
     if folder is not None:
         _keep_apart(recipe, folder)

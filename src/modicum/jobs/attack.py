@@ -145,7 +145,7 @@ class Cells(Document):
         return _verdicts(self.path.parent, str(cell.get("target"))).is_file()
 
 
-@job("attack", plan=plan, foreseeable=lambda _: True)
+@job("attack", plan=plan, outputs=lambda _: ["verdicts"], foreseeable=lambda _: True)
 def attack(recipe: AttackRecipe, run: Run) -> None:
     """Measure attack success, best of N, and over-refusal of each target in each suite.
 

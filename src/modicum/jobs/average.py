@@ -103,7 +103,7 @@ def plan(recipe: AverageRecipe) -> list[str]:
     from modicum.jobs.averaging.overlap import note_on_overlap
     from modicum.jobs.data.packing_trial import foresee_batches
     from modicum.jobs.data.rows import load_rows
-    from modicum.jobs.loading.models import load_tokenizer, rehearse_model
+    from modicum.jobs.loading.models import rehearse_model
     from modicum.weights.average import choose
 
     checkpoints = open_checkpoints(recipe)
@@ -121,8 +121,7 @@ def plan(recipe: AverageRecipe) -> list[str]:
     lines = [*note_on_folders(recipe.checkpoints), *_result(recipe, checkpoints, coefficients).describe()]
     if recipe.data is not None:
         options: dict[str, Any] = {"remote_code": recipe.remote_code}
-        rehearse_model(checkpoints[-1].base.folder, allow_pickle=recipe.allow_pickle, **options)
-        load_tokenizer(checkpoints[-1].name, **options)
+        model = rehearse_model(checkpoints[-1].base.folder, allow_pickle=recipe.allow_pickle, **options)
         sections = [section for section in (recipe.data, recipe.held_out) if section is not None]
         read = [load_rows(section, seed=recipe.seed) for section in sections]
         lines += note_on_overlap(*read) if len(read) == 2 else []
@@ -131,7 +130,7 @@ def plan(recipe: AverageRecipe) -> list[str]:
             lines.append(f"{method.name} learns the coefficients from {len(read[0])} rows of {recipe.data.path}")
         lines += _work(recipe, checkpoints, batches[0], batches[-1])
         for section, rows in zip(sections, read):
-            lines += foresee_batches(section, rows, checkpoints[-1].name)
+            lines += foresee_batches(section, rows, checkpoints[-1].name, model=model, **options)
     return [*lines, *told]
 
 
@@ -166,7 +165,12 @@ def _work(recipe: AverageRecipe, checkpoints: Sequence[Checkpoint], batches: int
     return [f"{passes}, each on a mean of the checkpoints", f"holds {held_at_once}, and one batch's activations"]
 
 
-@job("average", plan=plan, distributed=True, makes_adapter=lambda recipe: recipe.output == "lora")
+@job(
+    "average",
+    plan=plan,
+    distributed=True,
+    outputs=lambda recipe: ["adapter" if recipe.output == "lora" else "model"],
+)
 def average(recipe: AverageRecipe, run: Run) -> None:
     """Average checkpoints of one run into a better model.
 

@@ -76,6 +76,13 @@ def _fits(recipe: CalibrateRecipe, model: Any, rows: int) -> None:
         raise RecipeError(
             "The gate is fitted on other rows than it is compared on, and there is one row. Give more data."
         )
+    if recipe.prune:
+        from modicum.models.zero_token.importance import check_count, looped
+
+        visits = looped(model)
+        check_count(visits, recipe.prune)
+        if recipe.prune_by == "zero_attention" and not {*visits} <= {*model._rows}:
+            raise RecipeError("prune_by: some visits have no zero token to go by. Set prune_by: loss.")
     if set(recipe.criteria) == {"zero_attention"} and not model._rows:
         raise RecipeError("No criterion of the recipe fits the model. Name others.")
 
@@ -88,7 +95,7 @@ def _leaving(model: Any, recipe: CalibrateRecipe) -> Any:
     return looped
 
 
-@job("calibrate", plan=plan)
+@job("calibrate", plan=plan, outputs=lambda _: ["model"])
 def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     """Measure loss against mean cycles by criterion; write the model with the exit that is best.
 

@@ -220,7 +220,7 @@ def plan(recipe: CoordinateRecipe) -> list[str]:
     return lines
 
 
-@job("coordinate", plan=plan)
+@job("coordinate", plan=plan, outputs=lambda _: ["results", "frames", "animation"])
 def coordinate(recipe: CoordinateRecipe, run: Run) -> None:
     """Play policies on the same worlds and compare them.
 

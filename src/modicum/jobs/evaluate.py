@@ -23,10 +23,10 @@ from pydantic import Field, field_validator, model_validator
 from modicum.borders import border, loads
 from modicum.cells import Cell, fill
 from modicum.durable import write_atomic
-from modicum.errors import CheckpointError, RecipeError, did_you_mean, first_line
+from modicum.errors import CheckpointError, did_you_mean
 from modicum.evaluate.rows import Rows
 from modicum.jobs.data.rows import DataSection, load_rows
-from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16, rehearse_loading
+from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16, rehearse_loading, usable
 from modicum.jobs.loading.references import resolve_model
 from modicum.jobs.subject import LocalSubject, supplied
 from modicum.jobs.task import Task
@@ -124,13 +124,16 @@ def plan(recipe: EvaluateRecipe) -> list[str]:
         work = task.ask(task.measure.facts.work, count) or f"{task.metric} of {count} rows"
         lines.append(f"{name}: {work} from each of {len(recipe.models)} models ({task.data.path})")
     for name, reference in recipe.models.items():
-        rehearse_loading(reference, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
+        model = rehearse_loading(reference, allow_pickle=recipe.allow_pickle, remote_code=recipe.remote_code)
+        subject = LocalSubject(name, model, load_tokenizer(reference, remote_code=recipe.remote_code))
+        for called, task in recipe.tasks.items():
+            subject.rehearsed(task, read[called], seed=recipe.seed, level=recipe.level)
         size = sum(file.stat().st_size for file in resolve_model(reference).glob("*.safetensors"))
         lines.append(f"read {name} from {reference} ({size / 1e6:.0f} MB of weights)")
     return lines
 
 
-@job("evaluate", plan=plan, foreseeable=lambda _: True)
+@job("evaluate", plan=plan, outputs=lambda _: ["items"], foreseeable=lambda _: True)
 def evaluate(recipe: EvaluateRecipe, run: Run) -> None:
     """Evaluate each model on each task.
 
@@ -263,10 +266,7 @@ def usable_device(name: str) -> str:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator.type if accelerator else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RecipeError(f"device {name!r} cannot be used here: {first_line(error)}") from None
+    usable("auto", name)
     return name
 
 

@@ -54,7 +54,7 @@ def plan(recipe: ExportRecipe) -> list[str]:
     return [f"write {physical} layers as {len(visits)} of a plain {looped.host.model_type!r} model"]
 
 
-@job("export", plan=plan)
+@job("export", plan=plan, outputs=lambda _: ["model"])
 def export(recipe: ExportRecipe, run: Run) -> None:
     """Write a looped model as a plain one, and compare the two before it counts as done.
 

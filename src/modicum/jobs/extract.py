@@ -92,7 +92,7 @@ def describe(recipe: ExtractRecipe) -> list[str]:
     ]
 
 
-@job("extract", plan=describe, makes_adapter=lambda _: True)
+@job("extract", plan=describe, outputs=lambda _: ["adapter"])
 def extract(recipe: ExtractRecipe, run: Run) -> None:
     """Write the LoRA adapter that comes closest to what distinguishes a model from its base.
 

@@ -51,19 +51,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from modicum import lock, processes
+from modicum import lock, processes, registry
 from modicum.errors import RecipeError
 from modicum.jobs.grids.cells import Plan
 from modicum.jobs.grids.parts import Cell, Choice
 from modicum.jobs.stages.foresight import finished_in, foresee, predicted
-from modicum.jobs.stages.references import PREFIX
+from modicum.jobs.stages.references import PREFIX, references, refuse_unmade, stage_of
 from modicum.jobs.stages.taught import refuse_taught
 from modicum.recipe import Data, Recipe, Section, parse
 from modicum.record import Run
@@ -111,8 +111,19 @@ class GridRecipe(Recipe):
 
     @model_validator(mode="after")
     def _cells_fit(self) -> GridRecipe:
+        made: dict[str, Sequence[str] | None] = {}
         for cell in self.plan.cells.values():
-            parse(dict(cell.recipe), f"cell {cell.title!r}")
+            inner = parse(dict(cell.recipe), f"cell {cell.title!r}")
+            made[cell.name] = registry.job[inner.job].facts.outputs(inner)
+        made |= {choice.name: made[choice.candidates[0]] for choice in self.plan.choices.values()}
+        for cell in self.plan.cells.values():
+            for reference in references(cell.recipe):
+                try:
+                    refuse_unmade(reference, made)
+                except RecipeError as error:
+                    name = stage_of(reference)
+                    told = self.plan.cells[name].title if name in self.plan.cells else "that is chosen"
+                    raise RecipeError(f"cell {cell.title!r}: {str(error).replace(name, told)}") from None
         return self
 
     @cached_property

@@ -227,7 +227,7 @@ def _new_config(plan: Plan) -> bytes | None:
     plan=lambda recipe: make_plan(recipe).describe(),
     distributed=True,
     makes_like=lambda r: None if r.mergekit or r.tokenizer else r.base or model_and_adapter(r.experts[0])[0],
-    makes_adapter=lambda recipe: recipe.output == "lora",
+    outputs=lambda recipe: ["adapter" if recipe.output == "lora" else "model"],
     foreseeable=lambda recipe: recipe.output == "model",
 )
 def merge(recipe: MergeRecipe, run: Run) -> None:

@@ -277,7 +277,7 @@ def router_rows(recipe: MoeRecipe) -> dict[int, torch.Tensor]:
     return {layer: stacked[layer] for layer in range(depth)}
 
 
-@job("moe", plan=describe)
+@job("moe", plan=describe, outputs=lambda _: ["model"])
 def moe(recipe: MoeRecipe, run: Run) -> None:
     """Write a mixture of experts.
 

@@ -9,7 +9,7 @@ side by side (:mod:`modicum.jobs.executors`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from modicum import lock, processes, registry
 from modicum.errors import RecipeError, did_you_mean
 from modicum.jobs import execute, open_run
-from modicum.jobs.stages.references import PREFIX, names_in, references, resolve, stage_of
+from modicum.jobs.stages.references import PREFIX, names_in, references, refuse_unmade, resolve, stage_of
 from modicum.recipe import Data, Recipe, parse
 from modicum.record import Run, read_record
 from modicum.registry import job
@@ -45,6 +45,7 @@ class PipelineRecipe(Recipe):
     @model_validator(mode="after")
     def _check_stages(self) -> PipelineRecipe:
         seen: list[str] = []
+        made: dict[str, Sequence[str] | None] = {}
         for position, stage in enumerate(self.stages):
             name = stage.get("name")
             if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
@@ -53,12 +54,14 @@ class PipelineRecipe(Recipe):
                 raise RecipeError(f"Two stages are called {name!r}. Rename one.")
             if stage.get("job") in ("pipeline", "grid"):
                 raise RecipeError(f"stage {name!r} is a {stage['job']}. Put its stages into this one.")
-            parse(_without_name(stage, self.seed), f"stage {name!r}")
+            inner = parse(_without_name(stage, self.seed), f"stage {name!r}")
             for reference in references(stage):
                 target = stage_of(reference)
                 if target not in seen:
                     raise RecipeError(f"stage {name!r} uses {reference!r}, no earlier stage. {_earlier(target, seen)}")
+                refuse_unmade(reference, made, f"stage {name!r}: ")
             seen.append(name)
+            made[name] = registry.job[inner.job].facts.outputs(inner)
         return self
 
     def inputs(self) -> Iterator[str]:

@@ -75,13 +75,32 @@ class RepresentRecipe(Recipe):
 
 def plan(recipe: RepresentRecipe) -> list[str]:
     """Say how many prompts would be read; reads prompts, but no model."""
+    from modicum.jobs.loading.models import load_tokenizer, rehearse_model
+
     goals, benign = _goals(recipe)
+    for target in recipe.targets.values():
+        options: dict[str, Any] = {"remote_code": target.remote_code}
+        reference = target.model or ""
+        known = rehearse_model(reference, **options), load_tokenizer(reference, **options)
+        _try_prompts(recipe, *known, [*goals, *benign])
     prompts = (len(goals) + len(benign)) * (1 + len(recipe.suites))
     answers = f", and as many greedy answers judged by {recipe.judge.name}" if recipe.judge else ""
     return [
         f"{len(recipe.targets)} targets × {prompts} prompts, read after {recipe.depth:.0%} of the blocks at "
         f"{recipe.position}{answers}"
     ]
+
+
+def _try_prompts(recipe: RepresentRecipe, model: Any, tokenizer: Any, goals: Sequence[Any]) -> None:
+    """Refuse prompts that a model cannot read; nothing of it is asked but its configuration."""
+    from modicum.evaluate.chat import ChatRequest
+    from modicum.evaluate.representation import check_prompt
+    from modicum.jobs.chat.local import LocalHF
+
+    local = LocalHF(model, tokenizer)
+    for suite in (Suite(attack="plain"), *recipe.suites.values()):
+        for prompt in suite.wrap(suite.attack.name, goals, None):
+            check_prompt(model, len(local.tokens(ChatRequest(prompt.messages))) + (recipe.position == "think_first"))
 
 
 def _goals(recipe: RepresentRecipe) -> tuple[list[Any], list[Any]]:
@@ -95,7 +114,7 @@ def _goals(recipe: RepresentRecipe) -> tuple[list[Any], list[Any]]:
     return goals, benign
 
 
-@job("represent", plan=plan, foreseeable=lambda _: True)
+@job("represent", plan=plan, outputs=lambda _: (), foreseeable=lambda _: True)
 def represent(recipe: RepresentRecipe, run: Run) -> None:
     """Read hidden states of plain and wrapped prompts, and compare them.
 

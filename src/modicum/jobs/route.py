@@ -301,7 +301,7 @@ def _foreseeable(recipe: Any) -> bool:
     return not expert_store[recipe.store.name].facts.factors
 
 
-@job("route", plan=plan, foreseeable=_foreseeable)
+@job("route", plan=plan, outputs=lambda recipe: ["model", *recipe.variants], foreseeable=_foreseeable)
 def route(recipe: RouteRecipe, run: Run) -> None:
     """Build a routed model: dense weights, stored experts and a router.
 

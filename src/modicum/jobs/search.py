@@ -107,7 +107,9 @@ def plan(recipe: SearchRecipe) -> list[str]:
     """Describe the search; reads the data, and headers of the models."""
     space = make_space(recipe)
     first: Any = space.plan.models[0]
-    rehearse_loading(first.base.folder, allow_pickle=recipe.merge.allow_pickle, remote_code=recipe.merge.remote_code)
+    options: dict[str, Any] = {"remote_code": recipe.merge.remote_code}
+    model = rehearse_loading(first.base.folder, allow_pickle=recipe.merge.allow_pickle, **options)
+    subject = LocalSubject("merge", model, load_tokenizer(first.base.folder, **options))
     _rehearse(space.plan)
     changing = sum(moves(step) for step in space.plan.steps)
     lines = [
@@ -117,7 +119,9 @@ def plan(recipe: SearchRecipe) -> list[str]:
     ]
     for kind, tasks in (("searched on", recipe.tasks), ("held out", recipe.held_out)):
         for name, task in tasks.items():
-            lines.append(f"{kind} {name}: {task.metric} of {len(task.rows(recipe.seed))} rows ({task.data.path})")
+            rows = task.rows(recipe.seed)
+            subject.rehearsed(task, rows, seed=recipe.seed, level=0.95)
+            lines.append(f"{kind} {name}: {task.metric} of {len(rows)} rows ({task.data.path})")
     return [*lines, *space.plan.describe()]
 
 
@@ -130,7 +134,7 @@ def _rehearse(plan: Plan) -> None:
             InPlace(model, plan)
 
 
-@job("search", plan=plan)
+@job("search", plan=plan, outputs=lambda _: ["model"])
 def search(recipe: SearchRecipe, run: Run) -> None:
     """Search a merge's knobs, and write the best merge.
 

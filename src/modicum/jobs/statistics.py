@@ -69,7 +69,7 @@ def plan(recipe: StatisticsRecipe) -> list[str]:
     return [
         f"{what} of {recipe.model} ({checkpoint.nbytes / 1e6:.0f} MB) on {len(rows)} rows of {recipe.data.path}",
         f"holds at most {max(1, recipe.memory // 10**6)} MB of sums at a time, or those of one tensor",
-        *foresee_batches(recipe.data, rows, recipe.model, remote_code=recipe.remote_code),
+        *foresee_batches(recipe.data, rows, recipe.model, model=model, remote_code=recipe.remote_code),
     ]
 
 
@@ -88,7 +88,7 @@ def _measured(recipe: StatisticsRecipe, model: PreTrainedModel, checkpoint: Chec
     return found
 
 
-@job("statistics", plan=plan)
+@job("statistics", plan=plan, outputs=lambda _: ["statistics"])
 def statistics(recipe: StatisticsRecipe, run: Run) -> None:
     """Measure squared gradients or Gram matrices of a model on data.
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import UnsupportedError
+from modicum.errors import ModicumError, UnsupportedError
 from modicum.evaluate.rows import Row, question_of
 from modicum.evaluate.subject import Likelihood
 from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.pairs import Alternatives, PairCollator, encode_alternatives
 from modicum.jobs.data.tokens import encode, prompt_ids
+from modicum.jobs.data.trial import sample_of
 from modicum.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from modicum.evaluate.chat import Judge
+    from modicum.evaluate.rows import Rows
+    from modicum.jobs.task import Task
     from modicum.jobs.training.lower_blocks import LowerBlocks
 
 
@@ -54,7 +58,7 @@ class LocalSubject:
         line = any(row.get("plain") for row in rows)
         answers = generate(
             self.model,
-            [prompt_ids(row, self.tokenizer) for row in rows],
+            self._prompts(rows),
             max_new_tokens=max_new_tokens,
             stop=stop_tokens(self.model, self.tokenizer, line=line),
             pad=pad_id(self.tokenizer),
@@ -69,7 +73,7 @@ class LocalSubject:
         """Return how probable the model finds each row's ``text``, or its ``completion`` after its ``prompt``."""
         from modicum.evaluate import log_likelihoods, windows
 
-        asked = [self._document(row["text"]) if "text" in row else self._completion(row) for row in rows]
+        asked = self._documents(rows)
         documents, contexts = [ids for ids, _ in asked], [context for _, context in asked]
         size = size or max(2, *map(len, documents))
         stride = stride or size - 1
@@ -96,14 +100,9 @@ class LocalSubject:
         from modicum.jobs.training.objective import LabelHead
         from modicum.jobs.training.references import answer_log_probabilities
 
-        asked = [
-            encode_alternatives(row, self.tokenizer, f"question {index}: {question_of(row[0])!r:.60}")
-            for index, row in enumerate(rows)
-        ]
-        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
-        most = min(limit, max_length or limit)
-        long = [len(each.prompt) + max(map(len, each.answers)) for each in asked]
-        kept = [i for i in range(len(asked)) if long[i] <= most]
+        asked = self._questions(rows)
+        long = list(map(_longest, asked))
+        kept = self._fitting(long, max_length)
         found: list[list[Likelihood] | None] = [None] * len(asked)
         for numbers, within in requests(self.model, [asked[i].prompt for i in kept]):
             # Rows of one length fill a batch best. Where answers share a prompt, all of them are in one row.
@@ -123,6 +122,11 @@ class LocalSubject:
                 finally:
                     head.detach()
         return found
+
+    def _fitting(self, long: Sequence[int], max_length: int | None) -> list[int]:
+        """Return which of so long questions are read; the others are left out, and counted."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        return [place for place, length in enumerate(long) if length <= min(limit, max_length or limit)]
 
     def _layout(self, asked: Sequence[Alternatives]) -> PairCollator:
         """Return how the model takes several answers to one prompt; it is tried once."""
@@ -154,6 +158,43 @@ class LocalSubject:
             self.note(f"{told}: {error}.")
         return asked
 
+    def rehearsed(self, task: Task, rows: Rows, **given: Any) -> None:
+        """Refuse what a task would refuse before the model computes anything, which it does not need its weights for.
+
+        Args:
+            task: The task, which is asked up to the first question to the model.
+            rows: Its rows, of which some are encoded.
+            given: What the job supplies to measures.
+
+        Raises:
+            ModicumError: The rows cannot be encoded, or are longer than the model reads.
+        """
+
+        def stop(_: object) -> Any:
+            raise _RehearsedError
+
+        given |= {"reference_of": stop, "judge_of": stop}
+        some = sample_of(rows)
+        with suppress(_RehearsedError):
+            try:
+                task.ask(task.measure.function, some, _Rehearsal(self), **given)
+            except ModicumError:
+                if len(some) == len(rows):
+                    raise
+                task.ask(task.measure.function, rows, _Rehearsal(self), **given)  # what none of some has, others may
+
+    def _prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        return [prompt_ids(row, self.tokenizer) for row in rows]
+
+    def _documents(self, rows: Sequence[Row]) -> list[tuple[list[int], int]]:
+        return [self._document(row["text"]) if "text" in row else self._completion(row) for row in rows]
+
+    def _questions(self, rows: Sequence[Sequence[Row]]) -> list[Alternatives]:
+        return [
+            encode_alternatives(row, self.tokenizer, f"question {index}: {question_of(row[0])!r:.60}")
+            for index, row in enumerate(rows)
+        ]
+
     def _document(self, text: str) -> tuple[list[int], int]:
         """Return the ids of a text after one token of context, so that its own first token is scored too."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -167,6 +208,45 @@ class LocalSubject:
         # A chat template may put a line feed behind the answer, which is no part of it.
         end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED), len(ids))
         return ids[:end], context
+
+
+def _longest(asked: Alternatives) -> int:
+    return len(asked.prompt) + max(map(len, asked.answers))
+
+
+class _RehearsedError(Exception):
+    """Raised in the place of the model's word."""
+
+
+class _Rehearsal:
+    """Stands for a model of which only the configuration is known: encodes what it is asked, and ends there."""
+
+    def __init__(self, subject: LocalSubject) -> None:
+        self._of, self.tokenizer = subject, subject.tokenizer
+
+    @property
+    def model(self) -> Any:
+        raise _RehearsedError
+
+    def generate(self, rows: Sequence[Row], *, max_new_tokens: int, **_: Any) -> list[str]:
+        from modicum.evaluate.generation import check_room
+
+        check_room(self._of.model, self._of._prompts(rows), max_new_tokens)
+        raise _RehearsedError
+
+    def likelihoods(self, rows: Sequence[Row], *, size: int | None = None, **_: Any) -> list[Likelihood]:
+        from modicum.evaluate.likelihood import check_window
+
+        documents = self._of._documents(rows)
+        check_window(self._of.model, size or max(len(ids) for ids, _ in documents))
+        raise _RehearsedError
+
+    def alternatives(
+        self, rows: Sequence[Sequence[Row]], *, max_length: int | None = None, **_: Any
+    ) -> list[list[Likelihood] | None]:
+        if self._of._fitting(list(map(_longest, self._of._questions(rows))), max_length):
+            raise _RehearsedError
+        return [None] * len(rows)
 
 
 class Reference:

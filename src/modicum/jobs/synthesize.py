@@ -132,7 +132,7 @@ def plan(recipe: SynthesizeRecipe) -> list[str]:
     ]
 
 
-@job("synthesize", plan=plan)
+@job("synthesize", plan=plan, outputs=lambda recipe: recipe.arms)
 def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     """Draw reasoning from a teacher, filter it, and write the rows of every arm.
 
@@ -318,6 +318,13 @@ def _requests(recipe: SynthesizeRecipe) -> tuple[list[Any], list[Any]]:
     queries = read_queries(illegal, helpful)
     refuse_both(*([Goal(q.id, q.text) for q in queries if q.harmful is harmful] for harmful in (True, False)))
     need_references(queries, recipe.helpful_mode)
+    for kind, asked in (("illegal", illegal), ("helpful", helpful)):
+        most = len(asked) * (recipe.most if recipe.select == "all_pass" else 1)
+        if most < recipe.minimum:
+            raise RecipeError(
+                f"minimum asks for {recipe.minimum:g} rows of each kind, and {len(asked)} {kind} requests make at most "
+                f"{most}. Lower it, or give more requests."
+            )
     return illegal, helpful
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from modicum import processes
 from modicum.borders import MALFORMED
 from modicum.durable import whole_folder
-from modicum.errors import CheckpointError, ModicumError, RecipeError, UnsupportedError, did_you_mean, first_line
+from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean, first_line
+from modicum.jobs.data.mixture import rehearse_filter
 from modicum.jobs.data.rows import DataSection, collate, load_rows, tokenize
+from modicum.jobs.data.trial import try_rows
 from modicum.jobs.loading.models import (
     fresh_model,
     load_model,
@@ -33,6 +34,7 @@ from modicum.jobs.training.checkpoints import checkpoints, last_checkpoint, read
 from modicum.jobs.training.parts import Build, Data, Part, parts_of
 from modicum.jobs.training.positions import within_positions
 from modicum.jobs.training.recipe import TrainRecipe
+from modicum.jobs.training.rehearsal import refuse_arguments
 from modicum.record import Run
 from modicum.registry import job
 
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
     from modicum.jobs.training.trainer import PartsTrainer
-
-SAMPLE = 64  # rows that `check` encodes, or up to twice as many
 
 
 def plan(recipe: TrainRecipe) -> list[str]:
@@ -58,7 +58,7 @@ def plan(recipe: TrainRecipe) -> list[str]:
         _refuse_untrainable(rehearse_model(recipe.model.path, **_loading(recipe)), recipe)
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     for data in read.values():
-        try_rows(data, tokenizer, notes.append)
+        try_rows(data.rows, tokenizer, data.section, notes.append, encode=data.encode)
     for part in parts:
         part.foresee(notes.append)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
@@ -67,7 +67,7 @@ def plan(recipe: TrainRecipe) -> list[str]:
     return [
         f"train {what} of {recipe.model.path} ({start})",
         f"on {rows['train_dataset']} rows of {recipe.data.path}",
-        f"{_steps(arguments, rows['train_dataset'])} optimiser steps of {batch} rows on each device",
+        f"{_steps(arguments, rows['train_dataset'], parts)} optimiser steps of {batch} rows on each device",
         *(f"note: {note}" for note in dict.fromkeys(notes)),
     ]
 
@@ -78,12 +78,19 @@ def makes_like(recipe: TrainRecipe) -> str | None:
     return None if changed else recipe.model.path
 
 
+def outputs(recipe: TrainRecipe) -> list[str]:
+    """Return the names of what is saved: the result, the averages beside it, and the checkpoints."""
+    parts = parts_of(recipe)
+    result = next((part.output for part in parts if part.output), "model")
+    return [result, *(name for part in parts for name in part.variant_names()), "checkpoints"]
+
+
 @job(
     "train",
     plan=plan,
     distributed=True,
     makes_like=makes_like,
-    makes_adapter=lambda recipe: recipe.section("adapter") is not None,
+    outputs=outputs,
     needs_whole=lambda recipe: [recipe.model.path],
     foreseeable=lambda _: True,
     lighter="Halve trainer.per_device_train_batch_size and double trainer.gradient_accumulation_steps, lower "
@@ -104,7 +111,7 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     arguments = training_arguments(recipe, parts, run.folder / "checkpoints")
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     datasets = {name: _dataset(recipe, section, parts, tokenizer, run) for name, section in _sections(recipe)}
-    _steps(arguments, len(datasets["train_dataset"]))
+    _steps(arguments, len(datasets["train_dataset"]), parts)
     model = _model(recipe, parts, run, arguments.device)
     run.inputs.check()
     for part in parts:
@@ -189,8 +196,10 @@ def _check_types(fields: Mapping[str, Any]) -> None:
             raise RecipeError(f"trainer.{key} is {value!r:.60}: {told[0].lower()}{told[1:]}.") from None
 
 
-def _steps(arguments: TrainingArguments, rows: int) -> int:
-    """Return the number of optimiser steps, and refuse a run of none."""
+def _steps(arguments: TrainingArguments, rows: int, parts: Sequence[Part]) -> int:
+    """Return the number of optimiser steps, and refuse a run of none, and one whose Trainer cannot be made."""
+    brought = {element for part in parts for element in part.brings}
+    refuse_arguments(arguments, rows=rows, own_optimizer="optimizer" in brought, own_metrics="loss" in brought)
     steps = optimizer_steps(arguments, rows)
     if steps < 1:
         raise RecipeError(
@@ -216,26 +225,12 @@ def _data(
 ) -> Data:
     """Return the rows of a section; without ``scored`` those too that a model would have to score first."""
     source = section if scored else section.unscored(note)
+    if source is not section:
+        rehearse_filter(section, seed=recipe.seed)
     data = Data(load_rows(source, seed=recipe.seed, note=note), section, training=section is recipe.data)
     for part in parts:
         data = part.data(data)
     return data
-
-
-def try_rows(data: Data, tokenizer: Any, note: Callable[[str], None]) -> None:
-    """Encode a sample of the rows as the training will, so that what it would refuse is refused now.
-
-    Raises:
-        ModicumError: The rows cannot be learned from.
-    """
-    rows = data.rows
-    sample = replace(rows, rows=rows.rows[:: max(1, len(rows) // SAMPLE)])
-    try:
-        data.encode(sample, tokenizer, data.section, note=note)
-    except ModicumError:
-        if len(sample) == len(rows):
-            raise
-        data.encode(rows, tokenizer, data.section, note=note)  # rows left out by chance may be those that do
 
 
 def _dataset(recipe: TrainRecipe, section: DataSection, parts: Sequence[Part], tokenizer: Any, run: Run) -> Any:

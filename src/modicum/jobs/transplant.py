@@ -60,7 +60,7 @@ def describe(recipe: TransplantRecipe) -> list[str]:
     return [_told(found, recipe), *found.plan.describe()]
 
 
-@job("transplant", plan=describe)
+@job("transplant", plan=describe, outputs=lambda _: ["model"])
 def transplant(recipe: TransplantRecipe, run: Run) -> None:
     """Write the model with the other tokenizer.
 

@@ -149,7 +149,8 @@ def test_a_new_part_is_a_key_of_the_recipe_and_every_hook_is_called_in_order(tin
     calls.clear()
     execute(recipe, tmp_path / "r", quiet=True)
     assert list(dict.fromkeys(calls)) == [*expected, "around", "finish", "save", "verify", "variants"]
-    assert {*calls, "fit", "foresee", "remember", "recall"} == {*hooks}  # the last two where there are checkpoints
+    # The last ones where there are checkpoints, and where another recipe refers to what is made.
+    assert {*calls, "fit", "foresee", "remember", "recall", "variant_names"} == {*hooks}
 
 
 def test_a_part_may_bring_a_loss_a_collator_state_in_checkpoints_and_another_order(tiny_model, rows, tmp_path, table):

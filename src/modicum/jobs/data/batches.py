@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum.jobs.data.collators import collate
 from modicum.jobs.data.packing import isolating, ordinary_ids
+from modicum.jobs.data.positions import within_table
 from modicum.jobs.data.rows import load_rows
 from modicum.jobs.data.tokens import tokenize
 
@@ -40,6 +41,8 @@ def load_batches(
     Raises:
         ModicumError: The data cannot be read, nothing is left to learn from, or packed samples see each other.
     """
+    if model is not None:
+        section = within_table(section, model.config.to_dict(), note or (lambda _: None))
     rows = tokenize(load_rows(section, seed=seed, note=note), tokenizer, section, note=note)
     pad: Callable[..., dict[str, Any]] = collate(tokenizer)
     if model is not None and "position_ids" in rows.column_names:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.rows import Row, Rows
 from modicum.jobs.data.rows import load_rows
-from modicum.jobs.data.scoring import open_scorer, score_pairs
+from modicum.jobs.data.scoring import open_scorer, rehearse_scorer, score_pairs
 from modicum.jobs.data.section import DataSection, Filter, Mix
 from modicum.objectives.mixing import agreeing_pairs, drawn, largest_total, split_by_ratio
 
@@ -27,17 +27,8 @@ def mixed_rows(section: DataSection, mix: Mix, *, seed: int, note: Callable[[str
     Raises:
         ModicumError: A part has no rows, too few of them or rows of another kind, or a scorer fails.
     """
-    parts = {name: load_rows(mix.part(name, section), seed=seed, note=note) for name in mix.parts}
-    kinds = {name: part.kind for name, part in parts.items()}
-    if len({*kinds.values()}) > 1:
-        told = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise RecipeError(f"mix: all parts must hold rows of one kind, got {told}.")
-    rows = {name: part.rows for name, part in parts.items()}
+    kind, rows = _read(section, mix, seed, note)
     if mix.filter is not None:
-        if {*kinds.values()} != {"preference"}:
-            raise RecipeError(
-                f"mix: filter compares two answers, and the parts hold {next(iter(kinds.values()))} rows."
-            )
         rows = _filtered(rows, mix.filter, seed, note)
     sizes = [len(part) for part in rows.values()]
     ratios = mix.shares
@@ -63,7 +54,41 @@ def mixed_rows(section: DataSection, mix: Mix, *, seed: int, note: Callable[[str
         + ", ".join(f"{count} of {size} rows of {name}" for name, count, size in zip(rows, counts, sizes))
     )
     order = drawn(len(chosen), len(chosen), seed, "mixture")
-    return Rows(next(iter(kinds.values())), [chosen[place] for place in order])
+    return Rows(kind, [chosen[place] for place in order])
+
+
+def rehearse_filter(section: DataSection, *, seed: int) -> None:
+    """Refuse what a filter would refuse before its model has read an answer.
+
+    Args:
+        section: Of a mixture, or of other rows, of which nothing is asked.
+        seed: Names the draws.
+
+    Raises:
+        ModicumError: The parts are no pairs, or the scorer cannot read them.
+    """
+    mix = section.mix
+    if mix is None or mix.filter is None:
+        return
+    _, rows = _read(section, mix, seed, lambda _: None)
+    rehearse_scorer(mix.filter.scorer, rows, seed=seed)
+
+
+def _read(
+    section: DataSection, mix: Mix, seed: int, note: Callable[[str], None]
+) -> tuple[str, Mapping[str, Sequence[Row]]]:
+    """Return the kind of all rows, and those of each part."""
+    parts = {name: load_rows(mix.part(name, section), seed=seed, note=note) for name in mix.parts}
+    kinds = {name: part.kind for name, part in parts.items()}
+    if len({*kinds.values()}) > 1:
+        told = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        raise RecipeError(f"mix: all parts must hold rows of one kind, got {told}.")
+    kind = next(iter(kinds.values()))
+    if mix.filter is not None and kind != "preference":
+        raise RecipeError(
+            f"mix: filter compares two answers, and the parts hold {kind} rows. Give pairs, or leave it out."
+        )
+    return kind, {name: part.rows for name, part in parts.items()}
 
 
 def _filtered(

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from modicum.errors import ModicumError
 from modicum.jobs.data.collators import collate
 from modicum.jobs.data.packing import isolating, ordinary_ids
+from modicum.jobs.data.positions import within_table
 from modicum.jobs.data.tokens import tokenize
+from modicum.jobs.data.trial import try_rows
 from modicum.jobs.loading.folders import beneath
 from modicum.jobs.loading.models import fresh_model, load_tokenizer, model_shape
 from modicum.jobs.loading.references import resolve_model
@@ -72,19 +74,32 @@ def foresee(
     return None
 
 
-def foresee_batches(section: DataSection, rows: Rows, reference: str, *, remote_code: bool = False) -> list[str]:
-    """Do :func:`foresee` where the rows would be packed; return notes.
+def foresee_batches(
+    section: DataSection, rows: Rows, reference: str, *, model: Any, remote_code: bool = False
+) -> list[str]:
+    """Encode rows as :func:`~modicum.jobs.data.batches.load_batches` will; do :func:`foresee` where they are packed.
+
+    Args:
+        section: Where the rows come from.
+        rows: All of them.
+        reference: The model that is measured on them.
+        model: What :func:`~modicum.jobs.loading.models.rehearse_model` made of it.
+        remote_code: Run the code that comes with the model.
+
+    Returns:
+        Notes.
 
     Raises:
         ModicumError: The rows cannot be learned from, or samples would see each other.
     """
+    notes: list[str] = []
+    section = within_table(section, model.config.to_dict(), notes.append)
+    tokenizer = load_tokenizer(reference, remote_code=remote_code)
     if not section.packing:
-        return []
-    encoded = tokenize(rows, load_tokenizer(reference, remote_code=remote_code), section)
-    if "position_ids" not in encoded.column_names:
-        return []
-    note = foresee(reference, max_length=section.max_length, remote_code=remote_code)
-    return [f"note: {note}"] if note else []
+        try_rows(rows, tokenizer, section, lambda _: None)  # numbers of a sample say little of all rows
+    elif "position_ids" in tokenize(rows, tokenizer, section).column_names:
+        notes += filter(None, [foresee(reference, max_length=section.max_length, remote_code=remote_code)])
+    return [f"note: {note}" for note in notes]
 
 
 def few_layers(config: Any) -> Any:

@@ -58,6 +58,10 @@ def load_rows(
         found = [found[i] for i in order.tolist()]
     found = found[: section.size]
     kind = _kind(section, found, prefer)
+    for key in ("template", "system"):
+        given = getattr(section, key) != DataSection.model_fields[key].default
+        if given and key not in kind.facts.surrounds:
+            raise RecipeError(f"{section.path} holds {kind.name} rows, which have no prompt for {key}. Leave it out.")
     return Rows(kind.name, each(found, lambda index, row: kind.function(section, row, index), section, note))
 
 

@@ -51,6 +51,23 @@ def open_scorer(
     return trained_heads(section, rows, seed=seed, note=note)
 
 
+def rehearse_scorer(section: ScorerSection, rows: Mapping[str, Sequence[Row]], *, seed: int) -> None:
+    """Refuse what a scorer that is a model would refuse before it has read an answer.
+
+    Args:
+        section: Which one; of a file or a function nothing is asked.
+        rows: The pairs of each part.
+        seed: Names the choice of those on which heads are trained.
+
+    Raises:
+        ModicumError: It cannot be loaded, has too few pairs to be trained on, or an answer is too long for it.
+    """
+    if section.model is not None or section.heads_of is not None:
+        from modicum.jobs.data.scoring_models import rehearse
+
+        rehearse(section, rows, seed=seed)
+
+
 def of_function(function: Function) -> Scorer:
     """Return a function ``(prompt, answer) -> scores`` as a scorer."""
 

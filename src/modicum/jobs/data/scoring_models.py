@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from heapq import nlargest
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from modicum.inputs import look
 from modicum.jobs.data.kinds.preference import SIDES
 from modicum.jobs.data.section import ScorerSection
 from modicum.jobs.data.tokens import encode
-from modicum.jobs.loading.models import load_model, load_tokenizer
+from modicum.jobs.loading.models import load_model, load_tokenizer, rehearse_model
 from modicum.jobs.loading.references import resolve_model
 from modicum.random import derive_seed
 from modicum.record import NUMERICS
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FEWEST = 8  # pairs on which a head is trained
+SOME = 64  # answers that a check encodes: the longest
 EVERY = 0.1  # seconds between two looks at what another run computes
 
 
@@ -53,21 +55,8 @@ class Classifier:
 
     def _scores(self, reference: str, asked: Sequence[tuple[Row, str]]) -> list[list[float]]:
         import torch
-        from transformers import AutoModelForSequenceClassification
 
-        folder = resolve_model(reference)
-        try:
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            pass_on(error)
-            raise CheckpointError(f"{reference} is no model that classifies sequences: {first_line(error)}") from None
-        if missing := sorted(loading["missing_keys"]):
-            raise CheckpointError(
-                f"{reference} is no model that classifies sequences: it has no {missing[0]}, and a random one says "
-                "nothing."
-            )
+        model = _classifier(reference)
         tokenizer = load_tokenizer(reference)
 
         def score(ids: Tensor, _answer: Tensor) -> Tensor:
@@ -76,6 +65,40 @@ class Classifier:
 
         model.config.pad_token_id = model.config.pad_token_id or 0  # all rows of a batch are equally long
         return _by_length(model.eval(), tokenizer, asked, self.section, score)
+
+
+def _classifier(reference: str, **options: Any) -> Any:
+    """Return the model, loaded with further arguments of ``from_pretrained``."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = resolve_model(reference)
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        pass_on(error)
+        raise CheckpointError(f"{reference} is no model that classifies sequences: {first_line(error)}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(
+            f"{reference} is no model that classifies sequences: it has no {missing[0]}, and a random one says nothing."
+        )
+    return model
+
+
+def rehearse(section: ScorerSection, rows: Mapping[str, Sequence[Row]], *, seed: int) -> None:
+    """Do :func:`~modicum.jobs.data.scoring.rehearse_scorer` with a model's configuration, headers and tokenizer."""
+    reference = str(section.model or section.heads_of)
+    if section.model is not None:
+        _classifier(reference, device_map="meta")
+    else:
+        rehearse_model(reference)
+        _split(rows, section.share, seed)
+    # Who is refused for an answer's length is refused for the longest.
+    asked = [(row, row[side]) for part in rows.values() for row in part for side in SIDES]
+    some = nlargest(SOME, asked, key=lambda one: len(question_of(one[0])) + len(one[1]))
+    _encoded(load_tokenizer(reference), some, section)
 
 
 def trained_heads(
@@ -112,12 +135,6 @@ def trained_heads(
 
     reference = str(section.heads_of)
     training, rest = _split(rows, section.share, seed)
-    for name, part in training.items():
-        if len(part) < FEWEST or not rest[name]:
-            raise RecipeError(
-                f"mix: {name} has {len(rows[name])} pairs, of which {len(part)} would train its head; expected "
-                f"{FEWEST} or more, and some to keep. Give it more rows, or another share."
-            )
     every = {_key(row, row[side]): (row, row[side]) for part in rows.values() for row in part for side in SIDES}
     asked = list(every.values())
     states = torch.tensor(_remembered("states", reference, asked, lambda: _states(reference, section, asked)))
@@ -162,6 +179,11 @@ def _split(
         taken = {*prompts[: round(share * len(prompts))]}
         training[name] = [row for row in part if question_of(row) in taken]
         rest[name] = [row for row in part if question_of(row) not in taken]
+        if len(training[name]) < FEWEST or not rest[name]:
+            raise RecipeError(
+                f"mix: {name} has {len(part)} pairs, of which {len(training[name])} would train its head; expected "
+                f"{FEWEST} or more, and some to keep. Give it more rows, or another share."
+            )
     return training, rest
 
 
@@ -184,16 +206,12 @@ class _Encoded:
     answer: list[bool]
 
 
-def _by_length(
-    model: Any,
-    tokenizer: Any,
-    asked: Sequence[tuple[Row, str]],
-    section: ScorerSection,
-    read: Callable[[Tensor, Tensor], Tensor],
-) -> list[list[float]]:
-    """Return ``read(ids, whether a token is the answer's)`` of every answer, in batches of equally long rows."""
-    import torch
+def _encoded(tokenizer: Any, asked: Sequence[tuple[Row, str]], section: ScorerSection) -> list[_Encoded]:
+    """Return answers as tokens.
 
+    Raises:
+        RecipeError: One is too long.
+    """
     rows = []
     for place, (row, answer) in enumerate(asked):
         ids, labels = encode(answered(row, answer), tokenizer, completion_only=True, where=f"answer {place}")
@@ -204,6 +222,20 @@ def _by_length(
                 f"max_length {section.max_length}. Raise scorer.max_length."
             )
         rows.append(_Encoded(place, ids[:end], [label != IGNORED for label in labels[:end]]))
+    return rows
+
+
+def _by_length(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[tuple[Row, str]],
+    section: ScorerSection,
+    read: Callable[[Tensor, Tensor], Tensor],
+) -> list[list[float]]:
+    """Return ``read(ids, whether a token is the answer's)`` of every answer, in batches of equally long rows."""
+    import torch
+
+    rows = _encoded(tokenizer, asked, section)
     found: list[list[float]] = [[] for _ in asked]
     with torch.inference_mode():
         for _, group in groupby(sorted(rows, key=lambda each: len(each.ids)), key=lambda each: len(each.ids)):

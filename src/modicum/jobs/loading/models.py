@@ -274,7 +274,8 @@ def usable(dtype: str, device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         pass_on(error)
-        raise RecipeError(f"device is {device!r}, which cannot be used here: {first_line(error)}.") from None
+        told = first_line(error).rstrip(".")
+        raise RecipeError(f"device is {device!r}, which cannot be used here: {told}.") from None
 
 
 def load_tokenizer(ref: str | Path, *, remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -58,7 +58,7 @@ def foresee(stages: Sequence[Stage], *, detailed: bool = True) -> list[str]:
         if found is not None and found.startswith(PREFIX):
             found = stand_ins.get(stage_of(found))
         stand_ins[stage.name] = found
-        if registry.job[inner.job].facts.makes_adapter(inner):
+        if (registry.job[inner.job].facts.outputs(inner) or ("",))[0] == "adapter":
             adapters.add(stage.name)
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,32 @@ def names_in(value: Any) -> list[str]:
     return list(dict.fromkeys(map(stage_of, parts)))
 
 
+def refuse_unmade(reference: str, made: Mapping[str, Sequence[str] | None], where: str = "") -> None:
+    """Refuse a reference to what its stage does not make.
+
+    Args:
+        reference: Of a stage, or of ``model+adapter`` with one of a stage in it.
+        made: Names of what each stage makes; ``None`` where nobody knows before it has run.
+        where: How an error begins.
+
+    Raises:
+        RecipeError: The stage makes nothing, or nothing of that name.
+
+    Example:
+        >>> refuse_unmade("stage:a/adapter", {"a": ["adapter", "checkpoints"]})
+    """
+    for part in reference.split("+"):  # model+adapter, as mergekit files write it
+        name, _, output = part.removeprefix(PREFIX).partition("/")
+        outputs = made.get(name) if part.startswith(PREFIX) else None
+        if outputs is None:
+            continue
+        if not outputs:
+            raise RecipeError(f"{where}{part!r}: stage {name!r} makes nothing that another stage could use.")
+        if output and output not in outputs:
+            hint = did_you_mean(output, outputs)
+            raise RecipeError(f"{where}{part!r}: stage {name!r} has no output {output!r}. {hint}")
+
+
 def resolve(value: Any, folders: Mapping[str, Path]) -> Any:
     """Replace every reference to a stage by the path of what that stage made.
 
@@ -66,8 +92,5 @@ def resolve(value: Any, folders: Mapping[str, Path]) -> Any:
         return f"{resolve(value, folders)}+{resolve(adapter, folders)}"
     name, _, output = value.removeprefix(PREFIX).partition("/")
     outputs: dict[str, str] = read_record(folders[name])["outputs"]
-    if not outputs:
-        raise RecipeError(f"{value!r}: stage {name!r} made nothing that another stage could use.")
-    if output and output not in outputs:
-        raise RecipeError(f"{value!r}: stage {name!r} has no output {output!r}. {did_you_mean(output, outputs)}")
+    refuse_unmade(value, {name: list(outputs)})
     return str(folders[name] / (outputs[output] if output else next(iter(outputs.values()))))

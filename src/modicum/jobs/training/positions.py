@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from modicum.jobs.data.positions import table_of
 from modicum.jobs.training.recipe import TrainRecipe
 
-COMPUTED = ("rope", "rotary", "alibi")  # what the fields of configurations are called whose positions are computed
 R = TypeVar("R", bound=TrainRecipe)
 
 
@@ -43,7 +43,4 @@ def _table(recipe: TrainRecipe) -> int | None:
     section = recipe.model
     *_, folder = beneath(resolve_model(section.path, remote_code=section.remote_code), remote_code=section.remote_code)
     config: dict[str, Any] = model_shape(folder, section.scratch or {}, remote_code=section.remote_code).to_dict()
-    if any(word in key for key, value in config.items() if value for word in COMPUTED):
-        return None
-    found = next((config[key] for key in ("max_position_embeddings", "n_positions") if key in config), None)
-    return found if isinstance(found, int) and found > 0 else None
+    return table_of(config)

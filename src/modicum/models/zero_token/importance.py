@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -63,15 +64,35 @@ class Importance:
         if by == "zero_attention" and any(visit.zero_attention is None for visit in self.visits):
             raise RecipeError("Some visits have no zero token to go by. Choose by loss.")
         order = sorted(self.visits, key=lambda v: v.loss_increase if by == "loss" else -(v.zero_attention or 0.0))
-        left = {cycle: sum(visit.cycle == cycle for visit in self.visits) for cycle in {v.cycle for v in self.visits}}
+        check_count([(visit.layer, visit.cycle) for visit in self.visits], count)
+        left = _left(visit.cycle for visit in self.visits)
         chosen: list[VisitId] = []
         for visit in order:
             if len(chosen) < count and visit.cycle and left[visit.cycle] > 1:
                 left[visit.cycle] -= 1
                 chosen.append((visit.layer, visit.cycle))
-        if len(chosen) < count:
-            raise RecipeError(f"{count} visits were to be skipped, but only {len(chosen)} can be. Ask for fewer.")
         return sorted(chosen, key=lambda visit: (visit[1], visit[0]))
+
+
+def _left(cycles: Iterable[int]) -> dict[int, int]:
+    """Return how many visits each cycle has."""
+    return dict(Counter(cycles))
+
+
+def looped(model: ZeroTokenForCausalLM) -> list[VisitId]:
+    """Return the visits of the loop, in the order in which they run."""
+    return [visit for visit in model.schedule if visit[0] in model.config.middle]
+
+
+def check_count(visits: Sequence[VisitId], count: int) -> None:
+    """Refuse to skip more visits than can be: those of cycle 0 stay, and one of every other cycle.
+
+    Raises:
+        RecipeError: There are not so many.
+    """
+    most = sum(number - 1 for cycle, number in _left(cycle for _, cycle in visits).items() if cycle)
+    if count > most:
+        raise RecipeError(f"{count} visits were to be skipped, but only {most} can be. Ask for fewer.")
 
 
 @torch.no_grad()
@@ -93,7 +114,7 @@ def visit_importance(model: ZeroTokenForCausalLM, batches: Iterable[Int[Tensor, 
         raise RecipeError("visit_importance got no batches.")
     was_training = model.training
     model.eval()
-    visits = [visit for visit in model.schedule if visit[0] in model.config.middle]
+    visits = looped(model)
     loss, zero = _measured(model, data, frozenset())
     found = tuple(
         VisitImportance(*visit, zero.get(visit), _measured(model, data, frozenset({visit}))[0] - loss)

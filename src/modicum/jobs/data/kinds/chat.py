@@ -9,7 +9,7 @@ from modicum.jobs.data.tokens import is_text, tokenize_answers
 from modicum.registry import row_kind
 
 
-@row_kind("chat", fields=("messages",), order=10, tokenize=tokenize_answers)
+@row_kind("chat", fields=("messages",), order=10, tokenize=tokenize_answers, surrounds=("system",))
 def chat(section: DataSection, row: Row, index: int) -> Row:
     """Read a conversation; ``section.system`` is put before one that has no system message.
 

@@ -28,7 +28,7 @@ def tokenize_text(
     return dataset([(ids, list(ids)) for ids in documents], section, note)
 
 
-@row_kind("text", fields=("text",), order=30, tokenize=tokenize_text)
+@row_kind("text", fields=("text",), order=30, tokenize=tokenize_text, surrounds=())
 def text(section: DataSection, row: Row, index: int) -> Row:
     """Read a document.
 

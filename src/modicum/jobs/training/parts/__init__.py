@@ -182,6 +182,10 @@ class Part:
         """Bring the trained model into the form in which it is saved; return metrics for the record."""
         return {}
 
+    def variant_names(self) -> Sequence[str]:
+        """Return the names of all outputs that :meth:`variants` may give."""
+        return ()
+
     def variants(self) -> dict[str, AbstractContextManager[None]]:
         """Return contexts that put other weights in place, which are saved as outputs of these names too."""
         return {}

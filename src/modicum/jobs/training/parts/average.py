@@ -175,6 +175,11 @@ class Average(Part):
             )
         return {"average": found} if found else {}
 
+    def variant_names(self) -> list[str]:
+        """Return the names of the averages that the section asks for."""
+        asked = {"moving_average": self.section.moving, "snapshots": self.section.snapshots}
+        return [name for name, section in asked.items() if section is not None]
+
     def variants(self) -> dict[str, AbstractContextManager[None]]:
         """Return the averages, each to be saved as the model is."""
         averages = self.callback.averages() if self.callback is not None else {}

@@ -1,0 +1,145 @@
+"""What a run refuses without a pass through a model, its check refuses in the same words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from modicum.errors import ModicumError
+from modicum.jobs import execute, plan
+from modicum.models import convert_to_zero_token
+from modicum.recipe import parse
+from support import byte_tokenizer, tiny_llama
+
+SAY = {"path": "say.jsonl", "max_length": 64}
+PAIRS = {"job": "train", "model": "base", "objective": "dpo", "trainer": {"max_steps": 1}}
+
+
+def filtered(path, **scorer):
+    return PAIRS | {"data": {"mix": {"parts": {"a": path}, "filter": {"scorer": scorer}}}}
+
+
+def evaluated(model, **task):
+    return {"job": "evaluate", "models": {"m": model}, "tasks": {"t": {"kind": "exact_match", "data": SAY} | task}}
+
+
+def searched(**task):
+    merge = {"base": "base", "experts": ["base", "plain"], "method": "linear"}
+    knobs = {"weights": {"low": 0, "high": 1, "each": True}}
+    return {"job": "search", "merge": merge, "knobs": knobs, "tasks": evaluated("base", **task)["tasks"]}
+
+
+CASES = {
+    "statistics of nothing": (
+        {"job": "statistics", "model": "base", "kind": "fisher", "data": SAY | {"max_length": 1}},
+        "say.jsonl has nothing to learn within max_length 1",
+    ),
+    "losses of nothing": (
+        {"job": "average", "checkpoints": ["base", "plain"], "method": "best", "data": SAY | {"max_length": 1}},
+        "say.jsonl has nothing to learn within max_length 1",
+    ),
+    "a system message": (evaluated("plain", data=SAY | {"system": "Be brief."}), "has no chat template, so it has no"),
+    "prompts beyond the table": (evaluated("short"), "and 32 new ones exceed the model's 16 positions"),
+    "answers beyond the table": (searched(max_new_tokens=1000), "and 1000 new ones exceed the model's 256 positions"),
+    "windows beyond the table": (
+        evaluated("base", kind="perplexity", data="text.jsonl"),
+        "A window of 1024 tokens exceeds the model's 256 positions",
+    ),
+    "pairs that are all long": (
+        evaluated("base", kind="pairs", data={"path": "pairs.jsonl", "max_length": 3}),
+        "All 30 rows are longer than max_length 3",
+    ),
+    "states beyond the table": (
+        {"job": "represent", "targets": {"m": "short"}, "folds": 2, "suites": {"p": "flip"},
+         "goals": {"path": "harmful.jsonl"}, "benign": {"path": "harmless.jsonl"}},
+        "exceeds the model's 16 positions. Shorten it",
+    ),
+    "visits that stay": (
+        {"job": "calibrate", "model": "looped", "data": {"path": "text.jsonl"}, "prune": 100},
+        "100 visits were to be skipped, but only 1 can be",
+    ),
+    "rows that nobody can make": (
+        {"job": "synthesize", "teacher": "base", "minimum": 9, "illegal": {"path": "harmful.jsonl"},
+         "helpful": {"path": "harmless.jsonl"}},
+        "minimum asks for 9 rows of each kind, and 4 illegal requests make at most 4",
+    ),
+    "heads of few pairs": (filtered("few.jsonl", heads_of="base"), "a has 9 pairs, of which 3 would train its head"),
+    "answers that are long for heads": (
+        filtered("pairs.jsonl", heads_of="base", max_length=4),
+        "more than its max_length 4. Raise scorer.max_length",
+    ),
+    "no classifier": (filtered("pairs.jsonl", model="base"), "base is no model that classifies sequences"),
+    "a filter of no pairs": (filtered("say.jsonl", heads_of="base"), "filter compares two answers, and the parts hold"),
+    "a template around chats": (
+        {"job": "train", "model": "base", "data": {"path": "chat.jsonl", "template": "Q: {prompt}"}},
+        "chat.jsonl holds chat rows, which have no prompt for template",
+    ),
+    "a system message before texts": (
+        {"job": "train", "model": "base", "data": {"path": "text.jsonl", "system": "Be brief."}},
+        "text.jsonl holds text rows, which have no prompt for system",
+    ),
+} | {
+    message: ({"job": "train", "model": "base", "data": SAY, "trainer": {"max_steps": 1} | trainer}, message)
+    for trainer, message in (
+        ({"save_strategy": "best"}, "`args.metric_for_best_model` must be provided"),
+        ({"save_strategy": "best", "metric_for_best_model": "f1"}, "is 'f1', which no evaluation of this training"),
+        ({"per_device_train_batch_size": 0}, "trainer.per_device_train_batch_size is 0, expected 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "trainer.gradient_accumulation_steps is 0, expected 1 or more"),
+        ({"dataloader_drop_last": True}, "leaves out all 4 rows: they make no whole batch of 8"),
+        ({"learning_rate": -1}, "trainer: Invalid learning rate: -1"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer: One of min_lr or min_lr_rate should be set"),
+        ({"lr_scheduler_kwargs": {"x": 1}}, "got an unexpected keyword argument 'x'"),
+        ({"dataloader_num_workers": -1}, "trainer: num_workers option should be non-negative"),
+    )
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    root = tmp_path_factory.mktemp("world")
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 264}
+    models = {"base": tiny_llama(), "plain": tiny_llama(seed=1), "short": GPT2LMHeadModel(GPT2Config(**shape)),
+              "looped": convert_to_zero_token(tiny_llama(num_hidden_layers=4), n_cycles=2)}  # fmt: skip
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        byte_tokenizer(chat=name != "plain").save_pretrained(root / name)
+    pairs = [{"prompt": f"say {i}", "chosen": "abc", "rejected": "xyz"} for i in range(30)]
+    rows = {
+        "say": [{"prompt": f"say {i}", "completion": "abc"} for i in range(4)],
+        "text": [{"text": f"{i} abcdefghijklmnopqrstuvwxyz"} for i in range(4)],
+        "chat": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2,
+        "pairs": pairs,
+        "few": pairs[:9],
+        "harmful": [{"prompt": f"Harm {i}"} for i in range(4)],
+        "harmless": [{"prompt": f"Help {i}", "completion": "Here."} for i in range(4)],
+    }
+    for name, lines in rows.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture
+def world(built, tmp_path, monkeypatch):
+    monkeypatch.chdir(built)
+    monkeypatch.setenv("MODICUM_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_check_and_run_refuse_alike(world, name):
+    recipe, message = CASES[name]
+    for act in (plan, lambda recipe: execute(recipe, world / "out", quiet=True)):
+        with pytest.raises(ModicumError) as caught:
+            act(parse(recipe))
+        assert message in str(caught.value)
+    assert not any((world / "out").rglob("*.safetensors"))
+
+
+def test_rows_that_are_measured_keep_within_the_table_of_positions(world):
+    recipe = parse({"job": "statistics", "model": "short", "kind": "fisher", "data": {"path": "text.jsonl"}})
+    told = "text.jsonl: the model has a table of 16 positions: max_length is 16."
+    assert f"note: {told}" in plan(recipe)
+    assert told in execute(recipe, world / "out", quiet=True).record["notes"]
