@@ -23,10 +23,11 @@ def test_foreign_caches_are_refused():
     assert model(tokens(), cache=DynamicCache()).cache.get_seq_length() == 7
 
 
-@pytest.mark.parametrize("cycles", [0, 4, True])
-def test_impossible_numbers_of_cycles_are_refused(cycles):
-    with pytest.raises(ModicumError, match="n_cycles"):
+@pytest.mark.parametrize("cycles", [0, 4, True, torch.full((2, 5), 2), torch.tensor([1, 4])])
+def test_impossible_numbers_of_cycles_are_refused_in_one_line(cycles):
+    with pytest.raises(ModicumError, match="n_cycles") as refusal:
         looped()(tokens(), n_cycles=cycles)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

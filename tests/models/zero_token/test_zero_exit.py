@@ -259,6 +259,17 @@ def test_token_scopes_are_causal_and_the_sequence_scope_is_not(scope):
     torch.testing.assert_close(a.logits[:, :5], b.logits[:, :5], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["token", "prefix"])
+def test_texts_of_a_packed_row_leave_as_they_do_alone(scope):
+    model, ids = looped(exit_scope=scope), tokens(1, 13)
+    pieces, places = ids.split([6, 7], 1), torch.cat([torch.arange(6), torch.arange(7)])[None]
+    for shift in (0.8, 1.0, 1.2):
+        knobs = {"exit_threshold": middling(model, ids, scope) * shift}
+        packed, alone = run(model, ids, position_ids=places, **knobs), [run(model, x, **knobs) for x in pieces]
+        assert torch.equal(packed.cycles, torch.cat([x.cycles for x in alone], 1)), shift
+        torch.testing.assert_close(packed.logits, torch.cat([x.logits for x in alone], 1), rtol=0, atol=1e-4)
+
+
 def test_reported_cycles_add_up_to_the_layer_calls():
     model = looped(exit_scope="sequence")
     calls = []

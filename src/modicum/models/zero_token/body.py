@@ -221,6 +221,8 @@ def _begin_run(owner: Any, config: Any, call: Call, cache: Cache | None, kwargs:
         pool=owner.zero_token(),
         cache=cache,
         real=_real(kwargs.get("attention_mask"), t),
+        # As transformers does, a mask of padding says that each row is one text.
+        position_ids=kwargs.get("position_ids") if kwargs.get("attention_mask") is None else None,
         past=0 if cache is None else cache.get_seq_length(),
         predict=owner.read_out,
         n_cycles=n_cycles,
@@ -266,8 +268,12 @@ def _cycles(owner: Any, n_cycles: int | Tensor | None, b: int, t: int) -> tuple[
 
 
 def _wrong_cycles(n_cycles: object, depth: int) -> RecipeError:
+    came = repr(n_cycles)
+    if isinstance(n_cycles, Tensor):  # whose repr takes several lines
+        came = f"a tensor of shape {tuple(n_cycles.shape)} and {n_cycles.dtype}"
+        came += f", from {n_cycles.min()} to {n_cycles.max()}" if n_cycles.numel() else ""
     return RecipeError(
-        f"n_cycles is {n_cycles!r}, expected 1 to {depth}, or a tensor of such numbers for each sequence or token: the "
+        f"n_cycles is {came}, expected 1 to {depth}, or a tensor of such numbers for each sequence or token: the "
         f"model has zero tokens for {depth} cycles."
     )
 

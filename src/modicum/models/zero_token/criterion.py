@@ -109,7 +109,8 @@ class Criterion:
         if self.exit.scope == "prefix" and self.run.cache is not None:
             # Its own slot, even where the cycles share their keys.
             score = _with_history(self.run.cache, self.run.stages.slot(visit.layer, visit.cycle), score)
-        pooled = spread(score, scope=self.exit.scope)[:, -t:]
+        given = self.run.position_ids if score.shape[1] == t else None  # what is packed begins with an empty cache
+        pooled = spread(score, scope=self.exit.scope, positions=given)[:, -t:]
         self.run.trace.scores.append(pooled)
         return stays & ~(pooled > threshold)
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from modicum.errors import RecipeError, did_you_mean
@@ -59,20 +60,31 @@ def layer_score(p0s: Sequence[Float[Tensor, "b h t"]], *, score: ExitScore = "cy
 
 
 def spread(
-    score: Float[Tensor, "b t"], *, scope: ExitScope, mask: Bool[Tensor, "b t"] | None = None
+    score: Float[Tensor, "b t"],
+    *,
+    scope: ExitScope,
+    mask: Bool[Tensor, "b t"] | None = None,
+    positions: Int[Tensor, "b t"] | None = None,
 ) -> Float[Tensor, "b t"]:
     """Average ``score`` over the tokens that decide together.
 
     ``sequence`` averages the real tokens of each sequence, ``last_token`` takes the last real one, ``prefix`` averages
     up to each token, ``token`` leaves every token to itself, ``batch`` averages everything. Scores that are NaN, of
-    tokens that did not run, do not count.
+    tokens that did not run, do not count. Where ``positions`` do not go on, another text begins in a packed row, which
+    ``prefix`` averages by itself.
     """
     counts = ~score.isnan() if mask is None else mask & ~score.isnan()
     kept = score.masked_fill(~counts, 0.0)
     if scope == "token":
         return score
     if scope == "prefix":
-        return kept.cumsum(-1) / counts.cumsum(-1).clamp(min=1)
+        sums, ran = kept.cumsum(-1), counts.cumsum(-1)
+        if positions is not None:
+            place = torch.arange(score.shape[-1], device=score.device)
+            begins = F.pad(positions.expand_as(score).diff(dim=-1) != 1, (1, 0), value=True)
+            first = (place * begins).cummax(-1).values
+            sums, ran = (x - x.gather(-1, first) + y.gather(-1, first) for x, y in ((sums, kept), (ran, counts.long())))
+        return sums / ran.clamp(min=1)
     if scope == "sequence":
         mean = kept.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
     elif scope == "last_token":

@@ -83,6 +83,7 @@ class LoopRun:
         pool: The pool's parameters.
         cache: The cache, or None.
         real: Which tokens are no padding (b, t), or None for all.
+        position_ids: Positions of the tokens, which begin anew with each text of a packed row, or None.
         past: Number of tokens in the cache.
         predict: State to logits, for exit criteria that read the prediction.
         n_cycles: Cycles to run.
@@ -100,6 +101,7 @@ class LoopRun:
     pool: dict[str, Tensor]
     cache: Cache | None
     real: Tensor | None
+    position_ids: Tensor | None
     past: int
     predict: Callable[[Tensor], Tensor]
     n_cycles: int
