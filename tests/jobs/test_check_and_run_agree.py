@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from modicum.errors import ModicumError
+from modicum.errors import ModicumError, RecipeError
 from modicum.jobs import execute, plan
 from modicum.models import convert_to_zero_token
 from modicum.recipe import parse
@@ -90,8 +90,19 @@ CASES = {
         ({"learning_rate": -1}, "trainer: Invalid learning rate: -1"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer: One of min_lr or min_lr_rate should be set"),
         ({"lr_scheduler_kwargs": {"x": 1}}, "got an unexpected keyword argument 'x'"),
+        ({"neftune_noise_alpha": -1}, "trainer.neftune_noise_alpha is -1, expected 0 or more"),
         ({"dataloader_num_workers": -1}, "trainer: num_workers option should be non-negative"),
     )
+} | {
+    f"a token without an embedding, {name}": (recipe, "gives the token 264, and the model has embeddings of 264. Use")
+    for name, recipe in {
+        "trained": {"job": "train", "model": "worded", "data": SAY, "trainer": {"max_steps": 1}},
+        "measured": {"job": "statistics", "model": "worded", "kind": "fisher", "data": SAY},
+        "looped": {"job": "calibrate", "model": "worded-loop", "data": {"path": "worded.jsonl"}},
+        "answered": evaluated("worded"),
+        "read": evaluated("worded", kind="perplexity", data={"path": "worded.jsonl", "max_length": 64}),
+        "chosen": evaluated("worded", kind="pairs", data="pairs.jsonl"),
+    }.items()
 }  # fmt: skip
 
 
@@ -103,13 +114,18 @@ def built(tmp_path_factory):
     shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 264}
     models = {"base": tiny_llama(), "plain": tiny_llama(seed=1), "short": GPT2LMHeadModel(GPT2Config(**shape)),
               "looped": convert_to_zero_token(tiny_llama(num_hidden_layers=4), n_cycles=2)}  # fmt: skip
+    models |= {"worded": models["base"], "worded-loop": models["looped"]}
     for name, model in models.items():
         model.save_pretrained(root / name)
-        byte_tokenizer(chat=name != "plain").save_pretrained(root / name)
+        tokenizer = byte_tokenizer(chat=name != "plain")
+        if name.startswith("worded"):
+            tokenizer.add_tokens([*(f"word {i}" for i in range(264 - len(tokenizer))), "say"])
+        tokenizer.save_pretrained(root / name)
     pairs = [{"prompt": f"say {i}", "chosen": "abc", "rejected": "xyz"} for i in range(30)]
     rows = {
         "say": [{"prompt": f"say {i}", "completion": "abc"} for i in range(4)],
         "text": [{"text": f"{i} abcdefghijklmnopqrstuvwxyz"} for i in range(4)],
+        "worded": [{"text": f"say {i}"} for i in range(4)],
         "chat": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2,
         "pairs": pairs,
         "few": pairs[:9],
@@ -136,6 +152,12 @@ def test_check_and_run_refuse_alike(world, name):
             act(parse(recipe))
         assert message in str(caught.value)
     assert not any((world / "out").rglob("*.safetensors"))
+
+
+def test_one_process_shards_nothing(world):
+    recipe = {"job": "train", "model": "base", "data": SAY, "trainer": {"max_steps": 1, "fsdp": "full_shard"}}
+    with pytest.raises(RecipeError, match="shards a model over several processes, and this is one"):
+        execute(parse(recipe), world / "out", quiet=True)
 
 
 def test_rows_that_are_measured_keep_within_the_table_of_positions(world):

@@ -100,6 +100,21 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
         )
 
 
+def check_ids(model: Any, rows: Iterable[Sequence[int]]) -> None:
+    """Refuse tokens for which a model has no embedding: those of a tokenizer that was given more words than it.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    table = model.get_input_embeddings()
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if table is not None and largest >= (size := len(table.weight)):
+        raise UnsupportedError(
+            f"The tokenizer gives the token {largest}, and the model has embeddings of {size}. Use the tokenizer that "
+            "the model was trained with, or resize the model's embeddings (resize_token_embeddings)."
+        )
+
+
 @guarded
 @torch.inference_mode()
 def sample(
@@ -147,6 +162,7 @@ def sample(
             f"{len(prompts)} prompts and {len(seeds)} lists of seeds, expected one seed or more for each."
         )
     check_room(model, prompts, max_new_tokens)
+    check_ids(model, prompts)
     stops = torch.tensor(sorted(stop), device=model.device, dtype=torch.long)
     answers: list[list[Sample]] = [[] for _ in prompts]
     for numbers, within in requests(model, prompts):

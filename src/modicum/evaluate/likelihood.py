@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.evaluate.generation import requests
+from modicum.evaluate.generation import check_ids, requests
 from modicum.knobs import guarded
 from modicum.types import NonNegativeInt, PositiveInt
 
@@ -112,9 +112,10 @@ def log_likelihoods(
         progress: Called with the number of windows just finished.
 
     Raises:
-        UnsupportedError: The window exceeds the model's positions.
+        UnsupportedError: The window exceeds the model's positions, or a token has no embedding.
     """
     check_window(model, size)
+    check_ids(model, documents)
     contexts = contexts or [1] * len(documents)
     found = [
         (index, window)

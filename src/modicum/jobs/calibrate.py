@@ -11,6 +11,7 @@ from pydantic import Field
 from modicum.durable import whole_folder
 from modicum.errors import RecipeError
 from modicum.jobs.data.rows import DataSection, load_rows, tokenize
+from modicum.jobs.data.trial import check_tokens
 from modicum.jobs.loading.models import load_model, load_tokenizer, looped_model, native_bfloat16, rehearse_loading
 from modicum.recipe import Recipe
 from modicum.record import Run
@@ -53,19 +54,21 @@ class CalibrateRecipe(Recipe):
 
 def plan(recipe: CalibrateRecipe) -> list[str]:
     """Say what would be tried."""
-    tried, ids = recipe.candidates + 1, _of_one_length(recipe, lambda _: None)
+    model = rehearse_loading(recipe.model)
+    tried, ids = recipe.candidates + 1, _of_one_length(recipe, model, lambda _: None)
     rows = len(load_rows(recipe.data, seed=recipe.seed))
     lines = [f"try {tried} thresholds of {', '.join(recipe.criteria)} on {rows} documents of {recipe.data.path}"]
-    _fits(recipe, _leaving(rehearse_loading(recipe.model), recipe), len(ids))
+    _fits(recipe, _leaving(model, recipe), len(ids))
     if recipe.prune or recipe.importance:
         lines.insert(0, f"skip each visit of a layer once{f', then {recipe.prune} for good' if recipe.prune else ''}")
     return lines
 
 
-def _of_one_length(recipe: CalibrateRecipe, note: Callable[[str], None]) -> list[list[int]]:
+def _of_one_length(recipe: CalibrateRecipe, model: Any, note: Callable[[str], None]) -> list[list[int]]:
     """Return the ids of the longest rows, which make batches without padding; the few that are shorter are left out."""
     tokenizer = load_tokenizer(recipe.model)
     rows = tokenize(load_rows(recipe.data, seed=recipe.seed, note=note), tokenizer, recipe.data, note=note)
+    check_tokens(model, rows)
     longest = max(map(len, rows["input_ids"]))
     return [list(ids) for ids in rows["input_ids"] if len(ids) == longest]
 
@@ -110,12 +113,11 @@ def calibrate(recipe: CalibrateRecipe, run: Run) -> None:
     from modicum.models.zero_token.calibrate import cheapest, exit_curve, fit_exit_gate, loss_by_cycles
 
     tokenizer = load_tokenizer(recipe.model)
-    ids = _of_one_length(recipe, run.note)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    whole = torch.tensor(ids, device=device)
     model = _leaving(
         load_model(recipe.model, dtype="auto" if native_bfloat16(device) else "float32", device=device), recipe
     )
+    whole = torch.tensor(_of_one_length(recipe, model, run.note), device=device)
     _fits(recipe, model, len(whole))
     metrics = run.record["metrics"] = {"tokens": whole.numel(), "criteria": {}}
     if recipe.importance or recipe.prune:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -184,16 +184,27 @@ class LocalSubject:
                 task.ask(task.measure.function, rows, _Rehearsal(self), **given)  # what none of some has, others may
 
     def _prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        return [prompt_ids(row, self.tokenizer) for row in rows]
+        found = [prompt_ids(row, self.tokenizer) for row in rows]
+        self._check_ids(found)
+        return found
 
     def _documents(self, rows: Sequence[Row]) -> list[tuple[list[int], int]]:
-        return [self._document(row["text"]) if "text" in row else self._completion(row) for row in rows]
+        found = [self._document(row["text"]) if "text" in row else self._completion(row) for row in rows]
+        self._check_ids(ids for ids, _ in found)
+        return found
 
     def _questions(self, rows: Sequence[Sequence[Row]]) -> list[Alternatives]:
-        return [
+        found = [
             encode_alternatives(row, self.tokenizer, f"question {index}: {question_of(row[0])!r:.60}")
             for index, row in enumerate(rows)
         ]
+        self._check_ids(ids for one in found for ids in (one.prompt, *one.answers))
+        return found
+
+    def _check_ids(self, rows: Iterable[Sequence[int]]) -> None:
+        from modicum.evaluate.generation import check_ids
+
+        check_ids(self.model, rows)
 
     def _document(self, text: str) -> tuple[list[int], int]:
         """Return the ids of a text after one token of context, so that its own first token is scored too."""

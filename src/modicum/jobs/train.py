@@ -19,7 +19,7 @@ from modicum.durable import whole_folder
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean, first_line
 from modicum.jobs.data.mixture import rehearse_filter
 from modicum.jobs.data.rows import DataSection, collate, load_rows, tokenize
-from modicum.jobs.data.trial import try_rows
+from modicum.jobs.data.trial import check_tokens, try_rows
 from modicum.jobs.loading.models import (
     fresh_model,
     load_model,
@@ -54,11 +54,13 @@ def plan(recipe: TrainRecipe) -> list[str]:
     weights = sum(file.stat().st_size for file in resolve_model(recipe.model.path).glob("*.safetensors"))
     read = {name: _data(recipe, section, parts, notes.append, scored=False) for name, section in _sections(recipe)}
     rows = {name: len(data.rows) for name, data in read.items()}
+    model = None
     if recipe.model.scratch is None:
-        _refuse_untrainable(rehearse_model(recipe.model.path, **_loading(recipe)), recipe)
+        model = rehearse_model(recipe.model.path, **_loading(recipe))
+        _refuse_untrainable(model, recipe)
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     for data in read.values():
-        try_rows(data.rows, tokenizer, data.section, notes.append, encode=data.encode)
+        try_rows(data.rows, tokenizer, data.section, notes.append, model=model, encode=data.encode)
     for part in parts:
         part.foresee(notes.append)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
@@ -109,6 +111,11 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     for part in parts:
         part.begin(run)
     arguments = training_arguments(recipe, parts, run.folder / "checkpoints")
+    if arguments.fsdp and arguments.world_size == 1:  # a check may well be made by one process
+        raise RecipeError(
+            "trainer.fsdp shards a model over several processes, and this is one. Start them by torchrun, or "
+            "leave it out."
+        )
     tokenizer = load_tokenizer(recipe.model.path, remote_code=recipe.model.remote_code)
     datasets = {name: _dataset(recipe, section, parts, tokenizer, run) for name, section in _sections(recipe)}
     _steps(arguments, len(datasets["train_dataset"]), parts)
@@ -116,6 +123,8 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     run.inputs.check()
     for part in parts:
         model = part.model(model, tokenizer)
+    for data in datasets.values():
+        check_tokens(model, data)
     fields: dict[str, Any] = {}
     for part in parts:
         fields = part.adapter(fields, model)

@@ -10,6 +10,7 @@ from modicum.jobs.data.packing import isolating, ordinary_ids
 from modicum.jobs.data.positions import within_table
 from modicum.jobs.data.rows import load_rows
 from modicum.jobs.data.tokens import tokenize
+from modicum.jobs.data.trial import check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ def load_batches(
     if model is not None:
         section = within_table(section, model.config.to_dict(), note or (lambda _: None))
     rows = tokenize(load_rows(section, seed=seed, note=note), tokenizer, section, note=note)
+    if model is not None:
+        check_tokens(model, rows)
     pad: Callable[..., dict[str, Any]] = collate(tokenizer)
     if model is not None and "position_ids" in rows.column_names:
         pad = isolating(model, pad, ids=ordinary_ids(tokenizer), max_length=section.max_length)

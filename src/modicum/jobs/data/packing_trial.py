@@ -96,7 +96,7 @@ def foresee_batches(
     section = within_table(section, model.config.to_dict(), notes.append)
     tokenizer = load_tokenizer(reference, remote_code=remote_code)
     if not section.packing:
-        try_rows(rows, tokenizer, section, lambda _: None)  # numbers of a sample say little of all rows
+        try_rows(rows, tokenizer, section, lambda _: None, model=model)  # numbers of a sample say little of all rows
     elif "position_ids" in tokenize(rows, tokenizer, section).column_names:
         notes += filter(None, [foresee(reference, max_length=section.max_length, remote_code=remote_code)])
     return [f"note: {note}" for note in notes]

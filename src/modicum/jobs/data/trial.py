@@ -28,12 +28,26 @@ def _letters(row: Row) -> int:
     return sum(len(value) if isinstance(value, str) else len(repr(value)) for value in row.values())
 
 
+def check_tokens(model: Any, data: Any) -> None:
+    """Refuse a data set with tokens for which a model has no embedding.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    from modicum.evaluate.generation import check_ids
+
+    for name in data.column_names:
+        if name.endswith("input_ids"):
+            check_ids(model, data[name])
+
+
 def try_rows(
     rows: Rows,
     tokenizer: Any,
     section: DataSection,
     note: Callable[[str], None],
     *,
+    model: Any = None,
     encode: Callable[..., Any] = tokenize,
 ) -> None:
     """Encode a sample of the rows as the run will, so that what it would refuse is refused now.
@@ -43,6 +57,7 @@ def try_rows(
         tokenizer: The model's own.
         section: Where they come from.
         note: Told what the run would be told.
+        model: What reads them, if it is known; its weights are not needed.
         encode: ``(rows, tokenizer, section, *, note)`` gives the data set.
 
     Raises:
@@ -50,8 +65,10 @@ def try_rows(
     """
     sample = replace(rows, rows=rows.rows[:: max(1, len(rows) // SAMPLE)])
     try:
-        encode(sample, tokenizer, section, note=note)
+        data = encode(sample, tokenizer, section, note=note)
     except ModicumError:
         if len(sample) == len(rows):
             raise
-        encode(rows, tokenizer, section, note=note)  # rows left out by chance may be those that do
+        data = encode(rows, tokenizer, section, note=note)  # rows left out by chance may be those that do
+    if model is not None:
+        check_tokens(model, data)

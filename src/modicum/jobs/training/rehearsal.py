@@ -54,6 +54,8 @@ def refuse_arguments(arguments: TrainingArguments, *, rows: int, own_optimizer: 
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(arguments, name)) < 1:
             raise RecipeError(f"trainer.{name} is {value}, expected 1 or more.")
+    if (noise := arguments.neftune_noise_alpha or 0) < 0:
+        raise RecipeError(f"trainer.neftune_noise_alpha is {noise}, expected 0 or more.")
     if arguments.use_liger_kernel and find_spec("liger_kernel") is None:  # which a Trainer asks for a real model alone
         raise RecipeError("trainer.use_liger_kernel needs a package. Install it: pip install liger-kernel.")
     batch = arguments.train_batch_size
