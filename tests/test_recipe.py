@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -43,16 +45,28 @@ def test_override_sets_nested_values_and_list_items_by_name_or_position():
     assert data["stages"][1]["seed"] == 2
 
 
-@pytest.mark.parametrize("assignment", ["x", "=1", "stages.c.seed=1", "stages.a.seed.x=1"])
-def test_a_wrong_override_says_so(assignment):
-    with pytest.raises(RecipeError, match="--set"):
-        override({"stages": [{"name": "a", "seed": 1}]}, [assignment])
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("x", "expected key=value"),
+        ("=1", "expected key=value"),
+        ("stages.frist.seed=1", "no item 'frist' among 1. Did you mean 'first'?"),
+        ("stages.1.seed=1", "no item '1' among 1. Known: first."),
+        ("experts.2=c", "no item '2' among 2. Use a position from 0 to 1."),
+        ("none.0=c", "no item '0' among 0. Set the whole list."),
+        ("stages.first.seed.x=1", "expected a mapping"),
+    ],
+)
+def test_a_wrong_override_says_so(assignment, told):
+    with pytest.raises(RecipeError, match=f"--set .*{re.escape(told)}"):
+        override({"stages": [{"name": "first", "seed": 1}], "experts": ["a", "b"], "none": []}, [assignment])
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "'job' is missing"),
+        ({}, "'job' is missing. Set job to one of"),
+        ({"jbo": "train"}, "'job' is missing. There is a key 'jbo'. Set job to one of"),
         ({"job": "trian"}, "There is no job 'trian'. Did you mean 'train'?"),
         ({"job": "pipeline", "stages": []}, "stages"),
         ({"job": "pipeline", "stagse": []}, "unknown key 'stagse'. Did you mean 'stages'?"),
@@ -87,13 +101,6 @@ def test_a_missing_file_and_a_misspelt_recipe_are_told_apart():
         read("quickstrat")
 
 
-def test_a_recipe_must_be_a_mapping(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text("- a\n- b\n")
-    with pytest.raises(RecipeError, match="is list, expected a mapping"):
-        read(str(path))
-
-
 TRAIN = {"job": "train", "model": "m", "data": {"path": "d"}}
 ROUTE = {"job": "route", "base": "b", "experts": {"a": "one", "b": "two"}, "store": "sign"}
 
@@ -119,3 +126,10 @@ def test_nothing_in_the_place_of_a_default_survives_a_round_trip(data, place):
 def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name):
     written = dump(parse(read(name), name))
     assert dump(parse(written)) == written
+
+
+@pytest.mark.parametrize(("text", "told"), [("", "empty"), ("a b", "a text"), ("- 1", "a list"), ("3", "one value, 3")])
+def test_a_file_that_is_no_mapping_is_told_in_words(tmp_path, text, told):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=f"is {told}, expected a mapping that begins with"):
+        read(str(tmp_path / "r.yaml"))

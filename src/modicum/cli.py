@@ -1,6 +1,8 @@
 """Train, fine-tune, merge and align language models with less compute than you would like.
 
-Everything modicum does is written in a recipe, a short YAML file. Start with:  modicum run quickstart
+Everything modicum does is written in a recipe, a short YAML file. Start with: `modicum run quickstart`
+
+Exit status: 0 done, 2 the input is wrong (one line says what), 130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
@@ -10,57 +12,128 @@ import errno
 import gc
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from modicum import processes
+from modicum import names, processes
 from modicum.errors import ModicumError, RecipeError, did_you_mean, printable
 from modicum.shortage import shortage_told
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # whatever is wrong with the arguments themselves
 
+
+class _Commands(TyperGroup):
+    """The commands; who names a recipe or a method in the place of one is told which command takes it."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name.startswith("-") or name in self.commands:
+            return super().resolve_command(ctx, args)
+        raise UsageError(f"There is no command {name!r}. {names.instead(name, self.commands)}", ctx)
+
+
 app = typer.Typer(
     name="modicum",
+    cls=_Commands,
     help=__doc__,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from modicum import __version__
+
+        print(f"modicum {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 Source = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file (mergekit's too) or a shipped recipe's name.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        autocompletion=names.recipes_like,
+        help="A YAML file (mergekit's too), a shipped recipe's name, or the folder of a run, which goes on.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="A.B=C", help="Change a value: `-s trainer.max_steps=10`. Repeatable."),
 ]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Run folder; else runs/RECIPE.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
 
 
-def _load(source: str, assignments: list[str] | None) -> Any:
-    from modicum.recipe import override, parse, read
+def _load(source: str, assignments: list[str] | None, out: Path | None) -> tuple[Any, Path]:
+    """Return a recipe and the folder of its run."""
+    from modicum.recipe import is_run, override, parse, read
 
-    return parse(override(read(source), assignments or []), source)
+    recipe = parse(override(read(source), assignments or []), source)
+    known = source if is_run(source) else recipe.out or f"runs/{Path(source).stem}"
+    return recipe, out or Path(known)
+
+
+@contextmanager
+def _paths_explained(source: str, recipe: Any) -> Iterator[None]:
+    """Say of a failure that a path of the recipe is not here, but beside the recipe, where that is so."""
+    try:
+        yield
+    except ModicumError as error:
+        place = Path(source).parent
+        for name in recipe.inputs() if Path(source).is_file() else ():
+            # The operating system's own functions: a name that no file can have is simply not there.
+            if not os.path.exists(name) and os.path.exists(place / name):  # noqa: PTH110
+                told = f"{name} lies beside {source}, and paths start from where the command is run: run it in {place}."
+                raise RecipeError(f"{error} {told}") from error
+        raise
 
 
 @app.command()
 def run(
     source: Source,
     assignments: Set = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<recipe>.")] = None,
+    out: Out = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    on: Annotated[str | None, typer.Option("--on", help="Where stages run: local, ray or slurm.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", "-w", help="Stages that run at a time.")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="WHERE", help="Where stages run: local, ray, slurm.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-w", metavar="N", help="Stages that run at a time.")
+    ] = None,
     traceback: Traceback = False,  # noqa: ARG001 - read by main, which catches the error
 ) -> None:
     """Run a recipe. Started again after any interruption, it goes on where it stopped.
 
-    Examples:  `modicum run quickstart` · `modicum run merge.yaml --out merged` · `modicum run train.yaml -s seed=1`
+    Paths in a recipe start from where the command is run.
+
+    For example:
+
+    - `modicum run quickstart`
+    - `modicum run merge.yaml --out merged -s method=tsv`
+    - `modicum run train.yaml -s trainer.max_steps=10 -s 'data={path: rows.jsonl, size: 100}'`
+    - `modicum run runs/train`: go on with what is in that folder
     """
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported
@@ -68,30 +141,40 @@ def run(
     from modicum.jobs import execute
 
     shortened.install()
-    recipe = _load(source, assignments)
-    folder = out or Path(recipe.out or f"runs/{Path(source).stem}")
-    finished = execute(recipe, folder, quiet=quiet, on=on, workers=workers)
+    recipe, folder = _load(source, assignments, out)
+    with _paths_explained(source, recipe):
+        finished = execute(recipe, folder, quiet=quiet, on=on, workers=workers)
     if not finished.quiet:
         from modicum.report import print_summary
 
         print_summary(finished.folder)
+        finished.say(f"A page about it: modicum report {shlex.quote(str(finished.folder))}")
 
 
 @app.command()
 def check(
     source: Source,
     assignments: Set = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<recipe>.")] = None,
+    out: Out = None,
     traceback: Traceback = False,  # noqa: ARG001
 ) -> None:
-    """Check a recipe and print its plan: what would be read, computed and written. Runs nothing."""
+    """Check a recipe and print its plan: what would be read, computed and written. Runs nothing.
+
+    Prints the recipe with everything that is left out filled in; `modicum show JOB` explains its keys.
+
+    For example:
+
+    - `modicum check quickstart`
+    - `modicum check merge.yaml -s method.density=0.3`
+    """
     import yaml
 
     from modicum.jobs import plan
     from modicum.recipe import dump
 
-    recipe = _load(source, assignments)
-    lines = plan(recipe, out or Path(recipe.out or f"runs/{Path(source).stem}"))
+    recipe, folder = _load(source, assignments, out)
+    with _paths_explained(source, recipe):
+        lines = plan(recipe, folder)
     print(yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True).rstrip())
     print("\n".join(["", "plan:", *(f"  {printable(line)}" for line in lines)]) if lines else "")
     print(f"{printable(source)} is valid.", file=sys.stderr)
@@ -99,51 +182,81 @@ def check(
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="One kind only, such as merge_methods or recipes.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KIND", autocompletion=names.kinds_like, help="One kind only, such as merge_methods or recipes."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the names as JSON.")] = False,
 ) -> None:
-    """List every method, job and recipe. `modicum show NAME` tells more about one."""
-    names = _tables()
+    """List every method, job and recipe. `modicum show NAME` tells more about one.
+
+    For example:
+
+    - `modicum list`
+    - `modicum list recipes`
+    - `modicum list merge_methods --json`
+    """
+    from modicum.shown import show_names
+
+    found = names.tables()
     if kind is not None:
-        if kind not in names:
-            raise RecipeError(f"There is no kind {kind!r}. {did_you_mean(kind, names)}")
-        names = {kind: names[kind]}
+        if kind not in found:
+            known = next((title for title, members in found.items() if kind in members), None)
+            hint = did_you_mean(kind, found) if known is None else f"It is one of {known}: modicum show {kind}"
+            raise RecipeError(f"There is no kind {kind!r}. {hint}")
+        found = {kind: found[kind]}
     if as_json:
-        print(json.dumps({title: list(members) for title, members in names.items()}, indent=2))
+        print(json.dumps({title: list(members) for title, members in found.items()}, indent=2))
         return
-    for title, members in names.items():
-        print(f"{title.replace('_', ' ')}:")
-        for name, summary in members.items():
-            print(f"  {name:<22} {summary}".rstrip())
+    # What reads a pipe wants a line for each; a terminal would break them in the midst of words.
+    show_names(found, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A method, job or recipe, as `modicum list` names it.")]) -> None:
-    """Show what a method does and its knobs, or a shipped recipe's text.
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", autocompletion=names.names_like, help="A method, job or recipe, as `modicum list` names it."
+        ),
+    ],
+) -> None:
+    """Show what a method does and its knobs, a job's keys, or a shipped recipe's text.
 
-    Examples:  `modicum show ties` · `modicum show train` · `modicum show quickstart`
+    For example:
+
+    - `modicum show ties`
+    - `modicum show train`
+    - `modicum show quickstart > mine.yaml`: a copy to change
     """
     from modicum import recipe, registry
+    from modicum.shown import show_entry
 
-    kinds = [kind for kind, members in _tables().items() if name in members]
+    tables = names.tables()
+    kinds = [kind for kind, members in tables.items() if name in members]
     if not kinds:
-        hint = did_you_mean(name, {member for members in _tables().values() for member in members})
-        raise RecipeError(
-            f"There is nothing called {name!r}. {hint if hint.startswith('Did') else 'See: modicum list'}"
-        )
-    for kind in kinds:
+        hint = did_you_mean(name, {member for members in tables.values() for member in members})
+        hint = hint if hint.startswith("Did") else "See: modicum list"
+        if name in tables:
+            hint = f"It is a kind: modicum list {name}"
+        raise RecipeError(f"There is nothing called {name!r}. {hint}")
+    for position, kind in enumerate(kinds):
+        if position:
+            print()
         if kind == "recipes":
-            print(recipe.text_of(name))
+            print(recipe.shipped_text(name).rstrip())
         else:
-            _show_entry(registry.REGISTRIES[kind][name])
+            show_entry(registry.REGISTRIES[kind][name], kind)
 
 
 @app.command()
-def verify(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
-    traceback: Traceback = False,  # noqa: ARG001
-) -> None:
-    """Read every output of finished runs again, and compare it with what their records say."""
+def verify(runs: Runs, traceback: Traceback = False) -> None:  # noqa: ARG001
+    """Read every output of finished runs again, and compare it with what their records say.
+
+    For example: `modicum verify runs/quickstart`. The exit status is 2 where something was changed or lost.
+    """
     from modicum.errors import CheckpointError
     from modicum.stored import read_record, verify
 
@@ -173,63 +286,23 @@ def _damaged_checkpoints(folder: Path) -> dict[str, str]:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File; default report.html in the first run.")] = None,
+    runs: Runs,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="The page; else report.html in the first run's folder."),
+    ] = None,
     traceback: Traceback = False,  # noqa: ARG001
 ) -> None:
-    """Write one self-contained HTML page about one or several runs."""
+    """Write one self-contained HTML page about one or several runs, and print its path.
+
+    For example:
+
+    - `modicum report runs/quickstart`
+    - `modicum report runs/first runs/second --out both.html`
+    """
     from modicum.report import write
 
     print(write(runs, out))
-
-
-def _tables() -> dict[str, dict[str, str]]:
-    from modicum.knobs import plain
-    from modicum.recipe import shipped, text_of
-    from modicum.registry import REGISTRIES
-
-    recipes = {name: text_of(name).partition("\n")[0].lstrip("# ") for name in shipped()}
-    found = {kind: table.summaries() for kind, table in REGISTRIES.items()} | {"recipes": recipes}
-    return {kind: {name: plain(said) for name, said in members.items()} for kind, members in found.items()}
-
-
-def _show_entry(entry: Any) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from modicum import recipe, registry
-    from modicum.knobs import documentation, plain
-    from modicum.schema import fields
-
-    console = Console(highlight=False)
-
-    def tell(schema: Any, first: str) -> None:
-        table = Table(box=None, header_style="dim", pad_edge=False)
-        for column in (first, "type", "default", ""):
-            table.add_column(column, overflow="fold")
-        for row in fields(schema):
-            table.add_row(*map(escape, row))
-        console.print(table if table.rows else f"no {first}s")
-
-    paper = f" · {entry.paper}" if entry.paper else ""
-    console.print(f"[bold]{entry.name}[/bold] · {entry.noun}{paper}")
-    summary, _, rest = plain(documentation(entry.function)).partition("\n\n")
-    console.print(f"{summary}\n", markup=False)
-    if entry.noun == registry.job.noun:
-        schema = recipe.job_schema(entry.name)
-        tell(schema, "key")
-        console.print("\nA method is written as its name, or as {name: …, knob: value}: modicum list", markup=False)
-        for section, keys in recipe.sections(schema).items():
-            console.print(f"\n{', '.join(keys)}: {plain(section.__doc__ or '').partition(chr(10))[0]}", markup=False)
-            tell(section, "key")
-        return
-    tell(entry.schema, "knob")
-    console.print(f"\n{rest}", markup=False)
-    if entry.laws:
-        console.print("\nLaws, each checked by a generated test:")
-        for law in sorted(entry.laws):
-            console.print(f"    {law}: {entry.facts.known_laws[law]}", markup=False)
 
 
 def _interrupt(_number: int, _frame: Any) -> None:
@@ -257,10 +330,13 @@ def _say(text: str) -> None:
 
 
 def _say_usage(error: Any) -> None:
-    if error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":
+    if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
-    else:
-        _say(f"{error.format_message()} See: {error.ctx.command_path} --help")
+        return
+    known = getattr(error, "possibilities", None)  # of an option that there is none of
+    told = f"{error.message}. {did_you_mean(error.option_name, known)}" if known else error.format_message()
+    path = "modicum" if error.ctx is None else error.ctx.command_path
+    _say(f"{told if told.endswith(('.', '?')) else told + '.'} See: {path} --help")
 
 
 def main() -> None:
@@ -273,7 +349,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to say Ctrl-C: the run's record tells of it
     try:
         with shortage_told("Free some, or lower what the recipe asks for."):
-            status = app(standalone_mode=False)
+            status = app(standalone_mode=False, prog_name="modicum")
         if status == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         raise SystemExit(status)

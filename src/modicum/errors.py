@@ -86,9 +86,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Example:
         >>> did_you_mean("tise", ["ties", "linear"])
         "Did you mean 'ties'?"
+        >>> did_you_mean("DARE Linear", ["ties", "dare_linear"])
+        "Did you mean 'dare_linear'?"
         >>> did_you_mean("xyz", ["ties", "linear"])
         'Known: linear, ties.'
     """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."
+    spelled = {_spelling(known): known for known in names}
+    close = get_close_matches(_spelling(name), spelled, n=1)
+    return f"Did you mean {spelled[close[0]]!r}?" if close else f"Known: {', '.join(names)}."
+
+
+def _spelling(name: str) -> str:
+    """Return a name without what people write differently: capitals, and the signs between words."""
+    return name.casefold().replace("-", "_").replace(" ", "_")

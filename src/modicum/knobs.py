@@ -26,7 +26,7 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 from modicum.errors import RecipeError, did_you_mean
-from modicum.types import Unbounded
+from modicum.types import Unbounded, bounds_of, range_in_words
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -227,8 +227,7 @@ _HOLDS: Mapping[str, Callable[[Any, Any], bool]] = {"gt": gt, "ge": ge, "lt": lt
 def _number(annotation: Any) -> tuple[type, list[tuple[str, Any]], bool]:
     """Return a number's kind, its bounds, and whether it may be infinite."""
     kind, *marks = get_args(annotation) or (annotation,)
-    bounds = [(sign, getattr(mark, sign)) for mark in marks for sign in _HOLDS if hasattr(mark, sign)]
-    return kind, bounds, any(isinstance(mark, Unbounded) for mark in marks)
+    return kind, bounds_of(marks), any(isinstance(mark, Unbounded) for mark in marks)
 
 
 def _refusal(function: Callable[..., Any], name: str, value: object) -> str:
@@ -247,7 +246,7 @@ def _expected(annotation: Any) -> Iterator[tuple[str, bool]]:
     if annotation in (int, float) or (origin is Annotated and arguments[0] in (int, float)):
         kind, bounds, unbounded = _number(annotation)
         noun = "a whole number" if kind is int else "a number" if bounds or unbounded else "a finite number"
-        yield " ".join([noun, *_range(dict(bounds))]), False
+        yield f"{noun} {range_in_words(dict(bounds))}".rstrip(), False
     elif origin is Annotated:
         yield from _expected(arguments[0])
     elif origin is Literal:
@@ -261,17 +260,6 @@ def _expected(annotation: Any) -> Iterator[tuple[str, bool]]:
         yield f"({', '.join(inner)})" if counted else f"a list, each item {inner[0]}", False
     else:
         yield "None" if annotation is NoneType else getattr(annotation, "__name__", str(annotation)), False
-
-
-def _range(bounds: Mapping[str, Any]) -> Iterator[str]:
-    low, high = ([k for k in pair if k in bounds] for pair in (("gt", "ge"), ("lt", "le")))
-    if low and high:
-        ends = "(" if low[0] == "gt" else "[", ")" if high[0] == "lt" else "]"
-        yield f"in {ends[0]}{bounds[low[0]]:g}, {bounds[high[0]]:g}{ends[1]}"
-        return
-    for sign, word in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "of at most")):
-        if sign in bounds:
-            yield f"{word} {bounds[sign]:g}"
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -296,6 +284,11 @@ def check_among(name: str, value: object, known: Sequence[object]) -> None:
     if value not in known:
         told = (str(choice) for choice in known if choice is not None)
         raise RecipeError(f"{name} is {value!r}. {did_you_mean(str(value), told)}")
+
+
+def explanations(function: Callable[..., Any]) -> dict[str, str]:
+    """Return what the docstring of a function or class says of each of its arguments, in one line each."""
+    return {name: " ".join(said.split()) for name, said in _arguments(documentation(function)).items()}
 
 
 def documentation(function: Callable[..., Any]) -> str:

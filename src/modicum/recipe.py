@@ -160,8 +160,22 @@ def shipped() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in files("modicum.recipes").iterdir() if p.name.endswith(".yaml"))
 
 
+def shipped_text(name: str) -> str:
+    """Return the text of a shipped recipe."""
+    return files("modicum.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def is_run(source: str) -> bool:
+    """Whether ``source`` is the folder of a run, and no shipped recipe's name."""
+    return source not in shipped() and all(os.path.isfile(f"{source}/{name}") for name in _OF_A_RUN)  # noqa: PTH113
+
+
+_OF_A_RUN = ("record.json", "recipe.yaml")
+
+
 def text_of(source: str) -> str:
-    """Return the text of the recipe file ``source``, or of the shipped recipe of that name."""
+    """Return the text of the recipe file ``source``, of the shipped recipe of that name, or of the run in a folder."""
+    source = f"{source}/recipe.yaml" if is_run(source) else source
     path = Path(source)
     if os.path.isfile(source):  # noqa: PTH113 - pathlib raises for a name that is too long
         try:
@@ -171,7 +185,11 @@ def text_of(source: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"Cannot read {source}: {error}.") from None
     if source in shipped():
-        return files("modicum.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+        return shipped_text(source)
+    if os.path.isdir(source):  # noqa: PTH112
+        raise RecipeError(
+            f"{source} is a folder, expected a YAML file, a shipped recipe's name or the folder of a run."
+        )
     if path.suffix in (".yaml", ".yml") or "/" in source:
         raise RecipeError(f"There is no file {source}. Check the path, or see: modicum list recipes")
     raise RecipeError(f"There is no file or shipped recipe {source!r}. {did_you_mean(source, shipped())}")
@@ -184,7 +202,8 @@ def read(source: str) -> Data:
         return {"job": "pipeline", "documents": documents}
     data = documents[0] if len(documents) == 1 else parse_yaml(text_of(source), source)
     if not isinstance(data, dict):
-        raise RecipeError(f"{source} is {type(data).__name__}, expected a mapping that begins with 'job: …'.")
+        word = {type(None): "empty", list: "a list", str: "a text"}.get(type(data), f"one value, {data!r:.40}")
+        raise RecipeError(f"{source} is {word}, expected a mapping that begins with 'job: …'.")
     return data
 
 
@@ -230,7 +249,11 @@ def _index(items: list[Any], part: str, assignment: str) -> int:
     for index, item in enumerate(items):
         if isinstance(item, dict) and item.get("name") == part:
             return index
-    raise RecipeError(f"--set {assignment}: no item {part!r} among {len(items)}. Use a position or an item's name.")
+    names = [item["name"] for item in items if isinstance(item, dict) and isinstance(item.get("name"), str)]
+    hint = did_you_mean(part, names) if names else f"Use a position from 0 to {len(items) - 1}."
+    if not items:
+        hint = "Set the whole list."
+    raise RecipeError(f"--set {assignment}: no item {part!r} among {len(items)}. {hint}")
 
 
 def parse(data: Data, where: str = "recipe") -> Recipe:
@@ -250,7 +273,9 @@ def parse(data: Data, where: str = "recipe") -> Recipe:
         data = {"job": "moe", **data}
     name = data.get("job")
     if not isinstance(name, str):
-        raise RecipeError(f"{where}: 'job' is missing. Set job to one of: {', '.join(registry.job)}.")
+        close = [key for key in data if isinstance(key, str) and did_you_mean(key, ["job"]).startswith("Did")]
+        typed = f" There is a key {close[0]!r}." if close and close != ["job"] else ""
+        raise RecipeError(f"{where}: 'job' is missing.{typed} Set job to one of: {', '.join(registry.job)}.")
     for place, variable in secrets_in(data):
         raise RecipeError(f"{where}: {place} holds a key or a password. Put it into {variable}, and take it out here.")
     schema = job_schema(name)

@@ -43,7 +43,7 @@ from modicum.durable import write_atomic as write_atomic
 from modicum.environment import environment
 from modicum.errors import CheckpointError, ModicumError, printable
 from modicum.inputs import Inputs
-from modicum.stored import ADDED, damage, end_last_line, outputs_in
+from modicum.stored import ADDED, damage, difference, end_last_line, outputs_in
 from modicum.stored import read_lines as read_lines
 from modicum.stored import read_log as read_log
 from modicum.stored import read_record as read_record
@@ -163,15 +163,15 @@ class Run:
         """
         if previous.get("hash") == self.hash:
             return None
-        other = "its recipe.yaml says more"
+        other = "its recipe.yaml was changed since, or is of another job"
         try:
             recipe = stored_yaml(self.folder / "recipe.yaml")
             job, inputs, numerics = previous["job"], previous["inputs"], previous.get("numerics")
             # A recipe that was edited afterwards tells nothing about what ran.
             if identity(job, recipe, inputs, numerics) != previous["hash"] or job != self._job:
                 return other
-            if identity(job, self._complete(recipe), {}) != identity(job, self._recipe, {}):
-                return other
+            if identity(job, theirs := self._complete(recipe), {}) != identity(job, self._recipe, {}):
+                return difference(theirs, self._recipe) or other
             names = inputs if numerics is None else {**inputs, **self.inputs.hashes}
             differing = [name for name in names if not self._is_input(name, inputs.get(name), numerics is None)]
         except MALFORMED:

@@ -228,20 +228,22 @@ REGISTRIES: Mapping[str, Registry[..., Facts]] = MappingProxyType(
     {
         table.kind: table
         for table in (
-            merge_method,
-            expert_store,
-            averager,
-            gradient_rule,
-            objective,
-            adapter_init,
-            zeroth_order,
-            policy,
-            attack,
-            judge,
-            measure,
-            model,
+            # In the order of the work: data, training, averages, merges, evaluation, agents. What comes last stays in
+            # view where a terminal lists all: the jobs, and after them the recipes.
             source,
             row_kind,
+            model,
+            objective,
+            gradient_rule,
+            zeroth_order,
+            adapter_init,
+            averager,
+            merge_method,
+            expert_store,
+            measure,
+            attack,
+            judge,
+            policy,
             job,
         )
     }

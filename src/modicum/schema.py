@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Literal, Union, get_args, get_origin
 
 from modicum.errors import did_you_mean
-from modicum.types import Unbounded
+from modicum.types import Unbounded, bounds_of, range_in_words
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -110,7 +111,7 @@ EVERYWHERE = {
 
 
 def fields(schema: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield name, type, default and meaning of every field, as a person would write them."""
+    """Yield name, type, default and meaning of every field, as a person would write them in YAML."""
     for name, field in schema.model_fields.items():
         default = field.get_default(call_default_factory=True)
         if field.is_required():
@@ -118,8 +119,35 @@ def fields(schema: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
         elif getattr(type(default), "noun", None):
             said = "its defaults"
         else:
-            said = repr(default["name"]) if isinstance(default, dict) and [*default] == ["name"] else repr(default)
+            said = in_yaml(default)
         yield name, describe_type(field), said, field.description or EVERYWHERE.get(name, "")
+
+
+def in_yaml(value: Any) -> str:
+    """Return a value as a person would write it in a recipe.
+
+    Example:
+        >>> in_yaml([None, True, 0.5, "tensor", "true", {"a": float("inf")}])
+        '[null, true, 0.5, tensor, "true", {a: .inf}]'
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value).replace("inf", ".inf").replace("nan", ".nan")
+    if chosen := getattr(value, "model_fields_set", None):  # a section, or a method with its knobs
+        value = {name: getattr(value, name) for name in type(value).model_fields if name in chosen}
+    if isinstance(value, Mapping) and [*value] == ["name"]:  # a method without knobs is written as its name
+        return in_yaml(value["name"])
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{in_yaml(key)}: {in_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(in_yaml, value)) + "]"
+    if isinstance(value, str) and (value.lower() in _NO_TEXT or not re.fullmatch(r"[A-Za-z_][\w./:+-]*(?<!:)", value)):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+_NO_TEXT = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})  # what YAML takes such words for
 
 
 def describe_type(field: FieldInfo) -> str:
@@ -130,7 +158,7 @@ def describe_type(field: FieldInfo) -> str:
         >>> describe_type(merge_method["task_arithmetic"].schema.model_fields["scale"])
         'float'
         >>> describe_type(gradient_rule["adagc"].schema.model_fields["beta"])
-        'float >= 0 < 1'
+        'float in [0, 1)'
     """
     return _describe(field.annotation, field.metadata)
 
@@ -151,9 +179,7 @@ def _describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is not None and arguments:
         inner = ", ".join("…" if part is ... else _describe(part) for part in arguments)
         name = f"{getattr(origin, '__name__', origin)}[{inner}]"
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [f"{sign} {getattr(m, key)}" for m in metadata for key, sign in signs.items() if hasattr(m, key)]
-    return " ".join([name, *bounds])
+    return f"{name} {range_in_words(dict(bounds_of(metadata)))}".rstrip()
 
 
 def _model_at(schema: type[BaseModel], path: Iterable[str | int]) -> type[BaseModel] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,40 @@ from modicum.borders import OURS, border, check_plain, loads, read_json
 from modicum.content import hash_files
 from modicum.documents import stored_yaml
 from modicum.errors import CheckpointError
+from modicum.schema import in_yaml
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Say in which key a stored recipe differs from the one that is to run; nothing where none does.
+
+    Example:
+        >>> difference({"method": {"name": "ties", "density": 0.5}}, {"method": {"name": "ties", "density": 0.2}})
+        'method.density is 0.5 there, 0.2 here'
+    """
+    return next(_differences(theirs, ours, ""), "")
+
+
+def _differences(theirs: Any, ours: Any, place: str) -> Iterator[str]:
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for key in (*theirs, *(key for key in ours if key not in theirs)):
+            if place or key != "out":  # where a run lies makes no other run
+                yield from _differences(
+                    theirs.get(key, _NOTHING), ours.get(key, _NOTHING), f"{place}.{key}".lstrip(".")
+                )
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        for position, (one, other) in enumerate(zip(theirs, ours, strict=True)):
+            yield from _differences(one, other, f"{place}.{position}")
+    elif theirs is not ours and theirs != ours:
+        told = ["not set" if value is _NOTHING else _short(value) for value in (theirs, ours)]
+        yield f"{place} is {told[0]} there, {told[1]} here"
+
+
+def _short(value: object) -> str:
+    text = in_yaml(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+_NOTHING = object()  # in the place of a key that a recipe does not have
 
 
 def read_record(folder: str | Path, *, strict: bool = True) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class Log(Part):
             def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
                 if not state.global_step:
                     part.forget(0)  # what a run wrote that was killed before it saved
+                self.begun = (state.global_step, time.monotonic())
 
             def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
                 if not state.is_world_process_zero:
@@ -41,7 +43,17 @@ class Log(Part):
                 run.log(event, step=state.global_step, **logs)
                 if args.disable_tqdm:
                     shown = " ".join(f"{key} {value:.4g}" for key, value in logs.items() if isinstance(value, float))
-                    run.say(f"step {state.global_step}/{state.max_steps} {shown}")
+                    left = self.left(state.global_step, state.max_steps)
+                    run.say(f"step {state.global_step}/{state.max_steps} {shown}{left}")
+
+            def left(self, step: int, last: int) -> str:
+                first, since = self.begun
+                if not first < step < last:
+                    return ""
+                seconds = (time.monotonic() - since) / (step - first) * (last - step)
+                minutes = round(seconds / 60)
+                told = f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min"
+                return f" · about {told if minutes < 100 else f'{minutes / 60:.1f} h'} left"
 
         build.add_callback(LogCallback())
 
