@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.weights import Checkpoint
+from modicum.weights.adapter import PROMPTS
 from support import tiny_llama
 
 
@@ -73,6 +74,19 @@ def test_what_is_more_than_a_low_rank_delta_is_refused(base: Path, tmp_path: Pat
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(UnsupportedError, match="Merge it into its base with PEFT first"):
         Checkpoint(tmp_path / "a")
+
+
+def test_prompts_are_no_change_of_weights(base: Path, tmp_path: Path) -> None:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    assert {
+        kind.value for kind, made in PEFT_TYPE_TO_TUNER_MAPPING.items() if not issubclass(made, BaseTuner)
+    } == PROMPTS
+    settings = {"peft_type": "PREFIX_TUNING", "base_model_name_or_path": str(base)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UnsupportedError, match=r"type PREFIX_TUNING, expected LORA. It changes no weights"):
+        Checkpoint(tmp_path)
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:

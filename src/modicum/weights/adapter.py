@@ -58,6 +58,10 @@ UNDERSTOOD = frozenset(
 )  # fmt: skip
 # Under `bias: all`, PEFT also writes the biases of modules that are stored whole by the names of its own wrapper.
 WRAPPED = re.compile(r"\.(?:modules_to_save|original_module)\.(?=bias$)")
+# Types of PEFT that learn what stands before or beside the text.
+PROMPTS = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
+                     "CARTRIDGE"})  # fmt: skip
+_WAY = "Merge it into its base with PEFT first."
 UNSHIFTED = ("gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
 REBUILT = ("pissa", "olora")  # starts whose shift follows from the base's weight alone
 GAP = 1e-5  # of the largest singular value: between closer ones, rounding decides which directions PiSSA takes
@@ -192,11 +196,9 @@ class Adapter:
                     del self.factors[head]
 
     def _refuse_unknown(self) -> None:
-        if self.config.get("peft_type") != "LORA":
-            raise UnsupportedError(
-                f"{self.owner}: adapter of type {self.config.get('peft_type')}, expected LORA. "
-                "Merge it into its base with PEFT first."
-            )
+        if (kind := self.config.get("peft_type")) != "LORA":
+            way = "It changes no weights and cannot be merged." if kind in PROMPTS else _WAY
+            raise UnsupportedError(f"{self.owner}: adapter of type {kind}, expected LORA. {way}")
         for option, value in self.config.items():
             if value and option not in UNDERSTOOD:
                 raise UnsupportedError(

@@ -25,7 +25,6 @@ from modicum.layout import (
     SINGLE,
     TOKENIZER_FILES,
     copies,
-    is_vocabulary,
     role,
     token_axis,
     with_tokens,
@@ -210,19 +209,18 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _resized(self, beneath: Checkpoint, adapter: Adapter) -> int | None:
         """Return how many rows the vocabulary has that the adapter brings along; ``None`` where it brings none."""
-        stored = {name: tensor.shape for name, tensor in adapter.replaced.items() if is_vocabulary(name)}
+        stored = {name: tensor.shape for name, tensor in adapter.replaced.items() if token_axis(name) is not None}
         other = {
             name: shape[0] for name, shape in stored.items() if name in beneath and shape != beneath.spec(name).shape
         }
         if not other:
             return None
         rows = next(iter(other.values()))
-        tables = [name for name in beneath if is_vocabulary(name)]
-        sizes = {name: stored.get(name, beneath.spec(name).shape)[token_axis(name) or 0] for name in tables}
-        if left := next((name for name in tables if sizes[name] != rows), None):
-            # PEFT saves no buffers, such as BART's biases.
+        tables = {name: stored.get(name, beneath.spec(name).shape) for name in beneath if token_axis(name) is not None}
+        sizes = {name: shape[token_axis(name) or 0] for name, shape in tables.items()}
+        if left := next((name for name, size in sizes.items() if size != rows), None):
             way = "Save it with all its embeddings: save_embedding_layers=True in PEFT."
-            raise CheckpointError(
+            raise CheckpointError(  # PEFT saves no buffers, such as BART's biases
                 f"{self.name}: the adapter stores {next(iter(other))!r} with {rows} rows, and {left!r} has "
                 f"{sizes[left]}. " + ("Merge it into its resized base with PEFT first." if token_axis(left) else way)
             )
@@ -252,7 +250,7 @@ class Checkpoint(Mapping[str, Tensor]):
             what = f"tensor {packed!r}" if packed else f"quantization_config {str(method)[:60]}"
             raise UnsupportedError(
                 f"{self.name} is quantised ({what}); its packed numbers cannot be averaged. "
-                "Dequantise it first: model.dequantize() in transformers."
+                "Use the model that it was made from, or save one that transformers has dequantised."
             )
 
     def _drop_copies(self) -> None:

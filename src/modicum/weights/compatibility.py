@@ -289,5 +289,6 @@ def refuse_packed(model: Tensors, owner: str) -> None:
     """
     if packed := next((name for name in model if PACKED.search(name)), None):
         raise UnsupportedError(
-            f"{owner} is quantised (tensor {packed!r}); its packed numbers cannot be averaged. Dequantise it first."
+            f"{owner} is quantised (tensor {packed!r}); its packed numbers cannot be averaged. Use the model "
+            "that it was made from, or dequantise it first."
         )

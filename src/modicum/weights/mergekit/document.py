@@ -125,7 +125,7 @@ def read_slices(document: Data) -> list[Slice]:
     method = document.get("merge_method")
     if method not in METHODS and method not in merge_method:
         raise RecipeError(
-            f"There is no merge method {method!r}. {did_you_mean(str(method), [*METHODS, *merge_method])}"
+            f"There is no merge method {method!r}. {did_you_mean(str(method), {*METHODS, *merge_method})}"
         )
     present = [key for key in ("models", "slices", "modules") if document.get(key)]
     if len(present) != 1:
@@ -195,6 +195,8 @@ def _part(value: Data, where: str, *, ranged: bool) -> Part:
     layers = value.get("layer_range")
     if ranged and not _is_range(layers):
         raise RecipeError(f"{where}: layer_range is {layers!r}, expected [first, end] with first < end.")
+    if not ranged and layers is not None:  # mergekit merges all layers then, which nobody asks for who writes this
+        raise RecipeError(f"{where}: layer_range stands among models, which give all their layers. Write slices.")
     reference = Reference.parse(value.get("model"), f"{where}.model")
     return Part(reference, (layers[0], layers[1]) if ranged and layers else None, _parameters(value, where))
 
