@@ -105,6 +105,15 @@ STATED: list[tuple[str, str, Sequence[Any]]] = [
         "{:.2f} times as long (TIES",
         [result("trust-speed", "shapes", "135m", "merge", "ties", "ratio")],
     ),
+    (
+        "docs/guide/merge.md",
+        "SLERP takes {:.0f} s of a busy machine of two cores and {:.1f} GB of memory, TIES {:.0f} s and {:.1f} GB",
+        [
+            value
+            for method in ("slerp", "ties")
+            for value in (result("merge-7b", method, "seconds"), result("merge-7b", method, "peak_mb") / 1e3)
+        ],
+    ),
     ("docs/guide/train.md", "a step takes {:.2f} of a plain", [result("training-speed", "median_of_ratios")]),
     (
         "docs/guide/zero-token.md",
