@@ -143,6 +143,21 @@ def known_exits(variant: str) -> str:
     return markdown(head, rows)
 
 
+def refuting() -> str:
+    """The differences that would refute the zero token, of models and of exits, paired by seed."""
+    by = {variant: {c["seed"]: c for c in hops() if c["variant"] == variant} for variant in ("ZTT", "off-by-one key")}
+    both = by["ZTT"].keys() & by["off-by-one key"].keys()
+    kept = [by["ZTT"][seed]["accuracy"] - by["off-by-one key"][seed]["accuracy"] for seed in both]
+    rows = [["ZTT less the off-by-one key", "–", "–", "–", "–", mean(kept)]]
+    for other in ("latent", "random"):
+        gaps = [
+            [on_hops_curve(c, "zero_attention", n) - on_hops_curve(c, other, n) for c in by["ZTT"].values()]
+            for n in (1.5, 2.0, 2.5, 3.0)
+        ]
+        rows.append([f"exits of ZTT: zero attention less {ALL_EXITS[other]}", *map(mean, gaps), "–"])
+    return markdown(["accuracy", "1.5 cycles", "2 cycles", "2.5 cycles", "3 cycles", "all cycles"], rows)
+
+
 def draw() -> None:
     """Draw accuracy by cycles for each need of depth, and accuracy against mean cycles for each criterion."""
     needs: dict[str, dict[str, list[Curve]]] = {}
@@ -265,6 +280,8 @@ def main() -> None:
             exits(),
             "### Hops with known needs\n",
             known_needs(),
+            "Differences that would refute the zero token, paired by seed:\n",
+            refuting(),
             "Accuracy of ZTT when tokens leave, at equal mean cycles:\n",
             known_exits("ZTT"),
             "The same of HTC:\n",
