@@ -43,7 +43,13 @@ class Section(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
     noun: ClassVar[str] = "section"
+    alone: ClassVar[str | None] = None  # the key that a text in the place of the whole section stands for
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        return {cls.alone: value} if cls.alone is not None and isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _numbers_are_finite(self) -> Self:
