@@ -1,10 +1,13 @@
 import re
+import typing
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from modicum import registry
 from modicum.errors import RecipeError
-from modicum.recipe import dump, override, parse, parse_yaml, read, shipped
+from modicum.recipe import Section, dump, job_schema, override, parse, parse_yaml, read, shipped
 
 
 def test_yaml_reads_scientific_notation_as_a_number():
@@ -133,3 +136,39 @@ def test_a_file_that_is_no_mapping_is_told_in_words(tmp_path, text, told):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=f"is {told}, expected a mapping that begins with"):
         read(str(tmp_path / "r.yaml"))
+
+
+def sections_of(kind):
+    for inner in typing.get_args(kind):
+        yield from sections_of(inner)
+    if isinstance(kind, type) and issubclass(kind, Section):
+        yield kind
+        for field in kind.model_fields.values():
+            yield from sections_of(field.annotation)
+
+
+def validated(kind, value):
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        return [fault["msg"] for fault in error.errors()]
+
+
+@pytest.mark.parametrize("name", registry.job)
+def test_a_text_alone_stands_for_the_one_key_that_a_section_needs(name):
+    for kind in {*sections_of(job_schema(name))} - {job_schema(name)}:
+        needed = [key for key, field in kind.model_fields.items() if field.is_required()]
+        assert kind.alone is not None or needed != ["path"], kind
+        if kind.alone:
+            assert validated(kind, "plain") == validated(kind, {kind.alone: "plain"})
+
+
+def test_data_is_a_path_alone_wherever_it_is_asked_for():
+    for recipe in (
+        {"job": "statistics", "model": "m", "kind": "fisher", "data": "rows.jsonl"},
+        {"job": "calibrate", "model": "m", "data": "rows.jsonl"},
+        {"job": "average", "checkpoints": ["a", "b"], "method": "best", "data": "rows.jsonl"},
+        {"job": "train", "model": "m", "data": {"mix": {"a": "rows.jsonl", "b": {"path": "other.jsonl"}}}},
+    ):
+        data = parse(recipe).data
+        assert "rows.jsonl" in (data.mix.parts["a"].path if data.mix else data.path)
