@@ -1,8 +1,8 @@
-"""The vocabulary in a ``tokenizer.json``, read as data."""
+"""Tokens and their ids: the vocabulary in a ``tokenizer.json``, read as data, beside what a model has rows for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from modicum.borders import border
@@ -38,3 +38,18 @@ def _token_ids(tokenizer: Mapping[str, Any], owner: str) -> dict[str, int]:
     else:
         raise UnsupportedError(f"{owner}: its tokenizer.json holds no vocabulary that can be read.")
     return ids | {str(item["content"]): int(item["id"]) for item in tokenizer.get("added_tokens") or []}
+
+
+def check_ids(model: Any, rows: Iterable[Sequence[int]]) -> None:
+    """Refuse tokens for which a model has no embedding: those of a tokenizer that was given more words than it.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    table = model.get_input_embeddings()
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if table is not None and largest >= (size := len(table.weight)):
+        raise UnsupportedError(
+            f"The tokenizer gives the token {largest}, and the model has embeddings of {size}. Use the tokenizer that "
+            "the model was trained with, or resize the model's embeddings (resize_token_embeddings)."
+        )

@@ -97,6 +97,7 @@ CASES = {
     f"a token without an embedding, {name}": (recipe, "gives the token 264, and the model has embeddings of 264. Use")
     for name, recipe in {
         "trained": {"job": "train", "model": "worded", "data": SAY, "trainer": {"max_steps": 1}},
+        "preferred": PAIRS | {"model": "worded", "data": "pairs.jsonl"},
         "measured": {"job": "statistics", "model": "worded", "kind": "fisher", "data": SAY},
         "looped": {"job": "calibrate", "model": "worded-loop", "data": {"path": "worded.jsonl"}},
         "answered": evaluated("worded"),

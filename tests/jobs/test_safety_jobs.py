@@ -308,7 +308,7 @@ def test_too_few_rows_and_evaluation_prompts_are_refused(parts, tmp_path):
         execute(shared, tmp_path / "shared", quiet=True)
     assert not list((tmp_path / "shared").glob("replies*"))
     with pytest.raises(RecipeError, match="rows are left after the filters"):
-        execute(synthesize_recipe(parts, minimum=99), tmp_path / "run", quiet=True)
+        execute(synthesize_recipe(parts, minimum=4), tmp_path / "run", quiet=True)
     for arm in ("srg", "rt", "preference", "prompts"):  # none at all is too few, whatever the minimum
         with pytest.raises(RecipeError, match="0 illegal rows are left after the filters"):
             execute(synthesize_recipe(parts, min_words=10**6, k=1, arms=[arm]), tmp_path / arm, quiet=True)

@@ -20,6 +20,7 @@ from modicum.errors import RecipeError, UnsupportedError
 from modicum.knobs import guarded
 from modicum.random import generator
 from modicum.types import Fraction, NonNegative, NonNegativeInt, PositiveInt
+from modicum.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,21 +98,6 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
         raise UnsupportedError(
             f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions. "
             "Lower max_new_tokens or shorten the prompts."
-        )
-
-
-def check_ids(model: Any, rows: Iterable[Sequence[int]]) -> None:
-    """Refuse tokens for which a model has no embedding: those of a tokenizer that was given more words than it.
-
-    Raises:
-        UnsupportedError: There is one.
-    """
-    table = model.get_input_embeddings()
-    largest = max((max(ids, default=0) for ids in rows), default=0)
-    if table is not None and largest >= (size := len(table.weight)):
-        raise UnsupportedError(
-            f"The tokenizer gives the token {largest}, and the model has embeddings of {size}. Use the tokenizer that "
-            "the model was trained with, or resize the model's embeddings (resize_token_embeddings)."
         )
 
 

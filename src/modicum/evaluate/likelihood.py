@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from modicum.errors import RecipeError, UnsupportedError
-from modicum.evaluate.generation import check_ids, requests
+from modicum.evaluate.generation import requests
 from modicum.knobs import guarded
 from modicum.types import NonNegativeInt, PositiveInt
+from modicum.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

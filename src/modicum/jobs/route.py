@@ -78,19 +78,6 @@ class RouteRecipe(Recipe):
     shard_bytes: PositiveInt = 5_000_000_000
     allow_pickle: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        named = {key: {"name": data[key]} for key in ("rule",) if isinstance(data.get(key), str)}
-        sections = {
-            key: {name: {"path": part} if isinstance(part, str) else part for name, part in data[key].items()}
-            for key in ("data", "unknown")
-            if isinstance(data.get(key), Mapping)
-        }
-        return {**data, **named, **sections}
-
     @model_validator(mode="after")
     def _fits(self) -> RouteRecipe:
         if len(self.experts) < 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Gt, Lt
 from pydantic import Field
@@ -43,6 +43,7 @@ class ConflictSection(Section):
 class RuleSection(Section):
     """Which layers are routed; see :func:`modicum.weights.mediator.select_layers`."""
 
+    alone: ClassVar[str | None] = "name"
     name: RULES = Field(
         default="mean_std",
         description="mean_std: conflict above the mean; topk: the k highest; first, least and random are controls",

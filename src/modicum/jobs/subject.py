@@ -17,6 +17,7 @@ from modicum.jobs.data.pairs import Alternatives, PairCollator, encode_alternati
 from modicum.jobs.data.tokens import encode, prompt_ids
 from modicum.jobs.data.trial import sample_of
 from modicum.types import IGNORED
+from modicum.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -202,8 +203,6 @@ class LocalSubject:
         return found
 
     def _check_ids(self, rows: Iterable[Sequence[int]]) -> None:
-        from modicum.evaluate.generation import check_ids
-
         check_ids(self.model, rows)
 
     def _document(self, text: str) -> tuple[list[int], int]:

@@ -41,7 +41,6 @@ class Task(Section):
             raise ValueError(f"'kind' is missing. Set it to one of: {', '.join(measure)}")
         entry = measure[value["kind"]]
         data = value.get("data", entry.facts.data)
-        data = {"path": data} if isinstance(data, str) else data
         knobs = entry.knobs({key: item for key, item in value.items() if key not in ("kind", "data")})
         return {"kind": entry.name, **({} if data is None else {"data": data}), **knobs}
 

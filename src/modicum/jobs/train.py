@@ -17,7 +17,6 @@ from modicum import processes
 from modicum.borders import MALFORMED
 from modicum.durable import whole_folder
 from modicum.errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean, first_line
-from modicum.jobs.data.mixture import rehearse_filter
 from modicum.jobs.data.rows import DataSection, collate, load_rows, tokenize
 from modicum.jobs.data.trial import check_tokens, try_rows
 from modicum.jobs.loading.models import (
@@ -121,10 +120,10 @@ def train(recipe: TrainRecipe, run: Run) -> None:
     _steps(arguments, len(datasets["train_dataset"]), parts)
     model = _model(recipe, parts, run, arguments.device)
     run.inputs.check()
-    for part in parts:
-        model = part.model(model, tokenizer)
     for data in datasets.values():
         check_tokens(model, data)
+    for part in parts:
+        model = part.model(model, tokenizer)
     fields: dict[str, Any] = {}
     for part in parts:
         fields = part.adapter(fields, model)
@@ -235,6 +234,8 @@ def _data(
     """Return the rows of a section; without ``scored`` those too that a model would have to score first."""
     source = section if scored else section.unscored(note)
     if source is not section:
+        from modicum.jobs.data.mixture import rehearse_filter
+
         rehearse_filter(section, seed=recipe.seed)
     data = Data(load_rows(source, seed=recipe.seed, note=note), section, training=section is recipe.data)
     for part in parts:

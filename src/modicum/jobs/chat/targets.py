@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, model_validator
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class Target(Section):
     """A model on this machine, or one behind an endpoint."""
 
+    alone: ClassVar[str | None] = "model"
     model: str | None = Field(default=None, description="folder, Hub id or builtin")
     endpoint: str | None = Field(default=None, description="address of an OpenAI-compatible server, up to /v1")
     name: str | None = Field(default=None, description="the model's name at the endpoint")
@@ -52,11 +53,6 @@ class Target(Section):
     dtype: str = Field(default="float32", description="of the weights of a model on this machine")
     device: str = Field(default="cpu", description="where a model on this machine computes, for example cuda")
     remote_code: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_reference(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _is_one(self) -> Target:
@@ -208,6 +204,7 @@ def _opened(target: Target, progress: Any, sampled: bool) -> ChatModel:
 class JudgeSection(Section):
     """Who tells harm, and who tells refusal."""
 
+    alone: ClassVar[str | None] = "name"
     name: str = Field(
         default="linear", description="a judge; linear learns from labelled answers in installed packages"
     )
@@ -223,11 +220,6 @@ class JudgeSection(Section):
         description="who tells refusals where the judge does not, approximately: how first clauses begin, these or no "
         "word in common with the goal, or first words",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeSection:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -144,10 +144,7 @@ class Mix(Section):
         if isinstance(value, Mapping) and "parts" not in value and not {*value} <= {*cls.model_fields}:
             known = {key: item for key, item in value.items() if key in cls.model_fields}
             value = {**known, "parts": {key: item for key, item in value.items() if key not in known}}
-        if not isinstance(value, Mapping) or not isinstance(value.get("parts"), Mapping):
-            return value
-        parts = {key: {"path": part} if isinstance(part, str) else part for key, part in value["parts"].items()}
-        return {**value, "parts": parts}
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> Mix:
@@ -191,6 +188,7 @@ class Mix(Section):
 class DataSection(Section):
     """Where rows come from, and how they become prompts and labels."""
 
+    alone: ClassVar[str | None] = "path"
     path: str = Field(
         description="file (jsonl, json, parquet, txt), folder, Hub id, reasoning-gym:TASK, task:NAME or builtin:NAME"
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from heapq import nlargest
+from itertools import chain
 from typing import Any
 
 from modicum.errors import ModicumError
 from modicum.evaluate.rows import Row, Rows
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.data.tokens import tokenize
+from modicum.vocabulary import check_ids
 
 SAMPLE = 64  # rows that a check encodes, or up to twice as many
 LONGEST = 4  # rows that are in a sample for their length, by which they may not fit
@@ -31,14 +33,33 @@ def _letters(row: Row) -> int:
 def check_tokens(model: Any, data: Any) -> None:
     """Refuse a data set with tokens for which a model has no embedding.
 
+    Args:
+        model: What reads them.
+        data: A data set of ``datasets``, or rows of whatever holds lists of ids.
+
     Raises:
         UnsupportedError: There is one.
     """
-    from modicum.evaluate.generation import check_ids
+    if not hasattr(data, "column_names"):
+        check_ids(model, (ids for place in range(len(data)) for ids in _ids_in(data[place])))
+        return
+    import pyarrow.compute  # type: ignore[import-untyped]
 
-    for name in data.column_names:
-        if name.endswith("input_ids"):
-            check_ids(model, data[name])
+    # As columns, since a list of all tokens would take many times the memory of the data set.
+    for column in map(data.data.column, {"input_ids"} & {*data.column_names}):
+        check_ids(model, [[pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() or 0]])
+
+
+def _ids_in(row: Any) -> Iterator[Sequence[int]]:
+    """Yield the lists of whole numbers in a row, wherever they are; positions are no tokens."""
+    if isinstance(row, (list, tuple)):
+        if row and all(isinstance(value, int) for value in row):
+            yield row
+        elif row and not isinstance(row[0], (int, float, str)):
+            yield from chain.from_iterable(map(_ids_in, row))
+    elif isinstance(row, Mapping) or is_dataclass(row):
+        named = row if isinstance(row, Mapping) else {field.name: getattr(row, field.name) for field in fields(row)}
+        yield from chain.from_iterable(_ids_in(value) for name, value in named.items() if name != "position_ids")
 
 
 def try_rows(

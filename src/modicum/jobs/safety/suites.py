@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,7 @@ from modicum.types import NonNegativeInt, PositiveInt
 class GoalSection(Section):
     """Some goals of a packaged set, or of a file with a `prompt` in each row."""
 
+    alone: ClassVar[str | None] = "path"
     path: str = Field(
         description="a packaged set, such as strongreject or benign_edgy, or a file of rows with `prompt`"
     )
@@ -31,11 +32,6 @@ class GoalSection(Section):
         default=0, description="how many of the drawn order belong to somebody else, as training"
     )
     seed: NonNegativeInt = Field(default=0, description="of the drawn order")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
 
     def inputs(self) -> Iterator[str]:
         """Yield the file, where it is one."""
@@ -101,17 +97,13 @@ class GoalSection(Section):
 class Suite(Section):
     """An attack, with the wrappers that it uses."""
 
+    alone: ClassVar[str | None] = "attack"
     attack: choice(registry.attack, complete=False) = Field(description="the attack: its name, or with its knobs")  # type: ignore[valid-type]
     family: str | None = Field(
         default=None, description="wrappers of an installed package; the attack's own by default"
     )
     count: PositiveInt = Field(default=4, description="how many wrappers of the family, drawn by the seed")
     seed: NonNegativeInt = Field(default=0, description="of the draw of wrappers")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        return {"attack": value} if isinstance(value, str) else value
 
     @field_validator("attack")
     @classmethod

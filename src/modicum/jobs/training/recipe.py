@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -26,6 +26,7 @@ OWNED = {
 class ModelSection(Section):
     """The model to start from."""
 
+    alone: ClassVar[str | None] = "path"
     path: str = Field(description="local folder, Hub id, or builtin:smollm2-135m-instruct")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the weights in training; auto: as they are stored"
@@ -60,11 +61,6 @@ class TrainRecipe(Recipe):
     eval_data: DataSection | None = Field(default=None, description="what is evaluated on, as a section or a path")
     if TYPE_CHECKING:  # added below, after the keys of the parts
         trainer: dict[str, Any]
-
-    @field_validator("model", "data", "eval_data", mode="before")
-    @classmethod
-    def _path_alone(cls, value: object) -> object:
-        return {"path": value} if isinstance(value, str) else value
 
     @field_validator("trainer", check_fields=False)
     @classmethod
