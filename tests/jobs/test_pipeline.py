@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from modicum import registry
-from modicum.errors import RecipeError, UnsupportedError
+from modicum.errors import ModicumError, RecipeError, UnsupportedError
 from modicum.jobs import execute, plan
 from modicum.jobs.stages.references import resolve
 from modicum.recipe import parse
@@ -158,3 +158,12 @@ def test_training_what_an_earlier_stage_makes_an_adapter_of_is_refused_before_an
     del changed[0]["adapter"]
     changed[1]["model"] = "stage:first"
     plan(parse({"job": "pipeline", "stages": changed}))
+
+
+def test_a_run_names_the_stage_that_is_refused(tiny_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say", "completion": "abc"}\n' * 4)
+    recipe = {"job": "pipeline", "stages": stages(tiny_model, tmp_path / "rows.jsonl")[2:]}
+    recipe["stages"][0] |= {"experts": [str(tiny_model), str(tmp_path / "nowhere")]}
+    recipe["stages"][1]["models"] = {"merged": "stage:merged"}
+    with pytest.raises(ModicumError, match="^stage 'merged': .*nowhere"):
+        execute(parse(recipe), tmp_path / "run", quiet=True)

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from modicum import lock, processes, registry
-from modicum.errors import RecipeError, did_you_mean
+from modicum.errors import ModicumError, RecipeError, did_you_mean
 from modicum.jobs import execute, open_run
-from modicum.jobs.stages.references import PREFIX, names_in, references, refuse_unmade, resolve, stage_of
+from modicum.jobs.stages.references import PREFIX, named, names_in, references, refuse_unmade, resolve, stage_of
 from modicum.recipe import Data, Recipe, parse
 from modicum.record import Run, read_record
 from modicum.registry import job
@@ -125,7 +125,10 @@ def _one_by_one(recipe: PipelineRecipe, run: Run) -> None:
         inner = parse(resolved, f"stage {name!r}")
         run.say(f"[{position}/{len(recipe.stages)}] {name}: {inner.job}")
         if run.main or registry.job[inner.job].facts.distributed:
-            execute(inner, folder, quiet=run.quiet, on_change="replace")
+            try:
+                execute(inner, folder, quiet=run.quiet, on_change="replace")
+            except ModicumError as error:
+                raise named(f"stage {name!r}", error) from None
         if not run.main:
             # A file is a barrier that needs no process group. The pipeline's lock, unlike the stage's, is held from the
             # first stage to the last: once it is gone, nobody will finish this one.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from modicum import registry
 from modicum.errors import CheckpointError, ModicumError, UnsupportedError
 from modicum.jobs import plan as plan_job
-from modicum.jobs.stages.references import PREFIX, names_in, references, stage_of
+from modicum.jobs.stages.references import PREFIX, named, names_in, references, stage_of
 from modicum.recipe import Recipe, parse
 from modicum.record import digest, read_record
 from modicum.report.text import duration
@@ -50,7 +50,7 @@ def foresee(stages: Sequence[Stage], *, detailed: bool = True) -> list[str]:
         try:
             told = _foreseen(stage, inner, stand_ins, known)
         except ModicumError as error:
-            raise type(error)(f"{stage.title}: {error}") if _plain(error) else error from None
+            raise named(stage.title, error) from None
         if detailed and not uses:
             lines += [f"  {line}" for line in told]
         makes = registry.job[inner.job].facts.makes_like
@@ -72,11 +72,6 @@ def _refuse_adapters(stage: Stage, recipe: Recipe, adapters: Collection[str]) ->
                 f"{stage.title}: {reference} is an adapter, and {recipe.job} needs a whole model. Merge it into its "
                 "base first, in a stage between (job: merge)."
             )
-
-
-def _plain(error: ModicumError) -> bool:
-    """Whether an error is made from its message alone."""
-    return type(error).__init__ is Exception.__init__ or "__init__" not in vars(type(error))
 
 
 def _foreseen(

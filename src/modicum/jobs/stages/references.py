@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modicum.errors import RecipeError, did_you_mean
+from modicum.errors import ModicumError, RecipeError, did_you_mean
 from modicum.record import read_record
 
 PREFIX = "stage:"
@@ -94,3 +94,9 @@ def resolve(value: Any, folders: Mapping[str, Path]) -> Any:
     outputs: dict[str, str] = read_record(folders[name])["outputs"]
     refuse_unmade(value, {name: list(outputs)})
     return str(folders[name] / (outputs[output] if output else next(iter(outputs.values()))))
+
+
+def named(title: str, error: ModicumError) -> ModicumError:
+    """Return a stage's error with its title, where it is made from its message alone."""
+    plain = type(error).__init__ is Exception.__init__ or "__init__" not in vars(type(error))
+    return type(error)(f"{title}: {error}") if plain else error
