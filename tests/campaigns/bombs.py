@@ -220,7 +220,7 @@ def special() -> Iterator[tuple[str, str, Damage, list[str]]]:
                        ("trainer__logging_dir", "/dev/full"), ("trainer__output_dir", "/etc"),
                        ("trainer__report_to", "wandb"), ("trainer__deepspeed", "x.json"),
                        ("trainer__fsdp", "full_shard"),
-                       ("trainer__torch_compile", True), ("trainer__optim", "x"), ("trainer__lr_scheduler_type", "x"),
+                       ("trainer__optim", "x"), ("trainer__lr_scheduler_type", "x"),
                        ("trainer__use_cpu", "x"), ("trainer__dataloader_num_workers", 10**6),
                        ("trainer__learning_rate", "x"), ("data__size", 10**15)):  # fmt: skip
         yield f"{key} {str(value)[:40]}", "train.yaml", edit(**{key: value}), ["train"]

@@ -6,6 +6,7 @@ time and memory is limited. Killing such a copy is killing a process: what it le
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import resource
@@ -178,6 +179,7 @@ def _become(
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
         os.chdir(folder)
         os.environ.update(variables)
+        faulthandler.register(signal.SIGUSR1, file=2)  # what a process that hangs is asked
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if (machine := os.environ.get("CAMPAIGN_MACHINE")) is not None:

@@ -89,7 +89,7 @@ class Launch:
                 if (found := one.wait(0.0, reap=False)) is not None:
                     left.remove(one)
                     with self._log.open("a") as log:
-                        log.write(f"rank {ranks.index(one)}: {found.status}: {found.said[-500:]}\n")
+                        log.write(f"rank {ranks.index(one)}: {found.status}: {found.said[-3000:]}\n")
                     if found.status != 0:
                         status = 1
                         stopping.append(time.monotonic())
@@ -139,6 +139,15 @@ class Launch:
     def said(self) -> str:
         """Return what the ranks said last."""
         return " | ".join(self._log.read_text().splitlines()[-4:])[-600:] if self._log.exists() else ""
+
+    def doing(self) -> str:
+        """Return where the ranks are, which ends them."""
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            for pid in self.ranks():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(1.0)
+        return self._log.read_text()[-6000:]
 
     def destroy(self) -> None:
         """End all of it."""
@@ -216,7 +225,7 @@ def main() -> int:
             last = Launch(name, world, "out/run", machines=machines, torchrun=chosen.torchrun)
             status, wrong = last.wait(120.0), None
             if status != 0:
-                wrong = f"exit status {status}: {last.said()}"
+                wrong = f"exit status {status}: {last.doing() if status is None else last.said()}"
                 last.destroy()
             elif kills.made(world / "out/run") != peace[name]:
                 wrong = kills.difference(kills.made(world / "out/run"), peace[name])

@@ -90,6 +90,7 @@ CASES = {
         ({"learning_rate": -1}, "trainer: Invalid learning rate: -1"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer: One of min_lr or min_lr_rate should be set"),
         ({"lr_scheduler_kwargs": {"x": 1}}, "got an unexpected keyword argument 'x'"),
+        ({"dataloader_num_workers": 10**6}, "is 1000000, expected at most 1024: each is a process"),
         ({"neftune_noise_alpha": -1}, "trainer.neftune_noise_alpha is -1, expected 0 or more"),
         ({"dataloader_num_workers": -1}, "trainer: num_workers option should be non-negative"),
     )

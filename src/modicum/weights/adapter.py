@@ -118,8 +118,10 @@ class Adapter:
                     "again as safetensors with PEFT, or set allow_pickle: true if you trust its source."
                 )
             self.file, tensors = pickled, load_pickle(pickled, owner)
+            self._check_names(tensors)
         else:
             slots = read_header(self.file, owner=owner)
+            self._check_names(slots)  # before each of what may be very many is mapped
             file = MappedFile(self.file)
             tensors = {name: file.tensor(slot) for name, slot in slots.items()}
         self._tables: set[str] = set()
@@ -213,15 +215,18 @@ class Adapter:
                 "path_initial_model_for_weight_conversion=…) in PEFT, or merge it into its base with PEFT first."
             )
 
+    def _check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if not name.startswith(ADAPTER_PREFIX):
+                raise CheckpointError(
+                    f"{self.owner}: tensor {name!r} of the adapter does not begin with {ADAPTER_PREFIX!r}, so that "
+                    "PEFT leaves it out. Rename it, or save the adapter again with PEFT."
+                )
+
     def _sort(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
         pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            if not key.startswith(ADAPTER_PREFIX):
-                raise CheckpointError(
-                    f"{self.owner}: tensor {key!r} of the adapter does not begin with {ADAPTER_PREFIX!r}, so that PEFT "
-                    "leaves it out. Rename it, or save the adapter again with PEFT."
-                )
             name = key.removeprefix(ADAPTER_PREFIX)
             match = FACTOR.match(name)
             if match:

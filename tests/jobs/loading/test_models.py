@@ -160,6 +160,10 @@ DAMAGE = {
         lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(5)})),
         "'model.norm.weight' is (5,), config.json asks for (32,)",
     ),
+    "a width of nothing": (
+        lambda f: set_config(f, "config.json", intermediate_size=0),
+        "mlp.down_proj.weight' is (32, 64), config.json asks for (32, 0)",
+    ),
     "NaN": (
         lambda f: rewrite(f, lambda t: t["model.norm.weight"].fill_(torch.nan)),
         "'model.norm.weight' holds NaN or infinite",

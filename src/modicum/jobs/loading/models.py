@@ -309,7 +309,8 @@ def _load_whole(
     from transformers import AutoModelForCausalLM
 
     try:
-        with no_progress_bars():
+        with no_progress_bars(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # told below, as shapes
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 attn_implementation=attention,

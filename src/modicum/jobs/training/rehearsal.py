@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 REFUSALS = (*MALFORMED, ImportError, OSError, RuntimeError, ZeroDivisionError, NotImplementedError, AssertionError)
+MOST_WORKERS = 1024
 ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second")  # what every evaluation measures
 
 
@@ -54,6 +55,11 @@ def refuse_arguments(arguments: TrainingArguments, *, rows: int, own_optimizer: 
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(arguments, name)) < 1:
             raise RecipeError(f"trainer.{name} is {value}, expected 1 or more.")
+    if (workers := arguments.dataloader_num_workers) > MOST_WORKERS:
+        raise RecipeError(
+            f"trainer.dataloader_num_workers is {workers}, expected at most {MOST_WORKERS}: each is a process. Start "
+            "one for each core, or fewer."
+        )
     if (noise := arguments.neftune_noise_alpha or 0) < 0:
         raise RecipeError(f"trainer.neftune_noise_alpha is {noise}, expected 0 or more.")
     if arguments.use_liger_kernel and find_spec("liger_kernel") is None:  # which a Trainer asks for a real model alone
