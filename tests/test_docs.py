@@ -108,6 +108,11 @@ STATED: list[tuple[str, str, Sequence[Any]]] = [
         [result("trust-speed", "shapes", "135m", "merge", "ties", "ratio")],
     ),
     (
+        "docs/guide/trust.md",
+        "it is {:.2f} times (3.7 s without) and {:.2f} times as long",
+        [result("trust-speed", "shapes", "1.5b", "merge", name, "ratio") for name in ("task_arithmetic", "ties")],
+    ),
+    (
         "docs/guide/merge.md",
         "SLERP takes {:.0f} s of a busy machine of two cores and {:.1f} GB of memory, TIES {:.0f} s and {:.1f} GB",
         [

@@ -74,6 +74,12 @@ def test_what_is_logged_after_a_cut_line_is_a_line_of_its_own(tmp_path, last):
     assert all(map(json.loads, (run.folder / "log.jsonl").read_text().splitlines()))
 
 
+def test_half_characters_in_what_a_run_says_are_kept_as_escapes(tmp_path):
+    with Run(tmp_path, job="merge", recipe={}, quiet=True) as run:
+        run.record["notes"] = ["\ud800"]
+    assert stored.read_record(tmp_path)["notes"] == ["\ud800"]
+
+
 @pytest.mark.parametrize("recipe", [{"job": "merge", "experts": ["a\udce9"]}, {"job": "merge", "\ud800": 1}])
 def test_half_characters_are_no_recipe(recipe):
     with pytest.raises(RecipeError, match="is no text in UTF-8"):

@@ -129,7 +129,8 @@ def write_atomic(path: Path, text: str) -> None:
     """Write ``text`` so that a reader sees the old file or the new one, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        # Half a character, as JSON may escape it, is written as its escape, in which JSON reads it back.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         commit(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

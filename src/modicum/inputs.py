@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modicum.borders import expanded, loads
+from modicum.borders import check_plain, expanded, loads
 from modicum.content import WEIGHTS, Stamp, changed, check_in_place, combine, files_in, hash_file, hash_files
 from modicum.errors import CheckpointError
 from modicum.layout import ADAPTER_CONFIG
@@ -110,6 +110,7 @@ def _exists(path: Path) -> bool:
 
 def _base_of(folder: Path) -> Iterator[str]:
     """Yield the reference of the model beneath an adapter."""
+    check_plain(folder / ADAPTER_CONFIG)
     try:
         config = loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base, revision = config.get("base_model_name_or_path"), config.get("revision")

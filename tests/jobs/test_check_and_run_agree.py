@@ -8,6 +8,7 @@ import pytest
 
 from modicum.errors import ModicumError, RecipeError
 from modicum.jobs import execute, plan
+from modicum.jobs.training import rehearsal
 from modicum.models import convert_to_zero_token
 from modicum.recipe import parse
 from support import byte_tokenizer, tiny_llama
@@ -154,6 +155,10 @@ def test_check_and_run_refuse_alike(world, name):
             act(parse(recipe))
         assert message in str(caught.value)
     assert not any((world / "out").rglob("*.safetensors"))
+
+
+def test_a_toy_trainer_goes_through_its_rows_once():
+    assert len([*rehearsal._Rows(3)]) == len(rehearsal._Rows(3)) == 3
 
 
 def test_one_process_shards_nothing(world):

@@ -15,6 +15,7 @@ from modicum import lock
 from modicum.cells import Document, Folder
 from modicum.durable import whole_folder
 from modicum.errors import CheckpointError, ModicumError, RecipeError
+from modicum.inputs import look
 from modicum.jobs import execute
 from modicum.jobs.chat.cache import read_samples
 from modicum.jobs.grids.results import write_json
@@ -138,6 +139,14 @@ def test_a_pipe_in_a_run_folder_is_refused_before_it_is_opened(tmp_path, name, k
         Run(tmp_path / "run", **run),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_lies_in_the_place_of_an_adapter_s_configuration_is_not_read(tmp_path, kind):
+    place = tmp_path / "adapter_config.json"
+    os.mkfifo(place) if kind == "pipe" else place.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=f"is a {kind}, expected a file"):
+        look([str(tmp_path)])
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "large"])

@@ -120,8 +120,9 @@ def test_a_run_of_no_step_is_refused_before_it_begins(tiny_model, rows, tmp_path
             start(none)
 
 
-def test_a_run_that_turns_out_to_do_no_step_is_an_error(tiny_model, rows, tmp_path):
-    # The only batch is not full.
+def test_a_run_that_turns_out_to_do_no_step_is_an_error(tiny_model, rows, tmp_path, monkeypatch):
+    # The only batch is not full, which is told before a run begins.
+    monkeypatch.setattr("modicum.jobs.train.refuse_arguments", lambda *_, **__: None)
     dropped = {"per_device_train_batch_size": 16, "dataloader_drop_last": True}
     with pytest.raises(TrainingError, match="no optimiser step"):
         execute(recipe(tiny_model, rows, trainer=dropped), tmp_path / "r", quiet=True)

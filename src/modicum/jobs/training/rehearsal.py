@@ -34,7 +34,9 @@ class _Rows:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, _: int) -> dict[str, list[int]]:
+    def __getitem__(self, place: int) -> dict[str, list[int]]:
+        if place >= self.count:  # which ends an iteration
+            raise IndexError(place)
         return {"input_ids": [0]}
 
 
@@ -82,14 +84,16 @@ def refuse_arguments(arguments: TrainingArguments, *, rows: int, own_optimizer: 
 def _try(arguments: TrainingArguments, rows: int, own_optimizer: bool) -> None:
     import numpy as np
     import torch
-    from transformers import Trainer
+    from transformers import PreTrainedConfig, Trainer
 
     data, states = _Rows(rows), (random.getstate(), np.random.get_state())  # which the Trainer seeds
     try:
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             own = copy.copy(arguments)
             own.output_dir, own.full_determinism = folder, False
-            trainer = Trainer(torch.nn.Linear(1, 1), own, lambda _: {}, train_dataset=data, eval_dataset=data)
+            toy = torch.nn.Linear(1, 1)
+            toy.config = PreTrainedConfig()
+            trainer = Trainer(toy, own, lambda _: {}, train_dataset=data, eval_dataset=data)
             trainer.get_train_dataloader()
             if not own_optimizer and own.optim_target_modules is None:  # of which a toy has none
                 trainer.create_optimizer_and_scheduler(max(1, own.max_steps))
