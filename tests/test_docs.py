@@ -90,7 +90,12 @@ STATED: list[tuple[str, str, Sequence[Any]]] = [
         "{} kills of {} runs so far",
         [campaign("kills-ranks", *KILLS), campaign("kills-ranks", "again")],
     ),
-    ("docs/guide/trust.md", "{} so far: all were answered", [campaign("hostile")]),
+    ("docs/guide/trust.md", "with the same bytes; {} more, a pipeline", [campaign("kills-ranks", "wrong")]),
+    (
+        "docs/guide/trust.md",
+        "{:,} so far, of which {} were not answered",
+        [campaign("hostile"), campaign("hostile", "wrong")],
+    ),
     ("docs/guide/trust.md", "{:,} so far: none raised", [campaign("fuzz")]),
     (
         "docs/guide/trust.md",

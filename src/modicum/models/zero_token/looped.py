@@ -136,12 +136,14 @@ class Looped(PreTrainedModel):
         """Load a model; see ``transformers.PreTrainedModel.from_pretrained``.
 
         Raises:
-            CheckpointError: The checkpoint was made for another number of cycles, or its tensors have other names.
+            CheckpointError: The checkpoint was made for another number of cycles, or its tensors have other names and
+                nobody asks for ``output_loading_info``.
         """
         try:
             report = bool(kwargs.pop("output_loading_info", False))
             model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
-            model.check_loaded(info)
+            if not report:  # who asks for the report is told by it
+                model.check_loaded(info)
             model.take_exits()
             return (model, info) if report else model
         except RuntimeError as error:
