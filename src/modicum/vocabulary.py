@@ -1,4 +1,4 @@
-"""Tokens and their ids: the vocabulary in a ``tokenizer.json``, read as data, beside what a model has rows for."""
+"""The vocabulary in a ``tokenizer.json``, read as data, and what a model has rows and positions for."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ def check_ids(model: Any, rows: Iterable[Sequence[int]]) -> None:
             f"The tokenizer gives the token {largest}, and the model has embeddings of {size}. Use the tokenizer that "
             "the model was trained with, or resize the model's embeddings (resize_token_embeddings)."
         )
+
+
+def check_positions(model: Any, length: int, told: str, remedy: str) -> None:
+    """Refuse what is longer than a model's positions.
+
+    Args:
+        model: What reads it.
+        length: In tokens, those to be generated included.
+        told: What it is, up to the verb, for the error.
+        remedy: What to do about it.
+
+    Raises:
+        UnsupportedError: It is longer.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UnsupportedError(f"{told} the model's {limit} positions. {remedy}")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError, UnsupportedError
+from modicum.errors import RecipeError
 from modicum.knobs import guarded
 from modicum.random import generator
 from modicum.types import Fraction, NonNegative, NonNegativeInt, PositiveInt
-from modicum.vocabulary import check_ids
+from modicum.vocabulary import check_ids, check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,13 +92,9 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
     Raises:
         UnsupportedError: One does not.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise UnsupportedError(
-            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions. "
-            "Lower max_new_tokens or shorten the prompts."
-        )
+    told = f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed"
+    check_positions(model, longest + max_new_tokens, told, "Lower max_new_tokens or shorten the prompts.")
 
 
 @guarded

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from modicum.errors import RecipeError, UnsupportedError
+from modicum.errors import RecipeError
 from modicum.evaluate.generation import requests
 from modicum.knobs import guarded
 from modicum.types import NonNegativeInt, PositiveInt
-from modicum.vocabulary import check_ids
+from modicum.vocabulary import check_ids, check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,9 +80,7 @@ def check_window(model: PreTrainedModel, size: int) -> None:
     Raises:
         UnsupportedError: They exceed its positions.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and size > limit:
-        raise UnsupportedError(f"A window of {size} tokens exceeds the model's {limit} positions. Lower max_length.")
+    check_positions(model, size, f"A window of {size} tokens exceeds", "Lower max_length.")
 
 
 @guarded

@@ -18,26 +18,19 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from modicum.errors import RecipeError, UnsupportedError
+from modicum.errors import RecipeError
 from modicum.evaluate.held_out import held_out
 from modicum.evaluate.logistic import auroc, fit
+from modicum.vocabulary import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def check_prompt(model: PreTrainedModel, length: int) -> None:
-    """Refuse a prompt of so many tokens that a model cannot read.
-
-    Raises:
-        UnsupportedError: It exceeds the model's positions.
-    """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise UnsupportedError(
-            f"A prompt of {length} tokens exceeds the model's {limit} positions. Shorten it, or leave out the wrapper "
-            "that lengthens it."
-        )
+    """Raise an UnsupportedError for a prompt of so many tokens that a model cannot read."""
+    remedy = "Shorten it, or leave out the wrapper that lengthens it."
+    check_positions(model, length, f"A prompt of {length} tokens exceeds", remedy)
 
 
 @torch.inference_mode()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import ModicumError, UnsupportedError
+from modicum.errors import UnsupportedError
 from modicum.evaluate.rows import Row, question_of
 from modicum.evaluate.subject import Likelihood
 from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.pairs import Alternatives, PairCollator, encode_alternatives
 from modicum.jobs.data.tokens import encode, prompt_ids
-from modicum.jobs.data.trial import sample_of
+from modicum.jobs.data.trial import on_some
 from modicum.types import IGNORED
 from modicum.vocabulary import check_ids
 
@@ -175,35 +175,22 @@ class LocalSubject:
             raise _RehearsedError
 
         given |= {"reference_of": stop, "judge_of": stop}
-        some = sample_of(rows)
         with suppress(_RehearsedError):
-            try:
-                task.ask(task.measure.function, some, _Rehearsal(self), **given)
-            except ModicumError:
-                if len(some) == len(rows):
-                    raise
-                task.ask(task.measure.function, rows, _Rehearsal(self), **given)  # what none of some has, others may
+            on_some(rows, lambda some: task.ask(task.measure.function, some, _Rehearsal(self), **given))
 
     def _prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        found = [prompt_ids(row, self.tokenizer) for row in rows]
-        self._check_ids(found)
-        return found
+        return [prompt_ids(row, self.tokenizer) for row in rows]
 
     def _documents(self, rows: Sequence[Row]) -> list[tuple[list[int], int]]:
-        found = [self._document(row["text"]) if "text" in row else self._completion(row) for row in rows]
-        self._check_ids(ids for ids, _ in found)
-        return found
+        return [self._document(row["text"]) if "text" in row else self._completion(row) for row in rows]
 
     def _questions(self, rows: Sequence[Sequence[Row]]) -> list[Alternatives]:
         found = [
             encode_alternatives(row, self.tokenizer, f"question {index}: {question_of(row[0])!r:.60}")
             for index, row in enumerate(rows)
         ]
-        self._check_ids(ids for one in found for ids in (one.prompt, *one.answers))
+        check_ids(self.model, (ids for one in found for ids in (one.prompt, *one.answers)))
         return found
-
-    def _check_ids(self, rows: Iterable[Sequence[int]]) -> None:
-        check_ids(self.model, rows)
 
     def _document(self, text: str) -> tuple[list[int], int]:
         """Return the ids of a text after one token of context, so that its own first token is scored too."""
@@ -241,7 +228,9 @@ class _Rehearsal:
     def generate(self, rows: Sequence[Row], *, max_new_tokens: int, **_: Any) -> list[str]:
         from modicum.evaluate.generation import check_room
 
-        check_room(self._of.model, self._of._prompts(rows), max_new_tokens)
+        prompts = self._of._prompts(rows)
+        check_room(self._of.model, prompts, max_new_tokens)
+        check_ids(self._of.model, prompts)
         raise _RehearsedError
 
     def likelihoods(self, rows: Sequence[Row], *, size: int | None = None, **_: Any) -> list[Likelihood]:
@@ -249,6 +238,7 @@ class _Rehearsal:
 
         documents = self._of._documents(rows)
         check_window(self._of.model, size or max(len(ids) for ids, _ in documents))
+        check_ids(self._of.model, (ids for ids, _ in documents))
         raise _RehearsedError
 
     def alternatives(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from heapq import nlargest
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from modicum.errors import ModicumError
 from modicum.evaluate.rows import Row, Rows
@@ -14,6 +14,7 @@ from modicum.jobs.data.section import DataSection
 from modicum.jobs.data.tokens import tokenize
 from modicum.vocabulary import check_ids
 
+T = TypeVar("T")
 SAMPLE = 64  # rows that a check encodes, or up to twice as many
 LONGEST = 4  # rows that are in a sample for their length, by which they may not fit
 
@@ -23,6 +24,21 @@ def sample_of(rows: Rows) -> Rows:
     chosen = {*range(0, len(rows), max(1, len(rows) // SAMPLE))}
     chosen.update(nlargest(LONGEST, range(len(rows)), key=lambda place: _letters(rows.rows[place])))
     return replace(rows, rows=[rows.rows[place] for place in sorted(chosen)])
+
+
+def on_some(rows: Rows, act: Callable[[Rows], T]) -> T:
+    """Do something with a sample of the rows; where it is refused, with all, since others may do what none of it does.
+
+    Raises:
+        ModicumError: It is refused for all rows.
+    """
+    some = sample_of(rows)
+    try:
+        return act(some)
+    except ModicumError:
+        if len(some) == len(rows):
+            raise
+        return act(rows)
 
 
 def _letters(row: Row) -> int:
@@ -45,17 +61,17 @@ def check_tokens(model: Any, data: Any) -> None:
         return
     import pyarrow.compute  # type: ignore[import-untyped]
 
-    # As columns, since a list of all tokens would take many times the memory of the data set.
-    for column in map(data.data.column, {"input_ids"} & {*data.column_names}):
-        check_ids(model, [[pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() or 0]])
+    # As a column, since a list of all tokens would take many times the memory of the data set.
+    tokens = pyarrow.compute.list_flatten(data.data.column("input_ids"))
+    check_ids(model, [[pyarrow.compute.max(tokens).as_py() or 0]])
 
 
 def _ids_in(row: Any) -> Iterator[Sequence[int]]:
     """Yield the lists of whole numbers in a row, wherever they are; positions are no tokens."""
     if isinstance(row, (list, tuple)):
-        if row and all(isinstance(value, int) for value in row):
+        if row and isinstance(row[0], int):
             yield row
-        elif row and not isinstance(row[0], (int, float, str)):
+        elif row and not isinstance(row[0], (float, str)):
             yield from chain.from_iterable(map(_ids_in, row))
     elif isinstance(row, Mapping) or is_dataclass(row):
         named = row if isinstance(row, Mapping) else {field.name: getattr(row, field.name) for field in fields(row)}
@@ -84,12 +100,6 @@ def try_rows(
     Raises:
         ModicumError: The rows cannot be learned from.
     """
-    sample = replace(rows, rows=rows.rows[:: max(1, len(rows) // SAMPLE)])
-    try:
-        data = encode(sample, tokenizer, section, note=note)
-    except ModicumError:
-        if len(sample) == len(rows):
-            raise
-        data = encode(rows, tokenizer, section, note=note)  # rows left out by chance may be those that do
+    data = on_some(rows, lambda some: encode(some, tokenizer, section, note=note))
     if model is not None:
         check_tokens(model, data)
