@@ -139,6 +139,15 @@ def test_gpt_neo_s_two_lists_agree(tmp_path: Path) -> None:
     assert made.attention_layers == ["global", "local", "global", "local", "global", "local"]
 
 
+def test_lists_that_nobody_names_go_with_their_layers(tmp_path: Path) -> None:
+    config = transformers.GraniteSWAConfig(**TEXT, num_hidden_layers=4, layer_rope_theta=[1e4, 2e4, 3e4, 4e4])
+    transformers.GraniteSWAForCausalLM(config).save_pretrained(tmp_path / "m")
+    execute(parse(sliced(tmp_path / "m", (2, 4), (0, 2))), tmp_path / "run", quiet=True)
+    made = transformers.AutoConfig.from_pretrained(tmp_path / "run/model")
+    assert made.layer_rope_theta == [3e4, 4e4, 1e4, 2e4]
+    assert made.layer_types == [config.layer_types[number] for number in (2, 3, 0, 1)]
+
+
 def test_a_config_that_transformers_would_not_open_is_refused_by_the_plan(tmp_path: Path) -> None:
     config = transformers.Qwen3Config(**TEXT, head_dim=4, num_hidden_layers=2)
     transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "m")

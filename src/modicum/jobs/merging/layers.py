@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, first_line
-from modicum.layout import FIRST_LAYERS, LAYER_NUMBERS, layer_of, modules
+from modicum.layout import FIRST_LAYERS, LAYER_LISTS, LAYER_NUMBERS, layer_of, modules
 from modicum.weights.checkpoint import Checkpoint
 from modicum.weights.configs import depth_keys, text_of
 
@@ -104,7 +104,8 @@ def _rewrite(config: Any, before: Mapping[str, Any], origin: PreTrainedConfig, o
     """Change in ``config`` what lists layers by their places or numbers, or counts the first ones."""
     text = text_of(before)
     for key, value in _lists(_text(origin)):
-        if key in text and len(config.get(key) or ()) != len(order):
+        # Those of LAYER_LISTS come from the slices' own models; others may be as long as before, in another order.
+        if key in text and (key not in LAYER_LISTS or len(config.get(key) or ()) != len(order)):
             config[key] = [value[number] for number in order]
     for key in LAYER_NUMBERS & text.keys():
         if isinstance(text[key], list):
