@@ -83,7 +83,8 @@ def restore(target: Path) -> None:
     """Put back what a killed :func:`commit` had moved aside, or remove what it had not removed yet."""
     replaced = _replaced(target)
     if replaced.is_dir() and not target.exists():
-        replaced.rename(target)
+        with suppress(FileNotFoundError):  # another process of this launch was first
+            replaced.rename(target)
     elif replaced.is_dir():
         shutil.rmtree(replaced, ignore_errors=True)
 

@@ -91,6 +91,7 @@ class Run:
         shared: While another process has this very run at work, help it rather than refuse.
 
     Attributes:
+        foreign: The folder held the run of another recipe, or of other inputs, when its record was read.
         helps: Another process has the run, and writes its record.
         on: Executor of the run's stages, where the command line names one.
         workers: How many of them run at a time, where it says so.
@@ -141,7 +142,9 @@ class Run:
         } | (self._previous() or {})
 
     def _previous(self) -> dict[str, Any] | None:
-        if not self._files():
+        # Both are told by one look: another process of this launch may fill the folder a moment later.
+        files, self.foreign = self._files(), False
+        if not files:
             return None
         if not (self.folder / "record.json").exists():
             raise CheckpointError(f"{self.folder} is not empty and not a run. Choose another --out.")
@@ -149,6 +152,7 @@ class Run:
         difference = self._difference(previous)
         if difference is None:
             return previous
+        self.foreign = True
         if self._on_change == "refuse":
             raise CheckpointError(
                 f"{self.folder} holds the run of another recipe or of other inputs ({difference}). "
@@ -194,11 +198,6 @@ class Run:
             return set()
         except OSError as error:
             raise CheckpointError(f"Cannot use {self.folder}: {error.strerror}. Choose another --out.") from None
-
-    @property
-    def foreign(self) -> bool:
-        """Whether the folder holds the run of another recipe, or of other inputs."""
-        return self.record["status"] == "new" and bool(self._files())
 
     @property
     def done(self) -> bool:

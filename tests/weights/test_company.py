@@ -50,6 +50,26 @@ def test_who_followed_a_dead_one_on_another_machine_follows_the_next(out):
     assert company.wait_for_leader(out, beside, dead) is True
 
 
+def test_a_follower_of_an_earlier_launch_does_not_stand_for_this_ones(out, monkeypatch):
+    """Its lock, on another machine, looks like that of a living process: the first one must wait for its own follower.
+
+    Else it would be done before the follower had come, which would then wait for it without an end.
+    """
+    beside = out.with_name(".model.partial")
+    monkeypatch.setenv("MODICUM_STAGE_TIMEOUT", "0.1")
+    (beside / "rank.1.lock").write_text(json.dumps(asdict(replace(lock._me(), host="far", pid=1))))
+    (beside / "rank.1.follows").write_text("an earlier one")
+    with company.leading(out):
+        company.admit(out, beside)
+        with pytest.raises(RuntimeError, match="did not finish"):
+            company.wait_for_followers(lambda: True, out, beside, 2)
+        (beside / "rank.1.lock").unlink()  # as its own machine does, where it is seen to be dead
+        with company.following(out, beside, 1):
+            company.wait_for_followers(lambda: True, out, beside, 2)
+        company.leave(beside)
+    assert list(beside.iterdir()) == []
+
+
 def test_a_result_that_is_whole_by_then_needs_no_following(out):
     beside = out.with_name(".model.partial")
     beside.rmdir()

@@ -51,8 +51,8 @@ def execute(
     facts = registry.job[recipe.job].facts
     if not facts.spreads and (on is not None or workers is not None):
         raise RecipeError(f"--on and --workers spread the stages of a pipeline or grid; a {recipe.job} has none.")
-    if on_change == "replace" and processes.main():
-        restore(Path(folder))  # a kill while another run took the place of this one
+    if on_change == "replace":
+        restore(Path(folder))  # a kill while another run took the place of this one; each process must see the same
     run = open_run(recipe, folder, quiet=quiet, on_change="keep" if on_change == "replace" else on_change)
     run.on, run.workers = on, workers
     if on_change == "replace" and not run.foreign:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from modicum import lock
@@ -85,6 +85,7 @@ def following(out: Path, beside: Path, rank: int, *, again: bool = False) -> Ite
         if leader is not None:
             try:
                 stack.enter_context(lock.hold(_place(beside, rank), out))
+                _follows(beside, rank).write_text(repr(leader))
             except FileNotFoundError:
                 if not again:
                     raise
@@ -128,12 +129,13 @@ def wait_for_followers(ready: Callable[[], bool], out: Path, beside: Path, world
     """
     most = lock.patience()
     deadline = time.monotonic() + most
-    missing = set(range(1, world))
+    missing, me = set(range(1, world)), repr(lock.read_owner(lock_of(out)))
     while missing or not ready():
         for rank in range(1, world):
             owner = lock.read_owner(_place(beside, rank))
-            if owner is not None:
-                missing.discard(rank)
+            # A lock alone may be that of an earlier launch, whose processes on other machines look alive from here.
+            with suppress(FileNotFoundError):
+                missing -= {rank} if _follows(beside, rank).read_text() == me else set()
             ended = owner is not None and owner.alive() is False and not ready()
             if ended or _failure(beside, rank).exists():
                 raise RuntimeError(f"Process {rank} of {world} ended before it finished its share of {out}.")
@@ -150,6 +152,10 @@ def leave(beside: Path) -> None:
 
 def _place(beside: Path, rank: int) -> Path:
     return beside / f"rank.{rank}.lock"
+
+
+def _follows(beside: Path, rank: int) -> Path:
+    return beside / f"rank.{rank}.follows"
 
 
 def _failure(beside: Path, rank: int) -> Path:
