@@ -2,9 +2,11 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modicum import errors
-from modicum.errors import MissingExtraError, ModicumError, did_you_mean, first_line
+from modicum.errors import LONGEST, MissingExtraError, ModicumError, did_you_mean, first_line, listed, shortened
 
 
 def test_a_close_name_is_suggested_and_otherwise_all_are_listed():
@@ -35,3 +37,26 @@ def test_nobody_else_takes_the_first_line_of_an_error():
     root = Path(errors.__file__).parent
     taken = re.compile(r'str\(error\)[^\n]*(splitlines\(\)\[0\]|partition\("\\n"\))')
     assert [path.name for path in root.rglob("*.py") if taken.search(path.read_text())] == []
+
+
+@given(st.text(alphabet="ab \n", max_size=200), st.integers(10, 60))
+def test_a_long_message_keeps_both_ends_and_whole_words(text, most):
+    short = shortened(text, most)
+    if len(text) <= most:
+        assert short == text
+        return
+    head, tail = short.split("…")
+    assert len(short) <= most
+    assert text.startswith(head) and text.endswith(tail)
+    assert head == "" or head.endswith(" ")
+    assert tail == "" or tail.startswith(" ")
+
+
+def test_no_message_is_longer_than_can_be_read_whatever_is_put_into_it():
+    """Its end, which says what to do, stays; and looking for keys in it takes no seconds."""
+    assert len(str(ModicumError(f"rows have {'x, ' * 10**6}. Rename one."))) <= LONGEST
+    assert str(ModicumError(f"rows have {'x, ' * 10**6}. Rename one.")).endswith(" . Rename one.")
+    assert len(str(MissingExtraError("x" * 10**6, "demo"))) <= LONGEST
+    assert len(did_you_mean("y", map(str, range(10**6)))) < 1000
+    assert did_you_mean("y" * 10**6, ["yes"]) == "Known: yes."
+    assert listed([]) == ""

@@ -25,7 +25,7 @@ import typer
 from typer.core import TyperGroup
 
 from modicum import names, processes
-from modicum.errors import ModicumError, RecipeError, did_you_mean, printable
+from modicum.errors import ModicumError, RecipeError, did_you_mean, printable, shortened
 from modicum.shortage import shortage_told
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # whatever is wrong with the arguments themselves
@@ -325,8 +325,8 @@ def _say(text: str) -> None:
     """
     from modicum.credentials import redact
 
-    text = printable(redact(" ".join(text.split("\n"))))
-    print(f"modicum: {text if len(text) <= 4000 else text[:3997] + '...'}", file=sys.stderr)
+    text = printable(redact(shortened(" ".join(text.split("\n")))))
+    print(f"modicum: {text}", file=sys.stderr)
 
 
 def _say_usage(error: Any) -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 4000  # letters of a message, whatever was put into it
+SHOWN = 12  # names of a list in a message
+KNOWN, COMPARED = 100, 2000  # of known names, those shown and those compared with a wrong one
+
 
 class ModicumError(ValueError):
     """Base of every error that the user can mend; the command line prints its message and exits with 2."""
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class RecipeError(ModicumError):
@@ -52,6 +59,33 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(".") + "."
 
 
+def shortened(text: str, most: int = LONGEST) -> str:
+    """Return a text without its middle where it is too long to be read: its end says what to do.
+
+    It is cut between words, so that a key, which is looked for afterwards, is whole or gone.
+
+    Example:
+        >>> shortened("the fields a, b, c, d, e, f, g and h. Rename one.", most=30)
+        'the fields a, … Rename one.'
+    """
+    if len(text) <= most:
+        return text
+    head, tail = text[: most // 2], text[-(most // 2 - 1) :]
+    return f"{head[: head.rfind(' ') + 1] or ''}…{tail[tail.find(' ') :] if ' ' in tail else ''}"
+
+
+def listed(names: Iterable[str], most: int = SHOWN) -> str:
+    """Return names in order, and how many more there are.
+
+    Example:
+        >>> listed(["b", "c", "a"], most=2)
+        'a, b and 1 more'
+    """
+    found = sorted(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
+
+
 def is_text(text: str) -> bool:
     """Whether a text can be written as UTF-8: half a character, as of a file's name in another encoding, cannot.
 
@@ -92,9 +126,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         'Known: linear, ties.'
     """
     names = sorted(known)
-    spelled = {_spelling(known): known for known in names}
-    close = get_close_matches(_spelling(name), spelled, n=1)
-    return f"Did you mean {spelled[close[0]]!r}?" if close else f"Known: {', '.join(names)}."
+    # Names of a file may be any number, and each comparison takes time.
+    spelled = {_spelling(known): known for known in names[:COMPARED] if len(known) < LONGEST}
+    close = get_close_matches(_spelling(name[:LONGEST]), spelled, n=1)
+    return f"Did you mean {spelled[close[0]]!r}?" if close else f"Known: {listed(names, most=KNOWN)}."
 
 
 def _spelling(name: str) -> str:

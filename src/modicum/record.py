@@ -41,7 +41,7 @@ from modicum.durable import keep_aside, remove
 from modicum.durable import whole_folder as whole_folder
 from modicum.durable import write_atomic as write_atomic
 from modicum.environment import environment
-from modicum.errors import CheckpointError, ModicumError, printable
+from modicum.errors import CheckpointError, ModicumError, printable, shortened
 from modicum.inputs import Inputs
 from modicum.stored import ADDED, damage, difference, end_last_line, outputs_in
 from modicum.stored import read_lines as read_lines
@@ -308,7 +308,7 @@ class Run:
             self.record.pop("error", None)
             if error is not None and not stopped:
                 known = isinstance(error, ModicumError)
-                self.record["error"] = redact(str(error) if known else f"{type(error).__name__}: {error}")
+                self.record["error"] = redact(shortened(str(error) if known else f"{type(error).__name__}: {error}"))
             if error is None and self.main:
                 self.record["files"] = self._hashes()
             with suppress(OSError) if error is not None else nullcontext():

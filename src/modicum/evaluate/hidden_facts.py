@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from modicum.errors import RecipeError, did_you_mean
+from modicum.errors import RecipeError, did_you_mean, listed
 from modicum.evaluate.measures.exact_match import normalize
 from modicum.random import derive_seed
 from modicum.types import NonNegativeInt, PositiveInt, UnitInterval
@@ -260,7 +260,7 @@ def read_lost_in_the_middle(rows: Iterable[Mapping[str, Any]], *, total: int | N
         except (KeyError, TypeError, StopIteration) as error:
             raise RecipeError(
                 f"row {number}: expected question, answers and ctxs with one isgold among the first "
-                f"{total or 'documents'}, got {', '.join(row)} ({type(error).__name__})."
+                f"{total or 'documents'}, got {listed(row)} ({type(error).__name__})."
             ) from None
         head = "Write a short answer to the question, using only the documents; some of them do not bear on it.\n\n"
         depth = gold / max(len(contexts) - 1, 1)
@@ -279,7 +279,7 @@ def read_ruler(rows: Iterable[Mapping[str, Any]], *, task: str = "ruler") -> Ite
             outputs = tuple(map(str, row["outputs"]))
             length = int(row["length"])
         except (KeyError, TypeError, ValueError):
-            raise RecipeError(f"row {number}: expected input, outputs and length, got {', '.join(row)}.") from None
+            raise RecipeError(f"row {number}: expected input, outputs and length, got {listed(row)}.") from None
         yield Item(task, prompt, outputs, " " + ", ".join(outputs), 0.0, length)
 
 

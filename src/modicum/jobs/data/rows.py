@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from modicum.errors import CheckpointError, RecipeError
+from modicum.errors import CheckpointError, RecipeError, listed
 from modicum.evaluate.rows import Row, Rows
 from modicum.job_facts import RowKindFacts
 from modicum.jobs.data.bad_rows import BadRow, each
@@ -93,6 +93,6 @@ def _kind(section: DataSection, rows: list[Row], prefer: str | None = None) -> E
     shown = [kind for kind in kinds if kind.name == prefer or kind.facts.order < ASKED]
     *most, last = (" and ".join(repr(section.fields.of(field)) for field in kind.facts.fields) for kind in shown)
     raise RecipeError(
-        f"{section.path}: rows have the fields {', '.join(sorted(row)) or 'none'}; "
+        f"{section.path}: rows have the fields {listed(row) or 'none'}; "
         f"expected {', '.join(most)}, or {last}. Name yours: fields: {{prompt: …, completion: …}}"
     )

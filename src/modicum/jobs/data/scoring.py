@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from modicum.borders import expanded, loads
-from modicum.errors import CheckpointError, ModicumError, RecipeError, first_line
+from modicum.errors import CheckpointError, ModicumError, RecipeError, first_line, listed
 from modicum.evaluate.rows import Row, question_of
 from modicum.jobs.data.section import ScorerSection
 from modicum.shortage import pass_on
@@ -136,7 +136,7 @@ def _read(given: Scores, heads: int | Sequence[str] | None, where: str) -> tuple
     if isinstance(given, Mapping):
         wanted = names if names is not None else sorted(given)
         if missing := [name for name in wanted if name not in given]:
-            raise RecipeError(f"{where}: the scorer has no head {missing[0]!r}; it has {', '.join(sorted(given))}.")
+            raise RecipeError(f"{where}: the scorer has no head {missing[0]!r}; it has {listed(given)}.")
         values = [given[name] for name in wanted]
     else:
         values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]

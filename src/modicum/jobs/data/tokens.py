@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
-from modicum.errors import CheckpointError, RecipeError
+from modicum.errors import CheckpointError, RecipeError, listed
 from modicum.evaluate.rows import Row, Rows
 from modicum.jobs.data import chat_template
 from modicum.jobs.data.bad_rows import each, whole
@@ -125,7 +125,7 @@ def text_of(section: DataSection, row: Row, field: str, index: int) -> str:
     if isinstance(value, str) and not is_text(value):
         raise RecipeError(f"{section.path}, row {index}: field {name!r} holds half a Unicode character (a surrogate).")
     if not isinstance(value, str):
-        found = f"is {type(value).__name__}" if name in row else f"is missing (it has {', '.join(sorted(row))})"
+        found = f"is {type(value).__name__}" if name in row else f"is missing (it has {listed(row)})"
         raise RecipeError(f"{section.path}, row {index}: field {name!r} {found}, expected text.")
     return value
 

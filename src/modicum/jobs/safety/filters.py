@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from modicum.errors import RecipeError
+from modicum.errors import RecipeError, listed
 from modicum.evaluate.chat import THINK, Choice, Goal, Judge, JudgeItem, Verdict, split_reasoning
 from modicum.jobs.safety.prompts import completion_text, refuse_tags
 from modicum.objectives.safety_reasoning import verdict_of
@@ -75,7 +75,7 @@ def _query(given: Given, name: str, harmful: bool) -> Query:
     text = given.get("prompt", given.get("text"))
     if not isinstance(text, str) or not text.strip():
         raise RecipeError(
-            f"Request {given.get('id', name)!r} has the fields {', '.join(given)}, expected text as 'prompt'."
+            f"Request {given.get('id', name)!r} has the fields {listed(given)}, expected text as 'prompt'."
         )
     return Query(str(given.get("id", name)), text, harmful, given.get("completion"), given.get("category"))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from modicum.borders import expanded
-from modicum.errors import CheckpointError, RecipeError, first_line
+from modicum.errors import CheckpointError, RecipeError, first_line, listed
 from modicum.evaluate.chat import THINK, Message, split_reasoning, user
 from modicum.jobs.data import chat_template
 from modicum.jobs.data.tokens import continued, learned_turn
@@ -249,7 +249,7 @@ def render_row(
         )
     if not row.get("prompt") or not ("answer" in row or "completion" in row):
         raise RecipeError(
-            f"A row has the fields {', '.join(row) or 'none'}, expected a prompt, and a completion or an answer."
+            f"A row has the fields {listed(row) or 'none'}, expected a prompt, and a completion or an answer."
         )
     opening, closing = _marks(reasoning_format, tags)
     prompt = user(row["prompt"]) if isinstance(row["prompt"], str) else tuple(row["prompt"])

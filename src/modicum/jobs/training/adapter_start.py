@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from modicum.errors import ModicumError
+from modicum.errors import ModicumError, listed
 from modicum.facts import AdapterFacts
 from modicum.registry import SUPPLIED, Entry
 
@@ -95,7 +95,7 @@ def from_preheating(
             f"{entry.name}: preheating rank {stage.preheat_rank} was clipped to the short side of {clipped} modules."
         )
     if left:
-        notes.append(f"{entry.name} left {len(left)} modules at their default start: {', '.join(left)}.")
+        notes.append(f"{entry.name} left {len(left)} modules at their default start: {listed(left)}.")
     factors: Pairs = {}
     for name, layer in lora_layers(peft_model, adapter).items():
         A, B = factors_of(layer, adapter)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modicum.errors import CheckpointError
+from modicum.errors import CheckpointError, listed
 from modicum.weights.stores.base import Parts, Store, rows_at_a_time
 from modicum.weights.stores.random_rescaled import drawn_mask
 
@@ -76,7 +76,7 @@ def reader_of(parts: Parts, shape: Sequence[int], *, key: int = 0, density: floa
         return _Places(parts, shape)
     if "values" in names and density is not None:
         return _Drawn(parts, shape, key, density)
-    raise CheckpointError(f"An expert has the parts {', '.join(sorted(names))}, which no store writes.")
+    raise CheckpointError(f"An expert has the parts {listed(names)}, which no store writes.")
 
 
 class _Delta(Reader):

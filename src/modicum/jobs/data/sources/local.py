@@ -9,7 +9,7 @@ from typing import Any
 
 from modicum.borders import LARGEST, border, check_plain, expanded, loads
 from modicum.data_files import data_files, whole
-from modicum.errors import CheckpointError, first_line
+from modicum.errors import CheckpointError, first_line, listed
 from modicum.evaluate.rows import Row
 from modicum.jobs.data.bad_rows import BadRow
 from modicum.jobs.data.section import DataSection
@@ -63,9 +63,7 @@ def local(section: DataSection, name: str) -> list[Row]:
     splits = {file: _split_of(file.relative_to(path)) for file in files}
     chosen = [file for file in files if splits[file] == section.split]
     if not chosen:
-        raise CheckpointError(
-            f"{path} has the splits {', '.join(sorted(set(splits.values())))}, got {section.split!r}."
-        )
+        raise CheckpointError(f"{path} has the splits {listed(set(splits.values()))}, got {section.split!r}.")
     return [row for file in chosen for row in _read(file, section.fields.text)]
 
 
@@ -183,7 +181,7 @@ def rows_of(data: Any, section: DataSection) -> list[Row]:
 
     if isinstance(data, datasets.DatasetDict):
         if section.split not in data:
-            raise CheckpointError(f"{section.path} has the splits {', '.join(data)}, got {section.split!r}.")
+            raise CheckpointError(f"{section.path} has the splits {listed(data)}, got {section.split!r}.")
         data = data[section.split]
     if section.size is not None and not section.shuffle:
         data = data.select(range(min(section.size, len(data))))
