@@ -27,6 +27,10 @@ def test_a_missing_extra_names_the_install_command():
         (ValueError("\n  wrong  \n"), "wrong."),
         (AssertionError(), "AssertionError."),
         (RuntimeError(" \n"), "RuntimeError."),
+        (
+            RuntimeError("Error(s) in loading:\n\tsize mismatch for w.\n\tanother."),
+            "Error(s) in loading: size mismatch for w.",
+        ),
     ],
 )
 def test_an_error_that_says_nothing_is_told_by_its_kind(error, line):

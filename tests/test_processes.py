@@ -67,19 +67,26 @@ def test_nobody_else_reads_the_launchers_variables():
 
 LAUNCHER = """
 import os, subprocess, sys
-rank = "from modicum import processes; import time; processes.end_with_launcher(); print(1, flush=True); time.sleep(60)"
-child = subprocess.Popen([sys.executable, "-c", rank], env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"},
-                         stdout=subprocess.PIPE)
+rank = "from modicum import processes; import os, sys, time; print(1, flush=True); time.sleep(float(sys.argv[1])); "
+rank += "processes.end_with_launcher(); time.sleep(60)"
+told = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+child = subprocess.Popen([sys.executable, "-c", rank, sys.argv[1]], env=os.environ | told, stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
 child.wait()
 """
 
 
-def test_a_process_whose_launcher_was_killed_ends():
-    with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True) as launcher:
+@pytest.mark.parametrize("starting", [0.0, 1.0])
+def test_a_process_whose_launcher_was_killed_ends(starting):
+    """Even where that happens while the process is still starting, so that it never sees its launcher."""
+    if starting and b"python" in Path("/proc/1/cmdline").read_bytes().partition(b"\0")[0]:
+        pytest.skip("the first process of this container is a Python: it could be a launcher")
+    command = [sys.executable, "-c", LAUNCHER, str(starting)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         rank = int(launcher.stdout.readline())
+        time.sleep(0.5 - starting / 2)  # it looks for its launcher before, or after
         launcher.kill()
     for _ in range(200):
         stat = Path(f"/proc/{rank}/stat")

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from modicum import registry
 from modicum.errors import RecipeError
-from modicum.recipe import Section, dump, job_schema, override, parse, parse_yaml, read, shipped
+from modicum.recipe import Section, dump, job_schema, override, parse, parse_yaml, read, sections, shipped
 
 
 def test_yaml_reads_scientific_notation_as_a_number():
@@ -172,3 +172,20 @@ def test_data_is_a_path_alone_wherever_it_is_asked_for():
     ):
         data = parse(recipe).data
         assert "rows.jsonl" in (data.mix.parts["a"].path if data.mix else data.path)
+
+
+def test_what_acts_with_another_key_is_one_of_the_section_and_can_be_left_out():
+    for name in registry.job:
+        for section in (job_schema(name), *sections(job_schema(name))):
+            for key, other in (*section.acts_with.items(), *section.acts_without.items()):
+                assert not section.model_fields[key].is_required(), key
+                assert section.model_fields[other].default is None, other
+
+
+def test_a_key_set_in_vain_is_refused_and_a_resolved_recipe_is_not():
+    data = {"job": "average", "checkpoints": ["a", "b"], "batch_size": 4}
+    with pytest.raises(RecipeError, match="batch_size changes nothing where data is not given. Set data, or remove"):
+        parse(data)
+    assert dump(parse(dump(parse(data | {"data": "rows.jsonl"})))) == dump(parse(data | {"data": "rows.jsonl"}))
+    left = dump(parse({"job": "average", "checkpoints": ["a", "b"]}))
+    assert left["batch_size"] == 8 and dump(parse(left)) == left

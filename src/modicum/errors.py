@@ -55,8 +55,10 @@ def first_line(error: BaseException) -> str:
         >>> first_line(OSError("No space.\\nTry again."))
         'No space.'
     """
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if first.endswith(":") and more:  # which announces what is wrong, and does not say it
+        first = f"{first} {more[0].strip()}"
+    return first.rstrip(".") + "."
 
 
 def shortened(text: str, most: int = LONGEST) -> str:

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modicum.errors import UnsupportedError
@@ -38,10 +39,25 @@ def end_with_launcher() -> None:
     wait for each other for ever. This one is told to stop, as by Ctrl-C, and ended when it does not.
     """
     if world() > 1 and os.name == "posix":
-        threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+        launcher = None if _orphaned() else os.getppid()
+        threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
 
 
-def _watch(launcher: int) -> None:
+def _orphaned() -> bool:
+    """Whether torch's launcher, a Python, has gone before it could be looked at: the system's first process took over.
+
+    In a container that first process may be the launcher itself.
+    """
+    if os.getppid() != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        first = Path("/proc/1/cmdline").read_bytes().partition(b"\0")[0]
+    except OSError:
+        return False  # not Linux
+    return first != b"" and b"python" not in first
+
+
+def _watch(launcher: int | None) -> None:
     while os.getppid() == launcher:
         time.sleep(LOOK)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -40,10 +40,19 @@ Data: TypeAlias = dict[str, Any]
 
 
 class Section(BaseModel):
-    """A part of a recipe; unknown keys are refused."""
+    """A part of a recipe; unknown keys are refused.
+
+    Attributes:
+        noun: What errors call it.
+        alone: The key that a text in the place of the whole section stands for.
+        acts_with: Keys that change nothing unless another one is given: one that is set in vain is refused.
+        acts_without: Keys that change nothing once another one is given.
+    """
 
     noun: ClassVar[str] = "section"
-    alone: ClassVar[str | None] = None  # the key that a text in the place of the whole section stands for
+    alone: ClassVar[str | None] = None
+    acts_with: ClassVar[Mapping[str, str]] = {}
+    acts_without: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -58,6 +67,20 @@ class Section(BaseModel):
             value = getattr(self, name)
             for where, found in () if isinstance(value, BaseModel) else not_finite(value, name):
                 raise ValueError(f"{where} is {found}, expected a finite number")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_said_in_vain(self) -> Self:
+        """Refuse a value of a key that will not be read; its default, which a resolved recipe holds too, may stand."""
+        for table, given, remedy in (
+            (self.acts_with, False, "Set {}, or remove {}"),
+            (self.acts_without, True, "Remove {} or {}"),
+        ):
+            for key, other in table.items():
+                said = getattr(self, key) != _default_of(type(self).model_fields[key])
+                if said and (getattr(self, other) is not None) is given:
+                    state = "is given" if given else "is not given"
+                    raise ValueError(f"{key} changes nothing where {other} {state}. {remedy.format(other, key)}.")
         return self
 
     @model_serializer(mode="wrap")

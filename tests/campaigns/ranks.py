@@ -78,7 +78,7 @@ class Launch:
         for rank in range(2):
             told = {"RANK": str(rank), "LOCAL_RANK": str(0 if machines else rank), "WORLD_SIZE": "2",
                     "LOCAL_WORLD_SIZE": "1" if machines else "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                    "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+                    "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RUN_ID": "campaign"}  # fmt: skip
             told |= {"CAMPAIGN_MACHINE": f"machine-{rank}"} if machines else {}
             ranks.append(forked.Attempt(command_of(name, out), world, variables=told))
             with self._pids.open("a") as file:

@@ -191,8 +191,11 @@ def test_the_mean_of_products_is_not_the_product_of_means(tmp_path: Path, root: 
         ({"method": "uniform", "compare": [{"name": "lawa", "last": 7}]}, "last is 7, but there are 5"),
         ({"method": {"name": "wsm", "decay": [0.1, 0.2, 0.0, 0.0]}}, "never rise"),
         ({"curve": {"last": 6}}, "curve.last is 6"),
-        ({"method": "uniform", "data": None, "compare": ["last"]}, "compare measures losses, and data is not given"),
-        ({"data": None}, "learns its coefficients"),
+        (
+            {"method": "uniform", "data": None, "batch_size": None, "compare": ["last"]},
+            "compare changes nothing where data is not given",
+        ),
+        ({"data": None, "batch_size": None}, "learns its coefficients"),
         ({"method": {"name": "sewa", "tau": 0}}, "tau"),
     ],
 )

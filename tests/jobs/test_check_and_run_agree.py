@@ -56,6 +56,57 @@ CASES = {
          "goals": {"path": "harmful.jsonl"}, "benign": {"path": "harmless.jsonl"}},
         "exceeds the model's 16 positions. Shorten it",
     ),
+    "answers without room": (
+        {"job": "attack", "targets": {"m": "base"}, "goals": {"path": "harmful.jsonl"}, "max_new_tokens": 256,
+         "benign": {"path": "harmless.jsonl"}},
+        "tokens and 256 new ones exceed the model's 256 positions. Lower the limit on an answer",
+    ),
+    "answers without room below guidelines": (
+        {"job": "attack", "targets": {"m": {"model": "base", "guidelines": True}}, "max_new_tokens": 9,
+         "goals": {"path": "harmful.jsonl"}, "benign": {"path": "harmless.jsonl"}},
+        "tokens and 9 new ones exceed the model's 256 positions. Lower the limit on an answer",
+    ),
+    "replies without room": (
+        {"job": "synthesize", "teacher": "base", "max_tokens": 300, "illegal": {"path": "harmful.jsonl"},
+         "helpful": {"path": "harmless.jsonl"}},
+        "tokens and 300 new ones exceed the model's 256 positions. Lower the limit on an answer",
+    ),
+    "rows that are all long": (
+        {"job": "synthesize", "teacher": {"endpoint": "http://localhost:9", "name": "m"}, "student": "base",
+         "max_length": 1, "illegal": {"path": "harmful.jsonl"}, "helpful": {"path": "harmless.jsonl"}},
+        "max_length is 1, and a row of the shortest request has more than",
+    ),
+    "replies that nobody can draw": (
+        {"job": "synthesize", "teacher": "base", "k": 1, "arms": ["srg", "contrast"],
+         "illegal": {"path": "harmful.jsonl"}, "helpful": {"path": "harmless.jsonl"}},
+        "arm 'contrast' needs a reply that a request must not get beside one that passed, and k: 1",
+    ),
+    "a mask without a row": (
+        {"job": "train", "model": "base", "data": SAY, "objective": {"name": "meap", "mask_token_id": 99999}},
+        "mask_token_id 99999 has no embedding: the model has",
+    ),
+    "a mask that ends texts": (
+        {"job": "train", "model": "base", "data": SAY, "objective": {"name": "meap", "mask_token_id": 2}},
+        "mask_token_id 2 is the tokenizer's eos_token_id",
+    ),
+    "guidelines beyond the table": (
+        {"job": "represent", "targets": {"m": {"model": "base", "guidelines": True}}, "folds": 2,
+         "suites": {"p": "flip"}, "goals": {"path": "harmful.jsonl"}, "benign": {"path": "harmless.jsonl"}},
+        "exceeds the model's 256 positions. Shorten it",
+    ),
+    "a file of tracks and simulated targets": (
+        {"job": "coordinate", "policies": ["random"],
+         "application": {"name": "tracking", "tracks": "tracks.csv", "targets": 3}},
+        "targets changes nothing where tracks is given. Remove tracks or targets",
+    ),
+    "steps of no tracks": (
+        {"job": "coordinate", "policies": ["random"], "application": {"name": "tracking", "step": 3}},
+        "step changes nothing where tracks is not given. Set tracks, or remove step",
+    ),
+    "a choice without data": (
+        {"job": "average", "checkpoints": ["base", "plain"], "fallback": False},
+        "fallback changes nothing where data is not given",
+    ),
     "visits that stay": (
         {"job": "calibrate", "model": "looped", "data": {"path": "text.jsonl"}, "prune": 100},
         "100 visits were to be skipped, but only 1 can be",

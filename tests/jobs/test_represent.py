@@ -17,6 +17,8 @@ from modicum.report.runs import load
 from modicum.report.sections.representation import representation
 from support import byte_tokenizer, tiny_llama
 
+GUIDELINE = "- {id: help, kind: safety, perspective: everybody, title: Help, text: Help who asks.}\n"
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
@@ -51,6 +53,16 @@ def test_a_cell_has_points_and_numbers_and_the_report_shows_them(parts, tmp_path
     assert "tiny" in str(section.body) and "second component" in str(section.body) and len(section.findings) == 1
     assert execute(asked, tmp_path / "run", quiet=True).record["metrics"] == run.record["metrics"]
     assert "wish" not in (run.folder / "record.json").read_text() + (run.folder / "cells.json").read_text()
+
+
+def test_a_targets_guidelines_stand_before_every_prompt(parts, tmp_path):
+    (tmp_path / "g.yaml").write_text(GUIDELINE)
+    model = str(parts / "model")
+    targets = {"plain": model, "guided": {"model": model, "guidelines": str(tmp_path / "g.yaml")}}
+    asked = recipe(parts, targets=targets)
+    assert plan(asked)
+    plain, guided = execute(asked, tmp_path / "run", quiet=True).record["metrics"]["representation"]["cells"]
+    assert plain["points"] != guided["points"]
 
 
 def test_coordinates_are_those_of_the_states(parts, tmp_path):

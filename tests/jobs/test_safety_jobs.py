@@ -311,7 +311,11 @@ def test_too_few_rows_and_evaluation_prompts_are_refused(parts, tmp_path):
         execute(synthesize_recipe(parts, minimum=4), tmp_path / "run", quiet=True)
     for arm in ("srg", "rt", "preference", "prompts"):  # none at all is too few, whatever the minimum
         with pytest.raises(RecipeError, match="0 illegal rows are left after the filters"):
-            execute(synthesize_recipe(parts, min_words=10**6, k=1, arms=[arm]), tmp_path / arm, quiet=True)
+            execute(
+                synthesize_recipe(parts, min_words=10**6, k=2 if arm == "preference" else 1, arms=[arm]),
+                tmp_path / arm,
+                quiet=True,
+            )
 
 
 def test_requests_in_a_measured_wrapper_are_refused(parts, tmp_path, monkeypatch):

@@ -80,6 +80,12 @@ class ChatRequest:
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    def under(self, system: str | None) -> ChatRequest:
+        """Return the request with a system message before it, where there is one."""
+        if system is None:
+            return self
+        return replace(self, messages=({"role": "system", "content": system}, *self.messages))
+
     def single(self, index: int) -> ChatRequest:
         """Return the request for sample ``index`` alone; its seed is the request's plus the index."""
         seed = None if self.params.seed is None else self.params.seed + index

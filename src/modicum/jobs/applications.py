@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,10 @@ from modicum.types import NonNegative, Positive, PositiveInt, UnitInterval
 class Tracking(Section):
     """Agents that follow moving targets in a disk."""
 
+    acts_with: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("step", "max_gap", "start", "duration", "incomplete"), "tracks"
+    )
+    acts_without: ClassVar[Mapping[str, str]] = dict.fromkeys(("targets", "mixture"), "tracks")
     name: Literal["tracking"] = Field(default="tracking", description="the application")
     agents: PositiveInt = Field(default=20, description="number of agents")
     targets: PositiveInt = Field(default=30, description="number of simulated targets; a file of tracks brings its own")

@@ -293,7 +293,10 @@ def _goals(recipe: AttackRecipe) -> tuple[list[Any], list[Any]]:
 
 
 def _look(recipe: AttackRecipe, goals: list[Any], benign: list[Any]) -> None:
-    from modicum.jobs.chat.targets import look_at_all
+    from modicum.evaluate.chat import GenParams
+    from modicum.jobs.chat.targets import look_at, look_at_all
 
-    targets = [*recipe.targets.values(), *([recipe.attacker] if recipe.attacker else [])]
-    look_at_all(recipe.suites.values(), (goals, benign), targets, recipe.judge)
+    if recipe.attacker is not None:
+        look_at(recipe.attacker)
+    params = GenParams(max_tokens=recipe.max_new_tokens)
+    look_at_all(recipe.suites.values(), (goals, benign), recipe.targets.values(), recipe.judge, params=params)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,9 @@ class CurveSection(Section):
 class AverageRecipe(Recipe):
     """Checkpoints of one run, and how to average them."""
 
+    acts_with: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("held_out", "batch_size", "fallback", "compare", "curve"), "data"
+    )
     job: Literal["average"] = "average"
     checkpoints: list[str] = Field(
         min_length=1,
@@ -70,9 +73,6 @@ class AverageRecipe(Recipe):
 
         method: Any = self.method
         check_request(len(self.checkpoints), method.name, learning=self.data is not None)
-        for key in ("held_out", "compare", "curve"):
-            if getattr(self, key) and self.data is None:
-                raise ValueError(f"{key} measures losses, and data is not given. Set data, or remove {key}.")
         if self.rank is not None and self.output != "lora":
             raise ValueError("rank is that of an adapter. Set output: lora, or remove rank.")
         if self.exclude is not None and self.output == "lora":

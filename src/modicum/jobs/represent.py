@@ -6,8 +6,9 @@ numbers of :mod:`modicum.evaluate.representation`. Components and probes are fit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
     from modicum.evaluate.chat import AttackedPrompt
     from modicum.jobs.chat.local import LocalHF
 
+    Prompts = dict[str, tuple[list[AttackedPrompt], list[AttackedPrompt]]]
+
 Cell = dict[str, Any]
 
 
 class RepresentRecipe(Recipe):
     """Which models, which prompts, and after which block."""
 
+    acts_with: ClassVar[Mapping[str, str]] = {"max_new_tokens": "judge"}
     job: Literal["represent"] = "represent"
     targets: dict[str, Target] = Field(min_length=1, description="name: folder, Hub id or builtin")
     suites: dict[str, Suite] = Field(
@@ -82,7 +86,7 @@ def plan(recipe: RepresentRecipe) -> list[str]:
         options: dict[str, Any] = {"remote_code": target.remote_code}
         reference = target.model or ""
         known = rehearse_model(reference, **options), load_tokenizer(reference, **options)
-        _try_prompts(recipe, *known, [*goals, *benign])
+        _try_prompts(recipe, *known, [*goals, *benign], target.system)
     prompts = (len(goals) + len(benign)) * (1 + len(recipe.suites))
     answers = f", and as many greedy answers judged by {recipe.judge.name}" if recipe.judge else ""
     return [
@@ -91,7 +95,7 @@ def plan(recipe: RepresentRecipe) -> list[str]:
     ]
 
 
-def _try_prompts(recipe: RepresentRecipe, model: Any, tokenizer: Any, goals: Sequence[Any]) -> None:
+def _try_prompts(recipe: RepresentRecipe, model: Any, tokenizer: Any, goals: Sequence[Any], system: str | None) -> None:
     """Refuse prompts that a model cannot read; nothing of it is asked but its configuration."""
     from modicum.evaluate.chat import ChatRequest
     from modicum.evaluate.representation import check_prompt
@@ -100,17 +104,20 @@ def _try_prompts(recipe: RepresentRecipe, model: Any, tokenizer: Any, goals: Seq
     local = LocalHF(model, tokenizer)
     for suite in (Suite(attack="plain"), *recipe.suites.values()):
         for prompt in suite.wrap(suite.attack.name, goals, None):
-            check_prompt(model, len(local.tokens(ChatRequest(prompt.messages))) + (recipe.position == "think_first"))
+            read = local.tokens(ChatRequest(prompt.messages).under(system))
+            check_prompt(model, len(read) + (recipe.position == "think_first"))
 
 
 def _goals(recipe: RepresentRecipe) -> tuple[list[Any], list[Any]]:
     """Return harmful and harmless requests, after a look at all that will be used."""
+    from modicum.evaluate.chat import GenParams
     from modicum.jobs.chat.targets import look_at_all
     from modicum.jobs.safety.suites import refuse_both
 
     goals, benign = recipe.goals.load(harmful=True), recipe.benign.load(harmful=False)
     refuse_both(goals, benign)
-    look_at_all(recipe.suites.values(), (goals, benign), recipe.targets.values(), recipe.judge)
+    params = GenParams(max_tokens=recipe.max_new_tokens) if recipe.judge else None
+    look_at_all(recipe.suites.values(), (goals, benign), recipe.targets.values(), recipe.judge, params=params)
     return goals, benign
 
 
@@ -135,7 +142,7 @@ def represent(recipe: RepresentRecipe, run: Run) -> None:
     def measure(name: str) -> Cell:
         target = open_target(recipe.targets[name])
         run.inputs.check()
-        return {"target": name} | _compared(recipe, target, prompts)
+        return {"target": name} | _compared(recipe, target, _under(recipe.targets[name].system, prompts))
 
     def tell(name: str, cell: Cell) -> None:
         for suite, found in cell["suites"].items():
@@ -154,9 +161,17 @@ def represent(recipe: RepresentRecipe, run: Run) -> None:
     }
 
 
-def _compared(
-    recipe: RepresentRecipe, target: Any, prompts: dict[str, tuple[list[AttackedPrompt], list[AttackedPrompt]]]
-) -> Cell:
+def _under(system: str | None, prompts: Prompts) -> Prompts:
+    """Return the prompts below a target's guidelines, where it has some."""
+    from modicum.evaluate.chat import ChatRequest
+
+    def below(part: list[AttackedPrompt]) -> list[AttackedPrompt]:
+        return [replace(prompt, messages=ChatRequest(prompt.messages).under(system).messages) for prompt in part]
+
+    return {name: (below(bad), below(good)) for name, (bad, good) in prompts.items()}
+
+
+def _compared(recipe: RepresentRecipe, target: Any, prompts: Prompts) -> Cell:
     from modicum.evaluate.representation import centroid_gap, fit_pca, probe_transfer, project, proxy_a_distance
     from modicum.random import generator
 

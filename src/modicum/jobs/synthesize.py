@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 from modicum.durable import whole_file
 from modicum.errors import ModicumError, RecipeError
 from modicum.evaluate.chat import Goal
-from modicum.jobs import attack_data
 from modicum.jobs.chat.targets import JudgeSection, Target
 from modicum.jobs.safety.prompts import GuidelineSet, load_guidelines, shown
+from modicum.jobs.safety.requests import look_at_requests, refuse_evaluated, requests_of
 from modicum.jobs.safety.suites import GoalSection
 from modicum.recipe import Recipe
 from modicum.record import Run
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from modicum.evaluate.chat import ChatModel
     from modicum.jobs.safety.filters import Candidate, Row
 
-WORDS = 12  # in a row, by which a wrapper is known
 Arm = Literal["srg", "rt", "helpful", "filler_neutral", "filler_shuffled", "preference", "contrast", "prompts"]
 
 
@@ -97,6 +96,15 @@ class SynthesizeRecipe(Recipe):
     minimum: NonNegative = Field(default=1, description="fewest rows of each kind without which the run is refused")
 
     @model_validator(mode="after")
+    def _others_can_be_drawn(self) -> SynthesizeRecipe:
+        if self.k == 1 and (needy := [arm for arm in self.arms if arm in ("preference", "contrast")]):
+            raise ValueError(
+                f"arm {needy[0]!r} needs a reply that a request must not get beside one that passed, and k: 1 draws "
+                "one of each; raise k, or leave the arm out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_steered(self) -> SynthesizeRecipe:
         if self.steer and self.teacher.endpoint is not None:
             raise ValueError(
@@ -119,9 +127,9 @@ class SynthesizeRecipe(Recipe):
 
 def plan(recipe: SynthesizeRecipe) -> list[str]:
     """Say how many replies would be drawn; reads prompts and guidelines, but no model."""
-    illegal, helpful = _requests(recipe)
-    _refuse_evaluated(recipe, [*illegal, *helpful])
-    _look(recipe)
+    illegal, helpful = requests_of(recipe)
+    refuse_evaluated(recipe, [*illegal, *helpful])
+    look_at_requests(recipe, illegal, helpful)
     chosen = shown(load_guidelines(recipe.guidelines), recipe.guideline_set)
     return [
         f"{len(illegal)} harmful and {len(helpful)} harmless requests × {recipe.k} replies: "
@@ -147,9 +155,9 @@ def synthesize(recipe: SynthesizeRecipe, run: Run) -> None:
     from modicum.jobs.safety.steering import Steered
     from modicum.jobs.safety_data import build_srg_rows, decontaminate
 
-    illegal, helpful = _requests(recipe)
-    tests = _refuse_evaluated(recipe, [*illegal, *helpful])  # before a reply is drawn in vain
-    _look(recipe)
+    illegal, helpful = requests_of(recipe)
+    tests = refuse_evaluated(recipe, [*illegal, *helpful])  # before a reply is drawn in vain
+    look_at_requests(recipe, illegal, helpful)
     judge, errors = open_judge(recipe.judge)
     tell = teller(run, "replies of the teacher")
     teacher: Any = open_target(recipe.teacher, progress=tell, sampled=recipe.k > 1)
@@ -308,65 +316,6 @@ def _kinds(rows: Sequence[Row], *, drawn: bool = False) -> dict[str, int]:
 def _replies(recipe: SynthesizeRecipe, illegal: Sequence[Any], helpful: Sequence[Any]) -> int:
     """Return how many replies are drawn."""
     return recipe.k * (len(illegal) + len(helpful) * (recipe.helpful_mode != "answer_only"))
-
-
-def _requests(recipe: SynthesizeRecipe) -> tuple[list[Any], list[Any]]:
-    from modicum.jobs.safety.filters import need_references, read_queries
-    from modicum.jobs.safety.suites import refuse_both
-
-    illegal, helpful = list(recipe.illegal.load(harmful=True)), recipe.helpful.pairs()
-    queries = read_queries(illegal, helpful)
-    refuse_both(*([Goal(q.id, q.text) for q in queries if q.harmful is harmful] for harmful in (True, False)))
-    need_references(queries, recipe.helpful_mode)
-    for kind, asked in (("illegal", illegal), ("helpful", helpful)):
-        most = len(asked) * (recipe.most if recipe.select == "all_pass" else 1)
-        if most < recipe.minimum:
-            raise RecipeError(
-                f"minimum asks for {recipe.minimum:g} rows of each kind, and {len(asked)} {kind} requests make at most "
-                f"{most}. Lower it, or give more requests."
-            )
-    return illegal, helpful
-
-
-def _look(recipe: SynthesizeRecipe) -> None:
-    """Refuse a teacher or judge that cannot be used."""
-    from modicum.jobs.chat.targets import look_at, look_at_judge
-
-    look_at(recipe.teacher)
-    look_at_judge(recipe.judge)
-    if recipe.student is not None:
-        look_at(Target(model=recipe.student, remote_code=recipe.teacher.remote_code))
-
-
-def _refuse_evaluated(recipe: SynthesizeRecipe, requests: Sequence[Any]) -> dict[str, list[str]]:
-    """Return the prompts that will be measured, after a check that no request is one or in a measured wrapper."""
-    from modicum.jobs.safety.arms import decontaminate
-    from modicum.jobs.safety.filters import ngrams
-
-    tests = {
-        section.path: [goal.text for goal in section.load(harmful=_is_harmful(section))]
-        for section in recipe.evaluation
-    }
-    spans = {
-        span: family
-        for family in recipe.evaluation_wrappers
-        for wrapper in attack_data.templates(family).values()
-        for span in ngrams(wrapper, WORDS)
-    }
-    asked = [given.text if isinstance(given, Goal) else given["prompt"] for given in requests]
-    decontaminate([{"prompt": text} for text in asked], tests, ngram=2**20)  # shared words are told of later
-    for number, text in enumerate(asked):
-        if shared := next((spans[span] for span in ngrams(text, WORDS) if span in spans), None):
-            raise RecipeError(
-                f"Request {number} holds {WORDS} words of a wrapper of {shared!r}, which is measured. Take it out, "
-                "or measure another family."
-            )
-    return tests
-
-
-def _is_harmful(section: GoalSection) -> bool:
-    found = attack_data.goals(section.path)[:1] if section.path in attack_data.GOALS else []
-    return found[0].harmful if found else True
 
 
 def _id(given: Any, name: str) -> str:

@@ -61,7 +61,7 @@ def plan(recipe: TrainRecipe) -> list[str]:
     for data in read.values():
         try_rows(data.rows, tokenizer, data.section, notes.append, model=model, encode=data.encode)
     for part in parts:
-        part.foresee(notes.append)
+        part.foresee(notes.append, model, tokenizer)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     what = next((part.trains for part in parts if part.trains), "all weights")
     start = f"{weights / 1e6:.0f} MB of weights" if recipe.model.scratch is None else "random weights"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, UnsupportedError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GOAL_TOKENS, STATES_AT_ONCE = 256, 8
+LONGEST = 4  # requests, by letters, of which tokens are counted before any is answered
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,12 @@ class LocalHF:
         answers: list[list[Sample | None]] = [[None] * request.params.n for request in requests]
         results: dict[int, str] = {}
         groups: dict[tuple[Any, ...], dict[tuple[int, ...], list[tuple[int, int, int]]]] = defaultdict(dict)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
         for index, (request, (ids, _)) in enumerate(zip(requests, prompts, strict=True)):
             params = request.params
             if params.stop:
                 raise UnsupportedError("A local model does not look for `stop` texts. Leave them out.")
-            if limit is not None and len(ids) + params.max_tokens > limit:
-                results[index] = (
-                    f"{len(ids)} tokens and {params.max_tokens} new ones exceed the model's {limit} positions"
-                )
+            if (told := self._without_room(ids, params)) is not None:
+                results[index] = told
                 continue
             same = groups[(params.temperature, params.top_p, params.max_tokens, params.logprobs)]
             wanted = same.setdefault(tuple(ids), [])
@@ -161,6 +160,24 @@ class LocalHF:
     def tokens(self, request: ChatRequest) -> list[int]:
         """Return the ids of a request's prompt, generation header included."""
         return self._prompt(request)[0]
+
+    def check_room(self, requests: Iterable[ChatRequest]) -> None:
+        """Refuse requests that the model has no positions for, as far as the longest ones tell.
+
+        Raises:
+            UnsupportedError: A prompt and the longest answer to it exceed them.
+        """
+        for request in nlargest(
+            LONGEST, requests, key=lambda request: sum(len(m["content"]) for m in request.messages)
+        ):
+            if (told := self._without_room(self.tokens(request), request.params)) is not None:
+                raise UnsupportedError(f"{self.name}: {told}. Lower the limit on an answer, or shorten the prompts.")
+
+    def _without_room(self, ids: Sequence[int], params: GenParams) -> str | None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is None or len(ids) + params.max_tokens <= limit:
+            return None
+        return f"a prompt of {len(ids)} tokens and {params.max_tokens} new ones exceed the model's {limit} positions"
 
     def _prompt(self, request: ChatRequest) -> tuple[list[int], bool]:
         """Return the ids of a prompt, and whether it ends inside the reasoning."""

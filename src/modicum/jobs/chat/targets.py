@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from modicum import registry
 from modicum.errors import CheckpointError, RecipeError
 from modicum.evaluate.calibration import Calibration, calibrate
-from modicum.evaluate.chat import THINK, ChatModel, Judge, JudgeItem, Verdict
+from modicum.evaluate.chat import THINK, ChatModel, ChatRequest, GenParams, Judge, JudgeItem, Verdict
 from modicum.evaluate.judging import unjudged
 from modicum.jobs.safety.prompts import guideline_text, load_guidelines
 from modicum.recipe import Section
@@ -110,23 +110,30 @@ def open_target(target: Target, *, progress: Any = lambda _: None, sampled: bool
     return kinds[target.thinking](model, tags=target.tags) if target.thinking in kinds else model
 
 
-def look_at(target: Target) -> None:
-    """Refuse what opening a target would refuse, as far as can be told without its weights or a word to a server.
+def look_at(target: Target, asked: Sequence[ChatRequest] = ()) -> None:
+    """Refuse what opening and asking a target would refuse, as far as can be told without its weights or a server.
+
+    Args:
+        target: The section.
+        asked: What it will be asked, but for its guidelines.
 
     Raises:
-        ModicumError: Its address, key, guidelines, folder, tokenizer, dtype or device cannot be used.
+        ModicumError: Its address, key, guidelines, folder, tokenizer, dtype or device cannot be used; or a model on
+            this machine has no positions for a request and its answer.
     """
-    _ = target.system  # reads the guidelines
+    system = target.system  # reads the guidelines
     if target.endpoint is not None:
         _client(target)
         return
-    from modicum.jobs.chat.local import need_template
+    from modicum.jobs.chat.local import LocalHF, need_template
     from modicum.jobs.loading.models import load_tokenizer, rehearse_model, usable
 
     reference = target.model or ""
     usable(target.dtype, target.device)
-    need_template(load_tokenizer(reference, remote_code=target.remote_code), reference)
-    rehearse_model(reference, remote_code=target.remote_code)
+    tokenizer = load_tokenizer(reference, remote_code=target.remote_code)
+    need_template(tokenizer, reference)
+    local = LocalHF(rehearse_model(reference, remote_code=target.remote_code), tokenizer, reference)
+    local.check_room(request.under(system) for request in asked)
 
 
 def look_at_judge(section: JudgeSection) -> None:
@@ -145,24 +152,34 @@ def look_at_judge(section: JudgeSection) -> None:
 
 
 def look_at_all(
-    suites: Iterable[Suite], requests: Sequence[Sequence[Goal]], targets: Iterable[Target], judge: JudgeSection | None
+    suites: Iterable[Suite],
+    requests: Sequence[Sequence[Goal]],
+    targets: Iterable[Target],
+    judge: JudgeSection | None,
+    *,
+    params: GenParams | None,
 ) -> None:
     """Refuse what hours of drawing would end with: wrappers, targets and a judge that cannot be used.
 
     Args:
         suites: Those that a model writes are tried when it is there.
         requests: Harmful and harmless ones, to try the wrappers on.
-        targets: All models that are asked, but for the judge's.
+        targets: All models that are asked these.
         judge: Its section, if there is one.
+        params: Of the answers; ``None`` where nothing is answered.
 
     Raises:
         ModicumError: One of them cannot be used.
     """
-    for suite in suites:
-        for part in () if suite.needs_model else requests:
-            suite.wrap(suite.attack.name, part, None)
+    prompts = [
+        prompt
+        for suite in suites
+        for part in (() if suite.needs_model else requests)
+        for prompt in suite.wrap(suite.attack.name, part, None)
+    ]
+    asked = [ChatRequest(prompt.messages, params) for prompt in prompts] if params is not None else []
     for target in targets:
-        look_at(target)
+        look_at(target, asked)
     if judge is not None:
         look_at_judge(judge)
 

@@ -24,7 +24,6 @@ from modicum.evaluate.chat import (
     Choice,
     GenParams,
     Judge,
-    Message,
     Verdict,
     arriving,
     as_json,
@@ -167,11 +166,10 @@ class Drawing:
         return found
 
     def _request(self, prompt: AttackedPrompt, params: GenParams, index: int) -> ChatRequest:
-        first: tuple[Message, ...] = () if self.system is None else ({"role": "system", "content": self.system},)
         # The seed belongs to the prompt and the number of the sample: other prompts and rounds change nothing.
         name = fingerprint(prompt.text)
         seed = derive_seed(self.seed, "attack", name) >> 33 if params.temperature else None
-        request = ChatRequest((*first, *prompt.messages), params, tag=f"{prompt.goal.id}/{prompt.family}")
+        request = ChatRequest(prompt.messages, params, tag=f"{prompt.goal.id}/{prompt.family}").under(self.system)
         if seed is None:
             return request
         return replace(request, params=replace(params, seed=seed)).single(index)

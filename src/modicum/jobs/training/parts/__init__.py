@@ -138,8 +138,11 @@ class Part:
     def check(self, arguments: TrainingArguments) -> None:
         """Refuse arguments, and knobs under them, that cannot work."""
 
-    def foresee(self, _note: Callable[[str], None]) -> None:
-        """Refuse, for ``modicum check`` and once ``data`` is read, what the run would refuse on meeting the model."""
+    def foresee(self, _note: Callable[[str], None], _model: Any, _tokenizer: Any) -> None:
+        """Refuse, for ``modicum check`` and once ``data`` is read, what the run would refuse on meeting the model.
+
+        The model has no numbers, and is ``None`` where it starts from random ones.
+        """
 
     def begin(self, run: Run) -> None:
         """Keep the run, whose folder, notes and log the part may use from now on."""

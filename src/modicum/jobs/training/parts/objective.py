@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modicum import registry
@@ -58,6 +58,14 @@ class Objective(Part):
                 f"{self.section.name} copies whole rows, and data.packing puts several documents into one. Set "
                 "data.packing: false, or expand the data set with expand_sft before it is packed."
             )
+
+    def foresee(self, _note: Callable[[str], None], model: Any, tokenizer: Any) -> None:
+        """Refuse a mask token that the model has no row for, or one that means something else."""
+        from modicum.jobs.training.objective import complete_knobs
+
+        knobs = registry.objective[self.section.name].knobs(self.section.knobs)
+        if model is not None and knobs.get("mask_token_id") is not None:  # else one is found, or added
+            complete_knobs(self.section.name, self.section.knobs, tokenizer=tokenizer, model=model)
 
     def model(self, model: Any, tokenizer: Any) -> Any:
         """Give the model a mask token where the objective needs one, before an adapter surrounds the embedding."""

@@ -37,7 +37,7 @@ class Packing(Part):
         watched: Callable[..., Any] = encode
         return replace(data, encode=watched)
 
-    def foresee(self, note: Callable[[str], None]) -> None:
+    def foresee(self, note: Callable[[str], None], _model: Any, _tokenizer: Any) -> None:
         """Try a small model of the same architecture."""
         from modicum.jobs.data.packing_trial import LATER, foresee
 
