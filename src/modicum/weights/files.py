@@ -162,6 +162,16 @@ def map_slot(file: mmap.mmap, slot: Slot) -> Tensor | None:
     return torch.frombuffer(file, dtype=spec.dtype, count=spec.numel, offset=slot.start).view(spec.shape)
 
 
+def let_go(file: mmap.mmap, slot: Slot) -> None:
+    """Take a finished tensor's pages out of this process, while the system keeps them.
+
+    The system would otherwise look up every page here to write it to the disk, and this process would ask for it anew.
+    """
+    first, end = -(-slot.start // mmap.PAGESIZE), (slot.start + slot.spec.nbytes) // mmap.PAGESIZE
+    if end > first:
+        file.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
+
+
 class MappedFile:
     """A file's tensors as views of its memory map: the pages belong to the page cache, not to this process.
 

@@ -33,7 +33,7 @@ from modicum.durable import commit, remove, restore
 from modicum.errors import CheckpointError, InputGoneError, ModicumError
 from modicum.record import digest
 from modicum.weights import company
-from modicum.weights.files import Slot, Spec, lay_out, map_slot, plan_files, put
+from modicum.weights.files import Slot, Spec, lay_out, let_go, map_slot, plan_files, put
 from modicum.weights.finished import Finished, Statistics, read_journals, to_disk
 from modicum.weights.kernels.blocks import result_in
 
@@ -281,6 +281,8 @@ def _open_files(
             with result_in(place):
                 tensor, statistics = make(name)
             store(name, tensor, place)  # type: ignore[arg-type]
+            if place is not None:
+                let_go(maps[slots[name].path], slots[name])
             return statistics
 
         yield work, list(descriptors.values())
