@@ -124,6 +124,16 @@ def check_plain_folder(folder: Path) -> None:
         check_plain(path)
 
 
+def check_plain_tree(folder: Path) -> None:
+    """Refuse a run that holds a pipe, a socket or a device in the place of a file, however deep.
+
+    Whoever reads a run opens many of its files, each at another place of the program.
+    """
+    for place, _, files in os.walk(folder):
+        for name in files:
+            check_plain(Path(place, name), OURS)
+
+
 def loads(text: str | bytes) -> Any:
     """Return what JSON says, as :func:`json.loads` does, with one kind of error for whatever is malformed.
 

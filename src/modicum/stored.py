@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modicum.borders import OURS, border, check_plain, loads, read_json
+from modicum.borders import OURS, border, check_plain, check_plain_tree, loads, read_json
 from modicum.content import hash_files
 from modicum.documents import stored_yaml
 from modicum.errors import CheckpointError
@@ -201,6 +201,7 @@ def verify(folder: str | Path) -> Verified:
         CheckpointError: The record cannot be read, or was written by a version that kept no hashes.
     """
     folder = Path(folder)
+    check_plain_tree(folder)
     record = read_record(folder)
     if "files" not in record:
         raise CheckpointError(f"{folder} was made by a version that kept no hashes of outputs: nothing to compare.")

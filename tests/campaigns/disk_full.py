@@ -8,20 +8,16 @@ command must end with the bytes of a run in peace. Counts go into ``benchmarks/r
 
 from __future__ import annotations
 
-import argparse
 import os
-import random
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 
-from campaigns import forked, kills, tally, workshop  # noqa: E402 - after their path
+from campaigns import forked, frame, kills, workshop  # noqa: E402 - after their path
 
 RESULT = ROOT / "benchmarks/results/disk-full.json"
 ROOM = 64 << 20
@@ -60,41 +56,26 @@ def attempt(name: str, world: Path, size: int, peace: kills.Made) -> tuple[str, 
         subprocess.run(["umount", str(place)], check=True)
 
 
+def campaign(at: frame.Campaign) -> None:
+    """Fill the disk under one run at a time."""
+    known = {name: recipe for name, recipe in workshop.recipes().items() if at.chosen.only in name}
+    peace = kills.Peace(at.work / "world", known)
+    for number in at.numbers():
+        rng = at.rng(number)
+        name = rng.choice(list(known))
+        if (name.startswith(kills.RARE) and rng.random() < 0.9) or (found := peace(name)) is None:
+            continue
+        most = 40_000 + sum(size for size, _ in found.made[0].values())
+        size = 4096 * (2 + int(rng.uniform(0.0, 1.5) * most) // 4096)
+        at.tell(number, f"{name}, case {number}, {size} bytes", *attempt(name, peace.world, size, found.made))
+
+
 def main() -> int:
-    """Run the campaign; returns 1 if anything was wrong."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=600)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--only", default="")
-    chosen = arguments.parse_args()
+    """Run the campaign where a disk can be made; else return 2."""
     if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("mount"):
         print("needs Linux and root", file=sys.stderr)
         return 2
-    work = Path(tempfile.mkdtemp(prefix="full-"))
-    os.environ["MODICUM_CACHE"] = str(work / "cache")
-    try:
-        known = {name: recipe for name, recipe in workshop.recipes().items() if chosen.only in name}
-        peace = kills.Peace(work / "world", known)
-        count = tally.Tally(RESULT, chosen.seed, resume=not chosen.only)
-        deadline, number = time.monotonic() + chosen.seconds, count.done
-        while time.monotonic() < deadline:
-            rng = random.Random(chosen.seed * 1_000_003 + number)
-            name = rng.choice(list(known))
-            if (name.startswith(kills.RARE) and rng.random() < 0.9) or (found := peace(name)) is None:
-                number += 1
-                continue
-            most = 40_000 + sum(size for size, _ in found.made[0].values())
-            size = 4096 * (2 + int(rng.uniform(0.0, 1.5) * most) // 4096)
-            how, wrong = attempt(name, peace.world, size, found.made)
-            count.add(how, 0.0, number, wrong and f"{name}, case {number}, {size} bytes: {wrong}")
-            if wrong:
-                print(number, name, size, wrong, flush=True)
-            number += 1
-        count.write()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    print(count.told())
-    return 1 if count.wrong else 0
+    return frame.main(__doc__, RESULT, campaign)
 
 
 if __name__ == "__main__":

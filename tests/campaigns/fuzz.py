@@ -7,7 +7,6 @@ more than five seconds. Counts go into ``benchmarks/results/fuzz.json``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-from campaigns import bombs, tally, workshop  # noqa: E402 - after the settings of their libraries
+from campaigns import bombs, frame, workshop  # noqa: E402 - after the settings of their libraries
 
 RESULT = ROOT / "benchmarks/results/fuzz.json"
 Target = Callable[[bytes], object]
@@ -191,40 +190,30 @@ def one(read: Target, content: bytes) -> tuple[str, str | None, float]:
     return end, wrong or (f"took {took:.1f} s" if took > 5 else None), took
 
 
-def main() -> int:
-    """Run the campaign; returns 1 if anything was wrong."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=600)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--only", default="")
-    arguments.add_argument("--trial", action="store_true", help="count nothing")
-    chosen = arguments.parse_args()
-    with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as place:
-        os.environ["MODICUM_CACHE"] = place
-        os.chdir(place)
-        known = {name: value for name, value in targets(Path(place)).items() if chosen.only in name}
-        count = tally.Tally(RESULT, chosen.seed, resume=not (chosen.only or chosen.trial), every=20_000)
-        weights = [SLOW.get(name, 1.0) for name in known]
-        deadline, number, names = time.monotonic() + chosen.seconds, count.done, list(known)
-        seen: set[str] = set()
-        while time.monotonic() < deadline:
-            rng = random.Random(chosen.seed * 1_000_003 + number)
+def campaign(at: frame.Campaign) -> None:
+    """Give parsers a batch of inputs at a time."""
+    place = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else at.work))
+    os.chdir(place)
+    try:
+        known = {name: value for name, value in targets(place).items() if at.chosen.only in name}
+        weights, names, seen = [SLOW.get(name, 1.0) for name in known], list(known), set()
+        for number in at.numbers():
+            rng = at.rng(number)
             for _ in range(200):
                 name = rng.choices(names, weights)[0]
                 corpus, read = known[name]
                 content = case(rng.choice(corpus), name, rng)
                 end, wrong, took = one(read, content)
                 told = wrong and f"{name}, batch {number}: {wrong}"
-                count.add(f"{name}: {end}", took, number, told)
+                at.count.add(f"{name}: {end}", took, number, told)
                 if wrong and (kind := f"{name} {wrong[:60]}") not in seen:
                     seen.add(kind)
                     print(told, content[:200], flush=True)
-            number += 1
-        count.write()
-    print(count.told())
+    finally:
+        os.chdir(at.work)
+        shutil.rmtree(place)
     print(f"{time.process_time():.0f} s of computing")
-    return 1 if count.wrong else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(frame.main(__doc__, RESULT, campaign, every=20_000))

@@ -9,14 +9,11 @@ go into ``benchmarks/results/hostile.json``, which a run with another seed adds 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "COLUMNS": "200"}  # fmt: skip
 
-from campaigns import bombs, forked, tally, workshop  # noqa: E402 - after the settings of their libraries
+from campaigns import bombs, forked, frame, workshop  # noqa: E402 - after the settings of their libraries
 
 RESULT = ROOT / "benchmarks/results/hostile.json"
 Damage = Callable[[Path, random.Random], None]
@@ -299,58 +296,23 @@ def _restore(root: Path, pristine: Path, case: Case) -> None:
             continue
 
 
-def main() -> int:
-    """Run the campaign; returns 1 if anything was wrong."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=600)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--only", default="", help="cases whose name holds this")
-    arguments.add_argument("--trial", action="store_true", help="count nothing")
-    arguments.add_argument("--start", type=int, default=0, help="number of the first case of a trial")
-    arguments.add_argument("--world", type=Path, help="folder to keep models and finished runs in for the next time")
-    arguments.add_argument("--show", action="store_true", help="print every case")
-    chosen = arguments.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="hostile-"))
-    os.environ["MODICUM_CACHE"] = str(work / "cache")
-    pristine = (chosen.world or work) / "pristine"
-    try:
-        root = work / "a" / "world"
-        if not pristine.exists():
-            build(pristine)
-        # What damages a file that is not there, or one that nobody reads, tries nothing.
-        lost = {*READ, *(path for _, path, _, _ in bombs.special())}
-        if failed := finish(pristine) or sorted(path for path in lost if not (pristine / path).exists()):
-            print(failed, file=sys.stderr)
-            return 1
-        shutil.copytree(pristine, root)
-        rng, count = (
-            random.Random(chosen.seed),
-            tally.Tally(RESULT, chosen.seed, resume=not (chosen.only or chosen.trial)),
-        )
-        deadline = time.monotonic() + chosen.seconds
-        for number, case in enumerate(cases(rng)):
-            if time.monotonic() > deadline or (chosen.only and number > 20_000):
-                break
-            if number < max(count.done, chosen.start) or chosen.only not in case.name:
-                continue
-            outcome, wrong = attempt(case, root, pristine, random.Random(chosen.seed * 1_000_003 + number))
-            count.add("worked" if outcome.status == 0 else "refused in one line", outcome.cpu, number,
-                      wrong and f"{case.name} ({' '.join(map(ascii, case.command))[:80]}): {wrong}")  # fmt: skip
-            if chosen.show or wrong:
-                print(
-                    number,
-                    case.name[:120],
-                    ascii(case.command)[:150],
-                    "->",
-                    wrong or outcome.said.strip()[:300],
-                    flush=True,
-                )
-        count.write()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    print(count.told())
-    return 1 if count.wrong else 0
+def campaign(at: frame.Campaign) -> None:
+    """Try one input at a time, on a world that is put right again after it."""
+    root, pristine = at.work / "a" / "world", at.work / "pristine"
+    if not pristine.exists():
+        build(pristine)
+    # What damages a file that is not there, or one that nobody reads, tries nothing.
+    lost = {*READ, *(path for _, path, _, _ in bombs.special())}
+    if failed := finish(pristine) or sorted(path for path in lost if not (pristine / path).exists()):
+        raise RuntimeError(str(failed))
+    shutil.rmtree(root.parent, ignore_errors=True)
+    shutil.copytree(pristine, root)
+    for number, case in at.cases(cases(random.Random(at.chosen.seed)), lambda case: case.name):
+        outcome, wrong = attempt(case, root, pristine, at.rng(number))
+        how = "worked" if outcome.status == 0 else "refused in one line"
+        title = f"{case.name[:120]} ({' '.join(map(ascii, case.command))[:150]})"
+        at.tell(number, title, how, wrong, said=outcome.said.strip(), seconds=outcome.cpu)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(frame.main(__doc__, RESULT, campaign))

@@ -11,14 +11,12 @@ Counts go into ``benchmarks/results/kills.json``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}  # fmt: skip
 
-from campaigns import forked, tally, workshop  # noqa: E402 - after the settings of their libraries
+from campaigns import forked, frame, workshop  # noqa: E402 - after the settings of their libraries
 
 RESULT = ROOT / "benchmarks/results/kills.json"
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+Case: TypeAlias = tuple[str, int | None]
 RARE = ("attack", "synthesize")  # seconds each
 
 
@@ -249,7 +248,7 @@ class Peace:
         return self._found.get(name)
 
 
-def any_moment(peace: Peace, seed: int) -> Iterator[tuple[str, None]]:
+def any_moment(peace: Peace, seed: int) -> Iterator[Case]:
     """Yield names of recipes without end, long ones seldom."""
     rng = random.Random(seed)
     known = list(peace.known)
@@ -259,51 +258,26 @@ def any_moment(peace: Peace, seed: int) -> Iterator[tuple[str, None]]:
             yield name, None
 
 
-def every_change(peace: Peace) -> Iterator[tuple[str, int]]:
+def every_change(peace: Peace) -> Iterator[Case]:
     """Yield the name of each job's recipes, with the number of each change of the disk."""
     for name in [name for name in peace.known if ": " not in name]:
         for change in range(1, (found.changes if (found := peace(name)) else 0) + 1):
             yield name, change
 
 
-def main() -> int:
-    """Run the campaign; returns 1 if anything was wrong."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=600)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--only", default="")
-    arguments.add_argument("--changes", action="store_true", help="every change of the disk of every job")
-    arguments.add_argument("--trial", action="store_true", help="count nothing")
-    arguments.add_argument("--work", type=Path, help="folder to keep models in for the next time")
-    chosen = arguments.parse_args()
-    work = chosen.work or Path(tempfile.mkdtemp(prefix="kills-"))
-    os.environ["MODICUM_CACHE"] = str(work / "cache")
+def campaign(at: frame.Campaign) -> None:
+    """Kill one run at a time, and start it again."""
     for name in ("out", "peace"):
-        shutil.rmtree(work / "world" / name, ignore_errors=True)
-    try:
-        known = {name: recipe for name, recipe in recipes().items() if chosen.only in name}
-        peace = Peace(work / "world", known)
-        key = f"{chosen.seed}: changes" if chosen.changes else chosen.seed
-        count = tally.Tally(RESULT, key, resume=not (chosen.only or chosen.trial))
-        deadline = time.monotonic() + chosen.seconds
-        cases = every_change(peace) if chosen.changes else any_moment(peace, chosen.seed)
-        for number, (name, change) in enumerate(cases):
-            if time.monotonic() > deadline:
-                break
-            if number < count.done or (found := peace(name)) is None:
-                continue
-            rng = random.Random(chosen.seed * 1_000_003 + number)
-            for how, wrong in attempt(name, peace.world, found, rng, change):
-                count.add(how, 0.0, number, wrong and f"{name}, case {number}, change {change}, {how}: {wrong}")
-                if wrong:
-                    print(number, name, change, how, wrong, flush=True)
-        count.write()
-    finally:
-        if chosen.work is None:
-            shutil.rmtree(work, ignore_errors=True)
-    print(count.told())
-    return 1 if count.wrong else 0
+        shutil.rmtree(at.work / "world" / name, ignore_errors=True)
+    peace = Peace(at.work / "world", {name: recipe for name, recipe in recipes().items() if at.chosen.only in name})
+    if at.chosen.changes:
+        at.key = f"{at.chosen.seed}: changes"
+    every: Iterator[Case] = every_change(peace) if at.chosen.changes else any_moment(peace, at.chosen.seed)
+    for number, (name, change) in at.cases(every, lambda case: case[0]):
+        if (found := peace(name)) is not None:
+            for how, wrong in attempt(name, peace.world, found, at.rng(number), change):
+                at.tell(number, f"{name}, case {number}, change {change}, {how}", how, wrong)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(frame.main(__doc__, RESULT, campaign, changes=(False, "every change of the disk of every job")))

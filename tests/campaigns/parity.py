@@ -9,15 +9,12 @@ order of chance. Both commands may work; else both must say one line, and end wi
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
 import random
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "COLUMNS": "200"}  # fmt: skip
 
-from campaigns import bombs, forked, tally, workshop  # noqa: E402 - after the settings of their libraries
+from campaigns import bombs, forked, frame, workshop  # noqa: E402 - after the settings of their libraries
 
 RESULT = ROOT / "benchmarks/results/parity.json"
 Recipe = dict[str, Any]
@@ -35,7 +32,8 @@ Case = tuple[str, tuple[Any, ...], Any]  # name of a recipe, a place in it, and 
 Make = Callable[[Path, Path], object]
 # What a pass through a model alone tells: answers that fail a judge or a filter, numbers that overflow.
 LATER = ("rows are left after the filters", "so the model's own numbers overflow", "there is nothing to extract.",
-         "beside a row that passed. Raise k", "failed on request", "answers none of")  # fmt: skip
+         "beside a row that passed. Raise k", "failed on request", "answers none of",
+         "holds NaN or infinite values", "became NaN or infinite", "could be read, on")  # fmt: skip
 
 
 def _rows(count: int = 8, **fields: Any) -> list[Recipe]:
@@ -202,48 +200,28 @@ def attempt(world: Path, recipe: Recipe) -> tuple[str, str | None]:
     return ("worked" if ran.status == 0 else f"refused: {ran.said.strip()}"), None
 
 
-def main() -> int:
-    """Run the campaign; returns 1 if anything was wrong."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=600)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--only", default="", help="cases whose name holds this")
-    arguments.add_argument("--show", action="store_true", help="print every case")
-    arguments.add_argument("--world", type=Path, help="folder to keep the models and rows in for the next time")
-    chosen = arguments.parse_args()
-    work = chosen.world or Path(tempfile.mkdtemp(prefix="parity-"))
-    os.environ["MODICUM_CACHE"] = str(work / "cache")
-    try:
-        world = work / "world"
-        if not (world / "odd").exists():
-            build(world)
-        os.chdir(world)
-        names = [name for name in workshop.recipes() if name not in ("grid", "pipeline")]
-        if failed := forked.warm([("run", f"{name}.yaml", "--out", f"done-{name}", "--quiet") for name in names], world,
-                                 work / "modules"):  # fmt: skip
-            raise RuntimeError(str(failed))
-        every = [*cases(world)]
-        random.Random(chosen.seed).shuffle(every)
-        count = tally.Tally(RESULT, chosen.seed, resume=not chosen.only)
-        deadline = time.monotonic() + chosen.seconds
-        for number, case in enumerate(every):
-            title = f"{case[0]}: {'.'.join(map(str, case[1]))} = {json.dumps(case[2])}"
-            if time.monotonic() > deadline:
-                break
-            if number < count.done or chosen.only not in title or (recipe := changed(case)) is None:
-                continue
+def campaign(at: frame.Campaign) -> None:
+    """Try one mistake at a time."""
+    world = at.work / "world"
+    if not (world / "odd").exists():
+        build(world)
+    os.chdir(world)
+    names = [name for name in workshop.recipes() if name not in ("grid", "pipeline")]
+    if failed := forked.warm([("run", f"{name}.yaml", "--out", f"done-{name}", "--quiet") for name in names], world,
+                             at.work / "modules"):  # fmt: skip
+        raise RuntimeError(str(failed))
+    every = [*cases(world)]
+    random.Random(at.chosen.seed).shuffle(every)
+    for number, case in at.cases(every, title):
+        if (recipe := changed(case)) is not None:
             how, wrong = attempt(world, recipe)
-            count.add(how.partition(":")[0], 0.0, number, wrong and f"{title}: {wrong}")
-            if wrong or chosen.show:
-                print(title, "->", wrong or how[:300], flush=True)
-        count.write()
-    finally:
-        os.chdir(ROOT)
-        if chosen.world is None:
-            shutil.rmtree(work, ignore_errors=True)
-    print(count.told())
-    return 1 if count.wrong else 0
+            at.tell(number, title(case), how.partition(":")[0], wrong, said=how)
+
+
+def title(case: Case) -> str:
+    """Return a case in words."""
+    return f"{case[0]}: {'.'.join(map(str, case[1]))} = {json.dumps(case[2])}"
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(frame.main(__doc__, RESULT, campaign))

@@ -8,15 +8,12 @@ refuses, ``check`` finds. Counts go into ``benchmarks/results/places.json``.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
 import random
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -27,9 +24,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "COLUMNS": "200"}  # fmt: skip
 
-from campaigns import bombs, forked, tally, workshop  # noqa: E402 - after the settings of their libraries
+from campaigns import bombs, forked, frame, workshop  # noqa: E402 - after the settings of their libraries
 
 RESULT = ROOT / "benchmarks/results/places.json"
+Pair = tuple[str, tuple[Any, ...], str]
 QUICK = (
     "merge",
     "merge-adapter",
@@ -232,57 +230,38 @@ def attempt(world: Path, name: str, place: tuple[Any, ...], kind: str) -> tuple[
     return ("worked" if ends[1].status == 0 else f"refused: {ends[1].said.strip()}"), None
 
 
-def sample(world: Path, count: int) -> list[tuple[str, tuple[Any, ...], str]]:
+def sample(world: Path, count: int) -> list[Pair]:
     """Return so many pairs in which places and kinds take turns, of jobs and things that take no time to make."""
     places = [(name, place) for name, place in roles(world) if name in QUICK]
     kinds = [kind for kind in KINDS if os.path.lexists(place_of(world, kind)) or kind == "missing"]
     return [(*places[n % len(places)], kinds[n % len(kinds)]) for n in range(count)]
 
 
-def pairs(world: Path, rng: random.Random) -> Iterator[tuple[str, tuple[Any, ...], str]]:
+def pairs(world: Path, rng: random.Random) -> Iterator[Pair]:
     """Yield every pair of a place and a kind, in an order of chance."""
     every = [(name, place, kind) for name, place in roles(world) for kind in KINDS]
     rng.shuffle(every)
     yield from every
 
 
-def main() -> int:
-    """Run the campaign; returns 1 if anything was wrong."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=600)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--sample", type=int, default=0, help="try so many quick pairs, and count nothing")
-    arguments.add_argument("--only", default="", help="pairs whose name holds this")
-    arguments.add_argument("--show", action="store_true", help="print every pair")
-    arguments.add_argument("--world", type=Path, help="folder to keep the things in for the next time")
-    chosen = arguments.parse_args()
-    work = chosen.world or Path(tempfile.mkdtemp(prefix="places-"))
-    os.environ["MODICUM_CACHE"] = str(work / "cache")
-    try:
-        world = work / "world"
-        if not world.exists():
-            build(world, runs=not chosen.sample)
-        forked.warm([], world, work / "modules")
-        count = tally.Tally(RESULT, chosen.seed, resume=not (chosen.only or chosen.sample))
-        deadline = time.monotonic() + chosen.seconds
-        every = sample(world, chosen.sample) if chosen.sample else pairs(world, random.Random(chosen.seed))
-        for number, (name, place, kind) in enumerate(every):
-            title = f"{name}: {'.'.join(map(str, place))}: {kind}"
-            if time.monotonic() > deadline:
-                break
-            if number < count.done or chosen.only not in title:
-                continue
-            how, wrong = attempt(world, name, place, kind)
-            count.add(how.partition(":")[0], 0.0, number, wrong and f"{title}: {wrong}")
-            if wrong or chosen.show:
-                print(title, "->", wrong or how, flush=True)
-        count.write()
-    finally:
-        if chosen.world is None:
-            shutil.rmtree(work, ignore_errors=True)
-    print(count.told())
-    return 1 if count.wrong else 0
+def campaign(at: frame.Campaign) -> None:
+    """Try one kind of thing in one place at a time."""
+    world, count = at.work / "world", at.chosen.sample
+    if not world.exists():
+        build(world, runs=not count)
+    forked.warm([], world, at.work / "modules")
+    at.chosen.trial |= bool(count)
+    every = sample(world, count) if count else pairs(world, random.Random(at.chosen.seed))
+    for number, pair in at.cases(every, title):
+        how, wrong = attempt(world, *pair)
+        at.tell(number, title(pair), how.partition(":")[0], wrong, said=how)
+
+
+def title(pair: Pair) -> str:
+    """Return a pair in words."""
+    name, place, kind = pair
+    return f"{name}: {'.'.join(map(str, place))}: {kind}"
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(frame.main(__doc__, RESULT, campaign, sample=(0, "try so many quick pairs, and count nothing")))

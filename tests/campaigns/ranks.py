@@ -10,14 +10,12 @@ slower; else a small one does what it does: it tells the others to stop when one
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 
 from benchmarks.speed.endpoint import free_port  # noqa: E402
 
-from campaigns import forked, kills, tally, workshop  # noqa: E402 - after their path
+from campaigns import forked, frame, kills, workshop  # noqa: E402 - after their path
 
 RESULT = ROOT / "benchmarks/results/kills-ranks.json"
 JOBS = ("merge", "train", "train-adapter", "pipeline", "average-search")
@@ -177,70 +175,56 @@ def _arguments(pid: int) -> bytes:
         return b""
 
 
-def main() -> int:
-    """Run the campaign; returns 1 if anything was wrong."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=600)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--jobs", nargs="+", default=list(JOBS))
-    arguments.add_argument("--torchrun", action="store_true")
-    arguments.add_argument("--trial", action="store_true", help="count nothing")
-    arguments.add_argument("--start", type=int, default=0, help="number of the first case")
-    chosen = arguments.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="ranks-"))
-    os.environ["MODICUM_CACHE"] = str(work / "cache")
-    try:
-        known = workshop.recipes()
-        world = kills.Peace(work / "world", {name: known[name] for name in chosen.jobs}).world
-        peace, lasts = {}, {}
-        for name in chosen.jobs:
-            began = time.monotonic()
-            first = Launch(name, world, f"peace/{name}-2", machines=False, torchrun=chosen.torchrun)
-            if first.wait(300.0) != 0:
-                print(name, "fails in peace:", first.said(), file=sys.stderr)
-                return 1
-            peace[name], lasts[name] = kills.made(world / "peace" / f"{name}-2"), time.monotonic() - began
-        count = tally.Tally(RESULT, chosen.seed, resume=not chosen.trial)
-        deadline, number = time.monotonic() + chosen.seconds, max(count.done, chosen.start)
-        while time.monotonic() < deadline:
-            rng = random.Random(chosen.seed * 1_000_003 + number)
-            name = rng.choice(chosen.jobs)
-            machines = rng.random() < 0.5 and os.geteuid() == 0 and not chosen.torchrun
-            shutil.rmtree(world / "out", ignore_errors=True)
-            (world / "out").mkdir()
-            kind = f"{'torchrun, ' if chosen.torchrun else ''}{'two machines' if machines else 'one machine'}"
-            for _ in range(rng.choice((1, 1, 2))):
-                run = Launch(name, world, "out/run", machines=machines, torchrun=chosen.torchrun)
-                over = run.wait(rng.uniform(0.0, 1.1) * lasts[name])
-                how, wrong = ("over before", None) if over is not None else (run.end(rng), None)
-                if over is None and run.wait(60.0) is None:
-                    wrong = f"somebody is left waiting: {run.said()}"
-                    run.destroy()
-                wrong = wrong or "; ".join(kills.unlawful(world / "out/run", peace[name])) or None
-                count.add(f"{kind}: {how}", 0.0, number, wrong and f"{name}, case {number}, {how}: {wrong}")
-                if wrong:
-                    print(number, name, kind, how, wrong, flush=True)
-                if how == "over before":
-                    break
-            last = Launch(name, world, "out/run", machines=machines, torchrun=chosen.torchrun)
-            status, wrong = last.wait(120.0), None
-            if status != 0:
-                wrong = f"exit status {status}: {last.doing() if status is None else last.said()}"
-                last.destroy()
-            elif kills.made(world / "out/run") != peace[name]:
-                wrong = kills.difference(kills.made(world / "out/run"), peace[name])
-            elif left := kills.leftovers(world / "out/run"):
-                wrong = f"leftovers: {left[:3]}"
-            count.add(f"{kind}: run again", 0.0, number, wrong and f"{name}, case {number}, run again: {wrong}")
-            if wrong:
-                print(number, name, kind, "run again", wrong, flush=True)
-            number += 1
-        count.write()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    print(count.told())
-    return 1 if count.wrong else 0
+def campaign(at: frame.Campaign) -> None:
+    """Launch, end something, and launch again, one run at a time."""
+    known = workshop.recipes()
+    jobs, torchrun = at.chosen.jobs, at.chosen.torchrun
+    world = kills.Peace(at.work / "world", {name: known[name] for name in jobs}).world
+    peace, lasts = {}, {}
+    for name in jobs:
+        shutil.rmtree(world / "peace" / f"{name}-2", ignore_errors=True)
+        began = time.monotonic()
+        first = Launch(name, world, f"peace/{name}-2", machines=False, torchrun=torchrun)
+        if first.wait(300.0) != 0:
+            raise RuntimeError(f"{name} fails in peace: {first.said()}")
+        peace[name], lasts[name] = kills.made(world / "peace" / f"{name}-2"), time.monotonic() - began
+    for number in at.numbers():
+        rng = at.rng(number)
+        name = rng.choice(jobs)
+        machines = rng.random() < 0.5 and os.geteuid() == 0 and not torchrun
+        shutil.rmtree(world / "out", ignore_errors=True)
+        (world / "out").mkdir()
+        kind = f"{'torchrun, ' if torchrun else ''}{'two machines' if machines else 'one machine'}"
+        for _ in range(rng.choice((1, 1, 2))):
+            run = Launch(name, world, "out/run", machines=machines, torchrun=torchrun)
+            over = run.wait(rng.uniform(0.0, 1.1) * lasts[name])
+            how, wrong = ("over before", None) if over is not None else (run.end(rng), None)
+            if over is None and run.wait(60.0) is None:
+                wrong = f"somebody is left waiting: {run.doing()}"
+                run.destroy()
+            wrong = wrong or "; ".join(kills.unlawful(world / "out/run", peace[name])) or None
+            at.tell(number, f"{name}, case {number}, {how}", f"{kind}: {how}", wrong)
+            if how == "over before":
+                break
+        last = Launch(name, world, "out/run", machines=machines, torchrun=torchrun)
+        status, wrong = last.wait(120.0), None
+        if status != 0:
+            wrong = f"exit status {status}: {last.doing() if status is None else last.said()}"
+            last.destroy()
+        elif kills.made(world / "out/run") != peace[name]:
+            wrong = kills.difference(kills.made(world / "out/run"), peace[name])
+        elif left := kills.leftovers(world / "out/run"):
+            wrong = f"leftovers: {left[:3]}"
+        at.tell(number, f"{name}, case {number}, run again", f"{kind}: run again", wrong)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(
+        frame.main(
+            __doc__,
+            RESULT,
+            campaign,
+            jobs=(JOBS, "those that are launched"),
+            torchrun=(False, "take the real launcher, which is slower"),
+        )
+    )

@@ -31,6 +31,11 @@ def searched(**task):
     return {"job": "search", "merge": merge, "knobs": knobs, "tasks": evaluated("base", **task)["tasks"]}
 
 
+def routed(**more):
+    experts = {"job": "route", "base": "base", "experts": {"a": "base", "b": "other"}, "rule": "all", "store": "sign"}
+    return experts | {"data": {"a": "say.jsonl", "b": "say.jsonl"}} | more
+
+
 CASES = {
     "statistics of nothing": (
         {"job": "statistics", "model": "base", "kind": "fisher", "data": SAY | {"max_length": 1}},
@@ -107,6 +112,36 @@ CASES = {
         {"job": "average", "checkpoints": ["base", "plain"], "fallback": False},
         "fallback changes nothing where data is not given",
     ),
+    "no chat template for a router's prompts": (
+        routed(base="plain", data={"a": "say.jsonl", "b": "chat.jsonl"}),
+        "A row is a chat, but the tokenizer has no chat template",
+    ),
+    "a router's prompts without tokens": (
+        routed(base="plain", data={"a": "say.jsonl", "b": "blank.jsonl"}), "A prompt of b has no tokens. Take it out",
+    ),
+    "no parameter of that name": (
+        {"job": "train", "model": "base", "data": SAY, "trainer": {"max_steps": 1},
+         "optimizer": {"name": "mezo", "lr": 1e-4, "include": ["nothing"]}},
+        "No parameter is left to train",
+    ),
+    "modules that are not there": (
+        {"job": "train", "model": "base", "data": SAY, "adapter": {"config": {"target_modules": ["nope"]}}},
+        "adapter.config: Target modules {'nope'} not found in the base model",
+    ),
+    "layers that are not there": (
+        {"job": "train", "model": "base", "data": SAY, "adapter": {"config": {"layers_to_transform": [99]}}},
+        "not found in the base model",
+    ),
+    "a full fine-tune of another shape": (
+        {"job": "train", "model": "base", "data": SAY, "trainer": {"max_steps": 1},
+         "adapter": {"init": "hrp", "compare": "wide"}},
+        "wide has model.layers.0.mlp.gate_proj.weight of shape (96, 32), expected (64, 32) as the adapter's base has",
+    ),
+    "a full fine-tune of no stage": (
+        {"job": "train", "model": "base", "data": SAY, "trainer": {"max_steps": 1},
+         "adapter": {"init": "hrp", "compare": "stage:x"}},
+        "stage:x names a stage, which only a later stage of the same pipeline can read",
+    ),
     "visits that stay": (
         {"job": "calibrate", "model": "looped", "data": {"path": "text.jsonl"}, "prune": 100},
         "100 visits were to be skipped, but only 1 can be",
@@ -138,6 +173,7 @@ CASES = {
         ({"save_strategy": "best", "metric_for_best_model": "f1"}, "is 'f1', which no evaluation of this training"),
         ({"per_device_train_batch_size": 0}, "trainer.per_device_train_batch_size is 0, expected 1 or more"),
         ({"gradient_accumulation_steps": 0}, "trainer.gradient_accumulation_steps is 0, expected 1 or more"),
+        ({"max_steps": 0}, "trainer.max_steps is 0, which trains nothing"),
         ({"dataloader_drop_last": True}, "leaves out all 4 rows: they make no whole batch of 8"),
         ({"learning_rate": -1}, "trainer: Invalid learning rate: -1"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer: One of min_lr or min_lr_rate should be set"),
@@ -160,6 +196,18 @@ CASES = {
 }  # fmt: skip
 
 
+CASES |= {
+    f"nothing to pad with, {name}": (recipe, "The tokenizer has neither a padding nor an end-of-text token")
+    for name, recipe in {
+        "trained": {"job": "train", "model": "endless", "data": "text.jsonl", "trainer": {"max_steps": 1}},
+        "measured": {"job": "statistics", "model": "endless", "kind": "gram", "data": "text.jsonl"},
+        "averaged": {"job": "average", "checkpoints": ["base", "endless"], "method": "greedy", "data": "text.jsonl"},
+        "answered": evaluated("endless"),
+        "distilled": routed(base="endless", distil={"steps": 1}),
+    }.items()
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -168,21 +216,25 @@ def built(tmp_path_factory):
     shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 264}
     models = {"base": tiny_llama(), "plain": tiny_llama(seed=1), "short": GPT2LMHeadModel(GPT2Config(**shape)),
               "looped": convert_to_zero_token(tiny_llama(num_hidden_layers=4), n_cycles=2)}  # fmt: skip
-    models |= {"worded": models["base"], "worded-loop": models["looped"]}
+    models |= {"worded": models["base"], "worded-loop": models["looped"], "endless": models["base"],
+               "other": tiny_llama(seed=2), "wide": tiny_llama(intermediate_size=96)}  # fmt: skip
     for name, model in models.items():
         model.save_pretrained(root / name)
         tokenizer = byte_tokenizer(chat=name != "plain")
         if name.startswith("worded"):
             tokenizer.add_tokens([*(f"word {i}" for i in range(264 - len(tokenizer))), "say"])
+        if name == "endless":
+            tokenizer.pad_token = tokenizer.eos_token = None
         tokenizer.save_pretrained(root / name)
     pairs = [{"prompt": f"say {i}", "chosen": "abc", "rejected": "xyz"} for i in range(30)]
     rows = {
         "say": [{"prompt": f"say {i}", "completion": "abc"} for i in range(4)],
         "text": [{"text": f"{i} abcdefghijklmnopqrstuvwxyz"} for i in range(4)],
         "worded": [{"text": f"say {i}"} for i in range(4)],
-        "chat": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2,
+        "chat": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4,
         "pairs": pairs,
         "few": pairs[:9],
+        "blank": [{"prompt": "", "completion": "abc"}] * 4,
         "harmful": [{"prompt": f"Harm {i}"} for i in range(4)],
         "harmless": [{"prompt": f"Help {i}", "completion": "Here."} for i in range(4)],
     }

@@ -246,12 +246,11 @@ def _share_of(share: float, conflict: Mapping[str, float], sizes: Mapping[str, i
 
 def plan(recipe: RouteRecipe) -> list[str]:
     """Say which layers would be routed and what the folder would take; reads all models and prompts."""
-    from modicum.jobs.loading.models import rehearse_loading
-    from modicum.jobs.routing import bytes_by_store, check_tap, prompts_of
+    from modicum.jobs.routing import bytes_by_store, check_tap, prompts_of, try_prompts
 
     notes: list[str] = []
     rows = prompts_of(recipe, notes.append)
-    rehearse_loading(recipe.base, allow_pickle=recipe.allow_pickle)
+    try_prompts(recipe, rows)
     build = plan_build(recipe)
     check_tap(recipe, build)
     routed, t = set(build.about.routed), len(build.experts)
@@ -306,11 +305,13 @@ def route(recipe: RouteRecipe, run: Run) -> None:
         fit,
         prompts_of,
         summary,
+        try_prompts,
         variant,
     )
     from modicum.weights.merge import run_plan
 
     rows = prompts_of(recipe, run.note)
+    try_prompts(recipe, rows)
     build = plan_build(recipe)
     run.inputs.check()
     check_tap(recipe, build)

@@ -6,21 +6,26 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CheckpointError, RecipeError
+from modicum.evaluate.rows import Rows
+from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.rows import load_rows
 from modicum.jobs.data.tokens import prompt_ids
-from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16
+from modicum.jobs.data.trial import on_some
+from modicum.jobs.loading.models import load_model, load_tokenizer, native_bfloat16, rehearse_loading
 from modicum.jobs.route_sections import RouterSection
 from modicum.layout import layer_of, stacks
 from modicum.registry import expert_store
+from modicum.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from modicum.evaluate.rows import Rows
     from modicum.jobs.data.section import DataSection
     from modicum.jobs.route import Build, RouteRecipe
     from modicum.models.router import Router
@@ -98,6 +103,32 @@ def prompts_of(recipe: RouteRecipe, note: Callable[[str], None]) -> Prompts:
         if len(rows) - held_out(recipe, len(rows)) < LEAST:
             raise RecipeError(f"data.{name} has {len(rows)} prompts, expected at least 3. Give more.")
     return {"known": known, "unknown": {name: read(section) for name, section in recipe.unknown.items()}}
+
+
+def try_prompts(recipe: RouteRecipe, rows: Prompts) -> None:
+    """Encode some prompts as the router will read them, so that what it would refuse is refused before hours of work.
+
+    Args:
+        recipe: Whose base reads them; it is loaded without its numbers.
+        rows: Of :func:`prompts_of`.
+
+    Raises:
+        ModicumError: The base cannot be loaded; a prompt has no tokens, needs a chat template that is not there, or
+            tokens that the base lacks.
+    """
+    model = rehearse_loading(recipe.base, allow_pickle=recipe.allow_pickle)
+    tokenizer = load_tokenizer(recipe.base) if any(rows.values()) else None
+    if recipe.distil is not None:
+        pad_id(tokenizer)  # answers to prompts are read in batches
+
+    def encode(name: str, some: Rows) -> None:
+        found = [prompt_ids(row, tokenizer) for row in some.rows]
+        if not all(found):
+            raise RecipeError(f"A prompt of {name} has no tokens. Take it out.")
+        check_ids(model, found)
+
+    for name, prompts in chain(*(parts.items() for parts in rows.values())):
+        on_some(Rows("prompt", list(prompts)), partial(encode, name))
 
 
 def held_out(recipe: RouteRecipe, count: int) -> int:

@@ -229,6 +229,7 @@ class _Rehearsal:
         from modicum.evaluate.generation import check_room
 
         prompts = self._of._prompts(rows)
+        pad_id(self.tokenizer)
         check_room(self._of.model, prompts, max_new_tokens)
         check_ids(self._of.model, prompts)
         raise _RehearsedError
@@ -237,6 +238,7 @@ class _Rehearsal:
         from modicum.evaluate.likelihood import check_window
 
         documents = self._of._documents(rows)
+        pad_id(self.tokenizer)
         check_window(self._of.model, size or max(len(ids) for ids, _ in documents))
         check_ids(self._of.model, (ids for ids, _ in documents))
         raise _RehearsedError
@@ -244,6 +246,7 @@ class _Rehearsal:
     def alternatives(
         self, rows: Sequence[Sequence[Row]], *, max_length: int | None = None, **_: Any
     ) -> list[list[Likelihood] | None]:
+        pad_id(self.tokenizer)
         if self._of._fitting(list(map(_longest, self._of._questions(rows))), max_length):
             raise _RehearsedError
         return [None] * len(rows)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from modicum.borders import check_plain_tree
 from modicum.credentials import redact
 from modicum.documents import stored_yaml
 from modicum.errors import CheckpointError
@@ -74,6 +75,8 @@ def load(folders: Sequence[Path]) -> RunView:
         CheckpointError: A folder is no run.
     """
     paths = [Path(folder) for folder in folders]
+    for path in paths:
+        check_plain_tree(path)
     if not paths:
         raise CheckpointError("There is no run to report on. Name at least one run folder.")
     views = [_view(path, name) for path, name in zip(paths, _names(paths), strict=True)]

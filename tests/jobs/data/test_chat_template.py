@@ -57,6 +57,17 @@ def test_after_one_that_was_ended_the_next_conversation_is_written():
     assert chat_template.apply(tokenizer, HELLO[:1]) == "x"
 
 
+def test_a_template_adds_no_more_than_a_prompt_to_a_conversation():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "x" * 3_000_000 + "{{ messages[0].content }}"
+    with pytest.raises(CheckpointError, match="adds more than 1 MiB to a conversation of user, assistant"):
+        chat_template.apply(tokenizer, HELLO)
+    long = [{"role": "user", "content": "y" * 400_000}]
+    assert len(chat_template.apply(tokenizer, long)) == 3_400_000
+    tokenizer.chat_template = "x" * 1_000_000 + "{{ messages[0].content }}"
+    assert len(chat_template.apply(tokenizer, HELLO)) == 1_000_000 + len(HELLO[0]["content"])
+
+
 def test_its_process_ends_with_the_tokenizer():
     tokenizer = byte_tokenizer()
     chat_template.apply(tokenizer, HELLO)

@@ -43,13 +43,8 @@ def test_a_change_is_read_as_the_layer_applies_it(tmp_path):
     for name, weight in zip(("base", "full"), weights):
         save_file({"h.w.weight": weight.contiguous()}, tmp_path / f"{name}.safetensors")
     base, full = (Checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "full"))
-    plain, conv = ({"h.w": (torch.zeros(1, n), torch.zeros(m, 1))} for m, n in ((4, 3), (3, 4)))
-    assert torch.equal(change_between(base, full, plain)("h.w"), weights[1] - weights[0])
-    assert torch.equal(change_between(base, full, conv, transposed=True)("h.w"), (weights[1] - weights[0]).mT)
-    with pytest.raises(CheckpointError, match=r"base.safetensors has h.w.weight of shape \(4, 3\), expected \(3, 4\)"):
-        change_between(base, full, conv)
-    with pytest.raises(CheckpointError, match="h.v.weight of shape None"):
-        change_between(base, full, {"h.v": plain["h.w"]})
+    assert torch.equal(change_between(base, full)("h.w"), weights[1] - weights[0])
+    assert torch.equal(change_between(base, full, transposed=True)("h.w"), (weights[1] - weights[0]).mT)
 
 
 def stages(model, path, **adapter):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SECONDS = 2.0  # of the processor, for one conversation: a machine that is busy makes no template slow
 PATIENCE = 60.0  # seconds by the clock, for a process that gets no processor at all
 MEMORY = 1 << 30  # bytes that the process may take beyond what it began with
-LONGEST = 64 << 20  # letters of what is written
+ADDED, TIMES = 1 << 20, 8  # bytes that a template may add to a conversation, and how often it may write it
 _writers: weakref.WeakKeyDictionary[Any, _Writer] = weakref.WeakKeyDictionary()
 
 
@@ -104,9 +104,9 @@ class _Writer:
                 self._stop()
                 return {"verb": f"takes more {means} for", "why": "it is no template."}
             answer += piece
-            if len(answer) > LONGEST:
+            if len(answer) > ADDED + TIMES * len(line):  # each row would be read as so many tokens
                 self._stop()
-                return {"verb": f"writes more than {LONGEST >> 20} MiB for", "why": "it is no template."}
+                return {"verb": f"adds more than {ADDED >> 20} MiB to", "why": "it is no template."}
         found: dict[str, str] = json.loads(answer)
         return found
 

@@ -98,6 +98,11 @@ def _ending(labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: 
     return None
 
 
+NO_TEMPLATE = (
+    "the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or prompt and completion fields"
+)
+
+
 def dataset(
     examples: list[Example], section: DataSection, note: Callable[[str], None] | None = None
 ) -> datasets.Dataset:
@@ -136,13 +141,22 @@ def is_text(value: object) -> bool:
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:
-    """Return the conversation before the completion of a prompt."""
+    """Return the conversation before the completion of a prompt, or before the last answer of a chat."""
+    if "messages" in row:
+        *before, last = row["messages"]
+        return before if last["role"] == "assistant" else [*before, last]
     system = [{"role": "system", "content": row["system"]}] if "system" in row else []
     return [*system, {"role": "user", "content": row["prompt"]}]
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids from which a completion of ``row`` is generated."""
+    """Return the ids from which a completion of ``row``, or the last answer of its chat, is generated.
+
+    Raises:
+        CheckpointError: It needs a chat template, and the tokenizer has none.
+    """
+    if "messages" in row and not tokenizer.chat_template:
+        raise CheckpointError(f"A row is a chat, but {NO_TEMPLATE}.")
     if tokenizer.chat_template and not row.get("plain"):
         return _ids(tokenizer, _render(tokenizer, messages_of(row), prompt=True))
     if "system" in row:
@@ -169,10 +183,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, completion_only: boo
         answer = answer if row.get("plain") else ended(answer, tokenizer)
         return start + answer, (([IGNORED] * len(start)) if completion_only else list(start)) + answer
     if not tokenizer.chat_template:
-        raise CheckpointError(
-            f"{where} is a chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, "
-            "or prompt and completion fields."
-        )
+        raise CheckpointError(f"{where} is a chat, but {NO_TEMPLATE}.")
     # Of one text that was cut in two, the white space between is no part of what is said.
     said = row["completion"].lstrip() if row.get("joined") else row.get("completion")
     messages = row.get("messages") or [*messages_of(row), {"role": "assistant", "content": said}]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from modicum.errors import ModicumError
 from modicum.evaluate.rows import Row, Rows
+from modicum.jobs.data.collators import pad_id
 from modicum.jobs.data.section import DataSection
 from modicum.jobs.data.tokens import tokenize
 from modicum.vocabulary import check_ids
@@ -98,8 +99,9 @@ def try_rows(
         encode: ``(rows, tokenizer, section, *, note)`` gives the data set.
 
     Raises:
-        ModicumError: The rows cannot be learned from.
+        ModicumError: The rows cannot be learned from, or not put into batches.
     """
+    pad_id(tokenizer)
     data = on_some(rows, lambda some: encode(some, tokenizer, section, note=note))
     if model is not None:
         check_tokens(model, data)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from modicum.errors import CheckpointError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,27 +16,14 @@ if TYPE_CHECKING:
 SIDES = "AB"
 
 
-def change_between(base: Checkpoint, full: Checkpoint, modules: Pairs, *, transposed: bool = False) -> Change:
+def change_between(base: Checkpoint, full: Checkpoint, *, transposed: bool = False) -> Change:
     """Return a function that gives the change of a module's weight between two models, (out, in) and in float32.
 
     Args:
         base: The model before the fine-tune.
-        full: The fine-tuned model.
-        modules: The factors of an adapter on the same base, by the modules that will be asked for.
+        full: The fine-tuned model, of the same shapes.
         transposed: The models store their weights as (in, out), as GPT-2 does.
-
-    Raises:
-        CheckpointError: One of the models lacks such a module, or has it in another shape.
     """
-    for name, (A, B) in modules.items():
-        expected = (A.shape[1], B.shape[0]) if transposed else (B.shape[0], A.shape[1])
-        for model in (base, full):
-            found = model.spec(f"{name}.weight").shape if f"{name}.weight" in model else None
-            if found != expected:
-                raise CheckpointError(
-                    f"{model.name} has {name}.weight of shape {found}, expected {expected} as the adapter's base has. "
-                    "Give adapter.compare a full fine-tune of the same base."
-                )
 
     def change(name: str) -> Tensor:
         delta = full[f"{name}.weight"].float() - base[f"{name}.weight"].float()

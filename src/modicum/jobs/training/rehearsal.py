@@ -57,6 +57,8 @@ def refuse_arguments(arguments: TrainingArguments, *, rows: int, own_optimizer: 
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(arguments, name)) < 1:
             raise RecipeError(f"trainer.{name} is {value}, expected 1 or more.")
+    if arguments.max_steps == 0:
+        raise RecipeError("trainer.max_steps is 0, which trains nothing. Set 1 or more, or leave it out for epochs.")
     if (workers := arguments.dataloader_num_workers) > MOST_WORKERS:
         raise RecipeError(
             f"trainer.dataloader_num_workers is {workers}, expected at most {MOST_WORKERS}: each is a process. Start "

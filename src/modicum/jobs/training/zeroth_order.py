@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import UnsupportedError
+from modicum.errors import RecipeError, UnsupportedError
 from modicum.jobs.training.zeroth_order_arguments import check_arguments
 from modicum.layout import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from modicum.registry import zeroth_order
@@ -48,6 +48,20 @@ def check_knobs(name: str, knobs: Mapping[str, Any]) -> None:
     ]
     kept = {key: value for key, value in knobs.items() if key not in BY_NAME}
     zeroth_order[name].function(parameters, **kept)
+
+
+def check_selection(name: str, knobs: Mapping[str, Any], model: Any) -> None:
+    """Refuse knobs under which no parameter of a model would be trained; its numbers are not needed.
+
+    Raises:
+        RecipeError: None is left.
+    """
+    from modicum.optim.zeroth_order.leaves import NONE_LEFT, is_moved
+
+    chosen = zeroth_order[name].knobs(knobs)
+    picked = {"vectors": "dense"} | {key: chosen[key] for key in ("include", "exclude", "vectors") if key in chosen}
+    if not any(is_moved(key, part, **picked) for key, part in model.named_parameters()):
+        raise RecipeError(NONE_LEFT)
 
 
 def attach_optimizer(

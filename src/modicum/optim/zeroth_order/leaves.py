@@ -21,6 +21,7 @@ from modicum.random import generator
 Distribution: TypeAlias = Literal["normal", "rademacher"]
 Ranks: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, int]]
 
+NONE_LEFT = "No parameter is left to train. Check requires_grad, include, exclude and vectors."
 CHUNK = 1 << 20  # entries drawn at a time: no full-size temporary, and results that do not depend on shards
 
 
@@ -172,10 +173,7 @@ def collect(
         # Directions and states are found by name: they must not depend on what surrounds the model.
         for name, param in zip(map(unwrapped, names), group["params"], strict=True):
             check(name, param)
-            wanted = include is None or _matches(name, include, "include")
-            if not param.requires_grad or not wanted or _matches(name, exclude, "exclude"):
-                continue
-            if vectors == "freeze" and param.dim() < 2:
+            if not is_moved(name, param, include=include, exclude=exclude, vectors=vectors):
                 continue
             where = (param.detach().data_ptr(), param.numel()) if not hasattr(param, "to_local") else (0, 0)
             if where[0] and where in seen:
@@ -183,10 +181,17 @@ def collect(
             seen[where] = name
             leaves.append(Leaf(name, param, group))
     if not leaves:
-        raise RecipeError("No parameter is left to train. Check requires_grad, include, exclude and vectors.")
+        raise RecipeError(NONE_LEFT)
     if len({leaf.name for leaf in leaves}) < len(leaves):
         raise RecipeError("Two parameters have the same name, so they would get the same direction. Rename one.")
     return leaves
+
+
+def is_moved(name: str, param: Tensor, *, include: Sequence[str] | None, exclude: Sequence[str], vectors: str) -> bool:
+    """Whether an optimizer of these knobs moves a parameter."""
+    wanted = include is None or _matches(name, include, "include")
+    frozen = vectors == "freeze" and param.dim() < 2
+    return param.requires_grad and wanted and not frozen and not _matches(name, exclude, "exclude")
 
 
 def check(name: str, param: Tensor) -> None:

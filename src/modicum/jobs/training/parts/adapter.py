@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,16 @@ class Adapter(Part):
         if self.facts.schedule is not None and arguments.max_steps > 0:
             self.facts.schedule(config, self.init.knobs, total_steps=arguments.max_steps)
 
+    def foresee(self, _note: Callable[[str], None], model: Any, _tokenizer: Any) -> None:
+        """Refuse what PEFT refuses on a model without numbers, such as modules that are not there."""
+        from modicum.jobs.loading.models import rehearse_model
+
+        section = self.recipe.model
+        if model is None or section.convert is not None:
+            return
+        own = rehearse_model(section.path, allow_pickle=section.allow_pickle, remote_code=section.remote_code)
+        self.wrap(own, self.adapter({}, own))
+
     def adapter(self, fields: dict[str, Any], model: Any) -> dict[str, Any]:
         """Return the recipe's fields over a few defaults."""
         from peft import LoraConfig
@@ -121,6 +131,7 @@ class Adapter(Part):
         import torch
         from peft import get_peft_model
 
+        from modicum.jobs.training.comparison import refuse_other_shapes
         from modicum.random import derive_seed
 
         base = self._base(model)
@@ -139,6 +150,8 @@ class Adapter(Part):
                 "PEFT cannot do both. Take it out of target_modules and modules_to_save."
             )
         wrapped.peft_config["default"].base_model_name_or_path = base
+        if self.section.compare is not None:
+            refuse_other_shapes(self.recipe.model, self.section.compare, wrapped)
         return wrapped
 
     def start(self, model: Any, batches: Batches) -> None:
@@ -162,7 +175,7 @@ class Adapter(Part):
         for note in self.started.notes:
             self.run.note(note)
         if self.section.compare is not None:
-            self.change = full_change(self.recipe.model, self.section.compare, model, self.started)
+            self.change = full_change(self.recipe.model, self.section.compare, model)
 
     def trainer(self, build: Build) -> None:
         """Add the optimiser and the callback that the method brings along."""

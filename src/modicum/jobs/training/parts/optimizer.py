@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modicum import registry
@@ -47,6 +47,13 @@ class Optimizer(Part):
         gathered = objective is not None and registry.objective[objective.name].facts.loss_head
         if self.section.knobs.get("engine") == "paired" and (gathered or arguments.label_smoothing_factor):
             raise UnsupportedError(PAIRED)
+
+    def foresee(self, _note: Callable[[str], None], model: Any, _tokenizer: Any) -> None:
+        """Refuse names of which the model has none; an adapter's are known once it is there."""
+        from modicum.jobs.training.zeroth_order import check_selection
+
+        if model is not None and self.recipe.section("adapter") is None and self.recipe.model.convert is None:
+            check_selection(self.section.name, self.section.knobs, model)
 
     def start(self, model: Any, _batches: Batches) -> None:
         """Attach the optimiser to the model, before other parts put their hooks there."""
