@@ -260,6 +260,19 @@ def test_check_and_run_refuse_alike(world, name):
     assert not any((world / "out").rglob("*.safetensors"))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize(
+    "config",
+    [{"init_lora_weights": name} for name in ("pissa", "olora", "orthogonal")]
+    + [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 1}}],
+)
+def test_check_passes_adapters_that_a_run_takes(world, config):
+    """Also those whose start is computed from the weights, which a check does not have."""
+    recipe = {"job": "train", "model": "base", "data": SAY, "adapter": {"config": config}, "trainer": {"max_steps": 1}}
+    assert plan(parse(recipe))
+    assert execute(parse(recipe), world / "out", quiet=True).done
+
+
 def test_a_toy_trainer_goes_through_its_rows_once():
     assert len([*rehearsal._Rows(3)]) == len(rehearsal._Rows(3)) == 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,8 @@ class Adapter(Part):
         if model is None or section.convert is not None:
             return
         own = rehearse_model(section.path, allow_pickle=section.allow_pickle, remote_code=section.remote_code)
-        self.wrap(own, self.adapter({}, own))
+        with suppress(RuntimeError):  # a start of PEFT's that computes with the weights, such as PiSSA's
+            self.wrap(own, self.adapter({}, own))
 
     def adapter(self, fields: dict[str, Any], model: Any) -> dict[str, Any]:
         """Return the recipe's fields over a few defaults."""
