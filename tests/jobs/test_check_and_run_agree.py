@@ -8,6 +8,7 @@ import pytest
 
 from modicum.errors import ModicumError, RecipeError
 from modicum.jobs import execute, plan
+from modicum.jobs.data.tokens import prompt_ids
 from modicum.jobs.training import rehearsal
 from modicum.models import convert_to_zero_token
 from modicum.recipe import parse
@@ -271,6 +272,18 @@ def test_check_passes_adapters_that_a_run_takes(world, config):
     recipe = {"job": "train", "model": "base", "data": SAY, "adapter": {"config": config}, "trainer": {"max_steps": 1}}
     assert plan(parse(recipe))
     assert execute(parse(recipe), world / "out", quiet=True).done
+
+
+def test_a_router_reads_the_chats_up_to_their_last_answers(world):
+    recipe = parse(routed(data={"a": "say.jsonl", "b": "chat.jsonl"}))
+    assert plan(recipe)
+    assert execute(recipe, world / "out", quiet=True).done
+    tokenizer, asked = byte_tokenizer(), [{"role": "user", "content": "a"}]
+    said = {"role": "assistant", "content": "b"}
+    prompt = prompt_ids({"prompt": "a", "completion": "b"}, tokenizer)
+    assert prompt_ids({"messages": [*asked, said]}, tokenizer) == prompt_ids({"messages": asked}, tokenizer) == prompt
+    longer = prompt_ids({"messages": [*asked, said, *asked, said]}, tokenizer)
+    assert longer[: len(prompt)] == prompt and len(longer) > 2 * len(asked)
 
 
 def test_a_toy_trainer_goes_through_its_rows_once():
