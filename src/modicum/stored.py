@@ -201,8 +201,8 @@ def verify(folder: str | Path) -> Verified:
         CheckpointError: The record cannot be read, or was written by a version that kept no hashes.
     """
     folder = Path(folder)
-    check_plain_tree(folder)
     record = read_record(folder)
+    check_plain_tree(folder)
     if "files" not in record:
         raise CheckpointError(f"{folder} was made by a version that kept no hashes of outputs: nothing to compare.")
     found = damage(folder, record, cached=False)
