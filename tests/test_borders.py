@@ -20,6 +20,7 @@ from modicum.borders import border, read_json
 from modicum.credentials import redact, secrets_in
 from modicum.errors import CheckpointError, ModicumError, RecipeError
 from modicum.jobs import execute, plan
+from modicum.jobs.loading.models import load_model
 from modicum.recipe import override, parse, parse_yaml, text_of
 from modicum.record import damage, read_log
 from modicum.weights import Checkpoint
@@ -108,6 +109,21 @@ def test_a_configuration_of_wrong_types_is_one_line(models: Path, name: str) -> 
         path.write_bytes(dumped(changed(whole, rng.choice(places), rng.choice(STRANGE))))
         refused += not survives(lambda: plan(parse(merge(models))))
     assert refused or name.endswith("generation_config.json")
+
+
+def test_an_index_of_wrong_types_is_one_line_for_whoever_loads_the_model(models: Path) -> None:
+    """transformers reads it once more, and trusts it."""
+    path = models / "one" / "model.safetensors.index.json"
+    whole = json.loads(path.read_text())
+    places, rng, refused = paths_in(whole), random.Random(0), 0
+    for _ in range(150):
+        path.write_bytes(dumped(changed(whole, rng.choice(places), rng.choice(STRANGE))))
+        refused += not survives(lambda: load_model(models / "one"))
+    del whole["metadata"]
+    path.write_bytes(dumped(whole))
+    with pytest.raises(CheckpointError, match="has no metadata, which transformers reads"):
+        load_model(models / "one")
+    assert refused > 100
 
 
 def test_a_header_of_wrong_types_is_one_line(models: Path) -> None:

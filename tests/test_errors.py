@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modicum import errors
+from modicum.credentials import SCANNED, redact
 from modicum.errors import LONGEST, MissingExtraError, ModicumError, did_you_mean, first_line, listed, shortened
 
 
@@ -64,3 +65,4 @@ def test_no_message_is_longer_than_can_be_read_whatever_is_put_into_it():
     assert len(did_you_mean("y", map(str, range(10**6)))) < 1000
     assert did_you_mean("y" * 10**6, ["yes"]) == "Known: yes."
     assert listed([]) == ""
+    assert len(redact("a1 " * 10**7)) <= SCANNED

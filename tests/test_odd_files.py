@@ -53,6 +53,14 @@ def test_a_lock_names_one_process_or_is_none(tmp_path, pid, monkeypatch):
         pass
 
 
+def test_a_lock_that_leads_nowhere_is_no_lock(tmp_path, monkeypatch):
+    """It is there for whoever makes the lock, and not for whoever reads it, who both tried without an end."""
+    monkeypatch.setattr(lock.time, "sleep", lambda _: None)
+    (tmp_path / ".lock").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="no lock file that can be read"), lock.hold(tmp_path / ".lock", "it"):
+        pass
+
+
 def test_damaged_lines_of_a_log_are_left_out(tmp_path):
     lines = [{"trial": 0, "value": 1}, {"value": 1}, {"trial": "0", "value": 1}, {"trial": 1, "value": None}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps({"event": "trial"} | line) + "\n" for line in lines))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modicum.errors import CheckpointError, ModicumError, first_line, is_text
-from modicum.layout import SINGLE
+from modicum.layout import INDEX, SINGLE
 
 MALFORMED = (
     ValueError,
@@ -172,6 +172,28 @@ def read_json(path: Path, owner: str, remedy: str = "Download it again.") -> dic
     if not isinstance(value, dict):
         raise CheckpointError(f"{owner}: {path.name} is not a mapping. {remedy}")
     return value
+
+
+def read_index(folder: Path, owner: str) -> dict[str, str]:
+    """Return the file of each tensor, by its name, from the index of a model's weights.
+
+    Raises:
+        CheckpointError: It cannot be read, names no files, or files outside the folder.
+    """
+    listed = read_json(folder / INDEX, owner).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{owner}: {INDEX} has no weight_map. Download it again.")
+    for name, file in listed.items():
+        if not isinstance(file, str):
+            raise CheckpointError(
+                f"{owner}: {INDEX} gives {file!r:.60} as the file of {name!r:.60}. Download it again."
+            )
+        # Only the written name counts: a cache may well keep the file itself elsewhere, behind a link.
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(
+                f"{owner}: {INDEX} points outside its folder, to {file!r:.200}. Do not use this model."
+            )
+    return listed
 
 
 def check_once(folder: Path, listed: Collection[str], owner: str) -> None:

@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from modicum.errors import shortened
+
 HIDDEN = "(hidden)"
+SCANNED = 200_000  # letters of a text that are looked through; longer ones lose their middle
 # What it looks like, and the variable in which the service's own tools look for it.
 SHAPES: Mapping[str, str] = MappingProxyType(
     {
@@ -96,7 +99,10 @@ def redact(value: Any, *, names: bool = True) -> Any:
         return {redact(key): HIDDEN if key in hidden else redact(item, names=names) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact(item, names=names) for item in value]
-    return _ANY_CASE.sub(HIDDEN, _ANY.sub(HIDDEN, value)) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    value = shortened(value, SCANNED)  # patterns take seconds on texts that nobody reads
+    return _ANY_CASE.sub(HIDDEN, _ANY.sub(HIDDEN, value))
 
 
 def secrets_in(value: Any, where: str = "") -> Iterator[tuple[str, str]]:

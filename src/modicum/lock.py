@@ -149,6 +149,8 @@ def read_owner(path: Path, *, tries: int = 50) -> Owner | None:
         try:
             return _owner(path)
         except FileNotFoundError:
+            if path.is_symlink():  # which is there for whoever makes the lock, and not for whoever reads it
+                break
             return None
         except (ValueError, TypeError):
             if left:

@@ -101,7 +101,7 @@ def test_what_is_done_when_another_fails_is_not_lost(monkeypatch: pytest.MonkeyP
 
 
 FORKED = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 from pathlib import Path
 import torch
 from modicum.errors import CheckpointError
@@ -113,9 +113,13 @@ def make(name):
         raise SystemExit("in the wrong process")
     if case == "bad":
         raise CheckpointError("c is bad. Mend it.")
-    if case == "killed" and name == "c":
+    if case == "killed" and name == "f":
+        time.sleep(0.5)  # the other worker waits for work by then, and is ended by the pool
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.ones(3), {}
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, interrupt)  # as the command line has it
 stop = threading.Event()
 if case == "threads":
     threading.Thread(target=stop.wait).start()
@@ -142,6 +146,7 @@ def test_forked_workers(tmp_path: Path, case: str, said: str, left: list[str]) -
     command = [sys.executable, "-c", FORKED, str(tmp_path / "out"), case]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert found.stdout.startswith(said), found.stderr
+    assert "Traceback" not in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == left
 
 

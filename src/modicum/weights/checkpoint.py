@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modicum.architectures import is_tied_unsaid
-from modicum.borders import border, check_once, check_plain, check_plain_folder
+from modicum.borders import border, check_once, check_plain, check_plain_folder, read_index
 from modicum.content import Stamp, check_in_place, hash_files, unchanged
 from modicum.errors import CheckpointError, UnsupportedError
 from modicum.layout import (
@@ -139,16 +139,9 @@ class Checkpoint(Mapping[str, Tensor]):
         return slots
 
     def _read_index(self, folder: Path) -> dict[str, Slot]:
-        listed = read_json(folder / INDEX, self.name).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise CheckpointError(f"{self.name}: {INDEX} has no weight_map. Download it again.")
+        listed = read_index(folder, self.name)
         slots: dict[str, Slot] = {}
-        for file in sorted(set(map(str, listed.values()))):
-            # Only the written name counts: a cache may well keep the file itself elsewhere, behind a link.
-            if Path(file).name != file or file in ("", ".", ".."):
-                raise CheckpointError(
-                    f"{self.name}: {INDEX} points outside its folder, to {file!r}. Do not use this model."
-                )
+        for file in sorted(set(listed.values())):
             found = self._header(folder / file)
             wanted = {name for name, where in listed.items() if where == file}
             for name in sorted(wanted ^ set(found)):

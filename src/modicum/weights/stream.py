@@ -104,6 +104,7 @@ def _begin_copy(work: Callable[[str], Any]) -> None:
     _copied.append(work)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is interrupted too, and ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as the pool does once another worker was killed: without a word
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

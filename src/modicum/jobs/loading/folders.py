@@ -103,12 +103,14 @@ def check_weights(folder: Path, *, allow_pickle: bool = False) -> None:
 
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(f"{index} points outside its folder, to {outside[0]!r}. This is not a sound model.")
+        names = sorted(set(borders.read_index(folder, str(folder)).values()))
         shards = [folder / name for name in names]
-        if missing := [shard.name for shard in shards if not shard.is_file()]:
-            raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names. Copy or download it again.")
+        if missing := [shard.name for shard in shards if not borders.is_file(shard)]:
+            raise CheckpointError(
+                f"{folder} lacks {missing[0]:.200}, which its index names. Copy or download it again."
+            )
+        if not isinstance(read_json(index).get("metadata"), dict):
+            raise CheckpointError(f"{index} has no metadata, which transformers reads. Download it again.")
         borders.check_once(folder, names, str(folder))
     else:
         shards = sorted(folder.glob("*.safetensors"))
