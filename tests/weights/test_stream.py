@@ -120,6 +120,8 @@ def make(name):
 def interrupt(*_):
     raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, interrupt)  # as the command line has it
+if case == "early":  # Ctrl-C reaches a worker that has hardly begun: it is the first process's to decide
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
 stop = threading.Event()
 if case == "threads":
     threading.Thread(target=stop.wait).start()
@@ -137,6 +139,7 @@ stop.set()
     ("case", "said", "left"),
     [
         ("good", "done", ["out"]),
+        ("early", "done", ["out"]),
         ("threads", "done", ["out"]),  # a process with threads is not forked
         ("bad", "CheckpointError c is bad. Mend it.", []),
         ("killed", "MemoryError A worker process was ended from outside", [".out.partial"]),  # for another try

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ from modicum.weights.finished import Finished, Statistics, read_journals, to_dis
 from modicum.weights.kernels.blocks import result_in
 
 SHARD_BYTES = 5_000_000_000
+ENDING = (signal.SIGINT, signal.SIGTERM)
 MAPPED = hasattr(os, "posix_fallocate")  # results are written straight into the file's pages, see _prepare
 T = TypeVar("T")
 Made = tuple[Tensor | Mapping[str, Tensor], Statistics]
@@ -77,7 +78,8 @@ def run_all(
         task = work
     before = torch.get_num_threads()
     try:
-        tasks = {pool.submit(task, name): name for name in names}
+        with _held_back() if isinstance(pool, ProcessPoolExecutor) else nullcontext():
+            tasks = {pool.submit(task, name): name for name in names}
         for done in as_completed(tasks):
             if done.exception() is not None:
                 break
@@ -105,7 +107,18 @@ def _begin_copy(work: Callable[[str], Any]) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is interrupted too, and ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as the pool does once another worker was killed: without a word
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Let signals wait while workers are started, which would not know yet what to do about them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:
