@@ -116,6 +116,11 @@ def make(name):
     if case == "killed" and name == "f":
         time.sleep(0.5)  # the other worker waits for work by then, and is ended by the pool
         os.kill(os.getpid(), signal.SIGKILL)
+    if case == "idle" and name == "f":  # the other one, which waits for work, holds the lock of the queue
+        time.sleep(0.5)
+        siblings = Path(f"/proc/{here}/task/{here}/children").read_text().split()
+        os.kill(next(int(pid) for pid in siblings if int(pid) != os.getpid()), signal.SIGKILL)
+        time.sleep(60)
     return torch.ones(3), {}
 def interrupt(*_):
     raise KeyboardInterrupt
@@ -143,11 +148,12 @@ stop.set()
         ("threads", "done", ["out"]),  # a process with threads is not forked
         ("bad", "CheckpointError c is bad. Mend it.", []),
         ("killed", "MemoryError A worker process was ended from outside", [".out.partial"]),  # for another try
+        ("idle", "MemoryError A worker process was ended from outside", [".out.partial"]),
     ],
 )
 def test_forked_workers(tmp_path: Path, case: str, said: str, left: list[str]) -> None:
     command = [sys.executable, "-c", FORKED, str(tmp_path / "out"), case]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=40)
     assert found.stdout.startswith(said), found.stderr
     assert "Traceback" not in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == left
