@@ -107,7 +107,10 @@ def _bring(name: str, module: ModuleType, shared: dict[str, str], imports: set[s
     for used in sorted(_globals(symtable.symtable(text, "", "exec"))):
         if used in taken and not _is_shared(taken[used]):
             imports.add(taken[used])
-        elif used in taken or getattr(vars(home).get(used), "__module__", None) == home.__name__:
+        elif type(value := vars(home).get(used)) in (int, float, str) and not used.startswith("__"):
+            if shared.setdefault(used, told := f"{used} = {value!r}\n") != told:
+                raise ValueError(f"{used} of {home.__name__} is not that of another module. Rename one.")
+        elif used in taken or getattr(value, "__module__", None) == home.__name__:
             _bring(used, home, shared, imports)
     del shared[name]
     shared[name] = text + "\n"
