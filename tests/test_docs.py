@@ -84,17 +84,26 @@ STATED: list[tuple[str, str, Sequence[Any]]] = [
         "Memory in bfloat16 is {:.1f} times that of one plain model",
         [result("routed-speed", "parts", "memory", "bfloat16", "routed / plain")],
     ),
-    ("docs/guide/trust.md", "{} kills of {} runs so far", [campaign("kills", *KILLS), campaign("kills", "again")]),
     (
         "docs/guide/trust.md",
-        "{} kills of {} runs so far",
-        [campaign("kills-ranks", *KILLS), campaign("kills-ranks", "again")],
+        "{:,} kills of {:,} runs so far: all but one ended with the same bytes, and nothing lay around. {} were not",
+        [campaign("kills", *KILLS), campaign("kills", "again"), campaign("kills", "wrong")],
     ),
-    ("docs/guide/trust.md", "with the same bytes; {} more, a pipeline", [campaign("kills-ranks", "wrong")]),
+    (
+        "docs/guide/trust.md",
+        "{:,} kills of {:,} runs so far, all with the same bytes but for {}:",
+        [campaign("kills-ranks", *KILLS), campaign("kills-ranks", "again"), campaign("kills-ranks", "wrong")],
+    ),
     (
         "docs/guide/trust.md",
         "{:,} so far, of which {} were not answered",
         [campaign("hostile"), campaign("hostile", "wrong")],
+    ),
+    ("docs/guide/trust.md", "{:,} so far, all answered alike", [campaign("places")]),
+    (
+        "docs/guide/trust.md",
+        "{:,} so far, of which {} were refused by the run alone",
+        [campaign("parity"), campaign("parity", "wrong")],
     ),
     ("docs/guide/trust.md", "{:,} so far: none raised", [campaign("fuzz")]),
     (
