@@ -277,3 +277,10 @@ def test_every_key_of_a_recipe_and_its_sections_says_what_it_is(name):
         if not said
     ]
     assert not silent, f"{name}: say what these are, in Field(description=…): {', '.join(silent)}"
+
+
+def test_a_librarys_warning_is_one_line_without_the_place_where_it_was_written(tmp_path):
+    code = "import warnings, modicum.cli as c; "
+    code += "c.app = lambda **_: warnings.warn('odd \\x1b[2J\\nthings', stacklevel=1); c.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "modicum: warning: odd \\x1b[2J things\n"

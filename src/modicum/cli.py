@@ -16,6 +16,7 @@ import shlex
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -346,6 +347,7 @@ def main() -> None:
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)  # they go with the process, which would look through them once more as it ends
     processes.hush_libraries()
+    warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to say Ctrl-C: the run's record tells of it
     try:
         with shortage_told("Free some, or lower what the recipe asks for."):

@@ -44,7 +44,8 @@ class Outcome:
 
     def trouble(self, *, seconds: float = 5.0, memory: int = 2 * GIB) -> str | None:
         """Return what is wrong with how it ended, for a command whose input may be wrong in any way."""
-        lines = [line for line in self.said.splitlines() if line.strip()]
+        said = (line for line in self.said.splitlines() if line.strip())
+        lines = [line for line in said if not line.startswith("modicum: warning: ")]
         if self.status in (None, -signal.SIGXCPU) or self.cpu > seconds:
             return f"took {self.cpu:.1f} s of computing in {self.seconds:.1f} s"
         if self.peak > memory:
