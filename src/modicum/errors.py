@@ -73,7 +73,7 @@ def shortened(text: str, most: int = LONGEST) -> str:
     if len(text) <= most:
         return text
     head, tail = text[: most // 2], text[-(most // 2 - 1) :]
-    return f"{head[: head.rfind(' ') + 1] or ''}…{tail[tail.find(' ') :] if ' ' in tail else ''}"
+    return f"{head[: head.rfind(' ') + 1]}…{tail[tail.find(' ') :] if ' ' in tail else ''}"
 
 
 def listed(names: Iterable[str], most: int = SHOWN) -> str:

@@ -149,8 +149,6 @@ def read_owner(path: Path, *, tries: int = 50) -> Owner | None:
         try:
             return _owner(path)
         except FileNotFoundError:
-            if path.is_symlink():  # which is there for whoever makes the lock, and not for whoever reads it
-                break
             return None
         except (ValueError, TypeError):
             if left:
@@ -160,8 +158,8 @@ def read_owner(path: Path, *, tries: int = 50) -> Owner | None:
 
 def _owner(path: Path) -> Owner:
     check_plain(path, OURS)
-    if path.stat().st_size > LARGEST:
-        raise ValueError("no lock is so large")
+    if path.is_symlink() or path.stat().st_size > LARGEST:  # one to nowhere is there for whoever makes the lock alone
+        raise ValueError("no lock is a link, or so large")
     owner = Owner(**loads(path.read_text(encoding="utf-8")))
     words = [value for name, value in asdict(owner).items() if name != "pid"]
     # A signal to process 0, or to a number below it, would go to a whole group.

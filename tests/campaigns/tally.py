@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class Tally:
     def add(self, end: str, seconds: float, number: int, wrong: str | None) -> None:
         """Count one attempt: how it ended, and what was wrong with it."""
         end = "wrong" if wrong else end
+        wrong = wrong and wrong.replace(sys.prefix, "…")  # where this machine keeps its libraries tells nobody anything
         self._mine["ends"][end] = self._mine["ends"].get(end, 0) + 1
         self._mine["slowest"] = max(self._mine["slowest"], round(seconds, 2))
         self._mine["next"] = self.done = number + 1

@@ -75,6 +75,9 @@ def load(folders: Sequence[Path]) -> RunView:
         CheckpointError: A folder is no run.
     """
     paths = [Path(folder) for folder in folders]
+    for path in paths:
+        if (path / "record.json").exists():  # else it is no run, and may be any size
+            check_plain_tree(path)
     if not paths:
         raise CheckpointError("There is no run to report on. Name at least one run folder.")
     views = [_view(path, name) for path, name in zip(paths, _names(paths), strict=True)]
@@ -92,7 +95,6 @@ def _view(folder: Path, name: str) -> RunView:
         inside = sorted(path.parent.name for path in folder.glob("*/record.json"))
         hint = f" It holds runs, though: try {folder / inside[0]}." if inside else ""
         raise CheckpointError(f"{folder} is not a run: it holds no record.json.{hint}")
-    check_plain_tree(folder)
     record = read_record(folder, strict=False)
     if not isinstance(record, dict):
         raise CheckpointError(f"{folder / 'record.json'} is {type(record).__name__}, expected an object.")

@@ -135,7 +135,8 @@ def wait_for_followers(ready: Callable[[], bool], out: Path, beside: Path, world
             owner = lock.read_owner(_place(beside, rank))
             # A lock alone may be that of an earlier launch, whose processes on other machines look alive from here.
             with suppress(FileNotFoundError):
-                missing -= {rank} if _follows(beside, rank).read_text() == me else set()
+                if _follows(beside, rank).read_text() == me:
+                    missing.discard(rank)
             ended = owner is not None and owner.alive() is False and not ready()
             if ended or _failure(beside, rank).exists():
                 raise RuntimeError(f"Process {rank} of {world} ended before it finished its share of {out}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -20,8 +20,6 @@ from modicum.schema import explain
 from modicum.types import NonNegativeInt, Positive, PositiveInt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from modicum.evaluate.chat import Goal
     from modicum.jobs.chat.openai import OpenAICompatible
     from modicum.jobs.safety.suites import Suite
@@ -171,15 +169,14 @@ def look_at_all(
     Raises:
         ModicumError: One of them cannot be used.
     """
-    prompts = [
-        prompt
+    asked = [
+        ChatRequest(prompt.messages, params or GenParams())
         for suite in suites
         for part in (() if suite.needs_model else requests)
         for prompt in suite.wrap(suite.attack.name, part, None)
     ]
-    asked = [ChatRequest(prompt.messages, params) for prompt in prompts] if params is not None else []
     for target in targets:
-        look_at(target, asked)
+        look_at(target, asked if params is not None else ())
     if judge is not None:
         look_at_judge(judge)
 
