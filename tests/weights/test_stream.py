@@ -159,6 +159,16 @@ def test_forked_workers(tmp_path: Path, case: str, said: str, left: list[str]) -
     assert [path.name for path in tmp_path.iterdir()] == left
 
 
+def test_tensors_of_many_pages_keep_their_bytes_and_those_of_their_neighbours(tmp_path: Path) -> None:
+    """The pages of a finished one leave the process; those that it shares with another one stay."""
+    sizes = [5, 1024, 3000, 1, 20_000, 4097, 1023]
+    made = {f"t{i}": torch.arange(size, dtype=torch.float32) + i for i, size in enumerate(sizes)}
+    specs = {name: Spec(tuple(tensor.shape), torch.float32) for name, tensor in made.items()}
+    map_tensors(lambda name: (made[name].clone(), {}), specs, tmp_path / "out", identity=1, workers=2)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in made.items())
+
+
 def test_another_identity_starts_over(tmp_path: Path) -> None:
     def broken(name: str) -> tuple[torch.Tensor, dict[str, object]]:
         raise KeyboardInterrupt
